@@ -1,0 +1,5 @@
+"""``python -m ckpt_avg``."""
+
+from ckpt_avg.cli import main
+
+main()

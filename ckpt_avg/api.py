@@ -1,0 +1,368 @@
+"""`average`, the whole path: discover → open → check → plan → mean → refresh → publish."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors import safe_open
+
+from ckpt_avg.atomic import UnpublishedFile, atomic_output, check_target
+from ckpt_avg.batchnorm import BatchNormReport, ForwardBatch
+from ckpt_avg.compat import compare
+from ckpt_avg.devices import choose_device, usable_cores
+from ckpt_avg.discover import Skipped, discover
+from ckpt_avg.errors import IncompatibleError, OutputError, UsageError
+from ckpt_avg.header import encode_header
+from ckpt_avg.identical import differing
+from ckpt_avg.mean import divide_memory, write_mean
+from ckpt_avg.messages import listing, plural, quote
+from ckpt_avg.open_files import allow_open_files
+from ckpt_avg.plan import OUTPUT_DTYPES, Plan, make_plan
+from ckpt_avg.provenance import make_metadata
+from ckpt_avg.readers import Checkpoint, open_checkpoint
+from ckpt_avg.refresh import Batches, LoadableModel, Model, frozen_modules, make_loadable, refresh_output
+from ckpt_avg.select import Selection, select
+from ckpt_avg.spec import batch_norm_buffer
+
+DEFAULT_MEMORY = 128 * 2**20
+Statistics = Literal["none", "refreshed", "mean", "frozen"]
+
+
+@dataclass(frozen=True, slots=True)
+class AverageResult:
+    """What `average` did, or with ``dry_run`` would do.
+
+    Attributes:
+        output: the file that was asked for.
+        written: whether it was published; False for a dry run.
+        checkpoints: what was averaged, in order.
+        skipped: files of run folders that were left out, with reasons.
+        tensors: how many tensors the output holds.
+        nbytes: the output's size in bytes.
+        device: where the mean was computed.
+        statistics: where the BatchNorm statistics come from: ``none`` (no BatchNorm layers), ``refreshed``,
+            ``mean`` (of the checkpoints' statistics), or ``frozen`` (the same in every checkpoint, kept).
+        batch_norm: what the refresh did, if there was one.
+        notices: what the user should know.
+    """
+
+    output: Path
+    written: bool
+    checkpoints: tuple[Path, ...]
+    skipped: tuple[Skipped, ...]
+    tensors: int
+    nbytes: int
+    device: str
+    statistics: Statistics
+    batch_norm: BatchNormReport | None
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Callbacks; each may be called from several threads, one at a time.
+
+    Attributes:
+        start: the input bytes that will be read.
+        read: input bytes that have just been averaged.
+        refreshed: batches and samples that have passed the model so far.
+        notice: something that the user should know.
+    """
+
+    start: Callable[[int], None] = lambda total: None
+    read: Callable[[int], None] = lambda nbytes: None
+    refreshed: Callable[[int, int], None] = lambda batches, samples: None
+    notice: Callable[[str], None] = lambda text: None
+
+
+def average(
+    sources: Iterable[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    last: int | None = None,
+    every: int | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    state_key: str | None = None,
+    device: str = "auto",
+    dtype: str = "keep",
+    threads: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    non_float: str = "equal",
+    allow_nonfinite: bool = False,
+    model: Model | None = None,
+    data: Batches | None = None,
+    forward_batch: ForwardBatch | None = None,
+    bn: str = "auto",
+    bn_batches: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> AverageResult:
+    """Writes the equal-weighted mean of checkpoints, BatchNorm refreshed, to one safetensors file.
+
+    Each element is the float64 sum over the checkpoints in their order, divided once by their number, and rounded once
+    to the output dtype. Until everything is done the output path is untouched.
+
+    Args:
+        sources: checkpoint files, in the order given, and run folders, listed in natural order.
+        output: the safetensors file to write.
+        last: average the last N of them.
+        every: take each K-th only, counted back from the last.
+        include, exclude: glob patterns for file names.
+        state_key: the dotted key of the state dict inside torch files, where it isn't a common one.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, for the sums and the refresh. ``auto`` takes CUDA if there is.
+        dtype: ``keep``, ``float64``, ``float32``, ``bfloat16`` or ``float16``, for floating-point tensors.
+        threads: workers; as many as this process may use cores if not given.
+        memory: bytes of working memory, shared by the workers.
+        non_float: ``equal`` (integer and bool tensors must be the same everywhere) or ``last`` (take the last one's).
+        allow_nonfinite: let NaN and Inf through instead of refusing them.
+        model: the model, or a factory of it, for the BatchNorm refresh. A model that is passed in ends up with the
+            averaged weights.
+        data: an iterable of batches, or a factory of one, for the refresh.
+        forward_batch: called as ``forward_batch(model, batch)`` where batches need more than ``model(batch)``.
+        bn: ``auto`` and ``refresh`` recompute the running statistics; ``keep`` averages them like weights.
+        bn_batches: refresh with at most this many batches.
+        overwrite: replace an existing output.
+        dry_run: check and plan, but read no tensors (BatchNorm statistics excepted) and write nothing.
+        progress: callbacks.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UsageError: the options make no sense together, or the model or data for a refresh is missing.
+        CheckpointFormatError: a checkpoint is corrupt, unsafe or of an unknown kind.
+        IncompatibleError: the checkpoints don't fit together, or not the model, or hold NaN or Inf.
+        OutputError: the output exists, or could not be written.
+        ResourceError: a resource ran out.
+        UserCodeError: the model or the data failed during the refresh.
+
+    Example:
+        >>> result = average(["fixtures/mnist_cnn"], "swa.safetensors", every=3, bn="keep", dry_run=True)
+        >>> [path.name for path in result.checkpoints]
+        ['epoch_11.pt', 'epoch_14.pt', 'epoch_17.pt', 'epoch_20.pt']
+    """
+    progress = progress or Progress()
+    notices: list[str] = []
+
+    def notice(text: str) -> None:
+        notices.append(text)
+        progress.notice(text)
+
+    _check_options(dtype, non_float, bn, threads, memory, bn_batches)
+    target_device = choose_device(device)
+    target = check_target(Path(output), overwrite=overwrite)
+    discovery = discover(sources)
+    paths = select(discovery.paths, Selection(tuple(include), tuple(exclude), every, last))
+    allow_open_files(2 * len(paths))
+    with ExitStack() as stack:
+        checkpoints = [stack.enter_context(open_checkpoint(path, state_key=state_key)) for path in paths]
+        _refuse_output_among_inputs(target, checkpoints)
+        specs = [checkpoint.spec for checkpoint in checkpoints]
+        report = compare(specs)
+        if not report.compatible:
+            raise IncompatibleError(str(report))
+        plan = make_plan(specs, dtype=dtype, non_float=non_float)
+        _notice_what_is_read(checkpoints, notice)
+        frozen = _frozen_buffers(checkpoints, plan)
+        loadable = _prepare_refresh(plan, frozen, model, data, bn, notice)
+        statistics = _statistics(plan, frozen, loadable)
+        _check_equal(checkpoints, plan)
+        header_size = len(encode_header(plan, make_metadata(specs, dtype=dtype, batch_norm=_summary(statistics, None, data))))
+        batch_norm: BatchNormReport | None = None
+        if not dry_run:
+            workers = threads or usable_cores()
+            with atomic_output(target, header_size + plan.nbytes) as unpublished:
+
+                def write(contents: memoryview, offset: int) -> None:
+                    unpublished.write(contents, header_size + offset)
+
+                # The refresh reads the file before its own figures can stand in the header, so it is written twice.
+                placeholder = make_metadata(specs, dtype=dtype, batch_norm=_summary(statistics, None, data))
+                unpublished.write(encode_header(plan, placeholder, reserve=header_size), 0)
+                progress.start(sum(spec.nbytes for spec in specs))
+                write_mean(
+                    checkpoints,
+                    plan,
+                    write,
+                    budget=divide_memory(memory, threads=workers, checkpoints=len(checkpoints), device=target_device),
+                    device=target_device,
+                    allow_nonfinite=allow_nonfinite,
+                    progress=progress.read,
+                )
+                if loadable is not None and data is not None:
+                    batch_norm = refresh_output(
+                        loadable,
+                        plan,
+                        unpublished.readable_path,
+                        write,
+                        data,
+                        frozen=frozen_modules(loadable, frozen),
+                        device=target_device,
+                        max_batches=bn_batches,
+                        forward_batch=forward_batch,
+                        progress=progress.refreshed,
+                    )
+                    _notice_what_was_refreshed(batch_norm, notice)
+                    metadata = make_metadata(specs, dtype=dtype, batch_norm=_summary(statistics, batch_norm, data))
+                    unpublished.write(encode_header(plan, metadata, reserve=header_size), 0)
+                _check_readable(unpublished, plan)
+                unpublished.publish(overwrite=overwrite)
+    return AverageResult(
+        output=Path(output),
+        written=not dry_run,
+        checkpoints=paths,
+        skipped=discovery.skipped,
+        tensors=len(plan.tensors),
+        nbytes=header_size + plan.nbytes,
+        device=str(target_device),
+        statistics=statistics,
+        batch_norm=batch_norm,
+        notices=tuple(notices),
+    )
+
+
+def _check_options(
+    dtype: str, non_float: str, bn: str, threads: int | None, memory: int, bn_batches: int | None
+) -> None:
+    for option, value, choices in (
+        ("--dtype", dtype, OUTPUT_DTYPES),
+        ("--non-float", non_float, ("equal", "last")),
+        ("--bn", bn, ("auto", "refresh", "keep")),
+    ):
+        if value not in choices:
+            raise UsageError(f"{option}: expected one of {', '.join(choices)}, got {value!r}.")
+    for option, number, least in (("--threads", threads, 1), ("--memory", memory, 2**20), ("--bn-batches", bn_batches, 1)):
+        if number is not None and number < least:
+            raise UsageError(f"{option}: expected {least:,} or more, got {number:,}.")
+
+
+def _refuse_output_among_inputs(target: Path, checkpoints: Sequence[Checkpoint]) -> None:
+    if not target.exists():
+        return
+    status = target.stat()
+    for checkpoint in checkpoints:
+        if any(file.identity == (status.st_dev, status.st_ino) for file in checkpoint.files):
+            raise UsageError(f"{target}: the output is one of the inputs, {checkpoint.spec.path}. Choose another path.")
+
+
+def _notice_what_is_read(checkpoints: Sequence[Checkpoint], notice: Callable[[str], None]) -> None:
+    first = checkpoints[0].spec
+    for spec in (checkpoint.spec for checkpoint in checkpoints):
+        for note in spec.notes if spec.notes != first.notes or spec is first else ():
+            notice(f"{spec.path}: {note}")
+    if len(checkpoints) == 1:
+        notice(f"{first.path} is the only checkpoint, so its weights are copied")
+    if tied := first.tied():
+        notice(f"tied tensors are written under each name: {listing('='.join(map(quote, names)) for names in tied)}")
+
+
+def _frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[str]:
+    """Returns the running statistics of layers where they are the same in every one of several checkpoints."""
+    if len(checkpoints) < 2:
+        return frozenset()  # one checkpoint says nothing about whether they ever change
+    pairs = [
+        (batch_norm_buffer(layer, "running_mean"), batch_norm_buffer(layer, "running_var")) for layer in plan.batch_norm
+    ]
+    moved = differing(checkpoints, (name for pair in pairs for name in pair))
+    return frozenset(name for pair in pairs if not any(name in moved for name in pair) for name in pair)
+
+
+def _prepare_refresh(
+    plan: Plan, frozen: frozenset[str], model: Model | None, data: Batches | None, bn: str, notice: Callable[[str], None]
+) -> LoadableModel | None:
+    """Returns the model to refresh with; None where nothing is to be refreshed."""
+    moving = [layer for layer in plan.batch_norm if batch_norm_buffer(layer, "running_mean") not in frozen]
+    if len(moving) < len(plan.batch_norm):
+        kept = [layer for layer in plan.batch_norm if layer not in moving]
+        notice(
+            f"{plural(len(kept), 'frozen BatchNorm layer')} left as found, the statistics being the same in every "
+            f"checkpoint: {listing(map(quote, kept))}"
+        )
+    if not moving or bn == "keep":
+        if not plan.batch_norm and (model is not None or data is not None or bn == "refresh"):
+            notice("the checkpoints hold no BatchNorm statistics, so there is nothing to refresh")
+        elif moving:
+            notice(
+                f"the running statistics of {plural(len(moving), 'BatchNorm layer')} are the mean of the checkpoints', which "
+                "averaged weights often do badly with; --model and --data recompute them"
+            )
+        return None
+    if model is None or data is None:
+        missing = " and ".join(
+            text
+            for text, given in (("--model MODULE:FACTORY", model), ("--data MODULE:FACTORY", data))
+            if given is None
+        )
+        raise UsageError(
+            f"the checkpoints hold running statistics of {plural(len(moving), 'BatchNorm layer')} "
+            f"({listing(list(map(quote, moving))[:3])}{', …' if len(moving) > 3 else ''}), which are wrong for averaged weights until "
+            f"they are recomputed over training data. Add {missing}, or accept the mean of the statistics with --bn keep."
+        )
+    loadable = make_loadable(model, plan)
+    names = {name for buffers in loadable.buffers.values() for name in buffers["running_mean"]}
+    others = [layer for layer in moving if batch_norm_buffer(layer, "running_mean") not in names]
+    if others:
+        notice(
+            f"{plural(len(others), 'layer')} with running statistics are no BatchNorm layers of the model, so theirs are "
+            f"the mean of the checkpoints': {listing(map(quote, others))}"
+        )
+    return loadable if len(others) < len(moving) else None
+
+
+def _statistics(plan: Plan, frozen: frozenset[str], loadable: LoadableModel | None) -> Statistics:
+    if not plan.batch_norm:
+        return "none"
+    if loadable is not None:
+        return "refreshed"
+    return "frozen" if len(frozen) == 2 * len(plan.batch_norm) else "mean"
+
+
+def _check_equal(checkpoints: Sequence[Checkpoint], plan: Plan) -> None:
+    unequal = differing(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
+    if unequal:
+        raise IncompatibleError(
+            f"{plural(len(unequal), 'integer or bool tensor')} differ from {checkpoints[0].spec.path}, and numbers of these "
+            f"dtypes are never averaged:\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
+            "Take the last checkpoint's with --non-float last."
+        )
+
+
+def _summary(statistics: Statistics, report: BatchNormReport | None, data: Batches | None) -> dict[str, object] | None:
+    """Returns what the metadata says of BatchNorm; as wide as it can get while the refresh is still to come."""
+    if statistics == "none":
+        return None
+    if statistics != "refreshed":
+        return {"statistics": statistics}
+    return {
+        "statistics": "refreshed",
+        "estimator": "pooled",
+        "batches": report.batches if report else 10**15,
+        "samples": report.samples if report else 10**15,
+        "data": getattr(data, "__qualname__", type(data).__name__),
+    }
+
+
+def _notice_what_was_refreshed(report: BatchNormReport, notice: Callable[[str], None]) -> None:
+    if report.used_twice:
+        notice(f"layers used more than once in a pass, over all uses: {listing(map(quote, report.used_twice))}")
+
+
+def _check_readable(unpublished: UnpublishedFile, plan: Plan) -> None:
+    """Opens the finished file with safetensors itself before anybody else can."""
+    try:
+        with safe_open(str(unpublished.readable_path), framework="pt") as reader:
+            names = set(reader.keys())
+    except Exception as error:
+        raise OutputError(f"{unpublished.target}: safetensors cannot read what was written: {error}. Nothing is published.") from error
+    if names != {tensor.name for tensor in plan.tensors}:
+        raise OutputError(f"{unpublished.target}: safetensors reads other tensors than were written. Nothing is published.")
+
+
+__all__ = ["AverageResult", "Progress", "average"]

@@ -1,0 +1,229 @@
+"""`atomic_output`: the final path is absent, what it was, or complete; never anything between.
+
+The data goes to a file without a name (``O_TMPFILE``), or where the file system has none to a hidden name beside
+the output. Space is reserved first. `publish` syncs the data, gives the file its name in one system call, and
+syncs the folder, since POSIX lets a crash forget a name whose folder was not synced. A file whose fsync failed is
+discarded: the kernel has already marked its pages clean, so a second fsync would succeed without writing them
+(Rebello et al., USENIX ATC 2020).
+
+An output path that is a symbolic link is followed: the file it points to is replaced, the link stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckpt_avg.errors import OutputError, UsageError
+from ckpt_avg.messages import size as readable_size
+
+
+class UnpublishedFile:
+    """The output while it is being filled. Threads may write to it side by side."""
+
+    def __init__(self, target: Path, descriptor: int, hidden: Path | None) -> None:
+        self.target = target
+        self._fd = descriptor
+        self._hidden = hidden
+        self.published = False
+
+    @property
+    def readable_path(self) -> Path:
+        """A path under which this process can read the file before it has its name."""
+        return self._hidden or Path(f"/proc/self/fd/{self._fd}")
+
+    def write(self, contents: memoryview | bytes, offset: int) -> None:
+        """Writes all of ``contents`` at ``offset``.
+
+        Raises:
+            OutputError: the system refused.
+        """
+        rest = memoryview(contents).cast("B")
+        while len(rest):
+            try:
+                count = self._write_some(rest, offset)
+            except OSError as error:
+                raise _output_error(self.target, "writing failed", error) from error
+            rest, offset = rest[count:], offset + count
+
+    def _write_some(self, contents: memoryview, offset: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._fd, contents, offset)
+        os.lseek(self._fd, offset, os.SEEK_SET)  # Windows, where the writer uses one thread
+        return os.write(self._fd, contents)
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Makes the file durable and gives it its name.
+
+        Raises:
+            OutputError: syncing failed, or the path has come to exist meanwhile and ``overwrite`` is off. Nothing
+                is published then.
+        """
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _output_error(self.target, "fsync failed, so the data is discarded", error) from error
+        if self._hidden is not None:
+            self._close_descriptor()  # Windows renames no open file
+        try:
+            if overwrite:
+                self._replace()
+            else:
+                self._create()
+        except FileExistsError as error:
+            raise OutputError(
+                f"{self.target}: came to exist during the run and is kept as it is. Choose another path, or --overwrite."
+            ) from error
+        except OSError as error:
+            raise _output_error(self.target, "publishing failed", error) from error
+        self.published = True
+        _sync_folder(self.target)
+
+    def _create(self) -> None:
+        if self._hidden is None:
+            self._link(self.target)
+            return
+        try:
+            os.link(self._hidden, self.target)
+        except FileExistsError:
+            raise
+        except (OSError, AttributeError):
+            # No hard links here (FAT, some network file systems): a look, then a rename, which is not one step.
+            if os.path.lexists(self.target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.target)) from None
+            os.rename(self._hidden, self.target)
+            self._hidden = None
+
+    def _replace(self) -> None:
+        if self._hidden is None:
+            # A link cannot replace a name, so the file gets a hidden one first.
+            hidden = _hidden_name(self.target)
+            self._link(hidden)
+            self._hidden = hidden
+        os.replace(self._hidden, self.target)
+        self._hidden = None
+
+    def _link(self, name: Path) -> None:
+        folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.link(str(self._fd), name, src_dir_fd=folder, follow_symlinks=True)
+        finally:
+            os.close(folder)
+
+    def _close_descriptor(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def close(self) -> None:
+        """Closes the file and removes its hidden name; unpublished, it is gone."""
+        self._close_descriptor()
+        if self._hidden is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._hidden)
+            self._hidden = None
+
+
+@contextlib.contextmanager
+def atomic_output(target: Path, size: int) -> Iterator[UnpublishedFile]:
+    """Yields an unpublished file of ``size`` reserved bytes; without `publish` it vanishes.
+
+    Raises:
+        OutputError: the folder cannot be written, or has no room.
+    """
+    descriptor, hidden = _open_unnamed(target)
+    file = UnpublishedFile(target, descriptor, hidden)
+    try:
+        _reserve(target, descriptor, size)
+        yield file
+    finally:
+        file.close()
+
+
+def check_target(path: Path, *, overwrite: bool) -> Path:
+    """Returns the path to write to, symbolic links followed, after the checks that need no data.
+
+    Raises:
+        UsageError: the path is a folder or a device, or its folder does not exist.
+        OutputError: it exists and ``overwrite`` is off, or its folder cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        mode: int | None = os.stat(target).st_mode
+    except FileNotFoundError:
+        mode = None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be used as output: {error.strerror}. Choose another path.") from error
+    if mode is not None and not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+        raise UsageError(f"{path}: expected a path for a new file, got {kind}. Name a file, for example swa.safetensors.")
+    if not target.parent.is_dir():
+        raise UsageError(f"{path}: its folder {target.parent} does not exist. Create it first.")
+    if mode is not None and not overwrite:
+        raise OutputError(f"{path}: exists already. Choose another path, or replace it with --overwrite.")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: its folder {target.parent} is not writable. Choose another path.")
+    return target
+
+
+def _open_unnamed(target: Path) -> tuple[int, Path | None]:
+    flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+    if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
+        try:
+            return os.open(target.parent, flags | os.O_TMPFILE, 0o666), None
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+                raise _output_error(target, "its folder cannot be written", error) from error
+    hidden = _hidden_name(target)
+    try:
+        return os.open(hidden, flags | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), hidden
+    except OSError as error:
+        raise _output_error(target, "its folder cannot be written", error) from error
+
+
+def _hidden_name(target: Path) -> Path:
+    # Cut, so that a name at the system's limit still leaves room for the suffix.
+    return target.with_name(f".{target.name.encode()[:200].decode(errors='ignore')}.{secrets.token_hex(6)}.tmp")
+
+
+def _reserve(target: Path, descriptor: int, size: int) -> None:
+    try:
+        if hasattr(os, "posix_fallocate") and size:
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            status = os.statvfs(target.parent)
+            raise OutputError(
+                f"{target}: no room for it: expected {readable_size(size)} free, got "
+                f"{readable_size(status.f_bavail * status.f_frsize)}. Free some space or write elsewhere."
+            ) from error
+        raise _output_error(target, f"reserving {readable_size(size)} failed", error) from error
+
+
+def _sync_folder(target: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # Windows cannot sync a folder
+    try:
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems have no fsync for folders
+            raise _output_error(target, "written, but syncing its folder failed, so a crash may lose it", error) from error
+
+
+def _output_error(target: Path, what: str, error: OSError) -> OutputError:
+    return OutputError(f"{target}: {what}: {error.strerror}. Check the disk and the permissions, then run again.")

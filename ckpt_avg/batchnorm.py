@@ -1,0 +1,297 @@
+"""The BatchNorm refresh: running statistics recomputed for weights that have none of their own yet.
+
+Averaged weights produce activations that no checkpoint had, so the running statistics must be measured again over
+training data (Izmailov et al. 2018, section 3.2, arXiv 1803.05407). Each BatchNorm layer normalises by the batch,
+as in training; everything else stays in evaluation mode. The statistics are pooled over all batches, each weighted
+by its count ("precise BN", Wu & Johnson 2021, section 3, arXiv 2105.07576), in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ckpt_avg.errors import UserCodeError
+from ckpt_avg.messages import listing, quote
+from ckpt_avg.rounding import round_to
+
+ForwardBatch = Callable[[torch.nn.Module, Any], object]
+Progress = Callable[[int, int], None]
+
+_CHUNK = 1024 * 1024  # activations widened to float64 at a time: 8 MiB
+_ACCEPTED = (
+    "Accepted batches: a tensor, a tuple or list (its first element is the input), a mapping (passed as keywords), or "
+    "anything that a function forward_batch(model, batch), in the module of --model, takes."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatistics:
+    """What was measured at the input of one BatchNorm layer.
+
+    Attributes:
+        count: values per channel, over all samples and positions.
+        mean: float64, (channels,).
+        variance: float64, (channels,), unbiased (divided by count − 1), as PyTorch stores it.
+        calls_per_batch: how often a batch passed the layer; more than once where a module is used twice.
+    """
+
+    count: int
+    mean: torch.Tensor
+    variance: torch.Tensor
+    calls_per_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormReport:
+    """What a refresh did.
+
+    Attributes:
+        batches, samples: how many passed through the model.
+        statistics: layer name → what was measured there.
+        frozen: layers that were left as they are.
+    """
+
+    batches: int
+    samples: int
+    statistics: Mapping[str, LayerStatistics]
+    frozen: tuple[str, ...] = ()
+
+    @property
+    def used_twice(self) -> tuple[str, ...]:
+        """The layers that each batch passed more than once; their statistics cover all passes."""
+        return tuple(name for name, layer in self.statistics.items() if layer.calls_per_batch > 1)
+
+
+def batch_norm_modules(model: torch.nn.Module) -> dict[str, _BatchNorm]:
+    """Returns the BatchNorm layers that keep running statistics, by their name in the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+    }
+
+
+def refresh_batch_norm(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    *,
+    max_batches: int | None = None,
+    frozen: Collection[str] = (),
+    device: torch.device | str | None = None,
+    forward_batch: ForwardBatch | None = None,
+    progress: Progress = lambda batches, samples: None,
+) -> BatchNormReport:
+    """Measures the running statistics of a model's BatchNorm layers anew and stores them in the model.
+
+    For each layer, with n_b values per channel in batch b, their mean m_b and centred sum of squares s_b, two sets
+    are pooled by Chan, Golub & LeVeque (1979): with d = m_b − m and N = n + n_b, the mean becomes m + d·n_b/N and the
+    sum s + s_b + d²·n·n_b/N. Then ``running_mean`` = m, ``running_var`` = s / (n − 1), ``num_batches_tracked`` = the
+    number of batches. The first layer's statistics are therefore those of all samples at once, however they are split
+    into batches; a later layer's depend on the split as far as the layers before it normalise by the batch.
+
+    Only these buffers change. Modes, every other buffer and torch's random state are as before, and on any error
+    the buffers are, too.
+
+    Args:
+        model: the model, its weights loaded.
+        batches: tensors, tuples or lists (the first element is the input), mappings (passed as keywords), or what
+            ``forward_batch`` takes.
+        max_batches: stop after this many.
+        frozen: names of layers to leave in evaluation mode, as they are.
+        device: where the model is; batches are moved there.
+        forward_batch: called as ``forward_batch(model, batch)`` instead of the model.
+        progress: called after each batch with the batches and samples so far.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        UserCodeError: the loader or the model raised, there was no batch, a layer was not reached, a batch has one
+            value per channel, or an activation is NaN or Inf.
+    """
+    layers = {name: layer for name, layer in batch_norm_modules(model).items() if name not in frozen}
+    pools = {name: _Pool() for name in layers}
+    samples = done = 0
+    with _measuring(model, layers, pools), torch.no_grad():
+        for batch in _guarded(itertools.islice(batches, max_batches) if max_batches is not None else batches):
+            moved = _to_device(batch, device)
+            for pool in pools.values():
+                pool.batch = done + 1
+            _forward(model, moved, forward_batch, done + 1)
+            done += 1
+            samples += _samples(moved)
+            progress(done, samples)
+        if done == 0:
+            raise UserCodeError(
+                "BatchNorm refresh: expected at least one batch, got an empty dataloader. A generator is used up after "
+                "one pass: make a new one in the factory."
+            )
+        unreached = [name for name, pool in pools.items() if pool.count == 0]
+        if unreached:
+            raise UserCodeError(
+                f"BatchNorm refresh: expected every BatchNorm layer to be used, got no input for "
+                f"{listing(map(quote, unreached))}. Let the dataloader or forward_batch(model, batch) reach them."
+            )
+        statistics = {name: pool.statistics(done) for name, pool in pools.items()}
+    for name, layer in layers.items():
+        store(layer, statistics[name], done)
+    return BatchNormReport(done, samples, statistics, tuple(frozen))
+
+
+def store(layer: _BatchNorm, statistics: LayerStatistics, batches: int) -> None:
+    """Puts measured statistics into a layer's buffers."""
+    for buffer, values in ((layer.running_mean, statistics.mean), (layer.running_var, statistics.variance)):
+        if buffer is not None:
+            buffer.copy_(round_to(values, buffer.dtype))
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.fill_(batches)
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Count, mean and centred sum of squares of all that has passed one layer."""
+
+    count: int = 0
+    mean: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    calls: int = 0
+    batch: int = 0
+
+    def add(self, values: torch.Tensor) -> None:
+        """Pools the values of one call, shaped (samples, channels, …)."""
+        self.calls += 1
+        step = max(1, _CHUNK // max(1, values[0].numel()))
+        for part in values.split(step):
+            self._pool(part.to(torch.float64))
+
+    def _pool(self, values: torch.Tensor) -> None:
+        others = [dim for dim in range(values.dim()) if dim != 1]
+        shape = [1, -1] + [1] * (values.dim() - 2)
+        count = values.numel() // values.shape[1]
+        mean = values.mean(others)
+        squares = values.sub(mean.view(shape)).square_().sum(others)
+        if self.count == 0:
+            self.count, self.mean, self.squares = count, mean, squares
+            return
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.squares = self.squares + squares + delta.square() * (self.count * count / total)
+        self.count = total
+
+    def statistics(self, batches: int) -> LayerStatistics:
+        return LayerStatistics(self.count, self.mean, self.squares / (self.count - 1), -(-self.calls // batches))
+
+
+@contextlib.contextmanager
+def _measuring(model: torch.nn.Module, layers: Mapping[str, _BatchNorm], pools: Mapping[str, _Pool]) -> Iterator[None]:
+    """Puts the layers, and nothing else, in train mode with a hook each; undoes all of it, the buffers included."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for layer in layers.values() for buffer in layer.buffers(recurse=False)]
+    hooks = []
+    cuda = sorted({buffer.device.index for buffer, _ in buffers if buffer.device.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            for module, _ in modes:
+                # The attribute, not train(): some models override that method, to keep layers frozen.
+                module.training = False
+            for name, layer in layers.items():
+                layer.training = True
+                hooks.append(layer.register_forward_pre_hook(_hook(name, pools[name]), with_kwargs=True))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+def _hook(name: str, pool: _Pool) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def measure(module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        values = (arguments[0] if arguments else keywords["input"]).detach()
+        if values.dim() < 2 or values.numel() <= values.shape[1]:
+            raise UserCodeError(
+                f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected more than one value per channel, "
+                f"got an input of shape {list(values.shape)}. Use a larger batch, or drop_last=True for a last batch of one."
+            )
+        pool.add(values)
+        if not pool.mean.isfinite().all():
+            raise UserCodeError(
+                f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected finite activations, got NaN or Inf. "
+                "It is the first layer to see them: check the data and the weights before it."
+            )
+
+    return measure
+
+
+def _guarded(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yields the batches; an exception of the loader names the batch."""
+    number = 1
+    try:
+        for batch in batches:
+            yield batch
+            number += 1
+    except Exception as error:
+        raise UserCodeError(f"the dataloader raised at batch {number}: {type(error).__name__}: {error}") from error
+
+
+def _forward(model: torch.nn.Module, batch: Any, forward_batch: ForwardBatch | None, number: int) -> None:
+    try:
+        if forward_batch is not None:
+            forward_batch(model, batch)
+        elif isinstance(batch, torch.Tensor):
+            model(batch)
+        elif isinstance(batch, Mapping):
+            model(**batch)
+        elif isinstance(batch, (tuple, list)) and batch:
+            model(batch[0])
+        else:
+            raise UserCodeError(f"BatchNorm refresh: batch {number}: got a {type(batch).__name__}. {_ACCEPTED}")
+    except UserCodeError:
+        raise
+    except Exception as error:
+        raise UserCodeError(
+            f"the model raised at batch {number} ({_shape(batch)}): {type(error).__name__}: {error}\n{_ACCEPTED}"
+        ) from error
+
+
+def _shape(batch: Any) -> str:
+    if isinstance(batch, torch.Tensor):
+        return f"a tensor of shape {list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"a mapping with the keys {listing(map(quote, batch))}"
+    if isinstance(batch, (tuple, list)) and batch:
+        return f"a {type(batch).__name__} of {len(batch)}, the first {_shape(batch[0])}"
+    return f"a {type(batch).__name__}"
+
+
+def _to_device(batch: Any, device: torch.device | str | None) -> Any:
+    if device is None or str(device) == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_to_device(item, device) for item in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_to_device(item, device) for item in batch)
+    return batch
+
+
+def _samples(batch: Any) -> int:
+    """Returns the length of the first tensor of a batch, which by convention counts its samples."""
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    items: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return next(filter(None, map(_samples, items)), 0)

@@ -1,0 +1,183 @@
+"""The ``ckpt-avg`` command: parse, call the API, print. Nothing here imports torch before it is needed.
+
+Results go to stdout; progress, notices and errors to stderr; ``--json`` puts exactly one document on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ckpt_avg import __version__
+from ckpt_avg.errors import IncompatibleError
+from ckpt_avg.exits import run
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class _Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+        if match is None or match[2].upper() not in _UNITS:
+            self.fail(f"expected a size such as 256MiB, got {value!r}", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _together(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_sources = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+_selection = _together(
+    click.option("--last", type=int, metavar="N", help="Take the last N checkpoints."),
+    click.option("--every", type=int, metavar="K", help="Take each K-th, counted back from the last."),
+    click.option("--include", multiple=True, metavar="GLOB", help="Take only file names that match. Repeatable."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out file names that match. Repeatable."),
+)
+_state_key = click.option(
+    "--state-key", metavar="DOTTED.KEY", help="Where a torch file holds the state dict, if not under a common key."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="ckpt-avg")
+def cli() -> None:
+    """Average the checkpoints of a training run into one safetensors file (Stochastic Weight Averaging).
+
+    A SOURCE is a checkpoint file (safetensors, or written by torch.save) or a run folder of such files, which is read
+    in natural order. No code inside a checkpoint is ever run.
+    """
+
+
+@cli.command("average")
+@_sources
+@click.option("-o", "--output", required=True, metavar="OUT.safetensors", help="The file to write.")
+@_selection
+@_state_key
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to sum and refresh.")
+@click.option(
+    "--dtype",
+    default="keep",
+    show_default=True,
+    metavar="keep|float64|float32|bfloat16|float16",
+    help="The dtype of the output's floating-point tensors.",
+)
+@click.option("--threads", type=int, metavar="N", help="Workers; by default one for each usable core.")
+@click.option("--memory", type=_Size(), default="128MiB", show_default=True, help="Working memory, shared by the workers.")
+@click.option(
+    "--non-float",
+    default="equal",
+    show_default=True,
+    metavar="equal|last",
+    help="Integer and bool tensors: must be equal, or take the last checkpoint's.",
+)
+@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and Inf through instead of refusing them.")
+@click.option("--model", metavar="MODULE:FACTORY", help="Returns the model, for the BatchNorm refresh.")
+@click.option("--data", metavar="MODULE:FACTORY", help="Returns an iterable of batches, for the BatchNorm refresh.")
+@click.option(
+    "--bn",
+    default="auto",
+    show_default=True,
+    metavar="auto|refresh|keep",
+    help="Recompute the BatchNorm statistics, or keep the mean of the checkpoints'.",
+)
+@click.option("--bn-batches", type=int, metavar="N", help="Refresh over at most N batches.")
+@click.option("--app-dir", default=".", show_default=True, metavar="DIR", help="Where --model and --data are imported from.")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
+@_json
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars and no notices.")
+def average_command(
+    sources: Sequence[str],
+    output: str,
+    model: str | None,
+    data: str | None,
+    app_dir: str,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Write the equal-weighted mean of the checkpoints, BatchNorm statistics recomputed.
+
+    \b
+    ckpt-avg average RUN --last 8 -o swa.safetensors
+    ckpt-avg average RUN -o swa.safetensors --model train:make_model --data train:train_loader
+    """
+    from ckpt_avg.api import average
+    from ckpt_avg.bars import bars
+    from ckpt_avg.report import average_json, average_text
+    from ckpt_avg.user_code import forward_batch_beside, load_user_code
+
+    factories = {
+        "model": load_user_code(model, "--model", app_dir) if model else None,
+        "data": load_user_code(data, "--data", app_dir) if data else None,
+        "forward_batch": forward_batch_beside(model) if model else None,
+    }
+    with bars(quiet=quiet) as progress:
+        result = average(sources, output, progress=progress, **factories, **options)
+    if as_json:
+        click.echo(json.dumps(average_json(result), indent=2))
+    else:
+        click.echo(average_text(result))
+
+
+@cli.command("check")
+@_sources
+@_selection
+@_state_key
+@_json
+def check_command(sources: Sequence[str], as_json: bool, **options: Any) -> None:
+    """Say whether the checkpoints fit together, from their headers alone."""
+    from ckpt_avg.compat import check
+    from ckpt_avg.report import compatibility_json
+
+    report = check(sources, **options)
+    if as_json:
+        click.echo(json.dumps(compatibility_json(report), indent=2))
+    if not report.compatible:
+        raise IncompatibleError(str(report))
+    if not as_json:
+        click.echo(str(report))
+
+
+@cli.command("inspect")
+@click.argument("path")
+@_state_key
+@_json
+def inspect_command(path: str, state_key: str | None, as_json: bool) -> None:
+    """Show what a checkpoint file or a run folder holds, and how it would be read."""
+    from ckpt_avg.discover import discover
+    from ckpt_avg.readers import open_checkpoint
+    from ckpt_avg.report import checkpoint_json, checkpoint_text, folder_json, folder_text
+
+    discovery = discover([path])
+    specs = []
+    for found in discovery.paths:
+        with open_checkpoint(found, state_key=state_key) as checkpoint:
+            specs.append(checkpoint.spec)
+    if Path(path).is_dir():
+        click.echo(json.dumps(folder_json(discovery, specs), indent=2) if as_json else folder_text(discovery, specs))
+    else:
+        click.echo(json.dumps(checkpoint_json(specs[0]), indent=2) if as_json else checkpoint_text(specs[0]))
+
+
+def main() -> None:
+    """The entry point: runs the command and exits with its code."""
+    sys.exit(run(cli, sys.argv[1:]))

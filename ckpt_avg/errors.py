@@ -1,0 +1,67 @@
+"""The exceptions, and the exit code that each gives on the command line.
+
+    CkptAvgError
+    ├── UsageError                  2  the request itself makes no sense
+    ├── CheckpointFormatError       3  an input is corrupt, unsafe or of an unknown kind
+    │   └── ChangedWhileReadingError   … or it changed under us
+    ├── IncompatibleError           4  the checkpoints don't fit together, or there is nothing to average
+    │   └── NonFiniteError             … or hold NaN or Inf
+    ├── OutputError                 5  the output could not be written
+    ├── ResourceError               6  out of memory or of another resource
+    └── UserCodeError               7  the user's model or data failed, or the refresh could not be done
+
+Every message says where, what was expected, what was found and what to do. An exception that is none of
+these is a bug of ours: it keeps its traceback and exits with 1.
+"""
+
+from __future__ import annotations
+
+
+class CkptAvgError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(CkptAvgError):
+    """The request cannot be carried out as it was worded."""
+
+    exit_code = 2
+
+
+class CheckpointFormatError(CkptAvgError):
+    """An input is corrupt, unsafe, unreadable or of an unknown kind."""
+
+    exit_code = 3
+
+
+class ChangedWhileReadingError(CheckpointFormatError):
+    """An input was truncated or overwritten while it was being read."""
+
+
+class IncompatibleError(CkptAvgError):
+    """The checkpoints don't fit together, or there is nothing to average."""
+
+    exit_code = 4
+
+
+class NonFiniteError(IncompatibleError):
+    """An input holds NaN or Inf, or the mean does not fit the output dtype."""
+
+
+class OutputError(CkptAvgError):
+    """The output could not be written; whatever stood at its path still does."""
+
+    exit_code = 5
+
+
+class ResourceError(CkptAvgError):
+    """Memory, file descriptors or another resource ran out."""
+
+    exit_code = 6
+
+
+class UserCodeError(CkptAvgError):
+    """The user's model or dataloader failed, or the BatchNorm refresh could not be done."""
+
+    exit_code = 7

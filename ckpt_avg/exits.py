@@ -1,0 +1,108 @@
+"""One command run: signals, errors and streams turned into the exit codes of `errors`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+import click
+
+from ckpt_avg.errors import CkptAvgError, ResourceError, UserCodeError
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP, raised in the main thread so that everything is cleaned up on the way out."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def run(command: click.Command, arguments: Sequence[str]) -> int:
+    """Runs a click command and returns the exit code; a bug of ours keeps its traceback and gives 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(command, arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone. The interpreter must not try to flush it again on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    return code
+
+
+def _run(command: click.Command, arguments: Sequence[str]) -> int:
+    as_json = "--json" in arguments
+    try:
+        with _signals():
+            command.main(args=list(arguments), prog_name="ckpt-avg", standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return _fail(type(error).__name__, error.format_message(), error.exit_code, as_json, show=False)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("Interrupted", "interrupted; the output path is as it was", 130, as_json)
+    except _Terminated as error:
+        return _fail("Terminated", "terminated; the output path is as it was", 128 + error.number, as_json)
+    except UserCodeError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except CkptAvgError as error:
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        text = f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more to be had'}. Use a smaller --memory."
+        return _fail("ResourceError", text, ResourceError.exit_code, as_json)
+
+
+def _fail(kind: str, message: str, code: int, as_json: bool, *, show: bool = True) -> int:
+    if show:
+        click.echo(f"Error: {message}", err=True)
+    # check --json has printed its report already, and that is the one document.
+    if as_json and not getattr(sys.stdout, "ckpt_avg_printed", False) and kind != "IncompatibleReport":
+        click.echo(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}, indent=2))
+    return code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    return torch is not None and (
+        isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into an exception; after the first signal a second Ctrl-C ends the process at once."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise _Terminated(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
+    # A signal that the caller ignores (nohup) stays ignored.
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])

@@ -1,0 +1,47 @@
+"""The header of the output, byte for byte as safetensors itself would write it.
+
+The layout is that of the reference implementation (``safetensors/src/tensor.rs``, ``prepare``): compact JSON,
+``__metadata__`` first, tensors by falling dtype rank and then by name, padded with spaces to a multiple of 8.
+The reference writes two or more metadata keys in an order that differs between processes; here they are sorted.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+
+from ckpt_avg.errors import IncompatibleError
+from ckpt_avg.limits import LIMITS
+from ckpt_avg.plan import Plan
+
+
+def encode_header(plan: Plan, metadata: Mapping[str, str], *, reserve: int = 0) -> bytes:
+    """Returns the 8 bytes of length and the padded JSON.
+
+    Args:
+        plan: the tensors and their offsets.
+        metadata: strings for ``__metadata__``.
+        reserve: bytes that the result must fill at least, spaces added; it allows metadata that is known only
+            after the data to be written last.
+
+    Raises:
+        IncompatibleError: the header would exceed the format's limit.
+    """
+    fields: dict[str, object] = {}
+    if metadata:
+        fields["__metadata__"] = dict(sorted(metadata.items()))
+    for tensor in plan.tensors:
+        fields[tensor.name] = {
+            "dtype": tensor.dtype.name,
+            "shape": tensor.shape,
+            "data_offsets": (tensor.offset, tensor.offset + tensor.nbytes),
+        }
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    length = max(len(text) + -len(text) % 8, reserve - 8)
+    if length > LIMITS.header:
+        raise IncompatibleError(
+            f"the output's header would take {length:,} bytes, and safetensors allows {LIMITS.header:,}. "
+            "Average fewer tensors in one file."
+        )
+    return struct.pack("<Q", length) + text.ljust(length)

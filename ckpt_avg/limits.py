@@ -1,0 +1,28 @@
+"""Bounds on what an untrusted header, zip directory or pickle may ask for.
+
+Each is far above what a real checkpoint needs and low enough that a hostile file is refused in seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Every bound, with its unit in its comment."""
+
+    header: int = 100_000_000  # bytes of a safetensors header; the format's own limit
+    tensors: int = 1_000_000  # in one file
+    name: int = 4_096  # bytes of one tensor name in UTF-8
+    rank: int = 64  # dimensions of one tensor; torch itself allows no more
+    elements: int = 2**63 - 1  # of one tensor; torch counts them in int64
+    zip_directory: int = 256 * 2**20  # bytes of a zip's central directory
+    pickle: int = 256 * 2**20  # bytes of a checkpoint's pickle, the tensors not included
+    pickle_operations: int = 10_000_000
+    pickle_globals: int = 10_000  # distinct classes and functions named in a pickle
+    expanded: int = 64 * 2**20  # bytes of a tensor that repeats elements of a smaller storage (stride 0)
+    nesting: int = 4  # how deep nested dicts are searched for a state dict
+
+
+LIMITS = Limits()

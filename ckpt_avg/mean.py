@@ -1,0 +1,268 @@
+"""The streaming mean: float64 sums in checkpoint order, one true division, one correctly rounded cast.
+
+Each element is computed alone, so the bytes do not depend on chunks, threads or the device. Working memory is bounded
+by the budget that the caller gives: a worker holds, of each checkpoint, one window of pages, and gives it back when
+the window is done.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import torch
+
+from ckpt_avg.devices import Staging
+from ckpt_avg.elements import byte_range, coalesce, flat_range, stream
+from ckpt_avg.errors import NonFiniteError
+from ckpt_avg.mapped import MappedFile
+from ckpt_avg.messages import listing, quote
+from ckpt_avg.plan import OutputTensor, Piece, Plan
+from ckpt_avg.readers import Checkpoint
+from ckpt_avg.rounding import round_to
+
+# Elements summed at a time: float64 sum and widened input, 1 MiB together, stay in a core's second-level cache.
+_CHUNK = 64 * 1024
+_CUDA_CHUNK = 1024 * 1024  # there a chunk must outweigh the launch of a kernel
+_WINDOW = 4 * 1024 * 1024  # a task of more elements gains nothing and shares the work out less evenly
+
+Write = Callable[[memoryview, int], None]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How the working memory is divided.
+
+    Attributes:
+        threads: workers.
+        chunk: elements summed at a time.
+        window: elements of one task.
+    """
+
+    threads: int
+    chunk: int
+    window: int
+
+
+def divide_memory(memory: int, *, threads: int, checkpoints: int, device: torch.device) -> Budget:
+    """Divides ``memory`` bytes between the workers.
+
+    Each holds, for every element of its window, up to 8 bytes of each checkpoint and of the output, and for every
+    element of its chunk a sum and a widened input (32 bytes, since a complex element has two parts). The same budget
+    therefore holds whatever the number of checkpoints: their windows get smaller.
+    """
+    each = memory // threads
+    chunk = max(1024, min(_CHUNK if device.type == "cpu" else _CUDA_CHUNK, each // 64))
+    window = max(1024, min(_WINDOW, (each - 32 * chunk) // (8 * (checkpoints + 1))))
+    return Budget(threads, min(chunk, window), window)
+
+
+def write_mean(
+    checkpoints: Sequence[Checkpoint],
+    plan: Plan,
+    write: Write,
+    *,
+    budget: Budget,
+    device: torch.device,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda nbytes: None,
+) -> None:
+    """Computes every tensor of the plan and writes its bytes.
+
+    Args:
+        checkpoints: open checkpoints that agree, in the order in which they are summed.
+        plan: what to compute and where it goes.
+        write: takes bytes and their offset in the data section; called from several threads.
+        budget: threads and working memory.
+        device: where sums are kept.
+        allow_nonfinite: let NaN and Inf of the inputs through.
+        progress: called with the input bytes that have just been read, from several threads, one at a time.
+
+    Raises:
+        NonFiniteError: an input holds NaN or Inf, or the mean overflows the output dtype.
+        ChangedWhileReadingError: an input was truncated or overwritten meanwhile.
+    """
+    tasks = plan.tasks(budget.window)
+    lock, stop = threading.Lock(), threading.Event()
+
+    def work() -> None:
+        torch.set_num_threads(1)  # the workers are the parallelism; in torch this is a setting of each thread
+        worker = _Worker(checkpoints, write, budget, device, allow_nonfinite)
+        while not stop.is_set():
+            with lock:
+                task = next(tasks, None)
+            if task is None:
+                return
+            nbytes = worker.run(task)
+            with lock:
+                progress(nbytes)
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(budget.threads, thread_name_prefix="mean") as pool:
+            futures = [pool.submit(work) for _ in range(budget.threads)]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                stop.set()
+    finally:
+        torch.set_num_threads(before)
+    for future in futures:
+        future.result()
+    for checkpoint in checkpoints:
+        checkpoint.check_unchanged()
+
+
+class _Worker:
+    """What one thread needs to compute tasks: its buffers and its way to the device."""
+
+    def __init__(
+        self, checkpoints: Sequence[Checkpoint], write: Write, budget: Budget, device: torch.device, allow_nonfinite: bool
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._write = write
+        self._chunk = budget.chunk
+        self._allow_nonfinite = allow_nonfinite
+        self._staging = Staging(device, budget.chunk * 8)
+        self._buffer = mmap.mmap(-1, budget.window * 8)
+        self._output = torch.frombuffer(self._buffer, dtype=torch.uint8)
+        # A complex element is two real ones.
+        self._sum = torch.empty(2 * budget.chunk, dtype=torch.float64, device=device)
+        self._wide = torch.empty(2 * budget.chunk, dtype=torch.float64, device=device)
+        self._count = torch.tensor(float(len(checkpoints)), dtype=torch.float64, device=device)
+
+    def run(self, task: tuple[Piece, ...]) -> int:
+        """Computes one task and writes it; returns the input bytes read."""
+        windows = list(self._windows(task))
+        first = task[0].tensor.offset + task[0].start * task[0].tensor.dtype.itemsize
+        filled = 0
+        try:
+            for file, begin, length in windows:
+                file.populate(begin, length)
+            with self._staging.context():
+                for piece in task:
+                    nbytes = (piece.stop - piece.start) * piece.tensor.dtype.itemsize
+                    self._fill(piece, self._output[filled : filled + nbytes])
+                    filled += nbytes
+        finally:
+            for file, begin, length in windows:
+                file.release(begin, length)
+        self._write(memoryview(self._buffer)[:filled], first)
+        return len(self._checkpoints) * sum(
+            (piece.stop - piece.start) * piece.tensor.source_dtype.itemsize for piece in task
+        )
+
+    def _windows(self, task: tuple[Piece, ...]) -> Iterator[tuple[MappedFile, int, int]]:
+        for checkpoint in self._checkpoints:
+            by_file: dict[int, list[tuple[int, int]]] = {}
+            for piece in task:
+                tensor = checkpoint.spec.tensors[piece.tensor.name]
+                by_file.setdefault(tensor.file, []).append(byte_range(tensor, piece.start, piece.stop))
+            for index, ranges in by_file.items():
+                for begin, length in coalesce(ranges):
+                    yield checkpoint.files[index], begin, length
+
+    def _fill(self, piece: Piece, output: torch.Tensor) -> None:
+        tensor = piece.tensor
+        target = output.view(getattr(torch, tensor.dtype.torch_name))
+        for start in range(piece.start, piece.stop, self._chunk):
+            stop = min(piece.stop, start + self._chunk)
+            into = target[start - piece.start : stop - piece.start]
+            if tensor.rule == "mean":
+                self._average(Piece(tensor, start, stop), into)
+            else:
+                into.copy_(self._read(len(self._checkpoints) - 1, tensor, start, stop))
+
+    def _read(self, index: int, tensor: OutputTensor, start: int, stop: int) -> torch.Tensor:
+        checkpoint = self._checkpoints[index]
+        return flat_range(checkpoint, checkpoint.spec.tensors[tensor.name], start, stop)
+
+    def _average(self, piece: Piece, into: torch.Tensor) -> None:
+        tensor, start, stop = piece.tensor, piece.start, piece.stop
+
+        def chunk(index: int) -> torch.Tensor:
+            return _as_real(self._staging.bring(self._read(index, tensor, start, stop)))
+
+        if tensor.source_dtype.torch_name == "float64":
+            mean = _mean_of_float64(chunk, self._count)
+        else:
+            mean = self._mean_of_narrower(chunk)
+        # One number tells of any NaN or Inf: it costs 1/N of looking at every input.
+        if not self._allow_nonfinite and not math.isfinite(mean.sum().item()) and not mean.isfinite().all():
+            raise NonFiniteError(_describe_nonfinite(self._checkpoints, tensor))
+        rounded = round_to(mean, _as_real(into).dtype)
+        if tensor.dtype is not tensor.source_dtype and not self._allow_nonfinite:
+            _refuse_overflow(tensor, start, mean, rounded)
+        _as_real(into).copy_(rounded)
+
+    def _mean_of_narrower(self, chunk: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """Sums inputs below float64, which no number of finite ones can overflow, in the worker's buffers."""
+        first = chunk(0)
+        total, wide = self._sum[: first.numel()], self._wide[: first.numel()]
+        total.copy_(first)
+        for index in range(1, len(self._checkpoints)):
+            total.add_(wide.copy_(chunk(index)))
+        # By a tensor on the device: CUDA multiplies by the reciprocal of a Python number.
+        return total.div_(self._count)
+
+
+def _mean_of_float64(chunk: Callable[[int], torch.Tensor], count: torch.Tensor) -> torch.Tensor:
+    """Means of float64 inputs, where the sum itself rounds and can overflow.
+
+    Elements that are equal in all checkpoints are taken as they are; a sum that overflows is taken again of inputs
+    scaled by a power of two.
+    """
+    first = chunk(0)
+    number = int(count.item())
+    total = first.clone()
+    equal = torch.ones_like(first, dtype=torch.bool)
+    for index in range(1, number):
+        other = chunk(index)
+        total.add_(other)
+        equal &= other.view(torch.int64).eq(first.view(torch.int64))
+    mean = total.div(count)
+    if not total.isfinite().all():
+        scale = 2.0 ** -math.ceil(math.log2(number))
+        scaled = chunk(0) * scale
+        for index in range(1, number):
+            scaled.add_(chunk(index) * scale)
+        mean = torch.where(total.isfinite(), mean, scaled.div_(count).div_(scale))
+    return torch.where(equal, first, mean)
+
+
+def _as_real(values: torch.Tensor) -> torch.Tensor:
+    return values.view(torch.float32) if values.dtype == torch.complex64 else values
+
+
+def _describe_nonfinite(checkpoints: Sequence[Checkpoint], tensor: OutputTensor) -> str:
+    """Looks through one tensor of every checkpoint for NaN and Inf."""
+    found: list[str] = []
+    for checkpoint in checkpoints:
+        count, first = 0, -1
+        for start, values in stream(checkpoint, checkpoint.spec.tensors[tensor.name]):
+            bad = values.to(torch.complex128 if values.is_complex() else torch.float64).isfinite().logical_not_()
+            if bad.any():
+                first = start + int(bad.to(torch.uint8).argmax()) if first < 0 else first
+                count += int(bad.sum())
+        if count:
+            found.append(f"{checkpoint.spec.path}: {count:,} of {tensor.numel:,} elements, the first at index {first:,}")
+    return (
+        f"tensor {quote(tensor.name)}: expected finite numbers, got NaN or Inf:\n  "
+        + listing(found, separator="\n  ")
+        + "\nLeave such checkpoints out with --exclude, or let NaN and Inf through with --allow-nonfinite."
+    )
+
+
+def _refuse_overflow(tensor: OutputTensor, start: int, mean: torch.Tensor, rounded: torch.Tensor) -> None:
+    overflowed = rounded.isfinite().logical_not_().logical_and_(mean.isfinite())
+    if overflowed.any():
+        index = int(overflowed.to(torch.uint8).argmax())
+        raise NonFiniteError(
+            f"tensor {quote(tensor.name)}: expected a mean within the range of {tensor.dtype.torch_name}, got "
+            f"{mean[index].item():g} at index {start + index:,}. Choose a wider --dtype."
+        )

@@ -1,0 +1,41 @@
+"""How untrusted names and long lists appear in messages: escaped, cut and counted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+_LONGEST_NAME = 120
+_LONGEST_LIST = 20
+
+
+def quote(name: object) -> str:
+    """Returns ``repr(name)``, so that control characters show escaped, cut to a readable length."""
+    text = repr(os.fspath(name) if isinstance(name, os.PathLike) else name)
+    if len(text) <= _LONGEST_NAME:
+        return text
+    return f"{text[: _LONGEST_NAME - 20]}…{text[-16:]} ({len(text)} characters)"
+
+
+def listing(items: Iterable[str], *, separator: str = ", ") -> str:
+    """Joins at most 20 items and says how many more there are."""
+    everything = list(items)
+    shown = everything[:_LONGEST_LIST]
+    if len(everything) > len(shown):
+        shown.append(f"… and {len(everything) - len(shown):,} more")
+    return separator.join(shown)
+
+
+def size(count: int) -> str:
+    """Returns a number of bytes for people: ``1536`` → ``1.5 KiB``."""
+    amount = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "bytes" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def plural(count: int, noun: str) -> str:
+    """Returns ``1 tensor``, ``3,000 tensors``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

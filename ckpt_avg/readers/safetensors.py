@@ -1,0 +1,176 @@
+"""The safetensors header: 8 bytes of length, a JSON object, then the data with no gaps.
+
+The format is described in https://github.com/huggingface/safetensors. What that text forbids is refused here,
+leading spaces, duplicate keys and holes included. Where it says nothing, the stricter reading is taken:
+unknown fields of a tensor are refused, since nobody can know whether they change what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.limits import LIMITS
+from ckpt_avg.mapped import MappedFile
+from ckpt_avg.messages import listing, quote
+from ckpt_avg.spec import DTYPES, SUB_BYTE_DTYPES, CheckpointSpec, TensorSpec, contiguous_stride
+
+_DAMAGED = "The file is damaged or was not written as safetensors: save or copy it again."
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+def looks_like(head: bytes) -> bool:
+    """Whether the first bytes can be those of a safetensors file: a length, then a JSON object."""
+    return len(head) >= 9 and head[8:9] == b"{"
+
+
+def read_spec(file: MappedFile) -> CheckpointSpec:
+    """Reads and checks the whole header.
+
+    Raises:
+        CheckpointFormatError: the header breaks a rule of the format, or exceeds a limit.
+    """
+    header = _header_bytes(file)
+    metadata, entries = _parse(file, header)
+    data_start = 8 + len(header)
+    placed = sorted(
+        ((_tensor(file, name, entry, data_start)) for name, entry in entries.items()),
+        key=lambda tensor: (tensor.offset, tensor.nbytes),
+    )
+    _check_no_gaps(file, placed, data_start)
+    by_name = {tensor.name: tensor for tensor in placed}
+    return CheckpointSpec(file.path, "safetensors", {name: by_name[name] for name in entries}, metadata=metadata)
+
+
+def _fail(file: MappedFile, what: str) -> NoReturn:
+    raise CheckpointFormatError(f"{file.path}: {what}")
+
+
+def _header_bytes(file: MappedFile) -> bytes:
+    (length,) = struct.unpack("<Q", file.read(0, 8))
+    if length > LIMITS.header:
+        _fail(file, f"expected a header of at most {LIMITS.header:,} bytes, got {length:,}. {_DAMAGED}")
+    if 8 + length > file.size:
+        _fail(file, f"expected a header of {length:,} bytes, got a file of {file.size:,} bytes. {_DAMAGED}")
+    header = file.read(8, length)
+    # Each tensor needs a brace of its own, so this bounds their number before any object is built.
+    if header.count(b"{") > LIMITS.tensors + 2:
+        _fail(file, f"expected at most {LIMITS.tensors:,} tensors in the header, got more. {_DAMAGED}")
+    return header
+
+
+def _parse(file: MappedFile, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+    try:
+        parsed = json.loads(
+            header.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_refuse_constant,
+            parse_int=_plain_integer,
+        )
+    except RecursionError:
+        _fail(file, f"the header nests too deeply. {_DAMAGED}")
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        _fail(file, f"the header is no valid JSON: {str(error)[:200]}. {_DAMAGED}")
+    if not isinstance(parsed, dict):
+        _fail(file, f"expected a JSON object as header, got {type(parsed).__name__}. {_DAMAGED}")
+    metadata = parsed.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _fail(file, f"__metadata__: expected an object of strings. {_DAMAGED}")
+    return metadata, parsed
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"duplicate key {quote(key)}")
+            seen.add(key)
+    return result
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _plain_integer(text: str) -> int:
+    if text.startswith("-") or len(text) > 20:
+        raise ValueError(f"{quote(text)} is no valid size or offset")
+    return int(text)
+
+
+def _tensor(file: MappedFile, name: str, entry: Any, data_start: int) -> TensorSpec:
+    where = f"{file.path}: tensor {quote(name)}"
+    _check_name(name, where)
+    if not isinstance(entry, dict) or set(entry) != _FIELDS:
+        found = listing(sorted(map(quote, entry))) if isinstance(entry, dict) else type(entry).__name__
+        raise CheckpointFormatError(f"{where}: expected the fields data_offsets, dtype, shape, got {found}. {_DAMAGED}")
+    code = entry["dtype"]
+    if code in SUB_BYTE_DTYPES:
+        raise CheckpointFormatError(
+            f"{where}: dtype {code} packs several numbers into a byte and can't be averaged. "
+            "Average the checkpoints before quantisation."
+        )
+    if not isinstance(code, str) or code not in DTYPES:
+        raise CheckpointFormatError(f"{where}: expected a dtype out of {', '.join(DTYPES)}, got {quote(code)}.")
+    dtype = DTYPES[code]
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _sizes(shape) or len(shape) > LIMITS.rank:
+        raise CheckpointFormatError(
+            f"{where}: expected a shape of at most {LIMITS.rank} sizes ≥ 0, got {quote(shape)}. {_DAMAGED}"
+        )
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointFormatError(f"{where}: expected data_offsets [begin, end], got {quote(offsets)}. {_DAMAGED}")
+    nbytes = dtype.itemsize
+    for extent in shape:
+        nbytes *= extent
+        if nbytes > LIMITS.elements:
+            raise CheckpointFormatError(f"{where}: shape {quote(shape)} overflows 63 bits. {_DAMAGED}")
+    begin, end = offsets
+    if end - begin != nbytes:
+        raise CheckpointFormatError(
+            f"{where}: expected {nbytes:,} bytes for {dtype.name} {quote(shape)}, got data_offsets of "
+            f"{end - begin:,} bytes. {_DAMAGED}"
+        )
+    start = data_start + begin
+    return TensorSpec(name, dtype, tuple(shape), contiguous_stride(tuple(shape)), 0, start, (start, nbytes))
+
+
+def _check_name(name: str, where: str) -> None:
+    try:
+        length = len(name.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise CheckpointFormatError(f"{where}: the name holds a lone surrogate, so it is no text. {_DAMAGED}") from None
+    if length > LIMITS.name or "\0" in name:
+        raise CheckpointFormatError(
+            f"{where}: expected a name of at most {LIMITS.name:,} bytes without NUL, got {length:,} bytes. {_DAMAGED}"
+        )
+
+
+def _sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
+
+
+def _check_no_gaps(file: MappedFile, placed: Iterable[TensorSpec], data_start: int) -> None:
+    position, previous = data_start, "the header"
+    for tensor in placed:
+        if tensor.offset != position:
+            problem = "overlaps" if tensor.offset < position else "leaves a hole after"
+            _fail(
+                file,
+                f"tensor {quote(tensor.name)} {problem} {previous}: expected it to begin at byte "
+                f"{position - data_start:,} of the data, got {tensor.offset - data_start:,}. {_DAMAGED}",
+            )
+        position, previous = tensor.offset + tensor.nbytes, f"tensor {quote(tensor.name)}"
+    if position > file.size:
+        _fail(
+            file,
+            f"expected {position:,} bytes, got {file.size:,}: {position - file.size:,} bytes missing. "
+            "It is truncated: copy it again.",
+        )
+    if position < file.size:
+        _fail(file, f"expected {position:,} bytes, got {file.size:,}: {file.size - position:,} too many. {_DAMAGED}")

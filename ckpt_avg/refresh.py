@@ -1,0 +1,164 @@
+"""The BatchNorm refresh as a step of averaging: the model is loaded from the unpublished output, so it holds the very
+weights that users will load, and the measured statistics replace the buffers in that file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt_avg.batchnorm import BatchNormReport, ForwardBatch, batch_norm_modules, refresh_batch_norm
+from ckpt_avg.elements import flat_range
+from ckpt_avg.errors import IncompatibleError, UserCodeError
+from ckpt_avg.messages import listing, quote
+from ckpt_avg.plan import OutputTensor, Plan
+from ckpt_avg.readers import open_checkpoint
+from ckpt_avg.rounding import round_to
+
+Model = torch.nn.Module | Callable[[], torch.nn.Module]
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadableModel:
+    """A model that takes the checkpoints' tensors.
+
+    Attributes:
+        model: the model.
+        buffers: BatchNorm layer → its buffer (``running_mean``, …) → the output tensors that hold it. A module that
+            is reachable under several names has several.
+    """
+
+    model: torch.nn.Module
+    buffers: Mapping[str, Mapping[str, tuple[str, ...]]]
+
+
+def make_loadable(model: Model, plan: Plan) -> LoadableModel:
+    """Builds the model and checks that it takes the tensors of the plan, before any is read.
+
+    Raises:
+        UserCodeError: the factory raised, or returned no module.
+        IncompatibleError: the model's names or shapes are not the checkpoints'.
+    """
+    built = model
+    if not isinstance(built, torch.nn.Module):
+        try:
+            built = built()
+        except Exception as error:
+            raise UserCodeError(f"the model factory raised {type(error).__name__}: {error}") from error
+    if not isinstance(built, torch.nn.Module):
+        raise UserCodeError(f"the model factory: expected a torch.nn.Module, got {type(built).__name__}.")
+    # One zero per tensor, expanded: it tells whether names and shapes fit, hooks of the model included.
+    _load(built, {tensor.name: torch.zeros((), dtype=_dtype(tensor)).expand(tensor.shape) for tensor in plan.tensors})
+    names: dict[int, list[str]] = {}
+    for name, value in built.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(name)
+    planned = plan.by_name()
+    buffers: dict[str, dict[str, tuple[str, ...]]] = {}
+    for layer, module in batch_norm_modules(built).items():
+        buffers[layer] = {
+            buffer: tuple(name for name in names.get(id(value), ()) if name in planned)
+            for buffer, value in module.named_buffers(recurse=False)
+        }
+        if not all(buffers[layer].get(buffer) for buffer in ("running_mean", "running_var")):
+            raise UserCodeError(
+                f"BatchNorm refresh: layer {quote(layer)}: expected its running statistics among the checkpoints' "
+                "tensors, got none. Save the checkpoints from model.state_dict()."
+            )
+    return LoadableModel(built, buffers)
+
+
+def frozen_modules(loadable: LoadableModel, frozen: Collection[str]) -> tuple[str, ...]:
+    """Returns the model's layers whose statistics lie in output tensors named in ``frozen``."""
+    return tuple(
+        layer for layer, buffers in loadable.buffers.items() if all(name in frozen for name in buffers["running_mean"])
+    )
+
+
+def refresh_output(
+    loadable: LoadableModel,
+    plan: Plan,
+    unpublished: Path,
+    write: Callable[[memoryview, int], None],
+    batches: Batches,
+    *,
+    frozen: Collection[str],
+    device: torch.device,
+    max_batches: int | None,
+    forward_batch: ForwardBatch | None,
+    progress: Callable[[int, int], None],
+) -> BatchNormReport:
+    """Loads the averaged weights, measures, and writes the statistics over those in the file.
+
+    Args:
+        loadable: the model, checked.
+        plan: the output's tensors.
+        unpublished: where the output can be read.
+        write: takes bytes and their offset in the data section.
+        batches: an iterable of batches, or a factory of one.
+        frozen: layers to leave as they are.
+        device: where the model runs.
+        max_batches, forward_batch, progress: as for `refresh_batch_norm`.
+
+    Raises:
+        UserCodeError: the loader or the model failed, or the refresh could not be done.
+    """
+    model = loadable.model
+    _load_weights(model, unpublished)
+    model.to(device)
+    report = refresh_batch_norm(
+        model,
+        batches() if callable(batches) else batches,
+        max_batches=max_batches,
+        frozen=frozen,
+        device=device,
+        forward_batch=forward_batch,
+        progress=progress,
+    )
+    planned = plan.by_name()
+    for layer, statistics in report.statistics.items():
+        values = {
+            "running_mean": statistics.mean,
+            "running_var": statistics.variance,
+            "num_batches_tracked": torch.tensor(report.batches),
+        }
+        for buffer, names in loadable.buffers[layer].items():
+            for name in names:
+                _write_tensor(write, planned[name], values[buffer])
+    return report
+
+
+def _load(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise IncompatibleError(
+            f"the checkpoints don't fit the model {type(model).__name__}:\n  "
+            + listing((line if len(line) < 2000 else line[:2000] + " …" for line in lines), separator="\n  ")
+            + "\nGive the --model that was trained, or choose the weights with --state-key."
+        ) from error
+
+
+def _load_weights(model: torch.nn.Module, path: Path) -> None:
+    with open_checkpoint(path) as output:
+        tensors = {}
+        for name, tensor in output.spec.tensors.items():
+            output.files[0].populate(tensor.offset, tensor.nbytes)
+            tensors[name] = flat_range(output, tensor, 0, tensor.numel).view(tensor.shape)
+        _load(model, tensors)
+
+
+def _write_tensor(write: Callable[[memoryview, int], None], tensor: OutputTensor, values: torch.Tensor) -> None:
+    dtype = _dtype(tensor)
+    rounded = round_to(values.cpu(), dtype) if dtype.is_floating_point else values.to(dtype)
+    contents = bytes(rounded.reshape(-1).contiguous().view(torch.uint8).tolist())
+    write(memoryview(contents), tensor.offset)
+
+
+def _dtype(tensor: OutputTensor) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, tensor.dtype.torch_name)
+    return dtype

@@ -25,7 +25,7 @@ from ckpt_avg.open_files import allow_open_files
 from ckpt_avg.plan import OUTPUT_DTYPES, Plan, make_plan
 from ckpt_avg.provenance import make_metadata
 from ckpt_avg.readers import Checkpoint, open_checkpoint
-from ckpt_avg.refresh import Batches, LoadableModel, Model, frozen_modules, make_loadable, refresh_output
+from ckpt_avg.refresh import Batches, Model, PreparedRefresh, frozen_layers, prepare_refresh, refresh_output
 from ckpt_avg.select import Selection, select
 from ckpt_avg.spec import batch_norm_buffer
 
@@ -116,7 +116,7 @@ def average(
         every: take each K-th only, counted back from the last.
         include, exclude: glob patterns for file names.
         state_key: the dotted key of the state dict inside torch files, where it isn't a common one.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, for the sums and the refresh. ``auto`` takes CUDA if there is.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, for the sums and the refresh.
         dtype: ``keep``, ``float64``, ``float32``, ``bfloat16`` or ``float16``, for floating-point tensors.
         threads: workers; as many as this process may use cores if not given.
         memory: bytes of working memory, shared by the workers.
@@ -171,47 +171,52 @@ def average(
         plan = make_plan(specs, dtype=dtype, non_float=non_float)
         _notice_what_is_read(checkpoints, notice)
         frozen = _frozen_buffers(checkpoints, plan)
-        loadable = _prepare_refresh(plan, frozen, model, data, bn, notice)
-        statistics = _statistics(plan, frozen, loadable)
+        refresh = _prepare_refresh(plan, frozen, model, data, bn, notice)
         _check_equal(checkpoints, plan)
-        header_size = len(encode_header(plan, make_metadata(specs, dtype=dtype, batch_norm=_summary(statistics, None, data))))
+        statistics = _statistics(plan, frozen, refresh)
+
+        def header(report: BatchNormReport | None, reserve: int = 0) -> bytes:
+            batch_norm = _summary(statistics, report, data)
+            return encode_header(plan, make_metadata(specs, dtype=dtype, batch_norm=batch_norm), reserve=reserve)
+
+        # The refresh reads the output before its own figures can stand in the header: their room is reserved.
+        provisional = header(None)
+        size = len(provisional) + plan.nbytes
         batch_norm: BatchNormReport | None = None
         if not dry_run:
-            workers = threads or usable_cores()
-            with atomic_output(target, header_size + plan.nbytes) as unpublished:
+            budget = divide_memory(
+                memory, threads=threads or usable_cores(), checkpoints=len(checkpoints), device=target_device
+            )
+            with atomic_output(target, size) as unpublished:
 
                 def write(contents: memoryview, offset: int) -> None:
-                    unpublished.write(contents, header_size + offset)
+                    unpublished.write(contents, len(provisional) + offset)
 
-                # The refresh reads the file before its own figures can stand in the header, so it is written twice.
-                placeholder = make_metadata(specs, dtype=dtype, batch_norm=_summary(statistics, None, data))
-                unpublished.write(encode_header(plan, placeholder, reserve=header_size), 0)
+                unpublished.write(provisional, 0)
                 progress.start(sum(spec.nbytes for spec in specs))
                 write_mean(
                     checkpoints,
                     plan,
                     write,
-                    budget=divide_memory(memory, threads=workers, checkpoints=len(checkpoints), device=target_device),
+                    budget=budget,
                     device=target_device,
                     allow_nonfinite=allow_nonfinite,
                     progress=progress.read,
                 )
-                if loadable is not None and data is not None:
+                if refresh is not None:
                     batch_norm = refresh_output(
-                        loadable,
+                        refresh,
                         plan,
                         unpublished.readable_path,
                         write,
-                        data,
-                        frozen=frozen_modules(loadable, frozen),
+                        frozen=frozen_layers(refresh, frozen),
                         device=target_device,
                         max_batches=bn_batches,
                         forward_batch=forward_batch,
                         progress=progress.refreshed,
                     )
                     _notice_what_was_refreshed(batch_norm, notice)
-                    metadata = make_metadata(specs, dtype=dtype, batch_norm=_summary(statistics, batch_norm, data))
-                    unpublished.write(encode_header(plan, metadata, reserve=header_size), 0)
+                    unpublished.write(header(batch_norm, reserve=len(provisional)), 0)
                 _check_readable(unpublished, plan)
                 unpublished.publish(overwrite=overwrite)
     return AverageResult(
@@ -220,7 +225,7 @@ def average(
         checkpoints=paths,
         skipped=discovery.skipped,
         tensors=len(plan.tensors),
-        nbytes=header_size + plan.nbytes,
+        nbytes=size,
         device=str(target_device),
         statistics=statistics,
         batch_norm=batch_norm,
@@ -238,7 +243,11 @@ def _check_options(
     ):
         if value not in choices:
             raise UsageError(f"{option}: expected one of {', '.join(choices)}, got {value!r}.")
-    for option, number, least in (("--threads", threads, 1), ("--memory", memory, 2**20), ("--bn-batches", bn_batches, 1)):
+    for option, number, least in (
+        ("--threads", threads, 1),
+        ("--memory", memory, 2**20),
+        ("--bn-batches", bn_batches, 1),
+    ):
         if number is not None and number < least:
             raise UsageError(f"{option}: expected {least:,} or more, got {number:,}.")
 
@@ -275,9 +284,14 @@ def _frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[
 
 
 def _prepare_refresh(
-    plan: Plan, frozen: frozenset[str], model: Model | None, data: Batches | None, bn: str, notice: Callable[[str], None]
-) -> LoadableModel | None:
-    """Returns the model to refresh with; None where nothing is to be refreshed."""
+    plan: Plan,
+    frozen: frozenset[str],
+    model: Model | None,
+    data: Batches | None,
+    bn: str,
+    notice: Callable[[str], None],
+) -> PreparedRefresh | None:
+    """Returns the model and the batches to refresh with; None where nothing is to be refreshed."""
     moving = [layer for layer in plan.batch_norm if batch_norm_buffer(layer, "running_mean") not in frozen]
     if len(moving) < len(plan.batch_norm):
         kept = [layer for layer in plan.batch_norm if layer not in moving]
@@ -290,8 +304,8 @@ def _prepare_refresh(
             notice("the checkpoints hold no BatchNorm statistics, so there is nothing to refresh")
         elif moving:
             notice(
-                f"the running statistics of {plural(len(moving), 'BatchNorm layer')} are the mean of the checkpoints', which "
-                "averaged weights often do badly with; --model and --data recompute them"
+                f"the running statistics of {plural(len(moving), 'BatchNorm layer')} are the mean of the checkpoints', "
+                "which averaged weights often do badly with; --model and --data recompute them"
             )
         return None
     if model is None or data is None:
@@ -300,26 +314,27 @@ def _prepare_refresh(
             for text, given in (("--model MODULE:FACTORY", model), ("--data MODULE:FACTORY", data))
             if given is None
         )
+        examples = ", ".join(map(quote, moving[:3])) + (", …" if len(moving) > 3 else "")
         raise UsageError(
-            f"the checkpoints hold running statistics of {plural(len(moving), 'BatchNorm layer')} "
-            f"({listing(list(map(quote, moving))[:3])}{', …' if len(moving) > 3 else ''}), which are wrong for averaged weights until "
-            f"they are recomputed over training data. Add {missing}, or accept the mean of the statistics with --bn keep."
+            f"the checkpoints hold running statistics of {plural(len(moving), 'BatchNorm layer')} ({examples}), which "
+            f"are wrong for averaged weights until they are recomputed over training data. Add {missing}, or accept "
+            "the mean of the statistics with --bn keep."
         )
-    loadable = make_loadable(model, plan)
-    names = {name for buffers in loadable.buffers.values() for name in buffers["running_mean"]}
+    prepared = prepare_refresh(model, data, plan)
+    names = {name for buffers in prepared.buffers.values() for name in buffers["running_mean"]}
     others = [layer for layer in moving if batch_norm_buffer(layer, "running_mean") not in names]
     if others:
         notice(
-            f"{plural(len(others), 'layer')} with running statistics are no BatchNorm layers of the model, so theirs are "
-            f"the mean of the checkpoints': {listing(map(quote, others))}"
+            f"{plural(len(others), 'layer')} with running statistics are no BatchNorm layers of the model, so theirs "
+            f"are the mean of the checkpoints': {listing(map(quote, others))}"
         )
-    return loadable if len(others) < len(moving) else None
+    return prepared if len(others) < len(moving) else None
 
 
-def _statistics(plan: Plan, frozen: frozenset[str], loadable: LoadableModel | None) -> Statistics:
+def _statistics(plan: Plan, frozen: frozenset[str], refresh: PreparedRefresh | None) -> Statistics:
     if not plan.batch_norm:
         return "none"
-    if loadable is not None:
+    if refresh is not None:
         return "refreshed"
     return "frozen" if len(frozen) == 2 * len(plan.batch_norm) else "mean"
 
@@ -328,8 +343,8 @@ def _check_equal(checkpoints: Sequence[Checkpoint], plan: Plan) -> None:
     unequal = differing(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
     if unequal:
         raise IncompatibleError(
-            f"{plural(len(unequal), 'integer or bool tensor')} differ from {checkpoints[0].spec.path}, and numbers of these "
-            f"dtypes are never averaged:\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
+            f"{plural(len(unequal), 'integer or bool tensor')} differ from {checkpoints[0].spec.path}, and numbers of "
+            f"these dtypes are never averaged:\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
             "Take the last checkpoint's with --non-float last."
         )
 
@@ -360,9 +375,10 @@ def _check_readable(unpublished: UnpublishedFile, plan: Plan) -> None:
         with safe_open(str(unpublished.readable_path), framework="pt") as reader:
             names = set(reader.keys())
     except Exception as error:
-        raise OutputError(f"{unpublished.target}: safetensors cannot read what was written: {error}. Nothing is published.") from error
+        raise OutputError(
+            f"{unpublished.target}: safetensors cannot read what was written: {error}. Nothing is published."
+        ) from error
     if names != {tensor.name for tensor in plan.tensors}:
-        raise OutputError(f"{unpublished.target}: safetensors reads other tensors than were written. Nothing is published.")
-
-
-__all__ = ["AverageResult", "Progress", "average"]
+        raise OutputError(
+            f"{unpublished.target}: safetensors reads other tensors than were written. Nothing is published."
+        )

@@ -77,7 +77,7 @@ class UnpublishedFile:
                 self._create()
         except FileExistsError as error:
             raise OutputError(
-                f"{self.target}: came to exist during the run and is kept as it is. Choose another path, or --overwrite."
+                f"{self.target}: came to exist during the run and is kept. Choose another path, or use --overwrite."
             ) from error
         except OSError as error:
             raise _output_error(self.target, "publishing failed", error) from error
@@ -161,7 +161,9 @@ def check_target(path: Path, *, overwrite: bool) -> Path:
         raise UsageError(f"{path}: cannot be used as output: {error.strerror}. Choose another path.") from error
     if mode is not None and not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
-        raise UsageError(f"{path}: expected a path for a new file, got {kind}. Name a file, for example swa.safetensors.")
+        raise UsageError(
+            f"{path}: expected a path for a new file, got {kind}. Name a file, for example swa.safetensors."
+        )
     if not target.parent.is_dir():
         raise UsageError(f"{path}: its folder {target.parent} does not exist. Create it first.")
     if mode is not None and not overwrite:
@@ -222,7 +224,9 @@ def _sync_folder(target: Path) -> None:
             os.close(folder)
     except OSError as error:
         if error.errno != errno.EINVAL:  # some file systems have no fsync for folders
-            raise _output_error(target, "written, but syncing its folder failed, so a crash may lose it", error) from error
+            raise _output_error(
+                target, "written, but syncing its folder failed, so a crash may lose it", error
+            ) from error
 
 
 def _output_error(target: Path, what: str, error: OSError) -> OutputError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,11 +19,17 @@ def bars(*, quiet: bool) -> Iterator[Progress]:
     Bars appear on a terminal only; notices are printed in any case, unless ``quiet``.
     """
     disable = True if quiet else None  # None: tqdm draws on a terminal only
-    open_bars: dict[str, tqdm[None]] = {}
+    open_bars: dict[str, tqdm[Any]] = {}
 
     def start(total: int) -> None:
         open_bars["averaging"] = tqdm(
-            desc="averaging", total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=disable, file=sys.stderr
+            desc="averaging",
+            total=total,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=disable,
+            file=sys.stderr,
         )
 
     def read(nbytes: int) -> None:

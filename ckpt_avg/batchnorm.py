@@ -168,7 +168,7 @@ class _Pool:
         """Pools the values of one call, shaped (samples, channels, …)."""
         self.calls += 1
         step = max(1, _CHUNK // max(1, values[0].numel()))
-        for part in values.split(step):
+        for part in torch.split(values, step):
             self._pool(part.to(torch.float64))
 
     def _pool(self, values: torch.Tensor) -> None:
@@ -221,14 +221,15 @@ def _hook(name: str, pool: _Pool) -> Callable[[torch.nn.Module, tuple[Any, ...],
         values = (arguments[0] if arguments else keywords["input"]).detach()
         if values.dim() < 2 or values.numel() <= values.shape[1]:
             raise UserCodeError(
-                f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected more than one value per channel, "
-                f"got an input of shape {list(values.shape)}. Use a larger batch, or drop_last=True for a last batch of one."
+                f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected more than one value per "
+                f"channel, got an input of shape {list(values.shape)}. Use larger batches, or drop_last=True where the "
+                "last batch is a single sample."
             )
         pool.add(values)
         if not pool.mean.isfinite().all():
             raise UserCodeError(
-                f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected finite activations, got NaN or Inf. "
-                "It is the first layer to see them: check the data and the weights before it."
+                f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected finite activations, got NaN or "
+                "Inf. It is the first layer to see them: check the data and the weights before it."
             )
 
     return measure
@@ -293,5 +294,7 @@ def _samples(batch: Any) -> int:
     """Returns the length of the first tensor of a batch, which by convention counts its samples."""
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.dim() else 1
-    items: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    items: Iterable[Any] = (
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    )
     return next(filter(None, map(_samples, items)), 0)

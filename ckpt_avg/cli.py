@@ -19,19 +19,26 @@ from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.exits import run
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "K": 2**10,
+    "M": 2**20,
+    "G": 2**30,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+}
 
 
-class _Size(click.ParamType):
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
-        if match is None or match[2].upper() not in _UNITS:
-            self.fail(f"expected a size such as 256MiB, got {value!r}", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+def _parse_size(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise click.BadParameter(f"expected a size such as 256MiB, got {value!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def _together(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
@@ -71,7 +78,9 @@ def cli() -> None:
 @click.option("-o", "--output", required=True, metavar="OUT.safetensors", help="The file to write.")
 @_selection
 @_state_key
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to sum and refresh.")
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to sum and refresh."
+)
 @click.option(
     "--dtype",
     default="keep",
@@ -80,7 +89,14 @@ def cli() -> None:
     help="The dtype of the output's floating-point tensors.",
 )
 @click.option("--threads", type=int, metavar="N", help="Workers; by default one for each usable core.")
-@click.option("--memory", type=_Size(), default="128MiB", show_default=True, help="Working memory, shared by the workers.")
+@click.option(
+    "--memory",
+    callback=_parse_size,
+    default="128MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Working memory, shared by the workers.",
+)
 @click.option(
     "--non-float",
     default="equal",
@@ -99,7 +115,9 @@ def cli() -> None:
     help="Recompute the BatchNorm statistics, or keep the mean of the checkpoints'.",
 )
 @click.option("--bn-batches", type=int, metavar="N", help="Refresh over at most N batches.")
-@click.option("--app-dir", default=".", show_default=True, metavar="DIR", help="Where --model and --data are imported from.")
+@click.option(
+    "--app-dir", default=".", show_default=True, metavar="DIR", help="Where --model and --data are imported from."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
 @_json
@@ -119,13 +137,13 @@ def average_command(
     \b
     ckpt-avg average RUN --last 8 -o swa.safetensors
     ckpt-avg average RUN -o swa.safetensors --model train:make_model --data train:train_loader
-    """
+    """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.api import average
     from ckpt_avg.bars import bars
     from ckpt_avg.report import average_json, average_text
     from ckpt_avg.user_code import forward_batch_beside, load_user_code
 
-    factories = {
+    factories: dict[str, Any] = {
         "model": load_user_code(model, "--model", app_dir) if model else None,
         "data": load_user_code(data, "--data", app_dir) if data else None,
         "forward_batch": forward_batch_beside(model) if model else None,
@@ -151,10 +169,11 @@ def check_command(sources: Sequence[str], as_json: bool, **options: Any) -> None
     report = check(sources, **options)
     if as_json:
         click.echo(json.dumps(compatibility_json(report), indent=2))
-    if not report.compatible:
-        raise IncompatibleError(str(report))
-    if not as_json:
+    elif report.compatible:
         click.echo(str(report))
+    if not report.compatible:
+        click.echo(f"Error: {report}", err=True)
+        raise click.exceptions.Exit(IncompatibleError.exit_code)
 
 
 @cli.command("inspect")

@@ -58,8 +58,8 @@ class CompatibilityReport:
     def __str__(self) -> str:
         if self.compatible:
             return (
-                f"{plural(len(self.checkpoints), 'checkpoint')} of {plural(self.tensors, 'tensor')} each: names, shapes and "
-                "dtypes agree"
+                f"{plural(len(self.checkpoints), 'checkpoint')} of {plural(self.tensors, 'tensor')} each: names, "
+                "shapes and dtypes agree"
             )
         lines = listing((f"  {difference}" for difference in self.differences), separator="\n")
         return (
@@ -112,7 +112,8 @@ def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:
         for key in _differences(reference, spec):
             found.setdefault(key, []).append(str(spec.path))
     differences = tuple(
-        Difference(tensor, aspect, expected, got, tuple(paths)) for (tensor, aspect, expected, got), paths in found.items()
+        Difference(tensor, aspect, expected, got, tuple(paths))
+        for (tensor, aspect, expected, got), paths in found.items()
     )
     paths = tuple(str(spec.path) for spec in specs)
     return CompatibilityReport(paths, len(reference.tensors), differences, _advice(specs, differences))

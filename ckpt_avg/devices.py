@@ -31,7 +31,9 @@ def choose_device(name: str) -> torch.device:
             f"--device {name}: expected cpu or cuda; the mean needs float64, which {device.type} may not have. Use cpu."
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu.")
+        raise UsageError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu."
+        )
     return device
 
 

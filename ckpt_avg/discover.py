@@ -18,7 +18,9 @@ from ckpt_avg.readers import open_checkpoint
 from ckpt_avg.spec import METHOD_KEY
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
-_BESIDE_THE_WEIGHTS = re.compile(r"(optimizer|scheduler|rng_state|random_states|training_args|scaler|sampler)[\d_]*\.", re.I)
+_BESIDE_THE_WEIGHTS = re.compile(
+    r"(optimizer|scheduler|rng_state|random_states|training_args|scaler|sampler)[\d_]*\.", re.I
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,15 +63,15 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        text = f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more to be had'}. Use a smaller --memory."
+        reason = (str(error).splitlines() or ["the system has no more"])[0]
+        text = f"out of memory: {reason}. Use a smaller --memory, or smaller batches for the refresh."
         return _fail("ResourceError", text, ResourceError.exit_code, as_json)
 
 
 def _fail(kind: str, message: str, code: int, as_json: bool, *, show: bool = True) -> int:
     if show:
         click.echo(f"Error: {message}", err=True)
-    # check --json has printed its report already, and that is the one document.
-    if as_json and not getattr(sys.stdout, "ckpt_avg_printed", False) and kind != "IncompatibleReport":
+    if as_json:
         click.echo(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}, indent=2))
     return code
 
@@ -80,9 +80,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     torch = sys.modules.get("torch")
-    return torch is not None and (
-        isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    )
+    return torch is not None and (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error))
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from ckpt_avg.messages import quote, size
 
 _MADV_POPULATE_READ = 22
 _PAGE = mmap.PAGESIZE
+_FAULT_AROUND = 64 * 1024  # Linux's default fault_around_bytes
 # Without it the kernel counts a private map against memory and refuses one larger than RAM. The mmap module
 # names it from Python 3.13 on; the value is that of every Linux architecture that torch has wheels for.
 _MAP_NORESERVE = 0x4000
@@ -106,7 +107,10 @@ class MappedFile:
     def release(self, offset: int, length: int) -> None:
         """Gives the pages of a range back to the system; they can be read again."""
         if length and self._mapped() is not None:
-            self._advise(offset, length, mmap.MADV_DONTNEED)
+            # The kernel maps the neighbours of a page that it faults in. Left mapped, they would add up to the file.
+            start = offset - offset % _FAULT_AROUND
+            end = min(self.size, -(-(offset + length) // _FAULT_AROUND) * _FAULT_AROUND)
+            self._advise(start, end - start, mmap.MADV_DONTNEED)
 
     def check_unchanged(self) -> None:
         """Raises ChangedWhileReadingError if the file's size or modification time is not what it was."""
@@ -127,7 +131,9 @@ class MappedFile:
     def __enter__(self) -> MappedFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _check_range(self, offset: int, length: int) -> None:

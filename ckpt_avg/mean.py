@@ -122,7 +122,12 @@ class _Worker:
     """What one thread needs to compute tasks: its buffers and its way to the device."""
 
     def __init__(
-        self, checkpoints: Sequence[Checkpoint], write: Write, budget: Budget, device: torch.device, allow_nonfinite: bool
+        self,
+        checkpoints: Sequence[Checkpoint],
+        write: Write,
+        budget: Budget,
+        device: torch.device,
+        allow_nonfinite: bool,
     ) -> None:
         self._checkpoints = checkpoints
         self._write = write
@@ -250,7 +255,9 @@ def _describe_nonfinite(checkpoints: Sequence[Checkpoint], tensor: OutputTensor)
                 first = start + int(bad.to(torch.uint8).argmax()) if first < 0 else first
                 count += int(bad.sum())
         if count:
-            found.append(f"{checkpoint.spec.path}: {count:,} of {tensor.numel:,} elements, the first at index {first:,}")
+            found.append(
+                f"{checkpoint.spec.path}: {count:,} of {tensor.numel:,} elements, the first at index {first:,}"
+            )
     return (
         f"tensor {quote(tensor.name)}: expected finite numbers, got NaN or Inf:\n  "
         + listing(found, separator="\n  ")

@@ -135,7 +135,9 @@ def _refuse_scaled_codes(spec: CheckpointSpec) -> None:
     """Refuses float8 tensors whose scales lie in other tensors: the mean of codes is not the code of the mean."""
     modules = {name.rpartition(".")[0] for name in spec.tensors if "scale" in name.rpartition(".")[2]}
     scaled = [
-        name for name, tensor in spec.tensors.items() if tensor.dtype.kind == "float8" and name.rpartition(".")[0] in modules
+        name
+        for name, tensor in spec.tensors.items()
+        if tensor.dtype.kind == "float8" and name.rpartition(".")[0] in modules
     ]
     if scaled:
         raise IncompatibleError(

@@ -9,7 +9,9 @@ from ckpt_avg import __version__
 from ckpt_avg.spec import METHOD_KEY, CheckpointSpec
 
 
-def make_metadata(specs: Sequence[CheckpointSpec], *, dtype: str, batch_norm: dict[str, object] | None) -> dict[str, str]:
+def make_metadata(
+    specs: Sequence[CheckpointSpec], *, dtype: str, batch_norm: dict[str, object] | None
+) -> dict[str, str]:
     """Returns the metadata of an average.
 
     Args:

@@ -1,5 +1,8 @@
-"""The BatchNorm refresh as a step of averaging: the model is loaded from the unpublished output, so it holds the very
-weights that users will load, and the measured statistics replace the buffers in that file."""
+"""The BatchNorm refresh as a step of averaging.
+
+The model is loaded from the unpublished output, so it holds the very weights that users will load, and the measured
+statistics replace the buffers in that file.
+"""
 
 from __future__ import annotations
 
@@ -23,34 +26,38 @@ Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class LoadableModel:
-    """A model that takes the checkpoints' tensors.
+class PreparedRefresh:
+    """A model that takes the checkpoints' tensors, and the batches to run through it.
 
     Attributes:
         model: the model.
+        batches: the batches.
         buffers: BatchNorm layer → its buffer (``running_mean``, …) → the output tensors that hold it. A module that
             is reachable under several names has several.
     """
 
     model: torch.nn.Module
+    batches: Iterable[Any]
     buffers: Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
-def make_loadable(model: Model, plan: Plan) -> LoadableModel:
-    """Builds the model and checks that it takes the tensors of the plan, before any is read.
+def prepare_refresh(model: Model, data: Batches, plan: Plan) -> PreparedRefresh:
+    """Builds the model and the dataloader, and checks that the model takes the tensors of the plan.
+
+    All that can fail before hours of averaging fails here.
 
     Raises:
-        UserCodeError: the factory raised, or returned no module.
+        UserCodeError: a factory raised, or returned something else.
         IncompatibleError: the model's names or shapes are not the checkpoints'.
     """
-    built = model
+    built = model if isinstance(model, torch.nn.Module) else _call(model, "model")
     if not isinstance(built, torch.nn.Module):
-        try:
-            built = built()
-        except Exception as error:
-            raise UserCodeError(f"the model factory raised {type(error).__name__}: {error}") from error
-    if not isinstance(built, torch.nn.Module):
-        raise UserCodeError(f"the model factory: expected a torch.nn.Module, got {type(built).__name__}.")
+        raise UserCodeError(f"the model factory: expected it to return a torch.nn.Module, got {type(built).__name__}.")
+    batches = _call(data, "data") if callable(data) else data
+    if not isinstance(batches, Iterable):
+        raise UserCodeError(
+            f"the data factory: expected it to return an iterable of batches, got {type(batches).__name__}."
+        )
     # One zero per tensor, expanded: it tells whether names and shapes fit, hooks of the model included.
     _load(built, {tensor.name: torch.zeros((), dtype=_dtype(tensor)).expand(tensor.shape) for tensor in plan.tensors})
     names: dict[int, list[str]] = {}
@@ -68,22 +75,21 @@ def make_loadable(model: Model, plan: Plan) -> LoadableModel:
                 f"BatchNorm refresh: layer {quote(layer)}: expected its running statistics among the checkpoints' "
                 "tensors, got none. Save the checkpoints from model.state_dict()."
             )
-    return LoadableModel(built, buffers)
+    return PreparedRefresh(built, batches, buffers)
 
 
-def frozen_modules(loadable: LoadableModel, frozen: Collection[str]) -> tuple[str, ...]:
+def frozen_layers(prepared: PreparedRefresh, frozen: Collection[str]) -> tuple[str, ...]:
     """Returns the model's layers whose statistics lie in output tensors named in ``frozen``."""
     return tuple(
-        layer for layer, buffers in loadable.buffers.items() if all(name in frozen for name in buffers["running_mean"])
+        layer for layer, buffers in prepared.buffers.items() if all(name in frozen for name in buffers["running_mean"])
     )
 
 
 def refresh_output(
-    loadable: LoadableModel,
+    prepared: PreparedRefresh,
     plan: Plan,
     unpublished: Path,
     write: Callable[[memoryview, int], None],
-    batches: Batches,
     *,
     frozen: Collection[str],
     device: torch.device,
@@ -94,11 +100,10 @@ def refresh_output(
     """Loads the averaged weights, measures, and writes the statistics over those in the file.
 
     Args:
-        loadable: the model, checked.
+        prepared: the model and the batches.
         plan: the output's tensors.
         unpublished: where the output can be read.
         write: takes bytes and their offset in the data section.
-        batches: an iterable of batches, or a factory of one.
         frozen: layers to leave as they are.
         device: where the model runs.
         max_batches, forward_batch, progress: as for `refresh_batch_norm`.
@@ -106,12 +111,12 @@ def refresh_output(
     Raises:
         UserCodeError: the loader or the model failed, or the refresh could not be done.
     """
-    model = loadable.model
+    model = prepared.model
     _load_weights(model, unpublished)
     model.to(device)
     report = refresh_batch_norm(
         model,
-        batches() if callable(batches) else batches,
+        prepared.batches,
         max_batches=max_batches,
         frozen=frozen,
         device=device,
@@ -125,10 +130,17 @@ def refresh_output(
             "running_var": statistics.variance,
             "num_batches_tracked": torch.tensor(report.batches),
         }
-        for buffer, names in loadable.buffers[layer].items():
+        for buffer, names in prepared.buffers[layer].items():
             for name in names:
                 _write_tensor(write, planned[name], values[buffer])
     return report
+
+
+def _call(factory: Callable[[], Any], what: str) -> Any:
+    try:
+        return factory()
+    except Exception as error:
+        raise UserCodeError(f"the {what} factory raised {type(error).__name__}: {error}") from error
 
 
 def _load(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:

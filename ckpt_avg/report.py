@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.compat import CompatibilityReport
@@ -151,7 +151,8 @@ def folder_json(discovery: Discovery, specs: Iterable[CheckpointSpec]) -> dict[s
     """Returns a run folder as plain values."""
     return {
         "checkpoints": [
-            {key: value for key, value in checkpoint_json(spec).items() if key != "tensors"} | {"tensors": len(spec.tensors)}
+            {key: value for key, value in checkpoint_json(spec).items() if key != "tensors"}
+            | {"tensors": len(spec.tensors)}
             for spec in specs
         ],
         "skipped": [{"path": str(item.path), "reason": item.reason} for item in discovery.skipped],
@@ -165,6 +166,9 @@ def _dtypes(spec: CheckpointSpec) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]

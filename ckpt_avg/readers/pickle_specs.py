@@ -54,8 +54,10 @@ class Foreign:
     __slots__ = ("arguments", "state")
     module: ClassVar[str]
     qualname: ClassVar[str]
+    arguments: tuple[object, ...]
+    state: object
 
-    def __new__(cls, *arguments: object, **_: object) -> Foreign:
+    def __new__(cls, *arguments: object, **_: object) -> Foreign:  # noqa: D102
         made = super().__new__(cls)
         made.arguments = arguments
         made.state = None
@@ -184,7 +186,7 @@ def _rebuild_parameter(tensor: object, *rest: object) -> object:
 def _rebuild_from_type(function: object, kind: object, arguments: object, *rest: object) -> object:
     plain = isinstance(kind, type) and issubclass(kind, Foreign) and kind.described() in _PLAIN_TENSOR_TYPES
     if plain and function in _FUNCTIONS and isinstance(arguments, tuple):
-        return function(*arguments)  # type: ignore[operator]  # membership makes it one of the functions here
+        return function(*arguments)
     name = kind.described() if isinstance(kind, type) and issubclass(kind, Foreign) else "unknown"
     return UnreadableTensor(f"a tensor subclass ({name})")
 
@@ -200,7 +202,12 @@ def _size(*arguments: object) -> tuple[int, ...]:
     return _integers(arguments[0]) if arguments else ()
 
 
-_PLAIN_TENSOR_TYPES = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
+_PLAIN_TENSOR_TYPES = {
+    "torch.Tensor",
+    "torch._tensor.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+}
 _STORAGE_TYPES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -263,6 +270,9 @@ class _SpecUnpickler(pickle._Unpickler):
     """The standard library's machine over stand-ins. Its Python form: the C form's opcodes can't be changed."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, source: io.BytesIO) -> None:
         super().__init__(source, encoding="utf-8", errors="surrogateescape")

@@ -68,7 +68,9 @@ def plain_values(root: object) -> dict[str, str | int | float | bool | None]:
 
 
 def _is_state_dict(value: object) -> bool:
-    return isinstance(value, dict) and any(isinstance(name, str) and isinstance(value[name], _TENSORS) for name in value)
+    return isinstance(value, dict) and any(
+        isinstance(name, str) and isinstance(value[name], _TENSORS) for name in value
+    )
 
 
 def _candidates(value: object, prefix: str, depth: int = 0) -> Iterator[str]:

@@ -48,7 +48,9 @@ def read_spec(file: MappedFile, state_key: str | None) -> CheckpointSpec:
     }
     notes = found.notes
     if found.others:
-        notes += (f"{plural(len(found.others), 'entry')} without a tensor left out: {listing(map(quote, found.others))}",)
+        notes += (
+            f"{plural(len(found.others), 'entry')} without a tensor left out: {listing(map(quote, found.others))}",
+        )
     return CheckpointSpec(file.path, "torch zip", tensors, found.key, plain_values(contents), notes)
 
 
@@ -72,7 +74,9 @@ def _tensor(file: MappedFile, name: str, tensor: StoredTensor, record: Member | 
     _check_name(name, where)
     storage, itemsize = tensor.storage, tensor.dtype.itemsize
     if record is None:
-        raise CheckpointFormatError(f"{where}: expected the record {quote(storage.key)}, got none. Copy the file again.")
+        raise CheckpointFormatError(
+            f"{where}: expected the record {quote(storage.key)}, got none. Copy the file again."
+        )
     expected = storage.numel * (storage.dtype.itemsize if storage.dtype else 1)
     if record.size != expected:
         raise CheckpointFormatError(

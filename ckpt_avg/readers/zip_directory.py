@@ -81,7 +81,9 @@ def _locate_directory(file: MappedFile) -> tuple[int, int, int]:
     end_at = file.size - _END.size
     magic, disk, start_disk, here, count, length, start, comment = _END.unpack(file.read(end_at, _END.size))
     if magic != b"PK\x05\x06" or comment:
-        _fail(file, "expected the file to end with the directory of its zip archive, got other bytes; it is probably cut")
+        _fail(
+            file, "expected the file to end with the directory of its zip archive, got other bytes; it is probably cut"
+        )
     limit = end_at
     if end_at >= _END64_LOCATOR.size:
         locator, _, at, _ = _END64_LOCATOR.unpack(file.read(end_at - _END64_LOCATOR.size, _END64_LOCATOR.size))
@@ -96,7 +98,9 @@ def _locate_directory(file: MappedFile) -> tuple[int, int, int]:
     if disk or start_disk or here != count:
         _fail(file, "an archive split over several disks")
     if length > LIMITS.zip_directory or count > LIMITS.tensors:
-        _fail(file, f"expected a directory of at most {LIMITS.zip_directory:,} bytes, got {length:,} ({count:,} members)")
+        _fail(
+            file, f"expected a directory of at most {LIMITS.zip_directory:,} bytes, got {length:,} ({count:,} members)"
+        )
     if start + length != limit:
         _fail(file, f"expected the directory to end at byte {limit:,}, got {start + length:,}")
     return start, length, count

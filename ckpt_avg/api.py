@@ -160,7 +160,8 @@ def average(
     target = check_target(Path(output), overwrite=overwrite)
     discovery = discover(sources)
     paths = select(discovery.paths, Selection(tuple(include), tuple(exclude), every, last))
-    allow_open_files(2 * len(paths))
+    workers = threads or usable_cores()
+    allow_open_files((1 + workers) * len(paths))
     with ExitStack() as stack:
         checkpoints = [stack.enter_context(open_checkpoint(path, state_key=state_key)) for path in paths]
         _refuse_output_among_inputs(target, checkpoints)
@@ -184,9 +185,7 @@ def average(
         size = len(provisional) + plan.nbytes
         batch_norm: BatchNormReport | None = None
         if not dry_run:
-            budget = divide_memory(
-                memory, threads=threads or usable_cores(), checkpoints=len(checkpoints), device=target_device
-            )
+            budget = divide_memory(memory, threads=workers, checkpoints=len(checkpoints), device=target_device)
             with atomic_output(target, size) as unpublished:
 
                 def write(contents: memoryview, offset: int) -> None:

@@ -1,67 +1,62 @@
-"""Ranges of a stored tensor's elements, in row-major order, as flat torch tensors.
+"""Ranges of stored tensors' elements, in row-major order, as flat torch tensors.
 
-Where the bytes lie side by side, which is nearly always, the result is a view of the map and nothing is copied.
-Strided tensors (channels-last, transposed) are gathered box by box, so that even then no more than the range is held.
+Where the bytes lie side by side, which is nearly always, the result is a view of a mapped window and nothing is copied.
+Strided tensors (channels-last, transposed) are gathered box by box through windows of bounded size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
 
-from ckpt_avg.mapped import MappedFile
+from ckpt_avg.mapped import MappedFile, Window
 from ckpt_avg.readers import Checkpoint
 from ckpt_avg.spec import TensorSpec
 
-_GAP = 256 * 1024  # bytes between two ranges that are faulted in as one
+_GAP = 16 * 1024  # bytes between two ranges that one window still serves
+_SPAN = 4 * 1024 * 1024  # bytes of a window through which strided elements are gathered
+
+Range = tuple[TensorSpec, int, int]
 
 
-def flat_range(checkpoint: Checkpoint, tensor: TensorSpec, start: int, stop: int) -> torch.Tensor:
-    """Returns the elements [start, stop) of a tensor, read-only, in its own dtype.
+def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.Tensor]:
+    """Returns the elements of each range, flat, in the tensor's own dtype. They must not be written to.
 
-    The pages must have been faulted in (`populate`), or a truncated file would end the process.
+    Args:
+        checkpoint: an open checkpoint.
+        ranges: (tensor, first element, element after the last), counted in row-major order. Neighbours in the file
+            share one window.
+
+    Raises:
+        ChangedWhileReadingError: the file was truncated meanwhile.
+        CheckpointFormatError: the storage cannot be read.
     """
-    file = checkpoint.files[tensor.file]
-    if tensor.is_contiguous:
-        return _run(file, tensor, tensor.offset + start * tensor.dtype.itemsize, stop - start)
-    boxes = [_strided(file, tensor, box) for box in _boxes(tensor.shape, start, stop)]
-    return boxes[0] if len(boxes) == 1 else torch.cat(boxes)
+    found: dict[int, torch.Tensor] = {}
+    contiguous: list[tuple[int, int, int, int]] = []
+    for index, (tensor, start, stop) in enumerate(ranges):
+        if start == stop:
+            found[index] = torch.empty(0, dtype=torch_dtype(tensor))
+        elif tensor.is_contiguous:
+            itemsize = tensor.dtype.itemsize
+            contiguous.append((tensor.file, tensor.offset + start * itemsize, (stop - start) * itemsize, index))
+        else:
+            found[index] = _gather(checkpoint.files[tensor.file], tensor, start, stop)
+    for file, begin, end, members in _coalesce(contiguous):
+        window = checkpoint.files[file].window(begin, end - begin)
+        for offset, index in members:
+            tensor, start, stop = ranges[index]
+            found[index] = _view(window, tensor, offset, stop - start)
+    return [found[index] for index in range(len(ranges))]
 
 
 def stream(
     checkpoint: Checkpoint, tensor: TensorSpec, elements: int = 1024 * 1024
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields (index of the first element, elements) over a whole tensor; a chunk is valid until the next."""
-    file = checkpoint.files[tensor.file]
+    """Yields (index of the first element, elements) over a whole tensor."""
     for start in range(0, tensor.numel, elements):
-        stop = min(tensor.numel, start + elements)
-        begin, length = byte_range(tensor, start, stop)
-        file.populate(begin, length)
-        yield start, flat_range(checkpoint, tensor, start, stop)
-        file.release(begin, length)
-
-
-def byte_range(tensor: TensorSpec, start: int, stop: int) -> tuple[int, int]:
-    """Returns (first byte, bytes) of the part of the file that holds the elements [start, stop)."""
-    itemsize = tensor.dtype.itemsize
-    if tensor.is_contiguous:
-        return tensor.offset + start * itemsize, (stop - start) * itemsize
-    firsts, ends = zip(*(_span(tensor, box) for box in _boxes(tensor.shape, start, stop)), strict=True)
-    return min(firsts), max(ends) - min(firsts)
-
-
-def coalesce(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Joins byte ranges (first byte, bytes) that lie next to each other, so that one system call serves them."""
-    joined: list[tuple[int, int]] = []
-    for first, length in sorted(ranges):
-        if joined and first <= joined[-1][0] + joined[-1][1] + _GAP:
-            begin = joined[-1][0]
-            joined[-1] = (begin, max(joined[-1][1], first + length - begin))
-        else:
-            joined.append((first, length))
-    return joined
+        yield start, read_ranges(checkpoint, [(tensor, start, min(tensor.numel, start + elements))])[0]
 
 
 def torch_dtype(tensor: TensorSpec) -> torch.dtype:
@@ -70,32 +65,58 @@ def torch_dtype(tensor: TensorSpec) -> torch.dtype:
     return dtype
 
 
-def _run(file: MappedFile, tensor: TensorSpec, offset: int, count: int) -> torch.Tensor:
-    dtype = torch_dtype(tensor)
-    if count == 0:
-        return torch.empty(0, dtype=dtype)
-    nbytes = count * tensor.dtype.itemsize
-    buffer, position = file.buffer(offset, nbytes)
-    if position % tensor.dtype.itemsize:
-        return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=position).clone().view(dtype)
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=position)
+def _coalesce(ranges: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, list[tuple[int, int]]]]:
+    """Joins (file, first byte, bytes, index) that lie close: (file, first byte, end, [(first byte, index), …])."""
+    joined: list[tuple[int, int, int, list[tuple[int, int]]]] = []
+    for file, first, length, index in sorted(ranges):
+        if joined and joined[-1][0] == file and first <= joined[-1][2] + _GAP:
+            _, begin, end, members = joined[-1]
+            members.append((first, index))
+            joined[-1] = (file, begin, max(end, first + length), members)
+        else:
+            joined.append((file, first, first + length, [(first, index)]))
+    return joined
+
+
+def _view(window: Window, tensor: TensorSpec, offset: int, count: int) -> torch.Tensor:
+    itemsize = tensor.dtype.itemsize
+    position = window.position + offset - window.offset
+    if position % itemsize:
+        unaligned = torch.frombuffer(window.buffer, dtype=torch.uint8, count=count * itemsize, offset=position)
+        return unaligned.clone().view(torch_dtype(tensor))
+    return torch.frombuffer(window.buffer, dtype=torch_dtype(tensor), count=count, offset=position)
 
 
 # A box is a range of indices along each dimension: (first, end) pairs.
 _Box = tuple[tuple[int, int], ...]
 
 
+def _gather(file: MappedFile, tensor: TensorSpec, start: int, stop: int) -> torch.Tensor:
+    gathered = torch.empty(stop - start, dtype=torch_dtype(tensor))
+    position = 0
+    for box in _boxes(tensor.shape, start, stop):
+        extents = [end - first for first, end in box]
+        target = gathered[position : position + prod(extents)].view(extents)
+        for part in _split(tensor, box):
+            begin, end = _span(tensor, part)
+            count = (end - begin) // tensor.dtype.itemsize
+            storage = _view(file.window(begin, end - begin), tensor, begin, count)
+            inside = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(part, box, strict=True))
+            target[inside] = torch.as_strided(storage, [b - a for a, b in part], tensor.stride)
+        position += prod(extents)
+    return gathered
+
+
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Box]:
     """Cuts the row-major range [start, stop) of a shape into boxes, in order."""
     if start >= stop:
         return
-    if len(shape) <= 1:
-        yield ((start, stop),) if shape else ()
+    if len(shape) == 1:
+        yield ((start, stop),)
         return
     row = prod(shape[1:])
     first, begin = divmod(start, row)
     last, end = divmod(stop, row)
-    whole = tuple((0, extent) for extent in shape[1:])
     if first == last:
         yield from (((first, first + 1), *box) for box in _boxes(shape[1:], begin, end))
         return
@@ -103,9 +124,23 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Box]:
         yield from (((first, first + 1), *box) for box in _boxes(shape[1:], begin, row))
         first += 1
     if first < last:
-        yield ((first, last), *whole)
+        yield ((first, last), *((0, extent) for extent in shape[1:]))
     if end:
         yield from (((last, last + 1), *box) for box in _boxes(shape[1:], 0, end))
+
+
+def _split(tensor: TensorSpec, box: _Box) -> Iterator[_Box]:
+    """Halves a box along its longest way through the file until its bytes span no more than a window."""
+    begin, end = _span(tensor, box)
+    ways = [(last - first - 1) * step for (first, last), step in zip(box, tensor.stride, strict=True)]
+    if end - begin <= _SPAN or max(ways) == 0:
+        yield box
+        return
+    longest = ways.index(max(ways))
+    first, last = box[longest]
+    middle = (first + last) // 2
+    for part in ((first, middle), (middle, last)):
+        yield from _split(tensor, (*box[:longest], part, *box[longest + 1 :]))
 
 
 def _span(tensor: TensorSpec, box: _Box) -> tuple[int, int]:
@@ -114,10 +149,3 @@ def _span(tensor: TensorSpec, box: _Box) -> tuple[int, int]:
     last = sum((end - 1) * step for (_, end), step in zip(box, tensor.stride, strict=True))
     itemsize = tensor.dtype.itemsize
     return tensor.offset + first * itemsize, tensor.offset + (last + 1) * itemsize
-
-
-def _strided(file: MappedFile, tensor: TensorSpec, box: _Box) -> torch.Tensor:
-    first, end = _span(tensor, box)
-    storage = _run(file, tensor, first, (end - first) // tensor.dtype.itemsize)
-    extents = [stop - start for start, stop in box]
-    return torch.as_strided(storage, extents, tensor.stride).reshape(-1)

@@ -3,35 +3,51 @@
 It promises that
 - opening never blocks on a FIFO or a device, and nothing but a regular file is read;
 - no read goes past the end of the file as it was when opened;
-- a file that shrinks while mapped gives `ChangedWhileReadingError` instead of SIGBUS: each window is
-  faulted in by ``madvise(MADV_POPULATE_READ)``, which answers EFAULT where a plain access would kill;
-- pages behind the reader are given back (`release`), so that the resident set does not grow with the file.
+- a file that shrinks while mapped gives `ChangedWhileReadingError` instead of SIGBUS: each window is faulted in by
+  ``madvise(MADV_POPULATE_READ)``, which answers EFAULT where a plain access would kill the process;
+- a window is unmapped as soon as nothing refers to it, so the resident set does not grow with the file. One map of
+  the whole file, with MADV_DONTNEED behind the reader, does not achieve that: the kernel maps whole folios, up to
+  2 MiB, and what lies outside the range that is given back stays resident.
 
-Where the kernel lacks MADV_POPULATE_READ (Linux before 5.14, macOS, Windows) or refuses the map, bytes are
-read with ``pread`` behind the same interface.
+Where the kernel lacks MADV_POPULATE_READ (Linux before 5.14, macOS, Windows) or refuses the map, and for windows too
+small to be worth a map, bytes are read with ``pread`` behind the same interface.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import stat
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError
 from ckpt_avg.messages import quote, size
 
 _MADV_POPULATE_READ = 22
-_PAGE = mmap.PAGESIZE
-_FAULT_AROUND = 64 * 1024  # Linux's default fault_around_bytes
-# Without it the kernel counts a private map against memory and refuses one larger than RAM. The mmap module
-# names it from Python 3.13 on; the value is that of every Linux architecture that torch has wheels for.
-_MAP_NORESERVE = 0x4000
+_SMALL = 64 * 1024  # bytes below which copying is cheaper than mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A range of a file, in memory while this object or a view of its buffer lives. It must not be written to.
+
+    Attributes:
+        buffer: holds the bytes.
+        position: where in the buffer the range begins.
+        offset: where in the file the range begins.
+    """
+
+    buffer: mmap.mmap | bytearray
+    position: int
+    offset: int
 
 
 class MappedFile:
@@ -65,9 +81,7 @@ class MappedFile:
         self.identity = (status.st_dev, status.st_ino)
         self._modified = status.st_mtime_ns
         self._lock = threading.Lock()
-        self._map: mmap.mmap | None = None
-        self._address = 0
-        self._map_tried = False
+        self._can_map = _can_populate()
 
     def read(self, offset: int, length: int) -> bytes:
         """Returns exactly ``length`` bytes from ``offset``.
@@ -79,38 +93,19 @@ class MappedFile:
         self._pread(offset, memoryview(buffer))
         return bytes(buffer)
 
-    def buffer(self, offset: int, length: int) -> tuple[mmap.mmap | bytearray, int]:
-        """Returns a buffer and the position in it where the bytes from ``offset`` begin.
-
-        The buffer is the map itself where there is one, so nothing is copied; call `populate` on the
-        range first. It must not be written to.
-        """
-        self._check_range(offset, length)
-        if (mapped := self._mapped()) is not None:
-            return mapped, offset
-        copy = bytearray(length)
-        self._pread(offset, memoryview(copy))
-        return copy, 0
-
-    def populate(self, offset: int, length: int) -> None:
-        """Faults a range in, so that reading it from `buffer` cannot fail.
+    def window(self, offset: int, length: int) -> Window:
+        """Returns a range of the file, faulted in, so that reading it cannot fail any more.
 
         Raises:
             ChangedWhileReadingError: the file was truncated.
-            CheckpointFormatError: the storage cannot be read.
+            CheckpointFormatError: the range is not inside the file, or the storage cannot be read.
         """
         self._check_range(offset, length)
-        if length and self._mapped() is not None and (code := self._advise(offset, length, _MADV_POPULATE_READ)):
-            self.check_unchanged()
-            raise CheckpointFormatError(f"{self.path}: reading at byte {offset:,} failed: {os.strerror(code)}.")
-
-    def release(self, offset: int, length: int) -> None:
-        """Gives the pages of a range back to the system; they can be read again."""
-        if length and self._mapped() is not None:
-            # The kernel maps the neighbours of a page that it faults in. Left mapped, they would add up to the file.
-            start = offset - offset % _FAULT_AROUND
-            end = min(self.size, -(-(offset + length) // _FAULT_AROUND) * _FAULT_AROUND)
-            self._advise(start, end - start, mmap.MADV_DONTNEED)
+        if self._can_map and length >= _SMALL and (mapped := self._map(offset, length)) is not None:
+            return mapped
+        copy = bytearray(length)
+        self._pread(offset, memoryview(copy))
+        return Window(copy, 0, offset)
 
     def check_unchanged(self) -> None:
         """Raises ChangedWhileReadingError if the file's size or modification time is not what it was."""
@@ -122,11 +117,10 @@ class MappedFile:
             )
 
     def close(self) -> None:
-        """Closes the file. Buffers handed out stay valid as long as they are referenced."""
+        """Closes the file. Windows stay valid as long as they are referenced."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._map = None
 
     def __enter__(self) -> MappedFile:
         return self
@@ -167,68 +161,56 @@ class MappedFile:
         target[: len(chunk)] = chunk
         return len(chunk)
 
-    def _mapped(self) -> mmap.mmap | None:
-        if not self._map_tried:
-            with self._lock:
-                if not self._map_tried:
-                    self._map = self._try_to_map()
-                    self._map_tried = True
-        return self._map
-
-    def _try_to_map(self) -> mmap.mmap | None:
-        if not _can_populate() or self.size == 0:
-            return None
+    def _map(self, offset: int, length: int) -> Window | None:
+        begin = offset - offset % mmap.ALLOCATIONGRANULARITY
         try:
             # Private and writable only because torch takes no read-only buffer; nothing here writes to it.
             mapped = mmap.mmap(
                 self._fd,
-                self.size,
-                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                offset + length - begin,
+                flags=mmap.MAP_PRIVATE,
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=begin,
+                **_WITHOUT_DESCRIPTOR,
             )
-        except (OSError, ValueError):
-            return None  # some network and FUSE file systems refuse maps: pread serves them
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        return mapped
-
-    def _advise(self, offset: int, length: int, advice: int) -> int:
-        start = offset - offset % _PAGE
-        return _madvise(self._address + start, offset + length - start, advice)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError):
+                self.check_unchanged()  # the map was found to reach past the end of the file
+            self._can_map = False  # some network and FUSE file systems refuse maps: pread serves them
+            return None
+        if code := _populate(mapped):
+            self.check_unchanged()
+            raise CheckpointFormatError(f"{self.path}: reading at byte {offset:,} failed: {os.strerror(code)}.")
+        return Window(mapped, offset - begin, offset)
 
     def __repr__(self) -> str:
         return f"MappedFile({quote(self.path)}, {size(self.size)})"
 
 
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return libc
+# A map needs no descriptor of its own; Python can be told so from 3.13 on.
+_WITHOUT_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
 if sys.platform == "linux":
-    _LIBC = _libc()
+    _LIBC = ctypes.CDLL(None, use_errno=True)
+    _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
-    def _madvise(address: int, length: int, advice: int) -> int:
+    def _populate(mapped: mmap.mmap) -> int:
         # mmap.madvise keeps the interpreter lock while pages come from the disk; a ctypes call does not.
-        while _LIBC.madvise(address, length, advice) != 0:
+        first = ctypes.c_char.from_buffer(mapped)
+        while _LIBC.madvise(ctypes.addressof(first), len(mapped), _MADV_POPULATE_READ) != 0:
             if (code := ctypes.get_errno()) != errno.EINTR:
                 return code
         return 0
 
-    _POPULATE: list[bool] = []
-
+    @functools.cache
     def _can_populate() -> bool:
-        if not _POPULATE:
-            with mmap.mmap(-1, _PAGE) as probe:
-                view = ctypes.c_char.from_buffer(probe)
-                _POPULATE.append(_madvise(ctypes.addressof(view), _PAGE, _MADV_POPULATE_READ) == 0)
-                del view
-        return _POPULATE[0]
+        return _populate(mmap.mmap(-1, mmap.PAGESIZE)) == 0
 
 else:
 
-    def _madvise(address: int, length: int, advice: int) -> int:
-        raise AssertionError("unreachable: nothing is mapped on this platform")
+    def _populate(mapped: mmap.mmap) -> int:
+        return errno.ENOSYS
 
     def _can_populate() -> bool:
         return False

@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
 
 from ckpt_avg.devices import Staging
-from ckpt_avg.elements import byte_range, coalesce, flat_range, stream
+from ckpt_avg.elements import read_ranges, stream
 from ckpt_avg.errors import NonFiniteError
-from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.plan import OutputTensor, Piece, Plan
 from ckpt_avg.readers import Checkpoint
@@ -143,55 +142,37 @@ class _Worker:
 
     def run(self, task: tuple[Piece, ...]) -> int:
         """Computes one task and writes it; returns the input bytes read."""
-        windows = list(self._windows(task))
-        first = task[0].tensor.offset + task[0].start * task[0].tensor.dtype.itemsize
+        inputs = [
+            read_ranges(
+                checkpoint,
+                [(checkpoint.spec.tensors[piece.tensor.name], piece.start, piece.stop) for piece in task],
+            )
+            for checkpoint in self._checkpoints
+        ]
         filled = 0
-        try:
-            for file, begin, length in windows:
-                file.populate(begin, length)
-            with self._staging.context():
-                for piece in task:
-                    nbytes = (piece.stop - piece.start) * piece.tensor.dtype.itemsize
-                    self._fill(piece, self._output[filled : filled + nbytes])
-                    filled += nbytes
-        finally:
-            for file, begin, length in windows:
-                file.release(begin, length)
+        with self._staging.context():
+            for index, piece in enumerate(task):
+                nbytes = (piece.stop - piece.start) * piece.tensor.dtype.itemsize
+                output = self._output[filled : filled + nbytes].view(getattr(torch, piece.tensor.dtype.torch_name))
+                self._fill(piece, [of_checkpoint[index] for of_checkpoint in inputs], output)
+                filled += nbytes
+        first = task[0].tensor.offset + task[0].start * task[0].tensor.dtype.itemsize
         self._write(memoryview(self._buffer)[:filled], first)
-        return len(self._checkpoints) * sum(
-            (piece.stop - piece.start) * piece.tensor.source_dtype.itemsize for piece in task
-        )
+        return sum(piece.nbytes for of_checkpoint in inputs for piece in of_checkpoint)
 
-    def _windows(self, task: tuple[Piece, ...]) -> Iterator[tuple[MappedFile, int, int]]:
-        for checkpoint in self._checkpoints:
-            by_file: dict[int, list[tuple[int, int]]] = {}
-            for piece in task:
-                tensor = checkpoint.spec.tensors[piece.tensor.name]
-                by_file.setdefault(tensor.file, []).append(byte_range(tensor, piece.start, piece.stop))
-            for index, ranges in by_file.items():
-                for begin, length in coalesce(ranges):
-                    yield checkpoint.files[index], begin, length
+    def _fill(self, piece: Piece, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        if piece.tensor.rule != "mean":
+            output.copy_(inputs[-1])
+            return
+        for start in range(0, output.numel(), self._chunk):
+            stop = min(output.numel(), start + self._chunk)
+            self._average(
+                piece.tensor, piece.start + start, [values[start:stop] for values in inputs], output[start:stop]
+            )
 
-    def _fill(self, piece: Piece, output: torch.Tensor) -> None:
-        tensor = piece.tensor
-        target = output.view(getattr(torch, tensor.dtype.torch_name))
-        for start in range(piece.start, piece.stop, self._chunk):
-            stop = min(piece.stop, start + self._chunk)
-            into = target[start - piece.start : stop - piece.start]
-            if tensor.rule == "mean":
-                self._average(Piece(tensor, start, stop), into)
-            else:
-                into.copy_(self._read(len(self._checkpoints) - 1, tensor, start, stop))
-
-    def _read(self, index: int, tensor: OutputTensor, start: int, stop: int) -> torch.Tensor:
-        checkpoint = self._checkpoints[index]
-        return flat_range(checkpoint, checkpoint.spec.tensors[tensor.name], start, stop)
-
-    def _average(self, piece: Piece, into: torch.Tensor) -> None:
-        tensor, start, stop = piece.tensor, piece.start, piece.stop
-
+    def _average(self, tensor: OutputTensor, start: int, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
         def chunk(index: int) -> torch.Tensor:
-            return _as_real(self._staging.bring(self._read(index, tensor, start, stop)))
+            return _as_real(self._staging.bring(inputs[index]))
 
         if tensor.source_dtype.torch_name == "float64":
             mean = _mean_of_float64(chunk, self._count)
@@ -200,10 +181,10 @@ class _Worker:
         # One number tells of any NaN or Inf: it costs 1/N of looking at every input.
         if not self._allow_nonfinite and not math.isfinite(mean.sum().item()) and not mean.isfinite().all():
             raise NonFiniteError(_describe_nonfinite(self._checkpoints, tensor))
-        rounded = round_to(mean, _as_real(into).dtype)
+        rounded = round_to(mean, _as_real(output).dtype)
         if tensor.dtype is not tensor.source_dtype and not self._allow_nonfinite:
             _refuse_overflow(tensor, start, mean, rounded)
-        _as_real(into).copy_(rounded)
+        _as_real(output).copy_(rounded)
 
     def _mean_of_narrower(self, chunk: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """Sums inputs below float64, which no number of finite ones can overflow, in the worker's buffers."""

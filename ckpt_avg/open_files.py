@@ -1,4 +1,4 @@
-"""Room for as many open files as there are checkpoints: each takes a descriptor and its map a second."""
+"""Room for as many open files as there are checkpoints: each takes one, and its window in each worker another."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ckpt_avg.batchnorm import BatchNormReport, ForwardBatch, batch_norm_modules, refresh_batch_norm
-from ckpt_avg.elements import flat_range
+from ckpt_avg.elements import read_ranges
 from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.plan import OutputTensor, Plan
@@ -157,10 +157,10 @@ def _load(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 def _load_weights(model: torch.nn.Module, path: Path) -> None:
     with open_checkpoint(path) as output:
-        tensors = {}
-        for name, tensor in output.spec.tensors.items():
-            output.files[0].populate(tensor.offset, tensor.nbytes)
-            tensors[name] = flat_range(output, tensor, 0, tensor.numel).view(tensor.shape)
+        tensors = {
+            name: read_ranges(output, [(tensor, 0, tensor.numel)])[0].view(tensor.shape)
+            for name, tensor in output.spec.tensors.items()
+        }
         _load(model, tensors)
 
 

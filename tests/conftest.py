@@ -1,0 +1,67 @@
+"""Shared by all tests: where the real run lies, and how the command is called."""
+
+from __future__ import annotations
+
+import os
+
+# Several test processes share the cores; torch's own threads would spin against each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+RUN = Path(__file__).parent.parent / "fixtures" / "mnist_cnn"
+
+
+@pytest.fixture(scope="session")
+def run_folder() -> Path:
+    """The real training run: epoch_9.pt … epoch_20.pt."""
+    return RUN
+
+
+@pytest.fixture(scope="session")
+def train() -> ModuleType:
+    """The run's training script, with make_model, train_loader and evaluate."""
+    sys.path.insert(0, str(RUN))
+    try:
+        import train as module
+    finally:
+        sys.path.remove(str(RUN))
+    return module
+
+
+@pytest.fixture
+def ckpt_avg(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command in a process of its own, as a user would, in an empty folder."""
+
+    def call(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ckpt_avg", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False, **options)
+
+    return call
+
+
+@pytest.fixture
+def in_process(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process, which is faster: (exit code, stdout, stderr)."""
+    from ckpt_avg.cli import cli
+    from ckpt_avg.exits import run
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = run(cli, list(map(str, arguments)))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def load_json(text: str) -> Any:
+    """Parses stdout, which must be exactly one document."""
+    return json.loads(text)

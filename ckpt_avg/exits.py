@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
@@ -28,6 +29,8 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    # torch says so on import where numpy is missing; this package does without, and the user need not care.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         code = _run(command, arguments)
         if sys.stdout is not None:

@@ -304,7 +304,7 @@ def _prepare_refresh(
         elif moving:
             notice(
                 f"the running statistics of {plural(len(moving), 'BatchNorm layer')} are the mean of the checkpoints', "
-                "which averaged weights often do badly with; --model and --data recompute them"
+                "not those of the averaged weights; --model and --data recompute them"
             )
         return None
     if model is None or data is None:

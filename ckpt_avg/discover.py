@@ -148,7 +148,7 @@ def _nothing(folder: Path, entries: Sequence[Path], skipped: Sequence[Skipped]) 
     message = f"{folder}: expected checkpoint files ({', '.join(SUFFIXES)}), got none"
     if skipped:
         message += ": " + listing((f"{quote(item.path.name)} is {item.reason}" for item in skipped), separator="; ")
-    inner = [path.name for path in entries if path.is_dir()]
+    inner = [path.name for path in entries if path.is_dir() and not path.name.startswith(".")]
     if inner:
         return (
             f"{message}. It holds the folders {listing(map(quote, inner))}: name the files in them, in order, for "

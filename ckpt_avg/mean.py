@@ -135,10 +135,11 @@ class _Worker:
         self._staging = Staging(device, budget.chunk * 8)
         self._buffer = mmap.mmap(-1, budget.window * 8)
         self._output = torch.frombuffer(self._buffer, dtype=torch.uint8)
-        # A complex element is two real ones.
-        self._sum = torch.empty(2 * budget.chunk, dtype=torch.float64, device=device)
-        self._wide = torch.empty(2 * budget.chunk, dtype=torch.float64, device=device)
-        self._count = torch.tensor(float(len(checkpoints)), dtype=torch.float64, device=device)
+        with self._staging.context():
+            # A complex element is two real ones.
+            self._sum = torch.empty(2 * budget.chunk, dtype=torch.float64, device=device)
+            self._wide = torch.empty(2 * budget.chunk, dtype=torch.float64, device=device)
+            self._count = torch.tensor(float(len(checkpoints)), dtype=torch.float64, device=device)
 
     def run(self, task: tuple[Piece, ...]) -> int:
         """Computes one task and writes it; returns the input bytes read."""

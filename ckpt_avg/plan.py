@@ -107,7 +107,8 @@ def make_plan(specs: Sequence[CheckpointSpec], *, dtype: str = "keep", non_float
     """
     tensors = specs[0].tensors
     if not tensors:
-        raise IncompatibleError(f"{specs[0].path}: nothing to average: expected tensors, got none. Check --state-key.")
+        where = "" if specs[0].state_key is None else f" under the key {quote(specs[0].state_key)}"
+        raise IncompatibleError(f"{specs[0].path}: nothing to average: expected named tensors{where}, got none.")
     _refuse_scaled_codes(specs[0])
     layers = batch_norm_layers(tensors)
     counters = {batch_norm_buffer(layer, "num_batches_tracked") for layer in layers}

@@ -1,4 +1,4 @@
-"""The least that averaging can cost: import torch, fault in every input page with 2 threads, write and fsync one output.
+"""The least that averaging can cost: import torch, fault in every input page by 2 threads, write and fsync an output.
 
 Usage: floor.py OUTPUT INPUT...
 """

@@ -30,9 +30,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", default=None)
     arguments = parser.parse_args()
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}\n"
-    )
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}"
+    print(f"{machine}, Python {platform.python_version()}\n")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         speed(Path(folder), int(arguments.gigabytes * 1e9), arguments.checkpoints, arguments.rounds)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -89,8 +89,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """Turns SIGTERM and SIGHUP into an exception; after the first signal a second Ctrl-C ends the process at once."""
+    owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked dataloader worker: nothing of ours to clean up
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if number == signal.SIGINT:
             raise KeyboardInterrupt

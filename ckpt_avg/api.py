@@ -15,7 +15,7 @@ from ckpt_avg.atomic import UnpublishedFile, atomic_output, check_target
 from ckpt_avg.batchnorm import BatchNormReport, ForwardBatch
 from ckpt_avg.compat import compare
 from ckpt_avg.devices import choose_device, usable_cores
-from ckpt_avg.discover import Skipped, discover
+from ckpt_avg.discover import Skipped, Sources, discover
 from ckpt_avg.errors import IncompatibleError, OutputError, UsageError
 from ckpt_avg.header import encode_header
 from ckpt_avg.identical import differing
@@ -81,7 +81,7 @@ class Progress:
 
 
 def average(
-    sources: Iterable[str | os.PathLike[str]],
+    sources: Sources,
     output: str | os.PathLike[str],
     *,
     last: int | None = None,
@@ -122,8 +122,8 @@ def average(
         memory: bytes of working memory, shared by the workers.
         non_float: ``equal`` (integer and bool tensors must be the same everywhere) or ``last`` (take the last one's).
         allow_nonfinite: let NaN and Inf through instead of refusing them.
-        model: the model, or a factory of it, for the BatchNorm refresh. A model that is passed in ends up with the
-            averaged weights.
+        model: the model, or a factory of it, for the BatchNorm refresh. A model that is passed in is copied, not
+            changed.
         data: an iterable of batches, or a factory of one, for the refresh.
         forward_batch: called as ``forward_batch(model, batch)`` where batches need more than ``model(batch)``.
         bn: ``auto`` and ``refresh`` recompute the running statistics; ``keep`` averages them like weights.

@@ -44,7 +44,8 @@ def bars(*, quiet: bool) -> Iterator[Progress]:
 
     def notice(text: str) -> None:
         if not quiet:
-            tqdm.write(f"Notice: {text}", file=sys.stderr)
+            with contextlib.suppress(BrokenPipeError):
+                tqdm.write(f"Notice: {text}", file=sys.stderr)
 
     try:
         yield Progress(start, read, refreshed, notice)

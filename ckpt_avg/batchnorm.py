@@ -9,7 +9,6 @@ by its count ("precise BN", Wu & Johnson 2021, section 3, arXiv 2105.07576), in 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ckpt_avg.errors import UserCodeError
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.rounding import round_to
+from ckpt_avg.user_code import blaming
 
 ForwardBatch = Callable[[torch.nn.Module, Any], object]
 Progress = Callable[[int, int], None]
@@ -120,7 +120,7 @@ def refresh_batch_norm(
     pools = {name: _Pool() for name in layers}
     samples = done = 0
     with _measuring(model, layers, pools), torch.no_grad():
-        for batch in _guarded(itertools.islice(batches, max_batches) if max_batches is not None else batches):
+        for batch in _guarded(batches, max_batches):
             moved = _to_device(batch, device)
             for pool in pools.values():
                 pool.batch = done + 1
@@ -140,6 +140,9 @@ def refresh_batch_norm(
                 f"{listing(map(quote, unreached))}. Let the dataloader or forward_batch(model, batch) reach them."
             )
         statistics = {name: pool.statistics(done) for name, pool in pools.items()}
+        for name, layer in layers.items():
+            for buffer, values in (("running_mean", statistics[name].mean), ("running_var", statistics[name].variance)):
+                rounded_statistic(name, buffer, values, getattr(layer, buffer).dtype)
     for name, layer in layers.items():
         store(layer, statistics[name], done)
     return BatchNormReport(done, samples, statistics, tuple(frozen))
@@ -152,6 +155,21 @@ def store(layer: _BatchNorm, statistics: LayerStatistics, batches: int) -> None:
             buffer.copy_(round_to(values, buffer.dtype))
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.fill_(batches)
+
+
+def rounded_statistic(layer: str, buffer: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns measured statistics in a buffer's dtype.
+
+    Raises:
+        UserCodeError: they are beyond its range.
+    """
+    rounded = round_to(values, dtype)
+    if not rounded.isfinite().all():
+        raise UserCodeError(
+            f"BatchNorm refresh: layer {quote(layer)}: expected a {buffer} within the range of {dtype}, got "
+            f"{values.abs().max().item():g}. Choose a wider dtype."
+        )
+    return rounded
 
 
 @dataclass(slots=True)
@@ -194,9 +212,13 @@ class _Pool:
 def _measuring(model: torch.nn.Module, layers: Mapping[str, _BatchNorm], pools: Mapping[str, _Pool]) -> Iterator[None]:
     """Puts the layers, and nothing else, in train mode with a hook each; undoes all of it, the buffers included."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for layer in layers.values() for buffer in layer.buffers(recurse=False)]
+    buffers = [
+        (layer, name, buffer, buffer.clone())
+        for layer in layers.values()
+        for name, buffer in layer.named_buffers(recurse=False)
+    ]
     hooks = []
-    cuda = sorted({buffer.device.index for buffer, _ in buffers if buffer.device.type == "cuda"})
+    cuda = sorted({buffer.device.index for _, _, buffer, _ in buffers if buffer.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):
         try:
             for module, _ in modes:
@@ -212,7 +234,8 @@ def _measuring(model: torch.nn.Module, layers: Mapping[str, _BatchNorm], pools: 
             for module, training in modes:
                 module.training = training
             with torch.no_grad():
-                for buffer, before in buffers:
+                for layer, name, buffer, before in buffers:
+                    setattr(layer, name, buffer)  # a subclass may have put another tensor in its place
                     buffer.copy_(before)
 
 
@@ -235,19 +258,23 @@ def _hook(name: str, pool: _Pool) -> Callable[[torch.nn.Module, tuple[Any, ...],
     return measure
 
 
-def _guarded(batches: Iterable[Any]) -> Iterator[Any]:
+def _guarded(batches: Iterable[Any], at_most: int | None) -> Iterator[Any]:
     """Yields the batches; an exception of the loader names the batch."""
     number = 1
-    try:
-        for batch in batches:
-            yield batch
-            number += 1
-    except Exception as error:
-        raise UserCodeError(f"the dataloader raised at batch {number}: {type(error).__name__}: {error}") from error
+    with blaming(f"the dataloader raised at batch {number}:"):
+        iterator = iter(batches)
+    while at_most is None or number <= at_most:
+        with blaming(f"the dataloader raised at batch {number}:"):
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+        yield batch
+        number += 1
 
 
 def _forward(model: torch.nn.Module, batch: Any, forward_batch: ForwardBatch | None, number: int) -> None:
-    try:
+    with blaming(f"the model raised at batch {number} ({_shape(batch)}):", advice=f"\n{_ACCEPTED}"):
         if forward_batch is not None:
             forward_batch(model, batch)
         elif isinstance(batch, torch.Tensor):
@@ -257,13 +284,7 @@ def _forward(model: torch.nn.Module, batch: Any, forward_batch: ForwardBatch | N
         elif isinstance(batch, (tuple, list)) and batch:
             model(batch[0])
         else:
-            raise UserCodeError(f"BatchNorm refresh: batch {number}: got a {type(batch).__name__}. {_ACCEPTED}")
-    except UserCodeError:
-        raise
-    except Exception as error:
-        raise UserCodeError(
-            f"the model raised at batch {number} ({_shape(batch)}): {type(error).__name__}: {error}\n{_ACCEPTED}"
-        ) from error
+            raise UserCodeError(f"BatchNorm refresh: batch {number}: got {_shape(batch)}. {_ACCEPTED}")
 
 
 def _shape(batch: Any) -> str:
@@ -293,7 +314,7 @@ def _to_device(batch: Any, device: torch.device | str | None) -> Any:
 def _samples(batch: Any) -> int:
     """Returns the length of the first tensor of a batch, which by convention counts its samples."""
     if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.dim() else 1
+        return batch.shape[0] if batch.dim() else 0
     items: Iterable[Any] = (
         batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
     )

@@ -16,7 +16,7 @@ import click
 
 from ckpt_avg import __version__
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.exits import run
+from ckpt_avg.exits import run, say
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _UNITS = {
@@ -38,7 +38,10 @@ def _parse_size(context: click.Context, parameter: click.Parameter, value: str) 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
     if match is None or match[2].upper() not in _UNITS:
         raise click.BadParameter(f"expected a size such as 256MiB, got {value!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    amount = float(match[1]) * _UNITS[match[2].upper()]
+    if amount > sys.maxsize:
+        raise click.BadParameter(f"expected a size such as 256MiB, got {value[:40]}…")
+    return int(amount)
 
 
 def _together(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
@@ -151,9 +154,9 @@ def average_command(
     with bars(quiet=quiet) as progress:
         result = average(sources, output, progress=progress, **factories, **options)
     if as_json:
-        click.echo(json.dumps(average_json(result), indent=2))
+        say(json.dumps(average_json(result), indent=2))
     else:
-        click.echo(average_text(result))
+        say(average_text(result))
 
 
 @cli.command("check")
@@ -168,11 +171,11 @@ def check_command(sources: Sequence[str], as_json: bool, **options: Any) -> None
 
     report = check(sources, **options)
     if as_json:
-        click.echo(json.dumps(compatibility_json(report), indent=2))
+        say(json.dumps(compatibility_json(report), indent=2))
     elif report.compatible:
-        click.echo(str(report))
+        say(str(report))
     if not report.compatible:
-        click.echo(f"Error: {report}", err=True)
+        say(f"Error: {report}", err=True)
         raise click.exceptions.Exit(IncompatibleError.exit_code)
 
 
@@ -192,9 +195,9 @@ def inspect_command(path: str, state_key: str | None, as_json: bool) -> None:
         with open_checkpoint(found, state_key=state_key) as checkpoint:
             specs.append(checkpoint.spec)
     if Path(path).is_dir():
-        click.echo(json.dumps(folder_json(discovery, specs), indent=2) if as_json else folder_text(discovery, specs))
+        say(json.dumps(folder_json(discovery, specs), indent=2) if as_json else folder_text(discovery, specs))
     else:
-        click.echo(json.dumps(checkpoint_json(specs[0]), indent=2) if as_json else checkpoint_text(specs[0]))
+        say(json.dumps(checkpoint_json(specs[0]), indent=2) if as_json else checkpoint_text(specs[0]))
 
 
 def main() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt_avg.discover import discover
+from ckpt_avg.discover import Sources, discover
 from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.readers import open_checkpoint
 from ckpt_avg.select import Selection, select
@@ -69,7 +68,7 @@ class CompatibilityReport:
 
 
 def check(
-    sources: Iterable[str | os.PathLike[str]],
+    sources: Sources,
     *,
     last: int | None = None,
     every: int | None = None,

@@ -23,6 +23,10 @@ _BESIDE_THE_WEIGHTS = re.compile(
 )
 
 
+# One path, or several.
+Sources = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
     """A file of a run folder that is not averaged, and why."""
@@ -39,7 +43,7 @@ class Discovery:
     skipped: tuple[Skipped, ...]
 
 
-def discover(sources: Iterable[str | os.PathLike[str]]) -> Discovery:
+def discover(sources: Sources) -> Discovery:
     """Lists the checkpoint files of the sources.
 
     Args:
@@ -53,7 +57,7 @@ def discover(sources: Iterable[str | os.PathLike[str]]) -> Discovery:
     paths: list[Path] = []
     skipped: list[Skipped] = []
     seen: dict[tuple[int, int], Path] = {}
-    for source in map(Path, sources):
+    for source in map(Path, [sources] if isinstance(sources, (str, os.PathLike)) else sources):
         if not source.exists():
             hint = "It is a symbolic link to nothing." if source.is_symlink() else "Check the path."
             raise UsageError(f"{source}: expected a checkpoint file or a run folder, got nothing there. {hint}")

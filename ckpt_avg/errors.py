@@ -16,6 +16,8 @@ these is a bug of ours: it keeps its traceback and exits with 1.
 
 from __future__ import annotations
 
+import sys
+
 
 class CkptAvgError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -65,3 +67,14 @@ class UserCodeError(CkptAvgError):
     """The user's model or dataloader failed, or the BatchNorm refresh could not be done."""
 
     exit_code = 7
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the exception says that memory ran out, torch's own forms of it included."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    return torch is not None and (
+        isinstance(error, torch.OutOfMemoryError)
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

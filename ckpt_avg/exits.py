@@ -14,7 +14,7 @@ from types import FrameType
 
 import click
 
-from ckpt_avg.errors import CkptAvgError, ResourceError, UserCodeError
+from ckpt_avg.errors import CkptAvgError, ResourceError, UserCodeError, is_out_of_memory
 
 
 class _Terminated(BaseException):
@@ -31,22 +31,33 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     # torch says so on import where numpy is missing; this package does without, and the user need not care.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    if sys.stderr is None:
+        # The caller closed it. tqdm and traceback would print on stdout instead.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the process ends)
+    code = _run(command, arguments)
     try:
-        code = _run(command, arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output has gone. The interpreter must not try to flush it again on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
     return code
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Prints a line; that nobody reads it any more is no failure of the command."""
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(text, err=err)
 
 
 def _run(command: click.Command, arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
-        with _signals():
-            command.main(args=list(arguments), prog_name="ckpt-avg", standalone_mode=False)
+        # Not command.main(): it returns the code of an Exit as a value, and turns a closed pipe into exit 1.
+        with _signals(), command.make_context("ckpt-avg", list(arguments)) as context:
+            command.invoke(context)
+        return 0
+    except BrokenPipeError:  # --help and --version print by themselves
         return 0
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -64,7 +75,7 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
     except CkptAvgError as error:
         return _fail(type(error).__name__, str(error), error.exit_code, as_json)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["the system has no more"])[0]
         text = f"out of memory: {reason}. Use a smaller --memory, or smaller batches for the refresh."
@@ -73,17 +84,10 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
 
 def _fail(kind: str, message: str, code: int, as_json: bool, *, show: bool = True) -> int:
     if show:
-        click.echo(f"Error: {message}", err=True)
+        say(f"Error: {message}", err=True)
     if as_json:
-        click.echo(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}, indent=2))
+        say(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}, indent=2))
     return code
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")
-    return torch is not None and (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 
 from ckpt_avg import __version__
@@ -23,9 +24,14 @@ def make_metadata(
         "format": "pt",  # transformers refuses a file without it
         METHOD_KEY: "mean",
         "ckpt_avg.version": __version__,
-        "ckpt_avg.checkpoints": json.dumps([spec.path.name for spec in specs], ensure_ascii=False),
+        "ckpt_avg.checkpoints": json.dumps([_text(spec.path.name) for spec in specs], ensure_ascii=False),
         "ckpt_avg.dtype": dtype,
     }
     if batch_norm is not None:
         metadata["ckpt_avg.batch_norm"] = json.dumps(batch_norm, ensure_ascii=False, sort_keys=True)
     return metadata
+
+
+def _text(name: str) -> str:
+    """Returns a file name as text, bytes that are no UTF-8 escaped: metadata is UTF-8."""
+    return os.fsencode(name).decode(errors="backslashreplace")

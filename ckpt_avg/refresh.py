@@ -6,6 +6,7 @@ statistics replace the buffers in that file.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any
 
 import torch
 
-from ckpt_avg.batchnorm import BatchNormReport, ForwardBatch, batch_norm_modules, refresh_batch_norm
+from ckpt_avg.batchnorm import BatchNormReport, ForwardBatch, batch_norm_modules, refresh_batch_norm, rounded_statistic
 from ckpt_avg.elements import read_ranges
 from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.plan import OutputTensor, Plan
 from ckpt_avg.readers import open_checkpoint
-from ckpt_avg.rounding import round_to
+from ckpt_avg.user_code import blaming
 
 Model = torch.nn.Module | Callable[[], torch.nn.Module]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -50,7 +51,7 @@ def prepare_refresh(model: Model, data: Batches, plan: Plan) -> PreparedRefresh:
         UserCodeError: a factory raised, or returned something else.
         IncompatibleError: the model's names or shapes are not the checkpoints'.
     """
-    built = model if isinstance(model, torch.nn.Module) else _call(model, "model")
+    built = _call(lambda: copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model(), "model")
     if not isinstance(built, torch.nn.Module):
         raise UserCodeError(f"the model factory: expected it to return a torch.nn.Module, got {type(built).__name__}.")
     batches = _call(data, "data") if callable(data) else data
@@ -130,17 +131,18 @@ def refresh_output(
             "running_var": statistics.variance,
             "num_batches_tracked": torch.tensor(report.batches),
         }
-        for buffer, names in prepared.buffers[layer].items():
-            for name in names:
-                _write_tensor(write, planned[name], values[buffer])
+        for buffer, measured in values.items():
+            for name in prepared.buffers[layer].get(buffer, ()):
+                dtype = _dtype(planned[name])
+                exact = buffer == "num_batches_tracked"
+                value = measured.to(dtype) if exact else rounded_statistic(layer, buffer, measured.cpu(), dtype)
+                write(memoryview(bytes(value.reshape(-1).view(torch.uint8).tolist())), planned[name].offset)
     return report
 
 
 def _call(factory: Callable[[], Any], what: str) -> Any:
-    try:
+    with blaming(f"the {what} factory raised"):
         return factory()
-    except Exception as error:
-        raise UserCodeError(f"the {what} factory raised {type(error).__name__}: {error}") from error
 
 
 def _load(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -162,13 +164,6 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
             for name, tensor in output.spec.tensors.items()
         }
         _load(model, tensors)
-
-
-def _write_tensor(write: Callable[[memoryview, int], None], tensor: OutputTensor, values: torch.Tensor) -> None:
-    dtype = _dtype(tensor)
-    rounded = round_to(values.cpu(), dtype) if dtype.is_floating_point else values.to(dtype)
-    contents = bytes(rounded.reshape(-1).contiguous().view(torch.uint8).tolist())
-    write(memoryview(contents), tensor.offset)
 
 
 def _dtype(tensor: OutputTensor) -> torch.dtype:

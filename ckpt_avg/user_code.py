@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from ckpt_avg.errors import UsageError, UserCodeError
+from ckpt_avg.errors import CkptAvgError, UsageError, UserCodeError, is_out_of_memory
+
+
+@contextlib.contextmanager
+def blaming(what: str, advice: str = "") -> Iterator[None]:
+    """Turns whatever the user's code raises, sys.exit() included, into a UserCodeError that says where.
+
+    Our own errors, interrupts and running out of memory pass as they are.
+    """
+    try:
+        yield
+    except CkptAvgError:
+        raise
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserCodeError(f"{what} {type(error).__name__}: {error}{advice}") from error
 
 
 def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str]) -> Any:
@@ -23,26 +41,27 @@ def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str])
         UserCodeError: the module raised while it was imported.
     """
     module_name, separator, name = reference.partition(":")
-    if not separator or not module_name or not name:
+    if not separator or not name or not all(module_name.split(".")):
         raise UsageError(f"{option} {reference}: expected MODULE:NAME, for example train:make_model.")
+    if module_name.endswith(".py"):
+        raise UsageError(f"{option} {reference}: expected a module, got a file. Leave out the '.py'.")
     folder = os.path.abspath(app_dir)
     if not os.path.isdir(folder):
-        raise UsageError(f"--app-dir {app_dir}: expected a folder, got nothing there.")
-    if folder not in sys.path:
+        raise UsageError(
+            f"--app-dir {app_dir}: expected a folder, got {'a file' if os.path.exists(folder) else 'nothing'} there."
+        )
+    if sys.path[:1] != [folder]:
         sys.path.insert(0, folder)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
+    with blaming(f"{option} {reference}: importing {module_name} failed:"):
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module_name + ".").startswith(error.name + "."):
+                raise
             raise UsageError(
                 f"{option} {reference}: there is no module {module_name!r} in {folder} or among the installed "
                 "packages. Name its folder with --app-dir."
             ) from None
-        raise UserCodeError(f"{option} {reference}: importing {module_name} failed: {error}") from error
-    except Exception as error:
-        raise UserCodeError(
-            f"{option} {reference}: importing {module_name} failed: {type(error).__name__}: {error}"
-        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise UsageError(f"{option} {reference}: {module_name} (from {_origin(module_name)}) has no {name!r}.")

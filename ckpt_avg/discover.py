@@ -58,7 +58,11 @@ def discover(sources: Sources) -> Discovery:
     skipped: list[Skipped] = []
     seen: dict[tuple[int, int], Path] = {}
     for source in map(Path, [sources] if isinstance(sources, (str, os.PathLike)) else sources):
-        if not source.exists():
+        try:
+            exists = source.exists()
+        except (OSError, ValueError) as error:  # no permission, a name too long or with NUL
+            raise UsageError(f"{quote(source)}: cannot be looked at: {error}. Check the path.") from error
+        if not exists:
             hint = "It is a symbolic link to nothing." if source.is_symlink() else "Check the path."
             raise UsageError(f"{source}: expected a checkpoint file or a run folder, got nothing there. {hint}")
         if source.is_dir():
@@ -78,7 +82,7 @@ def discover(sources: Sources) -> Discovery:
     return Discovery(tuple(paths), tuple(skipped))
 
 
-def natural_key(name: str) -> tuple[object, ...]:
+def natural_key(name: str) -> tuple[tuple[object, ...], str]:
     """Returns a sort key that compares runs of digits as numbers.
 
     Example:
@@ -86,7 +90,8 @@ def natural_key(name: str) -> tuple[object, ...]:
         ['step_9.pt', 'step_10.pt']
     """
     parts = re.split(r"(\d+)", name)
-    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts))
+    # The name itself decides between step_1 and step_01, which are equal as numbers.
+    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), name
 
 
 def _list_folder(folder: Path) -> Discovery:

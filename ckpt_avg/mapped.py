@@ -4,7 +4,8 @@ It promises that
 - opening never blocks on a FIFO or a device, and nothing but a regular file is read;
 - no read goes past the end of the file as it was when opened;
 - a file that shrinks while mapped gives `ChangedWhileReadingError` instead of SIGBUS: each window is faulted in by
-  ``madvise(MADV_POPULATE_READ)``, which answers EFAULT where a plain access would kill the process;
+  ``madvise(MADV_POPULATE_READ)``, which answers EFAULT where a plain access would kill the process. (A truncation
+  in the milliseconds between that and the last use of the window still kills; only a copy would prevent it.)
 - a window is unmapped as soon as nothing refers to it, so the resident set does not grow with the file. One map of
   the whole file, with MADV_DONTNEED behind the reader, does not achieve that: the kernel maps whole folios, up to
   2 MiB, and what lies outside the range that is given back stays resident.
@@ -89,6 +90,7 @@ class MappedFile:
         Raises:
             CheckpointFormatError: the range is not inside the file, or reading fails.
         """
+        self._check_range(offset, length)
         buffer = bytearray(length)
         self._pread(offset, memoryview(buffer))
         return bytes(buffer)

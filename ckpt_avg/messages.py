@@ -11,7 +11,10 @@ _LONGEST_LIST = 20
 
 def quote(name: object) -> str:
     """Returns ``repr(name)``, so that control characters show escaped, cut to a readable length."""
-    text = repr(os.fspath(name) if isinstance(name, os.PathLike) else name)
+    try:
+        text = repr(os.fspath(name) if isinstance(name, os.PathLike) else name)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return f"<{type(name).__name__} too long to print>"
     if len(text) <= _LONGEST_NAME:
         return text
     return f"{text[: _LONGEST_NAME - 20]}…{text[-16:]} ({len(text)} characters)"
@@ -38,4 +41,6 @@ def size(count: int) -> str:
 
 def plural(count: int, noun: str) -> str:
     """Returns ``1 tensor``, ``3,000 tensors``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    if count != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{count:,} {noun}"

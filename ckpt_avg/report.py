@@ -28,7 +28,7 @@ def average_text(result: AverageResult) -> str:
         report = result.batch_norm
         lines.append(
             f"BatchNorm statistics of {plural(len(report.statistics), 'layer')} recomputed over "
-            f"{plural(report.samples, 'sample')} in {report.batches:,} batch{'' if report.batches == 1 else 'es'}"
+            f"{plural(report.samples, 'sample')} in {plural(report.batches, 'batch')}"
         )
     elif result.statistics != "none":
         lines.append(

@@ -6,8 +6,7 @@
   `Foreign` class that keeps what it is given and does nothing.
 - Every opcode that calls, builds or fills an object works on these stand-ins and on plain containers alone, so
   a hostile pickle can reach no attribute of a live object.
-- Operations, names and bytes are bounded (`limits`), and dict keys are flat, since hashing a deeply shared
-  tuple takes time exponential in its depth.
+- Operations, names and bytes are bounded (`limits`), and nothing is hashed whose hash the pickle's author could choose.
 
 ``torch.load(weights_only=True)`` guards the same door with an allow list of real types; here no real type is
 behind it (compare CVE-2025-32434).
@@ -17,8 +16,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, ClassVar, NoReturn
 
 from ckpt_avg.errors import CheckpointFormatError
@@ -39,7 +40,7 @@ class PlainDict(dict[Any, Any]):
             elif isinstance(source, (list, tuple)):
                 pairs = source
             for key, value in pairs:
-                self[_flat_key(key)] = value
+                self[_safe_key(key)] = value
 
 
 class Foreign:
@@ -69,7 +70,7 @@ class Foreign:
     @classmethod
     def described(cls) -> str:
         """Returns the dotted name of the class that this one stands for."""
-        return f"{cls.module}.{cls.qualname}"
+        return quote(f"{cls.module}.{cls.qualname}")[1:-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +116,9 @@ def read_pickle(stream: bytes, where: str) -> object:
     Raises:
         CheckpointFormatError: the pickle is damaged, hostile beyond reading, or over a limit.
     """
-    source = io.BytesIO(stream)
+    machine = _SpecUnpickler(io.BytesIO(stream))
     try:
-        result = _SpecUnpickler(source).load()
+        result = machine.load()
     except CheckpointFormatError as error:
         raise CheckpointFormatError(f"{where}: {error}") from None
     except Exception as error:
@@ -125,7 +126,7 @@ def read_pickle(stream: bytes, where: str) -> object:
         raise CheckpointFormatError(
             f"{where}: the pickle is damaged ({type(error).__name__}: {str(error)[:200]}). Save or copy it again."
         ) from error
-    if source.read(1):
+    if machine.bytes_follow():
         raise CheckpointFormatError(f"{where}: bytes follow the end of the pickle. Save the checkpoint again.")
     return result
 
@@ -134,19 +135,37 @@ def _refuse(what: str) -> NoReturn:
     raise CheckpointFormatError(f"{what}. Don't trust this file; save the weights again where they come from.")
 
 
-def _flat_key(key: object) -> object:
-    scalars = (str, int, float, complex, bytes, type(None), Foreign, StorageRef)
-    if isinstance(key, scalars) or (isinstance(key, type) and issubclass(key, Foreign)):
+class _Opaque:
+    """Stands for a dict key or set item whose hash its author could choose: nobody looks it up by value here."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+def _safe_key(key: object) -> object:
+    """Returns what stands for a key in a dict or set.
+
+    The hash of a deeply shared tuple takes time exponential in its depth, and large integers (multiples of 2⁶¹ − 1) and
+    tuples can be made to collide by the thousand.
+    """
+    if type(key) in (str, bytes, bool, float, type(None)) or (type(key) is int and abs(key) < 2**60):
         return key
-    if isinstance(key, DType) or (isinstance(key, tuple) and all(isinstance(part, scalars) for part in key)):
-        return key
-    _refuse(f"expected plain keys in the pickle's dicts and sets, got a nested {type(key).__name__}")
+    return _Opaque(key)
+
+
+def _is_known(function: object) -> bool:
+    # Asked for its type first, so that nothing hostile is hashed.
+    return isinstance(function, FunctionType) and function in _FUNCTIONS
 
 
 # --- what stands for the functions that rebuild tensors ----------------------------------------------------
 
 
 def _integers(values: object) -> tuple[int, ...]:
+    if isinstance(values, (tuple, list)) and len(values) > LIMITS.rank:
+        _refuse(f"expected a shape or stride of at most {LIMITS.rank} integers, got {len(values):,}")
     if not isinstance(values, (tuple, list)) or not all(type(value) is int for value in values):
         _refuse(f"expected a tuple of integers as shape or stride, got {quote(type(values).__name__)}")
     return tuple(values)
@@ -176,6 +195,8 @@ def _rebuild_tensor_v3(
     dtype: object,
     *rest: object,
 ) -> object:
+    if isinstance(dtype, type) and issubclass(dtype, Foreign):
+        return UnreadableTensor(f"a {dtype.described()} tensor")
     return _view(storage, offset, shape, stride, dtype if isinstance(dtype, DType) else None)
 
 
@@ -185,8 +206,8 @@ def _rebuild_parameter(tensor: object, *rest: object) -> object:
 
 def _rebuild_from_type(function: object, kind: object, arguments: object, *rest: object) -> object:
     plain = isinstance(kind, type) and issubclass(kind, Foreign) and kind.described() in _PLAIN_TENSOR_TYPES
-    if plain and function in _FUNCTIONS and isinstance(arguments, tuple):
-        return function(*arguments)
+    if plain and _is_known(function) and isinstance(arguments, tuple):
+        return function(*arguments)  # type: ignore[operator]  # it is one of the functions of this module
     name = kind.described() if isinstance(kind, type) and issubclass(kind, Foreign) else "unknown"
     return UnreadableTensor(f"a tensor subclass ({name})")
 
@@ -244,6 +265,7 @@ _TENSOR_FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
     ("torch.nn.parameter", "UninitializedParameter"): _unreadable("an uninitialised parameter"),
     ("torch", "Size"): _size,
 }
+_SIZED = (dict, list, tuple, set, frozenset)
 _FUNCTIONS = frozenset(_TENSOR_FUNCTIONS.values())
 _DICTS = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("collections", "Counter")}
 
@@ -271,13 +293,24 @@ class _SpecUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
+    memo: dict[int, Any]
+    read: Callable[[int], bytes]
+    readline: Callable[[], bytes]
+    _unframer: Any
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 
     def __init__(self, source: io.BytesIO) -> None:
+        self._source = source
         super().__init__(source, encoding="utf-8", errors="surrogateescape")
         self._globals: dict[tuple[str, str], object] = {}
-        self.dispatch = _Counted(type(self).dispatch)  # type: ignore[misc]  # counted per instance
+        self._budget = _Counted(type(self).dispatch)
+        self.dispatch = self._budget  # type: ignore[misc]  # counted per instance
+
+    def bytes_follow(self) -> bool:
+        """Whether there is more after STOP, in the last frame or after it."""
+        frame = self._unframer.current_frame
+        return bool((frame is not None and frame.read(1)) or self._source.read(1))
 
     def find_class(self, module: str, name: str) -> object:
         """Returns the stand-in for a global; nothing is imported."""
@@ -304,12 +337,28 @@ class _SpecUnpickler(pickle._Unpickler):
         return StorageRef(key, kind.dtype, numel)
 
     def _call(self, function: Any, arguments: Any, keywords: Any = None) -> None:
+        if isinstance(function, Foreign):
+            function = type(function)  # what an unknown object returns is as unknown
         stand_in = isinstance(function, type) and issubclass(function, (Foreign, PlainDict))
-        if not stand_in and function not in _FUNCTIONS:
+        if not stand_in and not _is_known(function):
             _refuse(f"the pickle calls {quote(type(function).__name__)}, which is no function")
         if not isinstance(arguments, tuple):
             _refuse("the pickle calls a function without a tuple of arguments")
+        # A call may copy what it is given, and the same long argument can be given again and again.
+        self._budget.left -= 5 * (len(arguments) + sum(len(each) for each in arguments if isinstance(each, _SIZED)))
         self.append(function(*arguments))
+
+    def load_bytearray8(self) -> None:
+        """BYTEARRAY8: allocates what is there, not what is claimed."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(min(length, len(self._source.getbuffer()) + 1))))
+
+    def load_put(self) -> None:
+        """PUT: a memo index as text, of any size."""
+        index = int(self.readline()[:-1])
+        if not 0 <= index < 2**32:
+            _refuse("expected a memo index below 2³² in the pickle, got a larger one")
+        self.memo[index] = self.stack[-1]
 
     def load_reduce(self) -> None:
         """REDUCE: function and arguments from the stack."""
@@ -361,7 +410,7 @@ class _SpecUnpickler(pickle._Unpickler):
         target = self.stack[-1]
         if isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                target[_flat_key(key)] = value
+                target[_safe_key(key)] = value
         elif not isinstance(target, Foreign):
             _refuse(f"the pickle sets an item of a {type(target).__name__}")
 
@@ -376,16 +425,19 @@ class _SpecUnpickler(pickle._Unpickler):
         items = self.pop_mark()
         target = self.stack[-1]
         if isinstance(target, set):
-            target.update(map(_flat_key, items))
+            target.update(map(_safe_key, items))
         elif not isinstance(target, Foreign):
             _refuse(f"the pickle adds to a {type(target).__name__}")
 
     def load_frozenset(self) -> None:
         """FROZENSET of the items above the mark."""
-        self.append(frozenset(map(_flat_key, self.pop_mark())))
+        items = self.pop_mark()  # first, since it changes the stack that self.append appends to
+        self.append(frozenset(map(_safe_key, items)))
 
 
 for _opcode, _method in (
+    (pickle.BYTEARRAY8, _SpecUnpickler.load_bytearray8),
+    (pickle.PUT, _SpecUnpickler.load_put),
     (pickle.REDUCE, _SpecUnpickler.load_reduce),
     (pickle.NEWOBJ, _SpecUnpickler.load_reduce),
     (pickle.NEWOBJ_EX, _SpecUnpickler.load_newobj_ex),
@@ -412,6 +464,6 @@ def _stand_in(module: str, name: str) -> object:
         return _StorageType(BY_TORCH_NAME[_STORAGE_TYPES[name]], name)
     if (module, name) in (("torch.storage", "UntypedStorage"), ("torch", "UntypedStorage")):
         return _StorageType(None, name)
-    if module == "torch" and name in _UNREADABLE_STORAGES:
-        return UnreadableTensor(_UNREADABLE_STORAGES[name])
+    if module == "torch" and name.endswith("Storage"):
+        return UnreadableTensor(_UNREADABLE_STORAGES.get(name, f"a tensor of {quote(name)}"))
     return type("Foreign", (Foreign,), {"__slots__": (), "module": module, "qualname": name})

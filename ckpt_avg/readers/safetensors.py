@@ -56,9 +56,12 @@ def _header_bytes(file: MappedFile) -> bytes:
     if 8 + length > file.size:
         _fail(file, f"expected a header of {length:,} bytes, got a file of {file.size:,} bytes. {_DAMAGED}")
     header = file.read(8, length)
-    # Each tensor needs a brace of its own, so this bounds their number before any object is built.
-    if header.count(b"{") > LIMITS.tensors + 2:
+    # Each tensor needs a brace of its own, two lists and four colons: this bounds what is built before it is built.
+    braces = header.count(b"{")
+    if braces > LIMITS.tensors + 2:
         _fail(file, f"expected at most {LIMITS.tensors:,} tensors in the header, got more. {_DAMAGED}")
+    if header.count(b"[") > 4 * braces + 1_000 or header.count(b":") > 5 * braces + 100_000:
+        _fail(file, f"the header: expected tensors, got a great many other values. {_DAMAGED}")
     return header
 
 
@@ -79,6 +82,9 @@ def _parse(file: MappedFile, header: bytes) -> tuple[dict[str, str], dict[str, A
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _fail(file, f"__metadata__: expected an object of strings. {_DAMAGED}")
+    for text in (*metadata, *metadata.values()):
+        if not _is_text(text):
+            _fail(file, f"__metadata__: expected text, got the lone surrogate in {quote(text)}. {_DAMAGED}")
     return metadata, parsed
 
 
@@ -97,10 +103,17 @@ def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
 
 
-def _plain_integer(text: str) -> int:
-    if text.startswith("-") or len(text) > 20:
-        raise ValueError(f"{quote(text)} is no valid size or offset")
-    return int(text)
+def _plain_integer(text: str) -> int | str:
+    # What cannot be a size stays text, which is refused where the tensor's name is known.
+    return int(text) if len(text) <= 20 and text != "-0" else text
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tensor(file: MappedFile, name: str, entry: Any, data_start: int) -> TensorSpec:
@@ -141,10 +154,9 @@ def _tensor(file: MappedFile, name: str, entry: Any, data_start: int) -> TensorS
 
 
 def _check_name(name: str, where: str) -> None:
-    try:
-        length = len(name.encode("utf-8"))
-    except UnicodeEncodeError:
-        raise CheckpointFormatError(f"{where}: the name holds a lone surrogate, so it is no text. {_DAMAGED}") from None
+    if not _is_text(name):
+        raise CheckpointFormatError(f"{where}: the name holds a lone surrogate, so it is no text. {_DAMAGED}")
+    length = len(name.encode("utf-8"))
     if length > LIMITS.name or "\0" in name:
         raise CheckpointFormatError(
             f"{where}: expected a name of at most {LIMITS.name:,} bytes without NUL, got {length:,} bytes. {_DAMAGED}"

@@ -6,7 +6,7 @@ are tensors; the only other mapping of names to tensors. Where several remain, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,9 @@ def find_state_dict(root: object, path: Path, state_key: str | None) -> Found:
     if state_key is not None:
         return _found(_walk(root, path, state_key), path, state_key, ())
     if isinstance(root, Foreign):
-        raise CheckpointFormatError(
-            f"{path}: expected a state dict, got a pickled object of class {quote(root.described())}. In a trusted "
-            "environment, load it and save model.state_dict() instead."
-        )
+        raise CheckpointFormatError(f"{path}: {_pickled(root)}")
     wrappers = [key for key in WRAPPER_KEYS if isinstance(root, dict) and _is_state_dict(root.get(key))]
-    candidates = list(_candidates(root, ""))
+    candidates = _candidates(root)
     if len(wrappers) == 1:
         return _found(root[wrappers[0]], path, wrappers[0], ())  # type: ignore[index]  # a wrapper implies a dict
     if not wrappers and candidates[:1] == [""]:
@@ -63,7 +60,9 @@ def plain_values(root: object) -> dict[str, str | int | float | bool | None]:
     return {
         key: value
         for key, value in root.items()
-        if isinstance(key, str) and isinstance(value, (str, int, float, bool, type(None)))
+        if isinstance(key, str)
+        # What JSON cannot hold tells nothing: NaN, Inf, integers of thousands of digits.
+        and (isinstance(value, (str, bool, type(None))) or (isinstance(value, (int, float)) and abs(value) < 2.0**1000))
     }
 
 
@@ -73,16 +72,28 @@ def _is_state_dict(value: object) -> bool:
     )
 
 
-def _candidates(value: object, prefix: str, depth: int = 0) -> Iterator[str]:
-    """Yields the dotted key of each mapping that holds named tensors directly, outermost first."""
-    if not isinstance(value, dict) or depth > LIMITS.nesting:
-        return
-    if _is_state_dict(value):
-        yield prefix
-        return  # what lies deeper belongs to it
-    for key, inner in value.items():
-        if isinstance(key, str):
-            yield from _candidates(inner, f"{prefix}.{key}" if prefix else key, depth + 1)
+def _candidates(value: object) -> list[str]:
+    """Returns the dotted key of each mapping that holds named tensors directly, the nearest to the top first.
+
+    Each mapping is looked at once, level by level, under the first key that leads to it.
+    """
+    found: list[str] = []
+    seen: set[int] = set()
+    level = [("", value)]
+    for _ in range(LIMITS.nesting + 1):
+        inner: list[tuple[str, object]] = []
+        for prefix, item in level:
+            if not isinstance(item, dict) or id(item) in seen:
+                continue
+            seen.add(id(item))
+            if _is_state_dict(item):
+                found.append(prefix)  # what lies deeper belongs to it
+                continue
+            inner += [
+                (f"{prefix}.{key}" if prefix else key, each) for key, each in item.items() if isinstance(key, str)
+            ]
+        level = inner
+    return found
 
 
 def _walk(root: object, path: Path, state_key: str) -> object:
@@ -110,12 +121,9 @@ def _ends(text: str) -> list[int]:
 def _found(value: object, path: Path, key: str | None, notes: tuple[str, ...]) -> Found:
     where = f"{path}: {'the file' if key is None else f'key {quote(key)}'}"
     if isinstance(value, Foreign):
-        raise CheckpointFormatError(
-            f"{where}: expected a state dict, got a pickled object of class {quote(value.described())}. In a trusted "
-            "environment, load it and save model.state_dict() instead."
-        )
+        raise CheckpointFormatError(f"{where}: {_pickled(value)}")
     if not isinstance(value, dict):
-        raise CheckpointFormatError(f"{where}: expected a state dict, got {type(value).__name__}.")
+        raise CheckpointFormatError(f"{where}: expected a state dict, got {_contents(value)}.")
     tensors: dict[str, StoredTensor] = {}
     others: list[str] = []
     for name, item in value.items():
@@ -124,13 +132,13 @@ def _found(value: object, path: Path, key: str | None, notes: tuple[str, ...]) -
                 f"{where}: tensor {quote(name)}: expected a plain tensor, got {item.kind}. Save it as a plain "
                 "tensor (for example tensor.to_dense() or tensor.dequantize()) and run again."
             )
-        if isinstance(item, dict) and any(True for _ in _candidates(item, "")):
+        if isinstance(item, dict) and _candidates(item):
             raise CheckpointFormatError(
                 f"{where}: expected names and tensors, got another dict of tensors under {quote(name)}. "
-                f"Choose one part with --state-key {key + '.' if key else ''}{name}."
+                f"Choose one part with --state-key {_as_argument(f'{key}.{name}' if key else str(name))}."
             )
         if not isinstance(item, StoredTensor):
-            others.append(str(name))
+            others.append(name if isinstance(name, str) else quote(name))
         elif not isinstance(name, str):
             raise CheckpointFormatError(f"{where}: expected tensor names, got the key {quote(name)}.")
         else:
@@ -138,12 +146,26 @@ def _found(value: object, path: Path, key: str | None, notes: tuple[str, ...]) -
     return Found(key, tensors, tuple(others), notes)
 
 
+def _as_argument(key: str) -> str:
+    return key if key.isprintable() and len(key) <= 120 else quote(key)
+
+
+def _pickled(value: Foreign) -> str:
+    return (
+        f"expected a state dict, got a pickled object of class {value.described()!r}. In a trusted environment, "
+        "load it and save model.state_dict() instead."
+    )
+
+
 def _no_choice(root: object, candidates: list[str]) -> str:
     if candidates:
         return (
             f"expected one state dict, got several: {listing(map(quote, candidates))}. "
-            f"Choose one with --state-key, for example --state-key {candidates[0]}."
+            f"Choose one with --state-key, for example --state-key {_as_argument(candidates[0])}."
         )
+    for key in WRAPPER_KEYS:
+        if isinstance(root, dict) and isinstance(inner := root.get(key), Foreign):
+            return f"key {quote(key)}: {_pickled(inner)}"
     return f"expected a state dict, got {_contents(root)}, which holds no named tensors."
 
 

@@ -7,6 +7,7 @@ bytes are found without reading any of them. The pickle goes through `pickle_spe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
@@ -61,11 +62,6 @@ def _root(file: MappedFile, members: Mapping[str, Member]) -> str:
             f"{file.path}: expected a zip written by torch.save, got one with {listing(map(quote, members))}. "
             "Name a checkpoint file."
         )
-    if f"{roots[0]}/constants.pkl" in members:
-        raise CheckpointFormatError(
-            f"{file.path}: expected weights, got a TorchScript program. In a trusted environment, save them with "
-            "torch.save(torch.jit.load(path).state_dict(), new_path)."
-        )
     return roots[0]
 
 
@@ -80,18 +76,20 @@ def _tensor(file: MappedFile, name: str, tensor: StoredTensor, record: Member | 
     expected = storage.numel * (storage.dtype.itemsize if storage.dtype else 1)
     if record.size != expected:
         raise CheckpointFormatError(
-            f"{where}: expected a record of {expected:,} bytes, got {record.size:,}. Copy or save the file again."
+            f"{where}: expected a record of {quote(expected)} bytes, got {record.size:,}. Copy or save the file again."
         )
     shape, stride, offset = tensor.shape, tensor.stride, tensor.offset
     numbers = (*shape, *stride, offset)
     if len(shape) != len(stride) or len(shape) > LIMITS.rank or min(numbers) < 0 or max(numbers) > LIMITS.elements:
         raise CheckpointFormatError(
             f"{where}: expected sizes and strides from 0 to 2⁶³−1, got shape {quote(shape)}, stride {quote(stride)}, "
-            f"offset {offset}. Save it again."
+            f"offset {quote(offset)}. Save it again."
         )
     spec = TensorSpec(
         name, tensor.dtype, shape, stride, 0, record.offset + offset * itemsize, (record.offset, record.size)
     )
+    if prod(max(extent, 1) for extent in shape) * itemsize > LIMITS.elements:
+        raise CheckpointFormatError(f"{where}: shape {quote(shape)} overflows 63 bits. Save it again.")
     if 0 in shape:
         return spec
     last = offset + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))

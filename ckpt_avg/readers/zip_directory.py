@@ -59,6 +59,11 @@ def read_members(file: MappedFile) -> Mapping[str, Member]:
     entries = sorted(_entries(file, file.read(start, length), count), key=lambda entry: entry.header)
     if entries and entries[0].header != 0:
         _fail(file, f"expected the archive at byte 0, got its first member at byte {entries[0].header:,}")
+    if any(entry.name.endswith(b"/constants.pkl") and entry.name.count(b"/") == 1 for entry in entries):
+        raise CheckpointFormatError(
+            f"{file.path}: expected weights, got a TorchScript program. In a trusted environment, save them with "
+            "torch.save(torch.jit.load(path).state_dict(), new_path)."
+        )
     for entry in entries:
         member = _member(file, entry, start)
         if entry.header < end_of_previous:

@@ -26,11 +26,32 @@ from ckpt_avg.messages import size as readable_size
 class UnpublishedFile:
     """The output while it is being filled. Threads may write to it side by side."""
 
-    def __init__(self, target: Path, descriptor: int, hidden: Path | None) -> None:
+    def __init__(self, target: Path) -> None:
         self.target = target
-        self._fd = descriptor
-        self._hidden = hidden
-        self.published = False
+        self._fd = -1
+        # Set before the name exists, so that `close` removes it whenever a signal comes.
+        self._hidden: Path | None = None
+
+    def open(self, size: int) -> None:
+        """Creates the file and reserves its bytes.
+
+        Raises:
+            OutputError: the folder cannot be written, or has no room.
+        """
+        flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+        try:
+            if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
+                try:
+                    self._fd = os.open(self.target.parent, flags | os.O_TMPFILE, 0o666)
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+                        raise
+            if self._fd < 0:
+                self._hidden = _hidden_name(self.target)
+                self._fd = os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        except OSError as error:
+            raise _output_error(self.target, "its folder cannot be written", error) from error
+        _reserve(self.target, self._fd, size)
 
     @property
     def readable_path(self) -> Path:
@@ -81,7 +102,6 @@ class UnpublishedFile:
             ) from error
         except OSError as error:
             raise _output_error(self.target, "publishing failed", error) from error
-        self.published = True
         _sync_folder(self.target)
 
     def _create(self) -> None:
@@ -102,9 +122,8 @@ class UnpublishedFile:
     def _replace(self) -> None:
         if self._hidden is None:
             # A link cannot replace a name, so the file gets a hidden one first.
-            hidden = _hidden_name(self.target)
-            self._link(hidden)
-            self._hidden = hidden
+            self._hidden = _hidden_name(self.target)
+            self._link(self._hidden)
         os.replace(self._hidden, self.target)
         self._hidden = None
 
@@ -136,10 +155,9 @@ def atomic_output(target: Path, size: int) -> Iterator[UnpublishedFile]:
     Raises:
         OutputError: the folder cannot be written, or has no room.
     """
-    descriptor, hidden = _open_unnamed(target)
-    file = UnpublishedFile(target, descriptor, hidden)
+    file = UnpublishedFile(target)
     try:
-        _reserve(target, descriptor, size)
+        file.open(size)
         yield file
     finally:
         file.close()
@@ -171,21 +189,6 @@ def check_target(path: Path, *, overwrite: bool) -> Path:
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: its folder {target.parent} is not writable. Choose another path.")
     return target
-
-
-def _open_unnamed(target: Path) -> tuple[int, Path | None]:
-    flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
-    if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
-        try:
-            return os.open(target.parent, flags | os.O_TMPFILE, 0o666), None
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-                raise _output_error(target, "its folder cannot be written", error) from error
-    hidden = _hidden_name(target)
-    try:
-        return os.open(hidden, flags | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), hidden
-    except OSError as error:
-        raise _output_error(target, "its folder cannot be written", error) from error
 
 
 def _hidden_name(target: Path) -> Path:

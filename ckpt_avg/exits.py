@@ -16,6 +16,9 @@ import click
 
 from ckpt_avg.errors import CkptAvgError, ResourceError, UserCodeError, is_out_of_memory
 
+# A signal may come between publishing and the last line of output.
+_UNTOUCHED = "the output path is as it was, or complete if it had been published"
+
 
 class _Terminated(BaseException):
     """SIGTERM or SIGHUP, raised in the main thread so that everything is cleaned up on the way out."""
@@ -65,9 +68,9 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
         error.show()
         return _fail(type(error).__name__, error.format_message(), error.exit_code, as_json, show=False)
     except (KeyboardInterrupt, click.Abort):
-        return _fail("Interrupted", "interrupted; the output path is as it was", 130, as_json)
+        return _fail("Interrupted", f"interrupted; {_UNTOUCHED}", 130, as_json)
     except _Terminated as error:
-        return _fail("Terminated", "terminated; the output path is as it was", 128 + error.number, as_json)
+        return _fail("Terminated", f"terminated; {_UNTOUCHED}", 128 + error.number, as_json)
     except UserCodeError as error:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)

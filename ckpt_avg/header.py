@@ -38,7 +38,8 @@ def encode_header(plan: Plan, metadata: Mapping[str, str], *, reserve: int = 0) 
             "data_offsets": (tensor.offset, tensor.offset + tensor.nbytes),
         }
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    length = max(len(text) + -len(text) % 8, reserve - 8)
+    length = max(len(text), reserve - 8)
+    length += -length % 8
     if length > LIMITS.header:
         raise IncompatibleError(
             f"the output's header would take {length:,} bytes, and safetensors allows {LIMITS.header:,}. "

@@ -201,24 +201,29 @@ class _Worker:
 def _mean_of_float64(chunk: Callable[[int], torch.Tensor], count: torch.Tensor) -> torch.Tensor:
     """Means of float64 inputs, where the sum itself rounds and can overflow.
 
-    Elements that are equal in all checkpoints are taken as they are; a sum that overflows is taken again of inputs
-    scaled by a power of two.
+    What each addition loses is kept and added at the end (TwoSum: Knuth, The Art of Computer Programming, vol. 2,
+    section 4.2.2, theorem B). Elements that are equal in all checkpoints are taken as they are, and a sum that
+    overflows is taken again of inputs scaled by a power of two.
     """
     first = chunk(0)
     number = int(count.item())
-    total = first.clone()
+    total, lost = first.clone(), torch.zeros_like(first)
     equal = torch.ones_like(first, dtype=torch.bool)
     for index in range(1, number):
         other = chunk(index)
-        total.add_(other)
         equal &= other.view(torch.int64).eq(first.view(torch.int64))
-    mean = total.div(count)
-    if not total.isfinite().all():
+        after = total + other
+        kept = after - total
+        lost += (total - (after - kept)) + (other - kept)
+        total = after
+    overflowed = total.isfinite().logical_not_()
+    mean = total.add(lost).div_(count)
+    if overflowed.any():
         scale = 2.0 ** -math.ceil(math.log2(number))
         scaled = chunk(0) * scale
         for index in range(1, number):
             scaled.add_(chunk(index) * scale)
-        mean = torch.where(total.isfinite(), mean, scaled.div_(count).div_(scale))
+        mean = torch.where(overflowed, scaled.div_(count).div_(scale), mean)
     return torch.where(equal, first, mean)
 
 

@@ -108,7 +108,10 @@ def make_plan(specs: Sequence[CheckpointSpec], *, dtype: str = "keep", non_float
     tensors = specs[0].tensors
     if not tensors:
         where = "" if specs[0].state_key is None else f" under the key {quote(specs[0].state_key)}"
-        raise IncompatibleError(f"{specs[0].path}: nothing to average: expected named tensors{where}, got none.")
+        raise IncompatibleError(
+            f"{specs[0].path}: nothing to average: expected named tensors{where}, got none. "
+            "Choose the weights with --state-key, or leave the file out."
+        )
     _refuse_scaled_codes(specs[0])
     layers = batch_norm_layers(tensors)
     counters = {batch_norm_buffer(layer, "num_batches_tracked") for layer in layers}
@@ -134,7 +137,11 @@ def make_plan(specs: Sequence[CheckpointSpec], *, dtype: str = "keep", non_float
 
 def _refuse_scaled_codes(spec: CheckpointSpec) -> None:
     """Refuses float8 tensors whose scales lie in other tensors: the mean of codes is not the code of the mean."""
-    modules = {name.rpartition(".")[0] for name in spec.tensors if "scale" in name.rpartition(".")[2]}
+    modules = {
+        name.rpartition(".")[0]
+        for name, tensor in spec.tensors.items()
+        if "scale" in name.rpartition(".")[2] and tensor.dtype.kind != "float8"
+    }
     scaled = [
         name
         for name, tensor in spec.tensors.items()

@@ -14,7 +14,7 @@ import torch
 def round_to(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns float64 ``values`` in ``dtype``, each rounded once, to nearest, ties to even.
 
-    A value beyond the range of ``dtype`` becomes infinite (or NaN, where the dtype has no infinity).
+    A value beyond the range of ``dtype`` becomes infinite, or what torch makes of it where the dtype has no infinity.
     """
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype)

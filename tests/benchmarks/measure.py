@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
+
+# A process's peak includes that of the process that started it, up to the exec. So a small one starts it.
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+start = time.monotonic()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+wall = time.monotonic() - start
+code = os.waitstatus_to_exitcode(status)
+print(json.dumps([code, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]))
+"""
 
 
 @dataclass(frozen=True)
@@ -19,15 +28,14 @@ class Run:
     peak: float
 
 
-def run(arguments: list[str], cwd: Path | None = None) -> Run:
+def run(arguments: list[str]) -> Run:
     """Runs a program to its end; fails if it does."""
-    start = time.monotonic()
-    process = subprocess.Popen(arguments, cwd=cwd, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise RuntimeError(f"{arguments[:4]} exited with {process.returncode}")
-    return Run(time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    launcher = [sys.executable, "-S", "-c", _LAUNCHER, *arguments]
+    printed = subprocess.run(launcher, stdout=subprocess.PIPE, text=True, check=True).stdout
+    code, wall, cpu, peak = json.loads(printed)
+    if code != 0:
+        raise RuntimeError(f"{arguments[:4]} exited with {code}")
+    return Run(wall, cpu, peak)
 
 
 def ckpt_avg(*arguments: object) -> list[str]:

@@ -216,8 +216,9 @@ def _mean_of_float64(chunk: Callable[[int], torch.Tensor], count: torch.Tensor) 
         kept = after - total
         lost += (total - (after - kept)) + (other - kept)
         total = after
-    overflowed = total.isfinite().logical_not_()
-    mean = total.add(lost).div_(count)
+    total += lost
+    overflowed = total.isfinite().logical_not_()  # the sum, or a step on the way to what was lost
+    mean = total.div(count)
     if overflowed.any():
         scale = 2.0 ** -math.ceil(math.log2(number))
         scaled = chunk(0) * scale

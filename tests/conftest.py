@@ -7,7 +7,6 @@ import os
 # Several test processes share the cores; torch's own threads would spin against each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,8 +61,3 @@ def in_process(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, s
         return code, captured.out, captured.err
 
     return call
-
-
-def load_json(text: str) -> Any:
-    """Parses stdout, which must be exactly one document."""
-    return json.loads(text)

@@ -1,7 +1,7 @@
 """Checkpoint averaging: the equal-weighted mean of saved checkpoints, BatchNorm refreshed, in constant memory.
 
     >>> from ckpt_avg import average
-    >>> result = average(["fixtures/mnist_cnn"], "swa.safetensors", last=8, bn="keep", dry_run=True)
+    >>> result = average(["fixtures/mnist_cnn"], "release.safetensors", last=8, bn="keep", dry_run=True)
     >>> len(result.checkpoints)
     8
 

@@ -144,7 +144,7 @@ def average(
         UserCodeError: the model or the data failed during the refresh.
 
     Example:
-        >>> result = average(["fixtures/mnist_cnn"], "swa.safetensors", every=3, bn="keep", dry_run=True)
+        >>> result = average(["fixtures/mnist_cnn"], "release.safetensors", every=3, bn="keep", dry_run=True)
         >>> [path.name for path in result.checkpoints]
         ['epoch_11.pt', 'epoch_14.pt', 'epoch_17.pt', 'epoch_20.pt']
     """

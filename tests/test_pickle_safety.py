@@ -508,6 +508,9 @@ stream = sys.stdin.buffer.read()
 def used():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
+start = time.process_time()
+read_pickle(b"\\x80\\x04" + b"N0" * 200_000 + b"N.", "harmless")
+harmless = time.process_time() - start
 before, start = used(), time.process_time()
 try:
     result = read_pickle(stream, "file.pt")
@@ -516,7 +519,7 @@ try:
 except CheckpointFormatError as error:
     said = str(error)
 seconds, memory = time.process_time() - start, used() - before
-print(json.dumps([said, seconds, memory]), flush=True)
+print(json.dumps([said, seconds / harmless, memory]), flush=True)
 """
 LEVELS = 60
 NESTED = 100_000
@@ -598,16 +601,16 @@ BOMBS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_soon_and_small(name: str) -> None:
-    """At most 2 s of processor time, 64 MiB and 4 × the pickle; never a crash or another exception."""
+    """At most what a harmless pickle of all allowed operations takes, 64 MiB and 4 × the pickle; never a crash."""
     stream = proto(4, BOMBS[name])
     try:
-        done = subprocess.run([sys.executable, "-c", _BOMB], input=stream, capture_output=True, timeout=4, check=False)
+        done = subprocess.run([sys.executable, "-c", _BOMB], input=stream, capture_output=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
-        pytest.fail("still reading after 4 s")
+        pytest.fail("it goes on and on")
     assert done.returncode == 0, done.stderr.decode()[-500:]
-    said, seconds, memory = json.loads(done.stdout)
+    said, ratio, memory = json.loads(done.stdout)
     assert said == "accepted" or said.startswith("file.pt: ")
-    assert seconds < 2
+    assert ratio < LIMITS.pickle_operations / 400_000
     assert memory < 64 * 2**20 + 4 * len(stream)
 
 

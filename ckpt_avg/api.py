@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from safetensors import safe_open
 
 from ckpt_avg.atomic import UnpublishedFile, atomic_output, check_target
-from ckpt_avg.batchnorm import BatchNormReport, ForwardBatch
+from ckpt_avg.batches import ForwardBatch
+from ckpt_avg.batchnorm import BatchNormReport
 from ckpt_avg.compat import compare
 from ckpt_avg.devices import choose_device, usable_cores
 from ckpt_avg.discover import Skipped, Sources, discover
@@ -25,12 +25,11 @@ from ckpt_avg.open_files import allow_open_files
 from ckpt_avg.plan import OUTPUT_DTYPES, Plan, make_plan
 from ckpt_avg.provenance import make_metadata
 from ckpt_avg.readers import Checkpoint, open_checkpoint
-from ckpt_avg.refresh import Batches, Model, PreparedRefresh, frozen_layers, prepare_refresh, refresh_output
+from ckpt_avg.refresh import Batches, Model, frozen_layers, refresh_output
+from ckpt_avg.running_statistics import Statistics, choose_refresh, frozen_buffers, source_of_statistics, summary
 from ckpt_avg.select import Selection, select
-from ckpt_avg.spec import batch_norm_buffer
 
 DEFAULT_MEMORY = 128 * 2**20
-Statistics = Literal["none", "refreshed", "mean", "frozen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +170,13 @@ def average(
             raise IncompatibleError(str(report))
         plan = make_plan(specs, dtype=dtype, non_float=non_float)
         _notice_what_is_read(checkpoints, notice)
-        frozen = _frozen_buffers(checkpoints, plan)
-        refresh = _prepare_refresh(plan, frozen, model, data, bn, notice)
+        frozen = frozen_buffers(checkpoints, plan)
+        refresh = choose_refresh(plan, frozen, model, data, bn, notice)
         _check_equal(checkpoints, plan)
-        statistics = _statistics(plan, frozen, refresh)
+        statistics = source_of_statistics(plan, frozen, refresh)
 
         def header(report: BatchNormReport | None, reserve: int = 0) -> bytes:
-            batch_norm = _summary(statistics, report, data)
+            batch_norm = summary(statistics, report, data)
             return encode_header(plan, make_metadata(specs, dtype=dtype, batch_norm=batch_norm), reserve=reserve)
 
         # The refresh reads the output before its own figures can stand in the header: their room is reserved.
@@ -271,73 +270,6 @@ def _notice_what_is_read(checkpoints: Sequence[Checkpoint], notice: Callable[[st
         notice(f"tied tensors are written under each name: {listing('='.join(map(quote, names)) for names in tied)}")
 
 
-def _frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[str]:
-    """Returns the running statistics of layers where they are the same in every one of several checkpoints."""
-    if len(checkpoints) < 2:
-        return frozenset()  # one checkpoint says nothing about whether they ever change
-    pairs = [
-        (batch_norm_buffer(layer, "running_mean"), batch_norm_buffer(layer, "running_var")) for layer in plan.batch_norm
-    ]
-    moved = differing(checkpoints, (name for pair in pairs for name in pair))
-    return frozenset(name for pair in pairs if not any(name in moved for name in pair) for name in pair)
-
-
-def _prepare_refresh(
-    plan: Plan,
-    frozen: frozenset[str],
-    model: Model | None,
-    data: Batches | None,
-    bn: str,
-    notice: Callable[[str], None],
-) -> PreparedRefresh | None:
-    """Returns the model and the batches to refresh with; None where nothing is to be refreshed."""
-    moving = [layer for layer in plan.batch_norm if batch_norm_buffer(layer, "running_mean") not in frozen]
-    if len(moving) < len(plan.batch_norm):
-        kept = [layer for layer in plan.batch_norm if layer not in moving]
-        notice(
-            f"{plural(len(kept), 'frozen BatchNorm layer')} left as found, the statistics being the same in every "
-            f"checkpoint: {listing(map(quote, kept))}"
-        )
-    if not moving or bn == "keep":
-        if not plan.batch_norm and (model is not None or data is not None or bn == "refresh"):
-            notice("the checkpoints hold no BatchNorm statistics, so there is nothing to refresh")
-        elif moving:
-            notice(
-                f"the running statistics of {plural(len(moving), 'BatchNorm layer')} are the mean of the checkpoints', "
-                "not those of the averaged weights; --model and --data recompute them"
-            )
-        return None
-    if model is None or data is None:
-        missing = " and ".join(
-            text
-            for text, given in (("--model MODULE:FACTORY", model), ("--data MODULE:FACTORY", data))
-            if given is None
-        )
-        examples = ", ".join(map(quote, moving[:3])) + (", …" if len(moving) > 3 else "")
-        raise UsageError(
-            f"the checkpoints hold running statistics of {plural(len(moving), 'BatchNorm layer')} ({examples}), which "
-            f"are wrong for averaged weights until they are recomputed over training data. Add {missing}, or accept "
-            "the mean of the statistics with --bn keep."
-        )
-    prepared = prepare_refresh(model, data, plan)
-    names = {name for buffers in prepared.buffers.values() for name in buffers["running_mean"]}
-    others = [layer for layer in moving if batch_norm_buffer(layer, "running_mean") not in names]
-    if others:
-        notice(
-            f"{plural(len(others), 'layer')} with running statistics are no BatchNorm layers of the model, so theirs "
-            f"are the mean of the checkpoints': {listing(map(quote, others))}"
-        )
-    return prepared if len(others) < len(moving) else None
-
-
-def _statistics(plan: Plan, frozen: frozenset[str], refresh: PreparedRefresh | None) -> Statistics:
-    if not plan.batch_norm:
-        return "none"
-    if refresh is not None:
-        return "refreshed"
-    return "frozen" if len(frozen) == 2 * len(plan.batch_norm) else "mean"
-
-
 def _check_equal(checkpoints: Sequence[Checkpoint], plan: Plan) -> None:
     unequal = differing(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
     if unequal:
@@ -346,21 +278,6 @@ def _check_equal(checkpoints: Sequence[Checkpoint], plan: Plan) -> None:
             f"these dtypes are never averaged:\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
             "Take the last checkpoint's with --non-float last."
         )
-
-
-def _summary(statistics: Statistics, report: BatchNormReport | None, data: Batches | None) -> dict[str, object] | None:
-    """Returns what the metadata says of BatchNorm; as wide as it can get while the refresh is still to come."""
-    if statistics == "none":
-        return None
-    if statistics != "refreshed":
-        return {"statistics": statistics}
-    return {
-        "statistics": "refreshed",
-        "estimator": "pooled",
-        "batches": report.batches if report else 10**15,
-        "samples": report.samples if report else 10**15,
-        "data": getattr(data, "__qualname__", type(data).__name__),
-    }
 
 
 def _notice_what_was_refreshed(report: BatchNormReport, notice: Callable[[str], None]) -> None:

@@ -16,19 +16,14 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ckpt_avg.batches import ForwardBatch, count_samples, fetch, run_batch, to_device
 from ckpt_avg.errors import UserCodeError
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.rounding import round_to
-from ckpt_avg.user_code import blaming
 
-ForwardBatch = Callable[[torch.nn.Module, Any], object]
 Progress = Callable[[int, int], None]
 
 _CHUNK = 1024 * 1024  # activations widened to float64 at a time: 8 MiB
-_ACCEPTED = (
-    "Accepted batches: a tensor, a tuple or list (its first element is the input), a mapping (passed as keywords), or "
-    "anything that a function forward_batch(model, batch), in the module of --model, takes."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +115,13 @@ def refresh_batch_norm(
     pools = {name: _Pool() for name in layers}
     samples = done = 0
     with _measuring(model, layers, pools), torch.no_grad():
-        for batch in _guarded(batches, max_batches):
-            moved = _to_device(batch, device)
+        for batch in fetch(batches, max_batches):
+            moved = to_device(batch, device)
             for pool in pools.values():
                 pool.batch = done + 1
-            _forward(model, moved, forward_batch, done + 1)
+            run_batch(model, moved, forward_batch, done + 1)
             done += 1
-            samples += _samples(moved)
+            samples += count_samples(moved)
             progress(done, samples)
         if done == 0:
             raise UserCodeError(
@@ -256,66 +251,3 @@ def _hook(name: str, pool: _Pool) -> Callable[[torch.nn.Module, tuple[Any, ...],
             )
 
     return measure
-
-
-def _guarded(batches: Iterable[Any], at_most: int | None) -> Iterator[Any]:
-    """Yields the batches; an exception of the loader names the batch."""
-    number = 1
-    with blaming(f"the dataloader raised at batch {number}:"):
-        iterator = iter(batches)
-    while at_most is None or number <= at_most:
-        with blaming(f"the dataloader raised at batch {number}:"):
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-        yield batch
-        number += 1
-
-
-def _forward(model: torch.nn.Module, batch: Any, forward_batch: ForwardBatch | None, number: int) -> None:
-    with blaming(f"the model raised at batch {number} ({_shape(batch)}):", advice=f"\n{_ACCEPTED}"):
-        if forward_batch is not None:
-            forward_batch(model, batch)
-        elif isinstance(batch, torch.Tensor):
-            model(batch)
-        elif isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)) and batch:
-            model(batch[0])
-        else:
-            raise UserCodeError(f"BatchNorm refresh: batch {number}: got {_shape(batch)}. {_ACCEPTED}")
-
-
-def _shape(batch: Any) -> str:
-    if isinstance(batch, torch.Tensor):
-        return f"a tensor of shape {list(batch.shape)}"
-    if isinstance(batch, Mapping):
-        return f"a mapping with the keys {listing(map(quote, batch))}"
-    if isinstance(batch, (tuple, list)) and batch:
-        return f"a {type(batch).__name__} of {len(batch)}, the first {_shape(batch[0])}"
-    return f"a {type(batch).__name__}"
-
-
-def _to_device(batch: Any, device: torch.device | str | None) -> Any:
-    if device is None or str(device) == "cpu":
-        return batch
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to_device(item, device) for item in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_to_device(item, device) for item in batch)
-    return batch
-
-
-def _samples(batch: Any) -> int:
-    """Returns the length of the first tensor of a batch, which by convention counts its samples."""
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.dim() else 0
-    items: Iterable[Any] = (
-        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    )
-    return next(filter(None, map(_samples, items)), 0)

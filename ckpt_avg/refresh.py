@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ckpt_avg.batchnorm import BatchNormReport, ForwardBatch, batch_norm_modules, refresh_batch_norm, rounded_statistic
+from ckpt_avg.batches import ForwardBatch
+from ckpt_avg.batchnorm import BatchNormReport, batch_norm_modules, refresh_batch_norm, rounded_statistic
 from ckpt_avg.elements import read_ranges
 from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.messages import listing, quote

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.readers import open_checkpoint, pickle_specs
+from ckpt_avg.readers import open_checkpoint, pickle_specs, stand_ins
 from ckpt_avg.readers.pickle_specs import Foreign, StorageRef, StoredTensor, read_pickle
 from ckpt_avg.spec import DTYPES
 
@@ -299,7 +299,7 @@ def test_build_on_what_takes_no_state(target: str, state: bytes) -> None:
     """No attribute of a function, class, dtype or storage can be set."""
     made = {**TARGETS, "list": b"]", "dict": b"}", "set": b"\x8f"}[target]
     assert "the pickle restores a state into a" in refused(proto(4, made + state + b"b"))
-    assert vars(pickle_specs._rebuild_tensor) == {}
+    assert vars(stand_ins._rebuild_tensor) == {}
     assert DTYPES["F32"].name == "F32"
     assert "evil" not in vars(Foreign).values()
 
@@ -366,7 +366,7 @@ def test_arguments_that_are_no_tuple(arguments: bytes) -> None:
 @pytest.mark.parametrize(
     "arguments", [b")", b"N\x85", b"K\1\x85", TOUCH + b"\x85", b"]K\1a\x85", b"]K\1\x85a\x85", sequence(*[b"N"] * 9)]
 )
-@pytest.mark.parametrize("key", sorted(pickle_specs._TENSOR_FUNCTIONS), ids=lambda key: key[1])
+@pytest.mark.parametrize("key", sorted(stand_ins._TENSOR_FUNCTIONS), ids=lambda key: key[1])
 def test_rebuilding_from_junk(key: tuple[str, str], arguments: bytes) -> None:
     """Wrong arguments of the functions that are known give the documented exception or an inert value."""
     stream = proto(2, named(*key) + arguments + b"R")

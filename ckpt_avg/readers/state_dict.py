@@ -14,7 +14,7 @@ from typing import Any
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.messages import listing, quote
-from ckpt_avg.readers.pickle_specs import Foreign, StoredTensor, UnreadableTensor
+from ckpt_avg.readers.stand_ins import Foreign, StoredTensor, UnreadableTensor
 
 WRAPPER_KEYS = ("state_dict", "model", "model_state_dict")
 

@@ -13,7 +13,8 @@ from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import listing, plural, quote
-from ckpt_avg.readers.pickle_specs import StoredTensor, read_pickle
+from ckpt_avg.readers.pickle_specs import read_pickle
+from ckpt_avg.readers.stand_ins import StoredTensor
 from ckpt_avg.readers.state_dict import find_state_dict, plain_values
 from ckpt_avg.readers.zip_directory import Member, read_members
 from ckpt_avg.spec import CheckpointSpec, TensorSpec

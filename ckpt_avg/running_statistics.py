@@ -1,0 +1,100 @@
+"""Where the output's running statistics come from: measured anew, the checkpoints' mean, or as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from ckpt_avg.batchnorm import BatchNormReport
+from ckpt_avg.errors import UsageError
+from ckpt_avg.identical import differing
+from ckpt_avg.messages import listing, plural, quote
+from ckpt_avg.plan import Plan
+from ckpt_avg.readers import Checkpoint
+from ckpt_avg.refresh import Batches, Model, PreparedRefresh, prepare_refresh
+from ckpt_avg.spec import batch_norm_buffer
+
+Statistics = Literal["none", "refreshed", "mean", "frozen"]
+
+
+def frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[str]:
+    """Returns the running statistics of layers where they are the same in every one of several checkpoints."""
+    if len(checkpoints) < 2:
+        return frozenset()  # one checkpoint says nothing about whether they ever change
+    pairs = [
+        (batch_norm_buffer(layer, "running_mean"), batch_norm_buffer(layer, "running_var")) for layer in plan.batch_norm
+    ]
+    moved = differing(checkpoints, (name for pair in pairs for name in pair))
+    return frozenset(name for pair in pairs if not any(name in moved for name in pair) for name in pair)
+
+
+def choose_refresh(
+    plan: Plan,
+    frozen: frozenset[str],
+    model: Model | None,
+    data: Batches | None,
+    bn: str,
+    notice: Callable[[str], None],
+) -> PreparedRefresh | None:
+    """Returns the model and the batches to refresh with; None where nothing is to be refreshed."""
+    moving = [layer for layer in plan.batch_norm if batch_norm_buffer(layer, "running_mean") not in frozen]
+    if len(moving) < len(plan.batch_norm):
+        kept = [layer for layer in plan.batch_norm if layer not in moving]
+        notice(
+            f"{plural(len(kept), 'frozen BatchNorm layer')} left as found, the statistics being the same in every "
+            f"checkpoint: {listing(map(quote, kept))}"
+        )
+    if not moving or bn == "keep":
+        if not plan.batch_norm and (model is not None or data is not None or bn == "refresh"):
+            notice("the checkpoints hold no BatchNorm statistics, so there is nothing to refresh")
+        elif moving:
+            notice(
+                f"the running statistics of {plural(len(moving), 'BatchNorm layer')} are the mean of the checkpoints', "
+                "not those of the averaged weights; --model and --data recompute them"
+            )
+        return None
+    if model is None or data is None:
+        missing = " and ".join(
+            text
+            for text, given in (("--model MODULE:FACTORY", model), ("--data MODULE:FACTORY", data))
+            if given is None
+        )
+        examples = ", ".join(map(quote, moving[:3])) + (", …" if len(moving) > 3 else "")
+        raise UsageError(
+            f"the checkpoints hold running statistics of {plural(len(moving), 'BatchNorm layer')} ({examples}), which "
+            f"are wrong for averaged weights until they are recomputed over training data. Add {missing}, or accept "
+            "the mean of the statistics with --bn keep."
+        )
+    prepared = prepare_refresh(model, data, plan)
+    names = {name for buffers in prepared.buffers.values() for name in buffers["running_mean"]}
+    others = [layer for layer in moving if batch_norm_buffer(layer, "running_mean") not in names]
+    if others:
+        notice(
+            f"{plural(len(others), 'layer')} with running statistics are no BatchNorm layers of the model, so theirs "
+            f"are the mean of the checkpoints': {listing(map(quote, others))}"
+        )
+    return prepared if len(others) < len(moving) else None
+
+
+def source_of_statistics(plan: Plan, frozen: frozenset[str], refresh: PreparedRefresh | None) -> Statistics:
+    """Returns in one word what the output's running statistics are."""
+    if not plan.batch_norm:
+        return "none"
+    if refresh is not None:
+        return "refreshed"
+    return "frozen" if len(frozen) == 2 * len(plan.batch_norm) else "mean"
+
+
+def summary(statistics: Statistics, report: BatchNormReport | None, data: Batches | None) -> dict[str, object] | None:
+    """Returns what the metadata says of BatchNorm; as wide as it can get while the refresh is still to come."""
+    if statistics == "none":
+        return None
+    if statistics != "refreshed":
+        return {"statistics": statistics}
+    return {
+        "statistics": "refreshed",
+        "estimator": "pooled",
+        "batches": report.batches if report else 10**15,
+        "samples": report.samples if report else 10**15,
+        "data": getattr(data, "__qualname__", type(data).__name__),
+    }

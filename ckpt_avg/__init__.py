@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckpt_avg.api import AverageResult, average
+    from ckpt_avg.api import AverageResult, Progress, average
     from ckpt_avg.batchnorm import BatchNormReport, LayerStatistics, refresh_batch_norm
     from ckpt_avg.compat import CompatibilityReport, Difference, check
     from ckpt_avg.errors import (
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ckpt_avg.api": ("AverageResult", "average"),
+    "ckpt_avg.api": ("AverageResult", "Progress", "average"),
     "ckpt_avg.batchnorm": ("BatchNormReport", "LayerStatistics", "refresh_batch_norm"),
     "ckpt_avg.compat": ("CompatibilityReport", "Difference", "check"),
     "ckpt_avg.errors": (
@@ -68,6 +68,7 @@ __all__ = [
     "LayerStatistics",
     "NonFiniteError",
     "OutputError",
+    "Progress",
     "ResourceError",
     "TensorSpec",
     "UsageError",

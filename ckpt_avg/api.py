@@ -27,9 +27,10 @@ from ckpt_avg.provenance import make_metadata
 from ckpt_avg.readers import Checkpoint, open_checkpoint
 from ckpt_avg.refresh import Batches, Model, frozen_layers, refresh_output
 from ckpt_avg.running_statistics import Statistics, choose_refresh, frozen_buffers, source_of_statistics, summary
-from ckpt_avg.select import Selection, select
+from ckpt_avg.select import Selection, patterns, select
 
 DEFAULT_MEMORY = 128 * 2**20
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,8 @@ def average(
     *,
     last: int | None = None,
     every: int | None = None,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     state_key: str | None = None,
     device: str = "auto",
     dtype: str = "keep",
@@ -139,7 +140,7 @@ def average(
         CheckpointFormatError: a checkpoint is corrupt, unsafe or of an unknown kind.
         IncompatibleError: the checkpoints don't fit together, or not the model, or hold NaN or Inf.
         OutputError: the output exists, or could not be written.
-        ResourceError: a resource ran out.
+        ResourceError, MemoryError, torch.OutOfMemoryError: a resource ran out.
         UserCodeError: the model or the data failed during the refresh.
 
     Example:
@@ -156,14 +157,14 @@ def average(
 
     _check_options(dtype, non_float, bn, threads, memory, bn_batches)
     target_device = choose_device(device)
-    target = check_target(Path(output), overwrite=overwrite)
     discovery = discover(sources)
-    paths = select(discovery.paths, Selection(tuple(include), tuple(exclude), every, last))
+    _refuse_output_among_inputs(output, discovery.paths)
+    target = check_target(output, overwrite=overwrite)
+    paths = select(discovery.paths, Selection(patterns(include), patterns(exclude), every, last))
     workers = threads or usable_cores()
     allow_open_files((1 + workers) * len(paths))
     with ExitStack() as stack:
         checkpoints = [stack.enter_context(open_checkpoint(path, state_key=state_key)) for path in paths]
-        _refuse_output_among_inputs(target, checkpoints)
         specs = [checkpoint.spec for checkpoint in checkpoints]
         report = compare(specs)
         if not report.compatible:
@@ -248,15 +249,16 @@ def _check_options(
     ):
         if number is not None and number < least:
             raise UsageError(f"{option}: expected {least:,} or more, got {number:,}.")
+    if threads is not None and threads > _MOST_THREADS:
+        raise UsageError(f"--threads: expected at most {_MOST_THREADS:,}, got {threads:,}.")
 
 
-def _refuse_output_among_inputs(target: Path, checkpoints: Sequence[Checkpoint]) -> None:
-    if not target.exists():
-        return
-    status = target.stat()
-    for checkpoint in checkpoints:
-        if any(file.identity == (status.st_dev, status.st_ino) for file in checkpoint.files):
-            raise UsageError(f"{target}: the output is one of the inputs, {checkpoint.spec.path}. Choose another path.")
+def _refuse_output_among_inputs(output: str | os.PathLike[str], paths: Iterable[Path]) -> None:
+    """Refuses any checkpoint that was discovered, selected or not, and any other name of it."""
+    if os.path.exists(output):
+        for path in paths:
+            if os.path.samefile(path, output):
+                raise UsageError(f"{output}: the output is one of the checkpoints, {path}. Choose another path.")
 
 
 def _notice_what_is_read(checkpoints: Sequence[Checkpoint], notice: Callable[[str], None]) -> None:

@@ -136,8 +136,10 @@ class UnpublishedFile:
 
     def _close_descriptor(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            descriptor, self._fd = self._fd, -1
+            # What counts was said by fsync; an error here tells nothing more, and the descriptor is gone either way.
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def close(self) -> None:
         """Closes the file and removes its hidden name; unpublished, it is gone."""
@@ -163,13 +165,17 @@ def atomic_output(target: Path, size: int) -> Iterator[UnpublishedFile]:
         file.close()
 
 
-def check_target(path: Path, *, overwrite: bool) -> Path:
+def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """Returns the path to write to, symbolic links followed, after the checks that need no data.
 
     Raises:
         UsageError: the path is a folder or a device, or its folder does not exist.
         OutputError: it exists and ``overwrite`` is off, or its folder cannot be written.
     """
+    if not os.path.basename(path):
+        raise UsageError(
+            f"{os.fspath(path)!r}: expected a path for a new file. Name a file, for example swa.safetensors."
+        )
     target = Path(os.path.realpath(path))
     try:
         mode: int | None = os.stat(target).st_mode

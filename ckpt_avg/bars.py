@@ -44,7 +44,7 @@ def bars(*, quiet: bool) -> Iterator[Progress]:
 
     def notice(text: str) -> None:
         if not quiet:
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(OSError):  # a stderr that takes no more must not stop the averaging
                 tqdm.write(f"Notice: {text}", file=sys.stderr)
 
     try:

@@ -180,16 +180,17 @@ class _Pool:
     def add(self, values: torch.Tensor) -> None:
         """Pools the values of one call, shaped (samples, channels, …)."""
         self.calls += 1
-        step = max(1, _CHUNK // max(1, values[0].numel()))
-        for part in torch.split(values, step):
-            self._pool(part.to(torch.float64))
+        flat = values.unsqueeze(2) if values.dim() == 2 else values.flatten(2)
+        samples = max(1, _CHUNK // flat[0].numel())
+        positions = max(1, _CHUNK // flat.shape[1])
+        for part in torch.split(flat, samples):
+            for piece in torch.split(part, positions if samples == 1 else part.shape[2], dim=2):
+                self._pool(piece.to(torch.float64))
 
     def _pool(self, values: torch.Tensor) -> None:
-        others = [dim for dim in range(values.dim()) if dim != 1]
-        shape = [1, -1] + [1] * (values.dim() - 2)
-        count = values.numel() // values.shape[1]
-        mean = values.mean(others)
-        squares = values.sub(mean.view(shape)).square_().sum(others)
+        count = values.shape[0] * values.shape[2]
+        mean = values.mean((0, 2))
+        squares = values.sub(mean.view(1, -1, 1)).square_().sum((0, 2))
         if self.count == 0:
             self.count, self.mean, self.squares = count, mean, squares
             return
@@ -208,9 +209,9 @@ def _measuring(model: torch.nn.Module, layers: Mapping[str, _BatchNorm], pools: 
     """Puts the layers, and nothing else, in train mode with a hook each; undoes all of it, the buffers included."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (layer, name, buffer, buffer.clone())
-        for layer in layers.values()
-        for name, buffer in layer.named_buffers(recurse=False)
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
     ]
     hooks = []
     cuda = sorted({buffer.device.index for _, _, buffer, _ in buffers if buffer.device.type == "cuda"})
@@ -229,8 +230,8 @@ def _measuring(model: torch.nn.Module, layers: Mapping[str, _BatchNorm], pools: 
             for module, training in modes:
                 module.training = training
             with torch.no_grad():
-                for layer, name, buffer, before in buffers:
-                    setattr(layer, name, buffer)  # a subclass may have put another tensor in its place
+                for module, name, buffer, before in buffers:
+                    setattr(module, name, buffer)  # a forward may have put another tensor in its place
                     buffer.copy_(before)
 
 
@@ -242,6 +243,12 @@ def _hook(name: str, pool: _Pool) -> Callable[[torch.nn.Module, tuple[Any, ...],
                 f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected more than one value per "
                 f"channel, got an input of shape {list(values.shape)}. Use larger batches, or drop_last=True where the "
                 "last batch is a single sample."
+            )
+        channels = module.running_mean.numel() if isinstance(module.running_mean, torch.Tensor) else values.shape[1]
+        if values.shape[1] != channels:
+            raise UserCodeError(
+                f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected {channels:,} channels in "
+                f"dimension 1, got an input of shape {list(values.shape)}. Channels elsewhere aren't supported."
             )
         pool.add(values)
         if not pool.mean.isfinite().all():

@@ -5,6 +5,7 @@ Results go to stdout; progress, notices and errors to stderr; ``--json`` puts ex
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from ckpt_avg import __version__
-from ckpt_avg.errors import IncompatibleError
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError
 from ckpt_avg.exits import run, say
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -146,12 +147,13 @@ def average_command(
     from ckpt_avg.report import average_json, average_text
     from ckpt_avg.user_code import forward_batch_beside, load_user_code
 
-    factories: dict[str, Any] = {
-        "model": load_user_code(model, "--model", app_dir) if model else None,
-        "data": load_user_code(data, "--data", app_dir) if data else None,
-        "forward_batch": forward_batch_beside(model) if model else None,
-    }
-    with bars(quiet=quiet) as progress:
+    # What the user's code prints is no result of this command.
+    with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress:
+        factories: dict[str, Any] = {
+            "model": load_user_code(model, "--model", app_dir) if model else None,
+            "data": load_user_code(data, "--data", app_dir) if data else None,
+            "forward_batch": forward_batch_beside(model) if model else None,
+        }
         result = average(sources, output, progress=progress, **factories, **options)
     if as_json:
         say(json.dumps(average_json(result), indent=2))
@@ -190,12 +192,18 @@ def inspect_command(path: str, state_key: str | None, as_json: bool) -> None:
     from ckpt_avg.report import checkpoint_json, checkpoint_text, folder_json, folder_text
 
     discovery = discover([path])
-    specs = []
+    specs, unreadable = [], {}
     for found in discovery.paths:
-        with open_checkpoint(found, state_key=state_key) as checkpoint:
-            specs.append(checkpoint.spec)
+        try:
+            with open_checkpoint(found, state_key=state_key) as checkpoint:
+                specs.append(checkpoint.spec)
+        except CheckpointFormatError as error:  # noqa: PERF203 (one bad file must not hide the others)
+            if not Path(path).is_dir():
+                raise
+            unreadable[found.name] = str(error)
     if Path(path).is_dir():
-        say(json.dumps(folder_json(discovery, specs), indent=2) if as_json else folder_text(discovery, specs))
+        shown = folder_json(discovery, specs, unreadable)
+        say(json.dumps(shown, indent=2) if as_json else folder_text(discovery, specs, unreadable))
     else:
         say(json.dumps(checkpoint_json(specs[0]), indent=2) if as_json else checkpoint_text(specs[0]))
 

@@ -9,7 +9,7 @@ from typing import Literal
 from ckpt_avg.discover import Sources, discover
 from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.readers import open_checkpoint
-from ckpt_avg.select import Selection, select
+from ckpt_avg.select import Selection, patterns, select
 from ckpt_avg.spec import CheckpointSpec, TensorSpec
 
 Aspect = Literal["missing", "unexpected", "shape", "dtype"]
@@ -72,8 +72,8 @@ def check(
     *,
     last: int | None = None,
     every: int | None = None,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     state_key: str | None = None,
 ) -> CompatibilityReport:
     """Says whether checkpoints can be averaged, from their headers alone.
@@ -94,7 +94,7 @@ def check(
         True
     """
     specs = []
-    for path in select(discover(sources).paths, Selection(tuple(include), tuple(exclude), every, last)):
+    for path in select(discover(sources).paths, Selection(patterns(include), patterns(exclude), every, last)):
         with open_checkpoint(path, state_key=state_key) as checkpoint:
             specs.append(checkpoint.spec)
     return compare(specs)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, UsageError
+from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import listing, quote
-from ckpt_avg.readers import open_checkpoint
+from ckpt_avg.readers import open_checkpoint, safetensors
 from ckpt_avg.spec import METHOD_KEY
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
@@ -57,7 +58,12 @@ def discover(sources: Sources) -> Discovery:
     paths: list[Path] = []
     skipped: list[Skipped] = []
     seen: dict[tuple[int, int], Path] = {}
-    for source in map(Path, [sources] if isinstance(sources, (str, os.PathLike)) else sources):
+    for original in [sources] if isinstance(sources, (str, os.PathLike)) else sources:
+        source = Path(original)
+        if not os.fspath(original):
+            raise UsageError(
+                "expected the path of a checkpoint file or a run folder, got an empty one. Check the command."
+            )
         try:
             exists = source.exists()
         except (OSError, ValueError) as error:  # no permission, a name too long or with NUL
@@ -102,7 +108,7 @@ def _list_folder(folder: Path) -> Discovery:
     kept: list[Path] = []
     skipped: list[Skipped] = []
     for path in entries:
-        if path.name.endswith(SUFFIXES) and not path.is_dir():
+        if path.name.lower().endswith(SUFFIXES) and not path.is_dir():
             reason = _reason_to_skip(path)
             if reason is None:
                 kept.append(path)
@@ -121,13 +127,18 @@ def _reason_to_skip(path: Path) -> str | None:
         return "a symbolic link to nothing"
     if _BESIDE_THE_WEIGHTS.match(path.name):
         return "training state beside the weights, by its name"
-    if path.name.endswith(".safetensors") and _is_an_average(path):
+    if path.name.startswith("."):
+        return "hidden, by its name"
+    if _is_an_average(path):
         return "an earlier average made by ckpt-avg"
     return None
 
 
 def _is_an_average(path: Path) -> bool:
     try:
+        with MappedFile(path) as file:
+            if not safetensors.looks_like(file.read(0, min(file.size, 9))):
+                return False
         with open_checkpoint(path) as checkpoint:
             return METHOD_KEY in checkpoint.spec.metadata
     except CheckpointFormatError:

@@ -13,9 +13,9 @@ import torch
 
 from ckpt_avg.mapped import MappedFile, Window
 from ckpt_avg.readers import Checkpoint
-from ckpt_avg.spec import TensorSpec
+from ckpt_avg.spec import DType, TensorSpec
 
-_GAP = 16 * 1024  # bytes between two ranges that one window still serves
+_WASTE = 4 * 1024  # bytes that a window may hold, beyond as many again as are asked for, to serve neighbours too
 _SPAN = 4 * 1024 * 1024  # bytes of a window through which strided elements are gathered
 
 Range = tuple[TensorSpec, int, int]
@@ -37,7 +37,7 @@ def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.T
     contiguous: list[tuple[int, int, int, int]] = []
     for index, (tensor, start, stop) in enumerate(ranges):
         if start == stop:
-            found[index] = torch.empty(0, dtype=torch_dtype(tensor))
+            found[index] = torch.empty(0, dtype=torch_dtype(tensor.dtype))
         elif tensor.is_contiguous:
             itemsize = tensor.dtype.itemsize
             contiguous.append((tensor.file, tensor.offset + start * itemsize, (stop - start) * itemsize, index))
@@ -59,22 +59,27 @@ def stream(
         yield start, read_ranges(checkpoint, [(tensor, start, min(tensor.numel, start + elements))])[0]
 
 
-def torch_dtype(tensor: TensorSpec) -> torch.dtype:
-    """Returns the torch dtype of a stored tensor."""
-    dtype: torch.dtype = getattr(torch, tensor.dtype.torch_name)
-    return dtype
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """Returns torch's name for a dtype."""
+    named: torch.dtype = getattr(torch, dtype.torch_name)
+    return named
 
 
 def _coalesce(ranges: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, list[tuple[int, int]]]]:
     """Joins (file, first byte, bytes, index) that lie close: (file, first byte, end, [(first byte, index), …])."""
     joined: list[tuple[int, int, int, list[tuple[int, int]]]] = []
+    useful = 0
     for file, first, length, index in sorted(ranges):
-        if joined and joined[-1][0] == file and first <= joined[-1][2] + _GAP:
+        if joined and joined[-1][0] == file:
             _, begin, end, members = joined[-1]
-            members.append((first, index))
-            joined[-1] = (file, begin, max(end, first + length), members)
-        else:
-            joined.append((file, first, first + length, [(first, index)]))
+            end = max(end, first + length)
+            if end - begin <= 2 * (useful + length) + _WASTE:
+                members.append((first, index))
+                joined[-1] = (file, begin, end, members)
+                useful += length
+                continue
+        joined.append((file, first, first + length, [(first, index)]))
+        useful = length
     return joined
 
 
@@ -83,8 +88,8 @@ def _view(window: Window, tensor: TensorSpec, offset: int, count: int) -> torch.
     position = window.position + offset - window.offset
     if position % itemsize:
         unaligned = torch.frombuffer(window.buffer, dtype=torch.uint8, count=count * itemsize, offset=position)
-        return unaligned.clone().view(torch_dtype(tensor))
-    return torch.frombuffer(window.buffer, dtype=torch_dtype(tensor), count=count, offset=position)
+        return unaligned.clone().view(torch_dtype(tensor.dtype))
+    return torch.frombuffer(window.buffer, dtype=torch_dtype(tensor.dtype), count=count, offset=position)
 
 
 # A box is a range of indices along each dimension: (first, end) pairs.
@@ -92,7 +97,7 @@ _Box = tuple[tuple[int, int], ...]
 
 
 def _gather(file: MappedFile, tensor: TensorSpec, start: int, stop: int) -> torch.Tensor:
-    gathered = torch.empty(stop - start, dtype=torch_dtype(tensor))
+    gathered = torch.empty(stop - start, dtype=torch_dtype(tensor.dtype))
     position = 0
     for box in _boxes(tensor.shape, start, stop):
         extents = [end - first for first, end in box]

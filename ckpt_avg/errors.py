@@ -16,6 +16,7 @@ these is a bug of ours: it keeps its traceback and exits with 1.
 
 from __future__ import annotations
 
+import errno
 import sys
 
 
@@ -71,7 +72,9 @@ class UserCodeError(CkptAvgError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the exception says that memory ran out, torch's own forms of it included."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
         return True
     torch = sys.modules.get("torch")
     return torch is not None and (

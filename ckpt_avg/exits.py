@@ -14,7 +14,7 @@ from types import FrameType
 
 import click
 
-from ckpt_avg.errors import CkptAvgError, ResourceError, UserCodeError, is_out_of_memory
+from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UserCodeError, is_out_of_memory
 
 # A signal may come between publishing and the last line of output.
 _UNTOUCHED = "the output path is as it was, or complete if it had been published"
@@ -48,9 +48,18 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Prints a line; that nobody reads it any more is no failure of the command."""
-    with contextlib.suppress(BrokenPipeError):
+    """Prints a line. That nobody reads it any more is no failure of the command, nor is a stderr that takes none.
+
+    Raises:
+        OutputError: stdout cannot be written, for another reason.
+    """
+    try:
         click.echo(text, err=err)
+    except OSError as error:
+        # What is left in the stream's buffer must not fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if err else 1)
+        if not err and not isinstance(error, BrokenPipeError):
+            raise OutputError(f"stdout: cannot be written: {error.strerror}. The result was: {text}") from error
 
 
 def _run(command: click.Command, arguments: Sequence[str]) -> int:
@@ -77,7 +86,7 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
         return _fail(type(error).__name__, str(error), error.exit_code, as_json)
     except CkptAvgError as error:
         return _fail(type(error).__name__, str(error), error.exit_code, as_json)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["the system has no more"])[0]

@@ -19,7 +19,7 @@ class Limits:
     elements: int = 2**63 - 1  # of one tensor; torch counts them in int64
     zip_directory: int = 256 * 2**20  # bytes of a zip's central directory
     pickle: int = 256 * 2**20  # bytes of a checkpoint's pickle, the tensors not included
-    pickle_operations: int = 4_000_000
+    pickle_operations: int = 30_000_000
     pickle_globals: int = 10_000  # distinct classes and functions named in a pickle
     expanded: int = 64 * 2**20  # bytes of a tensor that repeats elements of a smaller storage (stride 0)
     nesting: int = 4  # how deep nested dicts are searched for a state dict

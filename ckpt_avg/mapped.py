@@ -73,7 +73,11 @@ class MappedFile:
                     f"{path}: too many open files. Raise the limit (ulimit -n) or average fewer checkpoints."
                 ) from error
             raise CheckpointFormatError(f"{path}: cannot be opened: {error.strerror}.") from error
-        status = os.fstat(self._fd)
+        try:
+            status = os.fstat(self._fd)
+        except OSError as error:
+            os.close(self._fd)
+            raise CheckpointFormatError(f"{path}: cannot be looked at: {error.strerror}. Check its disk.") from error
         if not stat.S_ISREG(status.st_mode):
             os.close(self._fd)
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
@@ -111,7 +115,12 @@ class MappedFile:
 
     def check_unchanged(self) -> None:
         """Raises ChangedWhileReadingError if the file's size or modification time is not what it was."""
-        status = os.fstat(self._fd)
+        try:
+            status = os.fstat(self._fd)
+        except OSError as error:
+            raise CheckpointFormatError(
+                f"{self.path}: cannot be looked at: {error.strerror}. Check its disk."
+            ) from error
         if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
             raise ChangedWhileReadingError(
                 f"{self.path}: changed while reading: expected {self.size:,} bytes, unmodified, got "

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_avg.devices import Staging
-from ckpt_avg.elements import read_ranges, stream
+from ckpt_avg.elements import Range, read_ranges, stream, torch_dtype
 from ckpt_avg.errors import NonFiniteError
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.plan import OutputTensor, Piece, Plan
@@ -143,23 +143,29 @@ class _Worker:
 
     def run(self, task: tuple[Piece, ...]) -> int:
         """Computes one task and writes it; returns the input bytes read."""
-        inputs = [
-            read_ranges(
-                checkpoint,
-                [(checkpoint.spec.tensors[piece.tensor.name], piece.start, piece.stop) for piece in task],
-            )
-            for checkpoint in self._checkpoints
-        ]
+        inputs = [read_ranges(checkpoint, self._ranges(checkpoint, task)) for checkpoint in self._checkpoints]
         filled = 0
         with self._staging.context():
             for index, piece in enumerate(task):
                 nbytes = (piece.stop - piece.start) * piece.tensor.dtype.itemsize
-                output = self._output[filled : filled + nbytes].view(getattr(torch, piece.tensor.dtype.torch_name))
+                output = self._output[filled : filled + nbytes].view(torch_dtype(piece.tensor.dtype))
                 self._fill(piece, [of_checkpoint[index] for of_checkpoint in inputs], output)
                 filled += nbytes
         first = task[0].tensor.offset + task[0].start * task[0].tensor.dtype.itemsize
         self._write(memoryview(self._buffer)[:filled], first)
-        return sum(piece.nbytes for of_checkpoint in inputs for piece in of_checkpoint)
+        return len(inputs) * sum((piece.stop - piece.start) * piece.tensor.source_dtype.itemsize for piece in task)
+
+    def _ranges(self, checkpoint: Checkpoint, task: tuple[Piece, ...]) -> list[Range]:
+        """Returns what a task needs of a checkpoint: of a tensor that is copied nothing, but for the last one."""
+        last = checkpoint is self._checkpoints[-1]
+        return [
+            (
+                checkpoint.spec.tensors[piece.tensor.name],
+                piece.start,
+                piece.stop if last or piece.tensor.rule == "mean" else piece.start,
+            )
+            for piece in task
+        ]
 
     def _fill(self, piece: Piece, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
         if piece.tensor.rule != "mean":

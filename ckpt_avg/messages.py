@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
 
@@ -22,10 +23,11 @@ def quote(name: object) -> str:
 
 def listing(items: Iterable[str], *, separator: str = ", ") -> str:
     """Joins at most 20 items and says how many more there are."""
-    everything = list(items)
-    shown = everything[:_LONGEST_LIST]
-    if len(everything) > len(shown):
-        shown.append(f"… and {len(everything) - len(shown):,} more")
+    iterator = iter(items)
+    shown = list(itertools.islice(iterator, _LONGEST_LIST))
+    rest = sum(1 for _ in iterator)
+    if rest:
+        shown.append(f"… and {rest:,} more")
     return separator.join(shown)
 
 

@@ -17,6 +17,7 @@ from ckpt_avg.spec import BY_TORCH_NAME, DTYPES, CheckpointSpec, DType, batch_no
 Rule = Literal["mean", "equal", "last"]
 OUTPUT_DTYPES = ("keep", "float64", "float32", "bfloat16", "float16")
 
+_PIECES = 4096  # of one task, however small
 _DTYPE_ORDER = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
@@ -81,6 +82,9 @@ class Plan:
         room = elements
         for tensor in self.tensors:
             start = 0
+            if len(pieces) == _PIECES:
+                yield tuple(pieces)
+                pieces, room = [], elements
             while start < tensor.numel:
                 stop = min(tensor.numel, start + room)
                 pieces.append(Piece(tensor, start, stop))

@@ -16,10 +16,10 @@ import torch
 
 from ckpt_avg.batches import ForwardBatch
 from ckpt_avg.batchnorm import BatchNormReport, batch_norm_modules, refresh_batch_norm, rounded_statistic
-from ckpt_avg.elements import read_ranges
+from ckpt_avg.elements import read_ranges, torch_dtype
 from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.messages import listing, quote
-from ckpt_avg.plan import OutputTensor, Plan
+from ckpt_avg.plan import Plan
 from ckpt_avg.readers import open_checkpoint
 from ckpt_avg.user_code import blaming
 
@@ -61,7 +61,10 @@ def prepare_refresh(model: Model, data: Batches, plan: Plan) -> PreparedRefresh:
             f"the data factory: expected it to return an iterable of batches, got {type(batches).__name__}."
         )
     # One zero per tensor, expanded: it tells whether names and shapes fit, hooks of the model included.
-    _load(built, {tensor.name: torch.zeros((), dtype=_dtype(tensor)).expand(tensor.shape) for tensor in plan.tensors})
+    _load(
+        built,
+        {tensor.name: torch.zeros((), dtype=torch_dtype(tensor.dtype)).expand(tensor.shape) for tensor in plan.tensors},
+    )
     names: dict[int, list[str]] = {}
     for name, value in built.state_dict(keep_vars=True).items():
         names.setdefault(id(value), []).append(name)
@@ -134,7 +137,7 @@ def refresh_output(
         }
         for buffer, measured in values.items():
             for name in prepared.buffers[layer].get(buffer, ()):
-                dtype = _dtype(planned[name])
+                dtype = torch_dtype(planned[name].dtype)
                 exact = buffer == "num_batches_tracked"
                 value = measured.to(dtype) if exact else rounded_statistic(layer, buffer, measured.cpu(), dtype)
                 write(memoryview(bytes(value.reshape(-1).view(torch.uint8).tolist())), planned[name].offset)
@@ -165,8 +168,3 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
             for name, tensor in output.spec.tensors.items()
         }
         _load(model, tensors)
-
-
-def _dtype(tensor: OutputTensor) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, tensor.dtype.torch_name)
-    return dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.compat import CompatibilityReport
@@ -129,8 +129,8 @@ def checkpoint_json(spec: CheckpointSpec) -> dict[str, Any]:
     }
 
 
-def folder_text(discovery: Discovery, specs: Iterable[CheckpointSpec]) -> str:
-    """Shows the checkpoints of a run folder in their order, and what was left out."""
+def folder_text(discovery: Discovery, specs: Iterable[CheckpointSpec], unreadable: Mapping[str, str]) -> str:
+    """Shows the checkpoints of a run folder in their order, what cannot be read, and what was left out."""
     rows = [
         (
             spec.path.name,
@@ -143,11 +143,12 @@ def folder_text(discovery: Discovery, specs: Iterable[CheckpointSpec]) -> str:
         for spec in specs
     ]
     lines = _table(("checkpoint", "format", "state dict", "tensors", "size", "BatchNorm layers"), rows)
+    lines += [f"cannot be read: {error}" for error in unreadable.values()]
     lines += [f"left out: {quote(item.path.name)}: {item.reason}" for item in discovery.skipped]
     return "\n".join(lines)
 
 
-def folder_json(discovery: Discovery, specs: Iterable[CheckpointSpec]) -> dict[str, Any]:
+def folder_json(discovery: Discovery, specs: Iterable[CheckpointSpec], unreadable: Mapping[str, str]) -> dict[str, Any]:
     """Returns a run folder as plain values."""
     return {
         "checkpoints": [
@@ -155,6 +156,7 @@ def folder_json(discovery: Discovery, specs: Iterable[CheckpointSpec]) -> dict[s
             | {"tensors": len(spec.tensors)}
             for spec in specs
         ],
+        "unreadable": dict(unreadable),
         "skipped": [{"path": str(item.path), "reason": item.reason} for item in discovery.skipped],
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,6 +26,11 @@ class Selection:
     exclude: tuple[str, ...] = ()
     every: int | None = None
     last: int | None = None
+
+
+def patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Returns glob patterns as a tuple; a single one may be given as it is."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def select(paths: Sequence[Path], selection: Selection) -> tuple[Path, ...]:

@@ -829,3 +829,44 @@ def test_a_worker_that_dies_is_an_error_and_no_hang() -> None:
     message = failure_of(workers("die"))
     assert "the dataloader raised at batch" in message
     assert "exited unexpectedly" in message or "killed" in message
+
+
+class CallCounter(nn.Module):
+    """Counts its calls in a buffer, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.calls += 1
+        return values
+
+
+def test_buffers_that_move_in_evaluation_mode_are_put_back() -> None:
+    model = nn.Sequential(CallCounter(), nn.BatchNorm1d(3))
+    refresh_batch_norm(model, [randn(8, 3), randn(8, 3)])
+    assert model[0].calls.item() == 0
+    assert model[1].num_batches_tracked.item() == 2
+
+
+def test_channels_elsewhere_are_refused_before_anything_is_stored() -> None:
+    class ChannelsLast(nn.BatchNorm1d):
+        def forward(self, values: Tensor) -> Tensor:
+            return super().forward(values.transpose(1, 2)).transpose(1, 2)
+
+    model = nn.Sequential(nn.BatchNorm1d(5), ChannelsLast(4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserCodeError, match=r"layer '1', batch 1: expected 4 channels in dimension 1"):
+        refresh_batch_norm(model, [randn(8, 5, 4)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_one_huge_sample_is_measured_piece_by_piece() -> None:
+    """Split along positions, too; the pieces pool to what all of them give at once."""
+    samples = randn(2, 3, 1100, 1100) * 3 + 5
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    refresh_batch_norm(model, [samples])
+    mean, variance, _ = all_at_once(samples)
+    torch.testing.assert_close(model[0].running_mean, mean.float())
+    torch.testing.assert_close(model[0].running_var, variance.float())

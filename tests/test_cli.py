@@ -909,7 +909,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 LAYERS = (
     ("ckpt_avg", "ckpt_avg.errors", "ckpt_avg.limits", "ckpt_avg.messages", "ckpt_avg.rounding", "ckpt_avg.spec"),
     ("ckpt_avg.atomic", "ckpt_avg.devices", "ckpt_avg.exits", "ckpt_avg.mapped", "ckpt_avg.open_files"),
-    ("ckpt_avg.user_code",),
+    ("ckpt_avg.readers.names", "ckpt_avg.user_code"),
     (
         "ckpt_avg.batches",
         "ckpt_avg.readers.safetensors",
@@ -1001,3 +1001,47 @@ def test_the_documents_of_the_command_are_plain_json(in_process: InProcess, run_
 
     _, out, _ = in_process("inspect", run_folder / "epoch_20.pt", "--json")
     json.loads(out, parse_constant=refuse)
+
+
+def test_what_the_users_code_prints_is_no_result(
+    tmp_path: Path, in_process: Callable[..., tuple[int, str, str]], run_folder: Path
+) -> None:
+    """Stdout must hold one document, whatever the user's module prints."""
+    (tmp_path / "noisy.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(run_folder)!r})\nfrom train import make_model\n"
+        "import torch\nprint('loading data...')\n"
+        "def batches():\n    print('making batches')\n    return [torch.randn(8, 1, 28, 28)]\n"
+    )
+    output = tmp_path / "o.safetensors"
+    options = ["--model", "noisy:make_model", "--data", "noisy:batches", "--app-dir", tmp_path, "--json"]
+    code, out, err = in_process("average", run_folder, "--last", 2, "-o", output, *options)
+    assert code == 0, err
+    assert json.loads(out)["batch_norm"]["batches"] == 1
+    assert "loading data..." in err
+    assert "making batches" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_stdout_that_is_full_is_said_and_the_output_stands(tmp_path: Path, pair: list[Path]) -> None:
+    output = tmp_path / "o.safetensors"
+    command = [sys.executable, "-m", "ckpt_avg", "average", *map(str, pair), "-o", str(output)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 5
+    assert "Error: stdout: cannot be written: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert output.exists()
+
+
+def test_inspect_of_a_folder_shows_the_others_beside_a_damaged_file(
+    tmp_path: Path, in_process: Callable[..., tuple[int, str, str]], run_folder: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "epoch_1.pt").write_bytes((run_folder / "epoch_9.pt").read_bytes())
+    (folder / "epoch_2.pt").write_bytes((run_folder / "epoch_9.pt").read_bytes()[:5000])
+    code, out, _ = in_process("inspect", folder)
+    assert code == 0
+    assert "epoch_1.pt  torch zip" in out
+    assert f"cannot be read: {folder / 'epoch_2.pt'}" in out
+    assert list(json.loads(in_process("inspect", folder, "--json")[1])["unreadable"]) == ["epoch_2.pt"]

@@ -292,3 +292,25 @@ def test_a_folder_of_folders_says_how_to_name_the_files(tmp_path: Path) -> None:
 def test_no_sources() -> None:
     found = discover([])
     assert (found.paths, found.skipped) == ((), ())
+
+
+@pytest.mark.parametrize("name", ["swa.safetensors", "swa.pt", "SWA.BIN"])
+def test_an_earlier_average_is_known_by_its_metadata_whatever_its_suffix(tmp_path: Path, name: str) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "step_1.safetensors")
+    save_file({"w": torch.ones(2)}, tmp_path / name, metadata={METHOD_KEY: "mean"})
+    found = discover(tmp_path)
+    assert [path.name for path in found.paths] == ["step_1.safetensors"]
+    assert [(item.path.name, item.reason) for item in found.skipped] == [(name, "an earlier average made by ckpt-avg")]
+
+
+def test_hidden_files_are_left_out(tmp_path: Path) -> None:
+    """macOS leaves a ._ file beside each file on a foreign disk."""
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "._a.safetensors").write_bytes(b"\0\5\26\7")
+    assert [path.name for path in discover(tmp_path).paths] == ["a.safetensors"]
+
+
+def test_an_empty_path_is_refused() -> None:
+    """It would mean the current folder, where a shell variable was not set."""
+    with pytest.raises(UsageError, match="got an empty one"):
+        discover([""])

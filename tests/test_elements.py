@@ -40,9 +40,9 @@ def expected(contents: bytes, tensor: TensorSpec) -> torch.Tensor:
     """What torch makes of the same bytes."""
     count = span(tensor.shape, tensor.stride)
     if not count:
-        return torch.empty(0, dtype=torch_dtype(tensor))
+        return torch.empty(0, dtype=torch_dtype(tensor.dtype))
     storage = bytearray(contents[tensor.offset : tensor.offset + count * tensor.dtype.itemsize])
-    values = torch.frombuffer(storage, dtype=torch_dtype(tensor))
+    values = torch.frombuffer(storage, dtype=torch_dtype(tensor.dtype))
     # Copied, since a view of one element keeps whatever stride it has.
     return torch.empty(tensor.numel, dtype=values.dtype).copy_(values.as_strided(tensor.shape, tensor.stride).flatten())
 
@@ -92,7 +92,7 @@ def test_ranges_are_returned_in_the_order_asked_for(
     data: st.DataObject,
 ) -> None:
     """Whatever lies beside, inside or over what in the file, and however windows are joined."""
-    monkeypatch.setattr(elements, "_GAP", gap)
+    monkeypatch.setattr(elements, "_WASTE", gap)
     tensors = [make(str(i), *view[:3], view[3] + data.draw(st.integers(0, 3000))) for i, view in enumerate(chosen)]
     ranges = [(tensor, 0, tensor.numel) for tensor in tensors]
     with checkpoint_of(tmp_path / "raw", NOISE) as checkpoint:
@@ -127,7 +127,7 @@ def test_a_stream_yields_each_element_once_and_in_order(tmp_path: Path, view: Vi
     with checkpoint_of(tmp_path / "raw", NOISE, [tensor]) as checkpoint:
         parts = list(stream(checkpoint, tensor, step))
     assert [start for start, _ in parts] == list(range(0, tensor.numel, step))
-    values = [part for _, part in parts] or [torch.empty(0, dtype=torch_dtype(tensor))]
+    values = [part for _, part in parts] or [torch.empty(0, dtype=torch_dtype(tensor.dtype))]
     assert same(torch.cat([part.view(torch.uint8) for part in values]), expected(NOISE, tensor).view(torch.uint8))
 
 
@@ -152,3 +152,13 @@ def test_a_view_far_wider_than_its_elements_is_read_through_small_windows(
         assert read_ranges(checkpoint, [(tensor, 0, 64)])[0].tolist() == [0.0] * 64
     assert asked
     assert max(asked) <= 4 * 2**20
+
+
+def test_small_tensors_far_apart_do_not_share_a_window() -> None:
+    """One window over all of them would hold what lies between, however much that is."""
+    scattered = [(0, index * 7_000, 4, index) for index in range(1_000)]
+    joined = elements._coalesce(scattered)
+    assert sum(len(members) for *_, members in joined) == 1_000
+    assert sum(end - begin for _, begin, end, _ in joined) < 1_000 * elements._WASTE
+    close = [(0, index * 1_100, 1_000, index) for index in range(1_000)]
+    assert len(elements._coalesce(close)) == 1

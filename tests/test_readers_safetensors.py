@@ -419,7 +419,8 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets limits of the reader to small values."""
 
     def set_limits(**values: int) -> None:
-        monkeypatch.setattr("ckpt_avg.readers.safetensors.LIMITS", replace(LIMITS, **values))
+        for module in ("safetensors", "names"):
+            monkeypatch.setattr(f"ckpt_avg.readers.{module}.LIMITS", replace(LIMITS, **values))
 
     return set_limits
 

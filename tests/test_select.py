@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt_avg import check
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.select import Selection, select
 
@@ -104,3 +105,9 @@ def test_nothing_left() -> None:
     assert message.startswith("nothing to average: --include and --exclude leave none of 25 checkpoints (step_0.pt, ")
     assert "step_19.pt, … and 5 more" in message
     assert "The patterns are matched with file names" in message
+
+
+def test_a_single_pattern_may_be_given_as_it_is(run_folder: Path) -> None:
+    """Taken letter by letter, its star would match every checkpoint."""
+    report = check(run_folder, include="epoch_1[0-3]*")
+    assert [Path(path).name for path in report.checkpoints] == [f"epoch_{number}.pt" for number in (10, 11, 12, 13)]

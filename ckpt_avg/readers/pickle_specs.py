@@ -53,6 +53,8 @@ def read_pickle(stream: bytes, where: str) -> object:
         result = machine.load()
     except CheckpointFormatError as error:
         raise CheckpointFormatError(f"{where}: {error}") from None
+    except MemoryError:
+        raise
     except Exception as error:
         # The machine meets malformed input with whatever exception its Python happens to raise.
         raise CheckpointFormatError(
@@ -71,7 +73,10 @@ class _Counted(dict[int, Callable[[Any], None]]):
     def __getitem__(self, code: int) -> Callable[[Any], None]:
         self.left -= 1
         if self.left < 0:
-            refuse(f"expected at most {LIMITS.pickle_operations:,} operations in the pickle, got more")
+            raise CheckpointFormatError(
+                f"expected at most {LIMITS.pickle_operations:,} operations in the pickle, got more. Save the state "
+                "dict alone; if that is what this is, don't trust the file."
+            )
         try:
             return super().__getitem__(code)
         except KeyError:
@@ -126,7 +131,7 @@ class _SpecUnpickler(pickle._Unpickler):
             refuse("a storage of the pickle has no known type, name or size")
         return StorageRef(key, kind.dtype, numel)
 
-    def _call(self, function: Any, arguments: Any, keywords: Any = None) -> None:
+    def _call(self, function: Any, arguments: Any) -> None:
         if isinstance(function, Foreign):
             function = type(function)  # what an unknown object returns is as unknown
         stand_in = isinstance(function, type) and issubclass(function, (Foreign, PlainDict))
@@ -135,7 +140,8 @@ class _SpecUnpickler(pickle._Unpickler):
         if not isinstance(arguments, tuple):
             refuse("the pickle calls a function without a tuple of arguments")
         # A call may copy what it is given, and the same long argument can be given again and again.
-        self._budget.left -= 5 * (len(arguments) + sum(len(each) for each in arguments if isinstance(each, _SIZED)))
+        sizes = [len(arguments), *(len(each) for each in arguments if isinstance(each, _SIZED))]
+        self._budget.left -= 5 * sum(size for size in sizes if size > LIMITS.rank)
         self.append(function(*arguments))
 
     def load_bytearray8(self) -> None:

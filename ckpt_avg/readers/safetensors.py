@@ -16,6 +16,7 @@ from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import listing, quote
+from ckpt_avg.readers.names import check_name, is_text
 from ckpt_avg.spec import DTYPES, SUB_BYTE_DTYPES, CheckpointSpec, TensorSpec, contiguous_stride
 
 _DAMAGED = "The file is damaged or was not written as safetensors: save or copy it again."
@@ -83,7 +84,7 @@ def _parse(file: MappedFile, header: bytes) -> tuple[dict[str, str], dict[str, A
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _fail(file, f"__metadata__: expected an object of strings. {_DAMAGED}")
     for text in (*metadata, *metadata.values()):
-        if not _is_text(text):
+        if not is_text(text):
             _fail(file, f"__metadata__: expected text, got the lone surrogate in {quote(text)}. {_DAMAGED}")
     return metadata, parsed
 
@@ -108,17 +109,9 @@ def _plain_integer(text: str) -> int | str:
     return int(text) if len(text) <= 20 and text != "-0" else text
 
 
-def _is_text(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _tensor(file: MappedFile, name: str, entry: Any, data_start: int) -> TensorSpec:
     where = f"{file.path}: tensor {quote(name)}"
-    _check_name(name, where)
+    check_name(name, where)
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         found = listing(sorted(map(quote, entry))) if isinstance(entry, dict) else type(entry).__name__
         raise CheckpointFormatError(f"{where}: expected the fields data_offsets, dtype, shape, got {found}. {_DAMAGED}")
@@ -151,16 +144,6 @@ def _tensor(file: MappedFile, name: str, entry: Any, data_start: int) -> TensorS
         )
     start = data_start + begin
     return TensorSpec(name, dtype, tuple(shape), contiguous_stride(tuple(shape)), 0, start, (start, nbytes))
-
-
-def _check_name(name: str, where: str) -> None:
-    if not _is_text(name):
-        raise CheckpointFormatError(f"{where}: the name holds a lone surrogate, so it is no text. {_DAMAGED}")
-    length = len(name.encode("utf-8"))
-    if length > LIMITS.name or "\0" in name:
-        raise CheckpointFormatError(
-            f"{where}: expected a name of at most {LIMITS.name:,} bytes without NUL, got {length:,} bytes. {_DAMAGED}"
-        )
 
 
 def _sizes(values: object) -> bool:

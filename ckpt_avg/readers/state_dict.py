@@ -6,7 +6,7 @@ are tensors; the only other mapping of names to tensors. Where several remain, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,13 @@ def find_state_dict(root: object, path: Path, state_key: str | None) -> Found:
     candidates = _candidates(root)
     if len(wrappers) == 1:
         return _found(root[wrappers[0]], path, wrappers[0], ())  # type: ignore[index]  # a wrapper implies a dict
-    if not wrappers and candidates[:1] == [""]:
+    if not wrappers and candidates[:1] == [()]:
         return _found(root, path, None, ())
     if not wrappers and len(candidates) == 1:
-        note = f"the weights were found under {quote(candidates[0])}, the only mapping of names to tensors"
-        return _found(_walk(root, path, candidates[0]), path, candidates[0], (note,))
-    raise CheckpointFormatError(f"{path}: {_no_choice(root, wrappers or candidates)}")
+        key = ".".join(candidates[0])
+        note = f"the weights were found under {quote(key)}, the only mapping of names to tensors"
+        return _found(_walk(root, path, key), path, key, (note,))
+    raise CheckpointFormatError(f"{path}: {_no_choice(root, [(key,) for key in wrappers] or candidates)}")
 
 
 def plain_values(root: object) -> dict[str, str | int | float | bool | None]:
@@ -72,25 +73,25 @@ def _is_state_dict(value: object) -> bool:
     )
 
 
-def _candidates(value: object) -> list[str]:
-    """Returns the dotted key of each mapping that holds named tensors directly, the nearest to the top first.
+def _candidates(value: object, seen: set[int] | None = None) -> list[tuple[str, ...]]:
+    """Returns the keys that lead to each mapping that holds named tensors directly, the nearest to the top first.
 
-    Each mapping is looked at once, level by level, under the first key that leads to it.
+    Each mapping is looked at once, level by level, under the first key that leads to it; those in ``seen`` not at all.
     """
-    found: list[str] = []
-    seen: set[int] = set()
-    level = [("", value)]
+    found: list[tuple[str, ...]] = []
+    seen = set() if seen is None else seen
+    level: list[tuple[tuple[str, ...], object]] = [((), value)]
     for _ in range(LIMITS.nesting + 1):
-        inner: list[tuple[str, object]] = []
-        for prefix, item in level:
+        inner: list[tuple[tuple[str, ...], object]] = []
+        for keys, item in level:
             if not isinstance(item, dict) or id(item) in seen:
                 continue
             seen.add(id(item))
             if _is_state_dict(item):
-                found.append(prefix)  # what lies deeper belongs to it
+                found.append(keys)  # what lies deeper belongs to it
                 continue
             inner += [
-                (f"{prefix}.{key}" if prefix else key, each) for key, each in item.items() if isinstance(key, str)
+                ((*keys, key), each) for key, each in item.items() if isinstance(key, str) and isinstance(each, dict)
             ]
         level = inner
     return found
@@ -126,13 +127,14 @@ def _found(value: object, path: Path, key: str | None, notes: tuple[str, ...]) -
         raise CheckpointFormatError(f"{where}: expected a state dict, got {_contents(value)}.")
     tensors: dict[str, StoredTensor] = {}
     others: list[str] = []
+    looked_at: set[int] = set()
     for name, item in value.items():
         if isinstance(item, UnreadableTensor):
             raise CheckpointFormatError(
                 f"{where}: tensor {quote(name)}: expected a plain tensor, got {item.kind}. Save it as a plain "
                 "tensor (for example tensor.to_dense() or tensor.dequantize()) and run again."
             )
-        if isinstance(item, dict) and _candidates(item):
+        if isinstance(item, dict) and _candidates(item, looked_at):
             raise CheckpointFormatError(
                 f"{where}: expected names and tensors, got another dict of tensors under {quote(name)}. "
                 f"Choose one part with --state-key {_as_argument(f'{key}.{name}' if key else str(name))}."
@@ -157,11 +159,11 @@ def _pickled(value: Foreign) -> str:
     )
 
 
-def _no_choice(root: object, candidates: list[str]) -> str:
+def _no_choice(root: object, candidates: Sequence[tuple[str, ...]]) -> str:
     if candidates:
         return (
-            f"expected one state dict, got several: {listing(map(quote, candidates))}. "
-            f"Choose one with --state-key, for example --state-key {_as_argument(candidates[0])}."
+            f"expected one state dict, got several: {listing(quote('.'.join(keys)) for keys in candidates)}. "
+            f"Choose one with --state-key, for example --state-key {_as_argument('.'.join(candidates[0]))}."
         )
     for key in WRAPPER_KEYS:
         if isinstance(root, dict) and isinstance(inner := root.get(key), Foreign):

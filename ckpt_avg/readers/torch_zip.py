@@ -13,6 +13,7 @@ from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import listing, plural, quote
+from ckpt_avg.readers.names import check_name
 from ckpt_avg.readers.pickle_specs import read_pickle
 from ckpt_avg.readers.stand_ins import StoredTensor
 from ckpt_avg.readers.state_dict import find_state_dict, plain_values
@@ -68,7 +69,7 @@ def _root(file: MappedFile, members: Mapping[str, Member]) -> str:
 
 def _tensor(file: MappedFile, name: str, tensor: StoredTensor, record: Member | None) -> TensorSpec:
     where = f"{file.path}: tensor {quote(name)}"
-    _check_name(name, where)
+    check_name(name, where)
     storage, itemsize = tensor.storage, tensor.dtype.itemsize
     if record is None:
         raise CheckpointFormatError(
@@ -105,15 +106,3 @@ def _tensor(file: MappedFile, name: str, tensor: StoredTensor, record: Member | 
             f"{spec.nbytes:,} bytes. Save tensor.contiguous() instead."
         )
     return spec
-
-
-def _check_name(name: str, where: str) -> None:
-    try:
-        length = len(name.encode("utf-8"))
-    except UnicodeEncodeError:
-        raise CheckpointFormatError(f"{where}: the name is no valid text. Rename the tensor.") from None
-    if length > LIMITS.name or "\0" in name or name == "__metadata__":
-        raise CheckpointFormatError(
-            f"{where}: safetensors cannot hold this name (at most {LIMITS.name:,} bytes, no NUL, not __metadata__). "
-            "Rename the tensor."
-        )

@@ -385,7 +385,7 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path, kind: str) -> Non
         output = real
     names = sorted(os.listdir(tmp_path))
     with pytest.raises(
-        UsageError, match=r"the output is one of the inputs, .*1\.safetensors\. Choose another path"
+        UsageError, match=r"the output is one of the checkpoints, .*1\.safetensors\. Choose another path"
     ) as error:
         average(sources, output, overwrite=True)
     assert error.value.exit_code == 2
@@ -544,3 +544,22 @@ def test_a_limit_on_file_sizes_is_an_error(server: Server, small: Run, output: P
     assert "reserving 391." in outcome.error
     assert "File too large" in outcome.error
     assert os.listdir(output.parent) == []
+
+
+def test_a_checkpoint_that_is_not_selected_is_no_output_either(tmp_path: Path, small: Run) -> None:
+    """Replacing it would destroy a part of the run."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for source in small.sources:
+        (run / source.name).write_bytes(source.read_bytes())
+    first = run / small.sources[0].name
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="the output is one of the checkpoints"):
+            average(run, first, last=1, overwrite=overwrite)
+    assert first.read_bytes() == small.sources[0].read_bytes()
+
+
+def test_a_path_that_names_a_folder_is_no_output(tmp_path: Path, small: Run) -> None:
+    with pytest.raises(UsageError, match=r"expected (the path of a file|a path for a new file)"):
+        average(small.sources, f"{tmp_path}/new/")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,29 @@
+"""Tensor names: they are data, shown escaped; what safetensors cannot hold is refused."""
+
+from __future__ import annotations
+
+from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.limits import LIMITS
+
+
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8: it cannot with a lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_name(name: str, where: str) -> None:
+    """Raises CheckpointFormatError for a name that no safetensors file can hold."""
+    if not is_text(name):
+        raise CheckpointFormatError(f"{where}: the name holds a lone surrogate, so it is no text. Rename the tensor.")
+    if name == "__metadata__":
+        raise CheckpointFormatError(f"{where}: safetensors keeps this name for its metadata. Rename the tensor.")
+    length = len(name.encode("utf-8"))
+    if length > LIMITS.name or "\0" in name:
+        raise CheckpointFormatError(
+            f"{where}: expected a name of at most {LIMITS.name:,} bytes without NUL, got {length:,} bytes. "
+            "Rename the tensor."
+        )

@@ -214,7 +214,9 @@ def average(
                         forward_batch=forward_batch,
                         progress=progress.refreshed,
                     )
-                    _notice_what_was_refreshed(batch_norm, notice)
+                    if batch_norm.used_twice:
+                        used_twice = listing(map(quote, batch_norm.used_twice))
+                        notice(f"layers used more than once in a pass, over all uses: {used_twice}")
                     unpublished.write(header(batch_norm, reserve=len(provisional)), 0)
                 _check_readable(unpublished, plan)
                 unpublished.publish(overwrite=overwrite)
@@ -280,11 +282,6 @@ def _check_equal(checkpoints: Sequence[Checkpoint], plan: Plan) -> None:
             f"these dtypes are never averaged:\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
             "Take the last checkpoint's with --non-float last."
         )
-
-
-def _notice_what_was_refreshed(report: BatchNormReport, notice: Callable[[str], None]) -> None:
-    if report.used_twice:
-        notice(f"layers used more than once in a pass, over all uses: {listing(map(quote, report.used_twice))}")
 
 
 def _check_readable(unpublished: UnpublishedFile, plan: Plan) -> None:

@@ -135,21 +135,18 @@ def refresh_batch_norm(
                 f"{listing(map(quote, unreached))}. Let the dataloader or forward_batch(model, batch) reach them."
             )
         statistics = {name: pool.statistics(done) for name, pool in pools.items()}
-        for name, layer in layers.items():
-            for buffer, values in (("running_mean", statistics[name].mean), ("running_var", statistics[name].variance)):
-                rounded_statistic(name, buffer, values, getattr(layer, buffer).dtype)
-    for name, layer in layers.items():
-        store(layer, statistics[name], done)
+        # All of them are rounded, which can fail, before the first is stored.
+        stored = [
+            (layer, buffer, rounded_statistic(name, buffer, values, getattr(layer, buffer).dtype))
+            for name, layer in layers.items()
+            for buffer, values in (("running_mean", statistics[name].mean), ("running_var", statistics[name].variance))
+        ]
+    for layer, buffer, values in stored:
+        getattr(layer, buffer).copy_(values)
+    for layer in layers.values():
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(done)
     return BatchNormReport(done, samples, statistics, tuple(frozen))
-
-
-def store(layer: _BatchNorm, statistics: LayerStatistics, batches: int) -> None:
-    """Puts measured statistics into a layer's buffers."""
-    for buffer, values in ((layer.running_mean, statistics.mean), (layer.running_var, statistics.variance)):
-        if buffer is not None:
-            buffer.copy_(round_to(values, buffer.dtype))
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.fill_(batches)
 
 
 def rounded_statistic(layer: str, buffer: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

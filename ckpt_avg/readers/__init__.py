@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -62,8 +63,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, state_key: str | None = Non
         ...     print(checkpoint.spec.format, checkpoint.spec.state_key)
         torch zip model
     """
-    file = MappedFile(Path(path))
-    try:
+    with ExitStack() as on_error:
+        file = on_error.enter_context(MappedFile(Path(path)))
         head = file.read(0, min(file.size, 512))
         if head.startswith(torch_zip.MAGIC):
             spec = torch_zip.read_spec(file, state_key)
@@ -76,10 +77,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, state_key: str | None = Non
             spec = safetensors.read_spec(file)
         else:
             raise CheckpointFormatError(f"{path}: {_explain(head)}")
-    except BaseException:
-        file.close()
-        raise
-    return Checkpoint(spec, (file,))
+        on_error.pop_all()  # the checkpoint keeps the file open
+        return Checkpoint(spec, (file,))
 
 
 def _explain(head: bytes) -> str:

@@ -23,13 +23,16 @@ if TYPE_CHECKING:
         CkptAvgError,
         IncompatibleError,
         NonFiniteError,
+        NoWeightsError,
         OutputError,
         ResourceError,
         UsageError,
         UserCodeError,
     )
+    from ckpt_avg.inspection import Inspection, Listed, inspect
     from ckpt_avg.readers import Checkpoint, open_checkpoint
-    from ckpt_avg.spec import CheckpointSpec, DType, TensorSpec
+    from ckpt_avg.record import Record
+    from ckpt_avg.spec import CheckpointSpec, DType, Part, TensorSpec
 
 __version__ = "0.1.0"
 
@@ -42,14 +45,17 @@ _HOMES = {
         "CheckpointFormatError",
         "CkptAvgError",
         "IncompatibleError",
+        "NoWeightsError",
         "NonFiniteError",
         "OutputError",
         "ResourceError",
         "UsageError",
         "UserCodeError",
     ),
+    "ckpt_avg.inspection": ("Inspection", "Listed", "inspect"),
     "ckpt_avg.readers": ("Checkpoint", "open_checkpoint"),
-    "ckpt_avg.spec": ("CheckpointSpec", "DType", "TensorSpec"),
+    "ckpt_avg.record": ("Record",),
+    "ckpt_avg.spec": ("CheckpointSpec", "DType", "Part", "TensorSpec"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -65,10 +71,15 @@ __all__ = [
     "DType",
     "Difference",
     "IncompatibleError",
+    "Inspection",
     "LayerStatistics",
+    "Listed",
+    "NoWeightsError",
     "NonFiniteError",
     "OutputError",
+    "Part",
     "Progress",
+    "Record",
     "ResourceError",
     "TensorSpec",
     "UsageError",
@@ -76,6 +87,7 @@ __all__ = [
     "__version__",
     "average",
     "check",
+    "inspect",
     "open_checkpoint",
     "refresh_batch_norm",
 ]

@@ -15,19 +15,20 @@ from ckpt_avg.batches import ForwardBatch
 from ckpt_avg.batchnorm import BatchNormReport
 from ckpt_avg.compat import compare
 from ckpt_avg.devices import choose_device, usable_cores
-from ckpt_avg.discover import Skipped, Sources, discover
+from ckpt_avg.discover import Skipped, Sources
 from ckpt_avg.errors import IncompatibleError, OutputError, UsageError
 from ckpt_avg.header import encode_header
 from ckpt_avg.identical import differing
+from ckpt_avg.inputs import notice_what_is_read, open_inputs, refuse_output_among
 from ckpt_avg.mean import divide_memory, write_mean
 from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.open_files import allow_open_files
 from ckpt_avg.plan import OUTPUT_DTYPES, Plan, make_plan
 from ckpt_avg.provenance import make_metadata
-from ckpt_avg.readers import Checkpoint, open_checkpoint
+from ckpt_avg.readers import Checkpoint, make_reading
 from ckpt_avg.refresh import Batches, Model, frozen_layers, refresh_output
 from ckpt_avg.running_statistics import Statistics, choose_refresh, frozen_buffers, source_of_statistics, summary
-from ckpt_avg.select import Selection, patterns, select
+from ckpt_avg.select import Selection, patterns
 
 DEFAULT_MEMORY = 128 * 2**20
 _MOST_THREADS = 1024
@@ -86,9 +87,17 @@ def average(
     *,
     last: int | None = None,
     every: int | None = None,
+    from_step: int | None = None,
+    to_step: int | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    mode: str | None = None,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
+    at_lr_minima: bool = False,
     state_key: str | None = None,
+    ema: bool = False,
+    strip_prefix: str | None = None,
     device: str = "auto",
     dtype: str = "keep",
     threads: int | None = None,
@@ -110,12 +119,19 @@ def average(
     to the output dtype. Until everything is done the output path is untouched.
 
     Args:
-        sources: checkpoint files, in the order given, and run folders, listed in natural order.
+        sources: checkpoint files and checkpoint folders, in the order given, and run folders, in the order of their
+            steps.
         output: the safetensors file to write.
         last: average the last N of them.
         every: take each K-th only, counted back from the last.
+        from_step, to_step: leave out what lies before and behind, in steps; in epochs where the run records no steps.
+        best: average the N best by ``metric``, a name that the trainer recorded.
+        metric, mode: which metric, and whether ``min`` or ``max`` is better.
         include, exclude: glob patterns for file names.
+        at_lr_minima: take the checkpoints at the bottom of the learning rate's cycles only.
         state_key: the dotted key of the state dict inside torch files, where it isn't a common one.
+        ema: average the running averages that some trainers keep beside the weights.
+        strip_prefix: take this prefix off the names that carry it.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, for the sums and the refresh.
         dtype: ``keep``, ``float64``, ``float32``, ``bfloat16`` or ``float16``, for floating-point tensors.
         threads: workers; as many as this process may use cores if not given.
@@ -156,21 +172,24 @@ def average(
         progress.notice(text)
 
     _check_options(dtype, non_float, bn, threads, memory, bn_batches)
+    selection = Selection(
+        patterns(include), patterns(exclude), from_step, to_step, at_lr_minima, every, last, best, metric, mode
+    )
+    reading = make_reading(state_key, ema, strip_prefix)
     target_device = choose_device(device)
-    discovery = discover(sources)
-    _refuse_output_among_inputs(output, discovery.paths)
-    target = check_target(output, overwrite=overwrite)
-    paths = select(discovery.paths, Selection(patterns(include), patterns(exclude), every, last))
     workers = threads or usable_cores()
-    allow_open_files((1 + workers) * len(paths))
     with ExitStack() as stack:
-        checkpoints = [stack.enter_context(open_checkpoint(path, state_key=state_key)) for path in paths]
+        inputs = open_inputs(sources, selection, reading, stack, notice)
+        refuse_output_among(output, inputs.survey)
+        target = check_target(output, overwrite=overwrite)
+        checkpoints = inputs.checkpoints
+        allow_open_files((1 + workers) * sum(len(checkpoint.files) for checkpoint in checkpoints))
         specs = [checkpoint.spec for checkpoint in checkpoints]
         report = compare(specs)
         if not report.compatible:
             raise IncompatibleError(str(report))
         plan = make_plan(specs, dtype=dtype, non_float=non_float)
-        _notice_what_is_read(checkpoints, notice)
+        notice_what_is_read(checkpoints, notice)
         frozen = frozen_buffers(checkpoints, plan)
         refresh = choose_refresh(plan, frozen, model, data, bn, notice)
         _check_equal(checkpoints, plan)
@@ -223,8 +242,8 @@ def average(
     return AverageResult(
         output=Path(output),
         written=not dry_run,
-        checkpoints=paths,
-        skipped=discovery.skipped,
+        checkpoints=tuple(spec.path for spec in specs),
+        skipped=inputs.survey.skipped,
         tensors=len(plan.tensors),
         nbytes=size,
         device=str(target_device),
@@ -253,25 +272,6 @@ def _check_options(
             raise UsageError(f"{option}: expected {least:,} or more, got {number:,}.")
     if threads is not None and threads > _MOST_THREADS:
         raise UsageError(f"--threads: expected at most {_MOST_THREADS:,}, got {threads:,}.")
-
-
-def _refuse_output_among_inputs(output: str | os.PathLike[str], paths: Iterable[Path]) -> None:
-    """Refuses any checkpoint that was discovered, selected or not, and any other name of it."""
-    if os.path.exists(output):
-        for path in paths:
-            if os.path.samefile(path, output):
-                raise UsageError(f"{output}: the output is one of the checkpoints, {path}. Choose another path.")
-
-
-def _notice_what_is_read(checkpoints: Sequence[Checkpoint], notice: Callable[[str], None]) -> None:
-    first = checkpoints[0].spec
-    for spec in (checkpoint.spec for checkpoint in checkpoints):
-        for note in spec.notes if spec.notes != first.notes or spec is first else ():
-            notice(f"{spec.path}: {note}")
-    if len(checkpoints) == 1:
-        notice(f"{first.path} is the only checkpoint, so its weights are copied")
-    if tied := first.tied():
-        notice(f"tied tensors are written under each name: {listing('='.join(map(quote, names)) for names in tied)}")
 
 
 def _check_equal(checkpoints: Sequence[Checkpoint], plan: Plan) -> None:

@@ -10,13 +10,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ckpt_avg import __version__
-from ckpt_avg.errors import CheckpointFormatError, IncompatibleError
+from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.exits import run, say
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -58,12 +57,23 @@ _sources = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...
 _selection = _together(
     click.option("--last", type=int, metavar="N", help="Take the last N checkpoints."),
     click.option("--every", type=int, metavar="K", help="Take each K-th, counted back from the last."),
+    click.option("--from-step", type=int, metavar="S", help="Leave out what lies before step S (or epoch S)."),
+    click.option("--to-step", type=int, metavar="S", help="Leave out what lies behind step S (or epoch S)."),
+    click.option("--best", type=int, metavar="N", help="Take the N best by a metric that the trainer recorded."),
+    click.option("--metric", metavar="NAME", help="Which metric, with --best."),
+    click.option("--mode", metavar="min|max", help="Whether low or high is better, with --best."),
     click.option("--include", multiple=True, metavar="GLOB", help="Take only file names that match. Repeatable."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out file names that match. Repeatable."),
+    click.option("--at-lr-minima", is_flag=True, help="Take those at the bottom of the learning rate's cycles."),
 )
-_state_key = click.option(
-    "--state-key", metavar="DOTTED.KEY", help="Where a torch file holds the state dict, if not under a common key."
+_reading = _together(
+    click.option(
+        "--state-key", metavar="DOTTED.KEY", help="Where a torch file holds the state dict, if not under a common key."
+    ),
+    click.option("--ema", is_flag=True, help="Take the running averages that some trainers keep beside the weights."),
+    click.option("--strip-prefix", metavar="PREFIX", help="Take this off the front of names, for example 'model.'."),
 )
+_verbose = click.option("-v", "--verbose", is_flag=True, help="Say what was left out of run folders, and why.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
 
@@ -72,8 +82,9 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 def cli() -> None:
     """Average the checkpoints of a training run into one safetensors file (Stochastic Weight Averaging).
 
-    A SOURCE is a checkpoint file (safetensors, or written by torch.save) or a run folder of such files, which is read
-    in natural order. No code inside a checkpoint is ever run.
+    A SOURCE is a checkpoint file (safetensors, or written by torch.save), a checkpoint folder (transformers,
+    accelerate, Lightning, DeepSpeed, torch.distributed.checkpoint), or a run folder of these, which is read in the
+    order of its steps. No code inside a checkpoint is ever run.
     """
 
 
@@ -81,7 +92,7 @@ def cli() -> None:
 @_sources
 @click.option("-o", "--output", required=True, metavar="OUT.safetensors", help="The file to write.")
 @_selection
-@_state_key
+@_reading
 @click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to sum and refresh."
 )
@@ -126,6 +137,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
 @_json
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars and no notices.")
+@_verbose
 def average_command(
     sources: Sequence[str],
     output: str,
@@ -134,6 +146,7 @@ def average_command(
     app_dir: str,
     as_json: bool,
     quiet: bool,
+    verbose: bool,
     **options: Any,
 ) -> None:
     """Write the equal-weighted mean of the checkpoints, BatchNorm statistics recomputed.
@@ -158,13 +171,13 @@ def average_command(
     if as_json:
         say(json.dumps(average_json(result), indent=2))
     else:
-        say(average_text(result))
+        say(average_text(result, verbose=verbose))
 
 
 @cli.command("check")
 @_sources
 @_selection
-@_state_key
+@_reading
 @_json
 def check_command(sources: Sequence[str], as_json: bool, **options: Any) -> None:
     """Say whether the checkpoints fit together, from their headers alone."""
@@ -183,29 +196,15 @@ def check_command(sources: Sequence[str], as_json: bool, **options: Any) -> None
 
 @cli.command("inspect")
 @click.argument("path")
-@_state_key
+@_reading
 @_json
-def inspect_command(path: str, state_key: str | None, as_json: bool) -> None:
-    """Show what a checkpoint file or a run folder holds, and how it would be read."""
-    from ckpt_avg.discover import discover
-    from ckpt_avg.readers import open_checkpoint
-    from ckpt_avg.report import checkpoint_json, checkpoint_text, folder_json, folder_text
+def inspect_command(path: str, as_json: bool, **options: Any) -> None:
+    """Show what a checkpoint or a run folder holds, and how it would be read."""
+    from ckpt_avg.inspection import inspect
+    from ckpt_avg.report_inspect import inspection_json, inspection_text
 
-    discovery = discover([path])
-    specs, unreadable = [], {}
-    for found in discovery.paths:
-        try:
-            with open_checkpoint(found, state_key=state_key) as checkpoint:
-                specs.append(checkpoint.spec)
-        except CheckpointFormatError as error:  # noqa: PERF203 (one bad file must not hide the others)
-            if not Path(path).is_dir():
-                raise
-            unreadable[found.name] = str(error)
-    if Path(path).is_dir():
-        shown = folder_json(discovery, specs, unreadable)
-        say(json.dumps(shown, indent=2) if as_json else folder_text(discovery, specs, unreadable))
-    else:
-        say(json.dumps(checkpoint_json(specs[0]), indent=2) if as_json else checkpoint_text(specs[0]))
+    found = inspect(path, **options)
+    say(json.dumps(inspection_json(found), indent=2) if as_json else inspection_text(found))
 
 
 def main() -> None:

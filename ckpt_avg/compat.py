@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt_avg.discover import Sources, discover
+from ckpt_avg.discover import Sources
+from ckpt_avg.inputs import open_inputs
 from ckpt_avg.messages import listing, plural, quote
-from ckpt_avg.readers import open_checkpoint
-from ckpt_avg.select import Selection, patterns, select
+from ckpt_avg.readers import make_reading
+from ckpt_avg.select import Selection, patterns
 from ckpt_avg.spec import CheckpointSpec, TensorSpec
 
-Aspect = Literal["missing", "unexpected", "shape", "dtype"]
+Aspect = Literal["missing", "unexpected", "shape", "dtype", "tied"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +74,25 @@ def check(
     *,
     last: int | None = None,
     every: int | None = None,
+    from_step: int | None = None,
+    to_step: int | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    mode: str | None = None,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
+    at_lr_minima: bool = False,
     state_key: str | None = None,
+    ema: bool = False,
+    strip_prefix: str | None = None,
 ) -> CompatibilityReport:
     """Says whether checkpoints can be averaged, from their headers alone.
 
     Args:
-        sources: checkpoint files and run folders.
-        last, every, include, exclude: which of them, as for `average`.
-        state_key: the dotted key of the state dict inside torch files.
+        sources: checkpoint files, checkpoint folders and run folders.
+        last, every, from_step, to_step, best, metric, mode, include, exclude, at_lr_minima: which of them, as for
+            `average`.
+        state_key, ema, strip_prefix: how to read each, as for `open_checkpoint`.
 
     Returns:
         The report; ``report.compatible`` is the answer.
@@ -93,11 +104,12 @@ def check(
         >>> check(["fixtures/mnist_cnn"]).compatible
         True
     """
-    specs = []
-    for path in select(discover(sources).paths, Selection(patterns(include), patterns(exclude), every, last)):
-        with open_checkpoint(path, state_key=state_key) as checkpoint:
-            specs.append(checkpoint.spec)
-    return compare(specs)
+    selection = Selection(
+        patterns(include), patterns(exclude), from_step, to_step, at_lr_minima, every, last, best, metric, mode
+    )
+    with ExitStack() as stack:
+        inputs = open_inputs(sources, selection, make_reading(state_key, ema, strip_prefix), stack, compare="nothing")
+        return compare([checkpoint.spec for checkpoint in inputs.checkpoints])
 
 
 def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:
@@ -106,9 +118,10 @@ def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:
     The order of tensors in a file does not matter.
     """
     reference = specs[0]
+    tied = _partners(reference)
     found: dict[tuple[str, Aspect, str, str], list[str]] = {}
     for spec in specs[1:]:
-        for key in _differences(reference, spec):
+        for key in (*_differences(reference, spec), *_tied_otherwise(tied, spec)):
             found.setdefault(key, []).append(str(spec.path))
     differences = tuple(
         Difference(tensor, aspect, expected, got, tuple(paths))
@@ -137,16 +150,52 @@ def _differences(reference: CheckpointSpec, spec: CheckpointSpec) -> list[tuple[
     return result
 
 
+def _partners(spec: CheckpointSpec) -> dict[str, tuple[str, ...]]:
+    """Returns, for each tied tensor, the names that share its storage."""
+    return {name: tuple(sorted(names)) for names in spec.tied() for name in names}
+
+
+def _tied_otherwise(expected: dict[str, tuple[str, ...]], spec: CheckpointSpec) -> list[tuple[str, Aspect, str, str]]:
+    """Returns the tensors that are tied to others than in the reference, which would then be averaged apart."""
+    found = _partners(spec)
+    names = [name for name in (*expected, *(name for name in found if name not in expected)) if name in spec.tensors]
+    return [
+        (name, "tied", _tie(name, expected), _tie(name, found))
+        for name in names
+        if expected.get(name) != found.get(name)
+    ]
+
+
+def _tie(name: str, partners: dict[str, tuple[str, ...]]) -> str:
+    others = [quote(each) for each in partners.get(name, ()) if each != name]
+    return f"tied to {listing(others)}" if others else "tied to none"
+
+
 def _describe(tensor: TensorSpec) -> str:
     return f"{tensor.dtype.name} {list(tensor.shape)}"
 
 
 def _advice(specs: Sequence[CheckpointSpec], differences: Sequence[Difference]) -> str:
     aspects = {difference.aspect for difference in differences}
-    if aspects == {"missing", "unexpected"}:
-        names = [{name.removeprefix("module.") for name in spec.tensors} for spec in specs]
-        if all(other == names[0] for other in names):
-            return "Some were saved from a wrapped model (prefix 'module.'): save them alike, without the wrapper."
+    if aspects == {"missing", "unexpected"} and (prefix := _prefix_between(specs)):
+        return f"Some names begin with {quote(prefix)}, others don't: add --strip-prefix {prefix}."
     if aspects == {"dtype"}:
         return "Save all of them in one dtype; --dtype sets the dtype of the output alone."
+    if aspects == {"tied"}:
+        return "Tensors share their storage in some checkpoints only: average those that were saved alike."
     return "Average checkpoints of one architecture and one run; leave others out with --exclude."
+
+
+def _prefix_between(specs: Sequence[CheckpointSpec]) -> str | None:
+    """Returns the prefix that some checkpoints have in front of all names and others do not."""
+    shortest = min(specs, key=lambda spec: sum(map(len, spec.tensors)))
+    bare = set(shortest.tensors)
+    prefixes = set()
+    for spec in specs:
+        if spec.tensors and set(spec.tensors) != bare:
+            first = next(iter(spec.tensors))
+            ends = [name for name in bare if first.endswith(f".{name}")]
+            prefixes.add(first[: -len(max(ends, key=len))] if ends else "")
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    stripped = ({name.removeprefix(prefix) for name in spec.tensors} for spec in specs)
+    return prefix if prefix and all(names == bare for names in stripped) else None

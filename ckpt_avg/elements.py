@@ -1,7 +1,8 @@
 """Ranges of stored tensors' elements, in row-major order, as flat torch tensors.
 
 Where the bytes lie side by side, which is nearly always, the result is a view of a mapped window and nothing is copied.
-Strided tensors (channels-last, transposed) are gathered box by box through windows of bounded size.
+Strided tensors (channels-last, transposed) and tensors that are stored in parts are gathered box by box through
+windows of bounded size.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from math import prod
 
 import torch
 
-from ckpt_avg.mapped import MappedFile, Window
-from ckpt_avg.readers import Checkpoint
-from ckpt_avg.spec import DType, TensorSpec
+from ckpt_avg.mapped import Window
+from ckpt_avg.readers.checkpoint import Checkpoint
+from ckpt_avg.spec import DType, Part, TensorSpec
 
 _WASTE = 4 * 1024  # bytes that a window may hold, beyond as many again as are asked for, to serve neighbours too
 _SPAN = 4 * 1024 * 1024  # bytes of a window through which strided elements are gathered
@@ -42,7 +43,7 @@ def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.T
             itemsize = tensor.dtype.itemsize
             contiguous.append((tensor.file, tensor.offset + start * itemsize, (stop - start) * itemsize, index))
         else:
-            found[index] = _gather(checkpoint.files[tensor.file], tensor, start, stop)
+            found[index] = _gather(checkpoint, tensor, start, stop)
     for file, begin, end, members in _coalesce(contiguous):
         window = checkpoint.files[file].window(begin, end - begin)
         for offset, index in members:
@@ -96,20 +97,42 @@ def _view(window: Window, tensor: TensorSpec, offset: int, count: int) -> torch.
 _Box = tuple[tuple[int, int], ...]
 
 
-def _gather(file: MappedFile, tensor: TensorSpec, start: int, stop: int) -> torch.Tensor:
+def _gather(checkpoint: Checkpoint, tensor: TensorSpec, start: int, stop: int) -> torch.Tensor:
     gathered = torch.empty(stop - start, dtype=torch_dtype(tensor.dtype))
     position = 0
     for box in _boxes(tensor.shape, start, stop):
         extents = [end - first for first, end in box]
         target = gathered[position : position + prod(extents)].view(extents)
-        for part in _split(tensor, box):
-            begin, end = _span(tensor, part)
-            count = (end - begin) // tensor.dtype.itemsize
-            storage = _view(file.window(begin, end - begin), tensor, begin, count)
-            inside = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(part, box, strict=True))
-            target[inside] = torch.as_strided(storage, [b - a for a, b in part], tensor.stride)
+        if not tensor.parts:
+            _copy(checkpoint, tensor, box, target)
+        for part in tensor.parts:
+            shared = _shared(box, part)
+            if shared is not None:
+                within = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(shared, box, strict=True))
+                own = tuple((a - begin, b - begin) for (a, b), begin in zip(shared, part.starts, strict=True))
+                _copy(checkpoint, part.tensor, own, target[within])
         position += prod(extents)
     return gathered
+
+
+def _copy(checkpoint: Checkpoint, tensor: TensorSpec, box: _Box, target: torch.Tensor) -> None:
+    """Copies a box of a tensor that is stored as one."""
+    file = checkpoint.files[tensor.file]
+    for part in _split(tensor, box):
+        begin, end = _span(tensor, part)
+        count = (end - begin) // tensor.dtype.itemsize
+        storage = _view(file.window(begin, end - begin), tensor, begin, count)
+        inside = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(part, box, strict=True))
+        target[inside] = torch.as_strided(storage, [b - a for a, b in part], tensor.stride)
+
+
+def _shared(box: _Box, part: Part) -> _Box | None:
+    """Returns what a box shares with a part of the tensor, in indices of the whole."""
+    shared = tuple(
+        (max(first, begin), min(end, begin + extent))
+        for (first, end), begin, extent in zip(box, part.starts, part.tensor.shape, strict=True)
+    )
+    return shared if all(first < end for first, end in shared) else None
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Box]:

@@ -3,6 +3,7 @@
     CkptAvgError
     ├── UsageError                  2  the request itself makes no sense
     ├── CheckpointFormatError       3  an input is corrupt, unsafe or of an unknown kind
+    │   ├── NoWeightsError             … or holds no state dict
     │   └── ChangedWhileReadingError   … or it changed under us
     ├── IncompatibleError           4  the checkpoints don't fit together, or there is nothing to average
     │   └── NonFiniteError             … or hold NaN or Inf
@@ -36,6 +37,10 @@ class CheckpointFormatError(CkptAvgError):
     """An input is corrupt, unsafe, unreadable or of an unknown kind."""
 
     exit_code = 3
+
+
+class NoWeightsError(CheckpointFormatError):
+    """A file that is sound, but holds no state dict: in a run folder it is left out."""
 
 
 class ChangedWhileReadingError(CheckpointFormatError):

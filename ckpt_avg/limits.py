@@ -17,11 +17,13 @@ class Limits:
     name: int = 4_096  # bytes of one tensor name in UTF-8
     rank: int = 64  # dimensions of one tensor; torch itself allows no more
     elements: int = 2**63 - 1  # of one tensor; torch counts them in int64
+    index: int = 64 * 2**20  # bytes of a shard index or of a trainer's log beside the weights
     zip_directory: int = 256 * 2**20  # bytes of a zip's central directory
     pickle: int = 256 * 2**20  # bytes of a checkpoint's pickle, the tensors not included
     pickle_operations: int = 30_000_000
     pickle_globals: int = 10_000  # distinct classes and functions named in a pickle
     expanded: int = 64 * 2**20  # bytes of a tensor that repeats elements of a smaller storage (stride 0)
+    part_pairs: int = 1_000_000  # pairs of parts of one tensor that lie beside each other
     nesting: int = 4  # how deep nested dicts are searched for a state dict
 
 

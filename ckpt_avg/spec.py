@@ -11,6 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
+from ckpt_avg.record import Record
+
 Kind = Literal["float", "float8", "complex", "exact"]
 
 
@@ -64,6 +66,19 @@ BY_TORCH_NAME: Mapping[str, DType] = {dtype.torch_name: dtype for dtype in DTYPE
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A box of a tensor, stored apart from the rest (a shard).
+
+    Attributes:
+        starts: the index of its first element along each dimension of the whole tensor.
+        tensor: the box itself: its shape, and where it lies.
+    """
+
+    starts: tuple[int, ...]
+    tensor: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One stored tensor.
 
@@ -76,6 +91,8 @@ class TensorSpec:
         offset: where its first element lies in that file, in bytes.
         storage: (first byte, bytes) of the storage that it is a view of. Equal storages with equal
             offset, shape and stride are tied tensors.
+        parts: where the tensor is stored in several boxes, these; its own stride, file, offset and storage then
+            say nothing of where elements lie.
     """
 
     name: str
@@ -85,6 +102,7 @@ class TensorSpec:
     file: int
     offset: int
     storage: tuple[int, int]
+    parts: tuple[Part, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -99,6 +117,8 @@ class TensorSpec:
     @property
     def is_contiguous(self) -> bool:
         """Whether the elements lie in row-major order without gaps."""
+        if self.parts:
+            return False
         expected = 1
         for extent, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if extent != 1 and step != expected and self.numel:
@@ -122,11 +142,16 @@ class CheckpointSpec:
     """One checkpoint, as its header describes it.
 
     Attributes:
-        path: where it was opened.
-        format: ``safetensors`` or ``torch zip``.
+        path: where it was opened: a file or a folder.
+        format: how it is stored: ``safetensors``, ``torch zip``, ``torch stream``, ``pickle``, ``torch DCP``, …
         tensors: name → spec, in the order of the file.
+        kind: the trainer or library that left it, where that shows.
+        keys: the keys at the top of a torch file.
         state_key: the dotted key under which a torch file holds the state dict; None where the file is
             the state dict itself.
+        prefix: what was stripped from the front of every name, such as ``module.``; empty if nothing was.
+        record: step, epoch, metrics and learning rate.
+        averaged: how it shows that the weights are an average already; empty if it does not.
         metadata: what the file says of itself: ``__metadata__`` of a safetensors file; plain values
             (epoch, step, metric, …) beside the state dict of a torch file.
         notes: what a user should know of how it was read.
@@ -135,7 +160,12 @@ class CheckpointSpec:
     path: Path
     format: str
     tensors: Mapping[str, TensorSpec]
+    kind: str | None = None
+    keys: tuple[str, ...] = ()
     state_key: str | None = None
+    prefix: str = ""
+    record: Record = field(default_factory=Record)
+    averaged: str = ""
     metadata: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -149,7 +179,9 @@ class CheckpointSpec:
         groups: dict[tuple[object, ...], list[str]] = {}
         for tensor in self.tensors.values():
             if tensor.numel:
-                where = (tensor.file, tensor.storage, tensor.offset, tensor.dtype, tensor.shape, tensor.stride)
+                where: tuple[object, ...] = (tensor.dtype, tensor.shape, tensor.parts)
+                if not tensor.parts:
+                    where += (tensor.file, tensor.storage, tensor.offset, tensor.stride)
                 groups.setdefault(where, []).append(tensor.name)
         return [tuple(names) for names in groups.values() if len(names) > 1]
 

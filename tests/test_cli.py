@@ -782,7 +782,7 @@ def test_every_option_of_average_reaches_the_api() -> None:
 
     signature = inspect.signature(average).parameters
     for parameter in average_command.params:
-        if parameter.name in {"app_dir", "as_json", "quiet"}:
+        if parameter.name in {"app_dir", "as_json", "quiet", "verbose"}:
             continue
         assert parameter.name in signature, parameter.name
         default = signature[parameter.name].default
@@ -891,6 +891,7 @@ def test_every_error_is_public_and_has_its_code() -> None:
         "CkptAvgError": 1,
         "UsageError": 2,
         "CheckpointFormatError": 3,
+        "NoWeightsError": 3,
         "ChangedWhileReadingError": 3,
         "IncompatibleError": 4,
         "NonFiniteError": 4,
@@ -907,20 +908,41 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 # Each module imports from the rows above its own only. `ckpt_avg` itself is there for `__version__`.
 LAYERS = (
-    ("ckpt_avg", "ckpt_avg.errors", "ckpt_avg.limits", "ckpt_avg.messages", "ckpt_avg.rounding", "ckpt_avg.spec"),
+    ("ckpt_avg", "ckpt_avg.cycles", "ckpt_avg.errors", "ckpt_avg.limits", "ckpt_avg.messages", "ckpt_avg.record"),
+    ("ckpt_avg.rounding", "ckpt_avg.spec"),
     ("ckpt_avg.atomic", "ckpt_avg.devices", "ckpt_avg.exits", "ckpt_avg.mapped", "ckpt_avg.open_files"),
-    ("ckpt_avg.readers.names", "ckpt_avg.user_code"),
+    ("ckpt_avg.memory_file", "ckpt_avg.user_code"),
+    (
+        "ckpt_avg.readers.file_names",
+        "ckpt_avg.readers.layouts",
+        "ckpt_avg.readers.leaves",
+        "ckpt_avg.readers.members",
+        "ckpt_avg.readers.names",
+        "ckpt_avg.readers.prefixes",
+        "ckpt_avg.readers.region",
+        "ckpt_avg.readers.unknown",
+    ),
     (
         "ckpt_avg.batches",
+        "ckpt_avg.readers.arrays",
+        "ckpt_avg.readers.checkpoint",
+        "ckpt_avg.readers.parts",
+        "ckpt_avg.readers.place",
         "ckpt_avg.readers.safetensors",
-        "ckpt_avg.readers.stand_ins",
         "ckpt_avg.readers.zip_directory",
     ),
-    ("ckpt_avg.readers.pickle_specs",),
-    ("ckpt_avg.readers.state_dict",),
-    ("ckpt_avg.readers.torch_zip",),
+    ("ckpt_avg.readers.stand_ins",),
+    ("ckpt_avg.readers.contents", "ckpt_avg.readers.modules", "ckpt_avg.readers.pickle_specs"),
+    ("ckpt_avg.readers.state_dict", "ckpt_avg.readers.torch_stream", "ckpt_avg.readers.torch_zip"),
+    ("ckpt_avg.readers.assemble", "ckpt_avg.readers.sidecars"),
+    ("ckpt_avg.readers.dcp", "ckpt_avg.readers.one_file"),
+    ("ckpt_avg.readers.dcp_safetensors", "ckpt_avg.readers.sharded"),
+    ("ckpt_avg.readers.folders",),
     ("ckpt_avg.readers",),
-    ("ckpt_avg.discover", "ckpt_avg.select"),
+    ("ckpt_avg.copies", "ckpt_avg.discover"),
+    ("ckpt_avg.survey",),
+    ("ckpt_avg.inspection", "ckpt_avg.select"),
+    ("ckpt_avg.inputs",),
     ("ckpt_avg.compat",),
     ("ckpt_avg.plan", "ckpt_avg.provenance"),
     ("ckpt_avg.header",),
@@ -930,7 +952,7 @@ LAYERS = (
     ("ckpt_avg.refresh",),
     ("ckpt_avg.running_statistics",),
     ("ckpt_avg.api",),
-    ("ckpt_avg.bars", "ckpt_avg.report"),
+    ("ckpt_avg.bars", "ckpt_avg.report", "ckpt_avg.report_inspect"),
     ("ckpt_avg.cli",),
     ("ckpt_avg.__main__",),
 )

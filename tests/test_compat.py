@@ -97,22 +97,86 @@ def test_shapes_of_one_size_differ(tmp_path: Path) -> None:
         ]
 
 
-def test_a_wrapped_model_is_recognised(tmp_path: Path) -> None:
-    plain = {"a.weight": torch.ones(2), "b": torch.ones(1)}
-    wrapped = {f"module.{name}": value for name, value in plain.items()}
-    for contents in ((plain, wrapped), (wrapped, plain)):
-        text = str(check(write(tmp_path, *contents)))
+PLAIN: Tensors = {"a.weight": torch.ones(2), "b": torch.ones(1)}
+
+
+def under(prefix: str, tensors: Tensors) -> Tensors:
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module.module."])
+def test_a_wrapped_model_fits_the_bare_one(tmp_path: Path, prefix: str) -> None:
+    """A run of which a part was trained on several devices, or compiled, is one run."""
+    for contents in ((PLAIN, under(prefix, PLAIN)), (under(prefix, PLAIN), PLAIN)):
+        report = check(write(tmp_path, *contents))
+        assert report.compatible
+        assert report.tensors == 2
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "encoder.model."])
+def test_a_prefix_of_some_checkpoints_is_advised_to_be_stripped(tmp_path: Path, prefix: str) -> None:
+    """And the advice leads out of it."""
+    for contents in ((PLAIN, under(prefix, PLAIN)), (under(prefix, PLAIN), PLAIN), (PLAIN, PLAIN, under(prefix, PLAIN))):
+        paths = write(tmp_path, *contents)
+        text = str(check(paths))
         assert "4 differences" in text
-        assert text.endswith(
-            "Some were saved from a wrapped model (prefix 'module.'): save them alike, without the wrapper."
-        )
+        assert text.endswith(f"Some names begin with '{prefix}', others don't: add --strip-prefix {prefix}.")
+        assert check(paths, strip_prefix=prefix).compatible
+
+
+def test_a_prefix_that_no_checkpoint_carries_is_refused(tmp_path: Path) -> None:
+    """A misspelt prefix must not pass for one that was taken off, not even where part of it was."""
+    for tensors in (PLAIN, under("module.", PLAIN)):
+        for prefix in ("mdel.", "e", "le.", "odule"):
+            with pytest.raises(CkptAvgError, match="--strip-prefix"):
+                check(write(tmp_path, tensors, tensors), strip_prefix=prefix)
 
 
 def test_a_wrapped_model_of_another_kind_is_not_mistaken(tmp_path: Path) -> None:
-    paths = write(tmp_path, {"a": torch.ones(2)}, {"module.b": torch.ones(2)})
-    assert "prefix" not in str(check(paths))
-    paths = write(tmp_path, {"a": torch.ones(2)}, {"module.a": torch.ones(3)})
-    assert len(check(paths).differences) == 2
+    for prefix in ("module.", "model."):
+        text = str(check(write(tmp_path, {"a": torch.ones(2)}, {f"{prefix}b": torch.ones(2)})))
+        assert "2 differences" in text
+        assert "prefix" not in text
+    (difference,) = check(write(tmp_path, {"a": torch.ones(2)}, {"module.a": torch.ones(3)})).differences
+    assert (difference.tensor, difference.aspect) == ("a", "shape")
+
+
+def test_prefixes_that_differ_are_not_advised(tmp_path: Path) -> None:
+    """No one option could strip both."""
+    text = str(check(write(tmp_path, PLAIN, under("model.", PLAIN), under("net.", PLAIN))))
+    assert "strip-prefix" not in text
+
+
+def test_tensors_tied_otherwise_are_told(tmp_path: Path) -> None:
+    """The mean of tied tensors is tied again only where every checkpoint ties them."""
+    shared = torch.ones(2, 2)
+    apart = {"a": torch.ones(2, 2), "b": torch.ones(2, 2), "c": torch.ones(2, 2)}
+    torch.save({"a": shared, "b": shared, "c": torch.ones(2, 2)}, tmp_path / "step_1.pt")
+    torch.save(apart, tmp_path / "step_2.pt")
+    torch.save({"a": shared, "b": torch.ones(2, 2), "c": shared}, tmp_path / "step_3.pt")
+    torch.save({"a": shared, "b": shared, "c": torch.zeros(2, 2)}, tmp_path / "step_4.pt")
+    paths = [tmp_path / f"step_{number}.pt" for number in (1, 2, 3, 4)]
+    assert check([paths[0], paths[3]]).compatible
+    report = check(paths)
+    assert sorted(found(report)) == sorted(
+        [
+            ("a", "tied", "tied to 'b'", "tied to none", ["step_2.pt"]),
+            ("b", "tied", "tied to 'a'", "tied to none", ["step_2.pt", "step_3.pt"]),
+            ("a", "tied", "tied to 'b'", "tied to 'c'", ["step_3.pt"]),
+            ("c", "tied", "tied to none", "tied to 'a'", ["step_3.pt"]),
+        ]
+    )
+    assert str(report).endswith(
+        "Tensors share their storage in some checkpoints only: average those that were saved alike."
+    )
+
+
+def test_views_that_share_a_storage_without_being_equal_are_not_tied(tmp_path: Path) -> None:
+    for number in (1, 2):
+        whole = torch.arange(8.0)
+        torch.save({"a": whole[:4], "b": whole[4:]}, tmp_path / f"step_{number}.pt")
+    torch.save({"a": torch.ones(4), "b": torch.ones(4)}, tmp_path / "step_3.pt")
+    assert check(tmp_path).compatible
 
 
 def test_dtypes_alone_have_their_own_advice(tmp_path: Path) -> None:
@@ -159,7 +223,7 @@ def test_compare_takes_specs(tmp_path: Path) -> None:
 
 
 def test_check_selects_as_average_does(tmp_path: Path) -> None:
-    write(tmp_path, {"old": torch.ones(1)}, A, {"odd": torch.ones(1)}, A)
+    write(tmp_path, {"old": torch.ones(1)}, A, {"odd": torch.ones(1)}, {name: value + 1 for name, value in A.items()})
     assert not check([tmp_path]).compatible
     for options in ({"every": 2, "last": 2}, {"include": ["step_[13]*"]}, {"exclude": ["step_[02].*"]}):
         report = check([tmp_path], **options)  # type: ignore[arg-type]

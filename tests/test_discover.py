@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ckpt_avg.discover import SUFFIXES, discover, natural_key
+from ckpt_avg.discover import Discovery, discover, natural_key
 from ckpt_avg.errors import IncompatibleError, UsageError
-from ckpt_avg.spec import METHOD_KEY
+from ckpt_avg.readers.file_names import SUFFIXES
 
 
 def touch(folder: Path, *names: str) -> list[Path]:
@@ -28,6 +28,13 @@ def touch(folder: Path, *names: str) -> list[Path]:
 
 def names(paths: tuple[Path, ...]) -> list[str]:
     return [path.name for path in paths]
+
+
+def reasons(found: Discovery) -> dict[str, str]:
+    """Name → why it was left out."""
+    made = {item.path.name: item.reason for item in found.skipped}
+    assert len(made) == len(found.skipped), "each is told once"
+    return made
 
 
 def refusal(kind: type[UsageError | IncompatibleError], *sources: object) -> str:
@@ -137,19 +144,16 @@ def test_folders_inside_are_not_searched(tmp_path: Path) -> None:
     assert names(discover([tmp_path]).paths) == ["step_1.pt"]
 
 
-def test_an_earlier_average_is_left_out(tmp_path: Path) -> None:
-    """An output of ours in the run folder must not enter the next average; one named by hand may."""
-    weights = {"w": torch.ones(2)}
-    save_file(weights, tmp_path / "average.safetensors", metadata={"format": "pt", METHOD_KEY: "mean"})
-    save_file(weights, tmp_path / "step_1.safetensors", metadata={"format": "pt"})
-    save_file(weights, tmp_path / "step_2.safetensors")
-    assert METHOD_KEY == "ckpt_avg.method"
+@pytest.mark.parametrize(
+    "name", ["average.safetensors", "swa.pt", "SWA.BIN", "valid.acc.ave_10best.pth", "avg_10.pt", "model-averaged.ckpt"]
+)
+def test_an_earlier_average_is_left_out_by_its_name(tmp_path: Path, name: str) -> None:
+    """It must not enter the next average; one named by hand may. What it holds is looked at in the survey."""
+    touch(tmp_path, name, "step_1.pt", "step_2.pt")
     found = discover([tmp_path])
-    assert names(found.paths) == ["step_1.safetensors", "step_2.safetensors"]
-    assert [(item.path.name, item.reason) for item in found.skipped] == [
-        ("average.safetensors", "an earlier average made by ckpt-avg")
-    ]
-    assert names(discover([tmp_path / "average.safetensors"]).paths) == ["average.safetensors"]
+    assert names(found.paths) == ["step_1.pt", "step_2.pt"]
+    assert reasons(found) == {name: "an earlier average, by its name"}
+    assert names(discover([tmp_path / name]).paths) == [name]
 
 
 def test_a_damaged_file_is_kept_so_that_it_is_reported(tmp_path: Path) -> None:
@@ -195,11 +199,12 @@ def test_a_symbolic_link_in_the_folder_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_hard_link_in_the_folder_counts_once(tmp_path: Path) -> None:
+    """Under the name that has a number, so that its place in the run is known."""
     touch(tmp_path, "step_2.pt", "step_10.pt")
     (tmp_path / "best.pt").hardlink_to(tmp_path / "step_10.pt")
     found = discover([tmp_path])
-    assert names(found.paths) == ["best.pt", "step_2.pt"]
-    assert [(item.path.name, item.reason) for item in found.skipped] == [("step_10.pt", "the same file as best.pt")]
+    assert names(found.paths) == ["step_2.pt", "step_10.pt"]
+    assert reasons(found) == {"best.pt": "the same file as step_10.pt"}
 
 
 def test_links_to_files_outside_are_checkpoints(tmp_path: Path) -> None:
@@ -281,26 +286,16 @@ def test_a_folder_of_left_out_files_says_why(tmp_path: Path) -> None:
     assert "notes.txt" not in message
 
 
-def test_a_folder_of_folders_says_how_to_name_the_files(tmp_path: Path) -> None:
+def test_a_folder_of_folders_without_a_checkpoint_names_them(tmp_path: Path) -> None:
     for number in (1, 2, 10):
         (tmp_path / f"checkpoint-{number}").mkdir()
     message = refusal(IncompatibleError, tmp_path)
-    assert "It holds the folders 'checkpoint-1', 'checkpoint-2', 'checkpoint-10'" in message
-    assert f"{tmp_path}/*/model.safetensors" in message
+    assert "It holds the folders 'checkpoint-1', 'checkpoint-2', 'checkpoint-10', and no checkpoint in them" in message
 
 
 def test_no_sources() -> None:
     found = discover([])
     assert (found.paths, found.skipped) == ((), ())
-
-
-@pytest.mark.parametrize("name", ["swa.safetensors", "swa.pt", "SWA.BIN"])
-def test_an_earlier_average_is_known_by_its_metadata_whatever_its_suffix(tmp_path: Path, name: str) -> None:
-    save_file({"w": torch.ones(2)}, tmp_path / "step_1.safetensors")
-    save_file({"w": torch.ones(2)}, tmp_path / name, metadata={METHOD_KEY: "mean"})
-    found = discover(tmp_path)
-    assert [path.name for path in found.paths] == ["step_1.safetensors"]
-    assert [(item.path.name, item.reason) for item in found.skipped] == [(name, "an earlier average made by ckpt-avg")]
 
 
 def test_hidden_files_are_left_out(tmp_path: Path) -> None:
@@ -314,3 +309,224 @@ def test_an_empty_path_is_refused() -> None:
     """It would mean the current folder, where a shell variable was not set."""
     with pytest.raises(UsageError, match="got an empty one"):
         discover([""])
+
+
+# --- checkpoint folders ------------------------------------------------------------------------------------
+
+
+def tree(root: Path, *paths: str) -> Path:
+    """Makes empty-looking files; a path that ends with a slash is a folder."""
+    for path in paths:
+        target = root / path
+        (target if path.endswith("/") else target.parent).mkdir(parents=True, exist_ok=True)
+        if not path.endswith("/"):
+            target.write_bytes(b"x")
+    return root
+
+
+CHECKPOINT_FOLDERS = {
+    "transformers": ("model.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth", "training_args.bin"),
+    "transformers sharded": ("model.safetensors.index.json", "model-00001-of-00002.safetensors",
+                             "model-00002-of-00002.safetensors", "trainer_state.json"),
+    "transformers of old": ("pytorch_model.bin", "trainer_state.json", "scheduler.pt"),
+    "old and sharded": ("pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "trainer_state.json"),
+    "diffusers": ("diffusion_pytorch_model.safetensors", "config.json"),
+    "PEFT": ("adapter_model.safetensors", "adapter_config.json"),
+    "accelerate": ("model.safetensors", "optimizer.bin", "random_states_0.pkl"),
+    "FSDP through accelerate": ("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp",
+                                "optimizer_0/.metadata", "random_states_0.pkl"),
+    "DCP": (".metadata", "__0_0.distcp", "__1_0.distcp"),
+    "Lightning FSDP": (".metadata", "__0_0.distcp", "meta.pt"),
+    "DCP safetensors": ("shard-00001-model-00001-of-00001.safetensors",),
+    "DeepSpeed": ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    "DeepSpeed with latest": ("latest", "zero_to_fp32.py", "global_step10/mp_rank_00_model_states.pt"),
+    "Megatron": ("mp_rank_00/model_optim_rng.pt",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", CHECKPOINT_FOLDERS)
+def test_a_checkpoint_folder_is_one_checkpoint(tmp_path: Path, form: str) -> None:
+    """Not as many as it has files, nor its optimizer another one; named itself, or found in a run."""
+    for step in (9, 10):
+        tree(tmp_path / "run" / f"checkpoint-{step}", *CHECKPOINT_FOLDERS[form])
+    (itself,) = discover([tmp_path / "run" / "checkpoint-9"]).paths
+    assert itself == tmp_path / "run" / "checkpoint-9"
+    assert not discover([itself]).groups[0].is_run
+    found = discover([tmp_path / "run"])
+    assert names(found.paths) == ["checkpoint-9", "checkpoint-10"]
+    assert found.groups[0].is_run
+    assert found.skipped == ()
+
+
+def test_checkpoint_folders_and_files_of_one_run(tmp_path: Path) -> None:
+    tree(tmp_path, "step_1.pt", "step_3.pt", *(f"step_2/{name}" for name in CHECKPOINT_FOLDERS["DCP"]))
+    assert names(discover([tmp_path]).paths) == ["step_1.pt", "step_2", "step_3.pt"]
+
+
+def test_the_final_model_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
+    """The Trainer saves the last or best once more at the top: it would count double."""
+    for step in (500, 1000):
+        tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
+    tree(tmp_path, "model.safetensors", "config.json", "training_args.bin", "trainer_state.json")
+    found = discover([tmp_path])
+    assert names(found.paths) == ["checkpoint-500", "checkpoint-1000"]
+    assert reasons(found) == {
+        "training_args.bin": "training state beside the weights, by its name",
+        "model.safetensors": "the weights of the whole run beside its checkpoints: one of them, or the final",
+    }
+
+
+def test_a_sharded_final_model_beside_the_checkpoints(tmp_path: Path) -> None:
+    """Its shards are no checkpoints either."""
+    for step in (500, 1000):
+        tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
+    tree(tmp_path, *CHECKPOINT_FOLDERS["transformers sharded"])
+    found = discover([tmp_path])
+    assert names(found.paths) == ["checkpoint-500", "checkpoint-1000"]
+    assert "model.safetensors.index.json" in reasons(found)
+
+
+def test_checkpoint_folders_that_were_not_finished(tmp_path: Path) -> None:
+    """Each way in which trainers leave one: under a name for the time being, or without what is written last."""
+    for step in (1, 2):
+        tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
+    tree(tmp_path / "tmp-checkpoint-3", *CHECKPOINT_FOLDERS["transformers"])
+    tree(tmp_path / "checkpoint-4.tmp", "model.safetensors")
+    tree(tmp_path / "checkpoint-5", "model.safetensors")
+    tree(tmp_path / "checkpoint-6", "__0_0.distcp", "__1_0.distcp")
+    tree(tmp_path / "checkpoint-7", "model-00001-of-00002.safetensors")
+    tree(tmp_path / ".hidden", "notes.txt")
+    found = discover([tmp_path])
+    assert names(found.paths) == ["checkpoint-1", "checkpoint-2"]
+    told = reasons(found)
+    assert set(told) == {f"checkpoint-{rest}" for rest in ("4.tmp", "5", "6", "7")} | {"tmp-checkpoint-3"}
+    assert all(reason.startswith("half-written") for reason in told.values())
+    assert "trainer_state.json" in told["checkpoint-5"]
+    assert ".metadata" in told["checkpoint-6"]
+    assert "'model-00001-of-00002.safetensors'" in told["checkpoint-7"]
+
+
+def test_folders_without_trainer_state_are_whole_where_none_has_it(tmp_path: Path) -> None:
+    """They were saved with save_pretrained, not by the Trainer."""
+    for step in (1, 2):
+        tree(tmp_path / f"checkpoint-{step}", "model.safetensors", "config.json")
+    assert names(discover([tmp_path]).paths) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_only_half_written_checkpoints(tmp_path: Path) -> None:
+    tree(tmp_path, "step_1/__0_0.distcp", "step_2.pt.tmp")
+    message = refusal(IncompatibleError, tmp_path)
+    assert "'step_1' is half-written: expected .metadata beside the *.distcp files" in message
+    assert "'step_2.pt.tmp' is half-written, by its name" in message
+
+
+@pytest.mark.parametrize("folder", ["tmp-checkpoint-3", "checkpoint-3.tmp", "checkpoint-3.incomplete"])
+def test_a_half_written_folder_is_not_searched_for_checkpoints(tmp_path: Path, folder: str) -> None:
+    """The only one of a run that has just begun: what is in it is no checkpoint yet."""
+    tree(tmp_path / folder, *CHECKPOINT_FOLDERS["transformers"])
+    assert f"'{folder}' is half-written, by its name" in refusal(IncompatibleError, tmp_path)
+
+
+def test_a_refused_folder_is_kept_so_that_it_is_reported(tmp_path: Path) -> None:
+    """Left out silently, ZeRO 3 would average the other half of a run."""
+    tree(tmp_path / "global_step1", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    tree(tmp_path / "global_step2", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    tree(tmp_path, "latest", "zero_to_fp32.py")
+    assert names(discover([tmp_path]).paths) == ["global_step1", "global_step2"]
+
+
+# --- run folders in folders --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["checkpoints", "lightning_logs/version_0/checkpoints", "a/b/c"])
+def test_checkpoints_in_a_folder_inside_are_found_and_that_is_said(tmp_path: Path, inner: str) -> None:
+    tree(tmp_path, f"{inner}/step_9.pt", f"{inner}/step_10.pt", "config.yaml", "logs/events.out", "optimizer.pt")
+    found = discover([tmp_path])
+    assert names(found.paths) == ["step_9.pt", "step_10.pt"]
+    assert found.notes == (f"the checkpoints are in {tmp_path / inner}",)
+    assert reasons(found) == {"optimizer.pt": "training state beside the weights, by its name"}
+
+
+def test_checkpoints_too_deep_are_not_looked_for(tmp_path: Path) -> None:
+    tree(tmp_path, "a/b/c/d/step_1.pt")
+    assert "It holds the folders 'a'" in refusal(IncompatibleError, tmp_path)
+
+
+def test_several_runs_are_listed_and_none_is_taken(tmp_path: Path) -> None:
+    """Two runs are never mixed."""
+    tree(tmp_path, "version_0/checkpoints/a.pt", "version_1/checkpoints/a.pt", "version_10/checkpoints/a.pt")
+    message = refusal(IncompatibleError, tmp_path)
+    assert "expected the checkpoints of one run, got 3 folders that hold some" in message
+    assert "'version_0', 'version_1', 'version_10'" in message
+    assert message.endswith("Name one of them.")
+
+
+def test_folders_of_the_first_level_go_before_those_inside(tmp_path: Path) -> None:
+    tree(tmp_path, "step_1.pt", "samples/other.pt")
+    assert names(discover([tmp_path]).paths) == ["step_1.pt"]
+
+
+def test_hidden_folders_and_links_are_not_searched(tmp_path: Path) -> None:
+    """A link may lead back up: the search must end, and find nothing twice."""
+    tree(tmp_path, "run/checkpoints/step_1.pt", "run/.cache/old.pt")
+    (tmp_path / "run" / "loop").symlink_to(tmp_path / "run")
+    (tmp_path / "run" / "again").symlink_to(tmp_path / "run" / "checkpoints")
+    found = discover([tmp_path / "run"])
+    assert names(found.paths) == ["step_1.pt"]
+
+
+def test_a_checkpoint_folder_under_a_second_name_counts_once(tmp_path: Path) -> None:
+    for step in (1, 2):
+        tree(tmp_path / f"step_{step}", *CHECKPOINT_FOLDERS["DCP"])
+    (tmp_path / "latest").symlink_to("step_2")
+    (tmp_path / "zz_1").symlink_to("step_1")
+    found = discover([tmp_path])
+    assert names(found.paths) == ["step_1", "step_2"]
+    assert reasons(found) == {"latest": "the same file as step_2", "zz_1": "the same file as step_1"}
+
+
+def test_a_run_folder_may_be_a_link(tmp_path: Path) -> None:
+    tree(tmp_path, "real/step_1.pt")
+    (tmp_path / "link").symlink_to("real")
+    assert discover([tmp_path / "link"]).paths == (tmp_path / "link" / "step_1.pt",)
+
+
+def test_hard_links_under_numbers_and_aliases(tmp_path: Path) -> None:
+    """As timm leaves them: last, model_best and the milestones are checkpoint-N once more."""
+    touch(tmp_path, *(f"checkpoint-{epoch}.pth.tar" for epoch in (8, 9, 10)), "recovery-3-99.pth.tar")
+    for alias, epoch in (("last", 10), ("model_best", 8), ("milestone-8", 8)):
+        (tmp_path / f"{alias}.pth.tar").hardlink_to(tmp_path / f"checkpoint-{epoch}.pth.tar")
+    found = discover([tmp_path])
+    assert names(found.paths) == [f"checkpoint-{epoch}.pth.tar" for epoch in (8, 9, 10)]
+    assert reasons(found) == {
+        "last.pth.tar": "the same file as checkpoint-10.pth.tar",
+        "model_best.pth.tar": "the same file as checkpoint-8.pth.tar",
+        "milestone-8.pth.tar": "the same file as checkpoint-8.pth.tar",
+        "recovery-3-99.pth.tar": "a recovery file from the middle of an epoch, by its name",
+    }
+
+
+def test_aliases_that_are_files_of_their_own(tmp_path: Path) -> None:
+    touch(tmp_path, "epoch3.pt", "epoch4.pt", "last.pt", "best.pt")
+    found = discover([tmp_path])
+    assert names(found.paths) == ["epoch3.pt", "epoch4.pt"]
+    assert set(reasons(found)) == {"last.pt", "best.pt"}
+    for path in tmp_path.glob("epoch*"):
+        path.unlink()
+    assert names(discover([tmp_path]).paths) == ["best.pt", "last.pt"]
+
+
+def test_an_empty_file_is_half_written(tmp_path: Path) -> None:
+    touch(tmp_path, "step_1.pt")
+    (tmp_path / "step_2.pt").touch()
+    assert reasons(discover([tmp_path])) == {"step_2.pt": "half-written: it is empty"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list any folder")
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    tree(tmp_path, "step_1/model.safetensors")
+    (tmp_path / "step_1").chmod(0)
+    try:
+        assert "cannot be listed" in refusal(UsageError, tmp_path)
+    finally:
+        (tmp_path / "step_1").chmod(0o700)

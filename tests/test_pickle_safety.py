@@ -26,7 +26,9 @@ from hypothesis import strategies as st
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.readers import open_checkpoint, pickle_specs, stand_ins
-from ckpt_avg.readers.pickle_specs import Foreign, StorageRef, StoredTensor, read_pickle
+from ckpt_avg.readers.leaves import StorageRef, StoredTensor
+from ckpt_avg.readers.pickle_specs import read_pickle
+from ckpt_avg.readers.stand_ins import Foreign
 from ckpt_avg.spec import DTYPES
 
 # --- pickles, opcode by opcode -----------------------------------------------------------------------------
@@ -503,7 +505,7 @@ import json, resource, sys, time
 from pathlib import Path
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.readers.pickle_specs import read_pickle
-from ckpt_avg.readers.state_dict import find_state_dict
+from ckpt_avg.readers.state_dict import Reading, find_state_dict
 stream = sys.stdin.buffer.read()
 def used():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -514,7 +516,7 @@ harmless = time.process_time() - start
 before, start = used(), time.process_time()
 try:
     result = read_pickle(stream, "file.pt")
-    find_state_dict(result, Path("file.pt"), None)
+    find_state_dict(result, Path("file.pt"), Reading())
     said = "accepted"
 except CheckpointFormatError as error:
     said = str(error)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ckpt_avg.elements import read_ranges, stream
-from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.readers import Checkpoint, open_checkpoint
 
@@ -67,12 +67,12 @@ def assert_as_torch_loads(path: Path, key: str | None = None, *, given: str | No
         return checkpoint
 
 
-def refusal(path: Path, **options: Any) -> str:
+def refusal(path: Path, kind: type[CheckpointFormatError] = CheckpointFormatError, **options: Any) -> str:
     """Opens a file that must be refused; returns the message, once its class, code and path are as promised."""
     with pytest.raises(CheckpointFormatError) as caught:
         open_checkpoint(path, **options)
     message = str(caught.value)
-    assert type(caught.value) is CheckpointFormatError
+    assert type(caught.value) is kind
     assert caught.value.exit_code == 3
     assert message.startswith(f"{path}: ")
     assert message.isprintable()
@@ -156,7 +156,9 @@ def test_arbitrary_objects_beside_the_weights(tmp_path: Path) -> None:
     }
     for protocol in (2, 4, 5):
         checkpoint = assert_as_torch_loads(saved(tmp_path, contents, pickle_protocol=protocol), "state_dict")
-        assert checkpoint.spec.metadata == {}
+        assert checkpoint.spec.metadata == {"loss": 0.5}, "a numpy scalar is a number like any other"
+        assert checkpoint.spec.record.metrics == {"loss": 0.5}
+        assert checkpoint.spec.keys == tuple(contents)
 
 
 @pytest.mark.parametrize(
@@ -355,22 +357,45 @@ def test_unusual_tensors_beside_the_state_dict_do_no_harm(tmp_path: Path, kind: 
 @pytest.mark.parametrize(
     ("contents", "facts"),
     [
-        (nn.Linear(2, 2), ("class 'torch.nn.modules.linear.Linear'", "save model.state_dict() instead")),
-        ({"model": nn.Linear(2, 2)}, ("'model'", "class 'torch.nn.modules.linear.Linear'", "model.state_dict()")),
-        (argparse.Namespace(w=torch.ones(1)), ("class 'argparse.Namespace'",)),
+        (argparse.Namespace(w=torch.ones(1)), ("class 'argparse.Namespace'", "save model.state_dict() instead")),
+        ({"model": argparse.Namespace(w=torch.ones(1))}, ("'model'", "class 'argparse.Namespace'", "state_dict()")),
         (torch.ones(2), ("expected a state dict", "a single tensor without a name")),
         ([torch.ones(2)], ("expected a state dict", "a list")),
         ({}, ("expected a state dict", "an empty dict")),
         ({"epoch": 3, "lr": 0.1}, ("expected a state dict", "'epoch', 'lr'", "no named tensors")),
         ({0: torch.ones(1)}, ("expected a state dict", "the keys 0")),
-        ({"w": torch.ones(1), 0: torch.ones(1)}, ("expected tensor names", "key 0")),
     ],
-    ids=["module", "module in a dict", "namespace", "tensor", "list", "empty", "no tensors", "number", "mixed keys"],
+    ids=["namespace", "namespace in a dict", "tensor", "list", "empty", "no tensors", "number"],
 )
 def test_files_without_a_state_dict_are_refused(tmp_path: Path, contents: Any, facts: tuple[str, ...]) -> None:
-    message = refusal(saved(tmp_path, contents))
+    """By a class of their own, so that a run folder can leave them out where other files hold weights."""
+    message = refusal(saved(tmp_path, contents), NoWeightsError)
     for fact in facts:
         assert fact in message
+
+
+def test_tensors_under_numbers_are_refused(tmp_path: Path) -> None:
+    """There are weights, so that leaving the file out of a run would be wrong."""
+    message = refusal(saved(tmp_path, {"w": torch.ones(1), 0: torch.ones(1)}))
+    assert "expected tensor names" in message
+    assert "key 0" in message
+
+
+@pytest.mark.parametrize("key", [None, "model", "net"])
+def test_a_whole_module_opens_as_its_state_dict(tmp_path: Path, key: str | None) -> None:
+    """Names, order and bits are those that ``state_dict()`` gives, and nothing of the module is imported or run."""
+    net = model()
+    net.register_buffer("passing", torch.ones(1), persistent=False)
+    net[0].register_parameter("none", None)
+    path = saved(tmp_path, net if key is None else {"epoch": 3, key: net})
+    expected = net.state_dict()
+    assert "passing" not in expected
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.spec.format == "torch zip"
+        assert checkpoint.spec.state_key == key
+        assert list(checkpoint.spec.tensors) == list(expected)
+        for name, value in expected.items():
+            assert bits(elements(checkpoint, name, 1024)) == bits(value), name
 
 
 def test_several_state_dicts_are_listed_and_none_is_taken(tmp_path: Path) -> None:
@@ -402,15 +427,19 @@ def test_names_that_safetensors_cannot_hold_are_refused(tmp_path: Path, name: st
 def test_torchscript_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "script.pt"
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
-    message = refusal(path)
+    message = refusal(path, NoWeightsError)
     assert "expected weights, got a TorchScript program" in message
     assert "torch.save(torch.jit.load(path).state_dict(), new_path)" in message
 
 
-def test_the_old_stream_is_refused_by_name(tmp_path: Path) -> None:
-    message = refusal(saved(tmp_path, {"w": torch.ones(2)}, _use_new_zipfile_serialization=False))
-    assert "the stream of torch before 1.6" in message
-    assert "torch.save(torch.load(path, weights_only=True), new_path)" in message
+def test_the_old_stream_opens_by_its_first_bytes(tmp_path: Path) -> None:
+    """What ``torch.save`` wrote before 1.6; test_torch_stream.py looks at it closely."""
+    state = model().state_dict()
+    with open_checkpoint(saved(tmp_path, state, _use_new_zipfile_serialization=False)) as checkpoint:
+        assert checkpoint.spec.format == "torch stream"
+        assert list(checkpoint.spec.tensors) == list(state)
+        for name, value in state.items():
+            assert bits(elements(checkpoint, name, 3)) == bits(value), name
 
 
 def test_a_tar_is_refused_by_name(tmp_path: Path) -> None:
@@ -427,21 +456,38 @@ def test_a_tar_is_refused_by_name(tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html>404</html>", ("an HTML or XML page", "Download the file again")),
         (b"\n  <?xml version='1.0'?><Error/>", ("an HTML or XML page",)),
         (b"", ("an empty file", "Copy or save it again")),
-        (pickle.dumps({"w": [1.0]}, 2), ("a bare pickle", "torch.save or safetensors")),
-        (pickle.dumps({"w": [1.0]}, 5), ("a bare pickle",)),
         (b"PK", ("2 bytes",)),
         (b"not a checkpoint at all", ("something else", "b'not a ch'")),
-        (b"\x1f\x8b\x08\x00" + b"\0" * 20, ("something else",)),
+        (b"\x1f\x8b\x08\x00" + b"\0" * 20, ("a gzip file", "Unpack it first")),
+        (b"\x28\xb5\x2f\xfd" + b"\0" * 20, ("a Zstandard file", "Unpack it first")),
+        (b"\x89HDF\r\n\x1a\n" + b"\0" * 20, ("an HDF5 file", "torch.save or safetensors")),
+        (b"GGUF\3\0\0\0" + b"\0" * 20, ("a GGUF file", "quantized")),
+        (b"\x93NUMPY\1\0" + b"\0" * 20, ("a numpy file", "a dict of named tensors")),
     ],
-    ids=["lfs", "html", "xml", "empty", "pickle 2", "pickle 5", "two bytes", "text", "gzip"],
+    ids=["lfs", "html", "xml", "empty", "two bytes", "text", "gzip", "zstd", "hdf5", "gguf", "numpy"],
 )
 def test_other_files_are_refused_by_what_they_are(tmp_path: Path, content: bytes, facts: tuple[str, ...]) -> None:
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(content)
     message = refusal(path)
-    assert "expected a safetensors file or a zip written by torch.save, got" in message
+    assert "expected a safetensors file or one written by torch.save, got" in message
     for fact in facts:
         assert fact in message
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_bare_pickle_without_arrays_holds_no_weights(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(pickle.dumps({"w": [1.0]}, protocol))
+    message = refusal(path, NoWeightsError)
+    assert "expected a state dict, got a dict with the keys 'w', which holds no named tensors" in message
+
+
+def test_a_bare_pickle_of_tensors_is_refused(tmp_path: Path) -> None:
+    """Its tensors are whole torch files in a pickle (``torch.storage._load_from_bytes``), which only code could open."""
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(pickle.dumps({"w": torch.ones(2)}))
+    assert "no storage" in refusal(path)
 
 
 def test_a_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
@@ -565,7 +611,7 @@ def test_what_stands_beside_the_weights_cannot_break_the_message(tmp_path: Path)
     for contents in ({**view(), huge: 1}, {"model": view(), huge: 1}):
         with contextlib.suppress(CheckpointFormatError), open_checkpoint(claim(tmp_path / "a.pt", contents)) as opened:
             assert list(opened.spec.tensors) == ["w"]
-    refusal(claim(tmp_path / "a.pt", {huge: 1}))
+    refusal(claim(tmp_path / "a.pt", {huge: 1}), NoWeightsError)
 
 
 def test_names_from_the_pickle_are_shown_escaped(tmp_path: Path) -> None:

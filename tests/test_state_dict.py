@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.readers.pickle_specs import Foreign, PlainDict, StorageRef, StoredTensor, UnreadableTensor
-from ckpt_avg.readers.state_dict import WRAPPER_KEYS, find_state_dict, plain_values
+from ckpt_avg.readers.leaves import StorageRef, StoredTensor, UnreadableTensor
+from ckpt_avg.readers.stand_ins import Foreign, PlainDict
+from ckpt_avg.readers.state_dict import Reading, find_state_dict, plain_values
 from ckpt_avg.spec import DTYPES
 
 PATH = Path("run/epoch_3.pt")
@@ -28,7 +29,7 @@ class Module(Foreign):
 
 def refusal(root: object, key: str | None = None) -> str:
     with pytest.raises(CheckpointFormatError) as caught:
-        find_state_dict(root, PATH, key)
+        find_state_dict(root, PATH, Reading(key))
     message = str(caught.value)
     assert caught.value.exit_code == 3
     assert message.startswith("run/epoch_3.pt: ")
@@ -41,8 +42,8 @@ def refusal(root: object, key: str | None = None) -> str:
     [
         ({"w": W}, None, ["w"]),
         (PlainDict([("w", W), ("b", B)]), None, ["w", "b"]),
-        *(({key: {"w": W}}, key, ["w"]) for key in WRAPPER_KEYS),
-        *(({"epoch": 1, key: PlainDict([("w", W)]), "optimizer": {"state": {}}}, key, ["w"]) for key in WRAPPER_KEYS),
+        *(({key: {"w": W}}, key, ["w"]) for key in ("state_dict", "model", "model_state_dict")),
+        *(({"epoch": 1, key: PlainDict([("w", W)]), "optimizer": {"state": {}}}, key, ["w"]) for key in ("state_dict", "model", "model_state_dict")),
         # a wrapper key wins over what stands beside it, tensors included
         ({"model": {"w": W}, "ema": {"w": B}}, "model", ["w"]),
         ({"model": {"w": W}, "mean": B}, "model", ["w"]),
@@ -59,7 +60,7 @@ def refusal(root: object, key: str | None = None) -> str:
     ],
 )
 def test_what_is_found_without_a_key(root: object, key: str | None, names: list[str]) -> None:
-    found = find_state_dict(root, PATH, None)
+    found = find_state_dict(root, PATH, Reading())
     assert found.key == key
     assert list(found.tensors) == names
 
@@ -89,13 +90,13 @@ def test_a_key_names_a_part(key: str, expected: str) -> None:
     }
     if key == "a.b.c":
         root.pop("a.b")
-    found = find_state_dict(root, PATH, key)
+    found = find_state_dict(root, PATH, Reading(key))
     assert (found.key, list(found.tensors)) == (key, [expected])
 
 
 def test_a_key_may_name_what_would_not_be_taken_by_itself() -> None:
     root = {"model": {"w": W}, "ema": {"w": B, "decay": 0.9}}
-    found = find_state_dict(root, PATH, "ema")
+    found = find_state_dict(root, PATH, Reading("ema"))
     assert found.tensors == {"w": B}
     assert found.others == ("decay",)
 
@@ -186,7 +187,7 @@ def test_keys_that_are_no_strings_beside_tensors() -> None:
 
 def test_other_values_are_kept_by_name() -> None:
     """What is no tensor is left out and told, whatever its key."""
-    found = find_state_dict({"w": W, "_extra_state": None, "n": 3, 7: "x", "d": {}}, PATH, None)
+    found = find_state_dict({"w": W, "_extra_state": None, "n": 3, 7: "x", "d": {}}, PATH, Reading())
     assert list(found.tensors) == ["w"]
     assert found.others == ("_extra_state", "n", "7", "d")
 
@@ -195,9 +196,9 @@ def test_the_depth_of_the_search_is_bounded() -> None:
     def nested(depth: int) -> dict[str, Any]:
         return {"w": W} if depth == 0 else {"k": nested(depth - 1)}
 
-    assert find_state_dict(nested(4), PATH, None).key == "k.k.k.k"
+    assert find_state_dict(nested(4), PATH, Reading()).key == "k.k.k.k"
     refusal(nested(5))
-    assert find_state_dict(nested(5), PATH, "k.k.k.k.k").key == "k.k.k.k.k"
+    assert find_state_dict(nested(5), PATH, Reading("k.k.k.k.k")).key == "k.k.k.k.k"
 
 
 def test_a_dict_that_holds_itself() -> None:

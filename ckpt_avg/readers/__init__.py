@@ -1,104 +1,83 @@
 """Readers: each turns one format's header into a table of `TensorSpec`; `MappedFile` serves the bytes.
 
-`open_checkpoint` looks at the first bytes of a file, never at its suffix alone.
+`open_checkpoint` looks at the first bytes of a file, never at its suffix alone, and at the names in a folder.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
-from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.mapped import MappedFile
-from ckpt_avg.readers import safetensors, torch_zip
-from ckpt_avg.spec import CheckpointSpec
+from ckpt_avg.errors import UsageError
+from ckpt_avg.readers.checkpoint import Checkpoint
+from ckpt_avg.readers.file_names import kind_from_name, record_from_name
+from ckpt_avg.readers.folders import open_folder, refuse_part
+from ckpt_avg.readers.one_file import open_file
+from ckpt_avg.readers.sharded import is_index, open_sharded
+from ckpt_avg.readers.sidecars import record_beside
+from ckpt_avg.readers.state_dict import Reading
 
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """An open checkpoint: what it holds, and the files that hold it. Use it as a context manager."""
-
-    spec: CheckpointSpec
-    files: Sequence[MappedFile]
-
-    def check_unchanged(self) -> None:
-        """Raises ChangedWhileReadingError if a file was truncated or modified since it was opened."""
-        for file in self.files:
-            file.check_unchanged()
-
-    def close(self) -> None:
-        """Closes the files."""
-        for file in self.files:
-            file.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+__all__ = ["Checkpoint", "Reading", "make_reading", "open_checkpoint"]
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, state_key: str | None = None) -> Checkpoint:
-    """Opens one checkpoint file and reads its header; no tensor is read and no code in it runs.
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    state_key: str | None = None,
+    ema: bool = False,
+    strip_prefix: str | None = None,
+) -> Checkpoint:
+    """Opens one checkpoint and reads its header; no tensor is read and no code in it runs.
 
     Args:
-        path: a safetensors file, or a zip file written by ``torch.save``, whatever its suffix.
-        state_key: the dotted key of the state dict inside a torch file, for example ``model.ema``; found
-            from the common wrapper keys if not given.
+        path: a file (safetensors, or written by ``torch.save``), whatever its suffix; a shard index
+            (``….index.json``); or a checkpoint folder of transformers, accelerate, Lightning, DeepSpeed or
+            ``torch.distributed.checkpoint``.
+        state_key: the dotted key of the state dict inside a torch file, for example ``model.encoder``; found
+            from the places where trainers keep it if not given.
+        ema: take the running average of the weights that some trainers keep beside them.
+        strip_prefix: take this prefix off the names that carry it, for example ``model.``. Wrappers' prefixes
+            (``module.``, ``_orig_mod.`` and the like) are always taken off where all names carry them.
 
     Returns:
         The open checkpoint.
 
     Raises:
-        CheckpointFormatError: the file is corrupt, unsafe, or of an unknown kind.
+        CheckpointFormatError: it is corrupt, unsafe, of an unknown kind, or holds several state dicts.
+        UsageError: ``ema`` and ``state_key`` are both given.
 
     Example:
         >>> with open_checkpoint("fixtures/mnist_cnn/epoch_20.pt") as checkpoint:
-        ...     print(checkpoint.spec.format, checkpoint.spec.state_key)
-        torch zip model
+        ...     print(checkpoint.spec.format, checkpoint.spec.state_key, checkpoint.spec.record.epoch)
+        torch zip model 20
     """
-    with ExitStack() as on_error:
-        file = on_error.enter_context(MappedFile(Path(path)))
-        head = file.read(0, min(file.size, 512))
-        if head.startswith(torch_zip.MAGIC):
-            spec = torch_zip.read_spec(file, state_key)
-        elif safetensors.looks_like(head):
-            if state_key is not None:
-                raise CheckpointFormatError(
-                    f"{path}: a safetensors file holds one flat state dict, so --state-key {state_key} names "
-                    "nothing in it. Leave it out."
-                )
-            spec = safetensors.read_spec(file)
-        else:
-            raise CheckpointFormatError(f"{path}: {_explain(head)}")
-        on_error.pop_all()  # the checkpoint keeps the file open
-        return Checkpoint(spec, (file,))
-
-
-def _explain(head: bytes) -> str:
-    """Says what a file that is no checkpoint seems to be, and what to do."""
-    expected = "expected a safetensors file or a zip written by torch.save, got"
-    if not head:
-        return f"{expected} an empty file. Copy or save it again."
-    if head.startswith(b"version https://git-lfs"):
-        return f"{expected} a Git LFS pointer. Fetch the file itself: git lfs pull."
-    if head.startswith(b"\x80") and b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19" in head[:32]:
-        return (
-            f"{expected} the stream of torch before 1.6. Save it again in a trusted environment: "
-            "torch.save(torch.load(path, weights_only=True), new_path)."
+    if ema and state_key is not None:
+        raise UsageError(
+            f"--ema and --state-key {state_key}: expected one of them, since each says which weights to take."
         )
-    if head.startswith(b"\x80"):
-        return f"{expected} a bare pickle, which is not opened. Save the weights with torch.save or safetensors."
-    if len(head) > 262 and head[257:262] == b"ustar":
-        return f"{expected} a tar archive. Unpack it, or save the weights again with torch.save."
-    if head.lstrip()[:1] == b"<":
-        return f"{expected} an HTML or XML page, probably a failed download. Download the file again."
-    if len(head) < 8:
-        return f"{expected} {len(head)} bytes. Copy or save it again."
-    return f"{expected} something else (first bytes {head[:8]!r}). Name checkpoint files only."
+    path, reading = Path(path), Reading(state_key, ema, strip_prefix)
+    if path.is_dir():
+        checkpoint = open_folder(path, reading)
+    elif is_index(path):
+        checkpoint = open_sharded(path, path, reading)
+    else:
+        refuse_part(path)
+        checkpoint = open_file(path, reading)
+    spec = checkpoint.spec
+    record = spec.record.or_else(record_beside(path, spec.record.epoch))
+    record = record.or_else(record_from_name(path.name, bare_number=record.step is None and record.epoch is None))
+    return replace(checkpoint, spec=replace(spec, record=record, kind=spec.kind or kind_from_name(path)))
+
+
+def make_reading(state_key: str | None, ema: bool, strip_prefix: str | None) -> Reading:
+    """Returns how to read checkpoints.
+
+    Raises:
+        UsageError: ``ema`` and ``state_key`` are both given.
+    """
+    if ema and state_key is not None:
+        raise UsageError(
+            f"--ema and --state-key {state_key}: expected one of them, since each says which weights to take."
+        )
+    return Reading(state_key, ema, strip_prefix)

@@ -16,26 +16,35 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections.abc import Callable
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NoReturn, Protocol
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.messages import quote
-from ckpt_avg.readers.stand_ins import (
-    Foreign,
-    PlainDict,
-    StorageRef,
-    StorageType,
-    StoredTensor,
-    UnreadableTensor,
-    is_known,
-    refuse,
-    safe_key,
-    stand_in,
-)
+from ckpt_avg.readers.arrays import ArrayDType, StoredArray
+from ckpt_avg.readers.leaves import Leaf, StorageRef, UnreadableTensor, refuse
+from ckpt_avg.readers.stand_ins import Foreign, PlainDict, StorageType, is_known, safe_key, stand_in
 
 _SIZED = (dict, list, tuple, set, frozenset)
+
+
+class Source(Protocol):
+    """Where the bytes of a pickle come from."""
+
+    def read(self, length: int, /) -> bytes:
+        """Returns the next ``length`` bytes, fewer at the end, without allocating what is not there."""
+
+    def readline(self) -> bytes:
+        """Returns the bytes up to and including the next newline."""
+
+    def left(self) -> int:
+        """Returns how many bytes there are still."""
+
+
+class _Bytes(io.BytesIO):
+    def left(self) -> int:
+        return len(self.getbuffer()) - self.tell()
 
 
 def read_pickle(stream: bytes, where: str) -> object:
@@ -48,7 +57,23 @@ def read_pickle(stream: bytes, where: str) -> object:
     Raises:
         CheckpointFormatError: the pickle is damaged, hostile beyond reading, or over a limit.
     """
-    machine = _SpecUnpickler(io.BytesIO(stream))
+    source = _Bytes(stream)
+    result, _ = read_next_pickle(source, where)
+    if source.left():
+        raise CheckpointFormatError(f"{where}: bytes follow the end of the pickle. Save the checkpoint again.")
+    return result
+
+
+def read_next_pickle(source: Source, where: str) -> tuple[object, Mapping[str, StorageRef | UnreadableTensor]]:
+    """Reads one of several pickles that follow each other, and leaves the source at the byte after it.
+
+    Returns:
+        The object, and the storages that it refers to, by key.
+
+    Raises:
+        CheckpointFormatError: as `read_pickle`.
+    """
+    machine = _SpecUnpickler(source)
     try:
         result = machine.load()
     except CheckpointFormatError as error:
@@ -60,9 +85,9 @@ def read_pickle(stream: bytes, where: str) -> object:
         raise CheckpointFormatError(
             f"{where}: the pickle is damaged ({type(error).__name__}: {str(error)[:200]}). Save or copy it again."
         ) from error
-    if machine.bytes_follow():
+    if machine.frame_goes_on():
         raise CheckpointFormatError(f"{where}: bytes follow the end of the pickle. Save the checkpoint again.")
-    return result
+    return result, machine.storages
 
 
 class _Counted(dict[int, Callable[[Any], None]]):
@@ -95,17 +120,18 @@ class _SpecUnpickler(pickle._Unpickler):
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, source: io.BytesIO) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
         super().__init__(source, encoding="utf-8", errors="surrogateescape")
+        self.storages: dict[str, StorageRef | UnreadableTensor] = {}
         self._globals: dict[tuple[str, str], object] = {}
         self._budget = _Counted(type(self).dispatch)
         self.dispatch = self._budget  # type: ignore[misc]  # counted per instance
 
-    def bytes_follow(self) -> bool:
-        """Whether there is more after STOP, in the last frame or after it."""
+    def frame_goes_on(self) -> bool:
+        """Whether there is more after STOP in the last frame."""
         frame = self._unframer.current_frame
-        return bool((frame is not None and frame.read(1)) or self._source.read(1))
+        return bool(frame is not None and frame.read(1))
 
     def find_class(self, module: str, name: str) -> object:
         """Returns the stand-in for a global; nothing is imported."""
@@ -121,15 +147,26 @@ class _SpecUnpickler(pickle._Unpickler):
         refuse(f"the pickle uses extension code {code}")
 
     def persistent_load(self, pid: object) -> object:
-        """Turns ``("storage", type, key, device, numel)`` into a reference to a record of the archive."""
+        """Turns ``("storage", type, key, device, numel)`` into a reference to a record of the archive.
+
+        Streams of torch before 1.6 add the view of a storage, and name a module's class with its source.
+        """
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            return pid[1]
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             refuse("a persistent id of the pickle names no storage")
         kind, key, numel = pid[1], pid[2], pid[4]
-        if isinstance(kind, UnreadableTensor):
-            return kind
-        if not isinstance(kind, StorageType) or type(key) is not str or type(numel) is not int or numel < 0:
+        if type(key) is not str:
             refuse("a storage of the pickle has no known type, name or size")
-        return StorageRef(key, kind.dtype, numel)
+        if isinstance(kind, UnreadableTensor):
+            return self.storages.setdefault(key, kind)
+        if not isinstance(kind, StorageType) or type(numel) is not int or numel < 0:
+            refuse("a storage of the pickle has no known type, name or size")
+        if len(pid) > 5 and pid[5] is not None:
+            return self.storages.setdefault(key, UnreadableTensor("a view of a storage, as torch 0.3 saved it"))
+        storage = StorageRef(key, kind.dtype, numel)
+        self.storages[key] = storage
+        return storage
 
     def _call(self, function: Any, arguments: Any) -> None:
         if isinstance(function, Foreign):
@@ -142,12 +179,13 @@ class _SpecUnpickler(pickle._Unpickler):
         # A call may copy what it is given, and the same long argument can be given again and again.
         sizes = [len(arguments), *(len(each) for each in arguments if isinstance(each, _SIZED))]
         self._budget.left -= 5 * sum(size for size in sizes if size > LIMITS.rank)
+        self._budget.left -= sum(len(each) for each in arguments if isinstance(each, (str, bytes))) // 8
         self.append(function(*arguments))
 
     def load_bytearray8(self) -> None:
         """BYTEARRAY8: allocates what is there, not what is claimed."""
         (length,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(min(length, len(self._source.getbuffer()) + 1))))
+        self.append(bytearray(self.read(min(length, LIMITS.pickle))))
 
     def load_put(self) -> None:
         """PUT: a memo index as text, of any size."""
@@ -175,7 +213,9 @@ class _SpecUnpickler(pickle._Unpickler):
         target = self.stack[-1]
         if isinstance(target, Foreign):
             target.state = state
-        elif not isinstance(target, (PlainDict, UnreadableTensor, StoredTensor)):
+        elif isinstance(target, (StoredArray, ArrayDType)):
+            target.restore(state)
+        elif not isinstance(target, (PlainDict, Leaf)):
             refuse(f"the pickle restores a state into a {type(target).__name__}")
 
     def load_append(self) -> None:

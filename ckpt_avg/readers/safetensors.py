@@ -17,7 +17,7 @@ from ckpt_avg.limits import LIMITS
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.readers.names import check_name, is_text
-from ckpt_avg.spec import DTYPES, SUB_BYTE_DTYPES, CheckpointSpec, TensorSpec, contiguous_stride
+from ckpt_avg.spec import DTYPES, SUB_BYTE_DTYPES, TensorSpec, contiguous_stride
 
 _DAMAGED = "The file is damaged or was not written as safetensors: save or copy it again."
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -28,8 +28,11 @@ def looks_like(head: bytes) -> bool:
     return len(head) >= 9 and head[8:9] == b"{"
 
 
-def read_spec(file: MappedFile) -> CheckpointSpec:
+def read_header(file: MappedFile) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """Reads and checks the whole header.
+
+    Returns:
+        The tensors by name, in the order of the header, and ``__metadata__``.
 
     Raises:
         CheckpointFormatError: the header breaks a rule of the format, or exceeds a limit.
@@ -43,7 +46,7 @@ def read_spec(file: MappedFile) -> CheckpointSpec:
     )
     _check_no_gaps(file, placed, data_start)
     by_name = {tensor.name: tensor for tensor in placed}
-    return CheckpointSpec(file.path, "safetensors", {name: by_name[name] for name in entries}, metadata=metadata)
+    return {name: by_name[name] for name in entries}, metadata
 
 
 def _fail(file: MappedFile, what: str) -> NoReturn:

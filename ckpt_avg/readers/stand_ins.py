@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
-from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.messages import quote
+from ckpt_avg.readers.arrays import ARRAY_FUNCTIONS
+from ckpt_avg.readers.leaves import StorageRef, StoredTensor, UnreadableTensor, refuse
 from ckpt_avg.spec import BY_TORCH_NAME, DType
 
 
@@ -63,33 +64,6 @@ class Foreign:
 
 
 @dataclass(frozen=True, slots=True)
-class StorageRef:
-    """A record of the archive. ``dtype`` is None for an untyped storage, whose ``numel`` counts bytes."""
-
-    key: str
-    dtype: DType | None
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A view of a storage, not yet checked against its record."""
-
-    storage: StorageRef
-    dtype: DType
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class UnreadableTensor:
-    """A tensor of a kind that has no plain elements in one storage; ``kind`` says which."""
-
-    kind: str
-
-
-@dataclass(frozen=True, slots=True)
 class StorageType:
     """Stands for a class of storages; ``dtype`` is None for an untyped one."""
 
@@ -97,12 +71,7 @@ class StorageType:
     name: str
 
 
-def refuse(what: str) -> NoReturn:
-    """Raises the error that a hostile or broken pickle deserves; the caller adds the file."""
-    raise CheckpointFormatError(f"{what}. Don't trust this file; save the weights again where they come from.")
-
-
-class _Opaque:
+class Opaque:
     """Stands for a dict key or set item whose hash its author could choose: nobody looks it up by value here."""
 
     __slots__ = ("value",)
@@ -119,11 +88,11 @@ def safe_key(key: object) -> object:
     """
     if type(key) in (str, bytes, bool, float, type(None)) or (type(key) is int and abs(key) < 2**60):
         return key
-    return _Opaque(key)
+    return Opaque(key)
 
 
 def is_known(function: object) -> bool:
-    """Whether it is one of the functions of this module that stand for torch's."""
+    """Whether it is one of the functions that stand for torch's and numpy's."""
     # Asked for its type first, so that nothing hostile is hashed.
     return isinstance(function, FunctionType) and function in _FUNCTIONS
 
@@ -232,6 +201,7 @@ _TENSOR_FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _unreadable("a tensor of another device"),
     ("torch.nn.parameter", "UninitializedParameter"): _unreadable("an uninitialised parameter"),
     ("torch", "Size"): _size,
+    **ARRAY_FUNCTIONS,
 }
 _FUNCTIONS = frozenset(_TENSOR_FUNCTIONS.values())
 _DICTS = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("collections", "Counter")}

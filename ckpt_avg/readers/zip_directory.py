@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import quote
+from ckpt_avg.readers.region import Readable
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -47,7 +47,7 @@ class _Entry:
     header: int
 
 
-def read_members(file: MappedFile) -> Mapping[str, Member]:
+def read_members(file: Readable) -> Mapping[str, Member]:
     """Returns the members by name, every claim of the archive about them checked.
 
     Raises:
@@ -60,7 +60,7 @@ def read_members(file: MappedFile) -> Mapping[str, Member]:
     if entries and entries[0].header != 0:
         _fail(file, f"expected the archive at byte 0, got its first member at byte {entries[0].header:,}")
     if any(entry.name.endswith(b"/constants.pkl") and entry.name.count(b"/") == 1 for entry in entries):
-        raise CheckpointFormatError(
+        raise NoWeightsError(
             f"{file.path}: expected weights, got a TorchScript program. In a trusted environment, save them with "
             "torch.save(torch.jit.load(path).state_dict(), new_path)."
         )
@@ -75,11 +75,11 @@ def read_members(file: MappedFile) -> Mapping[str, Member]:
     return members
 
 
-def _fail(file: MappedFile, what: str) -> NoReturn:
+def _fail(file: Readable, what: str) -> NoReturn:
     raise CheckpointFormatError(f"{file.path}: {what}. {_DAMAGED}")
 
 
-def _locate_directory(file: MappedFile) -> tuple[int, int, int]:
+def _locate_directory(file: Readable) -> tuple[int, int, int]:
     """Returns (first byte, bytes, number of entries) of the central directory."""
     if file.size < _END.size:
         _fail(file, f"a zip archive cut to {file.size} bytes")
@@ -111,7 +111,7 @@ def _locate_directory(file: MappedFile) -> tuple[int, int, int]:
     return start, length, count
 
 
-def _entries(file: MappedFile, directory: bytes, count: int) -> Iterator[_Entry]:
+def _entries(file: Readable, directory: bytes, count: int) -> Iterator[_Entry]:
     position = 0
     for _ in range(count):
         if position + _CENTRAL.size > len(directory):
@@ -133,7 +133,7 @@ def _entries(file: MappedFile, directory: bytes, count: int) -> Iterator[_Entry]
         _fail(file, "the directory is longer than it says")
 
 
-def _zip64(file: MappedFile, extra: bytes, *values: int) -> tuple[int, ...]:
+def _zip64(file: Readable, extra: bytes, *values: int) -> tuple[int, ...]:
     """Replaces each value of all ones by its 64-bit form out of the extra field, in order."""
     if _MANY32 not in values:
         return values
@@ -151,7 +151,7 @@ def _zip64(file: MappedFile, extra: bytes, *values: int) -> tuple[int, ...]:
     _fail(file, "a member's zip64 sizes are missing")
 
 
-def _member(file: MappedFile, entry: _Entry, directory_start: int) -> Member:
+def _member(file: Readable, entry: _Entry, directory_start: int) -> Member:
     try:
         name = entry.name.decode("utf-8")
     except UnicodeDecodeError:

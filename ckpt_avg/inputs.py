@@ -1,0 +1,87 @@
+"""From sources to open checkpoints: discovered, surveyed, selected."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from ckpt_avg.discover import Sources, discover
+from ckpt_avg.errors import UsageError
+from ckpt_avg.messages import listing, plural, quote
+from ckpt_avg.readers import Checkpoint, Reading
+from ckpt_avg.select import Selection, check_selection, select
+from ckpt_avg.survey import EARLIER_AVERAGE, Compare, Survey, survey
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The checkpoints to average, open and in order, and all that were looked at."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    survey: Survey
+
+
+def open_inputs(
+    sources: Sources,
+    selection: Selection,
+    reading: Reading,
+    stack: ExitStack,
+    notice: Callable[[str], None] = lambda text: None,
+    *,
+    compare: Compare = "all",
+) -> Inputs:
+    """Opens what the sources hold and keeps open what is selected.
+
+    Args:
+        sources: checkpoints and run folders.
+        selection: which to take.
+        reading: how to read them.
+        stack: closes them in the end.
+        notice: told what the user should know.
+        compare: how copies in run folders are recognised.
+
+    Raises:
+        CkptAvgError: a selected checkpoint cannot be opened, or there is none.
+    """
+    check_selection(selection)
+    discovery = discover(sources)
+    for note in discovery.notes:
+        notice(note)
+    found = survey(discovery, reading, stack, selection.wants, compare=compare)
+    checkpoints = tuple(candidate.opened() for candidate in select(found.candidates, selection, notice))
+    chosen = set(map(id, checkpoints))
+    for candidate in found.candidates:
+        if candidate.checkpoint is not None and id(candidate.checkpoint) not in chosen:
+            candidate.checkpoint.close()
+    return Inputs(checkpoints, found)
+
+
+def refuse_output_among(output: str | os.PathLike[str], found: Survey) -> None:
+    """Raises UsageError where the output is a file of any discovered checkpoint, selected or not, or a link to it."""
+    if not os.path.exists(output):
+        return
+    paths = [file.path for each in found.candidates if each.checkpoint for file in each.checkpoint.files]
+    paths += [each.path for each in found.candidates]
+    paths += [each.path for each in found.skipped if each.reason != EARLIER_AVERAGE]
+    for path in paths:
+        if path.exists() and os.path.samefile(path, output):
+            raise UsageError(f"{output}: the output is one of the checkpoints, {path}. Choose another path.")
+
+
+def notice_what_is_read(checkpoints: Sequence[Checkpoint], notice: Callable[[str], None]) -> None:
+    """Tells how the checkpoints were read, which are averages already, and which tensors are tied."""
+    first = checkpoints[0].spec
+    for spec in (checkpoint.spec for checkpoint in checkpoints):
+        for note in spec.notes if spec.notes != first.notes or spec is first else ():
+            notice(f"{spec.path}: {note}")
+    if averaged := [spec for spec in (checkpoint.spec for checkpoint in checkpoints) if spec.averaged]:
+        notice(
+            f"{plural(len(averaged), 'checkpoint')} of {len(checkpoints)} hold an average already "
+            f"({averaged[0].path.name}: {averaged[0].averaged})"
+        )
+    if len(checkpoints) == 1:
+        notice(f"{first.path} is the only checkpoint, so its weights are copied")
+    if tied := first.tied():
+        notice(f"tied tensors are written under each name: {listing('='.join(map(quote, names)) for names in tied)}")

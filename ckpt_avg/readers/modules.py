@@ -1,0 +1,57 @@
+"""A pickled ``nn.Module``: its tensors under the names that ``state_dict()`` would give, from inert stand-ins.
+
+``Module.state_dict`` takes a module's own parameters, then its persistent buffers, then its submodules, each with its
+name in front (torch/nn/modules/module.py). A class that overrides this is not asked.
+"""
+
+from __future__ import annotations
+
+from ckpt_avg.limits import LIMITS
+from ckpt_avg.readers.leaves import refuse
+from ckpt_avg.readers.stand_ins import Foreign
+
+_DEEPEST = 100
+
+
+def is_module(value: object) -> bool:
+    """Whether it stands for a module with its state."""
+    return (
+        isinstance(value, Foreign)
+        and isinstance(value.state, dict)
+        and all(isinstance(value.state.get(part), dict) for part in ("_parameters", "_buffers", "_modules"))
+    )
+
+
+def module_tensors(module: Foreign) -> dict[str, object]:
+    """Returns the parameters and persistent buffers by name.
+
+    Raises:
+        CheckpointFormatError: modules nest without end.
+    """
+    found: dict[str, object] = {}
+    _collect(module, "", found, _DEEPEST)
+    return found
+
+
+def _collect(module: Foreign, prefix: str, found: dict[str, object], depth: int) -> None:
+    state = module.state
+    if not isinstance(state, dict):
+        return
+    if depth == 0 or len(found) > LIMITS.tensors:
+        refuse(f"expected modules nested at most {_DEEPEST} deep with {LIMITS.tensors:,} tensors, got more")
+    passing = _strings(state.get("_non_persistent_buffers_set"))
+    for part in ("_parameters", "_buffers"):
+        for name, tensor in state[part].items():
+            passes = part == "_buffers" and name in passing
+            if tensor is not None and not passes:
+                found[f"{prefix}{name}"] = tensor
+    for name, inner in state["_modules"].items():
+        if isinstance(inner, Foreign) and is_module(inner):
+            _collect(inner, f"{prefix}{name}.", found, depth - 1)
+
+
+def _strings(value: object) -> set[object]:
+    """Returns the strings of a set, which pickles before protocol 4 write as a call of ``set`` with a list."""
+    if isinstance(value, Foreign) and value.qualname == "set" and value.arguments:
+        value = value.arguments[0]
+    return {each for each in value if isinstance(each, str)} if isinstance(value, (set, frozenset, list)) else set()

@@ -1,0 +1,95 @@
+"""One checkpoint file: told apart by its first bytes, never by its suffix alone."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.limits import LIMITS
+from ckpt_avg.mapped import MappedFile
+from ckpt_avg.readers import safetensors, torch_stream, torch_zip
+from ckpt_avg.readers.assemble import assemble, rename, settle_names
+from ckpt_avg.readers.checkpoint import Checkpoint
+from ckpt_avg.readers.pickle_specs import read_pickle
+from ckpt_avg.readers.place import Place
+from ckpt_avg.readers.state_dict import Reading
+from ckpt_avg.readers.unknown import explain
+from ckpt_avg.spec import METHOD_KEY, CheckpointSpec
+
+DCP_SHARDING = "DCP_SHARDING_INFO"
+
+
+def open_file(path: Path, reading: Reading, *, strip: bool = True) -> Checkpoint:
+    """Opens a checkpoint file and reads its header.
+
+    Args:
+        path: the file.
+        reading: how to read it.
+        strip: take wrappers' prefixes off; a shard keeps them, since they belong to the whole.
+
+    Raises:
+        CheckpointFormatError: the file is corrupt, unsafe, or of an unknown kind.
+    """
+    with ExitStack() as on_error:
+        file = on_error.enter_context(MappedFile(path))
+        head = file.read(0, min(file.size, 512))
+        if head.startswith(torch_zip.MAGIC):
+            checkpoint = assemble(file, "torch zip", *torch_zip.read_contents(file), reading, strip=strip)
+        elif safetensors.looks_like(head):
+            checkpoint = _open_safetensors(file, reading, strip=strip)
+        elif torch_stream.looks_like(head):
+            checkpoint = assemble(file, "torch stream", *torch_stream.read_contents(file), reading, strip=strip)
+        elif head.startswith(b"\x80"):
+            checkpoint = assemble(file, "pickle", _pickled(file), _nowhere, reading, strip=strip)
+        else:
+            raise CheckpointFormatError(f"{path}: {explain(head, path.name)}")
+        on_error.pop_all()  # the checkpoint keeps the file open
+        return checkpoint
+
+
+def _open_safetensors(file: MappedFile, reading: Reading, *, strip: bool) -> Checkpoint:
+    refuse_choice(reading, file.path)
+    tensors, metadata = safetensors.read_header(file)
+    if DCP_SHARDING in metadata and file.path.name.startswith("shard-"):
+        raise CheckpointFormatError(
+            f"{file.path}: one shard of a checkpoint that torch.distributed.checkpoint wrote, with parts of tensors. "
+            f"Name its folder: {file.path.parent}."
+        )
+    names = settle_names(
+        {name: tensor.shape == () for name, tensor in tensors.items()}, reading, file.path, strip=strip
+    )
+    spec = CheckpointSpec(
+        file.path,
+        "safetensors",
+        rename(tensors.values(), names.stripped.names),
+        kind=names.kind,
+        prefix=names.stripped.prefix,
+        averaged="ckpt-avg made it" if METHOD_KEY in metadata else names.averaged,
+        metadata=metadata,
+        notes=names.notes,
+    )
+    return Checkpoint(spec, (file,))
+
+
+def refuse_choice(reading: Reading, path: Path) -> None:
+    """Raises CheckpointFormatError where a choice is asked of safetensors, which leave none."""
+    if reading.state_key is not None or reading.ema:
+        option = "--ema" if reading.ema else f"--state-key {reading.state_key}"
+        raise CheckpointFormatError(
+            f"{path}: a safetensors file holds one flat state dict, so {option} names nothing in it. Leave it out."
+        )
+
+
+def _pickled(file: MappedFile) -> object:
+    """Returns what a bare pickle holds, whose arrays are in it: detectron2's model zoo has such files."""
+    if file.size > LIMITS.pickle:
+        raise CheckpointFormatError(
+            f"{file.path}: expected a pickle of at most {LIMITS.pickle:,} bytes, got {file.size:,}. In a trusted "
+            "environment, save the weights with torch.save or safetensors."
+        )
+    return read_pickle(file.read(0, file.size), str(file.path))
+
+
+def _nowhere(key: str) -> Place | None:
+    return None

@@ -1,0 +1,118 @@
+"""A model in several files, listed by a shard index: ``{"metadata": …, "weight_map": {tensor: file}}``.
+
+transformers, diffusers and accelerate write ``model.safetensors.index.json`` (or ``pytorch_model.bin.index.json``)
+beside the shards. File names in an index are untrusted (`members`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.limits import LIMITS
+from ckpt_avg.mapped import MappedFile
+from ckpt_avg.memory_file import MemoryFile
+from ckpt_avg.messages import listing, plural, quote
+from ckpt_avg.readers.assemble import rename, settle_names
+from ckpt_avg.readers.checkpoint import Checkpoint
+from ckpt_avg.readers.members import member_of
+from ckpt_avg.readers.one_file import open_file
+from ckpt_avg.readers.state_dict import Reading
+from ckpt_avg.spec import CheckpointSpec, TensorSpec
+
+SUFFIX = ".index.json"
+
+
+def is_index(path: Path) -> bool:
+    """Whether the file is a shard index, by its name and its start."""
+    return path.name.endswith(SUFFIX) and path.is_file()
+
+
+def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
+    """Opens every shard that an index names.
+
+    Args:
+        index: the index file.
+        path: what the checkpoint is called: the index, or its folder.
+        reading: how to read each shard.
+
+    Raises:
+        CheckpointFormatError: the index is damaged or unsafe, shards are missing, or index and shards disagree.
+    """
+    weight_map = _weight_map(index)
+    shards = {name: member_of(index.parent, name, str(index)) for name in dict.fromkeys(weight_map.values())}
+    for name in shards:
+        if ".safetensors." in index.name and not name.endswith(".safetensors"):
+            _fail(index, f"expected safetensors shards, as its own name says, got {quote(name)}")
+    missing = [name for name, shard in shards.items() if not shard.exists()]
+    if missing:
+        raise CheckpointFormatError(
+            f"{index}: {plural(len(missing), 'shard')} of {len(shards)} missing: {listing(map(quote, missing))}. Copy "
+            "them beside the index."
+        )
+    tensors: dict[str, TensorSpec] = {}
+    files: list[MappedFile | MemoryFile] = []
+    forms: set[str] = set()
+    notes: list[str] = []
+    bare = replace(reading, strip_prefix=None)
+    with ExitStack() as on_error:
+        for name, shard in shards.items():
+            checkpoint = on_error.enter_context(open_file(shard, bare, strip=False))
+            _check_agreement(index, name, weight_map, checkpoint.spec.tensors)
+            for tensor in checkpoint.spec.tensors.values():
+                tensors[tensor.name] = replace(tensor, file=tensor.file + len(files))
+            files += checkpoint.files
+            forms.add(checkpoint.spec.format)
+            notes += [note for note in checkpoint.spec.notes if note not in notes]
+        ordered = {name: tensors[name] for name in weight_map}
+        names = settle_names({name: tensor.shape == () for name, tensor in ordered.items()}, reading, path)
+        spec = CheckpointSpec(
+            path,
+            f"sharded {' and '.join(sorted(forms))}",
+            rename(ordered.values(), names.stripped.names),
+            kind=names.kind,
+            prefix=names.stripped.prefix,
+            averaged=names.averaged,
+            metadata={"shards": len(shards)},
+            notes=(*notes, *names.notes),
+        )
+        on_error.pop_all()
+        return Checkpoint(spec, files)
+
+
+def _fail(index: Path, what: str) -> NoReturn:
+    raise CheckpointFormatError(f"{index}: {what}. Save or copy the checkpoint again.")
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    with MappedFile(index) as file:
+        if file.size > LIMITS.index:
+            _fail(index, f"expected a shard index of at most {LIMITS.index:,} bytes, got {file.size:,}")
+        text = file.read(0, file.size)
+    try:
+        parsed: Any = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        _fail(index, f"expected a shard index in JSON, got other text: {str(error)[:200]}")
+    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        _fail(index, 'expected a shard index {"weight_map": {tensor: file}}, got other JSON')
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        _fail(index, "expected file names in weight_map, got other values")
+    return weight_map
+
+
+def _check_agreement(index: Path, name: str, weight_map: Mapping[str, str], held: Mapping[str, TensorSpec]) -> None:
+    promised = {tensor for tensor, shard in weight_map.items() if shard == name}
+    lacking = sorted(promised - set(held))
+    if lacking:
+        _fail(index, f"the shard {quote(name)} lacks {listing(map(quote, lacking))}, which the index places there")
+    extra = sorted(set(held) - promised)
+    if twice := [tensor for tensor in extra if tensor in weight_map]:
+        _fail(index, f"in two shards, {quote(name)} and another: {listing(map(quote, twice))}")
+    if extra:
+        _fail(index, f"the shard {quote(name)} holds {listing(map(quote, extra))}, which the index does not name")

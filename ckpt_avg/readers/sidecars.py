@@ -1,0 +1,129 @@
+"""What trainers record in files beside the weights, where no pickle is needed to read it.
+
+``trainer_state.json`` of transformers, ``meta.pt`` of Lightning's folders, ``summary.csv`` of timm, ``N.yaml`` of
+WeNet. A file that is not in its usual form tells nothing: the weights can be averaged all the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.limits import LIMITS
+from ckpt_avg.mapped import MappedFile
+from ckpt_avg.readers import torch_zip
+from ckpt_avg.readers.contents import record_of
+from ckpt_avg.record import Record, count, measure
+
+_YAML_NUMBER = re.compile(r"\s*([\w./-]+):\s*(-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*")
+
+
+def record_beside(path: Path, epoch: int | None) -> Record:
+    """Returns what files beside the weights record.
+
+    Args:
+        path: the checkpoint, a file or a folder.
+        epoch: the epoch that the checkpoint itself records; timm's table is read by it.
+    """
+    folder = path if path.is_dir() else path.parent
+    record = Record()
+    if (folder / "trainer_state.json").is_file():
+        record = _trainer_state(folder / "trainer_state.json")
+    elif path.is_dir() and (folder / "meta.pt").is_file():
+        record = _lightning_meta(folder / "meta.pt")
+    elif path.suffix == ".pt" and path.with_suffix(".yaml").is_file():
+        record = _wenet(path.with_suffix(".yaml"))
+    if epoch is not None and (folder / "summary.csv").is_file():
+        record = record.or_else(Record(metrics=_summary(folder / "summary.csv", epoch)))
+    return record
+
+
+def _text(path: Path) -> str:
+    try:
+        with MappedFile(path) as file:
+            return file.read(0, file.size).decode("utf-8") if file.size <= LIMITS.index else ""
+    except (CheckpointFormatError, UnicodeDecodeError):
+        return ""
+
+
+def _trainer_state(path: Path) -> Record:
+    try:
+        state = json.loads(_text(path) or "{}")
+    except (ValueError, RecursionError):
+        return Record()
+    if not isinstance(state, dict):
+        return Record()
+    step = count(state.get("global_step"))
+    history = state.get("log_history")
+    rates: list[tuple[int, float]] = []
+    metrics: dict[str, float] = {}
+    for entry in history if isinstance(history, list) else ():
+        at = count(entry.get("step")) if isinstance(entry, dict) else None
+        if at is None:
+            continue
+        if (rate := measure(entry.get("learning_rate"))) is not None:
+            rates.append((at, rate))
+        if at == step:
+            metrics.update(
+                {
+                    name: number
+                    for name, value in entry.items()
+                    if name not in ("step", "epoch", "learning_rate") and (number := measure(value)) is not None
+                }
+            )
+    epoch = measure(state.get("epoch"))
+    return Record(step, None if epoch is None else int(epoch), metrics, rates[-1][1] if rates else None, tuple(rates))
+
+
+def _lightning_meta(path: Path) -> Record:
+    try:
+        with MappedFile(path) as file:
+            contents, _ = torch_zip.read_contents(file)
+            return record_of(contents, lambda leaf: None)
+    except CheckpointFormatError:
+        return Record()
+
+
+def _wenet(path: Path) -> Record:
+    """Reads the lines ``name: number`` of the YAML that WeNet writes: at the top, and those in ``loss_dict``."""
+    top: dict[str, float] = {}
+    losses: dict[str, float] = {}
+    block = ""
+    for line in _text(path).splitlines():
+        inside = line.startswith(" ")
+        block = block if inside else line.partition(":")[0]
+        if (match := _YAML_NUMBER.fullmatch(line)) and (not inside or block == "loss_dict"):
+            (losses if inside else top)[match[1]] = float(match[2])
+    losses.update({name: value for name, value in top.items() if name == "cv_loss"})
+    metrics = {name: value for name, value in losses.items() if measure(value) is not None}
+    return Record(count(top.get("step")), count(top.get("epoch")), metrics, measure(top.get("lr")))
+
+
+def _summary(path: Path, epoch: int) -> dict[str, float]:
+    for row in _rows(path):
+        if row.get("epoch") == str(epoch):
+            return {
+                name: number
+                for name, value in row.items()
+                if name not in ("epoch", "lr") and (number := _number(value)) is not None
+            }
+    return {}
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    try:
+        for row in csv.DictReader(_text(path).splitlines()):
+            yield {key: value for key, value in row.items() if isinstance(key, str) and isinstance(value, str)}
+    except csv.Error:
+        return
+
+
+def _number(text: str) -> float | None:
+    try:
+        return measure(float(text))
+    except ValueError:
+        return None

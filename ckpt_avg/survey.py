@@ -1,0 +1,172 @@
+"""The discovered checkpoints, opened: in order of their steps, copies counted once, with what each records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ckpt_avg.copies import find_copies
+from ckpt_avg.discover import Discovery, Skipped, natural_key
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError
+from ckpt_avg.messages import listing, quote
+from ckpt_avg.readers import Checkpoint, Reading, open_checkpoint
+from ckpt_avg.readers.file_names import record_from_name
+from ckpt_avg.record import Record
+from ckpt_avg.spec import METHOD_KEY
+
+EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
+Unit = Literal["step", "epoch"]
+# How copies are recognised: by all bytes, by a few of each tensor, or not at all, since headers alone are read.
+Compare = Literal["all", "samples", "nothing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One checkpoint that could be averaged.
+
+    Attributes:
+        path: where it is.
+        checkpoint: it, open; None where it could not be opened.
+        error: why not.
+        record: step, epoch and metrics.
+    """
+
+    path: Path
+    checkpoint: Checkpoint | None
+    error: CheckpointFormatError | None
+    record: Record
+
+    def opened(self) -> Checkpoint:
+        """Returns the open checkpoint.
+
+        Raises:
+            CheckpointFormatError: it could not be opened.
+        """
+        if self.checkpoint is None:
+            raise self.error or CheckpointFormatError(f"{self.path}: cannot be opened.")
+        return self.checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The candidates in order, and what was left out."""
+
+    candidates: tuple[Candidate, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def survey(
+    discovery: Discovery,
+    reading: Reading,
+    stack: ExitStack,
+    wanted: Callable[[str], bool] = lambda name: True,
+    *,
+    compare: Compare = "all",
+) -> Survey:
+    """Opens every discovered checkpoint whose name is wanted.
+
+    Args:
+        discovery: the checkpoints.
+        reading: how to read them.
+        stack: closes them.
+        wanted: takes a file name.
+        compare: how copies in a run folder are recognised.
+
+    Raises:
+        IncompatibleError: no name is wanted.
+    """
+    paths = discovery.paths
+    if not any(wanted(path.name) for path in paths):
+        raise IncompatibleError(
+            f"nothing to average: --include and --exclude leave none of {len(paths):,} checkpoints "
+            f"({listing(path.name for path in paths)}). The patterns are matched with file names; change them."
+        )
+    candidates: list[Candidate] = []
+    skipped = list(discovery.skipped)
+    for group in discovery.groups:
+        found = [_open(path, reading, stack) for path in group.paths if wanted(path.name)]
+        if group.is_run:
+            found = _leave_out(found, skipped, compare)
+            found = _in_order(found)
+        candidates += found
+    if not candidates:
+        reasons = listing((f"{quote(item.path.name)}: {item.reason}" for item in skipped), separator="; ")
+        raise IncompatibleError(f"nothing to average: each checkpoint is left out ({reasons}). Name others.")
+    return Survey(tuple(candidates), tuple(skipped))
+
+
+def unit_of(candidates: Sequence[Candidate]) -> Unit | None:
+    """Returns what all checkpoints can be ordered by: steps, else epochs, else nothing."""
+    if all(candidate.record.step is not None for candidate in candidates):
+        return "step"
+    return "epoch" if all(candidate.record.epoch is not None for candidate in candidates) else None
+
+
+def position(candidate: Candidate, unit: Unit) -> int:
+    """Returns the step or epoch of a candidate that has one."""
+    return (candidate.record.step if unit == "step" else candidate.record.epoch) or 0
+
+
+def _open(path: Path, reading: Reading, stack: ExitStack) -> Candidate:
+    try:
+        checkpoint = stack.enter_context(
+            open_checkpoint(path, state_key=reading.state_key, ema=reading.ema, strip_prefix=reading.strip_prefix)
+        )
+    except CheckpointFormatError as error:
+        return Candidate(path, None, error, record_from_name(path.name))
+    return Candidate(path, checkpoint, None, checkpoint.spec.record)
+
+
+def _leave_out(found: list[Candidate], skipped: list[Skipped], compare: Compare) -> list[Candidate]:
+    """Leaves out of a run what is no checkpoint of it: earlier averages, files without weights, copies."""
+    kept: list[Candidate] = []
+    weightless: list[Candidate] = []
+    for candidate in found:
+        if candidate.checkpoint is not None and METHOD_KEY in candidate.checkpoint.spec.metadata:
+            skipped.append(Skipped(candidate.path, EARLIER_AVERAGE))
+        elif isinstance(candidate.error, NoWeightsError):
+            weightless.append(candidate)
+        else:
+            kept.append(candidate)
+    if not kept:
+        return weightless  # so that the first of them says what is wrong
+    skipped += [Skipped(each.path, f"it holds no weights: {each.error}") for each in weightless]
+    if compare == "nothing":
+        return _without_strays(kept, skipped)
+    # Of copies the one with the plainest name stays.
+    readable = sorted(
+        (candidate for candidate in kept if candidate.checkpoint is not None), key=lambda each: _plainness(each.path)
+    )
+    copies = find_copies([candidate.opened() for candidate in readable], in_full=compare == "all")
+    merged = {id(candidate): candidate for candidate in kept}
+    for index, original in copies.items():
+        copy, first = readable[index], readable[original]
+        merged.pop(id(copy))
+        merged[id(first)] = replace(first, record=merged[id(first)].record.or_else(copy.record))
+        sampled = ", as far as samples show" if compare == "samples" else ""
+        skipped.append(Skipped(copy.path, f"the same weights as {first.path.name}{sampled}"))
+    return _without_strays(list(merged.values()), skipped)
+
+
+def _without_strays(found: list[Candidate], skipped: list[Skipped]) -> list[Candidate]:
+    """Leaves out what records neither step nor epoch where most do: exports, pretrained weights."""
+    strays = [each for each in found if each.checkpoint and each.record.step is None and each.record.epoch is None]
+    if 2 * len(strays) >= len(found):
+        return found
+    skipped += [Skipped(each.path, "it records neither step nor epoch, as the others do") for each in strays]
+    return [each for each in found if each not in strays]
+
+
+def _plainness(path: Path) -> tuple[object, ...]:
+    words = path.name.lower()
+    return ("best" in words or "last" in words, path.is_symlink(), len(words), natural_key(path.name))
+
+
+def _in_order(found: list[Candidate]) -> list[Candidate]:
+    unit = unit_of(found)
+    if unit is None:
+        return sorted(found, key=lambda candidate: natural_key(candidate.path.name))
+    return sorted(found, key=lambda candidate: (position(candidate, unit), natural_key(candidate.path.name)))

@@ -7,16 +7,19 @@ the checkpoints themselves tell is looked at later (`survey`).
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, UsageError
+from ckpt_avg.limits import LIMITS
 from ckpt_avg.messages import listing, quote
-from ckpt_avg.readers.file_names import SUFFIXES, is_alias, is_average, stem
+from ckpt_avg.readers.file_names import SUFFIXES, is_alias, is_average, record_from_name, stem
 from ckpt_avg.readers.folders import Form, form_of
+from ckpt_avg.record import Record
 
 _BESIDE_THE_WEIGHTS = re.compile(
     r"(optimizer|scheduler|rng_state|random_states|training_args|scaler|sampler|custom_checkpoint|dl_state_dict"
@@ -83,7 +86,7 @@ def discover(sources: Sources) -> Discovery:
     for original in [sources] if isinstance(sources, (str, os.PathLike)) else sources:
         source = _existing(original)
         if source.is_dir():
-            listed = _search(source, _DEEPEST)
+            listed = _search(source, _DEEPEST, itertools.count())
             if listed is None:
                 raise IncompatibleError(_nothing(source))
             groups += listed.groups
@@ -141,15 +144,19 @@ def _existing(original: str | os.PathLike[str]) -> Path:
     return source
 
 
-def _search(folder: Path, depth: int) -> Discovery | None:
+def _search(folder: Path, depth: int, visits: Iterator[int]) -> Discovery | None:
     """Returns the checkpoints of a folder, or of the one folder inside it that holds some; None without any."""
+    if next(visits) > LIMITS.folders:
+        raise IncompatibleError(
+            f"{folder}: expected checkpoints in the first {LIMITS.folders:,} folders, got none. Name the run folder."
+        )
     found = _list_folder(folder)
     if found.groups or depth == 0:
         return found if found.groups else None
     inner = []
     for path in entries_of(folder):
         if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
-            inside = _search(path, depth - 1)
+            inside = _search(path, depth - 1, visits)
             if inside is not None:
                 inner.append((path, inside))
     if len(inner) > 1:
@@ -190,7 +197,8 @@ def _list_folder(folder: Path) -> Discovery:
     if own is not None:
         taken = {own.target.name, *own.others} if own.reader in ("file", "index") else {path.name for path in files}
         rest = [path for path in files if path.name not in taken and not _is_shard(path)]
-        if not folders and not rest:
+        numbered = [path for path, _ in folders if record_from_name(path.name) != Record()]
+        if not numbered and not rest:
             return Discovery((Group((folder,), False),))
         files = rest
         skipped.append(
@@ -203,7 +211,7 @@ def _list_folder(folder: Path) -> Discovery:
     named = [path for path in kept if not is_alias(path.name)]
     if named:
         skipped += [
-            Skipped(path, "another name of the last or best checkpoint, by its name")
+            Skipped(path, "last, best or the like by its name, beside checkpoints with names of their own")
             for path in kept
             if path not in named
         ]

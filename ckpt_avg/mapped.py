@@ -31,6 +31,7 @@ from typing import Any
 
 from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError
 from ckpt_avg.messages import quote, size
+from ckpt_avg.open_files import allow_more_open_files
 
 _MADV_POPULATE_READ = 22
 _SMALL = 64 * 1024  # bytes below which copying is cheaper than mapping
@@ -66,7 +67,7 @@ class MappedFile:
         self.path = path
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         try:
-            self._fd = os.open(path, flags)
+            self._fd = _open(path, flags)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise ResourceError(
@@ -196,6 +197,16 @@ class MappedFile:
 
     def __repr__(self) -> str:
         return f"MappedFile({quote(self.path)}, {size(self.size)})"
+
+
+def _open(path: Path, flags: int) -> int:
+    """Opens a file; where this process may not open so many, the limit is raised first."""
+    while True:
+        try:
+            return os.open(path, flags)
+        except OSError as error:  # noqa: PERF203 (it goes round only while the limit grows)
+            if error.errno != errno.EMFILE or not allow_more_open_files():
+                raise
 
 
 # A map needs no descriptor of its own; Python can be told so from 3.13 on.

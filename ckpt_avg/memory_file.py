@@ -18,18 +18,20 @@ class MemoryFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._contents = bytearray()
+        self._places: dict[int, tuple[int, bytes | bytearray]] = {}
 
     @property
     def size(self) -> int:
         """Bytes held."""
         return len(self._contents)
 
-    def add(self, contents: bytes) -> int:
-        """Appends bytes, aligned for any dtype, and returns where they begin."""
-        self._contents += bytes(-len(self._contents) % 16)
-        begin = len(self._contents)
-        self._contents += contents
-        return begin
+    def add(self, contents: bytes | bytearray) -> int:
+        """Appends bytes, aligned for any dtype, and returns where they begin; the same object is held once."""
+        if id(contents) not in self._places:
+            self._contents += bytes(-len(self._contents) % 16)
+            self._places[id(contents)] = (len(self._contents), contents)
+            self._contents += contents
+        return self._places[id(contents)][0]
 
     def read(self, offset: int, length: int) -> bytes:
         """Returns exactly ``length`` bytes from ``offset``."""

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import itertools
 import os
+import reprlib
 from collections.abc import Iterable
 
 _LONGEST_NAME = 120
 _LONGEST_LIST = 20
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 70
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def quote(name: object) -> str:
     """Returns ``repr(name)``, so that control characters show escaped, cut to a readable length."""
     try:
-        text = repr(os.fspath(name) if isinstance(name, os.PathLike) else name)
+        name = os.fspath(name) if isinstance(name, os.PathLike) else name
+        # Few objects can stand for very many where they are shared: of containers only the top is looked at.
+        text = repr(name) if isinstance(name, (str, bytes, int, float)) else _SHORT.repr(name)
     except ValueError:  # Python prints no integer of more than 4,300 digits
         return f"<{type(name).__name__} too long to print>"
     if len(text) <= _LONGEST_NAME:

@@ -29,3 +29,17 @@ def allow_open_files(count: int) -> None:
             "checkpoints at a time."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def allow_more_open_files() -> bool:
+    """Doubles this process's soft limit on open files, as far as the hard limit lets it; returns whether it grew."""
+    if sys.platform == "win32":
+        return False
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    more = 2 * soft if hard == resource.RLIM_INFINITY else min(2 * soft, hard)
+    if soft == resource.RLIM_INFINITY or more <= soft:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+    return True

@@ -24,7 +24,7 @@ def make_metadata(
         "format": "pt",  # transformers refuses a file without it
         METHOD_KEY: "mean",
         "ckpt_avg.version": __version__,
-        "ckpt_avg.checkpoints": json.dumps([_text(spec.path.name) for spec in specs], ensure_ascii=False),
+        "ckpt_avg.checkpoints": json.dumps([_text(spec.name) for spec in specs], ensure_ascii=False),
         "ckpt_avg.dtype": dtype,
     }
     if batch_norm is not None:

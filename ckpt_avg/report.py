@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def average_text(result: AverageResult, *, verbose: bool = False) -> str:
     """Says what was averaged, how, and where it went; with ``verbose`` also what was left out."""
-    names = [path.name for path in result.checkpoints]
+    names = [path.name or str(path) for path in result.checkpoints]
     shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, …, {names[-1]}"
     lines = [
         f"{'averaged' if result.written else 'would average'} {plural(len(names), 'checkpoint')}: {shown}",
@@ -37,7 +37,7 @@ def average_text(result: AverageResult, *, verbose: bool = False) -> str:
     if verbose:
         lines += [f"left out: {quote(item.path.name)}: {item.reason}" for item in result.skipped]
     elif result.skipped:
-        lines.append(f"{plural(len(result.skipped), 'file')} left out (-v says why)")
+        lines.append(f"{plural(len(result.skipped), 'entry')} left out (-v says why)")
     return "\n".join(lines)
 
 

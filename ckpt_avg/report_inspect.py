@@ -20,6 +20,11 @@ def inspection_text(found: Inspection) -> str:
     lines = [f"note: {note}" for note in found.notes]
     if found.listed:
         lines += _run_table(found.listed)
+        first = found.listed[0].spec
+        lines += [f"note: {first.name}: {note}" for note in first.notes]
+        averaged = [each.spec for each in found.listed if each.spec.averaged]
+        if averaged:
+            lines.append(f"an average already: {averaged[0].name}: {averaged[0].averaged} ({len(averaged)} like it)")
     lines += [f"cannot be read: {error}" for _, error in found.unreadable]
     lines += [f"left out: {quote(item.path.name)}: {item.reason}" for item in found.skipped]
     if found.seen:

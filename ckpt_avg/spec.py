@@ -170,6 +170,11 @@ class CheckpointSpec:
     notes: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """The last part of the path: also of ``.``, which has none of its own."""
+        return self.path.name if self.path.name not in ("", "..") else self.path.resolve().name
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

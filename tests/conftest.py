@@ -7,9 +7,10 @@ import os
 # Several test processes share the cores; torch's own threads would spin against each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,3 +62,21 @@ def in_process(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, s
         return code, captured.out, captured.err
 
     return call
+
+
+class HangError(BaseException):
+    """A test that did not end; no Exception, so that nothing that is tested can catch it."""
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """Fails the test after some seconds, where the code under test would go on for ever."""
+
+    def fail(*_: object) -> None:
+        raise HangError
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, 4)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)

@@ -910,7 +910,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 LAYERS = (
     ("ckpt_avg", "ckpt_avg.cycles", "ckpt_avg.errors", "ckpt_avg.limits", "ckpt_avg.messages", "ckpt_avg.record"),
     ("ckpt_avg.rounding", "ckpt_avg.spec"),
-    ("ckpt_avg.atomic", "ckpt_avg.devices", "ckpt_avg.exits", "ckpt_avg.mapped", "ckpt_avg.open_files"),
+    ("ckpt_avg.atomic", "ckpt_avg.devices", "ckpt_avg.exits", "ckpt_avg.open_files"),
+    ("ckpt_avg.mapped",),
     ("ckpt_avg.memory_file", "ckpt_avg.user_code"),
     (
         "ckpt_avg.readers.file_names",

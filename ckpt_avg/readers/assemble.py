@@ -111,7 +111,7 @@ def assemble(
             spec = place(file.path, "(recorded)", leaf, place_of(leaf.storage.key))
             return element(spec.dtype, file.read(spec.offset, spec.dtype.itemsize))
         if isinstance(leaf, StoredArray) and leaf.dtype is not None and leaf.shape in ((), (1,)):
-            return element(leaf.dtype, leaf.contents)
+            return element(leaf.dtype, bytes(leaf.contents))
         return None
 
     notes = (*found.notes, *names.notes)

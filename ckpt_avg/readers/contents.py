@@ -83,7 +83,7 @@ def record_of(contents: object, scalar: Scalar) -> Record:
 def follow(value: object, path: str) -> object:
     """Returns what a dotted path leads to through dicts and the first elements of lists; None if nothing."""
     for key in path.split("."):
-        while isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)):
             value = value[0] if value else None
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -132,7 +132,9 @@ def _rate_of_last_step(contents: object, step: int | None, epoch: int | None) ->
     A checkpoint saved at the end of a cycle would else record the top of the next one. Only the state of
     CosineAnnealingWarmRestarts tells: η = η_min + (η_0 − η_min)·(1 + cos(π·T_cur/T_i))/2 (Loshchilov & Hutter 2017).
     """
-    state = next((found for path in _SCHEDULERS if isinstance(found := follow(contents, path), dict)), {})
+    candidates = (follow(contents, path) for path in _SCHEDULERS)
+    firsts = (each[0] if isinstance(each, list) and each else each for each in candidates)
+    state = next((each for each in firsts if isinstance(each, dict)), {})
     rates = state.get("base_lrs")
     found = [measure(state.get(name)) for name in ("T_cur", "T_i", "T_mult", "eta_min", "last_epoch")]
     found.append(measure(rates[0]) if isinstance(rates, list) and rates else None)

@@ -8,7 +8,7 @@ through `pickle_specs`; torch reads ``.metadata`` with a plain ``pickle.load``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from ckpt_avg.readers.parts import join_parts
 from ckpt_avg.readers.pickle_specs import read_pickle
 from ckpt_avg.readers.place import place
 from ckpt_avg.readers.region import Region
-from ckpt_avg.readers.stand_ins import Foreign, Opaque
+from ckpt_avg.readers.stand_ins import Foreign, Opaque, safe_key
 from ckpt_avg.readers.state_dict import Reading, find_state_dict
 from ckpt_avg.spec import CheckpointSpec, DType, Part, TensorSpec
 
@@ -72,16 +72,22 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
     found = find_state_dict(contents, path, reading)
     chosen = {name: leaf for name, leaf in found.tensors.items() if isinstance(leaf, _Distributed)}
     names = settle_names({name: leaf.shape == () for name, leaf in chosen.items()}, reading, path, found.kind)
-    files: dict[str, MappedFile] = {}
+    files: dict[str, tuple[int, MappedFile]] = {}
+    archives: dict[_Stored, TensorSpec] = {}  # each is read once, however often the metadata names it
     with ExitStack() as on_error:
 
-        def file_of(name: str) -> tuple[int, MappedFile]:
-            if name not in files:
-                files[name] = on_error.enter_context(MappedFile(member_of(folder, name, str(folder / METADATA))))
-            return list(files).index(name), files[name]
+        def archive_of(stored: _Stored) -> TensorSpec:
+            if stored.file not in files:
+                member = member_of(folder, stored.file, str(folder / METADATA))
+                files[stored.file] = (len(files), on_error.enter_context(MappedFile(member)))
+            if stored not in archives:
+                archives[stored] = _read_archive(*files[stored.file], stored)
+            return archives[stored]
 
         _check_present(folder, chosen, stored)
-        placed = {new: _place(new, chosen[old], stored, file_of, folder) for old, new in names.stripped.names.items()}
+        placed = {
+            new: _place(new, chosen[old], stored, archive_of, folder) for old, new in names.stripped.names.items()
+        }
         spec = CheckpointSpec(
             path,
             "torch DCP",
@@ -95,7 +101,7 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
             notes=(*found.notes, *names.notes),
         )
         on_error.pop_all()
-        return Checkpoint(spec, list(files.values()))
+        return Checkpoint(spec, [file for _, file in files.values()])
 
 
 def _fail(folder: Path, what: str) -> NoReturn:
@@ -182,11 +188,13 @@ def _nested(metadata: Mapping[str, Any], tensors: Mapping[str, _Distributed | No
     for name, path in paths.items():
         target = root
         for key in path[:-1]:
-            inner = target.setdefault(key if isinstance(key, (str, int)) else quote(key), {})
+            inner = target.setdefault(safe_key(key), {})
             if not isinstance(inner, dict):
                 _fail(folder, f"{quote(name)}: expected a name of its own, got one inside another tensor")
             target = inner
-        last = path[-1] if isinstance(path[-1], (str, int)) else quote(path[-1])
+        last = safe_key(path[-1])
+        if last in target:
+            _fail(folder, f"{quote(name)}: expected a name of its own, got that of another tensor")
         target[last] = tensors[name]
     return root
 
@@ -208,11 +216,25 @@ def _check_present(
         )
 
 
+def _read_archive(index: int, file: MappedFile, stored: _Stored) -> TensorSpec:
+    """Returns where the one tensor of an archive inside a file lies."""
+    region = Region(file, stored.offset, stored.length)
+    contents, place_of = torch_zip.read_contents(region, LIMITS.part_pickle)
+    if not isinstance(contents, StoredTensor):
+        raise CheckpointFormatError(
+            f"{file.path}: expected a plain tensor in {quote(stored.file)}, got another object at byte "
+            f"{stored.offset:,}. Save it as a plain tensor."
+        )
+    box = place(file.path, "(part)", contents, place_of(contents.storage.key))
+    begin, nbytes = box.storage
+    return replace(box, name="", file=index, offset=box.offset + region.begin, storage=(begin + region.begin, nbytes))
+
+
 def _place(
     name: str,
     leaf: _Distributed,
     stored: Mapping[tuple[str, tuple[int, ...] | None], _Stored],
-    file_of: Any,
+    archive_of: Callable[[_Stored], TensorSpec],
     folder: Path,
 ) -> TensorSpec:
     where = f"{folder}: tensor {quote(name)}"
@@ -227,28 +249,11 @@ def _place(
         info = stored.get((leaf.name, starts)) or (stored.get((leaf.name, None)) if len(leaf.boxes) == 1 else None)
         if info is None:
             raise CheckpointFormatError(f"{where}: the part at {quote(starts)} is stored nowhere. Save it again.")
-        index, file = file_of(info.file)
-        region = Region(file, info.offset, info.length)
-        contents, place_of = torch_zip.read_contents(region)
-        if not isinstance(contents, StoredTensor):
-            raise CheckpointFormatError(f"{where}: expected a plain tensor in {quote(info.file)}, got another object.")
-        box = place(file.path, name, contents, place_of(contents.storage.key))
+        box = archive_of(info)
         if box.shape != sizes or box.dtype != leaf.dtype:
             raise CheckpointFormatError(
                 f"{where}: expected {leaf.dtype.name} {quote(sizes)} in {quote(info.file)}, got {box.dtype.name} "
                 f"{quote(box.shape)}. Save or copy the checkpoint again."
             )
-        begin = region.begin
-        parts.append(
-            Part(
-                starts,
-                replace(
-                    box,
-                    name="",
-                    file=index,
-                    offset=box.offset + begin,
-                    storage=(box.storage[0] + begin, box.storage[1]),
-                ),
-            )
-        )
+        parts.append(Part(starts, box))
     return join_parts(name, leaf.dtype, leaf.shape, parts, where)

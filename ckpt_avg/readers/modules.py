@@ -6,6 +6,9 @@ name in front (torch/nn/modules/module.py). A class that overrides this is not a
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.readers.leaves import refuse
 from ckpt_avg.readers.stand_ins import Foreign
@@ -29,16 +32,17 @@ def module_tensors(module: Foreign) -> dict[str, object]:
         CheckpointFormatError: modules nest without end.
     """
     found: dict[str, object] = {}
-    _collect(module, "", found, _DEEPEST)
+    _collect(module, "", found, _DEEPEST, itertools.count())
     return found
 
 
-def _collect(module: Foreign, prefix: str, found: dict[str, object], depth: int) -> None:
+def _collect(module: Foreign, prefix: str, found: dict[str, object], depth: int, visits: Iterator[int]) -> None:
     state = module.state
     if not isinstance(state, dict):
         return
-    if depth == 0 or len(found) > LIMITS.tensors:
-        refuse(f"expected modules nested at most {_DEEPEST} deep with {LIMITS.tensors:,} tensors, got more")
+    # A module that stands in several places is visited in each, so a few can make very many.
+    if depth == 0 or len(found) > LIMITS.tensors or next(visits) > LIMITS.modules:
+        refuse(f"expected at most {LIMITS.modules:,} modules, {_DEEPEST} deep, got more, or too many tensors")
     passing = _strings(state.get("_non_persistent_buffers_set"))
     for part in ("_parameters", "_buffers"):
         for name, tensor in state[part].items():
@@ -47,7 +51,7 @@ def _collect(module: Foreign, prefix: str, found: dict[str, object], depth: int)
                 found[f"{prefix}{name}"] = tensor
     for name, inner in state["_modules"].items():
         if isinstance(inner, Foreign) and is_module(inner):
-            _collect(inner, f"{prefix}{name}.", found, depth - 1)
+            _collect(inner, f"{prefix}{name}.", found, depth - 1, visits)
 
 
 def _strings(value: object) -> set[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -59,15 +60,18 @@ def _open_safetensors(file: MappedFile, reading: Reading, *, strip: bool) -> Che
     names = settle_names(
         {name: tensor.shape == () for name, tensor in tensors.items()}, reading, file.path, strip=strip
     )
+    notes = names.notes
+    if strip and (shard := re.search(r"-(\d+)-of-(\d+)\.safetensors$", file.path.name)) and int(shard[2]) > 1:
+        notes += (f"one of {int(shard[2])} shards, by its name: the folder or its index stands for the whole model",)
     spec = CheckpointSpec(
         file.path,
         "safetensors",
         rename(tensors.values(), names.stripped.names),
-        kind=names.kind,
+        kind=names.kind or ("torch DCP" if DCP_SHARDING in metadata else None),
         prefix=names.stripped.prefix,
         averaged="ckpt-avg made it" if METHOD_KEY in metadata else names.averaged,
         metadata=metadata,
-        notes=names.notes,
+        notes=notes,
     )
     return Checkpoint(spec, (file,))
 

@@ -55,19 +55,24 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
             f"{index}: {plural(len(missing), 'shard')} of {len(shards)} missing: {listing(map(quote, missing))}. Copy "
             "them beside the index."
         )
+    promised: dict[str, set[str]] = {name: set() for name in shards}
+    for tensor_name, name in weight_map.items():
+        promised[name].add(tensor_name)
     tensors: dict[str, TensorSpec] = {}
     files: list[MappedFile | MemoryFile] = []
     forms: set[str] = set()
+    kind: str | None = None
     notes: list[str] = []
     bare = replace(reading, strip_prefix=None)
     with ExitStack() as on_error:
         for name, shard in shards.items():
             checkpoint = on_error.enter_context(open_file(shard, bare, strip=False))
-            _check_agreement(index, name, weight_map, checkpoint.spec.tensors)
+            _check_agreement(index, name, promised[name], weight_map, checkpoint.spec.tensors)
             for tensor in checkpoint.spec.tensors.values():
                 tensors[tensor.name] = replace(tensor, file=tensor.file + len(files))
             files += checkpoint.files
             forms.add(checkpoint.spec.format)
+            kind = checkpoint.spec.kind
             notes += [note for note in checkpoint.spec.notes if note not in notes]
         ordered = {name: tensors[name] for name in weight_map}
         names = settle_names({name: tensor.shape == () for name, tensor in ordered.items()}, reading, path)
@@ -75,7 +80,7 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
             path,
             f"sharded {' and '.join(sorted(forms))}",
             rename(ordered.values(), names.stripped.names),
-            kind=names.kind,
+            kind=names.kind or kind,
             prefix=names.stripped.prefix,
             averaged=names.averaged,
             metadata={"shards": len(shards)},
@@ -106,8 +111,9 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _check_agreement(index: Path, name: str, weight_map: Mapping[str, str], held: Mapping[str, TensorSpec]) -> None:
-    promised = {tensor for tensor, shard in weight_map.items() if shard == name}
+def _check_agreement(
+    index: Path, name: str, promised: set[str], weight_map: Mapping[str, str], held: Mapping[str, TensorSpec]
+) -> None:
     lacking = sorted(promised - set(held))
     if lacking:
         _fail(index, f"the shard {quote(name)} lacks {listing(map(quote, lacking))}, which the index places there")

@@ -19,8 +19,12 @@ from ckpt_avg.readers.zip_directory import Member, read_members
 MAGIC = b"PK\x03\x04"
 
 
-def read_contents(file: Readable) -> tuple[object, Callable[[str], Place | None]]:
+def read_contents(file: Readable, most: int = LIMITS.pickle) -> tuple[object, Callable[[str], Place | None]]:
     """Reads the directory and the pickle.
+
+    Args:
+        file: the archive.
+        most: bytes that its pickle may have.
 
     Returns:
         What the file holds, and what tells where the storage of a key lies: (first byte, bytes).
@@ -37,10 +41,9 @@ def read_contents(file: Readable) -> tuple[object, Callable[[str], Place | None]
             "little-endian machine (torch.load converts)."
         )
     record = members[f"{root}/data.pkl"]
-    if record.size > LIMITS.pickle:
+    if record.size > most:
         raise CheckpointFormatError(
-            f"{file.path}: expected a pickle of at most {LIMITS.pickle:,} bytes, got {record.size:,}. "
-            "Save only the state dict."
+            f"{file.path}: expected a pickle of at most {most:,} bytes, got {record.size:,}. Save only the state dict."
         )
 
     def place_of(key: str) -> Place | None:

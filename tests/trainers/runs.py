@@ -102,6 +102,11 @@ class Run:
     folder: Path
     checkpoints: Sequence[Saved]
 
+    @property
+    def out(self) -> Path:
+        """The folder of the producer."""
+        return self.folder.parent.parent
+
 
 class Trainers:
     """Trains with each library once, when it is first asked for."""

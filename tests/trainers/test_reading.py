@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,3 +166,20 @@ def test_one_file_of_several_is_not_taken_for_the_whole(run: Run) -> None:
                     assert any("shard" in note for note in checkpoint.spec.notes)
             except CheckpointFormatError as error:
                 assert str(error).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("run", ["accelerate_fsdp"], indirect=True)
+def test_the_part_of_one_rank_is_not_taken_for_the_whole(
+    run: Run, tmp_path: Path, in_process: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Accelerate can let each rank save its rows; only the same ranks can load them."""
+    folder = run.out / "refused"
+    parts = sorted((folder / "checkpoint_0").iterdir())
+    assert [path.name for path in parts] == ["pytorch_model_fsdp_0_rank0.bin", "pytorch_model_fsdp_0_rank1.bin"]
+    for path in (*parts, folder / "checkpoint_0"):
+        with pytest.raises(CheckpointFormatError, match=re.escape(str(path))):
+            open_checkpoint(path).close()
+    for source in (folder, folder / "checkpoint_0"):
+        code, _, err = in_process("average", source, "-o", tmp_path / "mean.safetensors", "--bn", "keep")
+        assert code in (3, 4), err
+        assert not (tmp_path / "mean.safetensors").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import ranks
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, save_fsdp_model, set_seed
 from ledger import Ledger, copied, load_strictly, program, same
 from nets import Net, batches, step
 from torch.distributed import init_device_mesh
@@ -72,6 +72,9 @@ def shards(ledger: Ledger) -> None:
             state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             if accelerator.is_main_process:
                 ledger.saved(run, str(written.relative_to(folder)), state, kind="Accelerate", number=number // 2)
+    # Each rank for itself: only those ranks can put these parts together again.
+    alone = ledger.out / "refused" / "checkpoint_0"
+    save_fsdp_model(accelerator.state.fsdp_plugin, accelerator, model, str(alone), use_dcp=False)
     if accelerator.is_main_process:
         ledger.close()
 

@@ -88,7 +88,8 @@ def one_process(ledger: Ledger) -> None:
             dcp.save(state if nested else state["model"], storage_writer=writer(path), no_dist=True)
             reader = None if "safetensors" not in run else dcp.HuggingFaceStorageReader(str(path))
             loads(path, state["model"], "model." if nested else "", reader)
-            ledger.saved(run, path.name, state["model"], kind="torch DCP", step=number)
+            kind = {} if "index" in run else {"kind": "torch DCP"}  # those are shards like any other's
+            ledger.saved(run, path.name, state["model"], step=number, **kind)
 
 
 def halves() -> dict[str, int]:

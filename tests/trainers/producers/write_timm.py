@@ -48,8 +48,7 @@ def train(ledger: Ledger, run: str, *, history: int) -> None:
         if epoch == 1:
             saver.save_milestone(epoch + 1)
     for epoch, state, ema, rate, loss in kept:
-        # Under its own name, or the only one that is left where the saver did not keep it.
-        names = [f"checkpoint-{epoch}", f"milestone-{epoch + 1}", *(["last"] if epoch == len(TOP1) - 1 else [])]
+        names = (f"checkpoint-{epoch}", f"milestone-{epoch + 1}")  # the second where the saver did not keep the first
         stored = [f"{name}.pth.tar" for name in names if (folder / f"{name}.pth.tar").exists()]
         if stored:
             metrics = {"metric": TOP1[epoch], "eval_top1": TOP1[epoch], "eval_loss": loss / 2}

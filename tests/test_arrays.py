@@ -90,7 +90,9 @@ def test_arrays_and_tensors_in_one_state_dict(tmp_path: Path, protocol: int) -> 
     assert found["t"].tolist() == [0, 1, 2]
     assert found["n"].tolist() == [10, 11, 12]
     with open_checkpoint(path) as checkpoint:
-        assert any("numpy arrays, which the pickle holds itself, are in memory" in note for note in checkpoint.spec.notes)
+        assert any(
+            "numpy arrays, which the pickle holds itself, are in memory" in note for note in checkpoint.spec.notes
+        )
 
 
 def test_one_array_under_two_names_is_there_twice(tmp_path: Path) -> None:
@@ -136,8 +138,8 @@ def test_numpy_numbers_are_metrics_steps_and_rates(tmp_path: Path, protocol: int
         np.zeros(2, dtype=np.longdouble),
         np.array([], dtype=object),
     ],
-    ids=["object", "tensors", "big-endian float", "big-endian integer", "text", "bytes", "dates", "fields", "complex128",
-         "longdouble", "empty object"],
+    ids=["object", "tensors", "big-endian float", "big-endian integer", "text", "bytes", "dates", "fields",
+         "complex128", "longdouble", "empty object"],
 )  # fmt: skip
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_what_safetensors_cannot_hold_is_refused_as_a_weight_only(tmp_path: Path, value: Any, protocol: int) -> None:

@@ -116,7 +116,11 @@ def test_a_wrapped_model_fits_the_bare_one(tmp_path: Path, prefix: str) -> None:
 @pytest.mark.parametrize("prefix", ["model.", "net.", "encoder.model."])
 def test_a_prefix_of_some_checkpoints_is_advised_to_be_stripped(tmp_path: Path, prefix: str) -> None:
     """And the advice leads out of it."""
-    for contents in ((PLAIN, under(prefix, PLAIN)), (under(prefix, PLAIN), PLAIN), (PLAIN, PLAIN, under(prefix, PLAIN))):
+    for contents in (
+        (PLAIN, under(prefix, PLAIN)),
+        (under(prefix, PLAIN), PLAIN),
+        (PLAIN, PLAIN, under(prefix, PLAIN)),
+    ):
         paths = write(tmp_path, *contents)
         text = str(check(paths))
         assert "4 differences" in text

@@ -31,7 +31,7 @@ def recorded(tmp_path: Path, contents: object) -> Record:
      "mean_iou", "bleu", "wer", "sentiment_accuracy", "perplexity"],
 )  # fmt: skip
 def test_numbers_beside_the_weights_are_metrics(tmp_path: Path, name: str) -> None:
-    """Whatever they are called: without a metric there is nothing to rank by. (n_ is in train_loss, time in sentiment.)"""
+    """Whatever they are called: without one there is nothing to rank by. (n_ is in train_loss, time in sentiment.)"""
     for value in (0.5, torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.bfloat16)):
         assert dict(recorded(tmp_path, {"model": W, "epoch": 1, name: value}).metrics) == {name: 0.5}
 
@@ -53,10 +53,20 @@ def test_metrics_of_dicts_and_of_lightning(tmp_path: Path) -> None:
         found = recorded(tmp_path, {"model": W, key: metrics}).metrics
         assert dict(found) == {"loss": 0.5, "rank": 3.0, "wide": 2.0}
     callbacks = {
-        "ModelCheckpoint{'monitor': 'val'}": {"monitor": "val", "current_score": torch.tensor(0.25), "best_k_models": {}},
+        "ModelCheckpoint{'monitor': 'val'}": {
+            "monitor": "val",
+            "current_score": torch.tensor(0.25),
+            "best_k_models": {},
+        },
         "EarlyStopping": {"monitor": "x", "current_score": 9.0},
     }
-    contents = {"state_dict": W, "pytorch-lightning_version": "2.5", "global_step": 7, "epoch": 1, "callbacks": callbacks}
+    contents = {
+        "state_dict": W,
+        "pytorch-lightning_version": "2.5",
+        "global_step": 7,
+        "epoch": 1,
+        "callbacks": callbacks,
+    }
     found_record = recorded(tmp_path, contents)
     assert (found_record.step, found_record.epoch, dict(found_record.metrics)) == (7, 1, {"val": 0.25})
 
@@ -141,7 +151,9 @@ def test_paths_through_dicts_and_first_elements() -> None:
         assert follow(contents, path) is None
 
 
-@given(st.sampled_from([name for name in BY_TORCH_NAME if name.startswith(("int", "uint8", "float", "bfloat"))]), st.data())
+@given(
+    st.sampled_from([name for name in BY_TORCH_NAME if name.startswith(("int", "uint8", "float", "bfloat"))]), st.data()
+)
 def test_one_stored_element(name: str, data: st.DataObject) -> None:
     """By its dtype, as torch reads it; None for what has no plain number."""
     dtype = BY_TORCH_NAME[name]

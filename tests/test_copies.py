@@ -33,7 +33,12 @@ def write(folder: Path, *states: State) -> list[Path]:
 
 
 def base() -> State:
-    return {"w": torch.arange(12.0).view(3, 4), "n": torch.tensor(3), "empty": torch.empty(0, 2), "half": torch.ones(5).half()}
+    return {
+        "w": torch.arange(12.0).view(3, 4),
+        "n": torch.tensor(3),
+        "empty": torch.empty(0, 2),
+        "half": torch.ones(5).half(),
+    }
 
 
 def test_one_or_none() -> None:

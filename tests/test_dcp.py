@@ -328,7 +328,9 @@ def test_two_names_of_one_place_do_not_lose_a_tensor(tmp_path: Path) -> None:
         refusal(folder)
 
 
-@pytest.mark.parametrize("planner", [None, {}, {"w": ()}, {"w": "w"}, {"w": (3,)}, {"w": (None, "w")}, [1], {"w": ("w",) * 100}])
+@pytest.mark.parametrize(
+    "planner", [None, {}, {"w": ()}, {"w": "w"}, {"w": (3,)}, {"w": (None, "w")}, [1], {"w": ("w",) * 100}]
+)
 def test_odd_data_of_the_planner_is_no_crash(tmp_path: Path, planner: object) -> None:
     folder = save({"w": torch.ones(2), "b": torch.ones(1)}, tmp_path / "c")
     edit(folder, lambda metadata: setattr(metadata, "planner_data", planner))
@@ -356,7 +358,7 @@ def test_endless_values_are_not_shown(tmp_path: Path, where: str) -> None:
         if where == "planner":
             metadata.planner_data = {"w": (deep(), "w")}
         elif where == "fqn":
-            index, info = entry(metadata, "w")
+            _, info = entry(metadata, "w")
             metadata.storage_data = {MetadataIndex.__new__(MetadataIndex): info}
             (new,) = metadata.storage_data
             new.__dict__.update(fqn=deep(), offset=None, index=None)
@@ -493,7 +495,9 @@ def test_what_torch_itself_writes_in_this_layout(tmp_path: Path) -> None:
 
 def test_wrappers_come_off_safetensors_shards(tmp_path: Path) -> None:
     folder = write_shards(
-        tmp_path / "c", {"module.w": (WHOLE[:2], (0, 0))}, {"module.w": (WHOLE[2:], (2, 0)), "module.b": (WHOLE[0], (0,))}
+        tmp_path / "c",
+        {"module.w": (WHOLE[:2], (0, 0))},
+        {"module.w": (WHOLE[2:], (2, 0)), "module.b": (WHOLE[0], (0,))},
     )
     assert_same(read(folder), {"w": WHOLE, "b": WHOLE[0]})
 

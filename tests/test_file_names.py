@@ -120,7 +120,8 @@ def test_stems() -> None:
 @pytest.mark.parametrize(
     "name",
     ["last.ckpt", "last-v1.ckpt", "latest.pt", "latest-rank0.pt", "best.pt", "model_best.pth.tar", "model_final.pth",
-     "checkpoint_best.pt", "checkpoint_last.pt", "checkpoint.pth", "checkpoint.pth.tar", "valid.acc.best.pth", "Best.pt"],
+     "checkpoint_best.pt", "checkpoint_last.pt", "checkpoint.pth", "checkpoint.pth.tar", "valid.acc.best.pth",
+     "Best.pt"],
 )  # fmt: skip
 def test_aliases(name: str) -> None:
     """Second names, under which trainers keep some checkpoint once more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,17 @@ def test_sizes(count: int, expected: str) -> None:
 )
 def test_plurals(count: int, noun: str, expected: str) -> None:
     assert plural(count, noun) == expected
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize(
+    "kind", [tuple, list, lambda pair: {"a": pair[0], "b": pair[1]}], ids=["tuples", "lists", "dicts"]
+)
+def test_quoting_never_takes_longer_than_what_it_shows(kind: Callable[[tuple[object, object]], object]) -> None:
+    """A value that a few bytes of pickle describe can have a text of 2⁴⁰ parts."""
+    value: object = "x"
+    for _ in range(40):
+        value = kind((value, value))
+    assert len(quote(value)) < 200
+    assert len(quote(list(range(10**6)))) < 200
+    assert len(quote("x" * 10**6)) < 200

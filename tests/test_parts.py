@@ -91,7 +91,9 @@ def opened(folder: Path, stored: Stored, tensor: TensorSpec) -> Checkpoint:
 
 
 def joined(stored: Stored, shape: tuple[int, ...] | None = None) -> TensorSpec:
-    return join_parts("w", INT, tuple(stored.values.shape) if shape is None else shape, stored.boxes, "here: tensor 'w'")
+    return join_parts(
+        "w", INT, tuple(stored.values.shape) if shape is None else shape, stored.boxes, "here: tensor 'w'"
+    )
 
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,7 +129,9 @@ def test_a_part_that_is_missing_is_found(stored: Stored, data: st.DataObject) ->
     rest = stored.boxes[:lost] + stored.boxes[lost + 1 :]
     with pytest.raises(CheckpointFormatError) as caught:
         join_parts("w", INT, tuple(stored.values.shape), rest, "here")
-    assert str(caught.value).startswith(f"here: expected parts that hold each of {stored.values.numel():,} elements once")
+    assert str(caught.value).startswith(
+        f"here: expected parts that hold each of {stored.values.numel():,} elements once"
+    )
     assert "Is a shard missing?" in str(caught.value)
 
 
@@ -151,7 +155,9 @@ def covered_once(boxes: list[Box], shape: tuple[int, ...]) -> bool:
 
 @given(data=st.data(), shape=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple))
 @settings(max_examples=400, deadline=None)
-def test_boxes_are_taken_exactly_where_they_cover_each_element_once(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_boxes_are_taken_exactly_where_they_cover_each_element_once(
+    data: st.DataObject, shape: tuple[int, ...]
+) -> None:
     """Overlaps and holes, even where the numbers of elements agree, against a count of every element."""
     boxes: list[Box] = []
     for _ in range(data.draw(st.integers(1, 4))):

@@ -484,7 +484,7 @@ def test_a_bare_pickle_without_arrays_holds_no_weights(tmp_path: Path, protocol:
 
 
 def test_a_bare_pickle_of_tensors_is_refused(tmp_path: Path) -> None:
-    """Its tensors are whole torch files in a pickle (``torch.storage._load_from_bytes``), which only code could open."""
+    """Its tensors are whole torch files inside (``torch.storage._load_from_bytes``), which only code could open."""
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(pickle.dumps({"w": torch.ones(2)}))
     assert "no storage" in refusal(path)

@@ -99,7 +99,9 @@ def test_every_and_last_agree_with_counting_from_the_end(every: int, last: int) 
     every=st.integers(1, 4),
     best=st.none() | st.integers(1, 10),
 )
-def test_the_rules_apply_one_after_the_other(first: int | None, after: int | None, every: int, best: int | None) -> None:
+def test_the_rules_apply_one_after_the_other(
+    first: int | None, after: int | None, every: int, best: int | None
+) -> None:
     """Each looks only at what the one before it left, and none changes the order."""
     last = None if after is None else (first or 0) + after
     measured = [candidate(f"step_{n}.pt", step=n, metrics={"loss": float((7 * n) % 11)}) for n in range(1, 11)]
@@ -212,7 +214,9 @@ def test_the_step_zero_is_a_step() -> None:
 def test_neither_steps_nor_epochs(option: str) -> None:
     lacking = [*TEN[:2], candidate("final.pt"), candidate("extra.pt", epoch=3)]
     message = refusal(IncompatibleError, lacking, **{option: 1})
-    assert message.startswith(f"--{option.replace('_', '-')}: expected a step or an epoch for every checkpoint, got none")
+    assert message.startswith(
+        f"--{option.replace('_', '-')}: expected a step or an epoch for every checkpoint, got none"
+    )
     assert "final.pt" in message
     assert "step_1.pt" not in message
     assert message.endswith("Leave these out with --exclude, or choose with --include.")

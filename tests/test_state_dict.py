@@ -43,7 +43,10 @@ def refusal(root: object, key: str | None = None) -> str:
         ({"w": W}, None, ["w"]),
         (PlainDict([("w", W), ("b", B)]), None, ["w", "b"]),
         *(({key: {"w": W}}, key, ["w"]) for key in ("state_dict", "model", "model_state_dict")),
-        *(({"epoch": 1, key: PlainDict([("w", W)]), "optimizer": {"state": {}}}, key, ["w"]) for key in ("state_dict", "model", "model_state_dict")),
+        *(
+            ({"epoch": 1, key: PlainDict([("w", W)]), "optimizer": {"state": {}}}, key, ["w"])
+            for key in ("state_dict", "model", "model_state_dict")
+        ),
         # a wrapper key wins over what stands beside it, tensors included
         ({"model": {"w": W}, "ema": {"w": B}}, "model", ["w"]),
         ({"model": {"w": W}, "mean": B}, "model", ["w"]),

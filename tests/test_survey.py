@@ -151,11 +151,18 @@ def test_what_a_copy_records_is_kept(tmp_path: Path) -> None:
 def test_a_weight_of_one_element_is_no_metric(tmp_path: Path) -> None:
     """Nor a step or an epoch: in a bare state dict every tensor is a weight."""
     for seed in (1, 2):
-        torch.save(weights(seed) | {"temperature": torch.tensor(0.5), "step": torch.tensor(9)}, tmp_path / f"x{seed}.pt")
+        torch.save(
+            weights(seed) | {"temperature": torch.tensor(0.5), "step": torch.tensor(9)}, tmp_path / f"x{seed}.pt"
+        )
         torch.save({"model": weights(seed + 10), "temperature": torch.tensor(0.5)}, tmp_path / f"y{seed}.pt")
     found = look(tmp_path)
     assert names(found) == ["x1.pt", "x2.pt", "y1.pt", "y2.pt"]
-    assert [dict(each.record.metrics) for each in found.candidates] == [{}, {}, {"temperature": 0.5}, {"temperature": 0.5}]
+    assert [dict(each.record.metrics) for each in found.candidates] == [
+        {},
+        {},
+        {"temperature": 0.5},
+        {"temperature": 0.5},
+    ]
     assert [each.record.step for each in found.candidates] == [None] * 4
 
 
@@ -321,7 +328,9 @@ def test_a_run_of_more_checkpoints_than_files_may_be_open(tmp_path: Path) -> Non
     try:
         with ExitStack() as stack:
             inputs = open_inputs([tmp_path], Selection(last=3), Reading(), stack)
-            assert [each.spec.path.name for each in inputs.checkpoints] == [f"step_{step}.pt" for step in (117, 118, 119)]
+            assert [each.spec.path.name for each in inputs.checkpoints] == [
+                f"step_{step}.pt" for step in (117, 118, 119)
+            ]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

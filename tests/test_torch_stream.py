@@ -260,7 +260,7 @@ def test_tensors_of_a_big_endian_machine(layout: Stream) -> None:
         lambda keys: [*keys, keys[0]],
         lambda keys: [*keys, "another"],
         lambda keys: [*keys[:1], 3],
-        lambda keys: tuple(keys),
+        tuple,
         lambda keys: None,
         lambda keys: [],
     ],
@@ -289,7 +289,9 @@ def test_storages_without_plain_elements_are_refused_by_kind(tmp_path: Path, kin
     """What lies behind them cannot be found, so the whole file is refused, and says why."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        odd = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8) if kind == "quantized" else torch.ones(3) + 0j
+        odd = (
+            torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8) if kind == "quantized" else torch.ones(3) + 0j
+        )
         odd = odd if kind == "quantized" else odd.to(torch.complex128)
         path = saved(tmp_path, {"w": torch.ones(2), "odd": odd})
     message = refusal(path)

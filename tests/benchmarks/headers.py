@@ -2,8 +2,9 @@
 
     python tests/benchmarks/headers.py [FOLDER]
 
-The files have the names, shapes and dtype of a Llama 2 7B, in one file and in three shards, and are sparse: 1.3 TB that
-take a few MB. As a yardstick the same headers are read by `safetensors.safe_open`, tensor by tensor, in the same run.
+The files have the names, shapes and dtype of a Llama 2 7B: one safetensors file, three shards, and what `torch.save`
+writes with the two float32 moments of Adam beside the weights. They are sparse: 9 TB that take a few hundred MB. As a
+yardstick the same headers are read by `safetensors.safe_open`, tensor by tensor, in the same run.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def llama_7b() -> dict[str, tuple[int, ...]]:
 
 
 def write_runs(folder: Path) -> None:
-    """Writes ``whole/step_<n>.safetensors`` and ``sharded/checkpoint-<n>/`` with three shards each."""
+    """Writes ``whole/step_<n>.safetensors``, ``sharded/checkpoint-<n>/`` and ``zips/step_<n>.pt``."""
     shapes = llama_7b()
     shards = [dict(list(shapes.items())[start::3]) for start in range(3)]
     names = [f"model-{index:05}-of-00003.safetensors" for index in (1, 2, 3)]
@@ -55,6 +56,23 @@ def write_runs(folder: Path) -> None:
         for name, shard in zip(names, shards, strict=True):
             write_sparse(checkpoint / name, shard, "BF16", 2)
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_zips(folder / "zips", shapes)
+
+
+def write_zips(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Writes torch files without the bytes of their tensors, which are never touched."""
+    import torch
+
+    folder.mkdir()
+    model = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    moments = {
+        index: {"step": torch.tensor(0.0), "exp_avg": torch.empty(shape), "exp_avg_sq": torch.empty(shape)}
+        for index, shape in enumerate(shapes.values())
+    }
+    optimizer = {"state": moments, "param_groups": [{"lr": 1e-4, "params": list(moments)}]}
+    with torch.serialization.skip_data():
+        for step in range(1, CHECKPOINTS + 1):
+            torch.save({"model": model, "optimizer": optimizer, "step": step}, folder / f"step_{step}.pt")
 
 
 def main() -> None:
@@ -68,6 +86,7 @@ def main() -> None:
             ("safe_open, one file each", yardstick),
             ("check, one file each", [*command, "check", str(folder / "whole")]),
             ("check, three shards each", [*command, "check", str(folder / "sharded")]),
+            ("check, torch.save with Adam", [*command, "check", str(folder / "zips")]),
             ("inspect, one file each", [*command, "inspect", str(folder / "whole")]),
         ):
             done = run(arguments)

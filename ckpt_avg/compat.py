@@ -108,7 +108,7 @@ def check(
         patterns(include), patterns(exclude), from_step, to_step, at_lr_minima, every, last, best, metric, mode
     )
     with ExitStack() as stack:
-        inputs = open_inputs(sources, selection, make_reading(state_key, ema, strip_prefix), stack, compare="nothing")
+        inputs = open_inputs(sources, selection, make_reading(state_key, ema, strip_prefix), stack, compare="same step")
         return compare([checkpoint.spec for checkpoint in inputs.checkpoints])
 
 

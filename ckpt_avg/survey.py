@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,8 +20,8 @@ from ckpt_avg.spec import METHOD_KEY
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
 Unit = Literal["step", "epoch"]
-# How copies are recognised: by all bytes, by a few of each tensor, or not at all, since headers alone are read.
-Compare = Literal["all", "samples", "nothing"]
+# How copies are recognised: by all bytes; by a few of each tensor; or by these only among those of one step.
+Compare = Literal["all", "samples", "same step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,19 +135,20 @@ def _leave_out(found: list[Candidate], skipped: list[Skipped], compare: Compare)
     if not kept:
         return weightless  # so that the first of them says what is wrong
     skipped += [Skipped(each.path, f"it holds no weights: {each.error}") for each in weightless]
-    if compare == "nothing":
-        return _without_strays(kept, skipped)
     # Of copies the one with the plainest name stays.
     readable = sorted(
         (candidate for candidate in kept if candidate.checkpoint is not None), key=lambda each: _plainness(each.path)
     )
+    if compare == "same step":
+        moments = Counter((each.record.step, each.record.epoch) for each in readable)
+        readable = [each for each in readable if moments[each.record.step, each.record.epoch] > 1]
     copies = find_copies([candidate.opened() for candidate in readable], in_full=compare == "all")
     merged = {id(candidate): candidate for candidate in kept}
     for index, original in copies.items():
         copy, first = readable[index], readable[original]
         merged.pop(id(copy))
         merged[id(first)] = replace(first, record=merged[id(first)].record.or_else(copy.record))
-        sampled = ", as far as samples show" if compare == "samples" else ""
+        sampled = "" if compare == "all" else ", as far as samples show"
         skipped.append(Skipped(copy.path, f"the same weights as {first.path.name}{sampled}"))
     return _without_strays(list(merged.values()), skipped)
 

@@ -376,6 +376,15 @@ def test_the_final_model_beside_the_checkpoints_is_none_of_them(tmp_path: Path) 
     }
 
 
+@pytest.mark.parametrize("other", ["ema_model.safetensors", "value_head.bin", "custom.pt"])
+def test_further_weights_in_a_checkpoint_folder_do_not_make_it_a_run(tmp_path: Path, other: str) -> None:
+    """Named itself, it is the checkpoint that it is in its run: the other file must not take its place."""
+    for step in (1, 2):
+        tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"], other)
+    assert names(discover([tmp_path]).paths) == ["checkpoint-1", "checkpoint-2"]
+    assert discover([tmp_path / "checkpoint-1"]).paths == (tmp_path / "checkpoint-1",)
+
+
 def test_a_sharded_final_model_beside_the_checkpoints(tmp_path: Path) -> None:
     """Its shards are no checkpoints either."""
     for step in (500, 1000):

@@ -51,12 +51,15 @@ from ckpt_avg.record import Record
         ("resnet50.pth", None, None),
         ("wav2vec2.pt", None, None),
         ("v1.9", None, None),
+        ("2024-05-01.pt", None, None),
+        ("run-2024-05-01_12-00-30.ckpt", None, None),
+        ("weights.12-0.34.pt", None, None),
         ("", None, None),
         (".pt", None, None),
     ],
 )
 def test_step_and_epoch(name: str, step: int | None, epoch: int | None) -> None:
-    """A number that belongs to the model's own name (resnet50) is no step."""
+    """A number that belongs to the model's own name (resnet50), a date, a version or a metric is no step."""
     found = record_from_name(name)
     assert (found.step, found.epoch) == (step, epoch)
 
@@ -67,6 +70,9 @@ def test_step_and_epoch(name: str, step: int | None, epoch: int | None) -> None:
         ("epoch=2-val_loss=0.12.ckpt", {"val_loss": 0.12}),
         ("epoch=2-val_loss=0.12-v3.ckpt", {"val_loss": 0.12}),
         ("epoch=2-step=7-val/acc=0.5.ckpt", {"val/acc": 0.5}),
+        ("epoch=2_val_loss=0.12.ckpt", {"val_loss": 0.12}),
+        ("model_epoch_10_val_loss=0.12.pt", {"val_loss": 0.12}),
+        ("step5_loss=0.5_acc=0.25.pt", {"loss": 0.5, "acc": 0.25}),
         ("a=1-b=-2.5-c=1e-3.ckpt", {"a": 1.0, "b": -2.5, "c": 0.001}),
         ("best-epoch=3-f1=0.9.pt", {"f1": 0.9}),
         ("checkpoint.best_loss_3.2150.pt", {"loss": 3.215}),

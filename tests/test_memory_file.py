@@ -18,7 +18,7 @@ from ckpt_avg.spec import BY_TORCH_NAME, CheckpointSpec, TensorSpec
 
 @given(st.lists(st.binary(max_size=40), max_size=8))
 def test_what_was_added_is_read_back_where_it_was_put(pieces: list[bytes]) -> None:
-    """Each piece aligned for any dtype, and none over another."""
+    """Each piece aligned for any dtype, and none over another; the same object is held once."""
     file = MemoryFile(Path("x"))
     places = [file.add(piece) for piece in pieces]
     for piece, begin in zip(pieces, places, strict=True):
@@ -27,7 +27,9 @@ def test_what_was_added_is_read_back_where_it_was_put(pieces: list[bytes]) -> No
         window = file.window(begin, len(piece))
         assert bytes(window.buffer[window.position : window.position + len(piece)]) == piece
         assert window.offset == begin
-    assert file.size == (places[-1] + len(pieces[-1]) if pieces else 0)
+    assert file.size == max((begin + len(piece) for piece, begin in zip(pieces, places, strict=True)), default=0)
+    again = bytearray(b"xyz")
+    assert file.add(again) == file.add(again)
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, -1), (0, 5), (4, 1), (5, 0), (2**64, 1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import pickle
 import struct
@@ -24,7 +25,8 @@ from torch import nn
 from ckpt_avg.elements import read_ranges, stream
 from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.readers import Checkpoint, open_checkpoint
+from ckpt_avg.mapped import MappedFile
+from ckpt_avg.readers import Checkpoint, open_checkpoint, torch_zip
 
 # --- what torch.save writes --------------------------------------------------------------------------------
 
@@ -657,12 +659,15 @@ def test_two_pickles_in_one_archive(tmp_path: Path) -> None:
     assert "expected a zip written by torch.save" in refusal(path)
 
 
-def test_a_pickle_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
+def test_a_pickle_over_the_limit(tmp_path: Path) -> None:
+    """Refused before one byte of it is read."""
     path = claim(tmp_path / "a.pt", view())
-    monkeypatch.setattr("ckpt_avg.readers.torch_zip.LIMITS", replace(LIMITS, pickle=50))
-    message = refusal(path)
+    with MappedFile(path) as file:
+        torch_zip.read_contents(file)
+        with pytest.raises(CheckpointFormatError) as caught:
+            torch_zip.read_contents(file, most=50)
+    assert inspect.signature(torch_zip.read_contents).parameters["most"].default == LIMITS.pickle
+    message = str(caught.value)
     assert "expected a pickle of at most 50 bytes" in message
     assert "Save only the state dict." in message
 

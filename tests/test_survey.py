@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ckpt_avg import average, check
 from ckpt_avg.copies import find_copies
 from ckpt_avg.discover import discover
-from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
 from ckpt_avg.inputs import open_inputs
 from ckpt_avg.readers import Reading
 from ckpt_avg.record import Record
@@ -88,6 +90,17 @@ def test_the_step_of_the_name_serves_where_the_file_records_none(tmp_path: Path)
     assert names(look(tmp_path)) == ["z_step_3.safetensors", "a_step_20.safetensors", "a_step_100.safetensors"]
 
 
+def test_the_state_of_the_whole_run_is_not_that_of_each_checkpoint(tmp_path: Path) -> None:
+    """The Trainer leaves its last state in the run folder too: there it would give every file one step."""
+    for step in (1, 2, 10):
+        save_file(weights(step), tmp_path / f"step_{step}.safetensors")
+    state = {"global_step": 10, "epoch": 1.0, "log_history": [{"step": 10, "eval_loss": 0.5}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    found = look(tmp_path)
+    assert [each.record.step for each in found.candidates] == [1, 2, 10]
+    assert dict(found.candidates[0].record.metrics) == {}
+
+
 def test_checkpoints_named_by_hand_stay_in_their_order(tmp_path: Path) -> None:
     paths = [put(tmp_path / f"step_{step}.pt", step, step=step) for step in (3, 1, 2)]
     assert names(look(*paths)) == ["step_3.pt", "step_1.pt", "step_2.pt"]
@@ -120,7 +133,7 @@ def test_a_copy_counts_once_under_the_plainest_name(tmp_path: Path, copy: str) -
     found = look(tmp_path)
     assert (tmp_path / copy).read_bytes() != (tmp_path / "epoch_2.pt").read_bytes()
     assert names(found) == ["epoch_1.pt", "epoch_2.pt"]
-    alias = "another name of the last or best checkpoint, by its name"
+    alias = "last, best or the like by its name, beside checkpoints with names of their own"
     assert reasons(found) == {copy: "the same weights as epoch_2.pt" if "copy" in copy else alias}
 
 
@@ -180,6 +193,26 @@ def test_copies_named_by_hand_are_both_taken(tmp_path: Path) -> None:
     assert found.skipped == ()
 
 
+def test_a_folder_and_the_file_in_it_are_one_checkpoint(tmp_path: Path) -> None:
+    """Named both, it would count double."""
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    save_file(weights(1), folder / "model.safetensors")
+    (folder / "trainer_state.json").write_text("{}")
+    with pytest.raises(UsageError, match="named twice"), ExitStack() as stack:
+        open_inputs([folder, folder / "model.safetensors"], Selection(), Reading(), stack)
+
+
+def test_check_looks_at_the_checkpoints_that_average_takes(tmp_path: Path) -> None:
+    """With ``--last``, a copy that only one of them leaves out would move the choice of the other."""
+    for step in (1, 2, 3):
+        put(tmp_path / f"step_{step}.pt", step)
+    put(tmp_path / "step_3_copy.pt", 3)
+    averaged = average([tmp_path], tmp_path / "out.safetensors", last=2, dry_run=True).checkpoints
+    assert [path.name for path in averaged] == ["step_2.pt", "step_3.pt"]
+    assert check([tmp_path], last=2).checkpoints == tuple(map(str, averaged))
+
+
 def test_copies_are_looked_for_in_each_run_alone(tmp_path: Path) -> None:
     for run in ("a", "b"):
         (tmp_path / run).mkdir()
@@ -195,7 +228,9 @@ def test_an_alias_by_its_name_is_left_out_even_where_its_weights_differ(tmp_path
     put(tmp_path / "last.pt", 3)
     found = look(tmp_path)
     assert names(found) == ["step_1.pt", "step_2.pt"]
-    assert reasons(found) == {"last.pt": "another name of the last or best checkpoint, by its name"}
+    assert reasons(found) == {
+        "last.pt": "last, best or the like by its name, beside checkpoints with names of their own"
+    }
 
 
 def test_aliases_are_taken_where_there_is_nothing_else(tmp_path: Path) -> None:

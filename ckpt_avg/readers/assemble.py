@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ckpt_avg.readers.leaves import Leaf, StoredTensor
 from ckpt_avg.readers.names import check_name
 from ckpt_avg.readers.place import Place, place
 from ckpt_avg.readers.prefixes import Stripped, strip_prefixes
-from ckpt_avg.readers.state_dict import Reading, find_state_dict, plain_values
+from ckpt_avg.readers.state_dict import Found, Reading, find_state_dict, plain_values
 from ckpt_avg.spec import CheckpointSpec, TensorSpec
 
 LORA = (
@@ -117,10 +117,7 @@ def assemble(
     notes = (*found.notes, *names.notes)
     if memory.size:
         notes += (f"numpy arrays, which the pickle holds itself, are in memory: {size(memory.size)}",)
-    if found.others:
-        notes += (
-            f"{plural(len(found.others), 'entry')} without a tensor left out: {listing(map(quote, found.others))}",
-        )
+    notes += without_tensor(found.others)
     averaged = names.averaged or _averaged(found.ema, found.key)
     spec = CheckpointSpec(
         file.path,
@@ -130,12 +127,26 @@ def assemble(
         keys=keys_of(contents),
         state_key=found.key,
         prefix=names.stripped.prefix,
-        record=record_of(contents, scalar),
+        record=record_of(_beside(contents, found), scalar),
         averaged=averaged,
         metadata=plain_values(contents),
         notes=notes,
     )
     return Checkpoint(spec, (file, memory) if memory.size else (file,))
+
+
+def without_tensor(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns a note on entries of a state dict that are no tensors, if there are any."""
+    if not names:
+        return ()
+    return (f"{plural(len(names), 'entry')} without a tensor left out: {listing(map(quote, names))}",)
+
+
+def _beside(contents: object, found: Found) -> object:
+    """Returns what a file holds beside the weights: in a bare state dict a scalar is a weight, not a metric."""
+    if found.key is None and isinstance(contents, dict):
+        return {key: value for key, value in contents.items() if key not in found.tensors}
+    return contents
 
 
 def keys_of(contents: object) -> tuple[str, ...]:

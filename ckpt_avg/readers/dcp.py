@@ -19,7 +19,7 @@ from ckpt_avg.limits import LIMITS
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.readers import torch_zip
-from ckpt_avg.readers.assemble import keys_of, settle_names
+from ckpt_avg.readers.assemble import keys_of, settle_names, without_tensor
 from ckpt_avg.readers.checkpoint import Checkpoint
 from ckpt_avg.readers.leaves import Leaf, StoredTensor
 from ckpt_avg.readers.members import member_of
@@ -98,7 +98,7 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
             prefix=names.stripped.prefix,
             averaged=names.averaged or (f"a running average of weights, under {quote(found.key)}" if found.ema else ""),
             metadata={"files": len(files)},
-            notes=(*found.notes, *names.notes),
+            notes=(*found.notes, *names.notes, *without_tensor(found.others)),
         )
         on_error.pop_all()
         return Checkpoint(spec, [file for _, file in files.values()])

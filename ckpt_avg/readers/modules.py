@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.readers.leaves import refuse
@@ -17,12 +18,20 @@ _DEEPEST = 100
 
 
 def is_module(value: object) -> bool:
-    """Whether it stands for a module with its state."""
+    """Whether it stands for a module with its state, or for such a one that torch.compile has wrapped."""
+    value = _unwrapped(value)
     return (
         isinstance(value, Foreign)
         and isinstance(value.state, dict)
         and all(isinstance(value.state.get(part), dict) for part in ("_parameters", "_buffers", "_modules"))
     )
+
+
+def _unwrapped(value: Any) -> Any:
+    """Returns the module inside torch.compile's OptimizedModule, which is pickled as a call with it."""
+    if isinstance(value, Foreign) and value.qualname == "OptimizedModule" and value.arguments:
+        return value.arguments[0]
+    return value
 
 
 def module_tensors(module: Foreign) -> dict[str, object]:
@@ -32,6 +41,7 @@ def module_tensors(module: Foreign) -> dict[str, object]:
         CheckpointFormatError: modules nest without end.
     """
     found: dict[str, object] = {}
+    module = _unwrapped(module)
     _collect(module, "", found, _DEEPEST, itertools.count())
     return found
 

@@ -73,6 +73,8 @@ def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str
         changed = sum(a != b for a, b in zip(inner, stripped, strict=True))
         notes.append(f"the names of wrappers taken out of {plural(changed, 'name')}")
         stripped = inner
+    if any("._orig_mod." in name for name in stripped):
+        notes.append("names hold torch.compile's '_orig_mod' inside, and load into a model compiled in the same places")
     result = dict(zip(weights, stripped, strict=True))
     if len(set(stripped)) < len(result):
         twice = sorted({name for name in stripped if stripped.count(name) > 1})

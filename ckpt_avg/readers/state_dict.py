@@ -240,7 +240,7 @@ def _found(
         if isinstance(item, UnreadableTensor):
             raise CheckpointFormatError(
                 f"{where}: tensor {quote(name)}: expected a plain tensor, got {item.kind}. Save it as a plain "
-                "tensor (for example tensor.to_dense() or tensor.dequantize()) and run again."
+                "tensor (for example tensor.to_dense(), .dequantize() or .full_tensor()) and run again."
             )
         if isinstance(item, dict) and _candidates(item, looked_at):
             raise CheckpointFormatError(

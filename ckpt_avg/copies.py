@@ -48,7 +48,7 @@ def _stored(tensor: TensorSpec) -> Iterator[tuple[int, int, int]]:
 
 
 def _sample(checkpoint: Checkpoint) -> bytes:
-    tensors = [tensor for tensor in checkpoint.spec.tensors.values() if tensor.numel]
+    tensors = [tensor for _, tensor in sorted(checkpoint.spec.tensors.items()) if tensor.numel]
     digest = hashlib.sha256(repr([(t.name, t.dtype.name, t.shape) for t in tensors]).encode(errors="surrogatepass"))
     step = max(1, len(tensors) // _SAMPLES)
     for tensor in tensors[::step]:

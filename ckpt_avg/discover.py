@@ -23,7 +23,7 @@ from ckpt_avg.record import Record
 
 _BESIDE_THE_WEIGHTS = re.compile(
     r"(optimizer|scheduler|rng_state|random_states|training_args|scaler|sampler|custom_checkpoint|dl_state_dict"
-    r"|distrib_optim)[\d_]*\.",
+    r"|distrib_optim|(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states)[\d_]*\.",
     re.I,
 )
 _RECOVERY = re.compile(r"recovery-\d+-\d+\.pth\.tar")
@@ -154,8 +154,9 @@ def _search(folder: Path, depth: int, visits: Iterator[int]) -> Discovery | None
     if found.groups or depth == 0:
         return found if found.groups else None
     inner = []
+    left_out = {item.path for item in found.skipped}
     for path in entries_of(folder):
-        if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith(".") and path not in left_out:
             inside = _search(path, depth - 1, visits)
             if inside is not None:
                 inner.append((path, inside))
@@ -197,8 +198,8 @@ def _list_folder(folder: Path) -> Discovery:
     if own is not None:
         taken = {own.target.name, *own.others} if own.reader in ("file", "index") else {path.name for path in files}
         rest = [path for path in files if path.name not in taken and not _is_shard(path)]
-        numbered = [path for path, _ in folders if record_from_name(path.name) != Record()]
-        if not numbered and not rest:
+        # Only what has a number beside them makes the folder's own weights those of a whole run.
+        if not any(record_from_name(path.name) != Record() for path in (*(path for path, _ in folders), *rest)):
             return Discovery((Group((folder,), False),))
         files = rest
         skipped.append(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ckpt_avg.discover import Sources, discover
 from ckpt_avg.errors import UsageError
 from ckpt_avg.messages import listing, plural, quote
-from ckpt_avg.readers import Checkpoint, Reading
+from ckpt_avg.readers import Checkpoint, Reading, refuse_missing_prefix
 from ckpt_avg.select import Selection, check_selection, select
 from ckpt_avg.survey import EARLIER_AVERAGE, Compare, Survey, survey
 
@@ -51,6 +51,7 @@ def open_inputs(
         notice(note)
     found = survey(discovery, reading, stack, selection.wants, compare=compare)
     checkpoints = tuple(candidate.opened() for candidate in select(found.candidates, selection, notice))
+    refuse_missing_prefix([checkpoint.spec for checkpoint in checkpoints], reading)
     chosen = set(map(id, checkpoints))
     for candidate in found.candidates:
         if candidate.checkpoint is not None and id(candidate.checkpoint) not in chosen:

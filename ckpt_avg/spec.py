@@ -150,6 +150,7 @@ class CheckpointSpec:
         state_key: the dotted key under which a torch file holds the state dict; None where the file is
             the state dict itself.
         prefix: what was stripped from the front of every name, such as ``module.``; empty if nothing was.
+        lacks_prefix: whether no name carried the prefix that was to be stripped.
         record: step, epoch, metrics and learning rate.
         averaged: how it shows that the weights are an average already; empty if it does not.
         metadata: what the file says of itself: ``__metadata__`` of a safetensors file; plain values
@@ -164,6 +165,7 @@ class CheckpointSpec:
     keys: tuple[str, ...] = ()
     state_key: str | None = None
     prefix: str = ""
+    lacks_prefix: bool = False
     record: Record = field(default_factory=Record)
     averaged: str = ""
     metadata: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)

@@ -11,10 +11,11 @@ from typing import Literal
 
 from ckpt_avg.copies import find_copies
 from ckpt_avg.discover import Discovery, Skipped, natural_key
-from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
+from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import listing, quote
-from ckpt_avg.readers import Checkpoint, Reading, open_checkpoint
-from ckpt_avg.readers.file_names import record_from_name
+from ckpt_avg.readers import Checkpoint, Reading, open_with
+from ckpt_avg.readers.file_names import record_from_name, stem
 from ckpt_avg.record import Record
 from ckpt_avg.spec import METHOD_KEY
 
@@ -90,12 +91,17 @@ def survey(
     for group in discovery.groups:
         found = [_open(path, reading, stack) for path in group.paths if wanted(path.name)]
         if group.is_run:
-            found = _leave_out(found, skipped, compare)
-            found = _in_order(found)
+            kept = _in_order(_leave_out(found, skipped, compare))
+            paths_kept = {candidate.path for candidate in kept}
+            for candidate in found:
+                if candidate.checkpoint is not None and candidate.path not in paths_kept:
+                    candidate.checkpoint.close()
+            found = kept
         candidates += found
     if not candidates:
         reasons = listing((f"{quote(item.path.name)}: {item.reason}" for item in skipped), separator="; ")
         raise IncompatibleError(f"nothing to average: each checkpoint is left out ({reasons}). Name others.")
+    _refuse_same(candidates)
     return Survey(tuple(candidates), tuple(skipped))
 
 
@@ -111,11 +117,24 @@ def position(candidate: Candidate, unit: Unit) -> int:
     return (candidate.record.step if unit == "step" else candidate.record.epoch) or 0
 
 
+def _refuse_same(candidates: Sequence[Candidate]) -> None:
+    """Raises UsageError where two sources led to the same files: a checkpoint folder and the file in it."""
+    seen: dict[frozenset[tuple[int, int]], Path] = {}
+    for candidate in candidates:
+        files = candidate.checkpoint.files if candidate.checkpoint else ()
+        identity = frozenset(file.identity for file in files if isinstance(file, MappedFile))
+        if identity in seen:
+            raise UsageError(
+                f"{candidate.path}: the same checkpoint is named twice (also as {seen[identity]}), so it would count "
+                "double. Name it once."
+            )
+        if identity:
+            seen[identity] = candidate.path
+
+
 def _open(path: Path, reading: Reading, stack: ExitStack) -> Candidate:
     try:
-        checkpoint = stack.enter_context(
-            open_checkpoint(path, state_key=reading.state_key, ema=reading.ema, strip_prefix=reading.strip_prefix)
-        )
+        checkpoint = stack.enter_context(open_with(path, reading))
     except CheckpointFormatError as error:
         return Candidate(path, None, error, record_from_name(path.name))
     return Candidate(path, checkpoint, None, checkpoint.spec.record)
@@ -163,8 +182,9 @@ def _without_strays(found: list[Candidate], skipped: list[Skipped]) -> list[Cand
 
 
 def _plainness(path: Path) -> tuple[object, ...]:
-    words = path.name.lower()
-    return ("best" in words or "last" in words, path.is_symlink(), len(words), natural_key(path.name))
+    words = stem(path.name).lower()
+    is_marked = "best" in words or "last" in words
+    return (is_marked, record_from_name(path.name) == Record(), path.is_symlink(), len(words), natural_key(path.name))
 
 
 def _in_order(found: list[Candidate]) -> list[Candidate]:

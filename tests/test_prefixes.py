@@ -182,6 +182,7 @@ def test_two_tensors_of_one_name_are_refused() -> None:
     assert str(caught.value).startswith("here: without their prefix two tensors would have one name: 'w'.")
 
 
+@pytest.mark.usefixtures("in_time")
 def test_many_tensors_of_one_name_are_refused_at_once() -> None:
     """A hostile file with as many names as are allowed must not take hours to be refused."""
     names = [f"w{number}" for number in range(20_000)]

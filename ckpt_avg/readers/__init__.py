@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_avg.errors import UsageError
+from ckpt_avg.errors import CheckpointFormatError, UsageError
+from ckpt_avg.messages import listing, quote
 from ckpt_avg.readers.checkpoint import Checkpoint
 from ckpt_avg.readers.file_names import kind_from_name, record_from_name
 from ckpt_avg.readers.folders import open_folder, refuse_part
@@ -17,8 +19,9 @@ from ckpt_avg.readers.one_file import open_file
 from ckpt_avg.readers.sharded import is_index, open_sharded
 from ckpt_avg.readers.sidecars import record_beside
 from ckpt_avg.readers.state_dict import Reading
+from ckpt_avg.spec import CheckpointSpec
 
-__all__ = ["Checkpoint", "Reading", "make_reading", "open_checkpoint"]
+__all__ = ["Checkpoint", "Reading", "make_reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
 
 
 def open_checkpoint(
@@ -52,11 +55,18 @@ def open_checkpoint(
         ...     print(checkpoint.spec.format, checkpoint.spec.state_key, checkpoint.spec.record.epoch)
         torch zip model 20
     """
-    if ema and state_key is not None:
-        raise UsageError(
-            f"--ema and --state-key {state_key}: expected one of them, since each says which weights to take."
-        )
-    path, reading = Path(path), Reading(state_key, ema, strip_prefix)
+    reading = make_reading(state_key, ema, strip_prefix)
+    checkpoint = open_with(Path(path), reading)
+    try:
+        refuse_missing_prefix([checkpoint.spec], reading)
+    except CheckpointFormatError:
+        checkpoint.close()
+        raise
+    return checkpoint
+
+
+def open_with(path: Path, reading: Reading) -> Checkpoint:
+    """Opens a checkpoint as `open_checkpoint` does, but lets names without the prefix to strip pass."""
     if path.is_dir():
         checkpoint = open_folder(path, reading)
     elif is_index(path):
@@ -68,6 +78,15 @@ def open_checkpoint(
     record = spec.record.or_else(record_beside(path, spec.record.epoch))
     record = record.or_else(record_from_name(path.name, bare_number=record.step is None and record.epoch is None))
     return replace(checkpoint, spec=replace(spec, record=record, kind=spec.kind or kind_from_name(path)))
+
+
+def refuse_missing_prefix(specs: Sequence[CheckpointSpec], reading: Reading) -> None:
+    """Raises CheckpointFormatError where no name of any checkpoint carries the prefix that is to be stripped."""
+    if specs and all(spec.lacks_prefix for spec in specs):
+        raise CheckpointFormatError(
+            f"{specs[0].path}: --strip-prefix {reading.strip_prefix}: expected names that begin with it, got "
+            f"{listing(map(quote, specs[0].tensors))}. Change it or leave it out."
+        )
 
 
 def make_reading(state_key: str | None, ema: bool, strip_prefix: str | None) -> Reading:

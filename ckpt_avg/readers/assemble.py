@@ -124,9 +124,10 @@ def assemble(
         form,
         tensors,
         kind=names.kind,
-        keys=keys_of(contents),
+        keys=keys_of(contents, found.key),
         state_key=found.key,
         prefix=names.stripped.prefix,
+        lacks_prefix=names.stripped.lacking,
         record=record_of(_beside(contents, found), scalar),
         averaged=averaged,
         metadata=plain_values(contents),
@@ -149,9 +150,9 @@ def _beside(contents: object, found: Found) -> object:
     return contents
 
 
-def keys_of(contents: object) -> tuple[str, ...]:
+def keys_of(contents: object, state_key: str | None) -> tuple[str, ...]:
     """Returns the keys at the top of a torch file that is no bare state dict."""
-    if not isinstance(contents, dict) or any(isinstance(value, Leaf) for value in contents.values()):
+    if not isinstance(contents, dict) or state_key is None:
         return ()
     return tuple(key if isinstance(key, str) else quote(key) for key in contents)
 

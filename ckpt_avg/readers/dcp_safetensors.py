@@ -70,6 +70,7 @@ def open_dcp_safetensors(shards: Sequence[Path], path: Path, reading: Reading) -
             placed,
             kind=names.kind or "torch DCP",
             prefix=names.stripped.prefix,
+            lacks_prefix=names.stripped.lacking,
             averaged=names.averaged,
             metadata={"files": len(files)},
             notes=names.notes,

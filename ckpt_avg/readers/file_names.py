@@ -13,10 +13,11 @@ _NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 _EPOCH = re.compile(r"(?:epoch|(?<![a-z])ep)[-_=]?(\d+)|(?<![\d.])(\d+)epoch", re.I)
 _STEP = re.compile(r"(?:step|iter|iteration|(?<![a-z])ba|batch|update)s?[-_=]?(\d+)", re.I)
 _METRIC = re.compile(rf"(?:^|[-_.]|(?<=\d))([A-Za-z][\w/@]*?)={_NUMBER}(?=$|[-_.]|[A-Za-z])")
+_BEFORE_METRIC = re.compile(r"^.*?(epoch|step|iter)\D?\d+[-_]")  # epoch_3_val_loss → val_loss
 _FAIRSEQ_UPDATES = re.compile(r"checkpoint_(\d+)_(\d+)")
 _FAIRSEQ_BEST = re.compile(r"checkpoint\.best_(.+)_(-?\d+\.\d{3})\d?")  # fairseq appends a random digit against ties
-# At the end, behind a sign or one of the words that come before a step: checkpoint-500, 12, model_7.
-_LONE_NUMBER = re.compile(r"(?:^|[-_=.]|checkpoint|ckpt|model|snapshot)(\d+)$", re.I)
+# At the end, behind a sign or a word that comes before a step: checkpoint-500, 12, model_7; no date or version.
+_LONE_NUMBER = re.compile(r"(?:^|(?<!\d)[-_=.]|checkpoint|ckpt|model|snapshot)(\d+)$", re.I)
 _ALIAS = {"last", "latest", "best", "final"}
 _AVERAGE = re.compile(r"(^|[-_.])(ave|avg|average|averaged|swa)(?=$|[-_.\d])|(^|[-_.])avg\d+$", re.I)
 
@@ -88,5 +89,5 @@ def _metrics(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
     found = {}
     for key, value in pairs:
         if (number := measure(float(value))) is not None:
-            found[key] = number
+            found[_BEFORE_METRIC.sub("", key)] = number
     return found

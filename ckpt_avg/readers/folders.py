@@ -78,7 +78,7 @@ def form_of(folder: Path) -> Form | None:
     found = [each for name in _WEIGHTS for each in (name, name + SUFFIX) if each in names]
     if found:
         others = tuple(found[1:]) + tuple(
-            sorted(name for name in names if re.fullmatch(r"model_\d+\.safetensors", name))
+            sorted(name for name in names if re.fullmatch(r"(pytorch_)?model_\d+\.(safetensors|bin)", name))
         )
         return Form("index" if found[0].endswith(SUFFIX) else "file", folder / found[0], kind, others=others)
     for name in _ADAPTERS:

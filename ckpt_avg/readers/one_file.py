@@ -69,6 +69,7 @@ def _open_safetensors(file: MappedFile, reading: Reading, *, strip: bool) -> Che
         rename(tensors.values(), names.stripped.names),
         kind=names.kind or ("torch DCP" if DCP_SHARDING in metadata else None),
         prefix=names.stripped.prefix,
+        lacks_prefix=names.stripped.lacking,
         averaged="ckpt-avg made it" if METHOD_KEY in metadata else names.averaged,
         metadata=metadata,
         notes=notes,

@@ -6,6 +6,7 @@ counter that averaging models keep beside the weights is set aside first.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -28,12 +29,14 @@ class Stripped:
         prefix: what was taken off the front of every name.
         counters: the counters that were left out.
         notes: what the user should know.
+        lacking: whether no name carries the prefix that the user named.
     """
 
     names: Mapping[str, str]
     prefix: str = ""
     counters: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    lacking: bool = False
 
 
 def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str | None, where: str) -> Stripped:
@@ -46,7 +49,7 @@ def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str
         where: what to name in errors.
 
     Raises:
-        CheckpointFormatError: no name carries ``prefix``, or two names become one.
+        CheckpointFormatError: two names become one.
     """
     counters = tuple(name for name in _COUNTERS if name in scalars)
     weights = [name for name in names if name not in counters]
@@ -54,6 +57,7 @@ def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str
         counters, weights = (), list(names)
     taken, stripped = _take_off(weights)
     notes: list[str] = []
+    lacking = False
     if prefix:
         prefix = prefix if prefix.endswith(".") else f"{prefix}."
         carrying = sum(name.startswith(prefix) and name != prefix for name in stripped)
@@ -63,11 +67,8 @@ def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str
                 taken += prefix + again
             else:
                 notes.append(f"{quote(prefix)} stripped from {carrying:,} of {plural(len(stripped), 'name')}")
-        elif prefix not in taken:
-            raise CheckpointFormatError(
-                f"{where}: --strip-prefix {prefix}: expected names that begin with it, got "
-                f"{listing(map(quote, stripped))}. Change it or leave it out."
-            )
+        elif f".{prefix}" not in f".{taken}":
+            lacking = True
     inner = [_clean(name) for name in stripped]
     if inner != stripped and len(set(inner)) == len(inner):
         changed = sum(a != b for a, b in zip(inner, stripped, strict=True))
@@ -77,14 +78,14 @@ def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str
         notes.append("names hold torch.compile's '_orig_mod' inside, and load into a model compiled in the same places")
     result = dict(zip(weights, stripped, strict=True))
     if len(set(stripped)) < len(result):
-        twice = sorted({name for name in stripped if stripped.count(name) > 1})
+        twice = sorted(name for name, times in Counter(stripped).items() if times > 1)
         raise CheckpointFormatError(
             f"{where}: without their prefix two tensors would have one name: {listing(map(quote, twice))}. "
             "Choose another --strip-prefix."
         )
     if taken:
         notes.insert(0, f"{quote(taken)} stripped from every name")
-    return Stripped(result, taken, counters, tuple(notes))
+    return Stripped(result, taken, counters, tuple(notes), lacking)
 
 
 def _take_off(names: Iterable[str]) -> tuple[str, list[str]]:
@@ -100,9 +101,10 @@ def _take_off(names: Iterable[str]) -> tuple[str, list[str]]:
 
 
 def _clean(name: str) -> str:
+    whole = name
     for wrapper in _ANYWHERE:
         if wrapper in name:
             parts = name.split(".")
             name = ".".join(part for part in parts[:-1] if f"{part}." != wrapper) + "." + parts[-1]
             name = name.removeprefix(".")
-    return name
+    return name if name else whole

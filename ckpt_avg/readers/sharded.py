@@ -82,6 +82,7 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
             rename(ordered.values(), names.stripped.names),
             kind=names.kind or kind,
             prefix=names.stripped.prefix,
+            lacks_prefix=names.stripped.lacking,
             averaged=names.averaged,
             metadata={"shards": len(shards)},
             notes=(*notes, *names.notes),

@@ -31,7 +31,9 @@ def record_beside(path: Path, epoch: int | None) -> Record:
     """
     folder = path if path.is_dir() else path.parent
     record = Record()
-    if (folder / "trainer_state.json").is_file():
+    # Beside other files it is the state of the whole run.
+    is_whole = path.is_dir() or path.name.startswith(("model", "pytorch_model", "adapter_model"))
+    if is_whole and (folder / "trainer_state.json").is_file():
         record = _trainer_state(folder / "trainer_state.json")
     elif path.is_dir() and (folder / "meta.pt").is_file():
         record = _lightning_meta(folder / "meta.pt")

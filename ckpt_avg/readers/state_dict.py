@@ -69,7 +69,9 @@ def find_state_dict(root: object, path: Path, reading: Reading) -> Found:
     layout = next((each for each in LAYOUTS if all(_lookup(root, mark) is not None for mark in each.marks)), None)
     kind = layout.kind if layout else None
     if reading.state_key is not None:
-        return _found(_walk(root, path, reading.state_key), path, reading.state_key, kind)
+        key = reading.state_key
+        is_ema = key == layout.ema if layout else key in EMA_KEYS
+        return _found(_walk(root, path, key), path, key, kind, ema=is_ema)
     if layout is not None:
         raw = [layout.raw] if _holds(root, layout.raw) else []
         ema = [layout.ema] if layout.ema and _holds(root, layout.ema) else []

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from ckpt_avg.atomic import UnpublishedFile, atomic_output, check_target
 from ckpt_avg.batches import ForwardBatch
 from ckpt_avg.batchnorm import BatchNormReport
-from ckpt_avg.compat import compare
+from ckpt_avg.compat import refuse_differences
 from ckpt_avg.devices import choose_device, usable_cores
-from ckpt_avg.discover import Skipped, Sources
+from ckpt_avg.discover import Skipped, Sources, discover
 from ckpt_avg.errors import IncompatibleError, OutputError, UsageError
 from ckpt_avg.header import encode_header
 from ckpt_avg.identical import differing
@@ -28,7 +28,7 @@ from ckpt_avg.provenance import make_metadata
 from ckpt_avg.readers import Checkpoint, make_reading
 from ckpt_avg.refresh import Batches, Model, frozen_layers, refresh_output
 from ckpt_avg.running_statistics import Statistics, choose_refresh, frozen_buffers, source_of_statistics, summary
-from ckpt_avg.select import Selection, patterns
+from ckpt_avg.select import Selection, check_selection, patterns
 
 DEFAULT_MEMORY = 128 * 2**20
 _MOST_THREADS = 1024
@@ -172,22 +172,22 @@ def average(
         progress.notice(text)
 
     _check_options(dtype, non_float, bn, threads, memory, bn_batches)
-    selection = Selection(
-        patterns(include), patterns(exclude), from_step, to_step, at_lr_minima, every, last, best, metric, mode
-    )
+    names = patterns(include), patterns(exclude)
+    selection = check_selection(Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode))
     reading = make_reading(state_key, ema, strip_prefix)
     target_device = choose_device(device)
     workers = threads or usable_cores()
+    discovery = discover(sources)
+    if not os.path.exists(output):  # else it may be one of the inputs, which the survey tells
+        check_target(output, overwrite=overwrite)
     with ExitStack() as stack:
-        inputs = open_inputs(sources, selection, reading, stack, notice)
+        inputs = open_inputs(discovery, selection, reading, stack, notice)
         refuse_output_among(output, inputs.survey)
         target = check_target(output, overwrite=overwrite)
         checkpoints = inputs.checkpoints
         allow_open_files((1 + workers) * sum(len(checkpoint.files) for checkpoint in checkpoints))
         specs = [checkpoint.spec for checkpoint in checkpoints]
-        report = compare(specs)
-        if not report.compatible:
-            raise IncompatibleError(str(report))
+        refuse_differences(specs)
         plan = make_plan(specs, dtype=dtype, non_float=non_float)
         notice_what_is_read(checkpoints, notice)
         frozen = frozen_buffers(checkpoints, plan)

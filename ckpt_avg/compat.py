@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt_avg.discover import Sources
+from ckpt_avg.discover import Sources, discover
+from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.inputs import open_inputs
 from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.readers import make_reading
-from ckpt_avg.select import Selection, patterns
+from ckpt_avg.select import Selection, check_selection, patterns
 from ckpt_avg.spec import CheckpointSpec, TensorSpec
 
 Aspect = Literal["missing", "unexpected", "shape", "dtype", "tied"]
@@ -104,11 +105,11 @@ def check(
         >>> check(["fixtures/mnist_cnn"]).compatible
         True
     """
-    selection = Selection(
-        patterns(include), patterns(exclude), from_step, to_step, at_lr_minima, every, last, best, metric, mode
-    )
+    names = patterns(include), patterns(exclude)
+    selection = check_selection(Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode))
+    reading = make_reading(state_key, ema, strip_prefix)
     with ExitStack() as stack:
-        inputs = open_inputs(sources, selection, make_reading(state_key, ema, strip_prefix), stack, compare="same step")
+        inputs = open_inputs(discover(sources), selection, reading, stack, compare="same step")
         return compare([checkpoint.spec for checkpoint in inputs.checkpoints])
 
 
@@ -129,6 +130,13 @@ def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:
     )
     paths = tuple(str(spec.path) for spec in specs)
     return CompatibilityReport(paths, len(reference.tensors), differences, _advice(specs, differences))
+
+
+def refuse_differences(specs: Sequence[CheckpointSpec]) -> None:
+    """Raises IncompatibleError with every difference, if there is any."""
+    report = compare(specs)
+    if not report.compatible:
+        raise IncompatibleError(str(report))
 
 
 def _differences(reference: CheckpointSpec, spec: CheckpointSpec) -> list[tuple[str, Aspect, str, str]]:

@@ -1,4 +1,4 @@
-"""From sources to open checkpoints: discovered, surveyed, selected."""
+"""From discovered paths to open checkpoints: surveyed and selected."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ckpt_avg.discover import Sources, discover
+from ckpt_avg.discover import Discovery
 from ckpt_avg.errors import UsageError
 from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.readers import Checkpoint, Reading, refuse_missing_prefix
-from ckpt_avg.select import Selection, check_selection, select
+from ckpt_avg.select import Selection, select
 from ckpt_avg.survey import EARLIER_AVERAGE, Compare, Survey, survey
 
 
@@ -24,7 +24,7 @@ class Inputs:
 
 
 def open_inputs(
-    sources: Sources,
+    discovery: Discovery,
     selection: Selection,
     reading: Reading,
     stack: ExitStack,
@@ -35,7 +35,7 @@ def open_inputs(
     """Opens what the sources hold and keeps open what is selected.
 
     Args:
-        sources: checkpoints and run folders.
+        discovery: what the sources hold.
         selection: which to take.
         reading: how to read them.
         stack: closes them in the end.
@@ -45,8 +45,6 @@ def open_inputs(
     Raises:
         CkptAvgError: a selected checkpoint cannot be opened, or there is none.
     """
-    check_selection(selection)
-    discovery = discover(sources)
     for note in discovery.notes:
         notice(note)
     found = survey(discovery, reading, stack, selection.wants, compare=compare)

@@ -56,8 +56,8 @@ def patterns(given: str | Iterable[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def check_selection(selection: Selection) -> None:
-    """Raises UsageError where the rules make no sense as they are worded."""
+def check_selection(selection: Selection) -> Selection:
+    """Returns the selection; raises UsageError where the rules make no sense as they are worded."""
     for option, number in (("--last", selection.last), ("--every", selection.every), ("--best", selection.best)):
         if number is not None and number < 1:
             raise UsageError(f"{option}: expected 1 or more, got {number}.")
@@ -75,6 +75,7 @@ def check_selection(selection: Selection) -> None:
         raise UsageError(
             f"--from-step {selection.from_step} lies behind --to-step {selection.to_step}: expected it before."
         )
+    return selection
 
 
 def select(

@@ -15,7 +15,7 @@ from ckpt_avg.batches import ForwardBatch
 from ckpt_avg.batchnorm import BatchNormReport
 from ckpt_avg.compat import refuse_differences
 from ckpt_avg.devices import choose_device, usable_cores
-from ckpt_avg.discover import Skipped, Sources, discover
+from ckpt_avg.discover import Sources, discover
 from ckpt_avg.errors import IncompatibleError, OutputError, UsageError
 from ckpt_avg.header import encode_header
 from ckpt_avg.identical import differing
@@ -27,6 +27,7 @@ from ckpt_avg.plan import OUTPUT_DTYPES, Plan, make_plan
 from ckpt_avg.provenance import make_metadata
 from ckpt_avg.readers import Checkpoint, make_reading
 from ckpt_avg.refresh import Batches, Model, frozen_layers, refresh_output
+from ckpt_avg.run_folder import Skipped
 from ckpt_avg.running_statistics import Statistics, choose_refresh, frozen_buffers, source_of_statistics, summary
 from ckpt_avg.select import Selection, check_selection, patterns
 
@@ -178,12 +179,12 @@ def average(
     target_device = choose_device(device)
     workers = threads or usable_cores()
     discovery = discover(sources)
-    if not os.path.exists(output):  # else it may be one of the inputs, which the survey tells
-        check_target(output, overwrite=overwrite)
+    refuse_output_among(output, discovery)
+    target = check_target(output, overwrite=overwrite)
+    if target.suffix != ".safetensors":
+        notice(f"{output}: the output is a safetensors file, whatever its suffix says")
     with ExitStack() as stack:
         inputs = open_inputs(discovery, selection, reading, stack, notice)
-        refuse_output_among(output, inputs.survey)
-        target = check_target(output, overwrite=overwrite)
         checkpoints = inputs.checkpoints
         allow_open_files((1 + workers) * sum(len(checkpoint.files) for checkpoint in checkpoints))
         specs = [checkpoint.spec for checkpoint in checkpoints]

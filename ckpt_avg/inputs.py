@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from ckpt_avg.discover import Discovery
-from ckpt_avg.errors import UsageError
+from ckpt_avg.errors import CheckpointFormatError, UsageError
 from ckpt_avg.messages import listing, plural, quote
-from ckpt_avg.readers import Checkpoint, Reading, refuse_missing_prefix
+from ckpt_avg.readers import Checkpoint, Reading, open_checkpoint, refuse_missing_prefix
 from ckpt_avg.select import Selection, select
-from ckpt_avg.survey import EARLIER_AVERAGE, Compare, Survey, survey
+from ckpt_avg.spec import METHOD_KEY
+from ckpt_avg.survey import Compare, Survey, survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +59,29 @@ def open_inputs(
     return Inputs(checkpoints, found)
 
 
-def refuse_output_among(output: str | os.PathLike[str], found: Survey) -> None:
-    """Raises UsageError where the output is a file of any discovered checkpoint, selected or not, or a link to it."""
+def refuse_output_among(output: str | os.PathLike[str], discovery: Discovery) -> None:
+    """Raises UsageError where the output would replace a file of any discovered checkpoint, selected or not.
+
+    An average that was made here is no such file, so that a run folder can hold the output of the run before.
+    """
     if not os.path.exists(output):
         return
-    paths = [file.path for each in found.candidates if each.checkpoint for file in each.checkpoint.files]
-    paths += [each.path for each in found.candidates]
-    paths += [each.path for each in found.skipped if each.reason != EARLIER_AVERAGE]
-    for path in paths:
-        if path.exists() and os.path.samefile(path, output):
+    real = Path(os.path.realpath(output))
+    for path in (*discovery.paths, *(each.path for each in discovery.skipped)):
+        if not path.exists():
+            continue
+        if path.is_dir() and Path(os.path.realpath(path)) in real.parents:
+            raise UsageError(f"{output}: the output is a file of one of the checkpoints, {path}. Choose another path.")
+        if os.path.samefile(path, output) and not _made_here(path):
             raise UsageError(f"{output}: the output is one of the checkpoints, {path}. Choose another path.")
+
+
+def _made_here(path: Path) -> bool:
+    try:
+        with open_checkpoint(path) as checkpoint:
+            return METHOD_KEY in checkpoint.spec.metadata
+    except CheckpointFormatError:
+        return False
 
 
 def notice_what_is_read(checkpoints: Sequence[Checkpoint], notice: Callable[[str], None]) -> None:

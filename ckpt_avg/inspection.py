@@ -7,13 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_avg.discover import Skipped, discover, entries_of
+from ckpt_avg.discover import discover
 from ckpt_avg.errors import CkptAvgError, IncompatibleError
 from ckpt_avg.messages import plural
 from ckpt_avg.readers import make_reading, open_checkpoint
 from ckpt_avg.readers.file_names import SUFFIXES
 from ckpt_avg.readers.folders import form_of
 from ckpt_avg.record import Record
+from ckpt_avg.run_folder import Skipped, entries_of
 from ckpt_avg.spec import CheckpointSpec
 from ckpt_avg.survey import survey
 

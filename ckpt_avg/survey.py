@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from ckpt_avg.copies import find_copies
-from ckpt_avg.discover import Discovery, Skipped, natural_key
+from ckpt_avg.discover import Discovery
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.readers import Checkpoint, Reading, open_with
 from ckpt_avg.readers.file_names import record_from_name, stem
 from ckpt_avg.record import Record
+from ckpt_avg.run_folder import Skipped, in_order, natural_key
 from ckpt_avg.spec import METHOD_KEY
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
@@ -190,5 +191,5 @@ def _plainness(path: Path) -> tuple[object, ...]:
 def _in_order(found: list[Candidate]) -> list[Candidate]:
     unit = unit_of(found)
     if unit is None:
-        return sorted(found, key=lambda candidate: natural_key(candidate.path.name))
-    return sorted(found, key=lambda candidate: (position(candidate, unit), natural_key(candidate.path.name)))
+        return sorted(found, key=lambda candidate: in_order(candidate.path))
+    return sorted(found, key=lambda candidate: (position(candidate, unit), in_order(candidate.path)))

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ckpt_avg.discover import Discovery, discover, natural_key
+from ckpt_avg.discover import Discovery, discover
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.readers.file_names import SUFFIXES
+from ckpt_avg.run_folder import natural_key
 
 
 def touch(folder: Path, *names: str) -> list[Path]:
@@ -290,7 +291,10 @@ def test_a_folder_of_folders_without_a_checkpoint_names_them(tmp_path: Path) -> 
     for number in (1, 2, 10):
         (tmp_path / f"checkpoint-{number}").mkdir()
     message = refusal(IncompatibleError, tmp_path)
-    assert "It holds the folders 'checkpoint-1', 'checkpoint-2', 'checkpoint-10', and no checkpoint in them" in message
+    assert (
+        "It holds the folders 'checkpoint-1', 'checkpoint-2', 'checkpoint-10', with none in the first 3 levels"
+        in message
+    )
 
 
 def test_no_sources() -> None:

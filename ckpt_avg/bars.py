@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ckpt_avg.api import Progress
+from ckpt_avg.messages import safe_text
 
 
 @contextlib.contextmanager
@@ -45,7 +46,7 @@ def bars(*, quiet: bool) -> Iterator[Progress]:
     def notice(text: str) -> None:
         if not quiet:
             with contextlib.suppress(OSError):  # a stderr that takes no more must not stop the averaging
-                tqdm.write(f"Notice: {text}", file=sys.stderr)
+                tqdm.write(safe_text(f"Notice: {text}"), file=sys.stderr)
 
     try:
         yield Progress(start, read, refreshed, notice)

@@ -15,6 +15,7 @@ from types import FrameType
 import click
 
 from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UserCodeError, is_out_of_memory
+from ckpt_avg.messages import safe_text
 
 # A signal may come between publishing and the last line of output.
 _UNTOUCHED = "the output path is as it was, or complete if it had been published"
@@ -54,7 +55,7 @@ def say(text: str, *, err: bool = False) -> None:
         OutputError: stdout cannot be written, for another reason.
     """
     try:
-        click.echo(text, err=err)
+        click.echo(safe_text(text), err=err)
     except OSError as error:
         # What is left in the stream's buffer must not fail again when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if err else 1)

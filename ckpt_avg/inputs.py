@@ -50,6 +50,8 @@ def open_inputs(
     for note in discovery.notes:
         notice(note)
     found = survey(discovery, reading, stack, selection.wants, compare=compare)
+    for note in found.notes:
+        notice(note)
     checkpoints = tuple(candidate.opened() for candidate in select(found.candidates, selection, notice))
     refuse_missing_prefix([checkpoint.spec for checkpoint in checkpoints], reading)
     chosen = set(map(id, checkpoints))

@@ -17,7 +17,9 @@ class Limits:
     name: int = 4_096  # bytes of one tensor name in UTF-8
     rank: int = 64  # dimensions of one tensor; torch itself allows no more
     elements: int = 2**63 - 1  # of one tensor; torch counts them in int64
-    index: int = 64 * 2**20  # bytes of a shard index or of a trainer's log beside the weights
+    index: int = 16 * 2**20  # bytes of a shard index
+    log: int = 8 * 2**20  # bytes of a trainer's log beside the weights
+    part_members: int = 100  # of the archive of one stored part of a tensor
     zip_directory: int = 256 * 2**20  # bytes of a zip's central directory
     pickle: int = 256 * 2**20  # bytes of a checkpoint's pickle, the tensors not included
     pickle_operations: int = 30_000_000
@@ -25,7 +27,7 @@ class Limits:
     expanded: int = 64 * 2**20  # bytes of a tensor that repeats elements of a smaller storage (stride 0)
     part_pairs: int = 1_000_000  # pairs of parts of one tensor that lie beside each other
     part_pickle: int = 64 * 1024  # bytes of the pickle of one stored part of a tensor
-    modules: int = 200_000  # of one pickled module, counted in each place where they stand
+    module_items: int = 2_000_000  # modules and tensors of one pickled module, counted in each place where they stand
     folders: int = 2_000  # that are searched for checkpoints inside one run folder
     nesting: int = 4  # how deep nested dicts are searched for a state dict
 

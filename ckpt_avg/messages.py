@@ -28,6 +28,11 @@ def quote(name: object) -> str:
     return f"{text[: _LONGEST_NAME - 20]}…{text[-16:]} ({len(text)} characters)"
 
 
+def safe_text(text: str) -> str:
+    """Returns text for a terminal: control characters, which a file's name may hold, show escaped; lines stay lines."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1] for sign in text)
+
+
 def listing(items: Iterable[str], *, separator: str = ", ") -> str:
     """Joins at most 20 items and says how many more there are."""
     iterator = iter(items)

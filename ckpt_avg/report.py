@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.compat import CompatibilityReport
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 def average_text(result: AverageResult, *, verbose: bool = False) -> str:
     """Says what was averaged, how, and where it went; with ``verbose`` also what was left out."""
-    names = [path.name or str(path) for path in result.checkpoints]
+    names = [quote(name)[1:-1] for name in _told_apart(result.checkpoints)]
     shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, …, {names[-1]}"
     lines = [
         f"{'averaged' if result.written else 'would average'} {plural(len(names), 'checkpoint')}: {shown}",
@@ -30,6 +32,7 @@ def average_text(result: AverageResult, *, verbose: bool = False) -> str:
             {
                 "refreshed": "BatchNorm statistics would be recomputed",
                 "mean": "BatchNorm statistics: the mean of the checkpoints'",
+                "copied": "BatchNorm statistics: the checkpoint's own",
                 "frozen": "BatchNorm statistics: frozen, as in every checkpoint",
             }[result.statistics]
         )
@@ -39,6 +42,12 @@ def average_text(result: AverageResult, *, verbose: bool = False) -> str:
     elif result.skipped:
         lines.append(f"{plural(len(result.skipped), 'entry')} left out (-v says why)")
     return "\n".join(lines)
+
+
+def _told_apart(paths: Sequence[Path]) -> list[str]:
+    """Returns the names of paths, with the folder in front where names alone do not tell them apart."""
+    names = [path.name or str(path) for path in paths]
+    return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
 
 
 def average_json(result: AverageResult) -> dict[str, Any]:

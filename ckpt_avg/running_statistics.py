@@ -14,7 +14,7 @@ from ckpt_avg.readers import Checkpoint
 from ckpt_avg.refresh import Batches, Model, PreparedRefresh, prepare_refresh
 from ckpt_avg.spec import batch_norm_buffer
 
-Statistics = Literal["none", "refreshed", "mean", "frozen"]
+Statistics = Literal["none", "refreshed", "mean", "frozen", "copied"]
 
 
 def frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[str]:
@@ -44,6 +44,8 @@ def choose_refresh(
             f"{plural(len(kept), 'frozen BatchNorm layer')} left as found, the statistics being the same in every "
             f"checkpoint: {listing(map(quote, kept))}"
         )
+    if plan.checkpoints == 1 and model is None and data is None and bn != "refresh":
+        return None  # a copy of the weights keeps the statistics that belong to them
     if not moving or bn == "keep":
         if not plan.batch_norm and (model is not None or data is not None or bn == "refresh"):
             notice("the checkpoints hold no BatchNorm statistics, so there is nothing to refresh")
@@ -82,6 +84,8 @@ def source_of_statistics(plan: Plan, frozen: frozenset[str], refresh: PreparedRe
         return "none"
     if refresh is not None:
         return "refreshed"
+    if plan.checkpoints == 1:
+        return "copied"
     return "frozen" if len(frozen) == 2 * len(plan.batch_norm) else "mean"
 
 

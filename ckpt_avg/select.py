@@ -92,7 +92,7 @@ def select(
     if selection.from_step is not None or selection.to_step is not None:
         kept = _between(kept, selection, notice)
     if selection.at_lr_minima:
-        kept = _at_minima(kept)
+        kept = _at_minima(kept, notice)
     if selection.every is not None:
         kept = kept[::-1][:: selection.every][::-1]
     if selection.last is not None:
@@ -103,7 +103,7 @@ def select(
 
 
 def _names(candidates: Sequence[Candidate]) -> str:
-    return listing(candidate.path.name for candidate in candidates)
+    return listing(quote(candidate.path.name)[1:-1] for candidate in candidates)
 
 
 def _enough(kept: list[Candidate], number: int, option: str) -> list[Candidate]:
@@ -172,7 +172,7 @@ def _best(
     return [candidate for candidate in kept if id(candidate) in chosen]
 
 
-def _at_minima(kept: list[Candidate]) -> list[Candidate]:
+def _at_minima(kept: list[Candidate], notice: Callable[[str], None]) -> list[Candidate]:
     option = "--at-lr-minima"
     unit = unit_of(kept)
     log = max((candidate.record.rates for candidate in kept), key=len)
@@ -195,6 +195,19 @@ def _at_minima(kept: list[Candidate]) -> list[Candidate]:
             "checkpoints. If each was saved at the end of a cycle, leave the option out; else choose with --every or "
             "--include."
         )
+    chosen = [
+        f"{quote(each.path.name)[1:-1]} ({each.record.learning_rate:g})"
+        for each in found
+        if each.record.learning_rate is not None
+    ]
+    notice(f"at the bottom of the learning rate's cycles: {listing(chosen)}")
+    rates = [each.record.learning_rate or 0.0 for each in kept]
+    behind = [rates[kept.index(each) + 1] for each in found if kept.index(each) + 1 < len(kept)]
+    if not log and behind and min(behind) >= 0.95 * max(rates):
+        notice(
+            "each is followed by a checkpoint that records the highest rate: if the scheduler stepped before the "
+            "checkpoint was saved, those are the ends of the cycles; choose them with --include or --every"
+        )
     return found
 
 
@@ -205,7 +218,7 @@ def _nearest(kept: list[Candidate], steps: Sequence[int]) -> list[Candidate]:
     far = _FAR * min(after - before for before, after in itertools.pairwise(steps))
     chosen = set()
     for step in steps:
-        candidate = min(kept, key=lambda each: abs(position(each, "step") - step))
+        candidate = min(reversed(kept), key=lambda each: abs(position(each, "step") - step))
         if abs(position(candidate, "step") - step) <= far:
             chosen.add(id(candidate))
     return [candidate for candidate in kept if id(candidate) in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -55,10 +56,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The candidates in order, and what was left out."""
+    """The candidates in order, what was left out, and what the user should know."""
 
     candidates: tuple[Candidate, ...]
     skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...] = ()
 
 
 def survey(
@@ -88,11 +90,11 @@ def survey(
             f"({listing(path.name for path in paths)}). The patterns are matched with file names; change them."
         )
     candidates: list[Candidate] = []
-    skipped = list(discovery.skipped)
+    skipped, notes = list(discovery.skipped), list[str]()
     for group in discovery.groups:
-        found = [_open(path, reading, stack) for path in group.paths if wanted(path.name)]
+        found = [_open(path, reading, stack, group.is_run) for path in group.paths if wanted(path.name)]
         if group.is_run:
-            kept = _in_order(_leave_out(found, skipped, compare))
+            kept = _one_series(_in_order(_leave_out(found, skipped, compare)), skipped, notes)
             paths_kept = {candidate.path for candidate in kept}
             for candidate in found:
                 if candidate.checkpoint is not None and candidate.path not in paths_kept:
@@ -103,7 +105,7 @@ def survey(
         reasons = listing((f"{quote(item.path.name)}: {item.reason}" for item in skipped), separator="; ")
         raise IncompatibleError(f"nothing to average: each checkpoint is left out ({reasons}). Name others.")
     _refuse_same(candidates)
-    return Survey(tuple(candidates), tuple(skipped))
+    return Survey(tuple(candidates), tuple(skipped), tuple(notes))
 
 
 def unit_of(candidates: Sequence[Candidate]) -> Unit | None:
@@ -133,10 +135,12 @@ def _refuse_same(candidates: Sequence[Candidate]) -> None:
             seen[identity] = candidate.path
 
 
-def _open(path: Path, reading: Reading, stack: ExitStack) -> Candidate:
+def _open(path: Path, reading: Reading, stack: ExitStack, is_run: bool) -> Candidate:
     try:
         checkpoint = stack.enter_context(open_with(path, reading))
     except CheckpointFormatError as error:
+        if is_run:
+            error.args = (f"{error} To average the others, leave it out: --exclude {quote(path.name)}.",)
         return Candidate(path, None, error, record_from_name(path.name))
     return Candidate(path, checkpoint, None, checkpoint.spec.record)
 
@@ -180,6 +184,33 @@ def _without_strays(found: list[Candidate], skipped: list[Skipped]) -> list[Cand
         return found
     skipped += [Skipped(each.path, "it records neither step nor epoch, as the others do") for each in strays]
     return [each for each in found if each not in strays]
+
+
+def _one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str]) -> list[Candidate]:
+    """Keeps one series of checkpoints of a run that holds several: raw weights and their EMA, two networks of a GAN.
+
+    Raises:
+        IncompatibleError: several series go through the same steps, and nothing tells which is meant.
+    """
+    averages = [each for each in found if "ema" in re.split(r"[^a-z]+", stem(each.path.name).lower())]
+    if averages and len(averages) < len(found):
+        skipped += [Skipped(each.path, "EMA weights, by its name: --include takes them alone") for each in averages]
+        found = [each for each in found if each not in averages]
+    series: dict[tuple[int | None, int | None], set[str]] = {}
+    for each in found:
+        moment = (each.record.step, each.record.epoch)
+        if moment != (None, None):
+            series.setdefault(moment, set()).add(re.sub(r"\d+(\.\d+)?", "*", stem(each.path.name)))
+    shared = [kinds for kinds in series.values() if len(kinds) > 1]
+    if len(shared) > 1:
+        kinds = sorted(set.union(*shared))
+        raise IncompatibleError(
+            f"{found[0].path.parent}: expected one series of checkpoints, got several that go through the same steps: "
+            f"{listing(map(quote, kinds))}. Choose one, for example with --include {quote(kinds[0] + '*')}."
+        )
+    if shared:
+        notes.append(f"several checkpoints of one step are taken: {listing(map(quote, sorted(shared[0])))}")
+    return found
 
 
 def _plainness(path: Path) -> tuple[object, ...]:

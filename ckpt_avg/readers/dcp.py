@@ -157,15 +157,13 @@ def _storage(metadata: Mapping[str, Any], folder: Path) -> dict[tuple[str, tuple
     found: dict[tuple[str, tuple[int, ...] | None], _Stored] = {}
     for key, entry in metadata["storage_data"].items():
         index, info = _state(key.value if isinstance(key, Opaque) else key), _state(entry)
-        name, file, offset, length = (
-            index.get("fqn"),
-            *(info.get(each) for each in ("relative_path", "offset", "length")),
-        )
-        if not isinstance(name, str) or not isinstance(file, str) or type(offset) is not int or type(length) is not int:
+        name, file = index.get("fqn"), info.get("relative_path")
+        place = _integers((info.get("offset"), info.get("length")))
+        if not isinstance(name, str) or not isinstance(file, str) or place is None:
             _fail(folder, f"expected where {quote(name)} is stored, got something else")
         if info.get("transform_descriptors"):
             _fail(folder, f"tensor {quote(name)} was transformed when it was saved (compressed or encrypted)")
-        found[name, _integers(index.get("offset"))] = _Stored(file, offset, length)
+        found[name, _integers(index.get("offset"))] = _Stored(file, *place)
     return found
 
 
@@ -220,7 +218,7 @@ def _check_present(
 def _read_archive(index: int, file: MappedFile, stored: _Stored) -> TensorSpec:
     """Returns where the one tensor of an archive inside a file lies."""
     region = Region(file, stored.offset, stored.length)
-    contents, place_of = torch_zip.read_contents(region, LIMITS.part_pickle)
+    contents, place_of = torch_zip.read_contents(region, is_part=True)
     if not isinstance(contents, StoredTensor):
         raise CheckpointFormatError(
             f"{file.path}: expected a plain tensor in {quote(stored.file)}, got another object at byte "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.limits import LIMITS
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import quote
 from ckpt_avg.readers.assemble import settle_names
@@ -87,6 +88,6 @@ def _offsets(shard: Path, metadata: Mapping[str, str]) -> dict[str, tuple[int, .
         raise CheckpointFormatError(
             f"{shard}: {DCP_SHARDING}: expected saved_offsets for each tensor, got something else. Save it again."
         ) from error
-    if not all(type(start) is int and start >= 0 for starts in offsets.values() for start in starts):
+    if not all(type(start) is int and 0 <= start <= LIMITS.elements for starts in offsets.values() for start in starts):
         raise CheckpointFormatError(f"{shard}: {DCP_SHARDING}: expected offsets from 0, got others. Save it again.")
     return offsets

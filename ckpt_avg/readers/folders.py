@@ -33,9 +33,11 @@ _WEIGHTS = (
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _DEEPSPEED = "mp_rank_00_model_states.pt"
 _ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-_DCP_SHARD = re.compile(r"shard-(\d+)-model-(\d+)-of-(\d+)\.safetensors")
-_LONE_SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
+_DCP_SHARD = re.compile(r"shard-(\d{1,9})-model-(\d{1,9})-of-(\d{1,6})\.safetensors")
+_LONE_SHARD = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 _MEGATRON = re.compile(r"mp_rank_\d+(_\d+)*")
+# Files that hold one rank's part of each tensor: Meta's tensor parallel ones, fairseq's, those of Megatron-DeepSpeed.
+_RANK = re.compile(r"consolidated\.(\d\d)\.(pth|pt|safetensors)|.*-shard(\d+)\.pt|mp_rank_(\d\d)_model_states\.pt")
 _FSDP = re.compile(r"pytorch_model_fsdp_\d+")
 
 _Reader = Literal["file", "index", "DCP", "DCP safetensors", "folder", "refused", "half-written"]
@@ -91,6 +93,14 @@ def refuse_part(path: Path) -> None:
     """Raises CheckpointFormatError for a file whose name says that it holds one rank's part of each tensor."""
     if _ZERO3.fullmatch(path.name):
         raise CheckpointFormatError(f"{path}: {_zero3(path.parent)}")
+    if match := _RANK.fullmatch(path.name):
+        number = next(each for each in match.groups()[::-1] if each and each.isdigit())
+        other = path.name.replace(number, f"{int(number) ^ 1:0{len(number)}}")
+        if path.with_name(other).exists():
+            raise CheckpointFormatError(
+                f"{path}: expected whole weights, got the part of one of several ranks ({quote(other)} is beside it). "
+                "Join the parts with the tool of the framework that trained it, then average the results."
+            )
 
 
 def open_folder(folder: Path, reading: Reading) -> Checkpoint:
@@ -144,7 +154,7 @@ def _distributed(folder: Path, names: set[str], kind: str | None) -> Form | None
         return Form("DCP", folder, kind)
     shards = [match for name in names if (match := _DCP_SHARD.fullmatch(name))]
     if shards:
-        return _dcp_safetensors(folder, {int(match[1]) for match in shards})
+        return _dcp_safetensors(folder, [(int(match[1]), int(match[2]), int(match[3])) for match in shards])
     if any(name.endswith(".distcp") for name in names):
         return Form(
             "half-written",
@@ -199,8 +209,16 @@ def _is_deepspeed(folder: Path) -> bool:
     return _DEEPSPEED in names or any(_ZERO3.fullmatch(name) for name in names)
 
 
-def _dcp_safetensors(folder: Path, ranks: set[int]) -> Form:
+def _dcp_safetensors(folder: Path, shards: list[tuple[int, int, int]]) -> Form:
+    ranks = {rank for rank, _, _ in shards}
     missing = sorted(set(range(1, max(ranks) + 1)) - ranks)
+    files = max(count for _, _, count in shards)
+    lacking = sorted(set(range(1, files + 1)) - {number for _, number, _ in shards})
+    if lacking:
+        problem = (
+            f"expected files 1 to {files} of the model, got none of {listing(map(str, lacking))}. Copy all of them."
+        )
+        return Form("refused", folder, "torch DCP", problem)
     if missing:
         return Form(
             "refused",

@@ -28,7 +28,11 @@ def member_of(folder: Path, name: object, where: str) -> Path:
             f"{where}: expected the name of a file beside it, got {quote(name)}. Don't trust it."
         )
     path = folder / name
-    if path.is_symlink():
+    try:
+        is_link = path.is_symlink()
+    except (OSError, ValueError) as error:  # a name that is too long, or no text
+        raise CheckpointFormatError(f"{where}: {quote(name)} cannot be the name of a file. Don't trust it.") from error
+    if is_link:
         try:
             target = Path(os.path.realpath(path, strict=True))
         except OSError as error:

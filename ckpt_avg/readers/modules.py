@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ckpt_avg.limits import LIMITS
+from ckpt_avg.messages import quote
 from ckpt_avg.readers.leaves import refuse
 from ckpt_avg.readers.stand_ins import Foreign
 
@@ -51,21 +52,32 @@ def _collect(module: Foreign, prefix: str, found: dict[str, object], depth: int,
     if not isinstance(state, dict):
         return
     # A module that stands in several places is visited in each, so a few can make very many.
-    if depth == 0 or len(found) > LIMITS.tensors or next(visits) > LIMITS.modules:
-        refuse(f"expected at most {LIMITS.modules:,} modules, {_DEEPEST} deep, got more, or too many tensors")
-    passing = _strings(state.get("_non_persistent_buffers_set"))
+    if depth == 0 or len(found) > LIMITS.tensors or next(visits) > LIMITS.module_items:
+        refuse(f"expected at most {LIMITS.module_items:,} modules and tensors, {_DEEPEST} deep, got more")
+    passing = _strings(state.get("_non_persistent_buffers_set"), visits)
     for part in ("_parameters", "_buffers"):
         for name, tensor in state[part].items():
+            for _ in range(1 + len(prefix) // 256):  # long names take memory, too
+                next(visits)
+            if not isinstance(name, str) or len(prefix) + len(name) > LIMITS.name:
+                refuse(f"expected names of at most {LIMITS.name:,} characters in a pickled module, got another")
             passes = part == "_buffers" and name in passing
             if tensor is not None and not passes:
                 found[f"{prefix}{name}"] = tensor
     for name, inner in state["_modules"].items():
-        if isinstance(inner, Foreign) and is_module(inner):
-            _collect(inner, f"{prefix}{name}.", found, depth - 1, visits)
+        if not isinstance(inner, Foreign):
+            continue  # None, or what holds no tensors
+        if not is_module(inner) or not isinstance(name, str) or len(prefix) + len(name) > LIMITS.name:
+            refuse(f"expected modules in a pickled module, got {inner.described()} as {quote(f'{prefix}{name}')}")
+        _collect(_unwrapped(inner), f"{prefix}{name}.", found, depth - 1, visits)
 
 
-def _strings(value: object) -> set[object]:
+def _strings(value: object, visits: Iterator[int]) -> set[object]:
     """Returns the strings of a set, which pickles before protocol 4 write as a call of ``set`` with a list."""
     if isinstance(value, Foreign) and value.qualname == "set" and value.arguments:
         value = value.arguments[0]
-    return {each for each in value if isinstance(each, str)} if isinstance(value, (set, frozenset, list)) else set()
+    if not isinstance(value, (set, frozenset, list)):
+        return set()
+    for _ in value:
+        next(visits)
+    return {each for each in value if isinstance(each, str)}

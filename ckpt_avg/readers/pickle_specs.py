@@ -90,13 +90,18 @@ def read_next_pickle(source: Source, where: str) -> tuple[object, Mapping[str, S
     return result, machine.storages
 
 
+# An empty container takes some 60 to 220 bytes, a hundred times its opcode: it counts for more than one operation.
+_CONTAINERS = {code[0] for code in (pickle.EMPTY_SET, pickle.EMPTY_DICT, pickle.EMPTY_LIST)}
+_CONTAINER_COST = 20
+
+
 class _Counted(dict[int, Callable[[Any], None]]):
     """The opcode table, which also bounds how many opcodes are carried out."""
 
     left = LIMITS.pickle_operations
 
     def __getitem__(self, code: int) -> Callable[[Any], None]:
-        self.left -= 1
+        self.left -= _CONTAINER_COST if code in _CONTAINERS else 1
         if self.left < 0:
             raise CheckpointFormatError(
                 f"expected at most {LIMITS.pickle_operations:,} operations in the pickle, got more. Save the state "
@@ -160,7 +165,7 @@ class _SpecUnpickler(pickle._Unpickler):
             refuse("a storage of the pickle has no known type, name or size")
         if isinstance(kind, UnreadableTensor):
             return self.storages.setdefault(key, kind)
-        if not isinstance(kind, StorageType) or type(numel) is not int or numel < 0:
+        if not isinstance(kind, StorageType) or type(numel) is not int or not 0 <= numel <= LIMITS.elements:
             refuse("a storage of the pickle has no known type, name or size")
         if len(pid) > 5 and pid[5] is not None:
             return self.storages.setdefault(key, UnreadableTensor("a view of a storage, as torch 0.3 saved it"))
@@ -179,7 +184,7 @@ class _SpecUnpickler(pickle._Unpickler):
         # A call may copy what it is given, and the same long argument can be given again and again.
         sizes = [len(arguments), *(len(each) for each in arguments if isinstance(each, _SIZED))]
         self._budget.left -= 5 * sum(size for size in sizes if size > LIMITS.rank)
-        self._budget.left -= sum(len(each) for each in arguments if isinstance(each, (str, bytes))) // 8
+        self._budget.left -= sum(len(each) for each in arguments if isinstance(each, (str, bytes, bytearray))) // 8
         self.append(function(*arguments))
 
     def load_bytearray8(self) -> None:
@@ -214,6 +219,8 @@ class _SpecUnpickler(pickle._Unpickler):
         if isinstance(target, Foreign):
             target.state = state
         elif isinstance(target, (StoredArray, ArrayDType)):
+            parts = state if isinstance(state, tuple) else ()
+            self._budget.left -= sum(len(each) for each in parts if isinstance(each, (str, bytes, bytearray))) // 8
             target.restore(state)
         elif not isinstance(target, (PlainDict, Leaf)):
             refuse(f"the pickle restores a state into a {type(target).__name__}")

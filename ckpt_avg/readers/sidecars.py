@@ -47,7 +47,7 @@ def record_beside(path: Path, epoch: int | None) -> Record:
 def _text(path: Path) -> str:
     try:
         with MappedFile(path) as file:
-            return file.read(0, file.size).decode("utf-8") if file.size <= LIMITS.index else ""
+            return file.read(0, file.size).decode("utf-8") if file.size <= LIMITS.log else ""
     except (CheckpointFormatError, UnicodeDecodeError):
         return ""
 
@@ -78,7 +78,13 @@ def _trainer_state(path: Path) -> Record:
                 }
             )
     epoch = measure(state.get("epoch"))
-    return Record(step, None if epoch is None else int(epoch), metrics, rates[-1][1] if rates else None, tuple(rates))
+    return Record(
+        step,
+        count(None if epoch is None else float(int(epoch))),
+        metrics,
+        rates[-1][1] if rates else None,
+        tuple(rates),
+    )
 
 
 def _lightning_meta(path: Path) -> Record:

@@ -232,7 +232,10 @@ def _found(
     if isinstance(value, Foreign):
         if not is_module(value):
             raise CheckpointFormatError(f"{where}: {_pickled(value)}")
-        value = module_tensors(value)
+        try:
+            value = module_tensors(value)
+        except CheckpointFormatError as error:
+            raise CheckpointFormatError(f"{where}: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointFormatError(f"{where}: expected a state dict, got {_contents(value)}.")
     tensors: dict[str, Leaf] = {}

@@ -19,12 +19,12 @@ from ckpt_avg.readers.zip_directory import Member, read_members
 MAGIC = b"PK\x03\x04"
 
 
-def read_contents(file: Readable, most: int = LIMITS.pickle) -> tuple[object, Callable[[str], Place | None]]:
+def read_contents(file: Readable, *, is_part: bool = False) -> tuple[object, Callable[[str], Place | None]]:
     """Reads the directory and the pickle.
 
     Args:
         file: the archive.
-        most: bytes that its pickle may have.
+        is_part: whether it holds one part of a tensor, so that few members and a short pickle are expected.
 
     Returns:
         What the file holds, and what tells where the storage of a key lies: (first byte, bytes).
@@ -32,7 +32,8 @@ def read_contents(file: Readable, most: int = LIMITS.pickle) -> tuple[object, Ca
     Raises:
         CheckpointFormatError: the archive or its pickle is damaged, or is not torch's.
     """
-    members = read_members(file)
+    most = LIMITS.part_pickle if is_part else LIMITS.pickle
+    members = read_members(file, LIMITS.part_members if is_part else LIMITS.tensors)
     root = _root(file, members)
     byteorder = members.get(f"{root}/byteorder")
     if byteorder is not None and file.read(byteorder.offset, min(byteorder.size, 16)) != b"little":

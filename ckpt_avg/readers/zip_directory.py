@@ -47,13 +47,13 @@ class _Entry:
     header: int
 
 
-def read_members(file: Readable) -> Mapping[str, Member]:
+def read_members(file: Readable, most: int = LIMITS.tensors) -> Mapping[str, Member]:
     """Returns the members by name, every claim of the archive about them checked.
 
     Raises:
         CheckpointFormatError: the archive is truncated, compressed, encrypted, or contradicts itself.
     """
-    start, length, count = _locate_directory(file)
+    start, length, count = _locate_directory(file, most)
     members: dict[str, Member] = {}
     end_of_previous = 0
     entries = sorted(_entries(file, file.read(start, length), count), key=lambda entry: entry.header)
@@ -79,7 +79,7 @@ def _fail(file: Readable, what: str) -> NoReturn:
     raise CheckpointFormatError(f"{file.path}: {what}. {_DAMAGED}")
 
 
-def _locate_directory(file: Readable) -> tuple[int, int, int]:
+def _locate_directory(file: Readable, most: int) -> tuple[int, int, int]:
     """Returns (first byte, bytes, number of entries) of the central directory."""
     if file.size < _END.size:
         _fail(file, f"a zip archive cut to {file.size} bytes")
@@ -102,7 +102,7 @@ def _locate_directory(file: Readable) -> tuple[int, int, int]:
             limit = at
     if disk or start_disk or here != count:
         _fail(file, "an archive split over several disks")
-    if length > LIMITS.zip_directory or count > LIMITS.tensors:
+    if length > LIMITS.zip_directory or count > most:
         _fail(
             file, f"expected a directory of at most {LIMITS.zip_directory:,} bytes, got {length:,} ({count:,} members)"
         )

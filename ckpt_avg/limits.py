@@ -27,7 +27,7 @@ class Limits:
     expanded: int = 64 * 2**20  # bytes of a tensor that repeats elements of a smaller storage (stride 0)
     part_pairs: int = 1_000_000  # pairs of parts of one tensor that lie beside each other
     part_pickle: int = 64 * 1024  # bytes of the pickle of one stored part of a tensor
-    module_items: int = 2_000_000  # modules and tensors of one pickled module, counted in each place where they stand
+    module_items: int = 1_000_000  # modules and tensors of one pickled module, counted in each place where they stand
     folders: int = 2_000  # that are searched for checkpoints inside one run folder
     nesting: int = 4  # how deep nested dicts are searched for a state dict
 

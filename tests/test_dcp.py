@@ -271,7 +271,7 @@ def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetad
 
 LIES: dict[str, tuple[Callable[[Any], object], str]] = {
     "offset behind the end": (lambda m: setattr(entry(m, "w")[1], "offset", 10**9), "got a file of"),
-    "negative offset": (lambda m: setattr(entry(m, "w")[1], "offset", -1), "got a file of"),
+    "negative offset": (lambda m: setattr(entry(m, "w")[1], "offset", -1), "is stored, got something else"),
     "length behind the end": (lambda m: setattr(entry(m, "w")[1], "length", 10**9), "got a file of"),
     "length of nothing": (lambda m: setattr(entry(m, "w")[1], "length", 0), "a zip archive cut to 0 bytes"),
     "a float as offset": (lambda m: setattr(entry(m, "w")[1], "offset", 0.0), "is stored, got something else"),

@@ -52,7 +52,8 @@ def _collect(module: Foreign, prefix: str, found: dict[str, object], depth: int,
     if not isinstance(state, dict):
         return
     # A module that stands in several places is visited in each, so a few can make very many.
-    if depth == 0 or len(found) > LIMITS.tensors or next(visits) > LIMITS.module_items:
+    at = [next(visits) for _ in range(10)][-1]  # a module costs as much as ten tensors
+    if depth == 0 or len(found) > LIMITS.tensors or at > LIMITS.module_items:
         refuse(f"expected at most {LIMITS.module_items:,} modules and tensors, {_DEEPEST} deep, got more")
     passing = _strings(state.get("_non_persistent_buffers_set"), visits)
     for part in ("_parameters", "_buffers"):

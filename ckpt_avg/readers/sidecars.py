@@ -78,13 +78,8 @@ def _trainer_state(path: Path) -> Record:
                 }
             )
     epoch = measure(state.get("epoch"))
-    return Record(
-        step,
-        count(None if epoch is None else float(int(epoch))),
-        metrics,
-        rates[-1][1] if rates else None,
-        tuple(rates),
-    )
+    whole = None if epoch is None else count(float(int(epoch)))
+    return Record(step, whole, metrics, rates[-1][1] if rates else None, tuple(rates))
 
 
 def _lightning_meta(path: Path) -> Record:

@@ -14,8 +14,9 @@ _NEAR = 0.05  # of the amplitude: how far a bottom at either end of the run may 
 def bottoms(rates: Sequence[float]) -> list[int]:
     """Returns the indices of the local minima of a series of learning rates.
 
-    A run of equal rates counts once, by its last index. The first and last of the series are bottoms only if they are
-    as low as the bottom next to them, within 5 % of the amplitude: a warmup starts low, and a run may end anywhere.
+    A run of equal rates counts once, by its last index. The first of the series is a bottom only if it is as low as the
+    next one, within 5 % of the amplitude, since a warmup starts low; the last only if it is no higher than that, since
+    a run may end anywhere.
 
     Example:
         >>> bottoms([0.1, 0.05, 0.01, 0.1, 0.05, 0.01, 0.1, 0.05])
@@ -39,6 +40,6 @@ def bottoms(rates: Sequence[float]) -> list[int]:
     first, last = levels[0], levels[-1]
     if first[1] < levels[1][1] and abs(first[1] - inner[0][1]) <= near:
         found.insert(0, first[0])
-    if last[1] < levels[-2][1] and abs(last[1] - inner[-1][1]) <= near:
+    if last[1] < levels[-2][1] and last[1] <= inner[-1][1] + near:
         found.append(last[0])
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.messages import listing, quote
-from ckpt_avg.readers.file_names import SUFFIXES
+from ckpt_avg.readers.file_names import SUFFIXES, is_alias
 from ckpt_avg.run_folder import Skipped, entries_of, identity_of, list_folder
 
 _DEEPEST = 3  # folders inside a run folder that are searched where it holds no checkpoint itself
@@ -63,6 +63,13 @@ def discover(sources: Sources) -> Discovery:
         UsageError: a source does not exist, or a checkpoint is named twice by hand.
         IncompatibleError: a folder holds no checkpoint, or several folders with checkpoints.
     """
+    try:
+        return _discover(sources)
+    except OSError as error:  # a file went, or may not be looked at, after its folder was listed
+        raise UsageError(f"{quote(error.filename)}: {error.strerror}. If the run goes on, try again.") from error
+
+
+def _discover(sources: Sources) -> Discovery:
     groups: list[Group] = []
     skipped: list[Skipped] = []
     notes: list[str] = []
@@ -110,10 +117,12 @@ def _search(folder: Path, depth: int, visits: Iterator[int]) -> Discovery | None
             f"{folder}: expected checkpoints in the first {LIMITS.folders:,} folders, got none. Name the run folder."
         )
     found = list_folder(folder)
-    if found.paths:
+    only_aliases = found.is_run and all(is_alias(path.name) for path in found.paths)
+    if found.paths and not only_aliases:
         return Discovery((Group(found.paths, found.is_run),), found.skipped)
+    own = Discovery((Group(found.paths, True),), found.skipped) if found.paths else None
     if depth == 0:
-        return None
+        return own
     inner = []
     left_out = {item.path for item in found.skipped}
     for path in entries_of(folder):
@@ -127,10 +136,13 @@ def _search(folder: Path, depth: int, visits: Iterator[int]) -> Discovery | None
             f"{listing(quote(path.relative_to(folder)) for path, _ in inner)}. Name one of them."
         )
     if not inner:
-        return None
+        return own
     path, inside = inner[0]
+    aliases = [
+        Skipped(alias, f"last, best or the like by its name, beside the run in {path.name}") for alias in found.paths
+    ]
     return Discovery(
-        inside.groups, (*found.skipped, *inside.skipped), inside.notes or (f"the checkpoints are in {path}",)
+        inside.groups, (*found.skipped, *aliases, *inside.skipped), inside.notes or (f"the checkpoints are in {path}",)
     )
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_avg.discover import Discovery
-from ckpt_avg.errors import CheckpointFormatError, UsageError
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, UsageError
 from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.readers import Checkpoint, Reading, open_checkpoint, refuse_missing_prefix
+from ckpt_avg.readers.assemble import RUNNING_AVERAGE
 from ckpt_avg.select import Selection, select
 from ckpt_avg.spec import METHOD_KEY
 from ckpt_avg.survey import Compare, Survey, survey
@@ -93,6 +94,13 @@ def notice_what_is_read(checkpoints: Sequence[Checkpoint], notice: Callable[[str
         for note in spec.notes if spec.notes != first.notes or spec is first else ():
             notice(f"{spec.path}: {note}")
     if averaged := [spec for spec in (checkpoint.spec for checkpoint in checkpoints) if spec.averaged]:
+        running = next((spec for spec in averaged if spec.averaged.startswith(RUNNING_AVERAGE)), None)
+        if running and len(averaged) < len(checkpoints):
+            raw = next(checkpoint.spec for checkpoint in checkpoints if not checkpoint.spec.averaged)
+            raise IncompatibleError(
+                f"{running.path}: {running.averaged} is all that it holds, while {raw.path} holds raw weights. Average "
+                "either kind: choose with --include and --exclude, --ema or --state-key."
+            )
         notice(
             f"{plural(len(averaged), 'checkpoint')} of {len(checkpoints)} hold an average already "
             f"({averaged[0].path.name}: {averaged[0].averaged})"

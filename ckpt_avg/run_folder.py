@@ -18,6 +18,7 @@ _BESIDE_THE_WEIGHTS = re.compile(
     re.I,
 )
 _RECOVERY = re.compile(r"recovery-\d+-\d+\.pth\.tar")
+_AVERAGED = "an earlier average, by its name"
 _UNFINISHED = (".tmp", ".part", ".incomplete")
 
 
@@ -66,14 +67,13 @@ def list_folder(folder: Path) -> Listing:
     found = _sort_entries(folder)
     files, skipped = found.files, found.skipped
     if own is not None:
-        taken = {own.target.name, *own.others} if own.reader in ("file", "index") else {path.name for path in files}
+        taken = {own.target.name, *own.others}
         files = [path for path in files if path.name not in taken and not _is_shard(path)]
         # Only what has a number beside them makes the folder's own weights those of a whole run.
         if not found.folders and not any(map(_numbered, files)):
             return Listing((folder,), False)
-        skipped.append(
-            Skipped(own.target, "the weights of the whole run beside its checkpoints: one of them, or the final")
-        )
+        whole = "the weights of the whole run beside its checkpoints: one of them, or the final"
+        skipped.append(Skipped(own.target, own.problem or whole))
     unfinished = _without_state(found.folders)
     skipped += [Skipped(path, "half-written: it has no trainer_state.json, as the others have") for path in unfinished]
     kept, repeated = _once([*(path for path, _ in found.folders if path not in unfinished), *files])
@@ -84,6 +84,9 @@ def list_folder(folder: Path) -> Listing:
             same = known.get(identity_of(path))
             skipped.append(Skipped(path, f"the same file as {same}" if same else "a model or a run of its own"))
     named = [path for path in kept if not is_alias(path.name)]
+    if any(item.reason == _AVERAGED and _numbered(item.path) for item in skipped) and not named:
+        skipped += [Skipped(path, "last, best or the like by its name") for path in kept]
+        kept = []  # else only an alias of these would be left
     if named:
         reason = "last, best or the like by its name, beside checkpoints with names of their own"
         skipped += [Skipped(path, reason) for path in kept if path not in named]
@@ -203,7 +206,7 @@ def _reason_to_skip(path: Path) -> str | None:
     if re.fullmatch(r"init(ial)?", stem(name), re.I):
         return "the weights before training, by its name"
     if is_average(name):
-        return "an earlier average, by its name"
+        return _AVERAGED
     if path.is_file() and path.stat().st_size == 0:
         return "half-written: it is empty"
     return None

@@ -119,6 +119,11 @@ def _unit(candidates: Sequence[Candidate], option: str) -> Unit:
     unit = unit_of(candidates)
     if unit is None:
         lacking = [candidate for candidate in candidates if candidate.record.step is None]
+        if not [each for each in lacking if each.record.epoch is None]:
+            raise IncompatibleError(
+                f"{option}: expected steps for every checkpoint, or epochs, got only epochs for {_names(lacking)} and "
+                "only steps for others. Choose with --include and --exclude."
+            )
         raise IncompatibleError(
             f"{option}: expected a step or an epoch for every checkpoint, got none for {_names(lacking)}. Leave these "
             "out with --exclude, or choose with --include."
@@ -156,9 +161,8 @@ def _best(
     if metric not in recorded:
         wanted = "a name for --metric" if metric is None else f"--metric {metric}"
         found = listing(map(quote, recorded)) if recorded else "no metric at all"
-        raise IncompatibleError(
-            f"--best {number}: expected {wanted}, got checkpoints that record {found}. Name one of these."
-        )
+        advice = "Name one of these." if recorded else "Choose with --include or --last instead."
+        raise IncompatibleError(f"--best {number}: expected {wanted}, got checkpoints that record {found}. {advice}")
     measured = [candidate for candidate in kept if metric in candidate.record.metrics]
     if len(measured) < len(kept):
         lacking = [candidate for candidate in kept if metric not in candidate.record.metrics]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -87,7 +88,8 @@ def survey(
     if not any(wanted(path.name) for path in paths):
         raise IncompatibleError(
             f"nothing to average: --include and --exclude leave none of {len(paths):,} checkpoints "
-            f"({listing(path.name for path in paths)}). The patterns are matched with file names; change them."
+            f"({listing(quote(path.name)[1:-1] for path in paths)}). The patterns are matched with file names; change "
+            "them." + _left_out_before(discovery, wanted)
         )
     candidates: list[Candidate] = []
     skipped, notes = list(discovery.skipped), list[str]()
@@ -108,11 +110,20 @@ def survey(
     return Survey(tuple(candidates), tuple(skipped), tuple(notes))
 
 
+def _left_out_before(discovery: Discovery, wanted: Callable[[str], bool]) -> str:
+    names = [quote(each.path.name) for each in discovery.skipped if wanted(each.path.name)]
+    return f" Left out before, and to be named by hand: {listing(names)}." if names else ""
+
+
 def unit_of(candidates: Sequence[Candidate]) -> Unit | None:
-    """Returns what all checkpoints can be ordered by: steps, else epochs, else nothing."""
-    if all(candidate.record.step is not None for candidate in candidates):
+    """Returns what all checkpoints can be ordered by: steps, unless they start anew in each epoch; epochs; nothing."""
+    moments = sorted((each.record.epoch or 0, each.record.step or 0) for each in candidates)
+    starts_anew = any(after[1] < before[1] for before, after in itertools.pairwise(moments))
+    all_steps = all(candidate.record.step is not None for candidate in candidates)
+    all_epochs = all(candidate.record.epoch is not None for candidate in candidates)
+    if all_steps and not (all_epochs and starts_anew):
         return "step"
-    return "epoch" if all(candidate.record.epoch is not None for candidate in candidates) else None
+    return "epoch" if all_epochs else None
 
 
 def position(candidate: Candidate, unit: Unit) -> int:
@@ -196,17 +207,20 @@ def _one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str]
     if averages and len(averages) < len(found):
         skipped += [Skipped(each.path, "EMA weights, by its name: --include takes them alone") for each in averages]
         found = [each for each in found if each not in averages]
-    series: dict[tuple[int | None, int | None], set[str]] = {}
+    series: dict[tuple[int | None, int | None], list[str]] = {}
     for each in found:
         moment = (each.record.step, each.record.epoch)
         if moment != (None, None):
-            series.setdefault(moment, set()).add(re.sub(r"\d+(\.\d+)?", "*", stem(each.path.name)))
-    shared = [kinds for kinds in series.values() if len(kinds) > 1]
-    if len(shared) > 1:
-        kinds = sorted(set.union(*shared))
+            series.setdefault(moment, []).append(each.path.name)
+    shared = [names for names in series.values() if len(names) > 1]
+    are_parts = any(re.search(r"(rank|shard|part)[-_]?\d", name) for names in shared for name in names)
+    if len(shared) > 1 or are_parts:
+        kinds = sorted({re.sub(r"\d+(\.\d+)?", "*", stem(name)) for names in shared for name in names})
+        kinds = kinds if len(kinds) > 1 else shared[0]
         raise IncompatibleError(
             f"{found[0].path.parent}: expected one series of checkpoints, got several that go through the same steps: "
-            f"{listing(map(quote, kinds))}. Choose one, for example with --include {quote(kinds[0] + '*')}."
+            f"{listing(map(quote, kinds))}. Choose one with --include and --exclude, for example --include "
+            f"{quote(kinds[0] if kinds is shared[0] else kinds[0] + '*')}."
         )
     if shared:
         notes.append(f"several checkpoints of one step are taken: {listing(map(quote, sorted(shared[0])))}")
@@ -223,4 +237,4 @@ def _in_order(found: list[Candidate]) -> list[Candidate]:
     unit = unit_of(found)
     if unit is None:
         return sorted(found, key=lambda candidate: in_order(candidate.path))
-    return sorted(found, key=lambda candidate: (position(candidate, unit), in_order(candidate.path)))
+    return sorted(found, key=lambda each: (position(each, unit), each.record.step or 0, in_order(each.path)))

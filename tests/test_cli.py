@@ -933,7 +933,12 @@ LAYERS = (
         "ckpt_avg.readers.zip_directory",
     ),
     ("ckpt_avg.readers.stand_ins",),
-    ("ckpt_avg.readers.contents", "ckpt_avg.readers.modules", "ckpt_avg.readers.pickle_specs"),
+    (
+        "ckpt_avg.readers.contents",
+        "ckpt_avg.readers.hidden",
+        "ckpt_avg.readers.modules",
+        "ckpt_avg.readers.pickle_specs",
+    ),
     ("ckpt_avg.readers.state_dict", "ckpt_avg.readers.torch_stream", "ckpt_avg.readers.torch_zip"),
     ("ckpt_avg.readers.assemble", "ckpt_avg.readers.sidecars"),
     ("ckpt_avg.readers.dcp", "ckpt_avg.readers.one_file"),

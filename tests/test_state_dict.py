@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.readers.contents import plain_values
 from ckpt_avg.readers.leaves import StorageRef, StoredTensor, UnreadableTensor
 from ckpt_avg.readers.stand_ins import Foreign, PlainDict
-from ckpt_avg.readers.state_dict import Reading, find_state_dict, plain_values
+from ckpt_avg.readers.state_dict import Reading, find_state_dict
 from ckpt_avg.spec import DTYPES
 
 PATH = Path("run/epoch_3.pt")

@@ -12,18 +12,20 @@ from ckpt_avg.memory_file import MemoryFile
 from ckpt_avg.messages import listing, plural, quote, size
 from ckpt_avg.readers.arrays import StoredArray
 from ckpt_avg.readers.checkpoint import Checkpoint
-from ckpt_avg.readers.contents import element, record_of
+from ckpt_avg.readers.contents import element, plain_values, record_of
 from ckpt_avg.readers.leaves import Leaf, StoredTensor
 from ckpt_avg.readers.names import check_name
 from ckpt_avg.readers.place import Place, place
 from ckpt_avg.readers.prefixes import Stripped, strip_prefixes
-from ckpt_avg.readers.state_dict import Found, Reading, find_state_dict, plain_values
+from ckpt_avg.readers.state_dict import Found, Reading, find_state_dict
 from ckpt_avg.spec import CheckpointSpec, TensorSpec
 
 LORA = (
     "these are LoRA factors: the mean of the products is not the product of the means, so the average of adapters is "
     "only near the average of the models. To average the models, merge each adapter first (merge_and_unload)"
 )
+
+RUNNING_AVERAGE = "a running average of weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ def assemble(
     if memory.size:
         notes += (f"numpy arrays, which the pickle holds itself, are in memory: {size(memory.size)}",)
     notes += without_tensor(found.others)
-    averaged = names.averaged or _averaged(found.ema, found.key)
+    averaged = names.averaged or average_mark(found.ema, found.key)
     spec = CheckpointSpec(
         file.path,
         form,
@@ -157,8 +159,9 @@ def keys_of(contents: object, state_key: str | None) -> tuple[str, ...]:
     return tuple(key if isinstance(key, str) else quote(key) for key in contents)
 
 
-def _averaged(ema: bool, key: str | None) -> str:
-    return f"a running average of weights, under {quote(key)}" if ema else ""
+def average_mark(ema: bool, key: str | None) -> str:
+    """Returns what is said of weights that are an EMA; nothing of others."""
+    return f"{RUNNING_AVERAGE}, under {quote(key)}" if ema else ""
 
 
 def _spec(path: Path, name: str, leaf: Leaf, place_of: Callable[[str], Place | None], memory: MemoryFile) -> TensorSpec:

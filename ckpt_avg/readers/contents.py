@@ -80,6 +80,19 @@ def record_of(contents: object, scalar: Scalar) -> Record:
     )
 
 
+def plain_values(root: object) -> dict[str, str | int | float | bool | None]:
+    """Returns the plain values at the top of a torch file: epoch, step, metric, version and the like."""
+    if not isinstance(root, dict):
+        return {}
+    return {
+        key: value
+        for key, value in root.items()
+        if isinstance(key, str)
+        # What JSON cannot hold tells nothing: NaN, Inf, integers of thousands of digits.
+        and (isinstance(value, (str, bool, type(None))) or (isinstance(value, (int, float)) and abs(value) < 2.0**1000))
+    }
+
+
 def follow(value: object, path: str) -> object:
     """Returns what a dotted path leads to through dicts and the first elements of lists; None if nothing."""
     for key in path.split("."):

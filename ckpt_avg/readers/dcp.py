@@ -19,7 +19,7 @@ from ckpt_avg.limits import LIMITS
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.readers import torch_zip
-from ckpt_avg.readers.assemble import keys_of, settle_names, without_tensor
+from ckpt_avg.readers.assemble import average_mark, keys_of, settle_names, without_tensor
 from ckpt_avg.readers.checkpoint import Checkpoint
 from ckpt_avg.readers.leaves import Leaf, StoredTensor
 from ckpt_avg.readers.members import member_of
@@ -97,7 +97,7 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
             state_key=found.key,
             prefix=names.stripped.prefix,
             lacks_prefix=names.stripped.lacking,
-            averaged=names.averaged or (f"a running average of weights, under {quote(found.key)}" if found.ema else ""),
+            averaged=names.averaged or average_mark(found.ema, found.key),
             metadata={"files": len(files)},
             notes=(*found.notes, *names.notes, *without_tensor(found.others)),
         )

@@ -19,6 +19,7 @@ from ckpt_avg.messages import listing, quote
 from ckpt_avg.readers.checkpoint import Checkpoint
 from ckpt_avg.readers.dcp import METADATA, open_dcp
 from ckpt_avg.readers.dcp_safetensors import open_dcp_safetensors
+from ckpt_avg.readers.file_names import SUFFIXES
 from ckpt_avg.readers.one_file import open_file
 from ckpt_avg.readers.sharded import SUFFIX, open_sharded
 from ckpt_avg.readers.state_dict import Reading
@@ -150,7 +151,9 @@ def _kind(names: Collection[str]) -> str | None:
 
 
 def _distributed(folder: Path, names: set[str], kind: str | None) -> Form | None:
-    if METADATA in names:
+    # Beside checkpoint files it belongs to something else, unless the parts that it describes are there.
+    is_dcp = any(name.endswith(".distcp") for name in names) or not any(name.endswith(SUFFIXES) for name in names)
+    if METADATA in names and is_dcp:
         return Form("DCP", folder, kind)
     shards = [match for name in names if (match := _DCP_SHARD.fullmatch(name))]
     if shards:

@@ -165,7 +165,7 @@ class _SpecUnpickler(pickle._Unpickler):
             refuse("a storage of the pickle has no known type, name or size")
         if isinstance(kind, UnreadableTensor):
             return self.storages.setdefault(key, kind)
-        if not isinstance(kind, StorageType) or type(numel) is not int or not 0 <= numel <= LIMITS.elements:
+        if not isinstance(kind, StorageType) or type(numel) is not int or numel < 0:
             refuse("a storage of the pickle has no known type, name or size")
         if len(pid) > 5 and pid[5] is not None:
             return self.storages.setdefault(key, UnreadableTensor("a view of a storage, as torch 0.3 saved it"))

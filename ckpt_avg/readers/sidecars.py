@@ -7,9 +7,9 @@ WeNet. A file that is not in its usual form tells nothing: the weights can be av
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_avg.errors import CheckpointFormatError
@@ -107,7 +107,11 @@ def _wenet(path: Path) -> Record:
 
 
 def _summary(path: Path, epoch: int) -> dict[str, float]:
-    for row in _rows(path):
+    try:
+        status = path.stat()
+    except OSError:
+        return {}
+    for row in _rows(path, status.st_mtime_ns, status.st_size):
         if row.get("epoch") == str(epoch):
             return {
                 name: number
@@ -117,12 +121,16 @@ def _summary(path: Path, epoch: int) -> dict[str, float]:
     return {}
 
 
-def _rows(path: Path) -> Iterator[dict[str, str]]:
+@functools.lru_cache(maxsize=1)
+def _rows(path: Path, _modified: int, _size: int) -> list[dict[str, str]]:
+    """Reads a table once for all the checkpoints beside it, unless it changes meanwhile."""
     try:
-        for row in csv.DictReader(_text(path).splitlines()):
-            yield {key: value for key, value in row.items() if isinstance(key, str) and isinstance(value, str)}
+        rows = list(csv.DictReader(_text(path).splitlines()))
     except csv.Error:
-        return
+        return []
+    return [
+        {key: value for key, value in row.items() if isinstance(key, str) and isinstance(value, str)} for row in rows
+    ]
 
 
 def _number(text: str) -> float | None:

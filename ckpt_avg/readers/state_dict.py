@@ -7,7 +7,6 @@ several remain, they are listed and none is taken. A pickled module counts as it
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any
 from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.messages import listing, quote
-from ckpt_avg.readers.layouts import EMA_KEYS, LAYOUTS, RAW_KEYS, TRAINING_STATE, Layout
+from ckpt_avg.readers.hidden import hides_tensors, is_training_state
+from ckpt_avg.readers.layouts import EMA_KEYS, LAYOUTS, RAW_KEYS, Layout
 from ckpt_avg.readers.leaves import Leaf, UnreadableTensor
 from ckpt_avg.readers.modules import is_module, module_tensors
 from ckpt_avg.readers.stand_ins import Foreign
-
-_TRAINING_STATE = re.compile("|".join(TRAINING_STATE), re.I)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +100,6 @@ def find_state_dict(root: object, path: Path, reading: Reading) -> Found:
     raise CheckpointFormatError(f"{path}: {_no_choice(root, [(key,) for key in several] or candidates)}")
 
 
-def plain_values(root: object) -> dict[str, str | int | float | bool | None]:
-    """Returns the plain values at the top of a torch file: epoch, step, metric, version and the like."""
-    if not isinstance(root, dict):
-        return {}
-    return {
-        key: value
-        for key, value in root.items()
-        if isinstance(key, str)
-        # What JSON cannot hold tells nothing: NaN, Inf, integers of thousands of digits.
-        and (isinstance(value, (str, bool, type(None))) or (isinstance(value, (int, float)) and abs(value) < 2.0**1000))
-    }
-
-
 def _choose(
     root: object, path: Path, reading: Reading, raw: Sequence[str], ema: Sequence[str], layout: Layout | None
 ) -> Found:
@@ -156,7 +141,7 @@ def _composer_ema(root: object) -> bool:
 
 def _top(root: object) -> list[str]:
     keys = root if isinstance(root, dict) else ()
-    return [key for key in keys if isinstance(key, str) and not _TRAINING_STATE.search(key)]
+    return [key for key in keys if isinstance(key, str) and not is_training_state(key)]
 
 
 def _lookup(root: object, path: str) -> object:
@@ -251,6 +236,12 @@ def _found(
             raise CheckpointFormatError(
                 f"{where}: expected names and tensors, got another dict of tensors under {quote(name)}. "
                 f"Choose one part with --state-key {_as_argument(f'{key}.{name}' if key else str(name))}."
+            )
+        if not isinstance(item, Leaf) and not is_training_state(name) and hides_tensors(item):
+            kind = item.described() if isinstance(item, Foreign) else type(item).__name__
+            raise CheckpointFormatError(
+                f"{where}: {quote(name)}: expected a plain tensor, got tensors inside a {kind}. Save "
+                "model.state_dict(), whose values are plain tensors."
             )
         if not isinstance(item, Leaf):
             others.append(name if isinstance(name, str) else quote(name))

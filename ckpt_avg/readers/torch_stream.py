@@ -106,6 +106,10 @@ def _find_storages(
                 f"{file.path}: expected plain storages, got one that is {kind}, so those behind it cannot be found. "
                 "Save it again: torch.save(torch.load(path, weights_only=True), new_path)."
             )
+        if storage.numel > LIMITS.elements:
+            raise CheckpointFormatError(
+                f"{file.path}: storage {quote(key)}: expected fewer than 2⁶³ elements. {_DAMAGED}"
+            )
         (numel,) = struct.unpack("<q", file.read(position, 8))
         nbytes = storage.numel * storage.dtype.itemsize
         if numel != storage.numel:

@@ -179,16 +179,19 @@ def average_command(
 @_selection
 @_reading
 @_json
-def check_command(sources: Sequence[str], as_json: bool, **options: Any) -> None:
+@_verbose
+def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **options: Any) -> None:
     """Say whether the checkpoints fit together, from their headers alone."""
     from ckpt_avg.compat import check
-    from ckpt_avg.report import compatibility_json
+    from ckpt_avg.report import compatibility_json, compatibility_text
 
     report = check(sources, **options)
+    for text in () if as_json else report.notices:
+        say(f"Notice: {text}", err=True)
     if as_json:
         say(json.dumps(compatibility_json(report), indent=2))
     elif report.compatible:
-        say(str(report))
+        say(compatibility_text(report, verbose=verbose))
     if not report.compatible:
         say(f"Error: {report}", err=True)
         raise click.exceptions.Exit(IncompatibleError.exit_code)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ckpt_avg.discover import Sources, discover
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.inputs import open_inputs
+from ckpt_avg.inputs import notice_what_is_read, open_inputs
 from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.readers import make_reading
+from ckpt_avg.run_folder import Skipped
 from ckpt_avg.select import Selection, check_selection, patterns
 from ckpt_avg.spec import CheckpointSpec, TensorSpec
 
@@ -45,12 +46,23 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class CompatibilityReport:
-    """Every difference between the checkpoints, and advice where its cause is plain."""
+    """Every difference between the checkpoints, and advice where its cause is plain.
+
+    Attributes:
+        checkpoints: their paths in order.
+        tensors: how many the reference checkpoint holds.
+        differences: every difference from it.
+        advice: what to do about them.
+        skipped: what was left out of run folders, with reasons.
+        notices: what the user should know of how the checkpoints are read.
+    """
 
     checkpoints: tuple[str, ...]
     tensors: int
     differences: tuple[Difference, ...]
     advice: str
+    skipped: tuple[Skipped, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def compatible(self) -> bool:
@@ -109,8 +121,11 @@ def check(
     selection = check_selection(Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode))
     reading = make_reading(state_key, ema, strip_prefix)
     with ExitStack() as stack:
-        inputs = open_inputs(discover(sources), selection, reading, stack, compare="same step")
-        return compare([checkpoint.spec for checkpoint in inputs.checkpoints])
+        notices: list[str] = []
+        inputs = open_inputs(discover(sources), selection, reading, stack, notices.append, compare="same step")
+        notice_what_is_read(inputs.checkpoints, notices.append)
+        report = compare([checkpoint.spec for checkpoint in inputs.checkpoints])
+        return replace(report, skipped=inputs.survey.skipped, notices=tuple(notices))
 
 
 def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:

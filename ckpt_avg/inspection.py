@@ -94,9 +94,10 @@ def inspect(
             if candidate.checkpoint is not None
         ]
         unreadable = [(each.path.name, str(each.error)) for each in found.candidates if each.checkpoint is None]
+        needed = "" if listed else "no checkpoint can be read, and it is said above why"
+        notes = (*discovery.notes, *found.notes)
         seen = () if listed else _look_around(path)
-        needed = "" if listed else "a checkpoint that can be read: see why each cannot"
-        return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, discovery.notes)
+        return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, notes)
 
 
 def _look_around(folder: Path) -> tuple[tuple[str, str], ...]:

@@ -72,6 +72,15 @@ def average_json(result: AverageResult) -> dict[str, Any]:
     }
 
 
+def compatibility_text(report: CompatibilityReport, *, verbose: bool = False) -> str:
+    """Says that the checkpoints fit together; with ``verbose`` also which they are, and what was left out."""
+    lines = [str(report)]
+    if verbose:
+        lines += [f"  {path}" for path in report.checkpoints]
+        lines += [f"left out: {quote(item.path.name)}: {item.reason}" for item in report.skipped]
+    return "\n".join(lines)
+
+
 def compatibility_json(report: CompatibilityReport) -> dict[str, Any]:
     """Returns every difference as plain values."""
     return {
@@ -89,4 +98,6 @@ def compatibility_json(report: CompatibilityReport) -> dict[str, Any]:
             for difference in report.differences
         ],
         "advice": "" if report.compatible else report.advice,
+        "skipped": [{"path": str(item.path), "reason": item.reason} for item in report.skipped],
+        "notices": list(report.notices),
     }

@@ -20,6 +20,9 @@ def inspection_text(found: Inspection) -> str:
     lines = [f"note: {note}" for note in found.notes]
     if found.listed:
         lines += _run_table(found.listed)
+        names = sorted({name for each in found.listed for name in each.record.metrics})
+        if names:
+            lines.append(f"metrics: {listing(map(quote, names))}")
         first = found.listed[0].spec
         lines += [f"note: {first.name}: {note}" for note in first.notes]
         averaged = [each.spec for each in found.listed if each.spec.averaged]
@@ -27,11 +30,12 @@ def inspection_text(found: Inspection) -> str:
             lines.append(f"an average already: {averaged[0].name}: {averaged[0].averaged} ({len(averaged)} like it)")
     lines += [f"cannot be read: {error}" for _, error in found.unreadable]
     lines += [f"left out: {quote(item.path.name)}: {item.reason}" for item in found.skipped]
-    if found.seen:
-        lines.append(f"{found.path} holds:")
-        lines += [f"  {quote(name)[1:-1]}: {what}" for name, what in found.seen]
+    told = {name for name, _ in found.unreadable}
+    if seen := [(name, what) for name, what in found.seen if name not in told]:
+        lines.append(f"{found.path} holds{' also' if told else ''}:")
+        lines += [f"  {quote(name)[1:-1]}: {what}" for name, what in seen]
     if found.needed:
-        lines.append(f"to average, it would need: {found.needed}")
+        lines.append(f"nothing to average here: {found.needed}")
     return "\n".join(lines)
 
 

@@ -150,7 +150,7 @@ def _open(path: Path, reading: Reading, stack: ExitStack, is_run: bool) -> Candi
     try:
         checkpoint = stack.enter_context(open_with(path, reading))
     except CheckpointFormatError as error:
-        if is_run:
+        if is_run and not isinstance(error, NoWeightsError):
             error.args = (f"{error} To average the others, leave it out: --exclude {quote(path.name)}.",)
         return Candidate(path, None, error, record_from_name(path.name))
     return Candidate(path, checkpoint, None, checkpoint.spec.record)
@@ -169,7 +169,7 @@ def _leave_out(found: list[Candidate], skipped: list[Skipped], compare: Compare)
             kept.append(candidate)
     if not kept:
         return weightless  # so that the first of them says what is wrong
-    skipped += [Skipped(each.path, f"it holds no weights: {each.error}") for each in weightless]
+    skipped += [Skipped(each.path, f"it holds no weights: {_without_path(each)}") for each in weightless]
     # Of copies the one with the plainest name stays.
     readable = sorted(
         (candidate for candidate in kept if candidate.checkpoint is not None), key=lambda each: _plainness(each.path)
@@ -197,6 +197,10 @@ def _without_strays(found: list[Candidate], skipped: list[Skipped]) -> list[Cand
     return [each for each in found if each not in strays]
 
 
+def _without_path(candidate: Candidate) -> str:
+    return str(candidate.error).removeprefix(f"{candidate.path}: ").rstrip(".")
+
+
 def _one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str]) -> list[Candidate]:
     """Keeps one series of checkpoints of a run that holds several: raw weights and their EMA, two networks of a GAN.
 
@@ -220,7 +224,7 @@ def _one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str]
         raise IncompatibleError(
             f"{found[0].path.parent}: expected one series of checkpoints, got several that go through the same steps: "
             f"{listing(map(quote, kinds))}. Choose one with --include and --exclude, for example --include "
-            f"{quote(kinds[0] if kinds is shared[0] else kinds[0] + '*')}."
+            f"{quote(kinds[0] if kinds is shared[0] else kinds[0].rstrip('*') + '*')}."
         )
     if shared:
         notes.append(f"several checkpoints of one step are taken: {listing(map(quote, sorted(shared[0])))}")

@@ -82,6 +82,7 @@ def find_state_dict(root: object, path: Path, reading: Reading) -> Found:
     if isinstance(root, Foreign) and not is_module(root):
         raise NoWeightsError(f"{path}: {_pickled(root)}")
     raw, ema = _those_that_hold(root, RAW_KEYS), _those_that_hold(root, EMA_KEYS)
+    ema = ema or _those_that_hold(root, [key for key in _top(root) if "ema" in key.lower().split("_")])
     if len(raw) <= 1 and len(ema) <= 1 and (raw or ema):
         return _choose(root, path, reading, raw, ema, None)
     candidates = _candidates(root)

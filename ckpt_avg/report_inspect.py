@@ -132,14 +132,17 @@ def _run_table(listed: Sequence[Listed]) -> list[str]:
             "-" if each.record.step is None else str(each.record.step),
             "-" if each.record.epoch is None else str(each.record.epoch),
             _metrics(each.record) or "-",
+            quote(each.spec.prefix)[1:-1] or "-",
             str(len(each.spec.tensors)),
-            size(each.spec.nbytes),
+            ", ".join(sorted({tensor.dtype.name for tensor in each.spec.tensors.values()})),
+            str(len(each.spec.tied())),
             str(len(batch_norm_layers(each.spec.tensors))),
+            size(each.spec.nbytes),
         )
         for each in listed
     ]
-    header = ("checkpoint", "format", "kind", "state dict", "step", "epoch", "metrics", "tensors", "size", "BatchNorm")
-    return _table(header, rows)
+    header = ("checkpoint", "format", "kind", "state dict", "step", "epoch", "metrics", "prefix", "tensors", "dtypes")
+    return _table((*header, "tied", "BatchNorm", "size"), rows)
 
 
 def _recorded(record: Record) -> str:

@@ -220,6 +220,8 @@ def test_check_as_json(in_process: InProcess, run_folder: Path) -> None:
         "tensors": 26,
         "differences": [],
         "advice": "",
+        "skipped": [],
+        "notices": [],
     }
 
 

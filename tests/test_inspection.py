@@ -235,8 +235,8 @@ def test_each_file_of_an_unprepared_folder_is_told_with_its_way_out(tmp_path: Pa
     assert "expected a zip written by torch.save, got one with 'a.txt'" in told["other.pt"]
     assert found.needed
     text = inspection_text(found)
-    assert f"{folder} holds:" in text
-    assert "to average, it would need: " in text
+    assert f"cannot be read: {folder / 'model.ckpt'}: expected" in text
+    assert "nothing to average here: " in text
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

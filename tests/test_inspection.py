@@ -182,7 +182,8 @@ def test_a_run_folder_is_a_table(tmp_path: Path) -> None:
     assert (found.seen, found.needed) == ((), "")
     lines = inspection_text(found).splitlines()
     assert lines[0].split() == [
-        "checkpoint", "format", "kind", "state", "dict", "step", "epoch", "metrics", "tensors", "size", "BatchNorm",
+        "checkpoint", "format", "kind", "state", "dict", "step", "epoch", "metrics", "prefix", "tensors",
+        "dtypes", "tied", "BatchNorm", "size",
     ]  # fmt: skip
     assert lines[1].split()[:7] == ["epoch_9.pt", "torch", "zip", "-", "model", "-", "9"]
     assert any(line.startswith("cannot be read: ") and "epoch_11.pt" in line for line in lines)

@@ -17,7 +17,8 @@ _BEFORE_METRIC = re.compile(r"^.*?(epoch|step|iter)\D?\d+[-_]")  # epoch_3_val_l
 _FAIRSEQ_UPDATES = re.compile(r"checkpoint_(\d+)_(\d+)")
 _FAIRSEQ_BEST = re.compile(r"checkpoint\.best_(.+)_(-?\d+\.\d{3})\d?")  # fairseq appends a random digit against ties
 # At the end, behind a sign or a word that comes before a step: checkpoint-500, 12, model_7; no date or version.
-_LONE_NUMBER = re.compile(r"(?:^|(?<!\d)[-_=.]|checkpoint|ckpt|model|snapshot)(\d+)([km])?$", re.I)
+_LONE_NUMBER = re.compile(r"(?:^|(?<!\d)[-_=.]|checkpoint|ckpt|model|snapshot)(\d+)()$", re.I)
+_THOUSANDS = re.compile(r"(?:checkpoint|ckpt|model|snapshot)[-_=.]?(\d+)([km])$", re.I)
 _LEADING_NUMBER = re.compile(r"(\d+)()(?=[-_]\D)")
 _ALIAS = {"last", "latest", "best", "final"}
 _AVERAGE = re.compile(
@@ -53,7 +54,7 @@ def record_from_name(name: str, *, bare_number: bool = True) -> Record:
     metrics = _metrics((key, value) for key, value in _METRIC.findall(text) if key.lower() not in ("epoch", "step"))
     found = Record(_plain(step[1]) if step else None, _plain(epoch[1] or epoch[2]) if epoch else None, metrics)
     bare = re.sub(r"-v\d+$|[-_.]?rank\d+$", "", text)
-    number = _LONE_NUMBER.search(bare) or _LEADING_NUMBER.match(bare)
+    number = _LONE_NUMBER.search(bare) or _THOUSANDS.search(bare) or _LEADING_NUMBER.match(bare)
     if found.step is None and found.epoch is None and number and bare_number and not metrics:
         step_in_name = _plain(number[1])
         return Record(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from ckpt_avg.readers.checkpoint import Checkpoint
 from ckpt_avg.spec import TensorSpec
 
-_SAMPLES = 256  # tensors of which a few bytes are compared first
+_SAMPLES = 64  # tensors of which a few bytes are compared first
 _BYTES = 64
 _BLOCK = 4 * 1024 * 1024
 

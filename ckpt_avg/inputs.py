@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_avg.discover import Discovery
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, UsageError
+from ckpt_avg.limits import LIMITS
 from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.readers import Checkpoint, Reading, open_checkpoint, refuse_missing_prefix
 from ckpt_avg.readers.assemble import RUNNING_AVERAGE
+from ckpt_avg.readers.sharded import is_index
 from ckpt_avg.select import Selection, select
 from ckpt_avg.spec import METHOD_KEY
 from ckpt_avg.survey import Compare, Survey, survey
@@ -69,14 +73,22 @@ def refuse_output_among(output: str | os.PathLike[str], discovery: Discovery) ->
     """
     if not os.path.exists(output):
         return
-    real = Path(os.path.realpath(output))
     for path in (*discovery.paths, *(each.path for each in discovery.skipped)):
-        if not path.exists():
-            continue
-        if path.is_dir() and Path(os.path.realpath(path)) in real.parents:
-            raise UsageError(f"{output}: the output is a file of one of the checkpoints, {path}. Choose another path.")
-        if os.path.samefile(path, output) and not _made_here(path):
-            raise UsageError(f"{output}: the output is one of the checkpoints, {path}. Choose another path.")
+        for file in itertools.islice(_files_of(path), LIMITS.files):
+            if file.exists() and os.path.samefile(file, output) and not _made_here(file):
+                raise UsageError(f"{output}: the output is one of the checkpoints, {path}. Choose another path.")
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    """Yields the files that a checkpoint consists of, as far as names tell."""
+    if path.is_dir():
+        for folder, _, names in os.walk(path):
+            yield from (Path(folder) / name for name in names)
+    elif is_index(path):
+        yield path
+        yield from (each for each in path.parent.iterdir() if re.search(r"-\d+-of-\d+\.", each.name))
+    else:
+        yield path
 
 
 def _made_here(path: Path) -> bool:

@@ -28,6 +28,7 @@ class Limits:
     part_pairs: int = 1_000_000  # pairs of parts of one tensor that lie beside each other
     part_pickle: int = 64 * 1024  # bytes of the pickle of one stored part of a tensor
     module_items: int = 1_000_000  # modules and tensors of one pickled module, counted in each place where they stand
+    files: int = 100_000  # of one checkpoint folder that the output is compared with
     folders: int = 2_000  # that are searched for checkpoints inside one run folder
     nesting: int = 4  # how deep nested dicts are searched for a state dict
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import pickle
 import subprocess
 import sys
@@ -217,3 +218,41 @@ def test_numpy_is_not_needed_to_look_at_a_checkpoint(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("(3,) 3\n", "")
+
+
+class Encoded:
+    """Bytes as protocol 2 writes them: a call with a text."""
+
+    def __init__(self, text: str) -> None:
+        self.arguments = (text, "latin1")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return codecs.encode, self.arguments
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("form", ["state", "encoded", "buffer"])
+def test_many_arrays_of_one_text_are_bounded(tmp_path: Path, form: str) -> None:
+    """The pickle holds the text once, and refers to it with two bytes: each array would be a copy of its own."""
+    text = "x" * 2**20
+    state = (1, (2**18,), FLOAT, False, text)
+    arguments = (text, FLOAT, (2**18,), "C")
+    made: dict[str, Any] = {
+        "state": lambda: Forged(state),
+        "encoded": lambda: Encoded(text),
+        "buffer": lambda: Buffer(arguments),
+    }
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps({str(number): made[form]() for number in range(5_000)}, 4))
+    assert path.stat().st_size < 2 * 2**20
+    assert "operations in the pickle" in refusal(path)
+
+
+class Buffer:
+    """An array as protocol 5 writes it: a call with its bytes."""
+
+    def __init__(self, arguments: tuple[object, ...]) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return np.arange(2.0).__reduce_ex__(5)[0], self.arguments

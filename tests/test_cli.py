@@ -1076,3 +1076,216 @@ def test_inspect_of_a_folder_shows_the_others_beside_a_damaged_file(
     assert "epoch_1.pt  torch zip" in out
     assert f"cannot be read: {folder / 'epoch_2.pt'}" in out
     assert list(json.loads(in_process("inspect", folder, "--json")[1])["unreadable"]) == ["epoch_2.pt"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What --overwrite may replace
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A run: two checkpoint files, a checkpoint folder, an alias, a half-written file, and a final sharded model."""
+    folder = tmp_path / "run"
+    (folder / "checkpoint-3").mkdir(parents=True)
+    for step in (1, 2):
+        save_file({"w": torch.full((3,), float(step))}, folder / f"step_{step}.safetensors")
+    save_file({"w": torch.full((3,), 3.0)}, folder / "checkpoint-3" / "model.safetensors")
+    (folder / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    save_file({"w": torch.full((3,), 4.0)}, folder / "last.safetensors")
+    (folder / "step_4.safetensors.tmp").write_bytes(b"cut off")
+    return folder
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    "output",
+    ["step_1.safetensors", "step_2.safetensors", "last.safetensors", "step_4.safetensors.tmp",
+     "checkpoint-3/model.safetensors", "checkpoint-3/trainer_state.json", "../link.safetensors", "../hard.safetensors"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "selection",
+    [(), ("--exclude", "step_1*", "--exclude", "checkpoint*"), ("--last", "1"), ("--include", "step_2*")],
+    ids=["all", "excluded", "last", "included"],
+)
+def test_overwrite_replaces_no_file_of_any_checkpoint(
+    in_process: InProcess, trained: Path, tmp_path: Path, output: str, selection: tuple[str, ...], dry_run: bool
+) -> None:
+    """Chosen or not, excluded or left out: what training wrote is not to be had again."""
+    (tmp_path / "link.safetensors").symlink_to(trained / "step_1.safetensors")
+    (tmp_path / "hard.safetensors").hardlink_to(trained / "step_1.safetensors")
+    before = contents_of(tmp_path)
+    options = ("--dry-run",) if dry_run else ()
+    code, out, err = in_process("average", trained, "--output", trained / output, "--overwrite", *selection, *options)
+    assert (code, out) == (2, "")
+    assert "of the checkpoints" in err
+    assert err.rstrip().endswith("Choose another path.")
+    assert contents_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["average.safetensors", "mean.safetensors", "step_9.safetensors"])
+def test_overwrite_replaces_an_earlier_average_in_the_run_folder(
+    in_process: InProcess, trained: Path, name: str
+) -> None:
+    """Whether its name says what it is or not; without --overwrite it stays."""
+    output = trained / name
+    assert in_process("average", trained, "--last", 2, "--output", output)[0] == 0
+    first = output.read_bytes()
+    assert in_process("average", trained, "--output", output)[0] == 5
+    assert output.read_bytes() == first
+    assert in_process("average", trained, "--output", output, "--overwrite")[0] == 0
+    assert load_file(output)["w"].tolist() == [2.0] * 3
+
+
+def sharded(folder: Path, values: float = 9.0) -> Path:
+    """Writes a model in two shards; returns the index."""
+    folder.mkdir(exist_ok=True)
+    files = {"w": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    for name, file in files.items():
+        save_file({name: torch.full((3,), values)}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    return index
+
+
+def test_overwrite_replaces_no_shard_of_an_index_named_by_hand(in_process: InProcess, tmp_path: Path) -> None:
+    index = sharded(tmp_path / "model")
+    before = contents_of(tmp_path)
+    shard = index.with_name("model-00002-of-00002.safetensors")
+    assert in_process("average", index, "--output", shard, "--overwrite")[0] == 2
+    assert contents_of(tmp_path) == before
+
+
+def test_overwrite_replaces_no_shard_of_the_final_model(in_process: InProcess, tmp_path: Path, trained: Path) -> None:
+    """It is left out as the weights of the whole run; its shards are as precious as itself."""
+    sharded(trained)
+    before = contents_of(tmp_path)
+    shard = trained / "model-00001-of-00002.safetensors"
+    assert in_process("average", trained, "--output", shard, "--overwrite")[0] == 2
+    assert contents_of(tmp_path) == before
+
+
+def test_overwrite_replaces_no_file_that_a_checkpoint_folder_links_to(in_process: InProcess, tmp_path: Path) -> None:
+    """As in the hub's cache, where each file of a snapshot is a link to a blob."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots" / "rev1").mkdir(parents=True)
+    save_file({"w": torch.ones(3)}, tmp_path / "blobs" / "abc")
+    (tmp_path / "snapshots" / "rev1" / "model.safetensors").symlink_to("../../blobs/abc")
+    before = contents_of(tmp_path)
+    arguments = ("average", tmp_path / "snapshots" / "rev1", "--output", tmp_path / "blobs" / "abc", "--overwrite")
+    assert in_process(*arguments)[0] == 2
+    assert contents_of(tmp_path) == before
+
+
+def test_overwrite_replaces_an_earlier_average_beside_a_stray_shard(in_process: InProcess, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in (1, 2):
+        save_file({"w": torch.full((3,), float(step))}, folder / f"step_{step}.safetensors")
+    save_file({"w": torch.zeros(3)}, folder / "model-00001-of-00002.safetensors")
+    output = folder / "average.safetensors"
+    assert in_process("average", folder, "--output", output)[0] == 0
+    assert in_process("average", folder, "--output", output, "--overwrite")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of files on a terminal
+
+HOSTILE = "\x1b[31m\rstep"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A run whose folder and files have control characters in their names."""
+    folder = tmp_path / "\x1b[2J\rrun"
+    folder.mkdir()
+    for step in (1, 2):
+        save_file({"w": torch.full((3,), float(step))}, folder / f"{HOSTILE}_{step}.safetensors")
+    save_file({"w": torch.full((3,), 2.0)}, folder / f"{HOSTILE}_2_copy.safetensors")
+    (folder / f"{HOSTILE}_3.safetensors.tmp").write_bytes(b"x")
+    save_file({"w": torch.full((3,), 2.0)}, folder / f"ema_{HOSTILE}.safetensors")
+    return folder
+
+
+def assert_plain(out: str, err: str) -> None:
+    assert "\\rstep" in out + err, "the name is there"
+    assert not set("\x1b\r") & set(out + err)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--verbose",), ("--dry-run",)], ids="".join)
+def test_results_show_names_escaped(in_process: InProcess, hostile: Path, options: tuple[str, ...]) -> None:
+    """A name from a stranger's archive must not clear the screen or write over a line."""
+    output = hostile / f"{HOSTILE}_mean.bin"
+    code, out, err = in_process("average", hostile, "--output", output, *options)
+    assert code == 0
+    assert_plain(out, err)
+    if "--dry-run" not in options:
+        code, out, err = in_process("check", hostile / f"{HOSTILE}_1.safetensors", output, *options)
+        assert code == 0
+        assert not set("\x1b\r") & set(out + err)
+
+
+def broken(hostile: Path) -> None:
+    (hostile / f"{HOSTILE}_2.safetensors").write_bytes(b"junk")
+
+
+def misfit(hostile: Path) -> None:
+    save_file({"w": torch.zeros(4)}, hostile / f"{HOSTILE}_2.safetensors")
+
+
+def not_finite(hostile: Path) -> None:
+    save_file({"w": torch.full((3,), float("nan"))}, hostile / f"{HOSTILE}_2.safetensors")
+
+
+def doubled(hostile: Path) -> None:
+    save_file({"w": torch.full((3,), 7.0)}, hostile / f"b{HOSTILE}_1.safetensors")
+    save_file({"w": torch.full((3,), 8.0)}, hostile / f"b{HOSTILE}_2.safetensors")
+
+
+def integers(hostile: Path) -> None:
+    for step in (1, 2):
+        save_file({"w": torch.ones(3), "n": torch.tensor(step)}, hostile / f"{HOSTILE}_{step}.safetensors")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("command", ["average", "check"])
+@pytest.mark.parametrize("spoil", [broken, misfit, not_finite, doubled, integers])
+def test_errors_show_names_escaped(
+    in_process: InProcess, hostile: Path, tmp_path: Path, spoil: Callable[[Path], None], command: str, as_json: bool
+) -> None:
+    """Each error that names a checkpoint: unreadable, of another shape, NaN, several series, integers that differ."""
+    (hostile / f"{HOSTILE}_2_copy.safetensors").unlink()
+    spoil(hostile)
+    options: list[object] = ["--json"] if as_json else []
+    if command == "average":
+        options += ["--output", tmp_path / "out.safetensors"]
+    code, out, err = in_process(command, hostile, *options)
+    if command == "average" or spoil in (broken, misfit, doubled):
+        assert code in (3, 4)
+        assert_plain(out, err)
+    assert not set("\x1b\r") & set(out + err)
+
+
+@pytest.mark.parametrize("command", ["average", "check", "inspect"])
+def test_errors_about_paths_show_them_escaped(in_process: InProcess, hostile: Path, command: str) -> None:
+    """Of sources that are not there or twice there, of selections without any, and of outputs."""
+    (first,) = hostile.glob("*_1.safetensors")
+    output: list[object] = ["--output", hostile.parent / "out.safetensors"] if command == "average" else []
+    (hostile / "empty").mkdir()
+    sources: list[list[object]] = [[hostile / f"{HOSTILE}_9.pt"]]
+    if command != "inspect":
+        sources += [[first, first], [hostile, "--include", "x*"], [hostile, "--last", 9], [hostile, first]]
+    for source in sources:
+        code, out, err = in_process(command, *source, *output)
+        assert code in (2, 4)
+        assert_plain(out, err)
+    if command == "average":
+        for target in (first, hostile / f"{HOSTILE}_gone" / "x.safetensors", hostile / f"{HOSTILE}.tmp"):
+            target.mkdir() if target.suffix == ".tmp" else None
+            code, out, err = in_process("average", hostile, "--output", target)
+            assert code == 2
+            assert_plain(out, err)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt_avg import inspect
 from ckpt_avg.readers import open_checkpoint
 from ckpt_avg.readers.contents import element, follow, record_of
 from ckpt_avg.record import Record, count, measure
@@ -177,3 +178,13 @@ def test_what_is_left_open_is_taken_from_another_record() -> None:
     second = Record(step=5, epoch=2, metrics={"a": 9.0, "b": 2.0}, learning_rate=0.0, rates=((9, 0.9),))
     assert first.or_else(second) == Record(0, 2, {"a": 1.0, "b": 2.0}, 0.0, ((1, 0.1),))
     assert Record().or_else(second) == second
+
+
+@pytest.mark.parametrize("moments", [[(1, 10), (1, 20), (2, 10), (2, 20)], [(0, 0), (0, 5), (1, 0), (3, 1)]])
+def test_a_step_that_starts_anew_in_each_epoch_is_no_order(tmp_path: Path, moments: list[tuple[int, int]]) -> None:
+    """What the files record is kept as it is; the order of the run is by epoch, then step."""
+    for number, (epoch, step) in enumerate(reversed(moments)):
+        contents = {"model": {"w": torch.full((2,), float(number))}, "epoch": epoch, "step": step}
+        torch.save(contents, tmp_path / f"{number}.pt")
+    found = inspect(tmp_path)
+    assert [(each.record.epoch, each.record.step) for each in found.listed] == moments

@@ -30,6 +30,9 @@ RATES = st.lists(st.sampled_from([0.01, 0.02, 0.05, 0.1]), max_size=30)
         ([0.01, 0.1, 0.01], []),
         ([0.1, 0.01, 0.1, 0.01], [1, 3]),
         ([0.01, 0.1, 0.01, 0.1], [0, 2]),
+        # However much lower the last is: a run may end at a new bottom, as SGDR with falling minima does.
+        ([0.1, 0.05, 0.1, 0.01], [1, 3]),
+        ([0.1, 0.05, 0.1, 0.06], [1]),
         # A warmup begins lower than any cycle; a run may end on the way down.
         ([0.0, 0.1, 0.01, 0.1, 0.01, 0.1, 0.05], [2, 4]),
         # A plateau counts once, by its last.

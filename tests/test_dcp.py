@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -269,9 +270,24 @@ def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetad
     return ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
 
 
+ENDLESS = 10**6000  # Python prints no integer as long
+
 LIES: dict[str, tuple[Callable[[Any], object], str]] = {
     "offset behind the end": (lambda m: setattr(entry(m, "w")[1], "offset", 10**9), "got a file of"),
     "negative offset": (lambda m: setattr(entry(m, "w")[1], "offset", -1), "is stored, got something else"),
+    "an endless offset": (lambda m: setattr(entry(m, "w")[1], "offset", ENDLESS), "is stored, got something else"),
+    "an endless length": (lambda m: setattr(entry(m, "w")[1], "length", ENDLESS), "is stored, got something else"),
+    "an endless number as file": (
+        lambda m: setattr(entry(m, "w")[1], "relative_path", ENDLESS), "is stored, got something else"),
+    "an endless number as name": (
+        lambda m: object.__setattr__(entry(m, "w")[0], "fqn", ENDLESS), "is stored, got something else"),
+    "a shape of endless numbers": (
+        lambda m: setattr(m.state_dict_metadata["w"], "size", (ENDLESS, 3)), "expected a shape"),
+    "a chunk at an endless number": (
+        lambda m: object.__setattr__(m.state_dict_metadata["w"].chunks[0], "offsets", (ENDLESS, 0)),
+        "expected a shape"),
+    "a chunk of endless numbers": (
+        lambda m: object.__setattr__(m.state_dict_metadata["w"].chunks[0], "sizes", (ENDLESS, 3)), "expected a shape"),
     "length behind the end": (lambda m: setattr(entry(m, "w")[1], "length", 10**9), "got a file of"),
     "length of nothing": (lambda m: setattr(entry(m, "w")[1], "length", 0), "a zip archive cut to 0 bytes"),
     "a float as offset": (lambda m: setattr(entry(m, "w")[1], "offset", 0.0), "is stored, got something else"),
@@ -531,7 +547,8 @@ def test_one_shard_named_by_itself_is_refused(tmp_path: Path) -> None:
     ["{", "[]", "[1]", '{"w": []}', '{"w": {}}', '{"w": {"saved_offsets": 3}}', '{"w": {"saved_offsets": [-1, 0]}}',
      '{"w": {"saved_offsets": [0.0, 0]}}', '{"w": {"saved_offsets": [0]}}', '{"w": {"saved_offsets": [0, 0, 0]}}',
      '{"w": {"saved_offsets": ["0", "0"]}}', '{"w": {"saved_offsets": [true, 0]}}', "[" * 100_000,
-     '{"w": {"saved_offsets": [' + "9" * 5000 + ", 0]}}"],
+     '{"w": {"saved_offsets": [' + "9" * 5000 + ", 0]}}", '{"w": {"saved_offsets": [' + "9" * 4000 + ", 0]}}",
+     '{"w": {"saved_offsets": [0, ' + "9" * 6000 + "]}}"],
 )  # fmt: skip
 def test_sharding_info_that_is_none_is_refused(tmp_path: Path, info: str) -> None:
     folder = tmp_path / "c"
@@ -550,3 +567,23 @@ def test_a_state_key_names_nothing_in_safetensors(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "c", {"w": (WHOLE, (0, 0))})
     assert "--state-key model names nothing" in refusal(folder, state_key="model")
     assert "--ema names nothing" in refusal(folder, ema=True)
+
+
+def test_all_shards_of_one_file_of_the_model_missing(tmp_path: Path) -> None:
+    """Every rank is there, each tensor of the first file is whole: only the names say that half the model is gone."""
+    folder = write_shards(tmp_path / "c", {"w": (WHOLE[:3], (0, 0))}, {"w": (WHOLE[3:], (3, 0))}, total=2)
+    assert "expected the shards of files 1 to 2, got none of 2. Copy all of them." in refusal(folder)
+    for rank in (1, 2):
+        save_file({"b": torch.ones(3)}, folder / f"shard-{rank:05}-model-00002-of-00002.safetensors")
+    assert_same(read(folder), {"w": WHOLE, "b": torch.ones(3)})
+
+
+def test_the_rank_in_a_name_costs_no_memory(tmp_path: Path) -> None:
+    """Two hundred thousand here, which a name may exceed five thousandfold."""
+    (tmp_path / f"shard-{200_000}-model-00001-of-00001.safetensors").touch()
+    tracemalloc.start()
+    try:
+        refusal(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -543,3 +544,103 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
         assert "cannot be listed" in refusal(UsageError, tmp_path)
     finally:
         (tmp_path / "step_1").chmod(0o700)
+
+
+# --- runs that look like checkpoints, checkpoints that look like runs --------------------------------------
+
+
+def test_the_parent_of_a_run_with_a_final_model_leads_to_its_checkpoints(tmp_path: Path) -> None:
+    """Taken for a checkpoint for the sake of its final model, the run would be one checkpoint, and not averaged."""
+    for step in (500, 1000):
+        tree(tmp_path / "out" / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
+    tree(tmp_path / "out", "model.safetensors", "config.json")
+    for source in (tmp_path, tmp_path / "out"):
+        found = discover([source])
+        assert found.paths == (tmp_path / "out" / "checkpoint-500", tmp_path / "out" / "checkpoint-1000")
+        assert found.groups[0].is_run
+        assert "beside its checkpoints" in reasons(found)["model.safetensors"]
+    for step in (500, 1000):
+        tree(tmp_path / "other" / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
+    tree(tmp_path / "other", "model.safetensors", "config.json")
+    assert "got 2 folders that hold some: 'other', 'out'. Name one of them." in refusal(IncompatibleError, tmp_path)
+
+
+@pytest.mark.parametrize("folders", [("bert", "gpt"), ("snapshots/rev1", "snapshots/rev2")])
+@pytest.mark.parametrize("form", ["diffusers", "PEFT", "transformers sharded", "accelerate"])
+def test_models_without_a_step_in_their_names_are_no_run(tmp_path: Path, folders: tuple[str, ...], form: str) -> None:
+    """Two models of a zoo, or two revisions of the hub's cache: nothing says that one training made both."""
+    for folder in folders:
+        tree(tmp_path / folder, *CHECKPOINT_FOLDERS[form])
+    source = (tmp_path / folders[0]).parent
+    message = refusal(IncompatibleError, source)
+    assert message.startswith(f"{source}: expected the checkpoints of one run, got 2 folders that hold some: ")
+    assert all(repr(Path(folder).name) in message for folder in folders)
+    refusal(IncompatibleError, tmp_path)
+
+
+def test_an_alias_beside_a_folder_of_checkpoints_is_not_the_run(tmp_path: Path) -> None:
+    """``best.pt`` at the top would hide the epochs below it, and be copied instead of an average."""
+    tree(tmp_path, "run/best.pt", "run/checkpoints/epoch_1.pt", "run/checkpoints/epoch_2.pt")
+    found = discover([tmp_path / "run"])
+    assert names(found.paths) == ["epoch_1.pt", "epoch_2.pt"]
+    assert reasons(found) == {"best.pt": "last, best or the like by its name, beside the run in checkpoints"}
+    assert found.notes == (f"the checkpoints are in {tmp_path / 'run' / 'checkpoints'}",)
+
+
+def test_an_alias_beside_averages_alone_is_not_taken(tmp_path: Path) -> None:
+    """What is left would be a copy of the last checkpoint, not an average."""
+    touch(tmp_path, "avg_10.pt", "avg_20.pt", "last.pt")
+    message = refusal(IncompatibleError, tmp_path)
+    assert "'avg_10.pt' is an earlier average, by its name" in message
+    assert "'last.pt' is last, best or the like by its name" in message
+    touch(tmp_path, "step_3.pt")
+    assert names(discover([tmp_path]).paths) == ["step_3.pt"]
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, method: str, folder: Path) -> None:
+    """Refuses to look into a folder, as the system does to any user but root."""
+    if method == "is_dir":
+        is_dir = Path.is_dir
+
+        def checked(self: Path, **options: bool) -> bool:
+            if self == folder:
+                raise PermissionError(13, "Permission denied", str(self))
+            return is_dir(self, **options)
+
+        monkeypatch.setattr(Path, "is_dir", checked)
+    else:
+        listdir = os.listdir
+
+        def listed(path: Any = ".") -> list[Any]:
+            if not isinstance(path, int) and Path(os.fsdecode(path)) == folder:
+                raise PermissionError(13, "Permission denied", str(path))
+            return listdir(path)
+
+        monkeypatch.setattr(os, "listdir", listed)
+
+
+@pytest.mark.parametrize("method", ["is_dir", "listdir"])
+@pytest.mark.parametrize("below", [False, True])
+def test_a_folder_that_may_not_be_looked_into_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, below: bool
+) -> None:
+    """Somebody else's folder beside the checkpoints must not keep the run from being averaged."""
+    tree(tmp_path, *(f"{'checkpoints/' if below else ''}epoch_{epoch}.pt" for epoch in (1, 2)), "theirs/epoch_3.pt")
+    deny(monkeypatch, method, tmp_path / "theirs")
+    found = discover([tmp_path])
+    assert names(found.paths) == ["epoch_1.pt", "epoch_2.pt"]
+    assert reasons(found)["theirs"].startswith("cannot be looked into: ")
+    assert "Permission denied" in reasons(found)["theirs"]
+
+
+def test_a_junk_file_of_metadata_beside_checkpoints_makes_no_checkpoint_of_their_folder(tmp_path: Path) -> None:
+    touch(tmp_path, ".metadata", "epoch_1.pt", "epoch_2.pt")
+    found = discover([tmp_path])
+    assert (names(found.paths), found.groups[0].is_run) == (["epoch_1.pt", "epoch_2.pt"], True)
+    tree(tmp_path, "__0_0.distcp")
+    assert discover([tmp_path / "epoch_1.pt"]).paths == (tmp_path / "epoch_1.pt",)
+
+
+def test_a_stray_shard_beside_checkpoints_is_none_of_them(tmp_path: Path) -> None:
+    touch(tmp_path, "model-00001-of-00002.safetensors", "epoch_1.pt", "epoch_2.pt")
+    assert names(discover([tmp_path]).paths) == ["epoch_1.pt", "epoch_2.pt"]

@@ -45,10 +45,17 @@ from ckpt_avg.record import Record
         ("global_step100", 100, None),
         ("EPOCH_7.PT", None, 7),
         ("snapshot7.pt", 7, None),
+        ("model_2k.pt", 2000, None),
+        ("ckpt-3M.pt", 3_000_000, None),
+        ("net_batch32_epoch_2.pth", None, 2),
+        ("batch=32.pt", 32, None),
         # nothing
         ("model.safetensors", None, None),
         ("last.ckpt", None, None),
         ("resnet50.pth", None, None),
+        ("resnet50-0676ba61.pth", None, None),
+        ("gpt_4k.pt", None, None),
+        ("net_batch32.pth", None, None),
         ("wav2vec2.pt", None, None),
         ("v1.9", None, None),
         ("2024-05-01.pt", None, None),
@@ -127,7 +134,7 @@ def test_stems() -> None:
     "name",
     ["last.ckpt", "last-v1.ckpt", "latest.pt", "latest-rank0.pt", "best.pt", "model_best.pth.tar", "model_final.pth",
      "checkpoint_best.pt", "checkpoint_last.pt", "checkpoint.pth", "checkpoint.pth.tar", "valid.acc.best.pth",
-     "Best.pt"],
+     "Best.pt", "resnet50_best.pth", "unet3_last-v2.ckpt"],
 )  # fmt: skip
 def test_aliases(name: str) -> None:
     """Second names, under which trainers keep some checkpoint once more."""
@@ -137,7 +144,8 @@ def test_aliases(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["best-epoch=3.ckpt", "checkpoint.best_loss_3.2150.pt", "model_12.pth", "lasting.pt", "bestiary.pt", "model.pt",
-     "checkpoint-1.pth.tar", "finalist_model.pt", "best_1.pt"],
+     "checkpoint-1.pth.tar", "finalist_model.pt", "best_1.pt", "best_0.91.pt", "resnet50_best_0.91.pt",
+     "best-val_loss=0.5.ckpt"],
 )  # fmt: skip
 def test_no_aliases(name: str) -> None:
     """A name with a number of its own may be the only one of that checkpoint."""
@@ -157,7 +165,8 @@ def test_averages(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["wave_1.pt", "wavenet.pt", "swan.pt", "pavement.pt", "avgpool_resnet_1.pt", "savery.pt", "step_1.pt", "slave.pt",
-     "swag_1.pt", "octave.pt"],
+     "swag_1.pt", "octave.pt", "avg_val_loss=0.5.ckpt", "epoch=3-avg_val_loss=0.5.ckpt", "vit_avg_pool_epoch_3.pt",
+     "avg_meter_2.pt"],
 )  # fmt: skip
 def test_no_averages(name: str) -> None:
     """Left out of a run for its name's sake alone, a checkpoint would be lost."""

@@ -336,3 +336,32 @@ def test_reading_options_reach_each_checkpoint(tmp_path: Path) -> None:
             assert next(iter(spec.tensors.values())).shape == shape
     with pytest.raises(UsageError):
         inspect(tmp_path, ema=True, state_key="model")
+
+
+HOSTILE = "\x1b[31m\rstep"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_names_of_files_are_shown_escaped_wherever_inspect_names_one(
+    tmp_path: Path, in_process: InProcess, as_json: bool
+) -> None:
+    """In the table, among what is left out, what cannot be read, and in the notes on where the checkpoints are."""
+    folder = tmp_path / "\x1b[2Jruns" / "\rinside"
+    folder.mkdir(parents=True)
+    for step in (1, 2):
+        torch.save({"model": {"w": torch.full((2,), float(step))}}, folder / f"{HOSTILE}_{step}.pt")
+    torch.save({"model": {"w": torch.full((2,), 2.0)}}, folder / f"{HOSTILE}_2_copy.pt")
+    (folder / f"{HOSTILE}_3.pt").write_bytes(b"junk")
+    (folder / f"{HOSTILE}_4.pt.tmp").write_bytes(b"junk")
+    (folder / f"{HOSTILE}_5").mkdir()
+    for path in (
+        folder,
+        folder.parent,
+        folder / f"{HOSTILE}_1.pt",
+        folder / f"{HOSTILE}_3.pt",
+        folder / f"{HOSTILE}_5",
+    ):
+        _, out, err = in_process("inspect", path, *(["--json"] if as_json else []))
+        assert "step" in out + err
+        assert not set("\x1b\r") & set(out + err)
+        assert "Traceback" not in err

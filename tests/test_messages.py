@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg.messages import listing, plural, quote, size
+from ckpt_avg.messages import listing, plural, quote, safe_text, size
 
 
 @pytest.mark.parametrize("name", ["w", "", "é", "日本語", "it's", 'a"b', 3, None, (1, 2), [1], b"x", 1.5])
@@ -112,3 +112,22 @@ def test_quoting_never_takes_longer_than_what_it_shows(kind: Callable[[tuple[obj
     assert len(quote(value)) < 200
     assert len(quote(list(range(10**6)))) < 200
     assert len(quote("x" * 10**6)) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain é 日本語\ttab\nline", "plain é 日本語\ttab\nline"),
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("over\rwritten", "over\\rwritten"),
+        ("\x07\x00\x7f\x9b", "\\x07\\x00\\x7f\\x9b"),
+        ("\u202egnp.tp", "\\u202egnp.tp"),
+        ("\udcff", "\\udcff"),
+        ("it's", "it's"),
+        ("", ""),
+    ],
+)
+def test_text_for_a_terminal(text: str, shown: str) -> None:
+    """Lines and tabs stay; whatever else moves a cursor or a direction shows escaped, and nothing else changes."""
+    assert safe_text(text) == shown
+    assert safe_text(shown) == shown

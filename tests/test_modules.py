@@ -119,3 +119,28 @@ def test_modules_that_share_modules_without_end_are_refused(tmp_path: Path, made
     thing._parameters = {"w": torch.ones(1)}
     with pytest.raises(CheckpointFormatError):
         open_checkpoint(save(thing, tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("state", [{"_parameters": [torch.ones(1)]}, {"_buffers": None}, {"_modules": 3}])
+@pytest.mark.parametrize("key", [None, "model"])
+def test_a_submodule_whose_state_is_no_modules_is_refused(
+    tmp_path: Path, made: Any, state: dict[str, Any], key: str | None
+) -> None:
+    """Passed over, its weights would be missing from the average."""
+    thing = made(_parameters={"w": torch.ones(2)}, _modules={"in": made(**state)})
+    path = save(thing if key is None else {key: thing}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointFormatError) as caught:
+        open_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: {'the file' if key is None else repr('model').join(('key ', ''))}: ")
+    assert "expected modules in a pickled module, got somewhere_else.Thing as 'in'" in str(caught.value)
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("part", ["_parameters", "_buffers", "_non_persistent_buffers_set"])
+def test_a_module_of_nothing_in_many_places_is_refused(tmp_path: Path, made: Any, part: str) -> None:
+    """A hundred thousand names without a tensor, in twenty thousand places, are looked at two billion times."""
+    nothing: dict[str, None] = dict.fromkeys(map(str, range(100_000)))
+    inner = made(**{part: set(nothing) if part.endswith("set") else nothing})
+    outer = made(_parameters={"w": torch.ones(1)}, _modules=dict.fromkeys(map(str, range(20_000)), inner))
+    with pytest.raises(CheckpointFormatError, match="modules and tensors"):
+        open_checkpoint(save(outer, tmp_path / "a.pt"))

@@ -400,3 +400,31 @@ def test_a_rate_without_cycles_is_refused(rates: list[float]) -> None:
     log = tuple(enumerate(rates))
     bare = [candidate(f"x_{step}.pt", step=step, rates=log[: step + 1]) for step, _ in log]
     assert "at least twice" in refusal(IncompatibleError, bare, at_lr_minima=True)
+
+
+def test_of_two_as_near_to_a_bottom_the_later_is_taken() -> None:
+    """The later one has been trained longer in that cycle; the earlier would be taken for the order of a list."""
+    assert chosen(Selection(at_lr_minima=True), logged(8, 10, 18, 20, 28, 30)) == [10, 20, 30]
+
+
+BEHIND = "each is followed by a checkpoint that records the highest rate"
+
+
+@pytest.mark.parametrize(
+    ("rates", "told"),
+    [
+        ([0.01, 0.1, 0.05, 0.01, 0.1, 0.05, 0.01, 0.1], True),  # each bottom is the last before a restart
+        ([0.05, 0.01, 0.1, 0.05, 0.01, 0.096, 0.05], True),  # within 5 %
+        ([0.05, 0.01, 0.1, 0.05, 0.01, 0.09, 0.05], False),
+        ([0.1, 0.05, 0.01, 0.05, 0.1, 0.05, 0.01, 0.05, 0.1], False),  # triangles
+    ],
+)
+def test_bottoms_before_the_highest_rate_are_doubted(rates: list[float], told: bool) -> None:
+    """A scheduler that stepped before the checkpoint was saved shows the next rate: then the tops are the ends."""
+    bare = [candidate(f"x_{index}.pt", learning_rate=rate) for index, rate in enumerate(rates)]
+    assert any(BEHIND in text for text in notices(bare, at_lr_minima=True)) is told
+
+
+def test_bottoms_by_the_log_are_not_doubted() -> None:
+    """A log says at which step each rate was."""
+    assert not any(BEHIND in text for text in notices(logged(9, 10, 19, 20, 29, 30), at_lr_minima=True))

@@ -172,3 +172,18 @@ def test_nothing_stays_open_where_the_last_shard_is_damaged(tmp_path: Path) -> N
         with pytest.raises(CheckpointFormatError, match="model-00004-of-00004"):
             open_checkpoint(index)
     assert not before or len(before) == len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "\ud800.safetensors", "x" * 5000 + ".safetensors"])
+def test_a_shard_whose_name_no_file_can_have(tmp_path: Path, name: str) -> None:
+    """The system answers with errors of its own to such a name; the user must not see them as a crash."""
+    index = write(tmp_path, {"a": torch.ones(1)}, {"b": torch.ones(2)})
+    content = json.loads(index.read_text())
+    content["weight_map"]["b"] = name
+    index.write_text(json.dumps(content))
+    for path in (index, tmp_path):
+        with pytest.raises(CheckpointFormatError) as caught:
+            open_checkpoint(path)
+        assert str(caught.value).startswith(f"{index}: ")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 1000

@@ -229,3 +229,69 @@ def test_plain_values() -> None:
     assert plain_values(root) == {"epoch": 3, "lr": 0.5, "done": True, "name": "x", "best": None}
     assert plain_values([1]) == {}
     assert plain_values(None) == {}
+
+
+class Around(Foreign):
+    """Stands for an object that is no module, but may hold tensors."""
+
+    __slots__ = ()
+    module, qualname = "somewhere", "Thing"
+
+
+def around(*arguments: object, state: object = None) -> Around:
+    made = Around(*arguments)
+    assert isinstance(made, Around)
+    made.state = state
+    return made
+
+
+HIDING: dict[str, object] = {
+    "a list": [W],
+    "a tuple": ("x", W),
+    "a list in a list": [[3, [W]]],
+    "a dict in a list": [{"w": W}],
+    "an object around it": around(W),
+    "an object with it in its state": around(state={"value": W}),
+    "an object in an object": around([around(state=(None, {"value": [W]}))]),
+    "an unreadable tensor in a list": [SPARSE],
+    "a module": around(state={"_parameters": {"w": W}, "_buffers": {}, "_modules": {}}),
+}
+
+
+@pytest.mark.parametrize("hiding", HIDING)
+@pytest.mark.parametrize("key", [None, "model"])
+def test_tensors_hidden_in_an_entry_are_refused(hiding: str, key: str | None) -> None:
+    """Left out with a note they would be weights that the average lacks."""
+    state = {"w": W, "experts": HIDING[hiding]}
+    message = refusal(state if key is None else {key: state})
+    assert "'experts': expected a plain tensor, got tensors inside a " in message
+    assert message.endswith("Save model.state_dict(), whose values are plain tensors.")
+
+
+@pytest.mark.parametrize(
+    "name", ["_extra_state", "layer.1._extra_state", "optimizer", "optimizer_state_dict", "optimizers", "lr_scheduler",
+             "rng_state"],
+)  # fmt: skip
+@pytest.mark.parametrize("hiding", HIDING)
+def test_training_state_may_hold_tensors(name: str, hiding: str) -> None:
+    """Moments, generators and what a module keeps beside its weights are none of the weights."""
+    found = find_state_dict({"model": {"w": W, name: HIDING[hiding]}}, PATH, Reading())
+    assert (list(found.tensors), found.others) == (["w"], (name,))
+
+
+@pytest.mark.parametrize("item", [[1, 2], ("a", None), around("x", state={"n": 3}), around(), [], [[[]]], {"a": [1]}])
+def test_entries_that_hide_no_tensors_are_left_out_and_told(item: object) -> None:
+    found = find_state_dict({"w": W, "config": item}, PATH, Reading())
+    assert (list(found.tensors), found.others) == (["w"], ("config",))
+
+
+@pytest.mark.usefixtures("in_time")
+def test_looking_for_hidden_tensors_ends() -> None:
+    """An entry inside itself, and one that a few bytes of pickle make endless."""
+    itself: list[Any] = []
+    itself.append(itself)
+    shared: object = around()
+    for _ in range(60):
+        shared = around(shared, shared, state=[shared, shared])
+    state = {f"x{number}": item for number, item in enumerate((itself, shared) * 50)}
+    assert list(find_state_dict({"w": W, **state}, PATH, Reading()).tensors) == ["w"]

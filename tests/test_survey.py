@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ckpt_avg import average, check
 from ckpt_avg.copies import find_copies
@@ -375,3 +375,156 @@ def test_find_copies_is_what_the_survey_asks(tmp_path: Path) -> None:
     with ExitStack() as stack:
         found = survey(discover(paths), Reading(), stack)
         assert find_copies([each.opened() for each in found.candidates]) == {2: 0, 4: 1, 5: 0}
+
+
+# --- several series in one folder --------------------------------------------------------------------------
+
+
+def refusal(*sources: Path, options: dict[str, Any] | None = None) -> str:
+    with pytest.raises(IncompatibleError) as caught:
+        look(*sources, options=options)
+    assert caught.value.exit_code == 4
+    return str(caught.value)
+
+
+def test_ema_files_beside_raw_ones_are_left_out_and_can_be_taken_alone(tmp_path: Path) -> None:
+    """As guided-diffusion saves them: mixed, the mean would be of both kinds."""
+    for step in (100, 200):
+        put(tmp_path / f"model{step:06}.pt", step)
+        put(tmp_path / f"ema_0.9999_{step:06}.pt", step + 0.5)
+    found = look(tmp_path)
+    assert names(found) == ["model000100.pt", "model000200.pt"]
+    assert reasons(found) == dict.fromkeys(
+        ("ema_0.9999_000100.pt", "ema_0.9999_000200.pt"), "EMA weights, by its name: --include takes them alone"
+    )
+    taken = average([tmp_path], tmp_path / "out.safetensors", include="ema*", dry_run=True)
+    assert [path.name for path in taken.checkpoints] == ["ema_0.9999_000100.pt", "ema_0.9999_000200.pt"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shown"),
+    [
+        (("G_1.pt", "G_2.pt"), ("D_1.pt", "D_2.pt"), ("'D_*'", "'G_*'", "--include 'D_*'")),
+        (
+            ("fold0_epoch_1.pt", "fold0_epoch_2.pt"),
+            ("fold1_epoch_1.pt", "fold1_epoch_2.pt"),
+            ("'fold0_epoch_1.pt'", "'fold1_epoch_1.pt'"),
+        ),
+    ],
+)
+def test_two_series_through_the_same_steps_are_refused(
+    tmp_path: Path, first: tuple[str, ...], second: tuple[str, ...], shown: tuple[str, ...]
+) -> None:
+    """Two networks of a GAN, two folds: their mean would be of nothing. Each can be chosen."""
+    for seed, name in enumerate((*first, *second)):
+        put(tmp_path / name, seed)
+    message = refusal(tmp_path)
+    assert "expected one series of checkpoints, got several that go through the same steps: " in message
+    assert all(text in message for text in shown), message
+    for series in (first, second):
+        assert names(look(tmp_path, options={"wanted": series.__contains__})) == list(series)
+
+
+def test_two_checkpoints_of_one_step_are_taken_and_said(tmp_path: Path) -> None:
+    """One step that stands twice is no second series."""
+    for seed, name in enumerate(("a_step_1.pt", "a_step_2.pt", "b_step_2.pt")):
+        put(tmp_path / name, seed)
+    found = look(tmp_path)
+    assert names(found) == ["a_step_1.pt", "a_step_2.pt", "b_step_2.pt"]
+    assert found.notes == ("several checkpoints of one step are taken: 'a_step_2.pt', 'b_step_2.pt'",)
+
+
+def test_the_parts_of_two_ranks_are_no_two_checkpoints(tmp_path: Path) -> None:
+    """One moment suffices here: the mean of two parts of one model is none of it."""
+    for rank in (0, 1):
+        put(tmp_path / f"ep1-ba100-rank{rank}.pt", rank)
+    message = refusal(tmp_path)
+    assert "several that go through the same steps: 'ep1-ba100-rank0.pt', 'ep1-ba100-rank1.pt'" in message
+
+
+def test_the_parts_of_a_tensor_parallel_model_are_refused(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        put(tmp_path / f"consolidated.0{rank}.pth", rank)
+    for sources in ([tmp_path], [tmp_path / "consolidated.00.pth"]):
+        with pytest.raises(CheckpointFormatError, match="got the part of one of several ranks") as caught:
+            average(sources, tmp_path / "out.safetensors", dry_run=True)
+        assert caught.value.exit_code == 3
+    (tmp_path / "consolidated.01.pth").unlink()
+    assert average([tmp_path], tmp_path / "out.safetensors", dry_run=True).tensors == 2
+
+
+def test_raw_weights_of_one_and_only_an_ema_of_another_are_refused(tmp_path: Path) -> None:
+    """Both have the same names and shapes, so nothing else would tell."""
+    torch.save({"model": weights(1), "epoch": 1}, tmp_path / "epoch_1.pt")
+    torch.save({"ema": weights(2), "epoch": 2}, tmp_path / "epoch_2.pt")
+    with pytest.raises(
+        IncompatibleError, match=r"epoch_2\.pt: a running average .* while .*epoch_1\.pt holds raw"
+    ) as caught:
+        average([tmp_path], tmp_path / "out.safetensors")
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+# --- order within a step, or an epoch ----------------------------------------------------------------------
+
+
+def test_the_second_file_of_one_step_comes_behind_the_first(tmp_path: Path) -> None:
+    """Lightning's ``-v1`` is the later one, though its name sorts before the suffix."""
+    for seed, name in enumerate(("epoch=1-step=10-v1.ckpt", "epoch=1-step=10.ckpt", "epoch=0-step=5.ckpt")):
+        put(tmp_path / name, seed)
+    assert names(look(tmp_path)) == ["epoch=0-step=5.ckpt", "epoch=1-step=10.ckpt", "epoch=1-step=10-v1.ckpt"]
+
+
+def test_steps_that_start_anew_in_each_epoch_are_ordered_within_it(tmp_path: Path) -> None:
+    """By the step alone, checkpoints of different epochs would alternate, and the last would not be the last."""
+    moments = {"a.pt": (2, 100), "b.pt": (1, 900), "c.pt": (2, 50), "d.pt": (1, 100)}
+    for seed, (name, (epoch, step)) in enumerate(moments.items()):
+        put(tmp_path / name, seed, epoch=epoch, step=step)
+    found = look(tmp_path)
+    assert names(found) == ["d.pt", "b.pt", "c.pt", "a.pt"]
+    assert unit_of(found.candidates) == "epoch"
+
+
+# --- what does not disturb a run ---------------------------------------------------------------------------
+
+
+def test_an_unreadable_checkpoint_of_a_run_says_how_to_leave_it_out(tmp_path: Path) -> None:
+    """With the name quoted for what it is; of one named by hand there is nothing to leave out."""
+    for step in (1, 2):
+        put(tmp_path / f"step_{step}.pt", step)
+    (tmp_path / "step_2.pt").write_bytes(b"junk")
+    for source, advised in ((tmp_path, True), (tmp_path / "step_2.pt", False)):
+        with pytest.raises(CheckpointFormatError) as caught:
+            average([source], tmp_path / "out.safetensors")
+        assert str(caught.value).endswith(" To average the others, leave it out: --exclude 'step_2.pt'.") is advised
+        assert ("--exclude" in str(caught.value)) is advised
+    assert names(look(tmp_path, options={"wanted": Selection(exclude=("step_2.pt",)).wants})) == ["step_1.pt"]
+
+
+@pytest.mark.parametrize("stray", [".metadata", "model-00001-of-00002.safetensors"])
+def test_a_stray_part_of_another_checkpoint_does_not_disturb_a_run(tmp_path: Path, stray: str) -> None:
+    """One such file must make neither a DCP folder of the run nor a third checkpoint of it."""
+    for epoch in (1, 2):
+        put(tmp_path / f"epoch_{epoch}.pt", epoch, epoch=epoch)
+    if stray == ".metadata":
+        (tmp_path / stray).write_bytes(b"junk")
+    else:
+        save_file(weights(9), tmp_path / stray)
+    found = look(tmp_path)
+    assert names(found) == ["epoch_1.pt", "epoch_2.pt"]
+    if stray != ".metadata":
+        assert any(f"'{stray}'" in reason or name == stray for name, reason in reasons(found).items())
+
+
+def test_one_checkpoint_keeps_its_own_running_statistics(tmp_path: Path) -> None:
+    """They belong to these very weights: neither a model nor data may be asked for."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    net(torch.rand(8, 2))
+    torch.save(net.state_dict(), tmp_path / "epoch_1.pt")
+    result = average([tmp_path], tmp_path / "out.safetensors")
+    assert (result.statistics, result.batch_norm) == ("copied", None)
+    written = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in net.state_dict().items())
+    torch.save({name: value * 2 for name, value in net.state_dict().items()}, tmp_path / "epoch_2.pt")
+    with pytest.raises(UsageError, match="Add --model"):
+        average([tmp_path], tmp_path / "other.safetensors", non_float="last")

@@ -6,6 +6,7 @@ import io
 import pickle
 import struct
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 
 from ckpt_avg.elements import stream
 from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
-from ckpt_avg.readers import open_checkpoint, torch_stream
+from ckpt_avg.readers import open_checkpoint, pickle_specs, torch_stream
 from ckpt_avg.readers.torch_stream import looks_like
 from ckpt_avg.spec import BY_TORCH_NAME
 
@@ -340,3 +341,60 @@ def test_nothing_in_any_of_its_pickles_runs(tmp_path: Path, layout: Stream, part
 
 def test_an_object_without_weights(tmp_path: Path) -> None:
     assert "holds no named tensors" in refusal(saved(tmp_path, {"epoch": 3}), NoWeightsError)
+
+
+class Storage:
+    """Stands for a storage, of which only what refers to it is saved."""
+
+
+class Claim:
+    """A tensor of a storage with as many elements as its author says."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return torch._utils._rebuild_tensor_v2, (Storage(), 0, (4,), (1,), False, OrderedDict())
+
+
+def claiming(numel: int) -> bytes:
+    """The pickle of one tensor whose storage has a number of elements."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: object) -> object:
+            return ("storage", torch.FloatStorage, "0", "cpu", numel, None) if isinstance(value, Storage) else None
+
+    stream = io.BytesIO()
+    Pickler(stream, 2).dump({"w": Claim()})
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("numel", [10**6000, 2**63, 2**62, 5], ids=["endless", "2**63", "2**62", "5"])
+def test_a_storage_that_claims_an_endless_size(layout: Stream, numel: int) -> None:
+    """Beyond 4,300 digits Python refuses even to print it, with an error of its own."""
+    whole = struct.pack("<q4f", 4, 0, 1, 2, 3)
+    keys = pickle.dumps(["0"], 2)
+    layout.write(contents=claiming(4), keys=keys, storages=whole)
+    with open_checkpoint(layout.path) as checkpoint:
+        assert checkpoint.spec.tensors["w"].shape == (4,)
+    message = refusal(layout.write(contents=claiming(numel), keys=keys, storages=whole))
+    assert "storage '0': expected" in message
+
+
+@pytest.mark.parametrize("code", [pickle.EMPTY_SET, pickle.EMPTY_DICT, pickle.EMPTY_LIST])
+def test_empty_containers_count_for_many_operations(
+    layout: Stream, monkeypatch: pytest.MonkeyPatch, code: bytes
+) -> None:
+    """Each takes a hundred times the memory of its one byte, so thirty million of them would take gigabytes."""
+    monkeypatch.setattr(pickle_specs._Counted, "left", 300_000)
+    begin, end = b"\x80\x04](", b"e."
+    for few in (code * 14_000, pickle.NONE * 290_000):
+        assert "holds no named tensors" in refusal(
+            layout.write(contents=begin + few + end, keys=pickle.dumps([]), storages=b""), NoWeightsError
+        )
+    for many in (code * 16_000, pickle.NONE * 310_000):
+        message = refusal(layout.write(contents=begin + many + end))
+        assert "expected at most 30,000,000 operations in the pickle, got more" in message
+
+
+def test_millions_of_empty_sets_hit_the_limit(layout: Stream) -> None:
+    """At the real limit: a file of 1.6 MB is refused before it has taken half a gigabyte."""
+    message = refusal(layout.write(contents=b"\x80\x04](" + pickle.EMPTY_SET * 1_600_000 + b"e."))
+    assert "expected at most 30,000,000 operations in the pickle, got more" in message

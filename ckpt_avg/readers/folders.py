@@ -7,9 +7,10 @@ safetensors shards with an index, one torch file, torch shards with an index; th
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -172,7 +173,7 @@ def _distributed(folder: Path, names: set[str], kind: str | None) -> Form | None
     if lone:
         return Form(
             "half-written",
-            folder,
+            folder / lone[0],
             kind,
             f"half-written: expected a shard index (*{SUFFIX}) beside {quote(lone[0])}, which is saved last, got none. "
             "Leave it out.",
@@ -213,24 +214,22 @@ def _is_deepspeed(folder: Path) -> bool:
 
 
 def _dcp_safetensors(folder: Path, shards: list[tuple[int, int, int]]) -> Form:
-    ranks = {rank for rank, _, _ in shards}
-    missing = sorted(set(range(1, max(ranks) + 1)) - ranks)
-    files = max(count for _, _, count in shards)
-    lacking = sorted(set(range(1, files + 1)) - {number for _, number, _ in shards})
-    if lacking:
-        problem = (
-            f"expected files 1 to {files} of the model, got none of {listing(map(str, lacking))}. Copy all of them."
-        )
-        return Form("refused", folder, "torch DCP", problem)
-    if missing:
-        return Form(
-            "refused",
-            folder,
-            "torch DCP",
-            f"expected the shards of ranks 1 to {max(ranks)}, got none of {listing(map(str, missing))}. Copy those of "
-            "every rank.",
-        )
+    for what, numbers, count in (
+        ("ranks", {rank for rank, _, _ in shards}, max(rank for rank, _, _ in shards)),
+        ("files", {number for _, number, _ in shards}, max(of for _, _, of in shards)),
+    ):
+        missing = [str(each) for each in itertools.islice(_missing(numbers, count), 20)]
+        if missing:
+            problem = (
+                f"expected the shards of {what} 1 to {count:,}, got none of {', '.join(missing)}. Copy all of them."
+            )
+            return Form("refused", folder, "torch DCP", problem)
     return Form("DCP safetensors", folder, "torch DCP")
+
+
+def _missing(numbers: Collection[int], count: int) -> Iterator[int]:
+    """Yields what of 1 to ``count`` is not there; ``count`` comes from a name, and may be any number."""
+    return (each for each in range(1, count + 1) if each not in numbers)
 
 
 def _deepspeed(folder: Path, names: set[str]) -> Form:

@@ -82,7 +82,7 @@ def refuse_output_among(output: str | os.PathLike[str], discovery: Discovery) ->
 def _files_of(path: Path) -> Iterator[Path]:
     """Yields the files that a checkpoint consists of, as far as names tell."""
     if path.is_dir():
-        for folder, _, names in os.walk(path):
+        for folder, _, names in os.walk(path, followlinks=True):
             yield from (Path(folder) / name for name in names)
     elif is_index(path):
         yield path

@@ -84,7 +84,7 @@ def list_folder(folder: Path) -> Listing:
             same = known.get(identity_of(path))
             skipped.append(Skipped(path, f"the same file as {same}" if same else "a model or a run of its own"))
     named = [path for path in kept if not is_alias(path.name)]
-    if any(item.reason == _AVERAGED and _numbered(item.path) for item in skipped) and not named:
+    if any(item.reason == _AVERAGED for item in skipped) and not named:
         skipped += [Skipped(path, "last, best or the like by its name") for path in kept]
         kept = []  # else only an alias of these would be left
     if named:

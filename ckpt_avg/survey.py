@@ -218,7 +218,13 @@ def _one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str]
             series.setdefault(moment, []).append(each.path.name)
     shared = [names for names in series.values() if len(names) > 1]
     are_parts = any(re.search(r"(rank|shard|part)[-_]?\d", name) for names in shared for name in names)
-    if len(shared) > 1 or are_parts:
+    if are_parts:
+        raise IncompatibleError(
+            f"{found[0].path.parent}: expected whole weights, got the parts of several ranks: "
+            f"{listing(map(quote, shared[0]))}. Join them with the tool of the framework that trained it, then average "
+            "the results."
+        )
+    if len(shared) > 1:
         kinds = sorted({re.sub(r"\d+(\.\d+)?", "*", stem(name)) for names in shared for name in names})
         kinds = kinds if len(kinds) > 1 else shared[0]
         raise IncompatibleError(

@@ -439,7 +439,7 @@ def test_the_parts_of_two_ranks_are_no_two_checkpoints(tmp_path: Path) -> None:
     for rank in (0, 1):
         put(tmp_path / f"ep1-ba100-rank{rank}.pt", rank)
     message = refusal(tmp_path)
-    assert "several that go through the same steps: 'ep1-ba100-rank0.pt', 'ep1-ba100-rank1.pt'" in message
+    assert "got the parts of several ranks: 'ep1-ba100-rank0.pt', 'ep1-ba100-rank1.pt'" in message
 
 
 def test_the_parts_of_a_tensor_parallel_model_are_refused(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckpt_avg.api import AverageResult, Progress, average
-    from ckpt_avg.batchnorm import BatchNormReport, LayerStatistics, refresh_batch_norm
+    from ckpt_avg.api import average
+    from ckpt_avg.batchnorm import BatchNormReport, refresh_batch_norm
     from ckpt_avg.compat import CompatibilityReport, Difference, check
     from ckpt_avg.errors import (
         ChangedWhileReadingError,
@@ -25,20 +25,28 @@ if TYPE_CHECKING:
         NonFiniteError,
         NoWeightsError,
         OutputError,
+        RequirementError,
         ResourceError,
         UsageError,
         UserCodeError,
     )
+    from ckpt_avg.evaluate import Evaluation
     from ckpt_avg.inspection import Inspection, Listed, inspect
+    from ckpt_avg.measuring import LayerStatistics
+    from ckpt_avg.progress import Progress
     from ckpt_avg.readers import Checkpoint, open_checkpoint
     from ckpt_avg.record import Record
+    from ckpt_avg.refreshing import refresh_weights
+    from ckpt_avg.requirements import Outcome, Requirement
+    from ckpt_avg.results import AverageResult
     from ckpt_avg.spec import CheckpointSpec, DType, Part, TensorSpec
+    from ckpt_avg.sweeping import Measured, SweepResult, sweep
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ckpt_avg.api": ("AverageResult", "Progress", "average"),
-    "ckpt_avg.batchnorm": ("BatchNormReport", "LayerStatistics", "refresh_batch_norm"),
+    "ckpt_avg.api": ("average",),
+    "ckpt_avg.batchnorm": ("BatchNormReport", "refresh_batch_norm"),
     "ckpt_avg.compat": ("CompatibilityReport", "Difference", "check"),
     "ckpt_avg.errors": (
         "ChangedWhileReadingError",
@@ -48,14 +56,22 @@ _HOMES = {
         "NoWeightsError",
         "NonFiniteError",
         "OutputError",
+        "RequirementError",
         "ResourceError",
         "UsageError",
         "UserCodeError",
     ),
+    "ckpt_avg.evaluate": ("Evaluation",),
     "ckpt_avg.inspection": ("Inspection", "Listed", "inspect"),
+    "ckpt_avg.measuring": ("LayerStatistics",),
+    "ckpt_avg.progress": ("Progress",),
     "ckpt_avg.readers": ("Checkpoint", "open_checkpoint"),
     "ckpt_avg.record": ("Record",),
+    "ckpt_avg.refreshing": ("refresh_weights",),
+    "ckpt_avg.requirements": ("Outcome", "Requirement"),
+    "ckpt_avg.results": ("AverageResult",),
     "ckpt_avg.spec": ("CheckpointSpec", "DType", "Part", "TensorSpec"),
+    "ckpt_avg.sweeping": ("Measured", "SweepResult", "sweep"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -70,17 +86,23 @@ __all__ = [
     "CompatibilityReport",
     "DType",
     "Difference",
+    "Evaluation",
     "IncompatibleError",
     "Inspection",
     "LayerStatistics",
     "Listed",
+    "Measured",
     "NoWeightsError",
     "NonFiniteError",
+    "Outcome",
     "OutputError",
     "Part",
     "Progress",
     "Record",
+    "Requirement",
+    "RequirementError",
     "ResourceError",
+    "SweepResult",
     "TensorSpec",
     "UsageError",
     "UserCodeError",
@@ -90,6 +112,8 @@ __all__ = [
     "inspect",
     "open_checkpoint",
     "refresh_batch_norm",
+    "refresh_weights",
+    "sweep",
 ]
 
 

@@ -1,85 +1,35 @@
-"""`average`, the whole path: discover → open → check → plan → mean → refresh → publish."""
+"""`average`, the whole path: discover → open → check → plan → mean → refresh → evaluate → publish."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
 
-from ckpt_avg.atomic import UnpublishedFile, atomic_output, check_target
+from ckpt_avg.assessment import Assessment, name_of_average
+from ckpt_avg.atomic import atomic_output, check_target
 from ckpt_avg.batches import ForwardBatch
-from ckpt_avg.batchnorm import BatchNormReport
-from ckpt_avg.compat import refuse_differences
-from ckpt_avg.devices import choose_device, usable_cores
-from ckpt_avg.discover import Sources, discover
-from ckpt_avg.errors import IncompatibleError, OutputError, UsageError
-from ckpt_avg.header import encode_header
-from ckpt_avg.identical import differing
-from ckpt_avg.inputs import notice_what_is_read, open_inputs, refuse_output_among
-from ckpt_avg.mean import divide_memory, write_mean
-from ckpt_avg.messages import listing, plural, quote
-from ckpt_avg.open_files import allow_open_files
-from ckpt_avg.plan import OUTPUT_DTYPES, Plan, make_plan
+from ckpt_avg.batchnorm import BatchNormReport, check_options
+from ckpt_avg.devices import choose_device, choose_threads
+from ckpt_avg.discover import Discovery, Sources, discover
+from ckpt_avg.evaluate import Evaluate
+from ckpt_avg.header import encode_header, refuse_unreadable
+from ckpt_avg.inputs import refuse_output_among
+from ckpt_avg.mean import DEFAULT_MEMORY, check_memory, divide_memory, write_mean
+from ckpt_avg.models import Batches, Model, weights_in
+from ckpt_avg.plan import check_rules
+from ckpt_avg.preparation import Rules, prepare
+from ckpt_avg.progress import Progress
 from ckpt_avg.provenance import make_metadata
-from ckpt_avg.readers import Checkpoint, make_reading
-from ckpt_avg.refresh import Batches, Model, frozen_layers, refresh_output
-from ckpt_avg.run_folder import Skipped
-from ckpt_avg.running_statistics import Statistics, choose_refresh, frozen_buffers, source_of_statistics, summary
+from ckpt_avg.readers import make_reading
+from ckpt_avg.refresh import RefreshOptions, frozen_layers, refresh_output
+from ckpt_avg.results import AverageResult, refuse_unmet
+from ckpt_avg.running_statistics import check_bn, summary
 from ckpt_avg.select import Selection, check_selection, patterns
-
-DEFAULT_MEMORY = 128 * 2**20
-_MOST_THREADS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class AverageResult:
-    """What `average` did, or with ``dry_run`` would do.
-
-    Attributes:
-        output: the file that was asked for.
-        written: whether it was published; False for a dry run.
-        checkpoints: what was averaged, in order.
-        skipped: files of run folders that were left out, with reasons.
-        tensors: how many tensors the output holds.
-        nbytes: the output's size in bytes.
-        device: where the mean was computed.
-        statistics: where the BatchNorm statistics come from: ``none`` (no BatchNorm layers), ``refreshed``,
-            ``mean`` (of the checkpoints' statistics), or ``frozen`` (the same in every checkpoint, kept).
-        batch_norm: what the refresh did, if there was one.
-        notices: what the user should know.
-    """
-
-    output: Path
-    written: bool
-    checkpoints: tuple[Path, ...]
-    skipped: tuple[Skipped, ...]
-    tensors: int
-    nbytes: int
-    device: str
-    statistics: Statistics
-    batch_norm: BatchNormReport | None
-    notices: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Callbacks; each may be called from several threads, one at a time.
-
-    Attributes:
-        start: the input bytes that will be read.
-        read: input bytes that have just been averaged.
-        refreshed: batches and samples that have passed the model so far.
-        notice: something that the user should know.
-    """
-
-    start: Callable[[int], None] = lambda total: None
-    read: Callable[[int], None] = lambda nbytes: None
-    refreshed: Callable[[int, int], None] = lambda batches, samples: None
-    notice: Callable[[str], None] = lambda text: None
 
 
 def average(
@@ -110,6 +60,11 @@ def average(
     forward_batch: ForwardBatch | None = None,
     bn: str = "auto",
     bn_batches: int | None = None,
+    bn_estimator: str = "pooled",
+    amp: str = "off",
+    evaluate: Evaluate | None = None,
+    evaluate_all: bool = False,
+    require: str | Sequence[str] = (),
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -145,6 +100,12 @@ def average(
         forward_batch: called as ``forward_batch(model, batch)`` where batches need more than ``model(batch)``.
         bn: ``auto`` and ``refresh`` recompute the running statistics; ``keep`` averages them like weights.
         bn_batches: refresh with at most this many batches.
+        bn_estimator: ``pooled`` or ``batch-mean``, as for `refresh_batch_norm`.
+        amp: ``off``, ``bfloat16`` or ``float16``: automatic mixed precision of the refresh.
+        evaluate: called with the model in evaluation mode; it returns a number or a dict of them. It measures the last
+            checkpoint, the average, and the average after the refresh.
+        evaluate_all: measure every checkpoint.
+        require: what must hold for the average to be published, for example ``accuracy>=last``.
         overwrite: replace an existing output.
         dry_run: check and plan, but read no tensors (BatchNorm statistics excepted) and write nothing.
         progress: callbacks.
@@ -158,7 +119,8 @@ def average(
         IncompatibleError: the checkpoints don't fit together, or not the model, or hold NaN or Inf.
         OutputError: the output exists, or could not be written.
         ResourceError, MemoryError, torch.OutOfMemoryError: a resource ran out.
-        UserCodeError: the model or the data failed during the refresh.
+        UserCodeError: the model, the data or the metric failed.
+        RequirementError: a requirement was not met; ``error.result`` has what was measured.
 
     Example:
         >>> result = average(["fixtures/mnist_cnn"], "release.safetensors", every=3, bn="keep", dry_run=True)
@@ -172,129 +134,100 @@ def average(
         notices.append(text)
         progress.notice(text)
 
-    _check_options(dtype, non_float, bn, threads, memory, bn_batches)
+    check_rules(dtype, non_float)
+    check_bn(bn)
+    check_memory(memory)
+    check_options(bn_estimator, amp, bn_batches)
+    assessment = Assessment(evaluate, measure_all=evaluate_all, require=require, has_model=model is not None)
     names = patterns(include), patterns(exclude)
     selection = check_selection(Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode))
     reading = make_reading(state_key, ema, strip_prefix)
     target_device = choose_device(device)
-    workers = threads or usable_cores()
+    options = RefreshOptions(target_device, bn_estimator, bn_batches, amp, forward_batch)
+    workers = choose_threads(threads)
     discovery = discover(sources)
+    target = _check_output(output, discovery, overwrite=overwrite, notice=notice)
+    with ExitStack() as stack:
+        rules = Rules(dtype, non_float, bn, model, data, assessment.is_wanted)
+        ready = prepare(discovery, selection, reading, rules, stack, threads=workers, notice=notice)
+        budget = divide_memory(memory, threads=workers, checkpoints=len(ready.checkpoints), device=target_device)
+        assessment.use(ready.model, target_device, progress)
+        batch_norm: BatchNormReport | None = None
+
+        def header(reserve: int = 0) -> bytes:
+            about = summary(ready.statistics, batch_norm, options, data)
+            return encode_header(ready.plan, make_metadata(ready.specs, dtype=dtype, batch_norm=about), reserve=reserve)
+
+        # The refresh reads the output before its own figures can stand in the header: their room is reserved.
+        provisional = header()
+        size = len(provisional) + ready.plan.nbytes
+
+        def name(*, refreshed: bool) -> str:
+            return name_of_average(ready.statistics, len(ready.specs), refreshed=refreshed)
+
+        def result(*, written: bool) -> AverageResult:
+            return AverageResult(
+                output=Path(output),
+                written=written,
+                checkpoints=tuple(spec.path for spec in ready.specs),
+                skipped=ready.skipped,
+                tensors=len(ready.plan.tensors),
+                nbytes=size,
+                device=str(target_device),
+                statistics=ready.statistics,
+                batch_norm=batch_norm,
+                evaluations=tuple(assessment.evaluations),
+                outcomes=assessment.outcomes,
+                notices=tuple(notices),
+            )
+
+        if dry_run:
+            return result(written=False)
+        assessment.measure_checkpoints(ready.checkpoints)
+        with atomic_output(target, size) as unpublished:
+
+            def write(contents: memoryview, offset: int) -> None:
+                unpublished.write(contents, len(provisional) + offset)
+
+            def weights() -> dict[str, torch.Tensor]:
+                return weights_in(unpublished.readable_path)
+
+            unpublished.write(provisional, 0)
+            progress.start(sum(spec.nbytes for spec in ready.specs))
+            write_mean(
+                ready.checkpoints,
+                ready.plan,
+                write,
+                budget=budget,
+                device=target_device,
+                allow_nonfinite=allow_nonfinite,
+                progress=progress.read,
+            )
+            if len(ready.specs) > 1 or ready.refresh is None:  # a single checkpoint has been measured as it is
+                assessment.measure_average(name(refreshed=False), weights)
+            if ready.refresh is not None:
+                batch_norm = refresh_output(
+                    ready.refresh,
+                    ready.plan,
+                    weights,
+                    write,
+                    frozen=frozen_layers(ready.refresh, ready.frozen),
+                    options=options,
+                    progress=replace(progress, notice=notice),
+                )
+                unpublished.write(header(reserve=len(provisional)), 0)
+                assessment.measure_average(name(refreshed=True), weights)
+            refuse_unreadable(unpublished.readable_path, ready.plan, unpublished.target)
+            refuse_unmet(result(written=False))
+            unpublished.publish(overwrite=overwrite)
+        return result(written=True)
+
+
+def _check_output(
+    output: str | os.PathLike[str], discovery: Discovery, *, overwrite: bool, notice: Callable[[str], None]
+) -> Path:
     refuse_output_among(output, discovery)
     target = check_target(output, overwrite=overwrite)
     if target.suffix != ".safetensors":
         notice(f"{output}: the output is a safetensors file, whatever its suffix says")
-    with ExitStack() as stack:
-        inputs = open_inputs(discovery, selection, reading, stack, notice)
-        checkpoints = inputs.checkpoints
-        allow_open_files((1 + workers) * sum(len(checkpoint.files) for checkpoint in checkpoints))
-        specs = [checkpoint.spec for checkpoint in checkpoints]
-        refuse_differences(specs)
-        plan = make_plan(specs, dtype=dtype, non_float=non_float)
-        notice_what_is_read(checkpoints, notice)
-        frozen = frozen_buffers(checkpoints, plan)
-        refresh = choose_refresh(plan, frozen, model, data, bn, notice)
-        _check_equal(checkpoints, plan)
-        statistics = source_of_statistics(plan, frozen, refresh)
-
-        def header(report: BatchNormReport | None, reserve: int = 0) -> bytes:
-            batch_norm = summary(statistics, report, data)
-            return encode_header(plan, make_metadata(specs, dtype=dtype, batch_norm=batch_norm), reserve=reserve)
-
-        # The refresh reads the output before its own figures can stand in the header: their room is reserved.
-        provisional = header(None)
-        size = len(provisional) + plan.nbytes
-        batch_norm: BatchNormReport | None = None
-        if not dry_run:
-            budget = divide_memory(memory, threads=workers, checkpoints=len(checkpoints), device=target_device)
-            with atomic_output(target, size) as unpublished:
-
-                def write(contents: memoryview, offset: int) -> None:
-                    unpublished.write(contents, len(provisional) + offset)
-
-                unpublished.write(provisional, 0)
-                progress.start(sum(spec.nbytes for spec in specs))
-                write_mean(
-                    checkpoints,
-                    plan,
-                    write,
-                    budget=budget,
-                    device=target_device,
-                    allow_nonfinite=allow_nonfinite,
-                    progress=progress.read,
-                )
-                if refresh is not None:
-                    batch_norm = refresh_output(
-                        refresh,
-                        plan,
-                        unpublished.readable_path,
-                        write,
-                        frozen=frozen_layers(refresh, frozen),
-                        device=target_device,
-                        max_batches=bn_batches,
-                        forward_batch=forward_batch,
-                        progress=progress.refreshed,
-                    )
-                    if batch_norm.used_twice:
-                        used_twice = listing(map(quote, batch_norm.used_twice))
-                        notice(f"layers used more than once in a pass, over all uses: {used_twice}")
-                    unpublished.write(header(batch_norm, reserve=len(provisional)), 0)
-                _check_readable(unpublished, plan)
-                unpublished.publish(overwrite=overwrite)
-    return AverageResult(
-        output=Path(output),
-        written=not dry_run,
-        checkpoints=tuple(spec.path for spec in specs),
-        skipped=inputs.survey.skipped,
-        tensors=len(plan.tensors),
-        nbytes=size,
-        device=str(target_device),
-        statistics=statistics,
-        batch_norm=batch_norm,
-        notices=tuple(notices),
-    )
-
-
-def _check_options(
-    dtype: str, non_float: str, bn: str, threads: int | None, memory: int, bn_batches: int | None
-) -> None:
-    for option, value, choices in (
-        ("--dtype", dtype, OUTPUT_DTYPES),
-        ("--non-float", non_float, ("equal", "last")),
-        ("--bn", bn, ("auto", "refresh", "keep")),
-    ):
-        if value not in choices:
-            raise UsageError(f"{option}: expected one of {', '.join(choices)}, got {value!r}.")
-    for option, number, least in (
-        ("--threads", threads, 1),
-        ("--memory", memory, 2**20),
-        ("--bn-batches", bn_batches, 1),
-    ):
-        if number is not None and number < least:
-            raise UsageError(f"{option}: expected {least:,} or more, got {number:,}.")
-    if threads is not None and threads > _MOST_THREADS:
-        raise UsageError(f"--threads: expected at most {_MOST_THREADS:,}, got {threads:,}.")
-
-
-def _check_equal(checkpoints: Sequence[Checkpoint], plan: Plan) -> None:
-    unequal = differing(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
-    if unequal:
-        raise IncompatibleError(
-            f"{plural(len(unequal), 'integer or bool tensor')} differ from {checkpoints[0].spec.path}, and numbers of "
-            f"these dtypes are never averaged:\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
-            "Take the last checkpoint's with --non-float last."
-        )
-
-
-def _check_readable(unpublished: UnpublishedFile, plan: Plan) -> None:
-    """Opens the finished file with safetensors itself before anybody else can."""
-    try:
-        with safe_open(str(unpublished.readable_path), framework="pt") as reader:
-            names = set(reader.keys())
-    except Exception as error:
-        raise OutputError(
-            f"{unpublished.target}: safetensors cannot read what was written: {error}. Nothing is published."
-        ) from error
-    if names != {tensor.name for tensor in plan.tensors}:
-        raise OutputError(
-            f"{unpublished.target}: safetensors reads other tensors than were written. Nothing is published."
-        )
+    return target

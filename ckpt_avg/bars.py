@@ -9,13 +9,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ckpt_avg.api import Progress
 from ckpt_avg.messages import safe_text
+from ckpt_avg.progress import Progress
 
 
 @contextlib.contextmanager
 def bars(*, quiet: bool) -> Iterator[Progress]:
-    """Yields callbacks that draw one bar for the averaging and one for the refresh.
+    """Yields callbacks that draw one bar for the averaging, and for each refresh and evaluation.
 
     Bars appear on a terminal only; notices are printed in any case, unless ``quiet``.
     """
@@ -23,6 +23,7 @@ def bars(*, quiet: bool) -> Iterator[Progress]:
     open_bars: dict[str, tqdm[Any]] = {}
 
     def start(total: int) -> None:
+        close()
         open_bars["averaging"] = tqdm(
             desc="averaging",
             total=total,
@@ -36,12 +37,29 @@ def bars(*, quiet: bool) -> Iterator[Progress]:
     def read(nbytes: int) -> None:
         open_bars["averaging"].update(nbytes)
 
+    def refreshing(batches: int | None) -> None:
+        close()
+        open_bars["refresh"] = tqdm(
+            desc="BatchNorm refresh", total=batches, unit=" batches", disable=disable, file=sys.stderr
+        )
+
     def refreshed(batches: int, samples: int) -> None:
-        if "refresh" not in open_bars:
-            open_bars["averaging"].close()
-            open_bars["refresh"] = tqdm(desc="BatchNorm refresh", unit=" batches", disable=disable, file=sys.stderr)
-        open_bars["refresh"].set_postfix_str(f"{samples:,} samples", refresh=False)
-        open_bars["refresh"].update(1)
+        bar = open_bars["refresh"]
+        rate = samples / max(bar.format_dict["elapsed"], 1e-9)
+        bar.set_postfix_str(f"{samples:,} samples, {rate:,.0f}/s", refresh=False)
+        bar.update(1)
+
+    def evaluating(name: str) -> None:
+        close()
+        open_bars["evaluating"] = tqdm(
+            desc=safe_text(f"evaluating {name}"), bar_format="{desc} … {elapsed}", disable=disable, file=sys.stderr
+        )
+        open_bars["evaluating"].refresh()
+
+    def close() -> None:
+        for bar in open_bars.values():
+            bar.close()
+        open_bars.clear()
 
     def notice(text: str) -> None:
         if not quiet:
@@ -49,7 +67,6 @@ def bars(*, quiet: bool) -> Iterator[Progress]:
                 tqdm.write(safe_text(f"Notice: {text}"), file=sys.stderr)
 
     try:
-        yield Progress(start, read, refreshed, notice)
+        yield Progress(start, read, refreshing, refreshed, evaluating, notice)
     finally:
-        for bar in open_bars.values():
-            bar.close()
+        close()

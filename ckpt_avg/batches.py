@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,10 +14,21 @@ from ckpt_avg.user_code import blaming
 
 ForwardBatch = Callable[[torch.nn.Module, Any], object]
 
+_LEAST_PINNED = 64 * 1024  # bytes
+
 _ACCEPTED = (
     "Accepted batches: a tensor, a tuple or list (its first element is the input), a mapping (passed as keywords), or "
     "anything that a function forward_batch(model, batch), in the module of --model, takes."
 )
+
+
+def expected_batches(batches: Iterable[Any], at_most: int | None) -> int | None:
+    """Returns how many batches will come, as far as the iterable tells beforehand."""
+    with blaming("the dataloader raised when asked for its length:"):
+        told = operator.length_hint(batches, -1)
+    if told < 0:
+        return at_most
+    return told if at_most is None else min(told, at_most)
 
 
 def fetch(batches: Iterable[Any], at_most: int | None) -> Iterator[Any]:
@@ -60,11 +72,17 @@ def _shape(batch: Any) -> str:
 
 
 def to_device(batch: Any, device: torch.device | str | None) -> Any:
-    """Returns the batch with every tensor in it on the device."""
+    """Returns the batch with every tensor in it on the device.
+
+    Tensors, tuples, lists and mappings of them are moved here; other objects that have a method ``to``, as the batches
+    of Hugging Face's tokenizers and of graph libraries do, move themselves.
+    """
     if device is None or str(device) == "cpu":
         return batch
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        return _pinned(batch).to(device, non_blocking=True)
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -72,6 +90,15 @@ def to_device(batch: Any, device: torch.device | str | None) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_device(item, device) for item in batch)
     return batch
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in page-locked memory, from which a copy to CUDA runs beside the computation.
+
+    For a small one that does not pay. torch keeps such memory for the next batch.
+    """
+    pays = torch.cuda.is_available() and tensor.device.type == "cpu" and tensor.nbytes >= _LEAST_PINNED
+    return tensor.pin_memory() if pays and not tensor.is_pinned() else tensor
 
 
 def count_samples(batch: Any) -> int:

@@ -7,74 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt_avg import __version__
-from ckpt_avg.errors import IncompatibleError
+from ckpt_avg import __version__, cli_options
+from ckpt_avg.errors import IncompatibleError, RequirementError
 from ckpt_avg.exits import run, say
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "K": 2**10,
-    "M": 2**20,
-    "G": 2**30,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-}
-
-
-def _parse_size(context: click.Context, parameter: click.Parameter, value: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise click.BadParameter(f"expected a size such as 256MiB, got {value!r}")
-    amount = float(match[1]) * _UNITS[match[2].upper()]
-    if amount > sys.maxsize:
-        raise click.BadParameter(f"expected a size such as 256MiB, got {value[:40]}…")
-    return int(amount)
-
-
-def _together(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
-    def decorate(command: _Command) -> _Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_sources = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-_selection = _together(
-    click.option("--last", type=int, metavar="N", help="Take the last N checkpoints."),
-    click.option("--every", type=int, metavar="K", help="Take each K-th, counted back from the last."),
-    click.option("--from-step", type=int, metavar="S", help="Leave out what lies before step S (or epoch S)."),
-    click.option("--to-step", type=int, metavar="S", help="Leave out what lies behind step S (or epoch S)."),
-    click.option("--best", type=int, metavar="N", help="Take the N best by a metric that the trainer recorded."),
-    click.option("--metric", metavar="NAME", help="Which metric, with --best."),
-    click.option("--mode", metavar="min|max", help="Whether low or high is better, with --best."),
-    click.option("--include", multiple=True, metavar="GLOB", help="Take only file names that match. Repeatable."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out file names that match. Repeatable."),
-    click.option("--at-lr-minima", is_flag=True, help="Take those at the bottom of the learning rate's cycles."),
-)
-_reading = _together(
-    click.option(
-        "--state-key", metavar="DOTTED.KEY", help="Where a torch file holds the state dict, if not under a common key."
-    ),
-    click.option("--ema", is_flag=True, help="Take the running averages that some trainers keep beside the weights."),
-    click.option("--strip-prefix", metavar="PREFIX", help="Take this off the front of names, for example 'model.'."),
-)
-_verbose = click.option("-v", "--verbose", is_flag=True, help="Say what was left out of run folders, and why.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+if TYPE_CHECKING:
+    from ckpt_avg.results import AverageResult
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -89,97 +34,195 @@ def cli() -> None:
 
 
 @cli.command("average")
-@_sources
+@cli_options.sources
 @click.option("-o", "--output", required=True, metavar="OUT.safetensors", help="The file to write.")
-@_selection
-@_reading
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to sum and refresh."
-)
-@click.option(
-    "--dtype",
-    default="keep",
-    show_default=True,
-    metavar="keep|float64|float32|bfloat16|float16",
-    help="The dtype of the output's floating-point tensors.",
-)
-@click.option("--threads", type=int, metavar="N", help="Workers; by default one for each usable core.")
-@click.option(
-    "--memory",
-    callback=_parse_size,
-    default="128MiB",
-    show_default=True,
-    metavar="SIZE",
-    help="Working memory, shared by the workers.",
-)
-@click.option(
-    "--non-float",
-    default="equal",
-    show_default=True,
-    metavar="equal|last",
-    help="Integer and bool tensors: must be equal, or take the last checkpoint's.",
-)
-@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and Inf through instead of refusing them.")
-@click.option("--model", metavar="MODULE:FACTORY", help="Returns the model, for the BatchNorm refresh.")
-@click.option("--data", metavar="MODULE:FACTORY", help="Returns an iterable of batches, for the BatchNorm refresh.")
-@click.option(
-    "--bn",
-    default="auto",
-    show_default=True,
-    metavar="auto|refresh|keep",
-    help="Recompute the BatchNorm statistics, or keep the mean of the checkpoints'.",
-)
-@click.option("--bn-batches", type=int, metavar="N", help="Refresh over at most N batches.")
-@click.option(
-    "--app-dir", default=".", show_default=True, metavar="DIR", help="Where --model and --data are imported from."
-)
-@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
-@click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
-@_json
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars and no notices.")
-@_verbose
-def average_command(
-    sources: Sequence[str],
-    output: str,
-    model: str | None,
-    data: str | None,
-    app_dir: str,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **options: Any,
-) -> None:
+@cli_options.selection
+@cli_options.reading
+@cli_options.mean
+@cli_options.user_code
+@cli_options.keep
+@cli_options.refresh
+@cli_options.evaluation
+@click.option("--eval-all", "evaluate_all", is_flag=True, help="Measure every checkpoint, not the last alone.")
+@cli_options.require
+@cli_options.overwrite
+@cli_options.dry_run
+@cli_options.report
+@cli_options.as_json
+@cli_options.quiet
+@cli_options.verbose
+def average_command(sources: Sequence[str], output: str, verbose: bool, **options: Any) -> None:
     """Write the equal-weighted mean of the checkpoints, BatchNorm statistics recomputed.
 
     \b
     ckpt-avg average RUN --last 8 -o swa.safetensors
     ckpt-avg average RUN -o swa.safetensors --model train:make_model --data train:train_loader
+    ckpt-avg average RUN -o swa.safetensors --bn keep \\
+        --model train:make_model --eval train:evaluate --require 'accuracy>=last'
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.api import average
-    from ckpt_avg.bars import bars
-    from ckpt_avg.report import average_json, average_text
-    from ckpt_avg.user_code import forward_batch_beside, load_user_code
+    from ckpt_avg.report import average_text
 
+    _make(
+        lambda **given: average(sources, output, **given),
+        lambda result: average_text(result, verbose=verbose),
+        sources,
+        output,
+        **options,
+    )
+
+
+@cli.command("refresh-bn")
+@click.argument("weights")
+@click.option("-o", "--output", required=True, metavar="OUT.safetensors", help="The file to write.")
+@cli_options.reading
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to refresh.")
+@cli_options.dtype
+@cli_options.user_code
+@cli_options.refresh
+@cli_options.evaluation
+@cli_options.require
+@cli_options.overwrite
+@cli_options.dry_run
+@cli_options.report
+@cli_options.as_json
+@cli_options.quiet
+def refresh_command(weights: str, output: str, **options: Any) -> None:
+    """Write WEIGHTS with their BatchNorm statistics recomputed, and everything else as it is.
+
+    \b
+    ckpt-avg refresh-bn weights.pt -o refreshed.safetensors --model train:make_model --data train:train_loader
+    """  # noqa: D301 (click needs the backspace character itself)
+    from ckpt_avg.errors import UsageError
+    from ckpt_avg.refreshing import refresh_weights
+    from ckpt_avg.report import refreshed_text
+
+    for option in ("model", "data"):
+        if options[option] is None:
+            raise UsageError(f"--{option}: expected MODULE:FACTORY, got nothing. The statistics are measured with it.")
+    _make(lambda **given: refresh_weights(weights, output, **given), refreshed_text, [weights], output, **options)
+
+
+def _make(
+    make: Callable[..., AverageResult],
+    text: Callable[[AverageResult], str],
+    sources: Sequence[str],
+    output: str,
+    *,
+    model: str | None,
+    data: str | None,
+    evaluate: str | None,
+    app_dir: str,
+    report: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Runs what makes an output, and prints and reports what came of it, also where a requirement is not met."""
+    from ckpt_avg.bars import bars
+    from ckpt_avg.report import average_json
+    from ckpt_avg.side_files import check_side_file, publish_side_file
+
+    overwrite = options["overwrite"]
+    target = None
+    if report is not None:
+        target = check_side_file("--report", report, sources, beside=output, overwrite=overwrite)
+    unmet: RequirementError | None = None
     # What the user's code prints is no result of this command.
     with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress:
-        factories: dict[str, Any] = {
-            "model": load_user_code(model, "--model", app_dir) if model else None,
-            "data": load_user_code(data, "--data", app_dir) if data else None,
-            "forward_batch": forward_batch_beside(model) if model else None,
-        }
-        result = average(sources, output, progress=progress, **factories, **options)
-    if as_json:
-        say(json.dumps(average_json(result), indent=2))
-    else:
-        say(average_text(result, verbose=verbose))
+        loaded = cli_options.load_all(app_dir, model=model, data=data, evaluate=evaluate)
+        try:
+            result = make(progress=progress, **loaded, **options)
+        except RequirementError as error:
+            unmet, result = error, error.result
+    document = average_json(result)
+    if target is not None:
+        publish_side_file(target, (json.dumps(document, indent=2) + "\n").encode(), overwrite=overwrite)
+    if unmet is not None:
+        unmet.document = document
+    elif as_json:
+        say(json.dumps(document, indent=2))
+    if not as_json:
+        say(text(result))
+    if unmet is not None:
+        raise unmet
+
+
+@cli.command("sweep")
+@cli_options.sources
+@cli_options.selection
+@cli_options.reading
+@cli_options.mean
+@cli_options.hold
+@cli_options.user_code
+@cli_options.keep
+@cli_options.refresh
+@cli_options.evaluation
+@click.option("--maximize", metavar="METRIC", help="Which metric says what is best: the higher, the better.")
+@click.option("--minimize", metavar="METRIC", help="The same: the lower, the better.")
+@click.option(
+    "--windows", default="both", show_default=True, metavar="last|first|both", help="The last k, the first k, or both."
+)
+@click.option("--plot", metavar="FILE.png", help="Draw the metric over k (.png, .svg, .pdf); needs matplotlib.")
+@cli_options.overwrite
+@cli_options.report
+@cli_options.as_json
+@cli_options.quiet
+@click.pass_context
+def sweep_command(
+    context: click.Context,
+    /,
+    sources: Sequence[str],
+    model: str | None,
+    data: str | None,
+    evaluate: str | None,
+    app_dir: str,
+    plot: str | None,
+    report: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Measure the average of the last k checkpoints for each k, and of the first k, to find the best window.
+
+    \b
+    ckpt-avg sweep RUN --model train:make_model --data train:train_loader \\
+        --eval train:evaluate --maximize accuracy
+    """  # noqa: D301 (click needs the backspace character itself)
+    from ckpt_avg.bars import bars
+    from ckpt_avg.errors import UsageError
+    from ckpt_avg.plots import draw_sweep, kind_of
+    from ckpt_avg.report_evaluation import sweep_json, sweep_text
+    from ckpt_avg.side_files import check_side_file, publish_side_file
+    from ckpt_avg.sweeping import sweep
+
+    for option, given in (("--model", model), ("--eval", evaluate)):
+        if given is None:
+            raise UsageError(f"{option}: expected a name, MODULE:NAME, got nothing. Each average is measured with it.")
+    kind = kind_of(plot) if plot is not None else ""
+    targets = {
+        option: check_side_file(option, path, sources, beside=None, overwrite=overwrite)
+        for option, path in (("--plot", plot), ("--report", report))
+        if path is not None
+    }
+    with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress:
+        loaded = cli_options.load_all(app_dir, model=model, data=data, evaluate=evaluate)
+        result = sweep(sources, progress=progress, **loaded, **options)
+    command = cli_options.average_command_for(context, result.best)
+    document = json.dumps(sweep_json(result, command), indent=2)
+    for option, target in targets.items():
+        contents = draw_sweep(result, kind) if option == "--plot" else f"{document}\n".encode()
+        publish_side_file(target, contents, overwrite=overwrite)
+    say(document if as_json else sweep_text(result, shlex.join(command)))
 
 
 @cli.command("check")
-@_sources
-@_selection
-@_reading
-@_json
-@_verbose
+@cli_options.sources
+@cli_options.selection
+@cli_options.reading
+@cli_options.as_json
+@cli_options.verbose
 def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **options: Any) -> None:
     """Say whether the checkpoints fit together, from their headers alone."""
     from ckpt_avg.compat import check
@@ -199,8 +242,8 @@ def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **option
 
 @cli.command("inspect")
 @click.argument("path")
-@_reading
-@_json
+@cli_options.reading
+@cli_options.as_json
 def inspect_command(path: str, as_json: bool, **options: Any) -> None:
     """Show what a checkpoint or a run folder holds, and how it would be read."""
     from ckpt_avg.inspection import inspect

@@ -13,6 +13,8 @@ import torch
 
 from ckpt_avg.errors import UsageError
 
+_MOST_THREADS = 1024
+
 
 def choose_device(name: str) -> torch.device:
     """Returns the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here.
@@ -42,6 +44,19 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def choose_threads(threads: int | None) -> int:
+    """Returns the number of workers: as asked for, or one for each usable core.
+
+    Raises:
+        UsageError: it is out of range.
+    """
+    if threads is None:
+        return usable_cores()
+    if not 1 <= threads <= _MOST_THREADS:
+        raise UsageError(f"--threads: expected from 1 to {_MOST_THREADS:,}, got {threads:,}.")
+    return threads
 
 
 class Staging:

@@ -9,7 +9,8 @@
     │   └── NonFiniteError             … or hold NaN or Inf
     ├── OutputError                 5  the output could not be written
     ├── ResourceError               6  out of memory or of another resource
-    └── UserCodeError               7  the user's model or data failed, or the refresh could not be done
+    ├── UserCodeError               7  the user's model, data or metric failed, or the refresh could not be done
+    └── RequirementError            9  the average does not meet a --require
 
 Every message says where, what was expected, what was found and what to do. An exception that is none of
 these is a bug of ours: it keeps its traceback and exits with 1.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from typing import Any
 
 
 class CkptAvgError(Exception):
@@ -70,9 +72,25 @@ class ResourceError(CkptAvgError):
 
 
 class UserCodeError(CkptAvgError):
-    """The user's model or dataloader failed, or the BatchNorm refresh could not be done."""
+    """The user's model, dataloader or metric failed, or the BatchNorm refresh could not be done."""
 
     exit_code = 7
+
+
+class RequirementError(CkptAvgError):
+    """The average does not meet a requirement, so it is not published.
+
+    Attributes:
+        result: the `AverageResult`, with what was measured.
+        document: the same for ``--json``, where the command has filled it in.
+    """
+
+    exit_code = 9
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
+        self.document: dict[str, object] = {}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

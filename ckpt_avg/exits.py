@@ -9,12 +9,12 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from types import FrameType
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType, MappingProxyType
 
 import click
 
-from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UserCodeError, is_out_of_memory
+from ckpt_avg.errors import CkptAvgError, OutputError, RequirementError, ResourceError, UserCodeError, is_out_of_memory
 from ckpt_avg.messages import safe_text
 
 # A signal may come between publishing and the last line of output.
@@ -85,6 +85,8 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         return _fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except RequirementError as error:
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json, known=error.document)
     except CkptAvgError as error:
         return _fail(type(error).__name__, str(error), error.exit_code, as_json)
     except (MemoryError, OSError, RuntimeError) as error:
@@ -95,11 +97,19 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
         return _fail("ResourceError", text, ResourceError.exit_code, as_json)
 
 
-def _fail(kind: str, message: str, code: int, as_json: bool, *, show: bool = True) -> int:
+def _fail(
+    kind: str,
+    message: str,
+    code: int,
+    as_json: bool,
+    *,
+    show: bool = True,
+    known: Mapping[str, object] = MappingProxyType({}),
+) -> int:
     if show:
         say(f"Error: {message}", err=True)
     if as_json:
-        say(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}, indent=2))
+        say(json.dumps({**known, "error": {"kind": kind, "message": message, "exit_code": code}}, indent=2))
     return code
 
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 
-from ckpt_avg.errors import IncompatibleError
+from safetensors import safe_open
+
+from ckpt_avg.errors import IncompatibleError, OutputError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.plan import Plan
 
@@ -46,3 +49,20 @@ def encode_header(plan: Plan, metadata: Mapping[str, str], *, reserve: int = 0) 
             "Average fewer tensors in one file."
         )
     return struct.pack("<Q", length) + text.ljust(length)
+
+
+def refuse_unreadable(path: Path, plan: Plan, target: Path) -> None:
+    """Opens the finished file with safetensors itself before anybody else can.
+
+    Raises:
+        OutputError: safetensors cannot read it, or reads other tensors than were planned.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as reader:
+            names = set(reader.keys())
+    except Exception as error:
+        raise OutputError(
+            f"{target}: safetensors cannot read what was written: {error}. Nothing is published."
+        ) from error
+    if names != {tensor.name for tensor in plan.tensors}:
+        raise OutputError(f"{target}: safetensors reads other tensors than were written. Nothing is published.")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_avg.elements import stream
-from ckpt_avg.messages import quote
+from ckpt_avg.errors import IncompatibleError
+from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.readers import Checkpoint
 
 
@@ -46,6 +47,17 @@ def differing(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> dict[s
                 found[name] = Unequal(name, str(other.spec.path), index)
                 break
     return found
+
+
+def refuse_unequal(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> None:
+    """Raises IncompatibleError where integer or bool tensors differ between the checkpoints."""
+    unequal = differing(checkpoints, names)
+    if unequal:
+        raise IncompatibleError(
+            f"{plural(len(unequal), 'integer or bool tensor')} differ from {checkpoints[0].spec.path}, and numbers of "
+            f"these dtypes are never averaged:\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
+            "Take the last checkpoint's with --non-float last."
+        )
 
 
 def _first_difference(first: Checkpoint, other: Checkpoint, name: str) -> int | None:

@@ -99,8 +99,16 @@ def _made_here(path: Path) -> bool:
         return False
 
 
-def notice_what_is_read(checkpoints: Sequence[Checkpoint], notice: Callable[[str], None]) -> None:
-    """Tells how the checkpoints were read, which are averages already, and which tensors are tied."""
+def notice_what_is_read(
+    checkpoints: Sequence[Checkpoint], notice: Callable[[str], None], *, copies: bool = True
+) -> None:
+    """Tells how the checkpoints were read, which are averages already, and which tensors are tied.
+
+    Args:
+        checkpoints: what will be read.
+        notice: told what the user should know.
+        copies: whether to say that a single checkpoint is copied.
+    """
     first = checkpoints[0].spec
     for spec in (checkpoint.spec for checkpoint in checkpoints):
         for note in spec.notes if spec.notes != first.notes or spec is first else ():
@@ -117,7 +125,7 @@ def notice_what_is_read(checkpoints: Sequence[Checkpoint], notice: Callable[[str
             f"{plural(len(averaged), 'checkpoint')} of {len(checkpoints)} hold an average already "
             f"({averaged[0].path.name}: {averaged[0].averaged})"
         )
-    if len(checkpoints) == 1:
+    if copies and len(checkpoints) == 1:
         notice(f"{first.path} is the only checkpoint, so its weights are copied")
     if tied := first.tied():
         notice(f"tied tensors are written under each name: {listing('='.join(map(quote, names)) for names in tied)}")

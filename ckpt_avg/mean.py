@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_avg.devices import Staging
-from ckpt_avg.elements import Range, read_ranges, stream, torch_dtype
-from ckpt_avg.errors import NonFiniteError
-from ckpt_avg.messages import listing, quote
+from ckpt_avg.elements import Range, read_ranges, torch_dtype
+from ckpt_avg.errors import NonFiniteError, UsageError
+from ckpt_avg.nonfinite import describe_nonfinite, refuse_overflow
 from ckpt_avg.plan import OutputTensor, Piece, Plan
 from ckpt_avg.readers import Checkpoint
 from ckpt_avg.rounding import round_to
@@ -28,6 +28,9 @@ from ckpt_avg.rounding import round_to
 _CHUNK = 64 * 1024
 _CUDA_CHUNK = 1024 * 1024  # there a chunk must outweigh the launch of a kernel
 _WINDOW = 4 * 1024 * 1024  # a task of more elements gains nothing and shares the work out less evenly
+
+DEFAULT_MEMORY = 128 * 2**20
+_LEAST_MEMORY = 2**20
 
 Write = Callable[[memoryview, int], None]
 Progress = Callable[[int], None]
@@ -48,6 +51,12 @@ class Budget:
     window: int
 
 
+def check_memory(memory: int) -> None:
+    """Raises UsageError where there is too little to work with."""
+    if memory < _LEAST_MEMORY:
+        raise UsageError(f"--memory: expected {_LEAST_MEMORY:,} or more, got {memory:,}.")
+
+
 def divide_memory(memory: int, *, threads: int, checkpoints: int, device: torch.device) -> Budget:
     """Divides ``memory`` bytes between the workers.
 
@@ -61,6 +70,19 @@ def divide_memory(memory: int, *, threads: int, checkpoints: int, device: torch.
     return Budget(threads, min(chunk, window), window)
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A mean to be computed of consecutive checkpoints, and where its bytes go.
+
+    Attributes:
+        checkpoints: which of them, as a range of their indices.
+        write: takes bytes and their offset in the data section; called from several threads.
+    """
+
+    checkpoints: range
+    write: Write
+
+
 def write_mean(
     checkpoints: Sequence[Checkpoint],
     plan: Plan,
@@ -71,12 +93,34 @@ def write_mean(
     allow_nonfinite: bool = False,
     progress: Progress = lambda nbytes: None,
 ) -> None:
-    """Computes every tensor of the plan and writes its bytes.
+    """Computes every tensor of the plan over all checkpoints and writes its bytes; `write_means` of one target."""
+    write_means(
+        checkpoints,
+        plan,
+        [Target(range(len(checkpoints)), write)],
+        budget=budget,
+        device=device,
+        allow_nonfinite=allow_nonfinite,
+        progress=progress,
+    )
+
+
+def write_means(
+    checkpoints: Sequence[Checkpoint],
+    plan: Plan,
+    targets: Sequence[Target],
+    *,
+    budget: Budget,
+    device: torch.device,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda nbytes: None,
+) -> None:
+    """Computes every tensor of the plan for each target and writes its bytes. The inputs are read once for all targets.
 
     Args:
         checkpoints: open checkpoints that agree, in the order in which they are summed.
         plan: what to compute and where it goes.
-        write: takes bytes and their offset in the data section; called from several threads.
+        targets: of which checkpoints.
         budget: threads and working memory.
         device: where sums are kept.
         allow_nonfinite: let NaN and Inf of the inputs through.
@@ -91,7 +135,7 @@ def write_mean(
 
     def work() -> None:
         torch.set_num_threads(1)  # the workers are the parallelism; in torch this is a setting of each thread
-        worker = _Worker(checkpoints, write, budget, device, allow_nonfinite)
+        worker = _Worker(checkpoints, targets, budget, device, allow_nonfinite)
         while not stop.is_set():
             with lock:
                 task = next(tasks, None)
@@ -123,13 +167,15 @@ class _Worker:
     def __init__(
         self,
         checkpoints: Sequence[Checkpoint],
-        write: Write,
+        targets: Sequence[Target],
         budget: Budget,
         device: torch.device,
         allow_nonfinite: bool,
     ) -> None:
         self._checkpoints = checkpoints
-        self._write = write
+        self._targets = targets
+        self._averaged = {index for target in targets for index in target.checkpoints}
+        self._copied = {target.checkpoints[-1] for target in targets}
         self._chunk = budget.chunk
         self._allow_nonfinite = allow_nonfinite
         self._staging = Staging(device, budget.chunk * 8)
@@ -139,69 +185,80 @@ class _Worker:
             # A complex element is two real ones.
             self._sum = torch.empty(2 * budget.chunk, dtype=torch.float64, device=device)
             self._wide = torch.empty(2 * budget.chunk, dtype=torch.float64, device=device)
-            self._count = torch.tensor(float(len(checkpoints)), dtype=torch.float64, device=device)
+            self._counts = [
+                torch.tensor(float(len(target.checkpoints)), dtype=torch.float64, device=device) for target in targets
+            ]
 
     def run(self, task: tuple[Piece, ...]) -> int:
-        """Computes one task and writes it; returns the input bytes read."""
-        inputs = [read_ranges(checkpoint, self._ranges(checkpoint, task)) for checkpoint in self._checkpoints]
-        filled = 0
-        with self._staging.context():
-            for index, piece in enumerate(task):
-                nbytes = (piece.stop - piece.start) * piece.tensor.dtype.itemsize
-                output = self._output[filled : filled + nbytes].view(torch_dtype(piece.tensor.dtype))
-                self._fill(piece, [of_checkpoint[index] for of_checkpoint in inputs], output)
-                filled += nbytes
-        first = task[0].tensor.offset + task[0].start * task[0].tensor.dtype.itemsize
-        self._write(memoryview(self._buffer)[:filled], first)
-        return len(inputs) * sum((piece.stop - piece.start) * piece.tensor.source_dtype.itemsize for piece in task)
-
-    def _ranges(self, checkpoint: Checkpoint, task: tuple[Piece, ...]) -> list[Range]:
-        """Returns what a task needs of a checkpoint: of a tensor that is copied nothing, but for the last one."""
-        last = checkpoint is self._checkpoints[-1]
-        return [
-            (
-                checkpoint.spec.tensors[piece.tensor.name],
-                piece.start,
-                piece.stop if last or piece.tensor.rule == "mean" else piece.start,
-            )
-            for piece in task
+        """Computes one task for every target and writes it; returns the input bytes read."""
+        inputs = [
+            read_ranges(checkpoint, self._ranges(index, checkpoint, task))
+            for index, checkpoint in enumerate(self._checkpoints)
         ]
+        first = task[0].tensor.offset + task[0].start * task[0].tensor.dtype.itemsize
+        for target, count in zip(self._targets, self._counts, strict=True):
+            filled = 0
+            with self._staging.context():
+                for index, piece in enumerate(task):
+                    nbytes = (piece.stop - piece.start) * piece.tensor.dtype.itemsize
+                    output = self._output[filled : filled + nbytes].view(torch_dtype(piece.tensor.dtype))
+                    self._fill(piece, [inputs[member][index] for member in target.checkpoints], count, output)
+                    filled += nbytes
+            target.write(memoryview(self._buffer)[:filled], first)
+        of_each = sum((piece.stop - piece.start) * piece.tensor.source_dtype.itemsize for piece in task)
+        return len(self._averaged) * of_each
 
-    def _fill(self, piece: Piece, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    def _ranges(self, index: int, checkpoint: Checkpoint, task: tuple[Piece, ...]) -> list[Range]:
+        """Returns what a task needs of a checkpoint: what is copied is read from each target's last one alone."""
+        ranges = []
+        for piece in task:
+            needed = index in (self._averaged if piece.tensor.rule == "mean" else self._copied)
+            ranges.append(
+                (checkpoint.spec.tensors[piece.tensor.name], piece.start, piece.stop if needed else piece.start)
+            )
+        return ranges
+
+    def _fill(self, piece: Piece, inputs: Sequence[torch.Tensor], count: torch.Tensor, output: torch.Tensor) -> None:
         if piece.tensor.rule != "mean":
             output.copy_(inputs[-1])
             return
         for start in range(0, output.numel(), self._chunk):
             stop = min(output.numel(), start + self._chunk)
-            self._average(
-                piece.tensor, piece.start + start, [values[start:stop] for values in inputs], output[start:stop]
-            )
+            parts = [values[start:stop] for values in inputs]
+            self._average(piece.tensor, piece.start + start, parts, count, output[start:stop])
 
-    def _average(self, tensor: OutputTensor, start: int, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    def _average(
+        self,
+        tensor: OutputTensor,
+        start: int,
+        inputs: Sequence[torch.Tensor],
+        count: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
         def chunk(index: int) -> torch.Tensor:
             return _as_real(self._staging.bring(inputs[index]))
 
         if tensor.source_dtype.torch_name == "float64":
-            mean = _mean_of_float64(chunk, self._count)
+            mean = _mean_of_float64(chunk, count)
         else:
-            mean = self._mean_of_narrower(chunk)
+            mean = self._mean_of_narrower(chunk, len(inputs), count)
         # One number tells of any NaN or Inf: it costs 1/N of looking at every input.
         if not self._allow_nonfinite and not math.isfinite(mean.sum().item()) and not mean.isfinite().all():
-            raise NonFiniteError(_describe_nonfinite(self._checkpoints, tensor))
+            raise NonFiniteError(describe_nonfinite(self._checkpoints, tensor))
         rounded = round_to(mean, _as_real(output).dtype)
         if tensor.dtype is not tensor.source_dtype and not self._allow_nonfinite:
-            _refuse_overflow(tensor, start, mean, rounded)
+            refuse_overflow(tensor, start, mean, rounded)
         _as_real(output).copy_(rounded)
 
-    def _mean_of_narrower(self, chunk: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    def _mean_of_narrower(self, chunk: Callable[[int], torch.Tensor], number: int, count: torch.Tensor) -> torch.Tensor:
         """Sums inputs below float64, which no number of finite ones can overflow, in the worker's buffers."""
         first = chunk(0)
         total, wide = self._sum[: first.numel()], self._wide[: first.numel()]
         total.copy_(first)
-        for index in range(1, len(self._checkpoints)):
+        for index in range(1, number):
             total.add_(wide.copy_(chunk(index)))
         # By a tensor on the device: CUDA multiplies by the reciprocal of a Python number.
-        return total.div_(self._count)
+        return total.div_(count)
 
 
 def _mean_of_float64(chunk: Callable[[int], torch.Tensor], count: torch.Tensor) -> torch.Tensor:
@@ -236,34 +293,3 @@ def _mean_of_float64(chunk: Callable[[int], torch.Tensor], count: torch.Tensor) 
 
 def _as_real(values: torch.Tensor) -> torch.Tensor:
     return values.view(torch.float32) if values.dtype == torch.complex64 else values
-
-
-def _describe_nonfinite(checkpoints: Sequence[Checkpoint], tensor: OutputTensor) -> str:
-    """Looks through one tensor of every checkpoint for NaN and Inf."""
-    found: list[str] = []
-    for checkpoint in checkpoints:
-        count, first = 0, -1
-        for start, values in stream(checkpoint, checkpoint.spec.tensors[tensor.name]):
-            bad = values.to(torch.complex128 if values.is_complex() else torch.float64).isfinite().logical_not_()
-            if bad.any():
-                first = start + int(bad.to(torch.uint8).argmax()) if first < 0 else first
-                count += int(bad.sum())
-        if count:
-            found.append(
-                f"{checkpoint.spec.path}: {count:,} of {tensor.numel:,} elements, the first at index {first:,}"
-            )
-    return (
-        f"tensor {quote(tensor.name)}: expected finite numbers, got NaN or Inf:\n  "
-        + listing(found, separator="\n  ")
-        + "\nLeave such checkpoints out with --exclude, or let NaN and Inf through with --allow-nonfinite."
-    )
-
-
-def _refuse_overflow(tensor: OutputTensor, start: int, mean: torch.Tensor, rounded: torch.Tensor) -> None:
-    overflowed = rounded.isfinite().logical_not_().logical_and_(mean.isfinite())
-    if overflowed.any():
-        index = int(overflowed.to(torch.uint8).argmax())
-        raise NonFiniteError(
-            f"tensor {quote(tensor.name)}: expected a mean within the range of {tensor.dtype.torch_name}, got "
-            f"{mean[index].item():g} at index {start + index:,}. Choose a wider --dtype."
-        )

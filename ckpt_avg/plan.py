@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt_avg.errors import IncompatibleError
+from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.spec import BY_TORCH_NAME, DTYPES, CheckpointSpec, DType, batch_norm_buffer, batch_norm_layers
 
@@ -95,6 +95,13 @@ class Plan:
                     pieces, room = [], elements
         if pieces:
             yield tuple(pieces)
+
+
+def check_rules(dtype: str, non_float: str) -> None:
+    """Raises UsageError where there is no such output dtype or rule."""
+    for option, value, choices in (("--dtype", dtype, OUTPUT_DTYPES), ("--non-float", non_float, ("equal", "last"))):
+        if value not in choices:
+            raise UsageError(f"{option}: expected one of {', '.join(choices)}, got {value!r}.")
 
 
 def make_plan(specs: Sequence[CheckpointSpec], *, dtype: str = "keep", non_float: str = "equal") -> Plan:

@@ -1,30 +1,35 @@
 """The BatchNorm refresh as a step of averaging.
 
 The model is loaded from the unpublished output, so it holds the very weights that users will load, and the measured
-statistics replace the buffers in that file.
+statistics replace the buffers in that output.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from ckpt_avg.batches import ForwardBatch
+from ckpt_avg.batches import ForwardBatch, expected_batches
 from ckpt_avg.batchnorm import BatchNormReport, batch_norm_modules, refresh_batch_norm, rounded_statistic
-from ckpt_avg.elements import read_ranges, torch_dtype
-from ckpt_avg.errors import IncompatibleError, UserCodeError
+from ckpt_avg.elements import torch_dtype
+from ckpt_avg.errors import UserCodeError
 from ckpt_avg.messages import listing, quote
+from ckpt_avg.models import Passes, load_weights
 from ckpt_avg.plan import Plan
-from ckpt_avg.readers import open_checkpoint
-from ckpt_avg.user_code import blaming
+from ckpt_avg.progress import Progress
 
-Model = torch.nn.Module | Callable[[], torch.nn.Module]
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+
+@dataclass(frozen=True, slots=True)
+class RefreshOptions:
+    """How a refresh is done; each as for `refresh_batch_norm`."""
+
+    device: torch.device
+    estimator: str = "pooled"
+    max_batches: int | None = None
+    amp: str = "off"
+    forward_batch: ForwardBatch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,44 +38,28 @@ class PreparedRefresh:
 
     Attributes:
         model: the model.
-        batches: the batches.
+        passes: the batches.
         buffers: BatchNorm layer → its buffer (``running_mean``, …) → the output tensors that hold it. A module that
             is reachable under several names has several.
     """
 
     model: torch.nn.Module
-    batches: Iterable[Any]
+    passes: Passes
     buffers: Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
-def prepare_refresh(model: Model, data: Batches, plan: Plan) -> PreparedRefresh:
-    """Builds the model and the dataloader, and checks that the model takes the tensors of the plan.
-
-    All that can fail before hours of averaging fails here.
+def prepare_refresh(model: torch.nn.Module, passes: Passes, plan: Plan) -> PreparedRefresh:
+    """Finds the output tensors that hold the running statistics of each of the model's BatchNorm layers.
 
     Raises:
-        UserCodeError: a factory raised, or returned something else.
-        IncompatibleError: the model's names or shapes are not the checkpoints'.
+        UserCodeError: a layer's running statistics are not among the checkpoints' tensors.
     """
-    built = _call(lambda: copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model(), "model")
-    if not isinstance(built, torch.nn.Module):
-        raise UserCodeError(f"the model factory: expected it to return a torch.nn.Module, got {type(built).__name__}.")
-    batches = _call(data, "data") if callable(data) else data
-    if not isinstance(batches, Iterable):
-        raise UserCodeError(
-            f"the data factory: expected it to return an iterable of batches, got {type(batches).__name__}."
-        )
-    # One zero per tensor, expanded: it tells whether names and shapes fit, hooks of the model included.
-    _load(
-        built,
-        {tensor.name: torch.zeros((), dtype=torch_dtype(tensor.dtype)).expand(tensor.shape) for tensor in plan.tensors},
-    )
     names: dict[int, list[str]] = {}
-    for name, value in built.state_dict(keep_vars=True).items():
+    for name, value in model.state_dict(keep_vars=True).items():
         names.setdefault(id(value), []).append(name)
     planned = plan.by_name()
     buffers: dict[str, dict[str, tuple[str, ...]]] = {}
-    for layer, module in batch_norm_modules(built).items():
+    for layer, module in batch_norm_modules(model).items():
         buffers[layer] = {
             buffer: tuple(name for name in names.get(id(value), ()) if name in planned)
             for buffer, value in module.named_buffers(recurse=False)
@@ -80,7 +69,7 @@ def prepare_refresh(model: Model, data: Batches, plan: Plan) -> PreparedRefresh:
                 f"BatchNorm refresh: layer {quote(layer)}: expected its running statistics among the checkpoints' "
                 "tensors, got none. Save the checkpoints from model.state_dict()."
             )
-    return PreparedRefresh(built, batches, buffers)
+    return PreparedRefresh(model, passes, buffers)
 
 
 def frozen_layers(prepared: PreparedRefresh, frozen: Collection[str]) -> tuple[str, ...]:
@@ -93,47 +82,51 @@ def frozen_layers(prepared: PreparedRefresh, frozen: Collection[str]) -> tuple[s
 def refresh_output(
     prepared: PreparedRefresh,
     plan: Plan,
-    unpublished: Path,
+    weights: Callable[[], Mapping[str, torch.Tensor]],
     write: Callable[[memoryview, int], None],
     *,
     frozen: Collection[str],
-    device: torch.device,
-    max_batches: int | None,
-    forward_batch: ForwardBatch | None,
-    progress: Callable[[int, int], None],
+    options: RefreshOptions,
+    progress: Progress,
 ) -> BatchNormReport:
-    """Loads the averaged weights, measures, and writes the statistics over those in the file.
+    """Loads the averaged weights, measures, and writes the statistics over those in the output.
 
     Args:
         prepared: the model and the batches.
         plan: the output's tensors.
-        unpublished: where the output can be read.
+        weights: gives the output's tensors, as they are written.
         write: takes bytes and their offset in the data section.
         frozen: layers to leave as they are.
-        device: where the model runs.
-        max_batches, forward_batch, progress: as for `refresh_batch_norm`.
+        options: how to refresh.
+        progress: told when it begins, after each batch, and of layers that are used twice.
 
     Raises:
         UserCodeError: the loader or the model failed, or the refresh could not be done.
     """
-    model = prepared.model
-    _load_weights(model, unpublished)
-    model.to(device)
+    load_weights(prepared.model, weights())
+    prepared.model.to(options.device)
+    batches = prepared.passes.next_pass()
+    progress.refreshing(expected_batches(batches, options.max_batches))
     report = refresh_batch_norm(
-        model,
-        prepared.batches,
-        max_batches=max_batches,
+        prepared.model,
+        batches,
+        estimator=options.estimator,
+        max_batches=options.max_batches,
         frozen=frozen,
-        device=device,
-        forward_batch=forward_batch,
-        progress=progress,
+        device=options.device,
+        amp=options.amp,
+        forward_batch=options.forward_batch,
+        progress=progress.refreshed,
     )
+    if report.used_twice:
+        names = listing(map(quote, report.used_twice))
+        progress.notice(f"layers used more than once in a pass, over all uses: {names}")
     planned = plan.by_name()
     for layer, statistics in report.statistics.items():
         values = {
             "running_mean": statistics.mean,
             "running_var": statistics.variance,
-            "num_batches_tracked": torch.tensor(report.batches),
+            "num_batches_tracked": torch.tensor(statistics.batches_tracked),
         }
         for buffer, measured in values.items():
             for name in prepared.buffers[layer].get(buffer, ()):
@@ -142,29 +135,3 @@ def refresh_output(
                 value = measured.to(dtype) if exact else rounded_statistic(layer, buffer, measured.cpu(), dtype)
                 write(memoryview(bytes(value.reshape(-1).view(torch.uint8).tolist())), planned[name].offset)
     return report
-
-
-def _call(factory: Callable[[], Any], what: str) -> Any:
-    with blaming(f"the {what} factory raised"):
-        return factory()
-
-
-def _load(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise IncompatibleError(
-            f"the checkpoints don't fit the model {type(model).__name__}:\n  "
-            + listing((line if len(line) < 2000 else line[:2000] + " …" for line in lines), separator="\n  ")
-            + "\nGive the --model that was trained, or choose the weights with --state-key."
-        ) from error
-
-
-def _load_weights(model: torch.nn.Module, path: Path) -> None:
-    with open_checkpoint(path) as output:
-        tensors = {
-            name: read_ranges(output, [(tensor, 0, tensor.numel)])[0].view(tensor.shape)
-            for name, tensor in output.spec.tensors.items()
-        }
-        _load(model, tensors)

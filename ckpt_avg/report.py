@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.compat import CompatibilityReport
 from ckpt_avg.messages import plural, quote, size
+from ckpt_avg.report_evaluation import evaluation_lines, evaluations_json
 
 if TYPE_CHECKING:
-    from ckpt_avg.api import AverageResult
+    from ckpt_avg.results import AverageResult
+
+
+def refreshed_text(result: AverageResult) -> str:
+    """Says which weights were refreshed, over what, and where they went."""
+    name = quote(result.checkpoints[0].name or str(result.checkpoints[0]))[1:-1]
+    lines = [f"{'refreshed' if result.written else 'would refresh'} {name}"]
+    lines += _statistics(result)
+    lines += evaluation_lines(result.evaluations, result.outcomes)
+    return "\n".join([*lines, _written(result)])
 
 
 def average_text(result: AverageResult, *, verbose: bool = False) -> str:
@@ -21,27 +31,40 @@ def average_text(result: AverageResult, *, verbose: bool = False) -> str:
         f"{'averaged' if result.written else 'would average'} {plural(len(names), 'checkpoint')}: {shown}",
         f"{plural(result.tensors, 'tensor')}, float64 sums on {result.device}",
     ]
-    if result.batch_norm is not None:
-        report = result.batch_norm
-        lines.append(
-            f"BatchNorm statistics of {plural(len(report.statistics), 'layer')} recomputed over "
-            f"{plural(report.samples, 'sample')} in {plural(report.batches, 'batch')}"
-        )
-    elif result.statistics != "none":
-        lines.append(
-            {
-                "refreshed": "BatchNorm statistics would be recomputed",
-                "mean": "BatchNorm statistics: the mean of the checkpoints'",
-                "copied": "BatchNorm statistics: the checkpoint's own",
-                "frozen": "BatchNorm statistics: frozen, as in every checkpoint",
-            }[result.statistics]
-        )
-    lines.append(f"{'wrote' if result.written else 'would write'} {result.output} ({size(result.nbytes)})")
+    lines += _statistics(result)
+    lines += evaluation_lines(result.evaluations, result.outcomes)
+    lines.append(_written(result))
     if verbose:
         lines += [f"left out: {quote(item.path.name)}: {item.reason}" for item in result.skipped]
     elif result.skipped:
         lines.append(f"{plural(len(result.skipped), 'entry')} left out (-v says why)")
     return "\n".join(lines)
+
+
+def _statistics(result: AverageResult) -> list[str]:
+    report = result.batch_norm
+    if report is not None:
+        how = "" if report.estimator == "pooled" else f" ({report.estimator})"
+        return [
+            f"BatchNorm statistics of {plural(len(report.statistics), 'layer')} recomputed over "
+            f"{plural(report.samples, 'sample')} in {plural(report.batches, 'batch')}{how}"
+        ]
+    if result.statistics == "none":
+        return []
+    return [
+        {
+            "refreshed": "BatchNorm statistics would be recomputed",
+            "mean": "BatchNorm statistics: the mean of the checkpoints'",
+            "copied": "BatchNorm statistics: the checkpoint's own",
+            "frozen": "BatchNorm statistics: frozen, as in every checkpoint",
+        }[result.statistics]
+    ]
+
+
+def _written(result: AverageResult) -> str:
+    if any(not outcome.met for outcome in result.outcomes):
+        return f"{result.output} is not written"
+    return f"{'wrote' if result.written else 'would write'} {result.output} ({size(result.nbytes)})"
 
 
 def _told_apart(paths: Sequence[Path]) -> list[str]:
@@ -67,7 +90,10 @@ def average_json(result: AverageResult) -> dict[str, Any]:
             "frozen": list(report.frozen) if report else [],
             "batches": report.batches if report else 0,
             "samples": report.samples if report else 0,
+            "estimator": report.estimator if report else None,
+            "amp": report.amp if report else None,
         },
+        **evaluations_json(result.evaluations, result.outcomes),
         "notices": list(result.notices),
     }
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
+
+import torch
 
 from ckpt_avg.batchnorm import BatchNormReport
 from ckpt_avg.errors import UsageError
 from ckpt_avg.identical import differing
 from ckpt_avg.messages import listing, plural, quote
+from ckpt_avg.models import Batches, Passes
 from ckpt_avg.plan import Plan
 from ckpt_avg.readers import Checkpoint
-from ckpt_avg.refresh import Batches, Model, PreparedRefresh, prepare_refresh
+from ckpt_avg.refresh import PreparedRefresh, RefreshOptions, prepare_refresh
 from ckpt_avg.spec import batch_norm_buffer
 
 Statistics = Literal["none", "refreshed", "mean", "frozen", "copied"]
+
+
+def check_bn(bn: str) -> None:
+    """Raises UsageError where there is no such rule for running statistics."""
+    if bn not in ("auto", "refresh", "keep"):
+        raise UsageError(f"--bn: expected one of auto, refresh, keep, got {bn!r}.")
 
 
 def frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[str]:
@@ -28,38 +37,42 @@ def frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[s
     return frozenset(name for pair in pairs if not any(name in moved for name in pair) for name in pair)
 
 
-def choose_refresh(
-    plan: Plan,
-    frozen: frozenset[str],
-    model: Model | None,
-    data: Batches | None,
-    bn: str,
-    notice: Callable[[str], None],
-) -> PreparedRefresh | None:
-    """Returns the model and the batches to refresh with; None where nothing is to be refreshed."""
-    moving = [layer for layer in plan.batch_norm if batch_norm_buffer(layer, "running_mean") not in frozen]
+def moving_layers(plan: Plan, frozen: Collection[str]) -> list[str]:
+    """Returns the layers with running statistics that are not frozen."""
+    return [layer for layer in plan.batch_norm if batch_norm_buffer(layer, "running_mean") not in frozen]
+
+
+def needs_refresh(
+    plan: Plan, frozen: Collection[str], *, bn: str, has_model: bool, has_data: bool, notice: Callable[[str], None]
+) -> bool:
+    """Says whether statistics are to be measured anew.
+
+    Raises:
+        UsageError: they are, and the model or the data is missing.
+    """
+    moving = moving_layers(plan, frozen)
     if len(moving) < len(plan.batch_norm):
         kept = [layer for layer in plan.batch_norm if layer not in moving]
         notice(
             f"{plural(len(kept), 'frozen BatchNorm layer')} left as found, the statistics being the same in every "
             f"checkpoint: {listing(map(quote, kept))}"
         )
-    if plan.checkpoints == 1 and model is None and data is None and bn != "refresh":
-        return None  # a copy of the weights keeps the statistics that belong to them
+    if plan.checkpoints == 1 and not has_data and bn != "refresh":
+        return False  # a copy of the weights keeps the statistics that belong to them
     if not moving or bn == "keep":
-        if not plan.batch_norm and (model is not None or data is not None or bn == "refresh"):
+        if not plan.batch_norm and (has_data or bn == "refresh"):
             notice("the checkpoints hold no BatchNorm statistics, so there is nothing to refresh")
-        elif moving:
+        elif moving and plan.checkpoints > 1:
             notice(
                 f"the running statistics of {plural(len(moving), 'BatchNorm layer')} are the mean of the checkpoints', "
                 "not those of the averaged weights; --model and --data recompute them"
             )
-        return None
-    if model is None or data is None:
+        return False
+    if not has_model or not has_data:
         missing = " and ".join(
             text
-            for text, given in (("--model MODULE:FACTORY", model), ("--data MODULE:FACTORY", data))
-            if given is None
+            for text, given in (("--model MODULE:FACTORY", has_model), ("--data MODULE:FACTORY", has_data))
+            if not given
         )
         examples = ", ".join(map(quote, moving[:3])) + (", …" if len(moving) > 3 else "")
         raise UsageError(
@@ -67,7 +80,19 @@ def choose_refresh(
             f"are wrong for averaged weights until they are recomputed over training data. Add {missing}, or accept "
             "the mean of the statistics with --bn keep."
         )
-    prepared = prepare_refresh(model, data, plan)
+    return True
+
+
+def choose_refresh(
+    plan: Plan,
+    frozen: Collection[str],
+    model: torch.nn.Module,
+    passes: Passes,
+    notice: Callable[[str], None],
+) -> PreparedRefresh | None:
+    """Returns the model and the batches to refresh with; None where the model has none of the moving layers."""
+    moving = moving_layers(plan, frozen)
+    prepared = prepare_refresh(model, passes, plan)
     names = {name for buffers in prepared.buffers.values() for name in buffers["running_mean"]}
     others = [layer for layer in moving if batch_norm_buffer(layer, "running_mean") not in names]
     if others:
@@ -89,7 +114,9 @@ def source_of_statistics(plan: Plan, frozen: frozenset[str], refresh: PreparedRe
     return "frozen" if len(frozen) == 2 * len(plan.batch_norm) else "mean"
 
 
-def summary(statistics: Statistics, report: BatchNormReport | None, data: Batches | None) -> dict[str, object] | None:
+def summary(
+    statistics: Statistics, report: BatchNormReport | None, options: RefreshOptions, data: Batches | None
+) -> dict[str, object] | None:
     """Returns what the metadata says of BatchNorm; as wide as it can get while the refresh is still to come."""
     if statistics == "none":
         return None
@@ -97,7 +124,8 @@ def summary(statistics: Statistics, report: BatchNormReport | None, data: Batche
         return {"statistics": statistics}
     return {
         "statistics": "refreshed",
-        "estimator": "pooled",
+        "estimator": options.estimator,
+        "amp": options.amp,
         "batches": report.batches if report else 10**15,
         "samples": report.samples if report else 10**15,
         "data": getattr(data, "__qualname__", type(data).__name__),

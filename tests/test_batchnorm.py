@@ -139,13 +139,13 @@ def test_a_constant_channel_has_no_variance() -> None:
 
 
 def test_deeper_layers_see_what_training_shows_them(train: Any) -> None:
-    """Each layer normalises by the batch while the next is measured; compared with hooks of our own."""
+    """Each layer normalises by the batch while the next is measured, as torch itself does in train mode."""
     torch.manual_seed(3)
-    model = train.make_model()
-    batches = [batch for batch, _ in itertools.islice(train.train_loader(), 3)]
+    model = train.make_model().double()
+    batches = [batch.double() for batch, _ in itertools.islice(train.train_loader(), 3)]
     batches[-1] = batches[-1][:17]
 
-    reference = train.make_model()
+    reference = train.make_model().double()
     reference.load_state_dict(model.state_dict())
     reference.eval()
     seen: dict[str, list[Tensor]] = {}

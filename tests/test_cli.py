@@ -176,7 +176,10 @@ def test_average_as_json(in_process: InProcess, normed: Path, tmp_path: Path, ap
         "frozen": [],
         "batches": 3,
         "samples": 12,
+        "estimator": "pooled",
+        "amp": "off",
     }
+    assert result["evaluations"] == result["requirements"] == []
     assert result["notices"] == []
 
 
@@ -552,7 +555,7 @@ def test_bars_appear_on_a_terminal(normed: Path, tmp_path: Path, app: str) -> No
     assert code == 0
     assert load_json(out)["written"] is True
     assert "averaging: 100%" in terminal
-    assert "BatchNorm refresh: 3 batches" in terminal
+    assert "BatchNorm refresh: 100%" in terminal
     assert "12 samples" in terminal
 
 
@@ -758,7 +761,7 @@ def test_too_little_memory_is_refused(in_process: InProcess, pair: list[Path], t
 
 
 def test_the_default_memory_is_the_apis() -> None:
-    from ckpt_avg.api import DEFAULT_MEMORY
+    from ckpt_avg.mean import DEFAULT_MEMORY
 
     assert average_command.make_context("average", ["x", "-o", "y"]).params["memory"] == DEFAULT_MEMORY
 
@@ -784,7 +787,7 @@ def test_every_option_of_average_reaches_the_api() -> None:
 
     signature = inspect.signature(average).parameters
     for parameter in average_command.params:
-        if parameter.name in {"app_dir", "as_json", "quiet", "verbose"}:
+        if parameter.name in {"app_dir", "as_json", "quiet", "report", "verbose"}:  # how results are shown
             continue
         assert parameter.name in signature, parameter.name
         default = signature[parameter.name].default
@@ -900,6 +903,7 @@ def test_every_error_is_public_and_has_its_code() -> None:
         "OutputError": 5,
         "ResourceError": 6,
         "UserCodeError": 7,
+        "RequirementError": 9,
     }
 
 
@@ -912,7 +916,9 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 LAYERS = (
     ("ckpt_avg", "ckpt_avg.cycles", "ckpt_avg.errors", "ckpt_avg.limits", "ckpt_avg.messages", "ckpt_avg.record"),
     ("ckpt_avg.rounding", "ckpt_avg.spec"),
-    ("ckpt_avg.atomic", "ckpt_avg.devices", "ckpt_avg.exits", "ckpt_avg.open_files"),
+    ("ckpt_avg.atomic", "ckpt_avg.devices", "ckpt_avg.exits", "ckpt_avg.free_memory", "ckpt_avg.moments"),
+    ("ckpt_avg.open_files",),
+    ("ckpt_avg.progress", "ckpt_avg.undisturbed"),
     ("ckpt_avg.mapped",),
     ("ckpt_avg.memory_file", "ckpt_avg.user_code"),
     (
@@ -956,12 +962,18 @@ LAYERS = (
     ("ckpt_avg.plan", "ckpt_avg.provenance"),
     ("ckpt_avg.header",),
     ("ckpt_avg.elements",),
-    ("ckpt_avg.identical", "ckpt_avg.mean"),
-    ("ckpt_avg.batchnorm",),
-    ("ckpt_avg.refresh",),
+    ("ckpt_avg.identical", "ckpt_avg.memory_output", "ckpt_avg.nonfinite"),
+    ("ckpt_avg.mean",),
+    ("ckpt_avg.measuring", "ckpt_avg.models"),
+    ("ckpt_avg.batchnorm", "ckpt_avg.evaluate"),
+    ("ckpt_avg.refresh", "ckpt_avg.requirements"),
     ("ckpt_avg.running_statistics",),
-    ("ckpt_avg.api",),
-    ("ckpt_avg.bars", "ckpt_avg.report", "ckpt_avg.report_inspect"),
+    ("ckpt_avg.assessment", "ckpt_avg.preparation", "ckpt_avg.results"),
+    ("ckpt_avg.windows",),
+    ("ckpt_avg.api", "ckpt_avg.sweeping"),
+    ("ckpt_avg.refreshing",),
+    ("ckpt_avg.bars", "ckpt_avg.plots", "ckpt_avg.report_evaluation", "ckpt_avg.report_inspect", "ckpt_avg.side_files"),
+    ("ckpt_avg.cli_options", "ckpt_avg.report"),
     ("ckpt_avg.cli",),
     ("ckpt_avg.__main__",),
 )
@@ -1021,7 +1033,7 @@ def test_only_the_command_and_its_exits_know_click() -> None:
             if isinstance(node, ast.Import)
             for alias in node.names
         }
-        assert "click" not in names or module_name(path) in ("ckpt_avg.cli", "ckpt_avg.exits")
+        assert "click" not in names or module_name(path) in ("ckpt_avg.cli", "ckpt_avg.cli_options", "ckpt_avg.exits")
 
 
 def test_the_documents_of_the_command_are_plain_json(in_process: InProcess, run_folder: Path) -> None:

@@ -81,7 +81,7 @@ def test_other_commands_of_the_readme_work(
 
 def test_every_command_and_option_is_documented() -> None:
     commands = cli.commands.values()
-    assert {command.name for command in commands} == set(re.findall(r"^\| `ckpt-avg (\w+)", USAGE, re.MULTILINE))
+    assert {command.name for command in commands} == set(re.findall(r"^\| `ckpt-avg ([\w-]+)", USAGE, re.MULTILINE))
     for command in commands:
         for parameter in command.params:
             if isinstance(parameter, click.Option):

@@ -722,7 +722,7 @@ def test_the_batch_counter_is_the_lasts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "fact"),
     [
-        ({"threads": 0}, r"--threads: expected 1 or more, got 0"),
+        ({"threads": 0}, r"--threads: expected from 1 to 1,024, got 0"),
         ({"memory": MiB - 1}, r"--memory: expected 1,048,576 or more, got 1,048,575"),
         ({"non_float": "mean"}, r"--non-float: expected one of equal, last, got 'mean'"),
         ({"device": "mps"}, r"--device mps: expected cpu or cuda"),

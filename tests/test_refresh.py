@@ -186,6 +186,7 @@ def test_metadata_says_how_the_statistics_came_about(
     assert json.loads(metadata(folder / "refreshed.safetensors")["ckpt_avg.batch_norm"]) == {
         "statistics": "refreshed",
         "estimator": "pooled",
+        "amp": "off",
         "batches": 32,
         "samples": 4000,
         "data": "train_loader",

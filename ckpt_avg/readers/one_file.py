@@ -70,7 +70,7 @@ def _open_safetensors(file: MappedFile, reading: Reading, *, strip: bool) -> Che
         kind=names.kind or ("torch DCP" if DCP_SHARDING in metadata else None),
         prefix=names.stripped.prefix,
         lacks_prefix=names.stripped.lacking,
-        averaged="ckpt-avg made it" if METHOD_KEY in metadata else names.averaged,
+        averaged="ckpt-avg made it" if metadata.get(METHOD_KEY) == "mean" else names.averaged,
         metadata=metadata,
         notes=notes,
     )

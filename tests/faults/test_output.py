@@ -518,7 +518,8 @@ def test_a_disk_with_just_enough_room_is_used(small: Run, tmp_path: Path) -> Non
 def test_a_read_only_file_system_is_refused_before_anything_is_read(
     small: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckpt_avg.api.open_inputs", lambda *arguments, **options: pytest.fail("opened an input"))
+    opening = "ckpt_avg.preparation.open_inputs"
+    monkeypatch.setattr(opening, lambda *arguments, **options: pytest.fail("opened an input"))
     with tmpfs(tmp_path / "read-only", "1m") as folder:
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         with pytest.raises(OutputError, match=r"read-only is not writable\. Choose another path") as error:

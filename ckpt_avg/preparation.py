@@ -1,0 +1,121 @@
+"""From sources to all that averaging needs, checked from headers: discover → open → check → plan → build the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from ckpt_avg.compat import refuse_differences
+from ckpt_avg.discover import Discovery
+from ckpt_avg.identical import refuse_unequal
+from ckpt_avg.inputs import notice_what_is_read, open_inputs
+from ckpt_avg.models import Batches, Model, Passes, build_model
+from ckpt_avg.open_files import allow_open_files
+from ckpt_avg.plan import Plan, make_plan
+from ckpt_avg.readers import Checkpoint, Reading
+from ckpt_avg.refresh import PreparedRefresh
+from ckpt_avg.run_folder import Skipped
+from ckpt_avg.running_statistics import Statistics, choose_refresh, frozen_buffers, needs_refresh, source_of_statistics
+from ckpt_avg.select import Selection
+from ckpt_avg.spec import CheckpointSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How the output comes about.
+
+    Attributes:
+        dtype, non_float: as for `make_plan`.
+        bn: ``auto``, ``refresh`` or ``keep``.
+        model, data: the user's, for the refresh and the evaluation.
+        evaluates: whether the model is needed for an evaluation.
+    """
+
+    dtype: str
+    non_float: str
+    bn: str
+    model: Model | None
+    data: Batches | None
+    evaluates: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that averaging needs.
+
+    Attributes:
+        checkpoints: open, in order.
+        skipped: what was left out of run folders.
+        plan: every output tensor and its place.
+        frozen: running statistics that are the same in every checkpoint.
+        model: built, if it is needed.
+        refresh: the model and the batches, if statistics are to be measured.
+        statistics: where the output's running statistics come from.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    skipped: tuple[Skipped, ...]
+    plan: Plan
+    frozen: frozenset[str]
+    model: torch.nn.Module | None
+    refresh: PreparedRefresh | None
+    statistics: Statistics
+
+    @property
+    def specs(self) -> list[CheckpointSpec]:
+        """The checkpoints' specs, in order."""
+        return [checkpoint.spec for checkpoint in self.checkpoints]
+
+
+def prepare(
+    discovery: Discovery,
+    selection: Selection,
+    reading: Reading,
+    rules: Rules,
+    stack: ExitStack,
+    *,
+    threads: int,
+    notice: Callable[[str], None],
+) -> Prepared:
+    """Opens and checks everything, so that what can fail before hours of averaging fails here.
+
+    Args:
+        discovery: what the sources hold.
+        selection: which of it to take.
+        reading: how to read it.
+        rules: how the output comes about.
+        stack: closes the checkpoints in the end.
+        threads: workers that will read.
+        notice: told what the user should know.
+
+    Raises:
+        CkptAvgError: of any kind but OutputError.
+    """
+    inputs = open_inputs(discovery, selection, reading, stack, notice)
+    checkpoints = inputs.checkpoints
+    allow_open_files((1 + threads) * sum(len(checkpoint.files) for checkpoint in checkpoints))
+    specs = [checkpoint.spec for checkpoint in checkpoints]
+    refuse_differences(specs)
+    plan = make_plan(specs, dtype=rules.dtype, non_float=rules.non_float)
+    notice_what_is_read(checkpoints, notice, copies=rules.bn != "refresh")
+    frozen = frozen_buffers(checkpoints, plan)
+    model, refresh = _user_code(plan, frozen, rules, notice)
+    refuse_unequal(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
+    statistics = source_of_statistics(plan, frozen, refresh)
+    return Prepared(checkpoints, inputs.survey.skipped, plan, frozen, model, refresh, statistics)
+
+
+def _user_code(
+    plan: Plan, frozen: frozenset[str], rules: Rules, notice: Callable[[str], None]
+) -> tuple[torch.nn.Module | None, PreparedRefresh | None]:
+    has_model, has_data = rules.model is not None, rules.data is not None
+    measures = needs_refresh(plan, frozen, bn=rules.bn, has_model=has_model, has_data=has_data, notice=notice)
+    if rules.model is None or not (measures or rules.evaluates):
+        return None, None
+    model = build_model(rules.model, plan)
+    if not measures or rules.data is None:
+        return model, None
+    return model, choose_refresh(plan, frozen, model, Passes(rules.data), notice)

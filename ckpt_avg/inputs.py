@@ -69,13 +69,16 @@ def open_inputs(
 def refuse_output_among(output: str | os.PathLike[str], discovery: Discovery) -> None:
     """Raises UsageError where the output would replace a file of any discovered checkpoint, selected or not.
 
-    An average that was made here is no such file, so that a run folder can hold the output of the run before.
+    An average that was made here and lies in a run folder is no such file, so that the folder can hold the output of
+    the run before.
     """
     if not os.path.exists(output):
         return
-    for path in (*discovery.paths, *(each.path for each in discovery.skipped)):
+    named = [path for group in discovery.groups if not group.is_run for path in group.paths]
+    found = [path for group in discovery.groups if group.is_run for path in group.paths]
+    for path in (*named, *found, *(each.path for each in discovery.skipped)):
         for file in itertools.islice(_files_of(path), LIMITS.files):
-            if file.exists() and os.path.samefile(file, output) and not _made_here(file):
+            if file.exists() and os.path.samefile(file, output) and not (path not in named and _made_here(file)):
                 raise UsageError(f"{output}: the output is one of the checkpoints, {path}. Choose another path.")
 
 
@@ -107,7 +110,7 @@ def notice_what_is_read(
     Args:
         checkpoints: what will be read.
         notice: told what the user should know.
-        copies: whether to say that a single checkpoint is copied.
+        copies: whether to say of a single checkpoint that it is copied, or an average already.
     """
     first = checkpoints[0].spec
     for spec in (checkpoint.spec for checkpoint in checkpoints):
@@ -121,10 +124,12 @@ def notice_what_is_read(
                 f"{running.path}: {running.averaged} is all that it holds, while {raw.path} holds raw weights. Average "
                 "either kind: choose with --include and --exclude, --ema or --state-key."
             )
-        notice(
-            f"{plural(len(averaged), 'checkpoint')} of {len(checkpoints)} hold an average already "
-            f"({averaged[0].path.name}: {averaged[0].averaged})"
-        )
+        if copies or len(checkpoints) > 1:
+            are = "is an average" if len(averaged) == 1 else "are averages"
+            notice(
+                f"{len(averaged)} of {plural(len(checkpoints), 'checkpoint')} {are} already "
+                f"({averaged[0].path.name}: {averaged[0].averaged})"
+            )
     if copies and len(checkpoints) == 1:
         notice(f"{first.path} is the only checkpoint, so its weights are copied")
     if tied := first.tied():

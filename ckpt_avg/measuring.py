@@ -103,7 +103,7 @@ def _takes_statistics(layer: _BatchNorm) -> bool:
     biased variance in these places that is what they do in training mode. A user's own forward may do anything, and a
     buffer of half precision would round the statistics.
     """
-    own = type(layer).forward in (_BatchNorm.forward, torch.nn.SyncBatchNorm.forward)
+    own = "forward" not in vars(layer) and type(layer).forward in (_BatchNorm.forward, torch.nn.SyncBatchNorm.forward)
     wide = (torch.float32, torch.float64)
     return own and all(
         buffer is not None and buffer.dtype in wide for buffer in (layer.running_mean, layer.running_var)

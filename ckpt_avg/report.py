@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def refreshed_text(result: AverageResult) -> str:
     """Says which weights were refreshed, over what, and where they went."""
     name = quote(result.checkpoints[0].name or str(result.checkpoints[0]))[1:-1]
-    lines = [f"{'refreshed' if result.written else 'would refresh'} {name}"]
+    lines = [f"{'refreshed' if _is_done(result) else 'would refresh'} {name}"]
     lines += _statistics(result)
     lines += evaluation_lines(result.evaluations, result.outcomes)
     return "\n".join([*lines, _written(result)])
@@ -28,7 +28,7 @@ def average_text(result: AverageResult, *, verbose: bool = False) -> str:
     names = [quote(name)[1:-1] for name in _told_apart(result.checkpoints)]
     shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, …, {names[-1]}"
     lines = [
-        f"{'averaged' if result.written else 'would average'} {plural(len(names), 'checkpoint')}: {shown}",
+        f"{'averaged' if _is_done(result) else 'would average'} {plural(len(names), 'checkpoint')}: {shown}",
         f"{plural(result.tensors, 'tensor')}, float64 sums on {result.device}",
     ]
     lines += _statistics(result)
@@ -59,6 +59,11 @@ def _statistics(result: AverageResult) -> list[str]:
             "frozen": "BatchNorm statistics: frozen, as in every checkpoint",
         }[result.statistics]
     ]
+
+
+def _is_done(result: AverageResult) -> bool:
+    """Whether it was made, if not published: a dry run measures nothing."""
+    return result.written or bool(result.evaluations)
 
 
 def _written(result: AverageResult) -> str:

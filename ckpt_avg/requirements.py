@@ -55,7 +55,10 @@ class Outcome:
     met: bool
 
     def __str__(self) -> str:
-        return f"{self.requirement.text}: expected {self.requirement.operator} {self.threshold!r}, got {self.value!r}"
+        short = f"{self.threshold:.6g}", f"{self.value:.6g}"
+        # Where six digits don't tell the two apart, all are shown.
+        threshold, value = short if short[0] != short[1] else (repr(self.threshold), repr(self.value))
+        return f"{self.requirement.text}: expected {self.requirement.operator} {threshold}, got {value}"
 
 
 def parse_requirement(text: str) -> Requirement:

@@ -57,7 +57,33 @@ def test_readme_command_output_loads_into_the_model(
     assert train.evaluate(model.eval())["accuracy"] > 0.98  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("line", re.findall(r"^\$ (ckpt-avg .*?)(?:  +#.*)?$", README, re.MULTILINE))
+def test_readme_evaluation_prints_what_the_readme_shows(
+    in_process: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The words to the letter, the metrics to two digits: other processors round otherwise."""
+    monkeypatch.chdir(ROOT)
+    command = _block(README, "command: eval").replace("\\\n>", " ").removeprefix("$ ")
+    arguments = [str(tmp_path / word) if word == "best.safetensors" else word for word in shlex.split(command)[1:]]
+    code, out, err = in_process(*arguments)
+    assert (code, err) == (0, "")
+    shown = _block(README, "output: eval")
+    number = r"[-+]?\d[\d.]*(?:e[-+]\d+)?"
+    words, found = (re.sub(rf"{number}|  +", " ", text.replace(f"{tmp_path}/", "")) for text in (shown, out))
+    assert found == words
+    metrics, measured = (
+        [
+            [float(value) for value in re.findall(number, line)[-4::2]]
+            for line in text.splitlines()
+            if "average," in line
+        ]
+        for text in (shown, out)
+    )
+    assert len(metrics) == 2
+    for expected, got in zip(metrics, measured, strict=True):
+        assert got == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\$ (ckpt-avg [^\\\n]*?)(?:  +#.*)?$", README, re.MULTILINE))
 def test_other_commands_of_the_readme_work(
     line: str, in_process: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +98,12 @@ def test_other_commands_of_the_readme_work(
     from safetensors.torch import save_file
 
     save_file(tensors, "c.safetensors")
+    (tmp_path / "weights.pt").symlink_to(run_folder / "epoch_20.pt")
     arguments = shlex.split(line)[1:]
+    if "--model" in arguments:
+        arguments += ["--app-dir", str(run_folder)]
+    if arguments[0] == "sweep":
+        arguments += ["--last", "2"]
     if arguments[0] == "average" and "RUN" in arguments:
         arguments += ["--bn", "keep"]
     code, _, err = in_process(*arguments)

@@ -38,6 +38,7 @@ class BatchNormReport:
         batches, samples: how many passed through the model.
         statistics: layer name → what was measured there.
         frozen: layers that were left as they are.
+        untracked: layers that keep no running statistics (``track_running_stats=False``).
         estimator: ``pooled`` or ``batch-mean``.
         amp: the dtype of automatic mixed precision, or ``off``.
     """
@@ -46,6 +47,7 @@ class BatchNormReport:
     samples: int
     statistics: Mapping[str, LayerStatistics]
     frozen: tuple[str, ...] = ()
+    untracked: tuple[str, ...] = ()
     estimator: str = "pooled"
     amp: str = "off"
 
@@ -173,7 +175,8 @@ def refresh_batch_norm(
     for name, layer in layers.items():
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(statistics[name].batches_tracked)
-    return BatchNormReport(done, samples, statistics, tuple(frozen), estimator, amp)
+    untracked = tuple(name for name, layer in model.named_modules() if _is_untracked(layer))
+    return BatchNormReport(done, samples, statistics, tuple(frozen), untracked, estimator, amp)
 
 
 def rounded_statistic(layer: str, buffer: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -189,6 +192,10 @@ def rounded_statistic(layer: str, buffer: str, values: torch.Tensor, dtype: torc
             f"{values.abs().max().item():g}. Choose a wider dtype."
         )
     return rounded
+
+
+def _is_untracked(module: torch.nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is None
 
 
 def _device_type(model: torch.nn.Module) -> str:

@@ -121,6 +121,9 @@ def refresh_output(
     if report.used_twice:
         names = listing(map(quote, report.used_twice))
         progress.notice(f"layers used more than once in a pass, over all uses: {names}")
+    if report.untracked:
+        names = listing(map(quote, report.untracked))
+        progress.notice(f"layers without running statistics (track_running_stats=False), nothing to measure: {names}")
     planned = plan.by_name()
     for layer, statistics in report.statistics.items():
         values = {

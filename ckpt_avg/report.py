@@ -93,6 +93,7 @@ def average_json(result: AverageResult) -> dict[str, Any]:
             "statistics": result.statistics,
             "layers": sorted(report.statistics) if report else [],
             "frozen": list(report.frozen) if report else [],
+            "untracked": list(report.untracked) if report else [],
             "batches": report.batches if report else 0,
             "samples": report.samples if report else 0,
             "estimator": report.estimator if report else None,

@@ -174,6 +174,7 @@ def test_average_as_json(in_process: InProcess, normed: Path, tmp_path: Path, ap
         "statistics": "refreshed",
         "layers": ["1"],
         "frozen": [],
+        "untracked": [],
         "batches": 3,
         "samples": 12,
         "estimator": "pooled",

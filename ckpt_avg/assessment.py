@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ckpt_avg.errors import UsageError, UserCodeError
-from ckpt_avg.evaluate import Evaluate, Evaluation, evaluate_weights
-from ckpt_avg.messages import listing, quote
+from ckpt_avg.errors import UsageError
+from ckpt_avg.evaluate import Evaluate, Evaluation, evaluate_weights, refuse_other_metrics
+from ckpt_avg.messages import told_apart
 from ckpt_avg.models import weights_of
 from ckpt_avg.progress import Progress
 from ckpt_avg.readers import Checkpoint
@@ -74,9 +74,10 @@ class Assessment:
         """
         if not self.is_wanted:
             return
-        for checkpoint in checkpoints if self._measures_all else checkpoints[-1:]:
-            spec = checkpoint.spec
-            self._measure(spec.name, weights_of(checkpoint), spec.path)
+        measured = checkpoints if self._measures_all else checkpoints[-1:]
+        names = told_apart([checkpoint.spec.path for checkpoint in measured])
+        for checkpoint, name in zip(measured, names, strict=True):
+            self._measure(name, weights_of(checkpoint), checkpoint.spec.path)
             refuse_unknown_metrics(self.requirements, self.evaluations[0])
 
     def measure_average(self, name: str, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
@@ -93,11 +94,8 @@ class Assessment:
             raise ValueError("nothing to measure with")
         self._progress.evaluating(name)
         metrics = evaluate_weights(self._function, self._model, weights, name=name, device=self._device)
-        if self.evaluations and metrics.keys() != self.evaluations[0].metrics.keys():
-            raise UserCodeError(
-                f"the --eval function: expected the metrics {listing(map(quote, self.evaluations[0].metrics))} each "
-                f"time, got {listing(map(quote, metrics))} for {name}."
-            )
+        if self.evaluations:
+            refuse_other_metrics(self.evaluations[0].metrics, metrics, name)
         self.evaluations.append(Evaluation(name, path, metrics))
 
     @property

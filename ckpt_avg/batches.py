@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ _ACCEPTED = (
 
 
 def expected_batches(batches: Iterable[Any], at_most: int | None) -> int | None:
-    """Returns how many batches will come, as far as the iterable tells beforehand."""
-    with blaming("the dataloader raised when asked for its length:"):
+    """Returns how many batches will come, as far as the iterable tells beforehand: it is shown as progress only."""
+    try:
         told = operator.length_hint(batches, -1)
+    except Exception:  # a length that is not known, or none: nothing depends on it
+        told = -1
     if told < 0:
         return at_most
     return told if at_most is None else min(told, at_most)
@@ -83,6 +86,11 @@ def to_device(batch: Any, device: torch.device | str | None) -> Any:
         return _pinned(batch).to(device, non_blocking=True)
     if callable(getattr(batch, "to", None)):
         return batch.to(device)
+    if isinstance(batch, MutableMapping):
+        moved = copy.copy(batch)  # of its own class, whose attributes forward_batch may use
+        for key, value in batch.items():
+            moved[key] = to_device(value, device)
+        return moved
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -97,7 +105,8 @@ def _pinned(tensor: torch.Tensor) -> torch.Tensor:
 
     For a small one that does not pay. torch keeps such memory for the next batch.
     """
-    pays = torch.cuda.is_available() and tensor.device.type == "cpu" and tensor.nbytes >= _LEAST_PINNED
+    is_plain = tensor.device.type == "cpu" and tensor.layout is torch.strided
+    pays = is_plain and tensor.nbytes >= _LEAST_PINNED and torch.cuda.is_available()
     return tensor.pin_memory() if pays and not tensor.is_pinned() else tensor
 
 

@@ -23,6 +23,7 @@ from ckpt_avg.errors import UsageError, UserCodeError
 from ckpt_avg.measuring import LayerStatistics, Pool, measuring
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.rounding import round_to
+from ckpt_avg.user_code import blaming
 
 ESTIMATORS = ("pooled", "batch-mean")
 AMP = ("off", "bfloat16", "float16")
@@ -119,7 +120,7 @@ def refresh_batch_norm(
         What was measured.
 
     Raises:
-        UsageError: there is no such estimator or mixed precision.
+        UsageError: there is no such estimator, mixed precision, or layer in ``frozen``.
         UserCodeError: the loader or the model raised, there was no batch, a layer was not reached, a batch has one
             value per channel, or an activation is NaN or Inf.
 
@@ -130,7 +131,7 @@ def refresh_batch_norm(
         (tensor([3.]), tensor([4.6667]))
     """
     check_options(estimator, amp, max_batches)
-    layers = {name: layer for name, layer in batch_norm_modules(model).items() if name not in frozen}
+    layers = _refreshed_layers(model, frozen)
     lazy = [name for name, tensor in _tensors(model) if is_lazy(tensor)]
     if lazy:
         raise UserCodeError(
@@ -141,14 +142,16 @@ def refresh_batch_norm(
     samples = done = 0
     kind = torch.device(device).type if device is not None else _device_type(model)
     autocast = torch.autocast(kind, getattr(torch, amp)) if amp != "off" else contextlib.nullcontext()
-    with measuring(model, layers, pools), torch.no_grad(), autocast:
+    with measuring(model, layers, pools) as reached, torch.no_grad(), autocast:
         for batch in fetch(batches, max_batches):
-            moved = to_device(batch, device)
+            with blaming(f"moving batch {done + 1} to {device} raised:"):
+                moved = to_device(batch, device)
             for pool in pools.values():
                 pool.batch = done + 1
             run_batch(model, moved, forward_batch, done + 1)
-            for pool in pools.values():
+            for pool in reached:
                 pool.refuse_nonfinite()
+            reached.clear()
             done += 1
             samples += count_samples(moved)
             progress(done, samples)
@@ -192,6 +195,26 @@ def rounded_statistic(layer: str, buffer: str, values: torch.Tensor, dtype: torc
             f"{values.abs().max().item():g}. Choose a wider dtype."
         )
     return rounded
+
+
+def _refreshed_layers(model: torch.nn.Module, frozen: Collection[str]) -> dict[str, _BatchNorm]:
+    layers = batch_norm_modules(model)
+    unknown = [name for name in frozen if name not in layers]
+    if isinstance(frozen, str) or unknown:
+        raise UsageError(
+            f"frozen: expected names of BatchNorm layers with running statistics, got "
+            f"{quote(frozen) if isinstance(frozen, str) else listing(map(quote, unknown))}. The model has "
+            f"{listing(map(quote, layers))}."
+        )
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = owners.setdefault(id(layer.running_mean), name)
+        if other != name:
+            raise UserCodeError(
+                f"BatchNorm refresh: expected running statistics of one layer each, got {quote(other)} and "
+                f"{quote(name)} with the same tensor. Use one module in both places."
+            )
+    return {name: layer for name, layer in layers.items() if name not in frozen}
 
 
 def _is_untracked(module: torch.nn.Module) -> bool:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckpt_avg import __version__, cli_options
-from ckpt_avg.errors import IncompatibleError, RequirementError
-from ckpt_avg.exits import run, say
+from ckpt_avg.errors import CkptAvgError, IncompatibleError, RequirementError
+from ckpt_avg.exits import error_json, run, say
 
 if TYPE_CHECKING:
     from ckpt_avg.results import AverageResult
+    from ckpt_avg.side_files import SideFiles
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -121,12 +123,10 @@ def _make(
     """Runs what makes an output, and prints and reports what came of it, also where a requirement is not met."""
     from ckpt_avg.bars import bars
     from ckpt_avg.report import average_json
-    from ckpt_avg.side_files import check_side_file, publish_side_file
+    from ckpt_avg.side_files import SideFiles, as_bytes
 
-    overwrite = options["overwrite"]
-    target = None
-    if report is not None:
-        target = check_side_file("--report", report, sources, beside=output, overwrite=overwrite)
+    files = SideFiles(sources, beside=output, overwrite=options["overwrite"])
+    files.check("--report", report, (".json",))
     unmet: RequirementError | None = None
     # What the user's code prints is no result of this command.
     with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress:
@@ -136,16 +136,35 @@ def _make(
         except RequirementError as error:
             unmet, result = error, error.result
     document = average_json(result)
-    if target is not None:
-        publish_side_file(target, (json.dumps(document, indent=2) + "\n").encode(), overwrite=overwrite)
     if unmet is not None:
-        unmet.document = document
-    elif as_json:
-        say(json.dumps(document, indent=2))
+        reported = {**document, "error": error_json(type(unmet).__name__, str(unmet), unmet.exit_code)}
+    else:
+        reported = document
+    _show(text(result), document, {"--report": lambda: as_bytes(reported)}, files, as_json=as_json, failure=unmet)
+
+
+def _show(
+    text: str,
+    document: dict[str, Any],
+    contents: Mapping[str, Callable[[], bytes]],
+    files: SideFiles,
+    *,
+    as_json: bool,
+    failure: CkptAvgError | None = None,
+) -> None:
+    """Prints the result, then writes the files that were asked for; whatever fails then, the result is not lost."""
     if not as_json:
-        say(text(result))
-    if unmet is not None:
-        raise unmet
+        say(text)
+    try:
+        for option, make in contents.items():
+            files.publish(option, make)
+    except CkptAvgError as error:
+        failure = failure or error
+    if failure is not None:
+        failure.document = document
+        raise failure
+    if as_json:
+        say(json.dumps(document, indent=2))
 
 
 @cli.command("sweep")
@@ -192,29 +211,29 @@ def sweep_command(
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.bars import bars
     from ckpt_avg.errors import UsageError
-    from ckpt_avg.plots import draw_sweep, kind_of
+    from ckpt_avg.plots import KINDS, draw_sweep, refuse_without_matplotlib
     from ckpt_avg.report_evaluation import sweep_json, sweep_text
-    from ckpt_avg.side_files import check_side_file, publish_side_file
+    from ckpt_avg.side_files import SideFiles, as_bytes
     from ckpt_avg.sweeping import sweep
 
     for option, given in (("--model", model), ("--eval", evaluate)):
         if given is None:
             raise UsageError(f"{option}: expected a name, MODULE:NAME, got nothing. Each average is measured with it.")
-    kind = kind_of(plot) if plot is not None else ""
-    targets = {
-        option: check_side_file(option, path, sources, beside=None, overwrite=overwrite)
-        for option, path in (("--plot", plot), ("--report", report))
-        if path is not None
-    }
+    files = SideFiles(sources, beside=None, overwrite=overwrite)
+    files.check("--report", report, (".json",))
+    files.check("--plot", plot, KINDS)
+    if plot is not None:
+        refuse_without_matplotlib()
     with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress:
         loaded = cli_options.load_all(app_dir, model=model, data=data, evaluate=evaluate)
         result = sweep(sources, progress=progress, **loaded, **options)
     command = cli_options.average_command_for(context, result.best)
-    document = json.dumps(sweep_json(result, command), indent=2)
-    for option, target in targets.items():
-        contents = draw_sweep(result, kind) if option == "--plot" else f"{document}\n".encode()
-        publish_side_file(target, contents, overwrite=overwrite)
-    say(document if as_json else sweep_text(result, shlex.join(command)))
+    document = sweep_json(result, command)
+    contents = {
+        "--report": lambda: as_bytes(document),
+        "--plot": lambda: draw_sweep(result, os.path.splitext(plot or "")[1].lower()),
+    }
+    _show(sweep_text(result, shlex.join(command)), document, contents, files, as_json=as_json)
 
 
 @cli.command("check")

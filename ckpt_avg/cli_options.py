@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -156,7 +158,7 @@ require = click.option(
     metavar="'METRIC>=last'",
     help="Publish only if this holds: >=, >, <=, < and last, best, mean or a number. Repeatable.",
 )
-overwrite = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace what exists of the files to write.")
 report = click.option("--report", metavar="FILE.json", help="Write what --json prints to a file as well.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bars and no notices.")
 dry_run = click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
@@ -171,11 +173,13 @@ def load_all(app_dir: str, **references: str | None) -> dict[str, Any]:
     from ckpt_avg.user_code import forward_batch_beside, load_user_code
 
     found: dict[str, Any] = {
-        name: load_user_code(reference, "--eval" if name == "evaluate" else f"--{name}", app_dir) if reference else None
+        name: load_user_code(reference, "--eval" if name == "evaluate" else f"--{name}", app_dir)
+        if reference is not None
+        else None
         for name, reference in references.items()
     }
     model = references.get("model")
-    found["forward_batch"] = forward_batch_beside(model) if model else None
+    found["forward_batch"] = forward_batch_beside(model) if model is not None else None
     return found
 
 
@@ -191,7 +195,7 @@ def average_command_for(context: click.Context, window: Measured) -> list[str]:
     """
     by_name = window.side == "first" or context.params["best"] is not None
     paths = [str(path) for path in window.checkpoints] if by_name else list(context.params["sources"])
-    words = ["ckpt-avg", "average", *paths]
+    words = ["ckpt-avg", "average"]
     for parameter in context.command.params:
         name = parameter.name or ""
         is_given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
@@ -207,4 +211,10 @@ def average_command_for(context: click.Context, window: Measured) -> list[str]:
                 words += [option, str(each)]
     if not by_name:
         words += ["--last", str(len(window.checkpoints))]
-    return [*words, "-o", "swa.safetensors"]
+    words += ["-o", _free_name()]
+    return [*words, *(["--"] if any(path.startswith("-") for path in paths) else []), *paths]
+
+
+def _free_name() -> str:
+    names = itertools.chain(["swa.safetensors"], (f"swa-{number}.safetensors" for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))

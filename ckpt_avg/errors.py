@@ -24,9 +24,18 @@ from typing import Any
 
 
 class CkptAvgError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Attributes:
+        exit_code: of the command.
+        document: what ``--json`` can say of the result all the same; the command fills it in.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.document: dict[str, Any] = {}
 
 
 class UsageError(CkptAvgError):
@@ -82,7 +91,6 @@ class RequirementError(CkptAvgError):
 
     Attributes:
         result: the `AverageResult`, with what was measured.
-        document: the same for ``--json``, where the command has filled it in.
     """
 
     exit_code = 9
@@ -90,7 +98,6 @@ class RequirementError(CkptAvgError):
     def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)
         self.result = result
-        self.document: dict[str, object] = {}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ckpt_avg.errors import UserCodeError
 from ckpt_avg.messages import listing, quote
-from ckpt_avg.models import load_weights
+from ckpt_avg.models import load_weights, place
 from ckpt_avg.undisturbed import undisturbed
 from ckpt_avg.user_code import blaming
 
 Evaluate = Callable[[torch.nn.Module], object]
+
+_LAZY = "lazy"  # such a module becomes another class in its first forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,43 @@ def evaluate_weights(
 
     Raises:
         IncompatibleError: the model does not take the weights.
-        UserCodeError: the function raised, or returned something else.
+        UserCodeError: the function raised, returned something else, or changed the model itself (its dtype, its
+            modules, its hooks): what it does to modes, buffers and random states is undone.
     """
     load_weights(model, weights)
-    model.to(device)
+    place(model, device)
+    before = _shape_of(model)
     with undisturbed(model), torch.no_grad(), blaming(f"the --eval function raised for {name}:"):
-        returned = function(model)
-    return _as_metrics(returned, getattr(function, "__name__", type(function).__name__))
+        metrics = _as_metrics(function(model), getattr(function, "__name__", type(function).__name__))
+    after = _shape_of(model)
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key) and before.get(key) != _LAZY]
+    if changed:
+        raise UserCodeError(
+            f"the --eval function changed the model ({listing(changed)}), which is still to be measured or refreshed. "
+            "Let it work on copy.deepcopy(model)."
+        )
+    return metrics
+
+
+def refuse_other_metrics(before: Mapping[str, float], now: Mapping[str, float], name: str) -> None:
+    """Raises UserCodeError where the function returned other metrics than for the weights before."""
+    if before.keys() != now.keys():
+        raise UserCodeError(
+            f"the --eval function: expected the metrics {listing(map(quote, before))} each time, got "
+            f"{listing(map(quote, now))} for {name}."
+        )
+
+
+def _shape_of(model: torch.nn.Module) -> dict[str, object]:
+    """Returns what of a model weights cannot put back, by what it is: dtypes, modules, hooks, replaced methods."""
+    found: dict[str, object] = {
+        f"parameter {quote(name)}": (id(tensor), tensor.dtype) for name, tensor in model.named_parameters()
+    }
+    for name, module in model.named_modules():
+        hooks = [tuple(value) for key, value in vars(module).items() if key.endswith("_hooks") and value]
+        shape = (id(module), type(module), id(vars(module).get("forward")), hooks)
+        found[f"module {quote(name)}"] = _LAZY if isinstance(module, LazyModuleMixin) else shape
+    return found
 
 
 def _as_metrics(returned: Any, function: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ from types import FrameType, MappingProxyType
 
 import click
 
-from ckpt_avg.errors import CkptAvgError, OutputError, RequirementError, ResourceError, UserCodeError, is_out_of_memory
+from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UserCodeError, is_out_of_memory
 from ckpt_avg.messages import safe_text
 
 # A signal may come between publishing and the last line of output.
@@ -84,17 +84,20 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
     except UserCodeError as error:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
-        return _fail(type(error).__name__, str(error), error.exit_code, as_json)
-    except RequirementError as error:
         return _fail(type(error).__name__, str(error), error.exit_code, as_json, known=error.document)
     except CkptAvgError as error:
-        return _fail(type(error).__name__, str(error), error.exit_code, as_json)
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json, known=error.document)
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["the system has no more"])[0]
         text = f"out of memory: {reason}. Use a smaller --memory, or smaller batches for the refresh."
         return _fail("ResourceError", text, ResourceError.exit_code, as_json)
+
+
+def error_json(kind: str, message: str, code: int) -> dict[str, object]:
+    """Returns an error as plain values."""
+    return {"kind": kind, "message": message, "exit_code": code}
 
 
 def _fail(
@@ -109,7 +112,7 @@ def _fail(
     if show:
         say(f"Error: {message}", err=True)
     if as_json:
-        say(json.dumps({**known, "error": {"kind": kind, "message": message, "exit_code": code}}, indent=2))
+        say(json.dumps({**known, "error": error_json(kind, message, code)}, indent=2))
     return code
 
 

@@ -82,15 +82,21 @@ class Pool:
 
 
 @contextlib.contextmanager
-def measuring(model: torch.nn.Module, layers: Mapping[str, _BatchNorm], pools: Mapping[str, Pool]) -> Iterator[None]:
-    """Makes the layers, and nothing else, normalise by the batch and measure it; undoes all of it in the end."""
+def measuring(
+    model: torch.nn.Module, layers: Mapping[str, _BatchNorm], pools: Mapping[str, Pool]
+) -> Iterator[list[Pool]]:
+    """Makes the layers, and nothing else, normalise by the batch and measure it; undoes all of it in the end.
+
+    Yields a list to which each layer that is reached adds its pool, in the order of the calls.
+    """
     hooks = []
+    reached: list[Pool] = []
     with undisturbed(model):
         try:
             for name, layer in layers.items():
-                hooks.append(layer.register_forward_pre_hook(_hook(name, pools[name]), with_kwargs=True))
+                hooks.append(layer.register_forward_pre_hook(_hook(name, pools[name], reached), with_kwargs=True))
                 layer.training = not _takes_statistics(layer)
-            yield
+            yield reached
         finally:
             for hook in hooks:
                 hook.remove()
@@ -110,7 +116,9 @@ def _takes_statistics(layer: _BatchNorm) -> bool:
     )
 
 
-def _hook(name: str, pool: Pool) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+def _hook(
+    name: str, pool: Pool, reached: list[Pool]
+) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def measure(module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         values = (arguments[0] if arguments else keywords["input"]).detach()
         if values.dim() < 2 or values.numel() <= values.shape[1]:
@@ -127,6 +135,7 @@ def _hook(name: str, pool: Pool) -> Callable[[torch.nn.Module, tuple[Any, ...], 
                 f"dimension 1, got an input of shape {list(values.shape)}. Channels elsewhere aren't supported."
             )
         moments = moments_of(values)
+        reached.append(pool)
         pool.add(moments)
         if not module.training and isinstance(mean, torch.Tensor) and isinstance(variance, torch.Tensor):
             mean.copy_(moments.mean)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 _LONGEST_NAME = 120
 _LONGEST_LIST = 20
@@ -31,6 +32,12 @@ def quote(name: object) -> str:
 def safe_text(text: str) -> str:
     """Returns text for a terminal: control characters, which a file's name may hold, show escaped; lines stay lines."""
     return "".join(sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1] for sign in text)
+
+
+def told_apart(paths: Sequence[Path]) -> list[str]:
+    """Returns the names of paths, with the folder in front where names alone do not tell them apart."""
+    names = [path.name or str(path) for path in paths]
+    return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
 
 
 def listing(items: Iterable[str], *, separator: str = ", ") -> str:

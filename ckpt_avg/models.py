@@ -14,6 +14,7 @@ from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.messages import listing
 from ckpt_avg.plan import Plan
 from ckpt_avg.readers import Checkpoint, open_checkpoint
+from ckpt_avg.undisturbed import RandomStates
 from ckpt_avg.user_code import blaming
 
 Model = torch.nn.Module | Callable[[], torch.nn.Module]
@@ -44,16 +45,20 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
 
     Raises:
         IncompatibleError: names or shapes differ; the message has torch's list of them.
+        UserCodeError: the model's own code failed.
     """
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise IncompatibleError(
-            f"the checkpoints don't fit the model {type(model).__name__}:\n  "
-            + listing((line if len(line) < 2000 else line[:2000] + " …" for line in lines), separator="\n  ")
-            + "\nGive the --model that was trained, or choose the weights with --state-key."
-        ) from error
+    with blaming("loading the weights into the model raised"):
+        try:
+            model.load_state_dict(tensors, strict=True)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            lines = [line.strip() for line in str(error).splitlines()[1:]]
+            raise IncompatibleError(
+                f"the checkpoints don't fit the model {type(model).__name__}:\n  "
+                + listing((line if len(line) < 2000 else line[:2000] + " …" for line in lines), separator="\n  ")
+                + "\nGive the --model that was trained, or choose the weights with --state-key."
+            ) from error
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -70,12 +75,22 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
         return weights_of(checkpoint)
 
 
+def place(model: torch.nn.Module, device: torch.device) -> None:
+    """Moves the model.
+
+    Raises:
+        UserCodeError: it cannot be moved; one on the device ``meta`` has no weights.
+    """
+    with blaming(f"moving the model to {device} raised"):
+        model.to(device)
+
+
 class Passes:
     """The user's batches, for one pass after another.
 
     Args:
-        data: an iterable of batches, or a factory of one. The factory is called at once, and again for a later pass
-            only where what it returned is used up after one.
+        data: an iterable of batches, or a factory of one. The factory is called at once, and again for each later pass,
+            from the same random states, so that every pass sees the same.
 
     Raises:
         UserCodeError: the factory raised, or returned something else.
@@ -83,6 +98,7 @@ class Passes:
 
     def __init__(self, data: Batches) -> None:
         self._factory = data if callable(data) else None
+        self._states = RandomStates.now()
         self._batches: Iterable[Any] = self._call(data) if callable(data) else data
         self._is_fresh = True
         if not isinstance(self._batches, Iterable):
@@ -97,8 +113,13 @@ class Passes:
 
     def next_pass(self) -> Iterable[Any]:
         """Returns the batches for the next pass."""
-        if self._factory and not self._is_fresh and isinstance(self._batches, Iterator):
-            self._batches = self._call(self._factory)
+        if not self._is_fresh and self._factory is not None:
+            now = RandomStates.now()
+            self._states.restore()
+            try:
+                self._batches = self._call(self._factory)
+            finally:
+                now.restore()
         self._is_fresh = False
         return self._batches
 

@@ -4,39 +4,46 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 from typing import TYPE_CHECKING
 
-from ckpt_avg.errors import UsageError
+from ckpt_avg.errors import OutputError, UsageError
+from ckpt_avg.messages import safe_text
 
 if TYPE_CHECKING:
     from ckpt_avg.sweeping import SweepResult
 
-KINDS = ("png", "svg", "pdf")
+KINDS = (".png", ".svg", ".pdf")
 
 
-def kind_of(path: str | os.PathLike[str]) -> str:
-    """Returns the kind of picture that a path's suffix asks for.
-
-    Raises:
-        UsageError: it is none of those, or matplotlib is missing.
-    """
-    kind = os.path.splitext(path)[1].removeprefix(".").lower()
-    if kind not in KINDS:
-        raise UsageError(f"--plot {path}: expected a name that ends in {', '.join('.' + each for each in KINDS)}.")
+def refuse_without_matplotlib() -> None:
+    """Raises UsageError where matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot: matplotlib draws the picture, and it is not installed. pip install 'ckpt-avg[plot]'")
-    return kind
 
 
 def draw_sweep(result: SweepResult, kind: str) -> bytes:
-    """Returns a picture: the metric over the number of checkpoints averaged, a line for each side of the run."""
+    """Returns a picture: the metric over the number of checkpoints averaged, a line for each side of the run.
+
+    Args:
+        result: what was measured.
+        kind: one of `KINDS`.
+
+    Raises:
+        OutputError: matplotlib cannot draw it, numbers near the end of float64's range for example.
+    """
+    try:
+        return _draw(result, kind.removeprefix("."))
+    except Exception as error:
+        raise OutputError(f"matplotlib could not draw it: {type(error).__name__}: {error}.") from error
+
+
+def _draw(result: SweepResult, kind: str) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # Without date and random names the same figures give the same bytes.
-    with rc_context({"svg.hashsalt": "ckpt-avg"}):
+    # Without date and random names the same figures give the same bytes. Names are no formulas, even with a $.
+    with rc_context({"svg.hashsalt": "ckpt-avg", "text.parse_math": False, "text.usetex": False}):
         figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
         axes = figure.add_subplot()
         for side, colour, marker in (("last", "C0", "o"), ("first", "C1", "s")):
@@ -59,7 +66,7 @@ def draw_sweep(result: SweepResult, kind: str) -> bytes:
             result.last.metrics[result.metric],
             color="0.4",
             linestyle="--",
-            label=f"{result.last.name}, as it is",
+            label=safe_text(f"{result.last.name}, as it is"),
         )
         best = result.best
         axes.plot(
@@ -72,7 +79,7 @@ def draw_sweep(result: SweepResult, kind: str) -> bytes:
             label=f"best ({best.metrics[result.metric]:.6g})",
         )
         axes.set_xlabel("checkpoints averaged, k")
-        axes.set_ylabel(result.metric)
+        axes.set_ylabel(safe_text(result.metric))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()

@@ -32,6 +32,7 @@ class Rules:
         bn: ``auto``, ``refresh`` or ``keep``.
         model, data: the user's, for the refresh and the evaluation.
         evaluates: whether the model is needed for an evaluation.
+        in_windows: whether parts of the checkpoints will be averaged, each of which has frozen layers of its own.
     """
 
     dtype: str
@@ -40,6 +41,7 @@ class Rules:
     model: Model | None
     data: Batches | None
     evaluates: bool
+    in_windows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Prepared:
         checkpoints: open, in order.
         skipped: what was left out of run folders.
         plan: every output tensor and its place.
-        frozen: running statistics that are the same in every checkpoint.
+        frozen: running statistics that are the same in every checkpoint; not looked for where each window has its own.
         model: built, if it is needed.
         refresh: the model and the batches, if statistics are to be measured.
         statistics: where the output's running statistics come from.
@@ -101,7 +103,8 @@ def prepare(
     refuse_differences(specs)
     plan = make_plan(specs, dtype=rules.dtype, non_float=rules.non_float)
     notice_what_is_read(checkpoints, notice, copies=rules.bn != "refresh")
-    frozen = frozen_buffers(checkpoints, plan)
+    by_window = rules.in_windows and rules.data is not None
+    frozen = frozenset() if by_window else frozen_buffers(checkpoints, plan)
     model, refresh = _user_code(plan, frozen, rules, notice)
     refuse_unequal(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
     statistics = source_of_statistics(plan, frozen, refresh)

@@ -16,9 +16,10 @@ from ckpt_avg.batchnorm import BatchNormReport, batch_norm_modules, refresh_batc
 from ckpt_avg.elements import torch_dtype
 from ckpt_avg.errors import UserCodeError
 from ckpt_avg.messages import listing, quote
-from ckpt_avg.models import Passes, load_weights
+from ckpt_avg.models import Passes, load_weights, place
 from ckpt_avg.plan import Plan
 from ckpt_avg.progress import Progress
+from ckpt_avg.spec import batch_norm_buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ def prepare_refresh(model: torch.nn.Module, passes: Passes, plan: Plan) -> Prepa
     buffers: dict[str, dict[str, tuple[str, ...]]] = {}
     for layer, module in batch_norm_modules(model).items():
         buffers[layer] = {
-            buffer: tuple(name for name in names.get(id(value), ()) if name in planned)
+            # By identity, since a module may have several names; by name where state_dict() gives copies.
+            buffer: tuple(name for name in names.get(id(value), [batch_norm_buffer(layer, buffer)]) if name in planned)
             for buffer, value in module.named_buffers(recurse=False)
         }
         if not all(buffers[layer].get(buffer) for buffer in ("running_mean", "running_var")):
@@ -104,7 +106,7 @@ def refresh_output(
         UserCodeError: the loader or the model failed, or the refresh could not be done.
     """
     load_weights(prepared.model, weights())
-    prepared.model.to(options.device)
+    place(prepared.model, options.device)
     batches = prepared.passes.next_pass()
     progress.refreshing(expected_batches(batches, options.max_batches))
     report = refresh_batch_norm(

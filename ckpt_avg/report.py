@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.compat import CompatibilityReport
-from ckpt_avg.messages import plural, quote, size
+from ckpt_avg.messages import plural, quote, size, told_apart
 from ckpt_avg.report_evaluation import evaluation_lines, evaluations_json
 
 if TYPE_CHECKING:
@@ -25,7 +23,7 @@ def refreshed_text(result: AverageResult) -> str:
 
 def average_text(result: AverageResult, *, verbose: bool = False) -> str:
     """Says what was averaged, how, and where it went; with ``verbose`` also what was left out."""
-    names = [quote(name)[1:-1] for name in _told_apart(result.checkpoints)]
+    names = [quote(name)[1:-1] for name in told_apart(result.checkpoints)]
     shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, …, {names[-1]}"
     lines = [
         f"{'averaged' if _is_done(result) else 'would average'} {plural(len(names), 'checkpoint')}: {shown}",
@@ -70,12 +68,6 @@ def _written(result: AverageResult) -> str:
     if any(not outcome.met for outcome in result.outcomes):
         return f"{result.output} is not written"
     return f"{'wrote' if result.written else 'would write'} {result.output} ({size(result.nbytes)})"
-
-
-def _told_apart(paths: Sequence[Path]) -> list[str]:
-    """Returns the names of paths, with the folder in front where names alone do not tell them apart."""
-    names = [path.name or str(path) for path in paths]
-    return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
 
 
 def average_json(result: AverageResult) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def evaluation_lines(evaluations: Sequence[Evaluation], outcomes: Sequence[Outco
         (f"{each.name} (last)" if each is last else each.name, each.metrics, None) for each in checkpoints
     ]
     if len(checkpoints) > 1:
-        mean = {name: math.fsum(each.metrics[name] for each in checkpoints) / len(checkpoints) for name in last.metrics}
+        mean = {name: sum(each.metrics[name] for each in checkpoints) / len(checkpoints) for name in last.metrics}
         rows.append((f"mean of these {len(checkpoints)}", mean, last.metrics))
     rows += [(each.name, each.metrics, last.metrics) for each in evaluations if each.path is None]
     lines = table(list(last.metrics), rows)

@@ -7,7 +7,6 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from ckpt_avg.errors import UsageError
 from ckpt_avg.evaluate import Evaluation
@@ -21,7 +20,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _FORM = re.compile(
-    rf"(?P<metric>.+?)\s*(?P<operator>>=|<=|>|<)\s*"
+    rf"(?P<metric>[^<>=]+?)\s*(?P<operator>>=|<=|>|<)\s*"
     rf"(?:(?P<reference>last|best|mean)\s*(?P<offset>[+-]\s*{_NUMBER})?|(?P<number>[+-]?{_NUMBER}))"
 )
 
@@ -100,6 +99,11 @@ def refuse_unknown_metrics(requirements: Sequence[Requirement], measured: Evalua
             )
 
 
+def mean_of(numbers: Sequence[float]) -> float:
+    """Returns the arithmetic mean; infinities and NaN give what IEEE 754 says."""
+    return sum(numbers) / len(numbers)
+
+
 def outcomes(
     requirements: Sequence[Requirement], average: Evaluation, checkpoints: Sequence[Evaluation]
 ) -> tuple[Outcome, ...]:
@@ -119,7 +123,7 @@ def outcomes(
         elif requirement.reference == "last":
             base = measured[-1]
         elif requirement.reference == "mean":
-            base = fmean(measured)
+            base = mean_of(measured)
         else:
             numbers = [number for number in measured if not math.isnan(number)] or [math.nan]
             base = max(numbers) if requirement.operator.startswith(">") else min(numbers)

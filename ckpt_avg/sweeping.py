@@ -13,7 +13,7 @@ from ckpt_avg.batchnorm import check_options
 from ckpt_avg.devices import choose_device, choose_threads
 from ckpt_avg.discover import Sources, discover
 from ckpt_avg.errors import IncompatibleError, UsageError, UserCodeError
-from ckpt_avg.evaluate import Evaluate, Evaluation, evaluate_weights
+from ckpt_avg.evaluate import Evaluate, Evaluation, evaluate_weights, refuse_other_metrics
 from ckpt_avg.free_memory import free_memory
 from ckpt_avg.mean import DEFAULT_MEMORY, check_memory
 from ckpt_avg.messages import listing, quote
@@ -154,13 +154,15 @@ def sweep(
     if windows not in SIDES:
         raise UsageError(f"--windows: expected one of {', '.join(SIDES)}, got {windows!r}.")
     target, highest = _target(maximize, minimize)
+    if hold is not None and hold < 0:
+        raise UsageError(f"--hold: expected 0 or more, got {hold:,}.")
     names = patterns(include), patterns(exclude)
     selection = check_selection(Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode))
     reading = make_reading(state_key, ema, strip_prefix)
     options = RefreshOptions(choose_device(device), bn_estimator, bn_batches, amp, forward_batch)
     workers = choose_threads(threads)
     with ExitStack() as stack:
-        rules = Rules(dtype, non_float, bn, model, data, evaluates=True)
+        rules = Rules(dtype, non_float, bn, model, data, evaluates=True, in_windows=True)
         ready = prepare(discover(sources), selection, reading, rules, stack, threads=workers, notice=notice)
         if ready.model is None or len(ready.checkpoints) < 2:
             raise IncompatibleError(
@@ -187,20 +189,20 @@ def sweep(
         work = Work(evaluate, ready.model, options, workers, memory, held, allow_nonfinite, once)
         chosen = windows_of(len(ready.checkpoints), windows)
         paths = tuple(spec.path for spec in ready.specs)
-        measured = tuple(
-            Measured(window.side, paths[window.members.start : window.members.stop], metrics)
-            for window, metrics in measure_windows(ready, chosen, work)
-        )
+        measured = []
+        for window, metrics in measure_windows(ready, chosen, work):
+            refuse_other_metrics(as_it_is, metrics, f"the {window.side} {len(window.members)}")
+            measured.append(Measured(window.side, paths[window.members.start : window.members.stop], metrics))
         return SweepResult(
             checkpoints=paths,
             skipped=ready.skipped,
             last=Evaluation(newest.spec.name, newest.spec.path, as_it_is),
-            windows=measured,
+            windows=tuple(measured),
             metric=target,
             mode="max" if highest else "min",
             best=_best(measured, target, highest),
             refreshed=ready.refresh is not None,
-            passes=passes(ready, chosen, held),
+            passes=len(passes(ready, chosen, held)),
             notices=tuple(notices),
         )
 

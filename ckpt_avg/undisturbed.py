@@ -6,8 +6,40 @@ import contextlib
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class RandomStates:
+    """The states of the global random generators: torch's, Python's and, where it is in use, numpy's."""
+
+    torch_cpu: torch.Tensor
+    torch_cuda: dict[int, torch.Tensor]
+    python: tuple[Any, ...]
+    numpy: Any
+
+    @classmethod
+    def now(cls, cuda: tuple[int, ...] = ()) -> RandomStates:
+        """Returns the present states; of CUDA those of the devices with these numbers."""
+        numpy = sys.modules.get("numpy")
+        return cls(
+            torch.random.get_rng_state(),
+            {number: torch.cuda.get_rng_state(number) for number in cuda},
+            random.getstate(),
+            numpy.random.get_state() if numpy else None,
+        )
+
+    def restore(self) -> None:
+        """Sets the generators back."""
+        torch.random.set_rng_state(self.torch_cpu)
+        for number, state in self.torch_cuda.items():
+            torch.cuda.set_rng_state(state, number)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
 
 
 @contextlib.contextmanager
@@ -18,36 +50,30 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     numpy. Parameters are not copied: without gradients and optimizer nothing should change them.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    tensors = [*model.parameters(), *(buffer for _, _, buffer, _ in buffers)]
-    cuda = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), _python_and_numpy_random():
-        try:
-            for module, _ in modes:
-                # The attribute, not eval(): some models override train(), to keep layers frozen.
-                module.training = False
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            with torch.no_grad():
-                for module, name, buffer, before in buffers:
-                    setattr(module, name, buffer)  # a forward may have put another tensor in its place
-                    buffer.copy_(before)
-
-
-@contextlib.contextmanager
-def _python_and_numpy_random() -> Iterator[None]:
-    before = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_before = numpy.random.get_state() if numpy else None
+    buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()]
+    contents = [(buffer, buffer.clone()) for buffer in model.buffers() if not _is_expanded(buffer)]
+    tensors = [*model.parameters(), *model.buffers()]
+    cuda = tuple(sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda}))
+    states = RandomStates.now(cuda)
     try:
+        for module, _ in modes:
+            # The attribute, not eval(): some models override train(), to keep layers frozen.
+            module.training = False
         yield
     finally:
-        random.setstate(before)
-        if numpy:
-            numpy.random.set_state(numpy_before)
+        for module, training in modes:
+            module.training = training
+        for module, named, transient in buffers:
+            # A forward may have put another tensor in the place of a buffer, or registered one.
+            module._buffers.clear()
+            module._buffers.update(named)
+            module._non_persistent_buffers_set = transient
+        with torch.no_grad():
+            for buffer, before in contents:
+                buffer.copy_(before)
+        states.restore()
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether several elements are one in memory; torch refuses to write to such tensors, so they stay as they are."""
+    return any(step == 0 and extent > 1 for step, extent in zip(tensor.stride(), tensor.shape, strict=True))

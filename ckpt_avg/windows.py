@@ -77,18 +77,16 @@ def measure_windows(
     Raises:
         CkptAvgError: as `average`, but for the output.
     """
-    at_once = max(1, work.held // max(1, ready.plan.nbytes))
-    for start in range(0, len(windows), at_once):
-        group = windows[start : start + at_once]
+    for group in passes(ready, windows, work.held):
         outputs = _average(ready, group, work)
         for window in group:
             yield window, _measure(ready, window, outputs.pop(0), work)
 
 
-def passes(ready: Prepared, windows: Sequence[Window], held: int) -> int:
-    """Returns how many passes over the checkpoints the windows will take."""
+def passes(ready: Prepared, windows: Sequence[Window], held: int) -> list[Sequence[Window]]:
+    """Returns the windows in groups, each of which is averaged in one pass over its checkpoints."""
     at_once = max(1, held // max(1, ready.plan.nbytes))
-    return -(-len(windows) // at_once)
+    return [windows[start : start + at_once] for start in range(0, len(windows), at_once)]
 
 
 def _average(ready: Prepared, windows: Sequence[Window], work: Work) -> list[MemoryOutput]:

@@ -132,13 +132,8 @@ def refresh_batch_norm(
     """
     check_options(estimator, amp, max_batches)
     layers = _refreshed_layers(model, frozen)
-    lazy = [name for name, tensor in _tensors(model) if is_lazy(tensor)]
-    if lazy:
-        raise UserCodeError(
-            f"BatchNorm refresh: expected a model with weights, got lazy tensors without a shape: "
-            f"{listing(map(quote, lazy))}. Load the weights first."
-        )
-    pools = {name: Pool(name) for name in layers}
+    _refuse_unusable(model)
+    pools = {name: Pool(name, estimator) for name in layers}
     samples = done = 0
     kind = torch.device(device).type if device is not None else _device_type(model)
     autocast = torch.autocast(kind, getattr(torch, amp)) if amp != "off" else contextlib.nullcontext()
@@ -166,7 +161,7 @@ def refresh_batch_norm(
                 f"BatchNorm refresh: expected every BatchNorm layer to be used, got no input for "
                 f"{listing(map(quote, unreached))}. Let the dataloader or forward_batch(model, batch) reach them."
             )
-        statistics = {name: pool.statistics(estimator, done) for name, pool in pools.items()}
+        statistics = {name: pool.statistics(done) for name, pool in pools.items()}
         # All of them are rounded, which can fail, before the first is stored.
         stored = [
             (layer, buffer, rounded_statistic(name, buffer, values, getattr(layer, buffer).dtype))
@@ -215,6 +210,33 @@ def _refreshed_layers(model: torch.nn.Module, frozen: Collection[str]) -> dict[s
                 f"{quote(name)} with the same tensor. Use one module in both places."
             )
     return {name: layer for name, layer in layers.items() if name not in frozen}
+
+
+def _refuse_unusable(model: torch.nn.Module) -> None:
+    """Raises UserCodeError where a model's layers cannot be measured, whatever the data."""
+    lazy = [name for name, tensor in _tensors(model) if is_lazy(tensor)]
+    if lazy:
+        raise UserCodeError(
+            f"BatchNorm refresh: expected a model with weights, got lazy tensors without a shape: "
+            f"{listing(map(quote, lazy))}. Load the weights first."
+        )
+    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for _, tensor in _tensors(model)):
+        raise UserCodeError(
+            "BatchNorm refresh: expected a model that can be written to, got one that was made in inference mode. Make "
+            "it outside of torch.inference_mode()."
+        )
+    scripted = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule)
+        and "BatchNorm" in module.original_name
+        and getattr(module, "running_mean", None) is not None
+    ]
+    if scripted:
+        raise UserCodeError(
+            f"BatchNorm refresh: expected layers in Python, got {listing(map(quote, scripted))} as TorchScript, which "
+            "cannot be measured. Make the model without torch.jit.script or torch.jit.trace."
+        )
 
 
 def _is_untracked(module: torch.nn.Module) -> bool:

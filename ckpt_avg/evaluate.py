@@ -19,6 +19,7 @@ from ckpt_avg.user_code import blaming
 
 Evaluate = Callable[[torch.nn.Module], object]
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
 _LAZY = "lazy"  # such a module becomes another class in its first forward
 
 
@@ -90,7 +91,7 @@ def _shape_of(model: torch.nn.Module) -> dict[str, object]:
         f"parameter {quote(name)}": (id(tensor), tensor.dtype) for name, tensor in model.named_parameters()
     }
     for name, module in model.named_modules():
-        hooks = [tuple(value) for key, value in vars(module).items() if key.endswith("_hooks") and value]
+        hooks = [tuple(vars(module).get(kind, ())) for kind in _HOOKS]
         shape = (id(module), type(module), id(vars(module).get("forward")), hooks)
         found[f"module {quote(name)}"] = _LAZY if isinstance(module, LazyModuleMixin) else shape
     return found
@@ -103,7 +104,9 @@ def _as_metrics(returned: Any, function: str) -> dict[str, float]:
     wrong: list[str] = []
     for name, value in named.items():
         number = _as_number(value)
-        if number is None:
+        if str(name) in metrics:
+            wrong.append(f"{quote(str(name))} is there twice")
+        elif number is None:
             wrong.append(f"{quote(name)} is a {type(value).__name__}")
         else:
             metrics[str(name)] = number

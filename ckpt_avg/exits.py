@@ -91,7 +91,7 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["the system has no more"])[0]
-        text = f"out of memory: {reason}. Use a smaller --memory, or smaller batches for the refresh."
+        text = f"out of memory: {reason}. Use a smaller --memory, or smaller batches for the refresh and --eval."
         return _fail("ResourceError", text, ResourceError.exit_code, as_json)
 
 

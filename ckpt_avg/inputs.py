@@ -79,7 +79,9 @@ def refuse_output_among(output: str | os.PathLike[str], discovery: Discovery) ->
     for path in (*named, *found, *(each.path for each in discovery.skipped)):
         for file in itertools.islice(_files_of(path), LIMITS.files):
             if file.exists() and os.path.samefile(file, output) and not (path not in named and _made_here(file)):
-                raise UsageError(f"{output}: the output is one of the checkpoints, {path}. Choose another path.")
+                raise UsageError(
+                    f"{output}: expected a new file, got one of the checkpoints, {path}. Choose another path."
+                )
 
 
 def _files_of(path: Path) -> Iterator[Path]:

@@ -6,6 +6,8 @@ Nothing but these layers normalises by the batch, and afterwards everything is a
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,46 +41,60 @@ class LayerStatistics:
 
 
 class Pool:
-    """What has passed one layer so far."""
+    """What has passed one layer so far.
 
-    def __init__(self, name: str) -> None:
-        self.calls = 0
+    Args:
+        name: the layer's.
+        estimator: ``pooled`` or ``batch-mean``, as for `refresh_batch_norm`.
+    """
+
+    def __init__(self, name: str, estimator: str) -> None:
         self.batch = 0
+        self.calls = 0
         self._name = name
-        self._all: Moments | None = None
-        self._sum_of_means: torch.Tensor | float = 0.0
-        self._sum_of_variances: torch.Tensor | float = 0.0
-        self._unchecked: Moments | None = None
+        self._is_pooled = estimator == "pooled"
+        self._count = 0
+        # Of all values together, or sums over the calls.
+        self._pooled: Moments | None = None
+        self._means: torch.Tensor | None = None
+        self._variances: torch.Tensor | None = None
+        self._unchecked: torch.Tensor | None = None
 
     def add(self, moments: Moments) -> None:
         """Adds what one call saw."""
         self.calls += 1
-        self._all = moments if self._all is None else self._all.pooled_with(moments)
-        self._sum_of_means = self._sum_of_means + moments.mean
-        self._sum_of_variances = self._sum_of_variances + moments.variance
-        self._unchecked = self._all
+        self._count += moments.count
+        if self._is_pooled:
+            self._pooled = moments if self._pooled is None else self._pooled.pooled_with(moments)
+            self._unchecked = self._pooled.mean
+        else:
+            self._means = moments.mean if self._means is None else self._means + moments.mean
+            variance = moments.variance
+            self._variances = variance if self._variances is None else self._variances + variance
+            self._unchecked = self._means
         # On CUDA a look would wait for the device, so there it is taken once the batch is through.
-        if moments.mean.device.type == "cpu":
+        if not moments.mean.is_cuda:
             self.refuse_nonfinite()
 
     def refuse_nonfinite(self) -> None:
         """Raises UserCodeError if the last batch held NaN or Inf here."""
-        if self._unchecked is not None and not self._unchecked.mean.isfinite().all():
+        unchecked, self._unchecked = self._unchecked, None
+        # One number tells, but for a sum that overflows by itself.
+        if unchecked is not None and not math.isfinite(unchecked.sum().item()) and not unchecked.isfinite().all():
             raise UserCodeError(
                 f"BatchNorm refresh: layer {quote(self._name)}, batch {self.batch}: expected finite activations, got "
                 "NaN or Inf. It is the first layer to see them: check the data and the weights before it."
             )
-        self._unchecked = None
 
-    def statistics(self, estimator: str, batches: int) -> LayerStatistics:
-        """Returns what was measured over so many batches, by one of the estimators of `refresh_batch_norm`."""
-        if self._all is None:
-            raise ValueError(f"layer {self._name} was never called")
+    def statistics(self, batches: int) -> LayerStatistics:
+        """Returns what was measured over so many batches."""
         per_batch = -(-self.calls // batches)
-        if estimator == "pooled":
-            return LayerStatistics(self._all.count, self._all.mean, self._all.variance, per_batch, batches)
-        mean, variance = (torch.as_tensor(total) / self.calls for total in (self._sum_of_means, self._sum_of_variances))
-        return LayerStatistics(self._all.count, mean, variance, per_batch, self.calls)
+        if self._pooled is not None:
+            return LayerStatistics(self._count, self._pooled.mean, self._pooled.variance, per_batch, batches)
+        if self._means is None or self._variances is None:
+            raise ValueError(f"layer {self._name} was never called")
+        mean, variance = self._means / self.calls, self._variances / self.calls
+        return LayerStatistics(self._count, mean, variance, per_batch, self.calls)
 
 
 @contextlib.contextmanager
@@ -91,7 +107,10 @@ def measuring(
     """
     hooks = []
     reached: list[Pool] = []
-    with undisturbed(model):
+    # What torch.compile has made before would run without the hooks.
+    compiler = sys.modules.get("torch._dynamo")
+    eager = torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext()
+    with undisturbed(model), eager:
         try:
             for name, layer in layers.items():
                 hooks.append(layer.register_forward_pre_hook(_hook(name, pools[name], reached), with_kwargs=True))
@@ -120,7 +139,7 @@ def _hook(
     name: str, pool: Pool, reached: list[Pool]
 ) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def measure(module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        values = (arguments[0] if arguments else keywords["input"]).detach()
+        values = next(iter((*arguments, *keywords.values()))).detach()
         if values.dim() < 2 or values.numel() <= values.shape[1]:
             raise UserCodeError(
                 f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected more than one value per "

@@ -66,7 +66,7 @@ def _draw(result: SweepResult, kind: str) -> bytes:
             result.last.metrics[result.metric],
             color="0.4",
             linestyle="--",
-            label=safe_text(f"{result.last.name}, as it is"),
+            label=safe_text(f"as it is: {result.last.name}"),
         )
         best = result.best
         axes.plot(

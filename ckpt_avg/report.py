@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def refreshed_text(result: AverageResult) -> str:
     """Says which weights were refreshed, over what, and where they went."""
     name = quote(result.checkpoints[0].name or str(result.checkpoints[0]))[1:-1]
-    lines = [f"{'refreshed' if _is_done(result) else 'would refresh'} {name}"]
+    done, would_be = ("copied", "would copy") if result.statistics == "none" else ("refreshed", "would refresh")
+    lines = [f"{done if _is_done(result) else would_be} {name}"]
     lines += _statistics(result)
     lines += evaluation_lines(result.evaluations, result.outcomes)
     return "\n".join([*lines, _written(result)])

@@ -76,12 +76,13 @@ def parse_requirement(text: str) -> Requirement:
     if found is None:
         raise UsageError(
             f"--require {quote(text)}: expected METRIC>=last, with >=, >, <= or <, and last, best, mean or a number "
-            "behind it, for example 'accuracy>=last' or 'loss<=mean+0.01'."
+            "behind it, for example 'accuracy>=last' or 'loss<=mean+0.01'. The metric's own name holds no <, > or =: "
+            "return a dict with another one."
         )
-    number = found["number"] or found["offset"] or "0"
-    return Requirement(
-        text, found["metric"], found["operator"], found["reference"] or "", float(number.replace(" ", ""))
-    )
+    number = float("".join((found["number"] or found["offset"] or "0").split()))
+    if not math.isfinite(number):
+        raise UsageError(f"--require {quote(text)}: expected a number within the range of float64. Use a smaller one.")
+    return Requirement(text, found["metric"], found["operator"], found["reference"] or "", number)
 
 
 def needs_all(requirements: Sequence[Requirement]) -> bool:
@@ -101,7 +102,10 @@ def refuse_unknown_metrics(requirements: Sequence[Requirement], measured: Evalua
 
 def mean_of(numbers: Sequence[float]) -> float:
     """Returns the arithmetic mean; infinities and NaN give what IEEE 754 says."""
-    return sum(numbers) / len(numbers)
+    total = 0.0
+    for number in numbers:  # sum() rounds otherwise from Python 3.12 on
+        total += number
+    return total / len(numbers)
 
 
 def outcomes(

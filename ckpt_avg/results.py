@@ -54,9 +54,12 @@ def refuse_unmet(result: AverageResult) -> None:
     """Raises RequirementError where a requirement is not met."""
     unmet = [outcome for outcome in result.outcomes if not outcome.met]
     if unmet:
+        advice = "Average other checkpoints (ckpt-avg sweep shows which are best together)"
+        if len(result.checkpoints) == 1:
+            advice = "Keep the statistics that these weights have, or measure over other data"
         raise RequirementError(
             f"{result.output}: not published, since {plural(len(unmet), 'requirement')} of {len(result.outcomes)} "
-            f"{'is' if len(unmet) == 1 else 'are'} not met: {listing(map(str, unmet), separator='; ')}. Average other "
-            "checkpoints (ckpt-avg sweep shows which are best together), or ask for less.",
+            f"{'is' if len(unmet) == 1 else 'are'} not met: {listing(map(str, unmet), separator='; ')}. {advice}, or "
+            "ask for less.",
             result,
         )

@@ -11,7 +11,7 @@ from ckpt_avg.atomic import atomic_output, check_target
 from ckpt_avg.discover import Sources, discover
 from ckpt_avg.errors import OutputError, UsageError
 from ckpt_avg.inputs import refuse_output_among
-from ckpt_avg.readers.sharded import is_index
+from ckpt_avg.readers.sharded import SUFFIX as INDEX_SUFFIX
 
 
 class SideFiles:
@@ -44,7 +44,7 @@ class SideFiles:
         taken = self._taken.setdefault(os.path.realpath(path), option)
         if taken != option:
             raise UsageError(f"{option} {path}: is {taken}'s own path. Choose another one.")
-        if is_index(Path(path)):
+        if os.path.basename(path).endswith(INDEX_SUFFIX):
             raise UsageError(f"{option} {path}: is the name of a shard index. Choose another one.")
         try:
             refuse_output_among(path, discover(self._sources))

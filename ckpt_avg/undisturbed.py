@@ -47,10 +47,14 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Puts a model in evaluation mode; afterwards its modes, its buffers and all random states are as before.
 
     Random states are those of torch, on the CPU and on the model's CUDA devices, of Python and, where it is in use, of
-    numpy. Parameters are not copied: without gradients and optimizer nothing should change them.
+    numpy. The values of parameters are not copied: without gradients and optimizer nothing should change them.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()]
+    named = [
+        (module, dict(module._buffers), dict(module._parameters), set(module._non_persistent_buffers_set))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # whose tensors cannot be exchanged for others
+    ]
     contents = [(buffer, buffer.clone()) for buffer in model.buffers() if not _is_expanded(buffer)]
     tensors = [*model.parameters(), *model.buffers()]
     cuda = tuple(sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda}))
@@ -63,14 +67,19 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for module, named, transient in buffers:
+        for module, buffers, parameters, transient in named:
             # A forward may have put another tensor in the place of a buffer, or registered one.
             module._buffers.clear()
-            module._buffers.update(named)
+            module._buffers.update(buffers)
+            module._parameters.clear()
+            module._parameters.update(parameters)
             module._non_persistent_buffers_set = transient
         with torch.no_grad():
-            for buffer, before in contents:
-                buffer.copy_(before)
+            for buffer, values in contents:
+                if buffer.shape == values.shape:
+                    buffer.copy_(values)
+                else:
+                    buffer.data = values
         states.restore()
 
 

@@ -385,7 +385,7 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path, kind: str) -> Non
         output = real
     names = sorted(os.listdir(tmp_path))
     with pytest.raises(
-        UsageError, match=r"the output is one of the checkpoints, .*1\.safetensors\. Choose another path"
+        UsageError, match=r"got one of the checkpoints, .*1\.safetensors\. Choose another path"
     ) as error:
         average(sources, output, overwrite=True)
     assert error.value.exit_code == 2
@@ -555,7 +555,7 @@ def test_a_checkpoint_that_is_not_selected_is_no_output_either(tmp_path: Path, s
         (run / source.name).write_bytes(source.read_bytes())
     first = run / small.sources[0].name
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="the output is one of the checkpoints"):
+        with pytest.raises(UsageError, match="got one of the checkpoints"):
             average(run, first, last=1, overwrite=overwrite)
     assert first.read_bytes() == small.sources[0].read_bytes()
 

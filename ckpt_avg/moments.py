@@ -1,7 +1,7 @@
 """Count, mean and centred sum of squares per channel, in float64: of one input, and pooled over many.
 
-Widening to float64 and looking twice at what was widened costs no cancellation; both happen a piece at a time, so that
-the working memory does not grow with the activations.
+Values are widened to float64 a piece at a time, so that the working memory does not grow with the activations, and
+centred wherever their mean is far from zero, so that nothing cancels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 # Activations widened to float64 at a time, 8 MiB; on CUDA a kernel must outweigh its launch.
 _PIECE = 1024 * 1024
+_FEW = 0.2
 _CUDA_PIECE = 16 * 1024 * 1024
 
 
@@ -69,13 +70,26 @@ def moments_of(values: torch.Tensor) -> Moments:
 
 
 def _moments_of_piece(part: torch.Tensor) -> Moments:
+    """Returns the moments of values shaped (samples, channels, positions).
+
+    The squares are first taken around zero, and n·mean² subtracted: that spares writing the centred values. It loses
+    digits where the mean is far from zero, so where it leaves less than `_FEW` of the sum the squares are taken again
+    around the mean.
+    """
     wide = part.to(torch.float64, copy=True)
     count = wide.shape[0] * wide.shape[2]
     if wide.shape[2] == 1:
         rows = wide.squeeze(2)
         mean = rows.mean(0)
         return Moments(count, mean, rows.sub_(mean).square_().sum(0))
-    mean = wide.sum(2).sum(0).div_(count)
-    wide.sub_(mean.view(1, -1, 1))
     # Not vector_norm, which would save a pass: it adds one after the other, and loses digits with a million of them.
-    return Moments(count, mean, wide.square_().sum(2).sum(0))
+    mean = wide.sum(2).sum(0).div_(count)
+    if part.is_cuda:  # which channels are far from zero, the device alone knows
+        return Moments(count, mean, wide.sub_(mean.view(1, -1, 1)).square_().sum(2).sum(0))
+    total = wide.square_().sum(2).sum(0)
+    squares = torch.addcmul(total, mean, mean, value=-count)
+    far = (squares < _FEW * total).nonzero().squeeze(1)
+    if far.numel():
+        centred = part.index_select(1, far).to(torch.float64).sub_(mean[far].view(1, -1, 1))
+        squares[far] = centred.square_().sum(2).sum(0)
+    return Moments(count, mean, squares)

@@ -150,13 +150,14 @@ def average(
     with ExitStack() as stack:
         rules = Rules(dtype, non_float, bn, model, data, assessment.is_wanted)
         ready = prepare(discovery, selection, reading, rules, stack, threads=workers, notice=notice)
-        budget = divide_memory(memory, threads=workers, checkpoints=len(ready.checkpoints), device=target_device)
-        assessment.use(ready.model, target_device, progress)
+        assessment.use(ready.model, target_device, replace(progress, notice=notice))
         batch_norm: BatchNormReport | None = None
 
         def header(reserve: int = 0) -> bytes:
-            about = summary(ready.statistics, batch_norm, options, data)
-            return encode_header(ready.plan, make_metadata(ready.specs, dtype=dtype, batch_norm=about), reserve=reserve)
+            metadata = make_metadata(
+                ready.specs, dtype=dtype, batch_norm=summary(ready.statistics, batch_norm, options, data)
+            )
+            return encode_header(ready.plan, metadata, reserve=reserve)
 
         # The refresh reads the output before its own figures can stand in the header: their room is reserved.
         provisional = header()
@@ -182,6 +183,7 @@ def average(
             )
 
         if dry_run:
+            assessment.leave_out()
             return result(written=False)
         assessment.measure_checkpoints(ready.checkpoints)
         with atomic_output(target, size) as unpublished:
@@ -198,7 +200,7 @@ def average(
                 ready.checkpoints,
                 ready.plan,
                 write,
-                budget=budget,
+                budget=divide_memory(memory, threads=workers, checkpoints=len(ready.checkpoints), device=target_device),
                 device=target_device,
                 allow_nonfinite=allow_nonfinite,
                 progress=progress.read,

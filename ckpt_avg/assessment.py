@@ -52,6 +52,8 @@ class Assessment:
         self.evaluations: list[Evaluation] = []
         self._function = function
         self._measures_all = measure_all or needs_all(self.requirements)
+        if function is not None and not callable(function):
+            raise UsageError(f"--eval: expected a function of the model, got a {type(function).__name__}.")
         if function is None:
             for option, given in (("--require", self.requirements), ("--eval-all", measure_all)):
                 if given:
@@ -64,6 +66,11 @@ class Assessment:
     def use(self, model: torch.nn.Module | None, device: torch.device, progress: Progress) -> None:
         """Says which model takes the weights, and where."""
         self._model, self._device, self._progress = model, device, progress
+
+    def leave_out(self) -> None:
+        """Says that nothing is measured in a dry run."""
+        if self.is_wanted:
+            self._progress.notice("a dry run measures nothing, so --eval and --require are not tried")
 
     def measure_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> None:
         """Measures the last checkpoint, or all of them, before the long work begins.
@@ -93,7 +100,9 @@ class Assessment:
         if self._function is None or self._model is None:
             raise ValueError("nothing to measure with")
         self._progress.evaluating(name)
-        metrics = evaluate_weights(self._function, self._model, weights, name=name, device=self._device)
+        metrics = evaluate_weights(
+            self._function, self._model, weights, name=name, device=self._device, notice=self._progress.notice
+        )
         if self.evaluations:
             refuse_other_metrics(self.evaluations[0].metrics, metrics, name)
         self.evaluations.append(Evaluation(name, path, metrics))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ckpt_avg.batchnorm import batch_norm_modules
 from ckpt_avg.errors import UserCodeError
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.models import load_weights, place
-from ckpt_avg.undisturbed import undisturbed
+from ckpt_avg.undisturbed import seeded, undisturbed
 from ckpt_avg.user_code import blaming
 
 Evaluate = Callable[[torch.nn.Module], object]
@@ -45,6 +47,7 @@ def evaluate_weights(
     *,
     name: str,
     device: torch.device,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """Loads weights into the model and calls the function with it. Each call begins with the same random states.
 
@@ -55,6 +58,7 @@ def evaluate_weights(
         weights: the state dict.
         name: whose weights they are, for messages.
         device: where the model is to be.
+        notice: told what the user should know of the function.
 
     Raises:
         IncompatibleError: the model does not take the weights.
@@ -64,8 +68,16 @@ def evaluate_weights(
     load_weights(model, weights)
     place(model, device)
     before = _shape_of(model)
-    with undisturbed(model), torch.no_grad(), blaming(f"the --eval function raised for {name}:"):
-        metrics = _as_metrics(function(model), getattr(function, "__name__", type(function).__name__))
+    in_train_mode: set[str] = set()
+    with undisturbed(model), seeded(device), torch.no_grad(), blaming(f"the --eval function raised for {name}:"):
+        with _watching(model, in_train_mode):
+            returned = function(model)
+        metrics = _as_metrics(returned, getattr(function, "__name__", type(function).__name__))
+    if in_train_mode:
+        notice(
+            f"the --eval function ran BatchNorm layers in train mode ({listing(map(quote, sorted(in_train_mode)))}), "
+            "so its numbers don't depend on their statistics; leave out model.train()"
+        )
     after = _shape_of(model)
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key) and before.get(key) != _LAZY]
     if changed:
@@ -74,6 +86,21 @@ def evaluate_weights(
             "Let it work on copy.deepcopy(model)."
         )
     return metrics
+
+
+@contextlib.contextmanager
+def _watching(model: torch.nn.Module, in_train_mode: set[str]) -> Iterator[None]:
+    """Notes the BatchNorm layers that are called in train mode."""
+
+    def note(name: str) -> Callable[[torch.nn.Module, object], None]:
+        return lambda module, _: in_train_mode.add(name) if module.training else None
+
+    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in batch_norm_modules(model).items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def refuse_other_metrics(before: Mapping[str, float], now: Mapping[str, float], name: str) -> None:
@@ -107,7 +134,7 @@ def _as_metrics(returned: Any, function: str) -> dict[str, float]:
         if str(name) in metrics:
             wrong.append(f"{quote(str(name))} is there twice")
         elif number is None:
-            wrong.append(f"{quote(name)} is a {type(value).__name__}")
+            wrong.append(f"{quote(name)} is {_kind(value)}")
         else:
             metrics[str(name)] = number
     if wrong or not metrics:
@@ -116,6 +143,13 @@ def _as_metrics(returned: Any, function: str) -> dict[str, float]:
             f"{listing(wrong) if wrong else 'an empty dict'}. Return for example {{'accuracy': 0.93}}."
         )
     return metrics
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "None (is there a return?)"
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + (f" of shape {list(shape)}" if shape else "")
 
 
 def _as_number(value: Any) -> float | None:

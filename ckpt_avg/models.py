@@ -14,7 +14,7 @@ from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.messages import listing
 from ckpt_avg.plan import Plan
 from ckpt_avg.readers import Checkpoint, open_checkpoint
-from ckpt_avg.undisturbed import RandomStates
+from ckpt_avg.undisturbed import seeded
 from ckpt_avg.user_code import blaming
 
 Model = torch.nn.Module | Callable[[], torch.nn.Module]
@@ -28,6 +28,10 @@ def build_model(model: Model, plan: Plan) -> torch.nn.Module:
         UserCodeError: the factory raised, or returned something else.
         IncompatibleError: the model's names or shapes are not the checkpoints'.
     """
+    if not callable(model):
+        raise UserCodeError(
+            f"the model: expected a torch.nn.Module or a function that returns one, got a {type(model).__name__}."
+        )
     with blaming("the model factory raised"):
         built = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model()
     if not isinstance(built, torch.nn.Module):
@@ -90,7 +94,7 @@ class Passes:
 
     Args:
         data: an iterable of batches, or a factory of one. The factory is called at once, and again for each later pass,
-            from the same random states, so that every pass sees the same.
+            each time from the same random states, so that every pass sees the same.
 
     Raises:
         UserCodeError: the factory raised, or returned something else.
@@ -98,7 +102,6 @@ class Passes:
 
     def __init__(self, data: Batches) -> None:
         self._factory = data if callable(data) else None
-        self._states = RandomStates.now()
         self._batches: Iterable[Any] = self._call(data) if callable(data) else data
         self._is_fresh = True
         if not isinstance(self._batches, Iterable):
@@ -114,16 +117,11 @@ class Passes:
     def next_pass(self) -> Iterable[Any]:
         """Returns the batches for the next pass."""
         if not self._is_fresh and self._factory is not None:
-            now = RandomStates.now()
-            self._states.restore()
-            try:
-                self._batches = self._call(self._factory)
-            finally:
-                now.restore()
+            self._batches = self._call(self._factory)
         self._is_fresh = False
         return self._batches
 
     @staticmethod
     def _call(factory: Callable[[], Iterable[Any]]) -> Iterable[Any]:
-        with blaming("the data factory raised"):
+        with seeded(), blaming("the data factory raised"):
             return factory()

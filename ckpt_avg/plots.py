@@ -12,6 +12,8 @@ from ckpt_avg.messages import safe_text
 if TYPE_CHECKING:
     from ckpt_avg.sweeping import SweepResult
 
+_LONGEST = 40  # characters of a name that fit under the picture
+
 KINDS = (".png", ".svg", ".pdf")
 
 
@@ -66,7 +68,7 @@ def _draw(result: SweepResult, kind: str) -> bytes:
             result.last.metrics[result.metric],
             color="0.4",
             linestyle="--",
-            label=safe_text(f"as it is: {result.last.name}"),
+            label=f"as it is: {_short(safe_text(result.last.name))}",
         )
         best = result.best
         axes.plot(
@@ -82,8 +84,13 @@ def _draw(result: SweepResult, kind: str) -> bytes:
         axes.set_ylabel(safe_text(result.metric))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.set_xlim(left=0.5)
+        figure.legend(loc="outside lower center", ncols=2)
         picture = io.BytesIO()
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
         figure.savefig(picture, format=kind, metadata=metadata)
     return picture.getvalue()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 :]}"

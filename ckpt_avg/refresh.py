@@ -20,6 +20,7 @@ from ckpt_avg.models import Passes, load_weights, place
 from ckpt_avg.plan import Plan
 from ckpt_avg.progress import Progress
 from ckpt_avg.spec import batch_norm_buffer
+from ckpt_avg.undisturbed import seeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +110,18 @@ def refresh_output(
     place(prepared.model, options.device)
     batches = prepared.passes.next_pass()
     progress.refreshing(expected_batches(batches, options.max_batches))
-    report = refresh_batch_norm(
-        prepared.model,
-        batches,
-        estimator=options.estimator,
-        max_batches=options.max_batches,
-        frozen=frozen,
-        device=options.device,
-        amp=options.amp,
-        forward_batch=options.forward_batch,
-        progress=progress.refreshed,
-    )
+    with seeded(options.device):
+        report = refresh_batch_norm(
+            prepared.model,
+            batches,
+            estimator=options.estimator,
+            max_batches=options.max_batches,
+            frozen=frozen,
+            device=options.device,
+            amp=options.amp,
+            forward_batch=options.forward_batch,
+            progress=progress.refreshed,
+        )
     if report.used_twice:
         names = listing(map(quote, report.used_twice))
         progress.notice(f"layers used more than once in a pass, over all uses: {names}")

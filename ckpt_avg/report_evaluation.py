@@ -26,7 +26,7 @@ def evaluation_lines(evaluations: Sequence[Evaluation], outcomes: Sequence[Outco
     ]
     if len(checkpoints) > 1:
         mean = {name: sum(each.metrics[name] for each in checkpoints) / len(checkpoints) for name in last.metrics}
-        rows.append((f"mean of these {len(checkpoints)}", mean, last.metrics))
+        rows.append((f"mean of the above {len(checkpoints)}", mean, last.metrics))
     rows += [(each.name, each.metrics, last.metrics) for each in evaluations if each.path is None]
     lines = table(list(last.metrics), rows)
     return lines + [f"{'met' if outcome.met else 'NOT MET'}: {outcome}" for outcome in outcomes]
@@ -110,7 +110,7 @@ def sweep_text(result: SweepResult, command: str) -> str:
             if helps
             else f"which is no better than {result.last.name} as it is ({base[result.metric]:.6g})"
         ),
-        f"to make it: {command}",
+        f"to make it{'' if helps else ' all the same'}: {command}",
     ]
     return "\n".join(lines)
 

@@ -76,13 +76,20 @@ def parse_requirement(text: str) -> Requirement:
     if found is None:
         raise UsageError(
             f"--require {quote(text)}: expected METRIC>=last, with >=, >, <= or <, and last, best, mean or a number "
-            "behind it, for example 'accuracy>=last' or 'loss<=mean+0.01'. The metric's own name holds no <, > or =: "
-            "return a dict with another one."
+            f"behind it, for example 'accuracy>=last' or 'loss<=mean+0.01'. {_advice(text)}"
         )
     number = float("".join((found["number"] or found["offset"] or "0").split()))
     if not math.isfinite(number):
         raise UsageError(f"--require {quote(text)}: expected a number within the range of float64. Use a smaller one.")
     return Requirement(text, found["metric"], found["operator"], found["reference"] or "", number)
+
+
+def _advice(text: str) -> str:
+    if not set(text) & set("<>="):
+        return "Put it in quotes: a shell takes < and > for itself, and may have made a file named '=last'."
+    if "=>" in text or "=<" in text or "==" in text:
+        return "Write >= or <=."
+    return "Behind last, best and mean only + or - and a number may stand; a metric's own name holds no <, > or =."
 
 
 def needs_all(requirements: Sequence[Requirement]) -> bool:

@@ -65,7 +65,8 @@ def needs_refresh(
         elif moving and plan.checkpoints > 1:
             notice(
                 f"the running statistics of {plural(len(moving), 'BatchNorm layer')} are the mean of the checkpoints', "
-                "not those of the averaged weights; --model and --data recompute them"
+                "not those of the averaged weights; "
+                + ("without --bn keep they are recomputed" if has_data else "--model and --data recompute them")
             )
         return False
     if not has_model or not has_data:

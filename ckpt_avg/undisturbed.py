@@ -7,9 +7,11 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
+
+_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,31 @@ class RandomStates:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device | None = None) -> Iterator[None]:
+    """Gives the user's code random states that are always the same; afterwards they are as before.
+
+    A loader that shuffles then does so alike in every run. A generator of its own is not touched.
+    """
+    cuda = (torch.cuda.current_device() if device.index is None else device.index,) if _is_cuda(device) else ()
+    states = RandomStates.now(cuda)
+    try:
+        torch.default_generator.manual_seed(_SEED)
+        for number in cuda:
+            with torch.cuda.device(number):
+                torch.cuda.manual_seed(_SEED)
+        random.seed(_SEED)
+        if states.numpy is not None:
+            sys.modules["numpy"].random.seed(_SEED)
+        yield
+    finally:
+        states.restore()
+
+
+def _is_cuda(device: torch.device | None) -> TypeGuard[torch.device]:
+    return device is not None and device.type == "cuda"
 
 
 @contextlib.contextmanager

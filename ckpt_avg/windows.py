@@ -129,4 +129,11 @@ def _measure(ready: Prepared, window: Window, output: MemoryOutput, work: Work) 
                 progress=work.progress,
             )
     work.progress.evaluating(name)
-    return evaluate_weights(work.function, work.model, output.tensors(), name=name, device=work.refresh.device)
+    return evaluate_weights(
+        work.function,
+        work.model,
+        output.tensors(),
+        name=name,
+        device=work.refresh.device,
+        notice=work.progress.notice,
+    )

@@ -179,18 +179,18 @@ def test_names_that_are_no_strings() -> None:
     ("value", "got"),
     [
         ("0.93", "'bad' is a str"),
-        (None, "'bad' is a NoneType"),
+        (None, "'bad' is None (is there a return?)"),
         ({}, "an empty dict"),
         ({"a": "x"}, "'a' is a str"),
-        ({"a": 1.0, "b": None, "c": [1]}, "'b' is a NoneType, 'c' is a list"),
+        ({"a": 1.0, "b": None, "c": [1]}, "'b' is None (is there a return?), 'c' is a list"),
         ({"a": {"b": 1.0}}, "'a' is a dict"),
         ((0.5, 0.6), "'bad' is a tuple"),
         ([0.5], "'bad' is a list"),
         (1j, "'bad' is a complex"),
         (torch.tensor(1j), "'bad' is a Tensor"),
-        (torch.tensor([0.5, 0.6]), "'bad' is a Tensor"),
-        (torch.tensor([[0.5]]), "'bad' is a Tensor"),
-        (numpy.array([0.5, 0.6]), "'bad' is a ndarray"),
+        (torch.tensor([0.5, 0.6]), "'bad' is a Tensor of shape [2]"),
+        (torch.tensor([[0.5]]), "'bad' is a Tensor of shape [1, 1]"),
+        (numpy.array([0.5, 0.6]), "'bad' is a ndarray of shape [2]"),
         (numpy.str_("0.5"), "'bad' is a str_"),
         ({"a": b"1"}, "'a' is a bytes"),
     ],
@@ -1040,3 +1040,41 @@ def test_the_real_run(run_folder: Path, train: Any, in_process: InProcess, tmp_p
     model.load_state_dict(load_file(out))
     assert averaged["metrics"] == train.evaluate(model)
     assert stdout.count("\nmet: ") == 2
+
+
+def test_batch_norm_in_train_mode_is_said(run: list[Path], out: Path) -> None:
+    """The numbers would be the same whatever the statistics, and look like an answer."""
+
+    def forgetful(model: nn.Module) -> float:
+        model.train()
+        model(torch.randn(8, 1, 6))
+        return 1.0
+
+    def careful(model: nn.Module) -> float:
+        model(torch.randn(8, 1, 6))
+        model.train()
+        return 1.0
+
+    notices = [
+        [
+            text
+            for text in average(run, out, model=make, bn="keep", evaluate=function, overwrite=True).notices
+            if "train mode" in text
+        ]
+        for function in (forgetful, careful)
+    ]
+    assert "leave out model.train()" in notices[0][0]
+    assert notices[1] == []
+
+
+def test_a_dry_run_says_that_it_measures_nothing(run: list[Path], out: Path) -> None:
+    """Else a gate that was never tried would look passed."""
+    result = average(run, out, model=make, bn="keep", evaluate=lambda model: 1.0, require="a>=last", dry_run=True)
+    assert any("--require are not tried" in text for text in result.notices)
+
+
+def test_what_is_no_function_is_refused_at_once(run: list[Path], out: Path) -> None:
+    with pytest.raises(UsageError, match="expected a function of the model, got a Tensor"):
+        average(run, out, model=make, bn="keep", evaluate=torch.ones(2))  # type: ignore[arg-type]
+    with pytest.raises(UserCodeError, match="a function that returns one, got a str"):
+        average(run, out, model="train:make", bn="keep", evaluate=lambda model: 1.0)  # type: ignore[arg-type]

@@ -123,7 +123,7 @@ def test_a_line_for_each_side_and_the_best(drawn: Callable[[SweepResult], Any]) 
         "as it is: step_3.pt": ([0, 1], [0.5, 0.5]),
         "best (0.75)": ([2], [0.75]),
     }
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines(axes))
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == list(lines(axes))
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("checkpoints averaged, k", "m")
 
 
@@ -193,7 +193,7 @@ def test_dollar_signs_are_shown(drawn: Callable[[SweepResult], Any]) -> None:
 
 def test_a_name_that_begins_with_an_underscore_is_in_the_legend(drawn: Callable[[SweepResult], Any]) -> None:
     axes = drawn(swept(name="_final.pt"))
-    assert "as it is: _final.pt" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "as it is: _final.pt" in [text.get_text() for text in axes.figure.legends[0].get_texts()]
 
 
 def test_signs_that_the_font_lacks_are_no_failure() -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
 
 from ckpt_avg import AverageResult, IncompatibleError, NonFiniteError, UsageError, UserCodeError, average
 from ckpt_avg.api import Progress
@@ -749,3 +750,16 @@ def test_the_modes_of_the_users_model_survive(small: Path, tmp_path: Path) -> No
     modes = {name: module.training for name, module in model.named_modules()}
     average([small], tmp_path / "swa.safetensors", model=model, data=batches)
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_a_loader_that_shuffles_gives_the_same_bytes_again(folder: Path, run_folder: Path, train: Any) -> None:
+    """Training loaders shuffle; whatever was drawn before, each refresh sees the same order."""
+    outputs = []
+    for number in range(2):
+        torch.manual_seed(number)
+        torch.rand(number + 1)
+        path = folder / f"shuffled_{number}.safetensors"
+        data = DataLoader(train.train_loader().dataset, batch_size=500, shuffle=True)
+        average([run_folder], path, last=2, model=train.make_model, data=data, bn_batches=2)
+        outputs.append(path.read_bytes())
+    assert outputs[0] == outputs[1]

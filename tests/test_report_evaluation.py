@@ -54,12 +54,12 @@ def test_all_checkpoints_and_their_mean() -> None:
     """The mean of the checkpoints is a row of its own, and only the last one is called last."""
     rows = [single("a.pt", m=1.0), single("b.pt", m=2.0), single("c.pt", m=6.0), mean_of("average", m=6.5)]
     assert evaluation_lines(rows, []) == [
-        "                 m",
-        "a.pt             1",
-        "b.pt             2",
-        "c.pt (last)      6",
-        "mean of these 3  3 (-3)",
-        "average          6.5 (+0.5)",
+        "                     m",
+        "a.pt                 1",
+        "b.pt                 2",
+        "c.pt (last)          6",
+        "mean of the above 3  3 (-3)",
+        "average              6.5 (+0.5)",
     ]
 
 

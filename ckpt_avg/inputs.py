@@ -127,9 +127,9 @@ def notice_what_is_read(
                 "either kind: choose with --include and --exclude, --ema or --state-key."
             )
         if copies or len(checkpoints) > 1:
-            are = "is an average" if len(averaged) == 1 else "are averages"
+            hold = "holds an average" if len(averaged) == 1 else "hold an average"
             notice(
-                f"{len(averaged)} of {plural(len(checkpoints), 'checkpoint')} {are} already "
+                f"{len(averaged)} of {plural(len(checkpoints), 'checkpoint')} {hold} already "
                 f"({averaged[0].path.name}: {averaged[0].averaged})"
             )
     if copies and len(checkpoints) == 1:

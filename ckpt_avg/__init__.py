@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         NoWeightsError,
         OutputError,
+        RankError,
         RequirementError,
         ResourceError,
         UsageError,
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     )
     from ckpt_avg.evaluate import Evaluation
     from ckpt_avg.inspection import Inspection, Listed, inspect
+    from ckpt_avg.joining import join_ranks
     from ckpt_avg.measuring import LayerStatistics
     from ckpt_avg.progress import Progress
+    from ckpt_avg.ranks import Ranks
     from ckpt_avg.readers import Checkpoint, open_checkpoint
     from ckpt_avg.record import Record
     from ckpt_avg.refreshing import refresh_weights
@@ -56,6 +59,7 @@ _HOMES = {
         "NoWeightsError",
         "NonFiniteError",
         "OutputError",
+        "RankError",
         "RequirementError",
         "ResourceError",
         "UsageError",
@@ -63,8 +67,10 @@ _HOMES = {
     ),
     "ckpt_avg.evaluate": ("Evaluation",),
     "ckpt_avg.inspection": ("Inspection", "Listed", "inspect"),
+    "ckpt_avg.joining": ("join_ranks",),
     "ckpt_avg.measuring": ("LayerStatistics",),
     "ckpt_avg.progress": ("Progress",),
+    "ckpt_avg.ranks": ("Ranks",),
     "ckpt_avg.readers": ("Checkpoint", "open_checkpoint"),
     "ckpt_avg.record": ("Record",),
     "ckpt_avg.refreshing": ("refresh_weights",),
@@ -98,6 +104,8 @@ __all__ = [
     "OutputError",
     "Part",
     "Progress",
+    "RankError",
+    "Ranks",
     "Record",
     "Requirement",
     "RequirementError",
@@ -110,6 +118,7 @@ __all__ = [
     "average",
     "check",
     "inspect",
+    "join_ranks",
     "open_checkpoint",
     "refresh_batch_norm",
     "refresh_weights",

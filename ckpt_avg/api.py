@@ -8,27 +8,27 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from ckpt_avg.assessment import Assessment, name_of_average
-from ckpt_avg.atomic import atomic_output, check_target
+from ckpt_avg.agreement import agree_on_files, agree_on_request
+from ckpt_avg.assessment import Assessment
+from ckpt_avg.atomic import check_target
 from ckpt_avg.batches import ForwardBatch
 from ckpt_avg.batchnorm import BatchNormReport, check_options
 from ckpt_avg.devices import choose_device, choose_threads
 from ckpt_avg.discover import Discovery, Sources, discover
 from ckpt_avg.evaluate import Evaluate
-from ckpt_avg.header import encode_header, refuse_unreadable
 from ckpt_avg.inputs import refuse_output_among
-from ckpt_avg.mean import DEFAULT_MEMORY, check_memory, divide_memory, write_mean
-from ckpt_avg.models import Batches, Model, weights_in
+from ckpt_avg.job import Job, write_output
+from ckpt_avg.launch import launch_of
+from ckpt_avg.mean import DEFAULT_MEMORY, check_memory
+from ckpt_avg.models import Batches, Model
 from ckpt_avg.plan import check_rules
 from ckpt_avg.preparation import Rules, prepare
 from ckpt_avg.progress import Progress
-from ckpt_avg.provenance import make_metadata
+from ckpt_avg.ranks import Ranks
 from ckpt_avg.readers import make_reading
-from ckpt_avg.refresh import RefreshOptions, frozen_layers, refresh_output
+from ckpt_avg.refresh import RefreshOptions
 from ckpt_avg.results import AverageResult, refuse_unmet
-from ckpt_avg.running_statistics import check_bn, summary
+from ckpt_avg.running_statistics import check_bn
 from ckpt_avg.select import Selection, check_selection, patterns
 
 
@@ -67,6 +67,7 @@ def average(
     require: str | Sequence[str] = (),
     overwrite: bool = False,
     dry_run: bool = False,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> AverageResult:
     """Writes the equal-weighted mean of checkpoints, BatchNorm refreshed, to one safetensors file.
@@ -108,6 +109,8 @@ def average(
         require: what must hold for the average to be published, for example ``accuracy>=last``.
         overwrite: replace an existing output.
         dry_run: check and plan, but read no tensors (BatchNorm statistics excepted) and write nothing.
+        ranks: from `join_ranks`, where several processes share the work; each calls this function with the same
+            arguments. Rank 0 measures and publishes.
         progress: callbacks.
 
     Returns:
@@ -121,12 +124,16 @@ def average(
         ResourceError, MemoryError, torch.OutOfMemoryError: a resource ran out.
         UserCodeError: the model, the data or the metric failed.
         RequirementError: a requirement was not met; ``error.result`` has what was measured.
+        RankError: another rank failed, or was started with other arguments.
 
     Example:
         >>> result = average(["fixtures/mnist_cnn"], "release.safetensors", every=3, bn="keep", dry_run=True)
         >>> [path.name for path in result.checkpoints]
         ['epoch_11.pt', 'epoch_14.pt', 'epoch_17.pt', 'epoch_20.pt']
     """
+    request = dict(locals())
+    ranks = ranks or Ranks()
+    agree_on_request(ranks, request)
     progress = progress or Progress()
     notices: list[str] = []
 
@@ -138,42 +145,46 @@ def average(
     check_bn(bn)
     check_memory(memory)
     check_options(bn_estimator, amp, bn_batches)
-    assessment = Assessment(evaluate, measure_all=evaluate_all, require=require, has_model=model is not None)
+    assessment = Assessment(
+        evaluate, measure_all=evaluate_all, require=require, has_model=model is not None, measures=ranks.is_first
+    )
     names = patterns(include), patterns(exclude)
     selection = check_selection(Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode))
     reading = make_reading(state_key, ema, strip_prefix)
-    target_device = choose_device(device)
+    launch = launch_of() if ranks.size > 1 else None
+    target_device = choose_device(device, launch)
     options = RefreshOptions(target_device, bn_estimator, bn_batches, amp, forward_batch)
-    workers = choose_threads(threads)
+    workers = choose_threads(threads, launch)
     discovery = discover(sources)
     target = _check_output(output, discovery, overwrite=overwrite, notice=notice)
     with ExitStack() as stack:
         rules = Rules(dtype, non_float, bn, model, data, assessment.is_wanted)
         ready = prepare(discovery, selection, reading, rules, stack, threads=workers, notice=notice)
+        agree_on_files(ranks, ready.checkpoints)
         assessment.use(ready.model, target_device, replace(progress, notice=notice))
-        batch_norm: BatchNormReport | None = None
+        job = Job(
+            ready=ready,
+            target=target,
+            overwrite=overwrite,
+            dtype=dtype,
+            data=data,
+            options=options,
+            threads=workers,
+            memory=memory,
+            allow_nonfinite=allow_nonfinite,
+            assessment=assessment,
+            ranks=ranks,
+            progress=replace(progress, notice=notice),
+        )
 
-        def header(reserve: int = 0) -> bytes:
-            metadata = make_metadata(
-                ready.specs, dtype=dtype, batch_norm=summary(ready.statistics, batch_norm, options, data)
-            )
-            return encode_header(ready.plan, metadata, reserve=reserve)
-
-        # The refresh reads the output before its own figures can stand in the header: their room is reserved.
-        provisional = header()
-        size = len(provisional) + ready.plan.nbytes
-
-        def name(*, refreshed: bool) -> str:
-            return name_of_average(ready.statistics, len(ready.specs), refreshed=refreshed)
-
-        def result(*, written: bool) -> AverageResult:
+        def result(batch_norm: BatchNormReport | None, *, written: bool) -> AverageResult:
             return AverageResult(
                 output=Path(output),
                 written=written,
                 checkpoints=tuple(spec.path for spec in ready.specs),
                 skipped=ready.skipped,
                 tensors=len(ready.plan.tensors),
-                nbytes=size,
+                nbytes=len(job.header()) + ready.plan.nbytes,
                 device=str(target_device),
                 statistics=ready.statistics,
                 batch_norm=batch_norm,
@@ -184,45 +195,9 @@ def average(
 
         if dry_run:
             assessment.leave_out()
-            return result(written=False)
-        assessment.measure_checkpoints(ready.checkpoints)
-        with atomic_output(target, size) as unpublished:
-
-            def write(contents: memoryview, offset: int) -> None:
-                unpublished.write(contents, len(provisional) + offset)
-
-            def weights() -> dict[str, torch.Tensor]:
-                return weights_in(unpublished.readable_path)
-
-            unpublished.write(provisional, 0)
-            progress.start(sum(spec.nbytes for spec in ready.specs))
-            write_mean(
-                ready.checkpoints,
-                ready.plan,
-                write,
-                budget=divide_memory(memory, threads=workers, checkpoints=len(ready.checkpoints), device=target_device),
-                device=target_device,
-                allow_nonfinite=allow_nonfinite,
-                progress=progress.read,
-            )
-            if len(ready.specs) > 1 or ready.refresh is None:  # a single checkpoint has been measured as it is
-                assessment.measure_average(name(refreshed=False), weights)
-            if ready.refresh is not None:
-                batch_norm = refresh_output(
-                    ready.refresh,
-                    ready.plan,
-                    weights,
-                    write,
-                    frozen=frozen_layers(ready.refresh, ready.frozen),
-                    options=options,
-                    progress=replace(progress, notice=notice),
-                )
-                unpublished.write(header(reserve=len(provisional)), 0)
-                assessment.measure_average(name(refreshed=True), weights)
-            refuse_unreadable(unpublished.readable_path, ready.plan, unpublished.target)
-            refuse_unmet(result(written=False))
-            unpublished.publish(overwrite=overwrite)
-        return result(written=True)
+            return result(None, written=False)
+        report = write_output(job, lambda report: refuse_unmet(result(report, written=False)))
+        return result(report, written=True)
 
 
 def _check_output(

@@ -12,6 +12,7 @@ from ckpt_avg.evaluate import Evaluate, Evaluation, evaluate_weights, refuse_oth
 from ckpt_avg.messages import told_apart
 from ckpt_avg.models import weights_of
 from ckpt_avg.progress import Progress
+from ckpt_avg.ranks import Ranks
 from ckpt_avg.readers import Checkpoint
 from ckpt_avg.requirements import Outcome, needs_all, outcomes, parse_requirement, refuse_unknown_metrics
 from ckpt_avg.running_statistics import Statistics
@@ -39,18 +40,26 @@ class Assessment:
         measure_all: measure every checkpoint, rather than the last alone.
         require: the requirements, as they were worded.
         has_model: whether there is a model.
+        measures: whether this process is the one that measures.
 
     Raises:
         UsageError: a requirement is malformed, or the model or the function is missing.
     """
 
     def __init__(
-        self, function: Evaluate | None, *, measure_all: bool, require: str | Sequence[str], has_model: bool
+        self,
+        function: Evaluate | None,
+        *,
+        measure_all: bool,
+        require: str | Sequence[str],
+        has_model: bool,
+        measures: bool = True,
     ) -> None:
         self.requirements = [parse_requirement(text) for text in ([require] if isinstance(require, str) else require)]
         self.is_wanted = function is not None
         self.evaluations: list[Evaluation] = []
         self._function = function
+        self._measures = measures and function is not None
         self._measures_all = measure_all or needs_all(self.requirements)
         if function is not None and not callable(function):
             raise UsageError(f"--eval: expected a function of the model, got a {type(function).__name__}.")
@@ -79,7 +88,7 @@ class Assessment:
             UsageError: a requirement names a metric that there is not.
             UserCodeError: the user's function failed.
         """
-        if not self.is_wanted:
+        if not self._measures:
             return
         measured = checkpoints if self._measures_all else checkpoints[-1:]
         names = told_apart([checkpoint.spec.path for checkpoint in measured])
@@ -93,8 +102,15 @@ class Assessment:
         Raises:
             UserCodeError: the user's function failed.
         """
-        if self.is_wanted:
+        if self._measures:
             self._measure(name, weights(), None)
+
+    def share(self, ranks: Ranks) -> None:
+        """Gives what rank 0 has measured to the others, once rank 0 is done with all of its work."""
+        mine = [[each.name, None if each.path is None else str(each.path), each.metrics] for each in self.evaluations]
+        measured = ranks.exchange("done", mine, lambda all_of_them: all_of_them[0])
+        if not ranks.is_first:
+            self.evaluations = [Evaluation(name, path and Path(path), metrics) for name, path, metrics in measured]
 
     def _measure(self, name: str, weights: Mapping[str, torch.Tensor], path: Path | None) -> None:
         if self._function is None or self._model is None:

@@ -32,15 +32,19 @@ class UnpublishedFile:
         # Set before the name exists, so that `close` removes it whenever a signal comes.
         self._hidden: Path | None = None
 
-    def open(self, size: int) -> None:
+    def open(self, size: int, *, named: bool = False) -> None:
         """Creates the file and reserves its bytes.
+
+        Args:
+            size: how many.
+            named: give it a hidden name at once, by which other processes can open it.
 
         Raises:
             OutputError: the folder cannot be written, or has no room.
         """
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
         try:
-            if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
+            if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd") and not named:
                 try:
                     self._fd = os.open(self.target.parent, flags | os.O_TMPFILE, 0o666)
                 except OSError as error:
@@ -52,6 +56,21 @@ class UnpublishedFile:
         except OSError as error:
             raise _output_error(self.target, "its folder cannot be written", error) from error
         _reserve(self.target, self._fd, size)
+
+    def join(self, name: str) -> None:
+        """Opens the file that another process created under a hidden name beside the output.
+
+        Raises:
+            OutputError: there is none here.
+        """
+        self._hidden = self.target.with_name(name)
+        try:
+            self._fd = os.open(self._hidden, os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise OutputError(
+                f"{self.target}: the file that rank 0 created beside it cannot be opened here: {error.strerror}. Write "
+                "to storage that all ranks share."
+            ) from error
 
     @property
     def readable_path(self) -> Path:
@@ -78,6 +97,17 @@ class UnpublishedFile:
         os.lseek(self._fd, offset, os.SEEK_SET)  # Windows, where the writer uses one thread
         return os.write(self._fd, contents)
 
+    def sync(self) -> None:
+        """Makes what this process has written durable.
+
+        Raises:
+            OutputError: the system could not.
+        """
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _output_error(self.target, "fsync failed, so the data is discarded", error) from error
+
     def publish(self, *, overwrite: bool) -> None:
         """Makes the file durable and gives it its name.
 
@@ -85,10 +115,7 @@ class UnpublishedFile:
             OutputError: syncing failed, or the path has come to exist meanwhile and ``overwrite`` is off. Nothing
                 is published then.
         """
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            raise _output_error(self.target, "fsync failed, so the data is discarded", error) from error
+        self.sync()
         if self._hidden is not None:
             self._close_descriptor()  # Windows renames no open file
         try:

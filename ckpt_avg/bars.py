@@ -47,7 +47,7 @@ def bars(*, quiet: bool) -> Iterator[Progress]:
         bar = open_bars["refresh"]
         rate = samples / max(bar.format_dict["elapsed"], 1e-9)
         bar.set_postfix_str(f"{samples:,} samples, {rate:,.0f}/s", refresh=False)
-        bar.update(1)
+        bar.update(batches - bar.n)  # other ranks run those in between
 
     def evaluating(name: str) -> None:
         close()

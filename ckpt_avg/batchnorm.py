@@ -10,7 +10,7 @@ batches' statistics, which is what `torch.optim.swa_utils.update_bn` computes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from ckpt_avg.batch_share import BatchShare, refuse_other_batches
 from ckpt_avg.batches import ForwardBatch, count_samples, fetch, run_batch, to_device
 from ckpt_avg.errors import UsageError, UserCodeError
 from ckpt_avg.measuring import LayerStatistics, Pool, measuring
 from ckpt_avg.messages import listing, quote
+from ckpt_avg.ranks import Ranks
 from ckpt_avg.rounding import round_to
 from ckpt_avg.user_code import blaming
 
@@ -86,6 +88,7 @@ def refresh_batch_norm(
     device: torch.device | str | None = None,
     amp: str = "off",
     forward_batch: ForwardBatch | None = None,
+    ranks: Ranks | None = None,
     progress: Progress = lambda batches, samples: None,
 ) -> BatchNormReport:
     """Measures the running statistics of a model's BatchNorm layers anew and stores them in the model.
@@ -114,7 +117,10 @@ def refresh_batch_norm(
         device: where the model is; batches are moved there.
         amp: ``off``, ``bfloat16`` or ``float16``: automatic mixed precision of the forward passes.
         forward_batch: called as ``forward_batch(model, batch)`` instead of the model.
-        progress: called after each batch with the batches and samples so far.
+        ranks: from `join_ranks`, where several processes share the batches; each calls this function. Where the loader
+            gives all of them the same batches, each runs its part of them; where it gives each its own, all of those.
+            The statistics are pooled over all ranks, and stored on each.
+        progress: called after each batch with the batches seen and the samples run so far, on this rank.
 
     Returns:
         What was measured.
@@ -122,7 +128,8 @@ def refresh_batch_norm(
     Raises:
         UsageError: there is no such estimator, mixed precision, or layer in ``frozen``.
         UserCodeError: the loader or the model raised, there was no batch, a layer was not reached, a batch has one
-            value per channel, or an activation is NaN or Inf.
+            value per channel, or an activation is NaN or Inf; or the ranks were given different batches.
+        RankError: another rank failed.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
@@ -133,23 +140,27 @@ def refresh_batch_norm(
     check_options(estimator, amp, max_batches)
     layers = _refreshed_layers(model, frozen)
     _refuse_unusable(model)
-    pools = {name: Pool(name, estimator) for name in layers}
+    ranks = ranks or Ranks()
+    pools: Mapping[str, Pool] = {name: Pool(name, estimator) for name in layers}
     samples = done = 0
     kind = torch.device(device).type if device is not None else _device_type(model)
     autocast = torch.autocast(kind, getattr(torch, amp)) if amp != "off" else contextlib.nullcontext()
     with measuring(model, layers, pools) as reached, torch.no_grad(), autocast:
-        for batch in fetch(batches, max_batches):
-            with blaming(f"moving batch {done + 1} to {device} raised:"):
+        share = BatchShare(fetch(batches, max_batches), ranks, max_batches)
+        for batch in share:
+            with blaming(f"moving batch {share.seen} to {device} raised:"):
                 moved = to_device(batch, device)
             for pool in pools.values():
-                pool.batch = done + 1
-            run_batch(model, moved, forward_batch, done + 1)
+                pool.batch = share.seen
+            run_batch(model, moved, forward_batch, share.seen)
             for pool in reached:
                 pool.refuse_nonfinite()
             reached.clear()
             done += 1
             samples += count_samples(moved)
-            progress(done, samples)
+            progress(share.seen, samples)
+            ranks.check()
+        done, samples, pools = _pooled(ranks, share, done, samples, pools, estimator)
         if done == 0:
             raise UserCodeError(
                 "BatchNorm refresh: expected at least one batch, got an empty dataloader. A generator is used up after "
@@ -190,6 +201,35 @@ def rounded_statistic(layer: str, buffer: str, values: torch.Tensor, dtype: torc
             f"{values.abs().max().item():g}. Choose a wider dtype."
         )
     return rounded
+
+
+def _pooled(
+    ranks: Ranks, share: BatchShare, batches: int, samples: int, pools: Mapping[str, Pool], estimator: str
+) -> tuple[int, int, Mapping[str, Pool]]:
+    """Returns the batches, samples and pools of all ranks together, on each of them."""
+    if ranks.size == 1:
+        return batches, samples, pools
+
+    def pool_all(brought: list[list[Any]]) -> list[Any]:
+        together = _added(estimator, [states for *_, states in brought])
+        accounts = [account for account, *_ in brought]
+        totals = [sum(each[1] for each in brought), sum(each[2] for each in brought)]
+        return [accounts, *totals, {name: pool.state() for name, pool in together.items()}]
+
+    states = {name: pool.state() for name, pool in pools.items()}
+    accounts, batches, samples, together = ranks.exchange(
+        "statistics", [share.account(), batches, samples, states], pool_all
+    )
+    refuse_other_batches(accounts)
+    return batches, samples, _added(estimator, [together])
+
+
+def _added(estimator: str, states: Sequence[Mapping[str, list[Any] | None]]) -> dict[str, Pool]:
+    added = {name: Pool(name, estimator) for name in states[0]}
+    for name, pool in added.items():
+        for state in states:
+            pool.add_state(state[name])
+    return added
 
 
 def _refreshed_layers(model: torch.nn.Module, frozen: Collection[str]) -> dict[str, _BatchNorm]:

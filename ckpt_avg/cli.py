@@ -18,8 +18,11 @@ import click
 from ckpt_avg import __version__, cli_options
 from ckpt_avg.errors import CkptAvgError, IncompatibleError, RequirementError
 from ckpt_avg.exits import error_json, run, say
+from ckpt_avg.launch import launch_of
 
 if TYPE_CHECKING:
+    from ckpt_avg.launch import Launch
+    from ckpt_avg.ranks import Ranks
     from ckpt_avg.results import AverageResult
     from ckpt_avg.side_files import SideFiles
 
@@ -125,22 +128,36 @@ def _make(
     from ckpt_avg.report import average_json
     from ckpt_avg.side_files import SideFiles, as_bytes
 
+    launch = launch_of()
+    speaks = launch is None or launch.rank == 0
     files = SideFiles(sources, beside=output, overwrite=options["overwrite"])
-    files.check("--report", report, (".json",))
+    if speaks:
+        files.check("--report", report, (".json",))
     unmet: RequirementError | None = None
-    # What the user's code prints is no result of this command.
-    with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress:
-        loaded = cli_options.load_all(app_dir, model=model, data=data, evaluate=evaluate)
-        try:
-            result = make(progress=progress, **loaded, **options)
-        except RequirementError as error:
-            unmet, result = error, error.result
+    quiet = quiet or not speaks
+    try:
+        # What the user's code prints is no result of this command.
+        with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress, _ranks(launch) as ranks:
+            loaded = cli_options.load_all(app_dir, model=model, data=data, evaluate=evaluate)
+            result = make(progress=progress, ranks=ranks, **loaded, **options)
+    except RequirementError as error:
+        unmet, result = error, error.result
+    if not speaks:
+        return
     document = average_json(result)
     if unmet is not None:
         reported = {**document, "error": error_json(type(unmet).__name__, str(unmet), unmet.exit_code)}
     else:
         reported = document
     _show(text(result), document, {"--report": lambda: as_bytes(reported)}, files, as_json=as_json, failure=unmet)
+
+
+def _ranks(launch: Launch | None) -> contextlib.AbstractContextManager[Ranks | None]:
+    if launch is None:
+        return contextlib.nullcontext()
+    from ckpt_avg.joining import join_ranks
+
+    return join_ranks()
 
 
 def _show(
@@ -216,6 +233,8 @@ def sweep_command(
     from ckpt_avg.side_files import SideFiles, as_bytes
     from ckpt_avg.sweeping import sweep
 
+    if launch_of() is not None:
+        raise UsageError("sweep: expected one process, got the ranks of torchrun. Start it without torchrun.")
     for option, given in (("--model", model), ("--eval", evaluate)):
         if given is None:
             raise UsageError(f"{option}: expected a name, MODULE:NAME, got nothing. Each average is measured with it.")

@@ -12,18 +12,21 @@ import os
 import torch
 
 from ckpt_avg.errors import UsageError
+from ckpt_avg.launch import Launch
 
 _MOST_THREADS = 1024
 
 
-def choose_device(name: str) -> torch.device:
-    """Returns the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here.
+def choose_device(name: str, launch: Launch | None = None) -> torch.device:
+    """Returns the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here; of several ranks each has its own.
 
     Raises:
         UsageError: there is no such device, or it has no float64.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launch is not None and torch.cuda.is_available():
+        name = f"cuda:{launch.local_rank % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -46,14 +49,14 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def choose_threads(threads: int | None) -> int:
-    """Returns the number of workers: as asked for, or one for each usable core.
+def choose_threads(threads: int | None, launch: Launch | None = None) -> int:
+    """Returns the number of workers: as asked for, or one for each usable core, shared with the ranks beside this one.
 
     Raises:
         UsageError: it is out of range.
     """
     if threads is None:
-        return usable_cores()
+        return max(1, usable_cores() // (launch.local_size if launch else 1))
     if not 1 <= threads <= _MOST_THREADS:
         raise UsageError(f"--threads: expected from 1 to {_MOST_THREADS:,}, got {threads:,}.")
     return threads

@@ -10,6 +10,7 @@
     ├── OutputError                 5  the output could not be written
     ├── ResourceError               6  out of memory or of another resource
     ├── UserCodeError               7  the user's model, data or metric failed, or the refresh could not be done
+    ├── RankError                   8  another rank failed, or the ranks were started differently
     └── RequirementError            9  the average does not meet a --require
 
 Every message says where, what was expected, what was found and what to do. An exception that is none of
@@ -84,6 +85,12 @@ class UserCodeError(CkptAvgError):
     """The user's model, dataloader or metric failed, or the BatchNorm refresh could not be done."""
 
     exit_code = 7
+
+
+class RankError(CkptAvgError):
+    """Another rank failed or was lost, or the ranks were not started alike."""
+
+    exit_code = 8
 
 
 class RequirementError(CkptAvgError):

@@ -15,6 +15,7 @@ from types import FrameType, MappingProxyType
 import click
 
 from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UserCodeError, is_out_of_memory
+from ckpt_avg.launch import launched_rank
 from ckpt_avg.messages import safe_text
 
 # A signal may come between publishing and the last line of output.
@@ -64,7 +65,9 @@ def say(text: str, *, err: bool = False) -> None:
 
 
 def _run(command: click.Command, arguments: Sequence[str]) -> int:
-    as_json = "--json" in arguments
+    # Of several ranks the first alone prints results; an error any may have.
+    silent = bool(arguments) and arguments[0] in ("average", "refresh-bn") and launched_rank()
+    as_json = "--json" in arguments and not silent
     try:
         # Not command.main(): it returns the code of an Exit as a value, and turns a closed pipe into exit 1.
         with _signals(), command.make_context("ckpt-avg", list(arguments)) as context:
@@ -110,7 +113,8 @@ def _fail(
     known: Mapping[str, object] = MappingProxyType({}),
 ) -> int:
     if show:
-        say(f"Error: {message}", err=True)
+        rank = launched_rank()
+        say(f"Error: {message}" if rank is None else f"[rank {rank}] Error: {message}", err=True)
     if as_json:
         say(json.dumps({**known, "error": error_json(kind, message, code)}, indent=2))
     return code

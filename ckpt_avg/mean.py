@@ -91,6 +91,7 @@ def write_mean(
     budget: Budget,
     device: torch.device,
     allow_nonfinite: bool = False,
+    within: range | None = None,
     progress: Progress = lambda nbytes: None,
 ) -> None:
     """Computes every tensor of the plan over all checkpoints and writes its bytes; `write_means` of one target."""
@@ -101,6 +102,7 @@ def write_mean(
         budget=budget,
         device=device,
         allow_nonfinite=allow_nonfinite,
+        within=within,
         progress=progress,
     )
 
@@ -113,6 +115,7 @@ def write_means(
     budget: Budget,
     device: torch.device,
     allow_nonfinite: bool = False,
+    within: range | None = None,
     progress: Progress = lambda nbytes: None,
 ) -> None:
     """Computes every tensor of the plan for each target and writes its bytes. The inputs are read once for all targets.
@@ -124,13 +127,14 @@ def write_means(
         budget: threads and working memory.
         device: where sums are kept.
         allow_nonfinite: let NaN and Inf of the inputs through.
+        within: which bytes of the data section to compute; all if not given.
         progress: called with the input bytes that have just been read, from several threads, one at a time.
 
     Raises:
         NonFiniteError: an input holds NaN or Inf, or the mean overflows the output dtype.
         ChangedWhileReadingError: an input was truncated or overwritten meanwhile.
     """
-    tasks = plan.tasks(budget.window)
+    tasks = plan.tasks(budget.window, within)
     lock, stop = threading.Lock(), threading.Event()
 
     def work() -> None:

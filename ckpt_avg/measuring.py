@@ -86,6 +86,29 @@ class Pool:
                 "NaN or Inf. It is the first layer to see them: check the data and the weights before it."
             )
 
+    def state(self) -> list[Any] | None:
+        """Returns what was measured as JSON holds it, every bit of it; None before the first call."""
+        if self._pooled is not None:
+            return [self.calls, self._count, self._pooled.mean.tolist(), self._pooled.squares.tolist()]
+        if self._means is not None and self._variances is not None:
+            return [self.calls, self._count, self._means.tolist(), self._variances.tolist()]
+        return None
+
+    def add_state(self, state: list[Any] | None) -> None:
+        """Adds what another pool of the same layer has measured."""
+        if state is None:
+            return
+        calls, count, *values = state
+        first, second = (torch.tensor(each, dtype=torch.float64) for each in values)
+        self.calls += calls
+        self._count += count
+        if self._is_pooled:
+            moments = Moments(count, first, second)
+            self._pooled = moments if self._pooled is None else self._pooled.pooled_with(moments)
+        else:
+            self._means = first if self._means is None else self._means + first
+            self._variances = second if self._variances is None else self._variances + second
+
     def statistics(self, batches: int) -> LayerStatistics:
         """Returns what was measured over so many batches."""
         per_batch = -(-self.calls // batches)

@@ -18,6 +18,8 @@ Rule = Literal["mean", "equal", "last"]
 OUTPUT_DTYPES = ("keep", "float64", "float32", "bfloat16", "float16")
 
 _PIECES = 4096  # of one task, however small
+# Where ranks' shares meet: no two of them write to one page, which some network file systems could not merge.
+_PAGE = 64 * 1024
 _DTYPE_ORDER = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
@@ -73,20 +75,43 @@ class Plan:
         """Returns the tensors by name."""
         return {tensor.name: tensor for tensor in self.tensors}
 
-    def tasks(self, elements: int) -> Iterator[tuple[Piece, ...]]:
+    def share(self, rank: int, size: int, *, begin: int) -> range:
+        """Returns which bytes of the data section one of several ranks computes: an even part, in whole pages.
+
+        Args:
+            rank, size: which part of how many.
+            begin: where in the file the data section begins, in bytes: a multiple of 8.
+        """
+
+        def bound(part: int) -> int:
+            if part in (0, size):
+                return self.nbytes * (part > 0)
+            end = begin + self.nbytes * part // size
+            return max(0, end - end % _PAGE - begin)
+
+        return range(bound(rank), bound(rank + 1))
+
+    def tasks(self, elements: int, within: range | None = None) -> Iterator[tuple[Piece, ...]]:
         """Yields runs of pieces that lie side by side in the output, at most ``elements`` elements each.
 
         A huge tensor is cut into many tasks; many small tensors share one.
+
+        Args:
+            elements: of one task.
+            within: which bytes of the data section; all of them if not given. No element lies across its ends.
         """
+        within = range(self.nbytes) if within is None else within
         pieces: list[Piece] = []
         room = elements
         for tensor in self.tensors:
-            start = 0
+            itemsize = tensor.dtype.itemsize
+            start = max(0, within.start - tensor.offset) // itemsize
+            end = min(tensor.numel, max(0, within.stop - tensor.offset) // itemsize)
             if len(pieces) == _PIECES:
                 yield tuple(pieces)
                 pieces, room = [], elements
-            while start < tensor.numel:
-                stop = min(tensor.numel, start + room)
+            while start < end:
+                stop = min(end, start + room)
                 pieces.append(Piece(tensor, start, stop))
                 room -= stop - start
                 start = stop

@@ -19,6 +19,7 @@ from ckpt_avg.messages import listing, quote
 from ckpt_avg.models import Passes, load_weights, place
 from ckpt_avg.plan import Plan
 from ckpt_avg.progress import Progress
+from ckpt_avg.ranks import Ranks
 from ckpt_avg.spec import batch_norm_buffer
 from ckpt_avg.undisturbed import seeded
 
@@ -91,6 +92,7 @@ def refresh_output(
     frozen: Collection[str],
     options: RefreshOptions,
     progress: Progress,
+    ranks: Ranks | None = None,
 ) -> BatchNormReport:
     """Loads the averaged weights, measures, and writes the statistics over those in the output.
 
@@ -102,6 +104,7 @@ def refresh_output(
         frozen: layers to leave as they are.
         options: how to refresh.
         progress: told when it begins, after each batch, and of layers that are used twice.
+        ranks: share the batches out.
 
     Raises:
         UserCodeError: the loader or the model failed, or the refresh could not be done.
@@ -120,6 +123,7 @@ def refresh_output(
             device=options.device,
             amp=options.amp,
             forward_batch=options.forward_batch,
+            ranks=ranks,
             progress=progress.refreshed,
         )
     if report.used_twice:

@@ -13,6 +13,7 @@ from ckpt_avg.evaluate import Evaluate
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.models import Batches, Model
 from ckpt_avg.progress import Progress
+from ckpt_avg.ranks import Ranks
 from ckpt_avg.results import AverageResult
 
 
@@ -35,6 +36,7 @@ def refresh_weights(
     require: str | Sequence[str] = (),
     overwrite: bool = False,
     dry_run: bool = False,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> AverageResult:
     """Writes weights to a safetensors file, their BatchNorm statistics measured anew and all else as it is.
@@ -45,7 +47,7 @@ def refresh_weights(
         weights: one checkpoint of any kind that can be read.
         output, model, data, forward_batch, bn_batches, bn_estimator, amp: as for `average`.
         evaluate, require: measure the weights before and after, as for `average`.
-        state_key, ema, strip_prefix, device, dtype, overwrite, dry_run, progress: as for `average`.
+        state_key, ema, strip_prefix, device, dtype, overwrite, dry_run, ranks, progress: as for `average`.
 
     Returns:
         What was done.
@@ -79,5 +81,6 @@ def refresh_weights(
         require=require,
         overwrite=overwrite,
         dry_run=dry_run,
+        ranks=ranks,
         progress=progress,
     )

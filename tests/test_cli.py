@@ -904,6 +904,7 @@ def test_every_error_is_public_and_has_its_code() -> None:
         "OutputError": 5,
         "ResourceError": 6,
         "UserCodeError": 7,
+        "RankError": 8,
         "RequirementError": 9,
     }
 
@@ -917,8 +918,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 LAYERS = (
     ("ckpt_avg", "ckpt_avg.cycles", "ckpt_avg.errors", "ckpt_avg.limits", "ckpt_avg.messages", "ckpt_avg.record"),
     ("ckpt_avg.rounding", "ckpt_avg.spec"),
-    ("ckpt_avg.atomic", "ckpt_avg.devices", "ckpt_avg.exits", "ckpt_avg.free_memory", "ckpt_avg.moments"),
-    ("ckpt_avg.open_files",),
+    ("ckpt_avg.atomic", "ckpt_avg.free_memory", "ckpt_avg.launch", "ckpt_avg.moments", "ckpt_avg.ranks"),
+    ("ckpt_avg.devices", "ckpt_avg.exits", "ckpt_avg.joining", "ckpt_avg.open_files", "ckpt_avg.shared_output"),
     ("ckpt_avg.progress", "ckpt_avg.undisturbed"),
     ("ckpt_avg.mapped",),
     ("ckpt_avg.memory_file", "ckpt_avg.user_code"),
@@ -933,6 +934,7 @@ LAYERS = (
         "ckpt_avg.readers.unknown",
     ),
     (
+        "ckpt_avg.batch_share",
         "ckpt_avg.batches",
         "ckpt_avg.readers.arrays",
         "ckpt_avg.readers.checkpoint",
@@ -954,7 +956,7 @@ LAYERS = (
     ("ckpt_avg.readers.dcp_safetensors", "ckpt_avg.readers.sharded"),
     ("ckpt_avg.readers.folders",),
     ("ckpt_avg.readers",),
-    ("ckpt_avg.copies", "ckpt_avg.run_folder"),
+    ("ckpt_avg.agreement", "ckpt_avg.copies", "ckpt_avg.run_folder"),
     ("ckpt_avg.discover",),
     ("ckpt_avg.survey",),
     ("ckpt_avg.inspection", "ckpt_avg.select"),
@@ -971,7 +973,7 @@ LAYERS = (
     ("ckpt_avg.refresh", "ckpt_avg.requirements"),
     ("ckpt_avg.running_statistics",),
     ("ckpt_avg.assessment", "ckpt_avg.preparation", "ckpt_avg.results"),
-    ("ckpt_avg.windows",),
+    ("ckpt_avg.job", "ckpt_avg.windows"),
     ("ckpt_avg.api", "ckpt_avg.sweeping"),
     ("ckpt_avg.refreshing",),
     ("ckpt_avg.bars", "ckpt_avg.plots", "ckpt_avg.report_evaluation", "ckpt_avg.report_inspect", "ckpt_avg.side_files"),
@@ -1021,7 +1023,7 @@ def test_modules_import_downwards_only() -> None:
 
 def test_the_layers_are_seen_by_their_test() -> None:
     """The test above would pass for any package if it found no imports."""
-    assert {"ckpt_avg.mean", "ckpt_avg.refresh", "ckpt_avg.readers"} <= imports(SOURCE / "api.py")
+    assert {"ckpt_avg.mean", "ckpt_avg.refresh", "ckpt_avg.ranks"} <= imports(SOURCE / "job.py")
     assert "ckpt_avg.api" in imports(SOURCE / "cli.py")
     assert "ckpt_avg.api" not in imports(SOURCE / "report.py")
 

@@ -481,7 +481,7 @@ def test_a_full_disk_is_found_before_anything_is_read(
 ) -> None:
     if not unnamed:
         monkeypatch.delattr(os, "O_TMPFILE")
-    monkeypatch.setattr("ckpt_avg.api.write_mean", lambda *arguments, **options: pytest.fail("read the inputs"))
+    monkeypatch.setattr("ckpt_avg.job.write_mean", lambda *arguments, **options: pytest.fail("read the inputs"))
     with tmpfs(tmp_path / "full", "256k") as folder:
         output = folder / "mean.safetensors"
         begin(output, overwrite)

@@ -19,6 +19,7 @@ from ckpt_avg.evaluate import Evaluate
 from ckpt_avg.inputs import refuse_output_among
 from ckpt_avg.job import Job, write_output
 from ckpt_avg.launch import launch_of
+from ckpt_avg.mapped import check_io
 from ckpt_avg.mean import DEFAULT_MEMORY, check_memory
 from ckpt_avg.models import Batches, Model
 from ckpt_avg.plan import check_rules
@@ -53,6 +54,7 @@ def average(
     dtype: str = "keep",
     threads: int | None = None,
     memory: int = DEFAULT_MEMORY,
+    io: str = "auto",
     non_float: str = "equal",
     allow_nonfinite: bool = False,
     model: Model | None = None,
@@ -93,6 +95,7 @@ def average(
         dtype: ``keep``, ``float64``, ``float32``, ``bfloat16`` or ``float16``, for floating-point tensors.
         threads: workers; as many as this process may use cores if not given.
         memory: bytes of working memory, shared by the workers.
+        io: ``mmap``, ``pread``, or ``auto``: maps, except on network storage and where the system refuses them.
         non_float: ``equal`` (integer and bool tensors must be the same everywhere) or ``last`` (take the last one's).
         allow_nonfinite: let NaN and Inf through instead of refusing them.
         model: the model, or a factory of it, for the BatchNorm refresh. A model that is passed in is copied, not
@@ -144,6 +147,7 @@ def average(
     check_rules(dtype, non_float)
     check_bn(bn)
     check_memory(memory)
+    way = check_io(io)
     check_options(bn_estimator, amp, bn_batches)
     assessment = Assessment(
         evaluate, measure_all=evaluate_all, require=require, has_model=model is not None, measures=ranks.is_first
@@ -159,7 +163,7 @@ def average(
     target = _check_output(output, discovery, overwrite=overwrite, notice=notice)
     with ExitStack() as stack:
         rules = Rules(dtype, non_float, bn, model, data, assessment.is_wanted)
-        ready = prepare(discovery, selection, reading, rules, stack, threads=workers, notice=notice)
+        ready = prepare(discovery, selection, reading, rules, stack, threads=workers, io=way, notice=notice)
         agree_on_files(ranks, ready.checkpoints)
         assessment.use(ready.model, target_device, replace(progress, notice=notice))
         job = Job(

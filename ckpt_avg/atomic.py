@@ -22,6 +22,10 @@ from pathlib import Path
 from ckpt_avg.errors import OutputError, UsageError
 from ckpt_avg.messages import size as readable_size
 
+# Bytes given to the system at a time. More at once lets the page cache take blocks so large that they may have to be
+# made, or fetched from a virtual machine's host, first: measured up to 20 times slower.
+_PIECE = 256 * 1024
+
 
 class UnpublishedFile:
     """The output while it is being filled. Threads may write to it side by side."""
@@ -86,7 +90,7 @@ class UnpublishedFile:
         rest = memoryview(contents).cast("B")
         while len(rest):
             try:
-                count = self._write_some(rest, offset)
+                count = self._write_some(rest[:_PIECE], offset)
             except OSError as error:
                 raise _output_error(self.target, "writing failed", error) from error
             rest, offset = rest[count:], offset + count

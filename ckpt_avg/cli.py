@@ -6,25 +6,24 @@ Results go to stdout; progress, notices and errors to stderr; ``--json`` puts ex
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckpt_avg import __version__, cli_options
-from ckpt_avg.errors import CkptAvgError, IncompatibleError, RequirementError
-from ckpt_avg.exits import error_json, run, say
+from ckpt_avg.cli_output import collect_from_here, make_output, show
+from ckpt_avg.errors import IncompatibleError
+from ckpt_avg.exits import run, say
 from ckpt_avg.launch import launch_of
 
 if TYPE_CHECKING:
-    from ckpt_avg.launch import Launch
-    from ckpt_avg.ranks import Ranks
-    from ckpt_avg.results import AverageResult
-    from ckpt_avg.side_files import SideFiles
+    pass
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -68,7 +67,7 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **option
     from ckpt_avg.api import average
     from ckpt_avg.report import average_text
 
-    _make(
+    make_output(
         lambda **given: average(sources, output, **given),
         lambda result: average_text(result, verbose=verbose),
         sources,
@@ -105,83 +104,7 @@ def refresh_command(weights: str, output: str, **options: Any) -> None:
     for option in ("model", "data"):
         if options[option] is None:
             raise UsageError(f"--{option}: expected MODULE:FACTORY, got nothing. The statistics are measured with it.")
-    _make(lambda **given: refresh_weights(weights, output, **given), refreshed_text, [weights], output, **options)
-
-
-def _make(
-    make: Callable[..., AverageResult],
-    text: Callable[[AverageResult], str],
-    sources: Sequence[str],
-    output: str,
-    *,
-    model: str | None,
-    data: str | None,
-    evaluate: str | None,
-    app_dir: str,
-    report: str | None,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
-    """Runs what makes an output, and prints and reports what came of it, also where a requirement is not met."""
-    from ckpt_avg.bars import bars
-    from ckpt_avg.report import average_json
-    from ckpt_avg.side_files import SideFiles, as_bytes
-
-    launch = launch_of()
-    speaks = launch is None or launch.rank == 0
-    files = SideFiles(sources, beside=output, overwrite=options["overwrite"])
-    if speaks:
-        files.check("--report", report, (".json",))
-    unmet: RequirementError | None = None
-    quiet = quiet or not speaks
-    try:
-        # What the user's code prints is no result of this command.
-        with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress, _ranks(launch) as ranks:
-            loaded = cli_options.load_all(app_dir, model=model, data=data, evaluate=evaluate)
-            result = make(progress=progress, ranks=ranks, **loaded, **options)
-    except RequirementError as error:
-        unmet, result = error, error.result
-    if not speaks:
-        return
-    document = average_json(result)
-    if unmet is not None:
-        reported = {**document, "error": error_json(type(unmet).__name__, str(unmet), unmet.exit_code)}
-    else:
-        reported = document
-    _show(text(result), document, {"--report": lambda: as_bytes(reported)}, files, as_json=as_json, failure=unmet)
-
-
-def _ranks(launch: Launch | None) -> contextlib.AbstractContextManager[Ranks | None]:
-    if launch is None:
-        return contextlib.nullcontext()
-    from ckpt_avg.joining import join_ranks
-
-    return join_ranks()
-
-
-def _show(
-    text: str,
-    document: dict[str, Any],
-    contents: Mapping[str, Callable[[], bytes]],
-    files: SideFiles,
-    *,
-    as_json: bool,
-    failure: CkptAvgError | None = None,
-) -> None:
-    """Prints the result, then writes the files that were asked for; whatever fails then, the result is not lost."""
-    if not as_json:
-        say(text)
-    try:
-        for option, make in contents.items():
-            files.publish(option, make)
-    except CkptAvgError as error:
-        failure = failure or error
-    if failure is not None:
-        failure.document = document
-        raise failure
-    if as_json:
-        say(json.dumps(document, indent=2))
+    make_output(lambda **given: refresh_weights(weights, output, **given), refreshed_text, [weights], output, **options)
 
 
 @cli.command("sweep")
@@ -244,6 +167,7 @@ def sweep_command(
     if plot is not None:
         refuse_without_matplotlib()
     with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress:
+        collect_from_here()
         loaded = cli_options.load_all(app_dir, model=model, data=data, evaluate=evaluate)
         result = sweep(sources, progress=progress, **loaded, **options)
     command = cli_options.average_command_for(context, result.best)
@@ -252,7 +176,7 @@ def sweep_command(
         "--report": lambda: as_bytes(document),
         "--plot": lambda: draw_sweep(result, os.path.splitext(plot or "")[1].lower()),
     }
-    _show(sweep_text(result, shlex.join(command)), document, contents, files, as_json=as_json)
+    show(sweep_text(result, shlex.join(command)), document, contents, files, as_json=as_json)
 
 
 @cli.command("check")
@@ -293,4 +217,5 @@ def inspect_command(path: str, as_json: bool, **options: Any) -> None:
 
 def main() -> None:
     """The entry point: runs the command and exits with its code."""
+    gc.disable()  # importing torch and reading headers make many objects, and no garbage worth a search
     sys.exit(run(cli, sys.argv[1:]))

@@ -106,6 +106,13 @@ mean = together(
         help="Working memory, shared by the workers.",
     ),
     click.option(
+        "--io",
+        default="auto",
+        show_default=True,
+        metavar="auto|mmap|pread",
+        help="How to read; auto maps files, but for network storage.",
+    ),
+    click.option(
         "--non-float",
         default="equal",
         show_default=True,

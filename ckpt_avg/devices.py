@@ -1,16 +1,18 @@
 """Where the mean is computed, and how a chunk gets there.
 
-On the CPU a chunk is used where it lies. On a CUDA device it is copied through a pinned buffer on the worker's own
-stream, so that one worker's copy overlaps another's arithmetic.
+On the CPU a chunk is used where it lies. To a CUDA device it is copied through page-locked buffers, while the one
+before it is being summed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 
 import torch
 
+from ckpt_avg.control_groups import cpu_quota
 from ckpt_avg.errors import UsageError
 from ckpt_avg.launch import Launch
 
@@ -43,10 +45,9 @@ def choose_device(name: str, launch: Launch | None = None) -> torch.device:
 
 
 def usable_cores() -> int:
-    """Returns how many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Returns how many cores this process may use: by its affinity, and by the quotas of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, cpu_quota())))
 
 
 def choose_threads(threads: int | None, launch: Launch | None = None) -> int:
@@ -65,33 +66,52 @@ def choose_threads(threads: int | None, launch: Launch | None = None) -> int:
 class Staging:
     """One worker's way of bringing chunks to a device. Not shared between threads.
 
+    For a CUDA device there are two slots, each a page-locked buffer here and one of the same size there. A chunk is
+    copied into one slot while the other's is still on its way or in use, by a stream of copies beside the stream of
+    computation; events keep a buffer from being filled again before the other side is done with it.
+
     Args:
         device: where chunks go.
         nbytes: the largest chunk, in bytes.
     """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Two buffers: the next chunk is filled while the last one is still on its way.
-        self._pinned = [
-            torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2 if self._stream else 0)
-        ]
-        self._done = [torch.cuda.Event() for _ in self._pinned]
         self._turn = 0
+        self._slots: list[_Slot] = []
+        if device.type == "cuda":
+            self._compute, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._slots = [_Slot(device, nbytes) for _ in range(2)]
 
     def context(self) -> contextlib.AbstractContextManager[object]:
-        """Makes the worker's stream current, where there is one."""
-        return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
+        """Makes the worker's stream of computation current, where there is one."""
+        return torch.cuda.stream(self._compute) if self._slots else contextlib.nullcontext()
 
     def bring(self, chunk: torch.Tensor) -> torch.Tensor:
-        """Returns the chunk on the device; on the CPU the chunk itself."""
-        if self._stream is None:
+        """Returns the chunk on the device; on the CPU the chunk itself. It stands until the next call.
+
+        What is to be done with it must be queued before the next call, on the stream of `context`.
+        """
+        if not self._slots:
             return chunk
+        self._slots[self._turn].used.record(self._compute)
         self._turn ^= 1
-        self._done[self._turn].synchronize()
-        pinned = self._pinned[self._turn][: chunk.nbytes].view(chunk.dtype)
-        pinned.copy_(chunk)
-        copied = pinned.to(self._device, non_blocking=True)
-        self._done[self._turn].record()
-        return copied
+        slot = self._slots[self._turn]
+        slot.copied.synchronize()  # the page-locked buffer has been read
+        here = slot.pinned[: chunk.nbytes].view(chunk.dtype)
+        there = slot.on_device[: chunk.nbytes].view(chunk.dtype)
+        here.copy_(chunk)
+        self._copies.wait_event(slot.used)  # the device's buffer has been computed with
+        with torch.cuda.stream(self._copies):
+            there.copy_(here, non_blocking=True)
+            slot.copied.record(self._copies)
+        self._compute.wait_event(slot.copied)
+        return there
+
+
+class _Slot:
+    """A pair of buffers, and when each of them is free again."""
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self.on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.copied, self.used = torch.cuda.Event(), torch.cuda.Event()

@@ -52,6 +52,52 @@ def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.T
     return [found[index] for index in range(len(ranges))]
 
 
+def read_run(checkpoint: Checkpoint, ranges: Sequence[Range]) -> torch.Tensor:
+    """Returns the elements of several ranges of one dtype, one range after the other, as one flat tensor.
+
+    Where they lie side by side in the file, as in most files of one layout, it is a view of one window, so that many
+    small tensors cost no more than a large one.
+
+    Raises:
+        ChangedWhileReadingError, CheckpointFormatError: as `read_ranges`.
+    """
+    together = side_by_side(ranges)
+    if together is not None:
+        tensor, begin, end = together
+        window = checkpoint.files[tensor.file].window(begin, end - begin)
+        return _view(window, tensor, begin, (end - begin) // tensor.dtype.itemsize)
+    parts = read_ranges(checkpoint, ranges)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def prefetch(checkpoint: Checkpoint, ranges: Sequence[Range]) -> None:
+    """Asks the system to bring in what `read_run` will want of these ranges."""
+    together = side_by_side(ranges)
+    if together is not None:
+        tensor, begin, end = together
+        checkpoint.files[tensor.file].prefetch(begin, end - begin)
+        return
+    contiguous = [
+        (tensor.file, tensor.offset + start * tensor.dtype.itemsize, (stop - start) * tensor.dtype.itemsize, index)
+        for index, (tensor, start, stop) in enumerate(ranges)
+        if start < stop and tensor.is_contiguous
+    ]
+    for file, begin, end, _ in _coalesce(contiguous):
+        checkpoint.files[file].prefetch(begin, end - begin)
+
+
+def side_by_side(ranges: Sequence[Range]) -> tuple[TensorSpec, int, int] | None:
+    """Returns a tensor of the run, its first byte and the byte after its last; None if it is in more than one piece."""
+    first, end = ranges[0][0], -1
+    begin = first.offset + ranges[0][1] * first.dtype.itemsize
+    for tensor, start, stop in ranges:
+        offset = tensor.offset + start * tensor.dtype.itemsize
+        if end not in (-1, offset) or tensor.file != first.file or start == stop or not tensor.is_contiguous:
+            return None
+        end = offset + (stop - start) * tensor.dtype.itemsize
+    return first, begin, end
+
+
 def stream(
     checkpoint: Checkpoint, tensor: TensorSpec, elements: int = 1024 * 1024
 ) -> Iterator[tuple[int, torch.Tensor]]:

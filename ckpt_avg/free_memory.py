@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ckpt_avg.control_groups import groups_with
+
 _UNKNOWN = 2 * 2**30
-_GROUPS = Path("/sys/fs/cgroup")
-# Of control groups' two versions: the folder, the limit, what is in use, and what of that can be given up at once.
+# Of control groups' two versions: the limit, what is in use, and what of that can be given up at once.
 _FILES = {
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
 }
 
 
@@ -32,21 +33,8 @@ def free_memory() -> int:
 
 
 def _left_in_groups() -> list[int]:
-    """Returns what each group that this process is in leaves, from its own up to the root, where there is a limit."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []  # a kernel without control groups
-    left = []
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        version = "memory" if "memory" in controllers.split(",") else controllers
-        if version in _FILES:
-            root = _GROUPS / version
-            own = root / name.lstrip("/")
-            left += [
-                _left_in(folder, *_FILES[version]) for folder in (own, *own.parents) if folder.is_relative_to(root)
-            ]
+    """Returns what each group that this process is in leaves, where there is a limit."""
+    left = [_left_in(folder, *_FILES[version]) for version, folder in groups_with("memory")]
     return [free for free in left if free is not None]
 
 

@@ -10,12 +10,14 @@ It promises that
   the whole file, with MADV_DONTNEED behind the reader, does not achieve that: the kernel maps whole folios, up to
   2 MiB, and what lies outside the range that is given back stays resident.
 
-Where the kernel lacks MADV_POPULATE_READ (Linux before 5.14, macOS, Windows) or refuses the map, and for windows too
-small to be worth a map, bytes are read with ``pread`` behind the same interface.
+Where the kernel lacks MADV_POPULATE_READ (Linux before 5.14, macOS, Windows) or refuses the map, on storage across a
+network, where each page fault is a round trip, and for windows too small to be worth a map, bytes are read with
+``pread`` behind the same interface.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -27,11 +29,16 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
-from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError
+from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError, UsageError
 from ckpt_avg.messages import quote, size
 from ckpt_avg.open_files import allow_more_open_files
+from ckpt_avg.storage import remote_kind
+
+IO = Literal["auto", "mmap", "pread"]
+
+_WAYS: dict[str, IO] = {"auto": "auto", "mmap": "mmap", "pread": "pread"}
 
 _MADV_POPULATE_READ = 22
 _SMALL = 64 * 1024  # bytes below which copying is cheaper than mapping
@@ -87,7 +94,26 @@ class MappedFile:
         self.identity = (status.st_dev, status.st_ino)
         self._modified = status.st_mtime_ns
         self._lock = threading.Lock()
-        self._can_map = _can_populate()
+        self._must_map = False
+        self._can_map = _can_populate() and remote_kind(self._fd) is None
+
+    def read_by(self, io: IO) -> None:
+        """Says how windows come: by maps, by ``pread``, or as suits the storage, which is what they do at first.
+
+        Raises:
+            ResourceError: this system has no maps that can be faulted in safely.
+        """
+        if io == "mmap" and not _can_populate():
+            raise ResourceError("--io mmap: expected a kernel with MADV_POPULATE_READ (Linux 5.14). Use --io auto.")
+        self._must_map = io == "mmap"
+        if io != "auto":
+            self._can_map = self._must_map
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Asks the system to bring a range into memory meanwhile. A window of it may then be had without waiting."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # only a hint; reading will say what is wrong
+                os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def read(self, offset: int, length: int) -> bytes:
         """Returns exactly ``length`` bytes from ``offset``.
@@ -188,6 +214,10 @@ class MappedFile:
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError):
                 self.check_unchanged()  # the map was found to reach past the end of the file
+            if self._must_map and isinstance(error, OSError):
+                raise ResourceError(
+                    f"{self.path}: --io mmap: the system refused to map it: {error.strerror}. Use --io auto."
+                ) from error
             self._can_map = False  # some network and FUSE file systems refuse maps: pread serves them
             return None
         if code := _populate(mapped):
@@ -197,6 +227,17 @@ class MappedFile:
 
     def __repr__(self) -> str:
         return f"MappedFile({quote(self.path)}, {size(self.size)})"
+
+
+def check_io(io: str) -> IO:
+    """Returns how to read.
+
+    Raises:
+        UsageError: there is no such way.
+    """
+    if io not in _WAYS:
+        raise UsageError(f"--io: expected one of {', '.join(_WAYS)}, got {io!r}.")
+    return _WAYS[io]
 
 
 def _open(path: Path, flags: int) -> int:

@@ -7,7 +7,7 @@ the window is done.
 
 from __future__ import annotations
 
-import math
+import itertools
 import mmap
 import threading
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ckpt_avg.devices import Staging
-from ckpt_avg.elements import Range, read_ranges, torch_dtype
-from ckpt_avg.errors import NonFiniteError, UsageError
-from ckpt_avg.nonfinite import describe_nonfinite, refuse_overflow
-from ckpt_avg.plan import OutputTensor, Piece, Plan
+from ckpt_avg.averager import LEAST_CHUNK, Averager
+from ckpt_avg.collector import collector_paused
+from ckpt_avg.elements import prefetch, read_run, side_by_side, torch_dtype
+from ckpt_avg.errors import UsageError
+from ckpt_avg.plan import Piece, Plan
 from ckpt_avg.readers import Checkpoint
-from ckpt_avg.rounding import round_to
+from ckpt_avg.runs import Run
 
 # Elements summed at a time: float64 sum and widened input, 1 MiB together, stay in a core's second-level cache.
 _CHUNK = 64 * 1024
@@ -65,8 +65,8 @@ def divide_memory(memory: int, *, threads: int, checkpoints: int, device: torch.
     therefore holds whatever the number of checkpoints: their windows get smaller.
     """
     each = memory // threads
-    chunk = max(1024, min(_CHUNK if device.type == "cpu" else _CUDA_CHUNK, each // 64))
-    window = max(1024, min(_WINDOW, (each - 32 * chunk) // (8 * (checkpoints + 1))))
+    chunk = max(LEAST_CHUNK, min(_CHUNK if device.type == "cpu" else _CUDA_CHUNK, each // 64))
+    window = max(LEAST_CHUNK, min(_WINDOW, (each - 32 * chunk) // (8 * (checkpoints + 1))))
     return Budget(threads, min(chunk, window), window)
 
 
@@ -140,18 +140,20 @@ def write_means(
     def work() -> None:
         torch.set_num_threads(1)  # the workers are the parallelism; in torch this is a setting of each thread
         worker = _Worker(checkpoints, targets, budget, device, allow_nonfinite)
-        while not stop.is_set():
-            with lock:
-                task = next(tasks, None)
-            if task is None:
-                return
-            nbytes = worker.run(task)
+        following: list[Run] | None = worker.prepare(take())
+        while following is not None and not stop.is_set():
+            runs, following = following, worker.prepare(take())
+            nbytes = worker.run(runs)
             with lock:
                 progress(nbytes)
 
+    def take() -> tuple[Piece, ...] | None:
+        with lock:
+            return next(tasks, None)
+
     before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(budget.threads, thread_name_prefix="mean") as pool:
+        with collector_paused(), ThreadPoolExecutor(budget.threads, thread_name_prefix="mean") as pool:
             futures = [pool.submit(work) for _ in range(budget.threads)]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
@@ -181,119 +183,51 @@ class _Worker:
         self._averaged = {index for target in targets for index in target.checkpoints}
         self._copied = {target.checkpoints[-1] for target in targets}
         self._chunk = budget.chunk
-        self._allow_nonfinite = allow_nonfinite
-        self._staging = Staging(device, budget.chunk * 8)
+        self._averager = Averager(device, budget.chunk, checkpoints, allow_nonfinite=allow_nonfinite)
         self._buffer = mmap.mmap(-1, budget.window * 8)
         self._output = torch.frombuffer(self._buffer, dtype=torch.uint8)
-        with self._staging.context():
-            # A complex element is two real ones.
-            self._sum = torch.empty(2 * budget.chunk, dtype=torch.float64, device=device)
-            self._wide = torch.empty(2 * budget.chunk, dtype=torch.float64, device=device)
-            self._counts = [
-                torch.tensor(float(len(target.checkpoints)), dtype=torch.float64, device=device) for target in targets
-            ]
 
-    def run(self, task: tuple[Piece, ...]) -> int:
+    def run(self, runs: Sequence[Run]) -> int:
         """Computes one task for every target and writes it; returns the input bytes read."""
-        inputs = [
-            read_ranges(checkpoint, self._ranges(index, checkpoint, task))
-            for index, checkpoint in enumerate(self._checkpoints)
-        ]
-        first = task[0].tensor.offset + task[0].start * task[0].tensor.dtype.itemsize
-        for target, count in zip(self._targets, self._counts, strict=True):
+        inputs = [self._read(run) for run in runs]
+        for target in self._targets:
             filled = 0
-            with self._staging.context():
-                for index, piece in enumerate(task):
-                    nbytes = (piece.stop - piece.start) * piece.tensor.dtype.itemsize
-                    output = self._output[filled : filled + nbytes].view(torch_dtype(piece.tensor.dtype))
-                    self._fill(piece, [inputs[member][index] for member in target.checkpoints], count, output)
-                    filled += nbytes
-            target.write(memoryview(self._buffer)[:filled], first)
-        of_each = sum((piece.stop - piece.start) * piece.tensor.source_dtype.itemsize for piece in task)
-        return len(self._averaged) * of_each
+            for run, values in zip(runs, inputs, strict=True):
+                nbytes = run.numel * run.dtype.itemsize
+                output = self._output[filled : filled + nbytes].view(torch_dtype(run.dtype))
+                if run.is_mean:
+                    self._averager.average(run, [values[index] for index in target.checkpoints], output)
+                else:
+                    output.copy_(values[target.checkpoints[-1]])
+                filled += nbytes
+            target.write(memoryview(self._buffer)[:filled], runs[0].offset)
+        return len(self._averaged) * sum(run.numel * run.source_dtype.itemsize for run in runs)
 
-    def _ranges(self, index: int, checkpoint: Checkpoint, task: tuple[Piece, ...]) -> list[Range]:
-        """Returns what a task needs of a checkpoint: what is copied is read from each target's last one alone."""
-        ranges = []
-        for piece in task:
-            needed = index in (self._averaged if piece.tensor.rule == "mean" else self._copied)
-            ranges.append(
-                (checkpoint.spec.tensors[piece.tensor.name], piece.start, piece.stop if needed else piece.start)
-            )
-        return ranges
+    def prepare(self, task: tuple[Piece, ...] | None) -> list[Run] | None:
+        """Returns a task's pieces in runs, and asks the system for what they need: it is read while others compute.
 
-    def _fill(self, piece: Piece, inputs: Sequence[torch.Tensor], count: torch.Tensor, output: torch.Tensor) -> None:
-        if piece.tensor.rule != "mean":
-            output.copy_(inputs[-1])
-            return
-        for start in range(0, output.numel(), self._chunk):
-            stop = min(output.numel(), start + self._chunk)
-            parts = [values[start:stop] for values in inputs]
-            self._average(piece.tensor, piece.start + start, parts, count, output[start:stop])
+        What does not lie side by side in the inputs too must be copied together, so there only small pieces share a
+        run, of no more than a chunk.
+        """
+        if task is None:
+            return None
+        runs: list[Run] = []
+        for _, pieces in itertools.groupby(task, key=Run.kind):
+            run = Run(tuple(pieces))
+            sources = [self._checkpoints[index] for index in self._needed(run)]
+            together = all(side_by_side(run.ranges(source)) for source in sources)
+            runs += [run] if together else run.split(self._chunk)
+        for run in runs:
+            for index in self._needed(run):
+                prefetch(self._checkpoints[index], run.ranges(self._checkpoints[index]))
+        return runs
 
-    def _average(
-        self,
-        tensor: OutputTensor,
-        start: int,
-        inputs: Sequence[torch.Tensor],
-        count: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        def chunk(index: int) -> torch.Tensor:
-            return _as_real(self._staging.bring(inputs[index]))
+    def _needed(self, run: Run) -> set[int]:
+        """Returns which checkpoints are read: what is copied comes from each target's last one alone."""
+        return self._averaged if run.is_mean else self._copied
 
-        if tensor.source_dtype.torch_name == "float64":
-            mean = _mean_of_float64(chunk, count)
-        else:
-            mean = self._mean_of_narrower(chunk, len(inputs), count)
-        # One number tells of any NaN or Inf: it costs 1/N of looking at every input.
-        if not self._allow_nonfinite and not math.isfinite(mean.sum().item()) and not mean.isfinite().all():
-            raise NonFiniteError(describe_nonfinite(self._checkpoints, tensor))
-        rounded = round_to(mean, _as_real(output).dtype)
-        if tensor.dtype is not tensor.source_dtype and not self._allow_nonfinite:
-            refuse_overflow(tensor, start, mean, rounded)
-        _as_real(output).copy_(rounded)
-
-    def _mean_of_narrower(self, chunk: Callable[[int], torch.Tensor], number: int, count: torch.Tensor) -> torch.Tensor:
-        """Sums inputs below float64, which no number of finite ones can overflow, in the worker's buffers."""
-        first = chunk(0)
-        total, wide = self._sum[: first.numel()], self._wide[: first.numel()]
-        total.copy_(first)
-        for index in range(1, number):
-            total.add_(wide.copy_(chunk(index)))
-        # By a tensor on the device: CUDA multiplies by the reciprocal of a Python number.
-        return total.div_(count)
-
-
-def _mean_of_float64(chunk: Callable[[int], torch.Tensor], count: torch.Tensor) -> torch.Tensor:
-    """Means of float64 inputs, where the sum itself rounds and can overflow.
-
-    What each addition loses is kept and added at the end (TwoSum: Knuth, The Art of Computer Programming, vol. 2,
-    section 4.2.2, theorem B). Elements that are equal in all checkpoints are taken as they are, and a sum that
-    overflows is taken again of inputs scaled by a power of two.
-    """
-    first = chunk(0)
-    number = int(count.item())
-    total, lost = first.clone(), torch.zeros_like(first)
-    equal = torch.ones_like(first, dtype=torch.bool)
-    for index in range(1, number):
-        other = chunk(index)
-        equal &= other.view(torch.int64).eq(first.view(torch.int64))
-        after = total + other
-        kept = after - total
-        lost += (total - (after - kept)) + (other - kept)
-        total = after
-    total += lost
-    overflowed = total.isfinite().logical_not_()  # the sum, or a step on the way to what was lost
-    mean = total.div(count)
-    if overflowed.any():
-        scale = 2.0 ** -math.ceil(math.log2(number))
-        scaled = chunk(0) * scale
-        for index in range(1, number):
-            scaled.add_(chunk(index) * scale)
-        mean = torch.where(overflowed, scaled.div_(count).div_(scale), mean)
-    return torch.where(equal, first, mean)
-
-
-def _as_real(values: torch.Tensor) -> torch.Tensor:
-    return values.view(torch.float32) if values.dtype == torch.complex64 else values
+    def _read(self, run: Run) -> dict[int, torch.Tensor]:
+        return {
+            index: read_run(self._checkpoints[index], run.ranges(self._checkpoints[index]))
+            for index in self._needed(run)
+        }

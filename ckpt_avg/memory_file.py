@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.mapped import Window
+from ckpt_avg.mapped import IO, Window
 
 
 class MemoryFile:
@@ -44,6 +44,12 @@ class MemoryFile:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointFormatError(f"{self.path}: expected {length:,} bytes at byte {offset:,} of what it holds.")
         return Window(self._contents, offset, offset)
+
+    def read_by(self, io: IO) -> None:
+        """Does nothing: the bytes are in memory."""
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Does nothing: the bytes are in memory."""
 
     def check_unchanged(self) -> None:
         """Does nothing: nobody else can change these bytes."""

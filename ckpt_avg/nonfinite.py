@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -34,18 +34,20 @@ def describe_nonfinite(checkpoints: Sequence[Checkpoint], tensor: OutputTensor) 
     )
 
 
-def refuse_overflow(tensor: OutputTensor, start: int, mean: torch.Tensor, rounded: torch.Tensor) -> None:
+def refuse_overflow(
+    locate: Callable[[int], tuple[OutputTensor, int]], mean: torch.Tensor, rounded: torch.Tensor
+) -> None:
     """Raises NonFiniteError where a finite mean has become infinite in the output dtype.
 
     Args:
-        tensor: the tensor.
-        start: the index of the first of these elements.
+        locate: returns the tensor that one of these elements belongs to, and its index there.
         mean, rounded: before and after the cast.
     """
     overflowed = rounded.isfinite().logical_not_().logical_and_(mean.isfinite())
     if overflowed.any():
         index = int(overflowed.to(torch.uint8).argmax())
+        tensor, place = locate(index)
         raise NonFiniteError(
             f"tensor {quote(tensor.name)}: expected a mean within the range of {tensor.dtype.torch_name}, got "
-            f"{mean[index].item():g} at index {start + index:,}. Choose a wider --dtype."
+            f"{mean[index].item():g} at index {place:,}. Choose a wider --dtype."
         )

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ckpt_avg.collector import collector_paused
 from ckpt_avg.compat import refuse_differences
 from ckpt_avg.discover import Discovery
 from ckpt_avg.identical import refuse_unequal
 from ckpt_avg.inputs import notice_what_is_read, open_inputs
+from ckpt_avg.mapped import IO
 from ckpt_avg.models import Batches, Model, Passes, build_model
 from ckpt_avg.open_files import allow_open_files
 from ckpt_avg.plan import Plan, make_plan
@@ -80,6 +82,7 @@ def prepare(
     stack: ExitStack,
     *,
     threads: int,
+    io: IO,
     notice: Callable[[str], None],
 ) -> Prepared:
     """Opens and checks everything, so that what can fail before hours of averaging fails here.
@@ -91,17 +94,21 @@ def prepare(
         rules: how the output comes about.
         stack: closes the checkpoints in the end.
         threads: workers that will read.
+        io: how they will.
         notice: told what the user should know.
 
     Raises:
         CkptAvgError: of any kind but OutputError.
     """
-    inputs = open_inputs(discovery, selection, reading, stack, notice)
-    checkpoints = inputs.checkpoints
-    allow_open_files((1 + threads) * sum(len(checkpoint.files) for checkpoint in checkpoints))
-    specs = [checkpoint.spec for checkpoint in checkpoints]
-    refuse_differences(specs)
-    plan = make_plan(specs, dtype=rules.dtype, non_float=rules.non_float)
+    with collector_paused():
+        inputs = open_inputs(discovery, selection, reading, stack, notice)
+        checkpoints = inputs.checkpoints
+        allow_open_files((1 + threads) * sum(len(checkpoint.files) for checkpoint in checkpoints))
+        for file in (file for checkpoint in checkpoints for file in checkpoint.files):
+            file.read_by(io)
+        specs = [checkpoint.spec for checkpoint in checkpoints]
+        refuse_differences(specs)
+        plan = make_plan(specs, dtype=rules.dtype, non_float=rules.non_float)
     notice_what_is_read(checkpoints, notice, copies=rules.bn != "refresh")
     by_window = rules.in_windows and rules.data is not None
     frozen = frozenset() if by_window else frozen_buffers(checkpoints, plan)

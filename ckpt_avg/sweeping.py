@@ -15,6 +15,7 @@ from ckpt_avg.discover import Sources, discover
 from ckpt_avg.errors import IncompatibleError, UsageError, UserCodeError
 from ckpt_avg.evaluate import Evaluate, Evaluation, evaluate_weights, refuse_other_metrics
 from ckpt_avg.free_memory import free_memory
+from ckpt_avg.mapped import check_io
 from ckpt_avg.mean import DEFAULT_MEMORY, check_memory
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.models import Batches, Model, weights_of
@@ -97,6 +98,7 @@ def sweep(
     dtype: str = "keep",
     threads: int | None = None,
     memory: int = DEFAULT_MEMORY,
+    io: str = "auto",
     hold: int | None = None,
     non_float: str = "equal",
     allow_nonfinite: bool = False,
@@ -122,7 +124,7 @@ def sweep(
         hold: bytes of averages that may be held in memory at once; half of what is free if not given. The more, the
             fewer passes over the checkpoints.
         model, data, forward_batch, bn, bn_batches, bn_estimator, amp: for the refresh, as for `average`.
-        device, dtype, threads, memory, non_float, allow_nonfinite: for the mean, as for `average`.
+        device, dtype, threads, memory, io, non_float, allow_nonfinite: for the mean, as for `average`.
         progress: callbacks.
 
     Returns:
@@ -150,6 +152,7 @@ def sweep(
     check_rules(dtype, non_float)
     check_bn(bn)
     check_memory(memory)
+    way = check_io(io)
     check_options(bn_estimator, amp, bn_batches)
     if windows not in SIDES:
         raise UsageError(f"--windows: expected one of {', '.join(SIDES)}, got {windows!r}.")
@@ -163,7 +166,7 @@ def sweep(
     workers = choose_threads(threads)
     with ExitStack() as stack:
         rules = Rules(dtype, non_float, bn, model, data, evaluates=True, in_windows=True)
-        ready = prepare(discover(sources), selection, reading, rules, stack, threads=workers, notice=notice)
+        ready = prepare(discover(sources), selection, reading, rules, stack, threads=workers, io=way, notice=notice)
         if ready.model is None or len(ready.checkpoints) < 2:
             raise IncompatibleError(
                 f"{ready.specs[0].path}: nothing to compare: expected at least two checkpoints, got this one. Name "

@@ -916,10 +916,26 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 # Each module imports from the rows above its own only. `ckpt_avg` itself is there for `__version__`.
 LAYERS = (
-    ("ckpt_avg", "ckpt_avg.cycles", "ckpt_avg.errors", "ckpt_avg.limits", "ckpt_avg.messages", "ckpt_avg.record"),
+    (
+        "ckpt_avg",
+        "ckpt_avg.collector",
+        "ckpt_avg.cycles",
+        "ckpt_avg.errors",
+        "ckpt_avg.limits",
+        "ckpt_avg.messages",
+        "ckpt_avg.record",
+    ),
     ("ckpt_avg.rounding", "ckpt_avg.spec"),
-    ("ckpt_avg.atomic", "ckpt_avg.free_memory", "ckpt_avg.launch", "ckpt_avg.moments", "ckpt_avg.ranks"),
-    ("ckpt_avg.devices", "ckpt_avg.exits", "ckpt_avg.joining", "ckpt_avg.open_files", "ckpt_avg.shared_output"),
+    ("ckpt_avg.atomic", "ckpt_avg.control_groups", "ckpt_avg.launch", "ckpt_avg.moments", "ckpt_avg.ranks"),
+    (
+        "ckpt_avg.devices",
+        "ckpt_avg.exits",
+        "ckpt_avg.free_memory",
+        "ckpt_avg.joining",
+        "ckpt_avg.open_files",
+        "ckpt_avg.shared_output",
+    ),
+    ("ckpt_avg.storage", "ckpt_avg.sums"),
     ("ckpt_avg.progress", "ckpt_avg.undisturbed"),
     ("ckpt_avg.mapped",),
     ("ckpt_avg.memory_file", "ckpt_avg.user_code"),
@@ -965,7 +981,8 @@ LAYERS = (
     ("ckpt_avg.plan", "ckpt_avg.provenance"),
     ("ckpt_avg.header",),
     ("ckpt_avg.elements",),
-    ("ckpt_avg.identical", "ckpt_avg.memory_output", "ckpt_avg.nonfinite"),
+    ("ckpt_avg.identical", "ckpt_avg.memory_output", "ckpt_avg.nonfinite", "ckpt_avg.runs"),
+    ("ckpt_avg.averager",),
     ("ckpt_avg.mean",),
     ("ckpt_avg.measuring", "ckpt_avg.models"),
     ("ckpt_avg.batchnorm",),
@@ -978,6 +995,7 @@ LAYERS = (
     ("ckpt_avg.refreshing",),
     ("ckpt_avg.bars", "ckpt_avg.plots", "ckpt_avg.report_evaluation", "ckpt_avg.report_inspect", "ckpt_avg.side_files"),
     ("ckpt_avg.cli_options", "ckpt_avg.report"),
+    ("ckpt_avg.cli_output",),
     ("ckpt_avg.cli",),
     ("ckpt_avg.__main__",),
 )

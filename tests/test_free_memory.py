@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ckpt_avg import control_groups
 from ckpt_avg import free_memory as module
 from ckpt_avg.free_memory import free_memory
 
@@ -27,8 +28,9 @@ def system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> System:
             path = tmp_path / name.lstrip("/")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        monkeypatch.setattr(module, "Path", lambda text: tmp_path / str(text).lstrip("/"))
-        monkeypatch.setattr(module, "_GROUPS", tmp_path / "sys/fs/cgroup")
+        for each in (module, control_groups):
+            monkeypatch.setattr(each, "Path", lambda text: tmp_path / str(text).lstrip("/"))
+        monkeypatch.setattr(control_groups, "_ROOT", tmp_path / "sys/fs/cgroup")
 
     return make
 

@@ -188,7 +188,7 @@ def average(
                 checkpoints=tuple(spec.path for spec in ready.specs),
                 skipped=ready.skipped,
                 tensors=len(ready.plan.tensors),
-                nbytes=len(job.header()) + ready.plan.nbytes,
+                nbytes=len(job.header) + ready.plan.nbytes,
                 device=str(target_device),
                 statistics=ready.statistics,
                 batch_norm=batch_norm,

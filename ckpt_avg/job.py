@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from ckpt_avg.running_statistics import summary
 from ckpt_avg.shared_output import shared_output
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Job:
     """What is to be done.
 
@@ -54,8 +55,16 @@ class Job:
     ranks: Ranks
     progress: Progress
 
-    def header(self, report: BatchNormReport | None = None, *, reserve: int = 0) -> bytes:
-        """Returns the output's header. Before the refresh it has room for the figures that are still to come."""
+    @functools.cached_property
+    def header(self) -> bytes:
+        """The output's header, with room for the refresh's figures where they are still to come."""
+        return self._encode(None)
+
+    def final_header(self, report: BatchNormReport) -> bytes:
+        """Returns the header with the figures of the refresh, as long as `header`."""
+        return self._encode(report, reserve=len(self.header))
+
+    def _encode(self, report: BatchNormReport | None, reserve: int = 0) -> bytes:
         about = summary(self.ready.statistics, report, self.options, self.data)
         metadata = make_metadata(self.ready.specs, dtype=self.dtype, batch_norm=about)
         return encode_header(self.ready.plan, metadata, reserve=reserve)
@@ -79,14 +88,13 @@ def write_output(job: Job, accept: Callable[[BatchNormReport | None], None]) -> 
         CkptAvgError: anything failed; nothing is published then.
     """
     job.assessment.measure_checkpoints(job.ready.checkpoints)
-    header = job.header()
     report: BatchNormReport | None = None
-    with shared_output(job.target, len(header) + job.ready.plan.nbytes, job.ranks) as unpublished:
+    with shared_output(job.target, len(job.header) + job.ready.plan.nbytes, job.ranks) as unpublished:
 
         def weights() -> dict[str, torch.Tensor]:
             return weights_in(unpublished.readable_path)
 
-        _write_mean(job, unpublished, header)
+        _write_mean(job, unpublished)
         if len(job.ready.specs) > 1 or job.ready.refresh is None:  # a single checkpoint has been measured as it is
             job.assessment.measure_average(job.name(refreshed=False), weights)
         if job.ready.refresh is not None:
@@ -94,14 +102,14 @@ def write_output(job: Job, accept: Callable[[BatchNormReport | None], None]) -> 
                 job.ready.refresh,
                 job.ready.plan,
                 weights,
-                _write_at(unpublished, len(header)) if job.ranks.is_first else lambda contents, offset: None,
+                _write_at(unpublished, len(job.header)) if job.ranks.is_first else lambda contents, offset: None,
                 frozen=frozen_layers(job.ready.refresh, job.ready.frozen),
                 options=job.options,
                 progress=job.progress,
                 ranks=job.ranks,
             )
             if job.ranks.is_first:
-                unpublished.write(job.header(report, reserve=len(header)), 0)
+                unpublished.write(job.final_header(report), 0)
             job.assessment.measure_average(job.name(refreshed=True), weights)
         if job.ranks.is_first:
             refuse_unreadable(unpublished.readable_path, job.ready.plan, unpublished.target)
@@ -111,10 +119,10 @@ def write_output(job: Job, accept: Callable[[BatchNormReport | None], None]) -> 
     return report
 
 
-def _write_mean(job: Job, unpublished: UnpublishedFile, header: bytes) -> None:
+def _write_mean(job: Job, unpublished: UnpublishedFile) -> None:
     """Computes this rank's share of the data section, and waits until all shares are on disk."""
     plan, ranks = job.ready.plan, job.ranks
-    share = plan.share(ranks.rank, ranks.size, begin=len(header))
+    share = plan.share(ranks.rank, ranks.size, begin=len(job.header))
     total = sum(spec.nbytes for spec in job.ready.specs)
 
     def read(nbytes: int) -> None:
@@ -122,13 +130,13 @@ def _write_mean(job: Job, unpublished: UnpublishedFile, header: bytes) -> None:
         job.progress.read(nbytes)
 
     if ranks.is_first:
-        unpublished.write(header, 0)
+        unpublished.write(job.header, 0)
     job.progress.start(total * len(share) // max(1, plan.nbytes))
     device = job.options.device
     write_mean(
         job.ready.checkpoints,
         plan,
-        _write_at(unpublished, len(header)),
+        _write_at(unpublished, len(job.header)),
         budget=divide_memory(job.memory, threads=job.threads, checkpoints=len(job.ready.checkpoints), device=device),
         device=device,
         allow_nonfinite=job.allow_nonfinite,

@@ -5,6 +5,7 @@ Nothing here imports torch, so that ``inspect`` and ``check`` answer at once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -183,13 +184,16 @@ class CheckpointSpec:
 
     def tied(self) -> list[tuple[str, ...]]:
         """Returns the groups of names that share one stored tensor (zero-size tensors never do)."""
+        places = Counter((tensor.file, tensor.offset) for tensor in self.tensors.values())
         groups: dict[tuple[object, ...], list[str]] = {}
         for tensor in self.tensors.values():
-            if tensor.numel:
+            # Nearly every tensor begins where no other does, and is done with here.
+            if tensor.parts or (places[tensor.file, tensor.offset] > 1 and tensor.numel):
                 where: tuple[object, ...] = (tensor.dtype, tensor.shape, tensor.parts)
                 if not tensor.parts:
                     where += (tensor.file, tensor.storage, tensor.offset, tensor.stride)
-                groups.setdefault(where, []).append(tensor.name)
+                if tensor.numel:
+                    groups.setdefault(where, []).append(tensor.name)
         return [tuple(names) for names in groups.values() if len(names) > 1]
 
 

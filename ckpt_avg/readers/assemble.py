@@ -58,7 +58,7 @@ def settle_names(
     if strip:
         stripped = strip_prefixes(tensors, scalars, reading.strip_prefix, str(path))
     for name in stripped.names.values():
-        check_name(name, f"{path}: tensor {quote(name)}")
+        check_name(name, path)
     averaged = ""
     notes = stripped.notes
     if "n_averaged" in stripped.counters:

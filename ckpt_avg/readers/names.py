@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
+from ckpt_avg.messages import quote
 
 
 def is_text(text: str) -> bool:
@@ -15,8 +18,11 @@ def is_text(text: str) -> bool:
     return True
 
 
-def check_name(name: str, where: str) -> None:
-    """Raises CheckpointFormatError for a name that no safetensors file can hold."""
+def check_name(name: str, path: Path) -> None:
+    """Raises CheckpointFormatError for a name that no safetensors file can hold; ``path`` says where it stands."""
+    if name.isascii() and len(name) <= LIMITS.name and "\0" not in name and name != "__metadata__":
+        return
+    where = f"{path}: tensor {quote(name)}"
     if not is_text(name):
         raise CheckpointFormatError(f"{where}: the name holds a lone surrogate, so it is no text. Rename the tensor.")
     if name == "__metadata__":

@@ -113,40 +113,45 @@ def _plain_integer(text: str) -> int | str:
 
 
 def _tensor(file: MappedFile, name: str, entry: Any, data_start: int) -> TensorSpec:
-    where = f"{file.path}: tensor {quote(name)}"
-    check_name(name, where)
-    if not isinstance(entry, dict) or set(entry) != _FIELDS:
+    check_name(name, file.path)
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         found = listing(sorted(map(quote, entry))) if isinstance(entry, dict) else type(entry).__name__
-        raise CheckpointFormatError(f"{where}: expected the fields data_offsets, dtype, shape, got {found}. {_DAMAGED}")
+        raise _bad(file, name, f"expected the fields data_offsets, dtype, shape, got {found}. {_DAMAGED}")
     code = entry["dtype"]
     if code in SUB_BYTE_DTYPES:
-        raise CheckpointFormatError(
-            f"{where}: dtype {code} packs several numbers into a byte and can't be averaged. "
-            "Average the checkpoints before quantisation."
+        raise _bad(
+            file,
+            name,
+            f"dtype {code} packs several numbers into a byte and can't be averaged. "
+            "Average the checkpoints before quantisation.",
         )
     if not isinstance(code, str) or code not in DTYPES:
-        raise CheckpointFormatError(f"{where}: expected a dtype out of {', '.join(DTYPES)}, got {quote(code)}.")
+        raise _bad(file, name, f"expected a dtype out of {', '.join(DTYPES)}, got {quote(code)}.")
     dtype = DTYPES[code]
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _sizes(shape) or len(shape) > LIMITS.rank:
-        raise CheckpointFormatError(
-            f"{where}: expected a shape of at most {LIMITS.rank} sizes ≥ 0, got {quote(shape)}. {_DAMAGED}"
-        )
+        raise _bad(file, name, f"expected a shape of at most {LIMITS.rank} sizes ≥ 0, got {quote(shape)}. {_DAMAGED}")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointFormatError(f"{where}: expected data_offsets [begin, end], got {quote(offsets)}. {_DAMAGED}")
+        raise _bad(file, name, f"expected data_offsets [begin, end], got {quote(offsets)}. {_DAMAGED}")
     nbytes = dtype.itemsize
     for extent in shape:
         nbytes *= extent
         if nbytes > LIMITS.elements:
-            raise CheckpointFormatError(f"{where}: shape {quote(shape)} overflows 63 bits. {_DAMAGED}")
+            raise _bad(file, name, f"shape {quote(shape)} overflows 63 bits. {_DAMAGED}")
     begin, end = offsets
     if end - begin != nbytes:
-        raise CheckpointFormatError(
-            f"{where}: expected {nbytes:,} bytes for {dtype.name} {quote(shape)}, got data_offsets of "
-            f"{end - begin:,} bytes. {_DAMAGED}"
+        raise _bad(
+            file,
+            name,
+            f"expected {nbytes:,} bytes for {dtype.name} {quote(shape)}, got data_offsets of "
+            f"{end - begin:,} bytes. {_DAMAGED}",
         )
     start = data_start + begin
     return TensorSpec(name, dtype, tuple(shape), contiguous_stride(tuple(shape)), 0, start, (start, nbytes))
+
+
+def _bad(file: MappedFile, name: str, problem: str) -> CheckpointFormatError:
+    return CheckpointFormatError(f"{file.path}: tensor {quote(name)}: {problem}")
 
 
 def _sizes(values: object) -> bool:
@@ -154,16 +159,18 @@ def _sizes(values: object) -> bool:
 
 
 def _check_no_gaps(file: MappedFile, placed: Iterable[TensorSpec], data_start: int) -> None:
-    position, previous = data_start, "the header"
+    position: int = data_start
+    before: TensorSpec | None = None
     for tensor in placed:
         if tensor.offset != position:
             problem = "overlaps" if tensor.offset < position else "leaves a hole after"
+            previous = "the header" if before is None else f"tensor {quote(before.name)}"
             _fail(
                 file,
                 f"tensor {quote(tensor.name)} {problem} {previous}: expected it to begin at byte "
                 f"{position - data_start:,} of the data, got {tensor.offset - data_start:,}. {_DAMAGED}",
             )
-        position, previous = tensor.offset + tensor.nbytes, f"tensor {quote(tensor.name)}"
+        position, before = tensor.offset + tensor.nbytes, tensor
     if position > file.size:
         _fail(
             file,

@@ -25,6 +25,7 @@ from ckpt_avg.models import Batches, Model
 from ckpt_avg.plan import check_rules
 from ckpt_avg.preparation import Rules, prepare
 from ckpt_avg.progress import Progress
+from ckpt_avg.race import choose_by_race
 from ckpt_avg.ranks import Ranks
 from ckpt_avg.readers import make_reading
 from ckpt_avg.refresh import RefreshOptions
@@ -91,7 +92,8 @@ def average(
         state_key: the dotted key of the state dict inside torch files, where it isn't a common one.
         ema: average the running averages that some trainers keep beside the weights.
         strip_prefix: take this prefix off the names that carry it.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, for the sums and the refresh.
+        device: ``cpu``, ``cuda`` or ``cuda:N``, for the sums and the refresh. ``auto`` refreshes on CUDA where there is
+            one, and sums there if that is worth it and measured to be faster.
         dtype: ``keep``, ``float64``, ``float32``, ``bfloat16`` or ``float16``, for floating-point tensors.
         threads: workers; as many as this process may use cores if not given.
         memory: bytes of working memory, shared by the workers.
@@ -166,6 +168,8 @@ def average(
         ready = prepare(discovery, selection, reading, rules, stack, threads=workers, io=way, notice=notice)
         agree_on_files(ranks, ready.checkpoints)
         assessment.use(ready.model, target_device, replace(progress, notice=notice))
+        nbytes = sum(spec.nbytes for spec in ready.specs)
+        mean_device = choose_by_race(device, target_device, nbytes, threads=workers, memory=memory, notice=notice)
         job = Job(
             ready=ready,
             target=target,
@@ -173,6 +177,7 @@ def average(
             dtype=dtype,
             data=data,
             options=options,
+            device=mean_device,
             threads=workers,
             memory=memory,
             allow_nonfinite=allow_nonfinite,
@@ -189,7 +194,7 @@ def average(
                 skipped=ready.skipped,
                 tensors=len(ready.plan.tensors),
                 nbytes=len(job.header) + ready.plan.nbytes,
-                device=str(target_device),
+                device=str(mean_device),
                 statistics=ready.statistics,
                 batch_norm=batch_norm,
                 evaluations=tuple(assessment.evaluations),

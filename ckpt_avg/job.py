@@ -36,6 +36,7 @@ class Job:
         dtype: as for `make_plan`; the metadata names it.
         data: what the batches came from; the metadata names it.
         options: how to refresh, and on which device.
+        device: where to compute the mean.
         threads, memory, allow_nonfinite: as for `average`.
         assessment: what is measured.
         ranks: who shares the work.
@@ -48,6 +49,7 @@ class Job:
     dtype: str
     data: Batches | None
     options: RefreshOptions
+    device: torch.device
     threads: int
     memory: int
     allow_nonfinite: bool
@@ -132,13 +134,14 @@ def _write_mean(job: Job, unpublished: UnpublishedFile) -> None:
     if ranks.is_first:
         unpublished.write(job.header, 0)
     job.progress.start(total * len(share) // max(1, plan.nbytes))
-    device = job.options.device
     write_mean(
         job.ready.checkpoints,
         plan,
         _write_at(unpublished, len(job.header)),
-        budget=divide_memory(job.memory, threads=job.threads, checkpoints=len(job.ready.checkpoints), device=device),
-        device=device,
+        budget=divide_memory(
+            job.memory, threads=job.threads, checkpoints=len(job.ready.checkpoints), device=job.device
+        ),
+        device=job.device,
         allow_nonfinite=job.allow_nonfinite,
         within=share,
         progress=read,

@@ -106,8 +106,7 @@ class MappedFile:
         if io == "mmap" and not _can_populate():
             raise ResourceError("--io mmap: expected a kernel with MADV_POPULATE_READ (Linux 5.14). Use --io auto.")
         self._must_map = io == "mmap"
-        if io != "auto":
-            self._can_map = self._must_map
+        self._can_map = self._must_map or (io == "auto" and _can_populate() and remote_kind(self._fd) is None)
 
     def prefetch(self, offset: int, length: int) -> None:
         """Asks the system to bring a range into memory meanwhile. A window of it may then be had without waiting."""

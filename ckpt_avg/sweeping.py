@@ -22,6 +22,7 @@ from ckpt_avg.models import Batches, Model, weights_of
 from ckpt_avg.plan import check_rules
 from ckpt_avg.preparation import Rules, prepare
 from ckpt_avg.progress import Progress
+from ckpt_avg.race import choose_by_race
 from ckpt_avg.readers import make_reading
 from ckpt_avg.refresh import RefreshOptions
 from ckpt_avg.run_folder import Skipped
@@ -189,7 +190,9 @@ def sweep(
             )
         held = free_memory() // 2 if hold is None else hold
         once = replace(progress, notice=_once(notice))
-        work = Work(evaluate, ready.model, options, workers, memory, held, allow_nonfinite, once)
+        nbytes = sum(spec.nbytes for spec in ready.specs)
+        mean_device = choose_by_race(device, options.device, nbytes, threads=workers, memory=memory, notice=notice)
+        work = Work(evaluate, ready.model, options, mean_device, workers, memory, held, allow_nonfinite, once)
         chosen = windows_of(len(ready.checkpoints), windows)
         paths = tuple(spec.path for spec in ready.specs)
         measured = []

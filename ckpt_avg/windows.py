@@ -41,6 +41,7 @@ class Work:
         function: the user's metric.
         model: takes the weights.
         refresh: how to refresh.
+        device: where to compute the means.
         threads, memory: of the mean.
         held: bytes of averages that may wait in memory to be measured; one is always held.
         allow_nonfinite: let NaN and Inf of the inputs through.
@@ -50,6 +51,7 @@ class Work:
     function: Evaluate
     model: torch.nn.Module
     refresh: RefreshOptions
+    device: torch.device
     threads: int
     memory: int
     held: int
@@ -98,15 +100,14 @@ def _average(ready: Prepared, windows: Sequence[Window], work: Work) -> list[Mem
         Target(range(window.members.start - first, window.members.stop - first), output.write)
         for window, output in zip(windows, outputs, strict=True)
     ]
-    device = work.refresh.device
-    budget = divide_memory(work.memory, threads=work.threads, checkpoints=len(needed), device=device)
+    budget = divide_memory(work.memory, threads=work.threads, checkpoints=len(needed), device=work.device)
     work.progress.start(sum(checkpoint.spec.nbytes for checkpoint in needed))
     write_means(
         needed,
         ready.plan,
         targets,
         budget=budget,
-        device=device,
+        device=work.device,
         allow_nonfinite=work.allow_nonfinite,
         progress=work.progress.read,
     )

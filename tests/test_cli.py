@@ -984,7 +984,7 @@ LAYERS = (
     ("ckpt_avg.identical", "ckpt_avg.memory_output", "ckpt_avg.nonfinite", "ckpt_avg.runs"),
     ("ckpt_avg.averager",),
     ("ckpt_avg.mean",),
-    ("ckpt_avg.measuring", "ckpt_avg.models"),
+    ("ckpt_avg.measuring", "ckpt_avg.models", "ckpt_avg.race"),
     ("ckpt_avg.batchnorm",),
     ("ckpt_avg.evaluate",),
     ("ckpt_avg.refresh", "ckpt_avg.requirements"),

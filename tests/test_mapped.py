@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -211,6 +212,7 @@ def test_too_many_open_files(path: Path) -> None:
         """
 import resource, sys
 from pathlib import Path
+from typing import Any
 from ckpt_avg.errors import ResourceError
 from ckpt_avg.mapped import MappedFile
 resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
@@ -301,6 +303,7 @@ def test_a_truncation_while_a_window_is_faulted_in(path: Path, monkeypatch: pyte
 _TRUNCATED_BETWEEN_WINDOWS = """
 import os, sys
 from pathlib import Path
+from typing import Any
 from ckpt_avg.errors import ChangedWhileReadingError
 from ckpt_avg.mapped import MappedFile
 file = MappedFile(Path(sys.argv[1]))
@@ -377,3 +380,72 @@ def test_threads_share_a_file(file: MappedFile) -> None:
 def test_its_repr(file: MappedFile) -> None:
     assert repr(file).startswith("MappedFile(")
     assert repr(file).endswith("192.8 KiB)")
+
+
+# --- how windows come --------------------------------------------------------------------------------------
+
+
+@linux
+def test_the_way_to_read_is_chosen_by_hand(path: Path) -> None:
+    """``--io pread`` must not map, whatever the storage; ``mmap`` and ``auto`` map a local file."""
+    with MappedFile(path) as opened:
+        for way, kind in (("pread", bytearray), ("mmap", mmap.mmap), ("auto", mmap.mmap), ("pread", bytearray)):
+            opened.read_by(way)
+            window = opened.window(3, 2 * SMALL)
+            assert isinstance(window.buffer, kind), way
+            assert content(window, 2 * SMALL) == CONTENT[3 : 3 + 2 * SMALL]
+
+
+@linux
+def test_a_refused_map_is_an_error_only_where_maps_were_asked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network and FUSE file systems have no maps: by default they are read all the same."""
+
+    def refuse(*arguments: object, **options: object) -> mmap.mmap:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    with MappedFile(path) as opened:
+        monkeypatch.setattr("ckpt_avg.mapped.mmap.mmap", refuse)
+        opened.read_by("mmap")
+        with pytest.raises(ResourceError, match=r"--io mmap: the system refused to map it: No such device"):
+            opened.window(0, SMALL)
+        opened.read_by("auto")
+        assert content(opened.window(0, SMALL), SMALL) == CONTENT[:SMALL]
+
+
+def test_maps_need_a_kernel_that_can_fault_them_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without MADV_POPULATE_READ a truncated file would kill the process."""
+    monkeypatch.setattr("ckpt_avg.mapped._can_populate", lambda: False)
+    with MappedFile(path) as opened:
+        with pytest.raises(ResourceError, match=r"--io mmap: .*Linux 5.14"):
+            opened.read_by("mmap")
+        opened.read_by("auto")
+        assert isinstance(opened.window(0, SMALL).buffer, bytearray)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_prefetching_is_a_hint_and_never_fails(path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+        asked.append((offset, length))
+        if fails:
+            raise OSError(errno.ESPIPE, "no")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    with MappedFile(path) as opened:
+        opened.prefetch(5, SMALL)
+    assert asked == [(5, SMALL)]
+
+
+@pytest.mark.parametrize("io", ["auto", "mmap", "pread"])
+def test_the_bytes_do_not_depend_on_it(tmp_path: Path, run_folder: Path, in_process: Any, io: str) -> None:
+    code, _, err = in_process("average", run_folder, "--bn", "keep", "-o", tmp_path / io, "--io", io)
+    assert code == 0, err
+    code, _, err = in_process("average", run_folder, "--bn", "keep", "-o", tmp_path / "plain")
+    assert (tmp_path / io).read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+def test_there_is_no_other_way(tmp_path: Path, run_folder: Path, in_process: Any) -> None:
+    code, _, err = in_process("average", run_folder, "-o", tmp_path / "o", "--io", "direct")
+    assert code == 2
+    assert "--io: expected one of auto, mmap, pread, got 'direct'" in err

@@ -54,11 +54,16 @@ def mean_of_narrower(
     """
     first = chunk(0)
     total, wide = total[: first.numel()], wide[: first.numel()]
-    total.copy_(first)
+    total.copy_(_widened(first))
     for index in range(1, number):
-        total.add_(wide.copy_(chunk(index)))
+        total.add_(wide.copy_(_widened(chunk(index))))
     # By a tensor on the device: CUDA multiplies by the reciprocal of a Python number.
     return total.div_(count)
+
+
+def _widened(values: torch.Tensor) -> torch.Tensor:
+    """Returns float16 as float32, since processors widen in these two steps, and torch one by one if asked for both."""
+    return values.float() if values.dtype == torch.float16 and not values.is_cuda else values
 
 
 def as_real(values: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,27 @@ def test_casts_round_as_on_the_cpu() -> None:
         assert torch.equal(on_device.view(torch.uint8), round_to(values, dtype).view(torch.uint8)), dtype
 
 
+@pytest.mark.parametrize("mebibytes", [4, 40])
+def test_a_full_device_gives_the_same_bytes(tmp_path: Path, mebibytes: int) -> None:
+    """Another program may have the GPU's memory: chunks get smaller, and nothing else changes."""
+    paths = _checkpoints(tmp_path, 3)
+    average(paths, tmp_path / "cpu", device="cpu")
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(mebibytes * 2**20 / total)
+    try:
+        average(paths, tmp_path / "cuda", device="cuda", memory=2**30, threads=1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert (tmp_path / "cpu").read_bytes() == (tmp_path / "cuda").read_bytes()
+
+
+def test_the_race_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckpt_avg.race.WORTH", 1)
+    result = average(_checkpoints(tmp_path, 2), tmp_path / "out", device="auto")
+    assert any("measured here" in notice and result.device in notice for notice in result.notices)
+
+
 def test_nan_is_found_there_too(tmp_path: Path) -> None:
     paths = _checkpoints(tmp_path, 2)
     save_file({"w": torch.ones(10)}, paths[0])

@@ -1,96 +1,95 @@
-"""Measures the averaging of float32 safetensors checkpoints: side by side, in one run, as ratios.
+"""Measures averaging side by side with the least it can cost and with other tools, in one run, as ratios.
 
-    python tests/benchmarks/run.py [--gigabytes 1] [--checkpoints 8] [--rounds 3] [--folder DIR]
+    python tests/benchmarks/run.py [--only NAME[,NAME]] [--gigabytes 1] [--checkpoints 8] [--rounds 3] [--folder DIR]
+                                   [--peers PYTHON]
 
-Each round runs the floor program, this project and the hand-written loop in turn, page cache warm; the medians are
-shown, and the outputs of the last two are compared bit by bit. Then the peak resident set, for models and numbers of
-checkpoints of other sizes, over sparse files. Needs room for the inputs and one output.
+    warm     float32 safetensors, page cache warm: the floor and ckpt-avg
+    cold     the same, each program after the page cache of its inputs was dropped
+    threads  the same, warm, with 1, 2, 4, … threads
+    first    the same: time from the end of `import torch` to the first tensor byte
+    ranks    the same, warm, shared by the ranks of torchrun
+    cuda     the same, warm, on a GPU, where there is one
+    formats  bfloat16, float16, torch.save and shards of the same total bytes, beside float32 safetensors
+    peers    mergekit and sd-mecha where PYTHON has them, and what people write by hand
+    memory   peak resident sets of models of 0.25, 1 and 4 GiB and of 2, 8 and 32 checkpoints, over sparse files
+    tensors  many small tensors, the usual ones, and one large tensor
+
+In each round the programs run in turn; medians over the rounds are shown, and ratios are medians of each round's. All
+times are of whole processes. Outputs are compared with the exact mean. --gigabytes scales the sizes of all sections. At
+most 2 · checkpoints + 2 times as much disk is needed, and for warm caches as much memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import platform
-import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from inputs import layout, write_random, write_sparse
-from measure import Run, ckpt_avg, run
+from formats import measure_formats
+from peers import measure_peers
+from processors import measure_cuda, measure_ranks
+from rounds import Setup
+from sizes import measure_memory, measure_tensors
+from speed import measure_cold, measure_first, measure_threads, measure_warm
 
-HERE = Path(__file__).parent
+# In this order, since the first ones share their inputs.
+SECTIONS: dict[str, Callable[[Setup], None]] = {
+    "warm": measure_warm,
+    "cold": measure_cold,
+    "threads": measure_threads,
+    "first": measure_first,
+    "ranks": measure_ranks,
+    "cuda": measure_cuda,
+    "formats": measure_formats,
+    "peers": measure_peers,
+    "memory": measure_memory,
+    "tensors": measure_tensors,
+}
+SHARING = ("warm", "cold", "threads", "first", "ranks", "cuda", "formats")
 
 
 def main() -> None:
+    """Prints the tables of the sections that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME[,NAME]", default=",".join(SECTIONS))
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--checkpoints", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", default=None)
+    parser.add_argument("--folder", default=None, help="where inputs and outputs are written, on a disk")
+    parser.add_argument("--peers", metavar="PYTHON", default=sys.executable, help="interpreter that has other tools")
     arguments = parser.parse_args()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}"
-    print(f"{machine}, Python {platform.python_version()}\n")
+    wanted = arguments.only.split(",")
+    if unknown := [name for name in wanted if name not in SECTIONS]:
+        parser.error(f"--only: expected some of {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+    _print_machine()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        speed(Path(folder), int(arguments.gigabytes * 1e9), arguments.checkpoints, arguments.rounds)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        memory(Path(folder))
+        nbytes = int(arguments.gigabytes * 1e9)
+        setup = Setup(nbytes, arguments.checkpoints, arguments.rounds, Path(folder), arguments.peers)
+        for name, measure in SECTIONS.items():
+            if name not in wanted:
+                continue
+            if name not in SHARING:
+                setup.release()
+            print(f"\n## {name}\n", flush=True)
+            if name not in SHARING or setup.has_room(name, 1.25 * (setup.checkpoints + 2) * nbytes):
+                measure(setup)
 
 
-def speed(folder: Path, nbytes: int, count: int, rounds: int) -> None:
-    inputs = list(map(str, write_random(folder, count, nbytes)))
-    programs = {
-        "floor: import torch, fault in, write, fsync": lambda output: [sys.executable, str(HERE / "floor.py"), output],
-        "ckpt-avg": lambda output: ckpt_avg("-o", output),
-        "safe_open loop, float64, save_file": lambda output: [sys.executable, str(HERE / "naive.py"), output],
-    }
-    runs: dict[str, list[Run]] = {name: [] for name in programs}
-    outputs: dict[str, str] = {}
-    for _ in range(rounds):
-        for path in inputs:
-            with open(path, "rb") as file:
-                while file.read(2**24):
-                    pass
-        for name, command in programs.items():
-            outputs[name] = str(folder / f"{len(outputs)}.out")
-            Path(outputs[name]).unlink(missing_ok=True)
-            runs[name].append(run([*command(outputs[name]), *inputs]))
-        compare(outputs["ckpt-avg"], outputs["safe_open loop, float64, save_file"])
-    floor = statistics.median(one.wall for one in runs["floor: import torch, fault in, write, fsync"])
-    print(f"{count} float32 checkpoints of {os.path.getsize(inputs[0]) / 1e9:.2f} GB, medians of {rounds} rounds\n")
-    print("| program | wall, s | ratio to the floor | CPU, s | peak RSS, MiB |\n|---|---|---|---|---|")
-    for name, measured in runs.items():
-        wall = statistics.median(one.wall for one in measured)
-        cpu = statistics.median(one.cpu for one in measured)
-        peak = max(one.peak for one in measured)
-        print(f"| {name} | {wall:.2f} | {wall / floor:.2f} | {cpu:.2f} | {peak:.0f} |")
+def _print_machine() -> None:
+    cores, usable = os.cpu_count(), len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "safetensors", "ckpt-avg")]
+    print(
+        f"{platform.machine()}, {cores} cores ({usable} usable), {memory:.0f} GiB, Linux {platform.release()}, "
+        f"Python {platform.python_version()}, {', '.join(versions)}",
+        flush=True,
+    )
 
 
-def compare(ours: str, theirs: str) -> None:
-    """Fails unless both files hold the same bits in every tensor."""
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(ours, framework="pt") as a, safe_open(theirs, framework="pt") as b:
-        assert sorted(a.keys()) == sorted(b.keys())
-        for name in a.keys():  # noqa: SIM118 (the reader is no dict)
-            x, y = a.get_tensor(name).view(torch.int32), b.get_tensor(name).view(torch.int32)
-            assert torch.equal(x, y), name
-
-
-def memory(folder: Path) -> None:
-    print("\n| model | checkpoints | peak RSS, MiB |\n|---|---|---|")
-    for megabytes, counts in ((256, (2, 8, 32)), (1024, (2, 8, 32)), (4096, (2, 8))):
-        for count in counts:
-            paths = [folder / f"{megabytes}-{index}.safetensors" for index in range(count)]
-            for path in paths:
-                write_sparse(path, layout(megabytes * 2**20))
-            output = folder / "out.safetensors"
-            peak = run(ckpt_avg("-o", output, *paths)).peak
-            print(f"| {megabytes / 1024:g} GiB | {count} | {peak:.0f} |", flush=True)
-            for path in (*paths, output):
-                path.unlink()
-
-
-main()
+if __name__ == "__main__":
+    main()

@@ -165,7 +165,7 @@ def average(
     target = _check_output(output, discovery, overwrite=overwrite, notice=notice)
     with ExitStack() as stack:
         rules = Rules(dtype, non_float, bn, model, data, assessment.is_wanted)
-        ready = prepare(discovery, selection, reading, rules, stack, threads=workers, io=way, notice=notice)
+        ready = prepare(discovery, selection, reading, rules, stack, io=way, notice=notice)
         agree_on_files(ranks, ready.checkpoints)
         assessment.use(ready.model, target_device, replace(progress, notice=notice))
         nbytes = sum(spec.nbytes for spec in ready.specs)

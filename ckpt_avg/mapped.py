@@ -23,7 +23,6 @@ import errno
 import functools
 import mmap
 import os
-import stat
 import sys
 import threading
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from ckpt_avg.descriptors import Descriptor, park_idle
 from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError, UsageError
 from ckpt_avg.messages import quote, size
-from ckpt_avg.open_files import allow_more_open_files
 from ckpt_avg.storage import remote_kind
 
 IO = Literal["auto", "mmap", "pread"]
@@ -72,30 +71,11 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        try:
-            self._fd = _open(path, flags)
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise ResourceError(
-                    f"{path}: too many open files. Raise the limit (ulimit -n) or average fewer checkpoints."
-                ) from error
-            raise CheckpointFormatError(f"{path}: cannot be opened: {error.strerror}.") from error
-        try:
-            status = os.fstat(self._fd)
-        except OSError as error:
-            os.close(self._fd)
-            raise CheckpointFormatError(f"{path}: cannot be looked at: {error.strerror}. Check its disk.") from error
-        if not stat.S_ISREG(status.st_mode):
-            os.close(self._fd)
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
-            raise CheckpointFormatError(f"{path}: expected a checkpoint file, got {kind}.")
-        self.size = status.st_size
-        self.identity = (status.st_dev, status.st_ino)
-        self._modified = status.st_mtime_ns
+        self._descriptor = Descriptor(path)
+        self.size = self._descriptor.size
+        self.identity = self._descriptor.identity
         self._lock = threading.Lock()
-        self._must_map = False
-        self._can_map = _can_populate() and remote_kind(self._fd) is None
+        self.read_by("auto")
 
     def read_by(self, io: IO) -> None:
         """Says how windows come: by maps, by ``pread``, or as suits the storage, which is what they do at first.
@@ -106,13 +86,15 @@ class MappedFile:
         if io == "mmap" and not _can_populate():
             raise ResourceError("--io mmap: expected a kernel with MADV_POPULATE_READ (Linux 5.14). Use --io auto.")
         self._must_map = io == "mmap"
-        self._can_map = self._must_map or (io == "auto" and _can_populate() and remote_kind(self._fd) is None)
+        self._can_map = self._must_map or (io == "auto" and _can_populate())
+        self._is_known_local = io != "auto"
 
     def prefetch(self, offset: int, length: int) -> None:
         """Asks the system to bring a range into memory meanwhile. A window of it may then be had without waiting."""
         if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # only a hint; reading will say what is wrong
-                os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+            # Only a hint; reading will say what is wrong.
+            with contextlib.suppress(OSError), self._descriptor.use() as fd:
+                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def read(self, offset: int, length: int) -> bytes:
         """Returns exactly ``length`` bytes from ``offset``.
@@ -141,23 +123,11 @@ class MappedFile:
 
     def check_unchanged(self) -> None:
         """Raises ChangedWhileReadingError if the file's size or modification time is not what it was."""
-        try:
-            status = os.fstat(self._fd)
-        except OSError as error:
-            raise CheckpointFormatError(
-                f"{self.path}: cannot be looked at: {error.strerror}. Check its disk."
-            ) from error
-        if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
-            raise ChangedWhileReadingError(
-                f"{self.path}: changed while reading: expected {self.size:,} bytes, unmodified, got "
-                f"{status.st_size:,} bytes, modified. Wait until nothing writes to it, then run again."
-            )
+        self._descriptor.check_unchanged()
 
     def close(self) -> None:
         """Closes the file. Windows stay valid as long as they are referenced."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._descriptor.close()
 
     def __enter__(self) -> MappedFile:
         return self
@@ -190,30 +160,30 @@ class MappedFile:
             done += count
 
     def _read_some(self, target: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._fd, [target], offset)
-        with self._lock:  # Windows: no read at an offset
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            chunk = os.read(self._fd, len(target))
+        with self._descriptor.use() as fd:
+            if hasattr(os, "preadv"):
+                return os.preadv(fd, [target], offset)
+            with self._lock:  # Windows: no read at an offset
+                os.lseek(fd, offset, os.SEEK_SET)
+                chunk = os.read(fd, len(target))
         target[: len(chunk)] = chunk
         return len(chunk)
 
     def _map(self, offset: int, length: int) -> Window | None:
         begin = offset - offset % mmap.ALLOCATIONGRANULARITY
         try:
-            # Private and writable only because torch takes no read-only buffer; nothing here writes to it.
-            mapped = mmap.mmap(
-                self._fd,
-                offset + length - begin,
-                flags=mmap.MAP_PRIVATE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                offset=begin,
-                **_WITHOUT_DESCRIPTOR,
-            )
-        except (OSError, ValueError) as error:
-            if isinstance(error, ValueError):
-                self.check_unchanged()  # the map was found to reach past the end of the file
-            if self._must_map and isinstance(error, OSError):
+            with self._descriptor.use() as fd:
+                if not self._is_known_local:
+                    self._is_known_local = True
+                    if remote_kind(fd) is not None:
+                        self._can_map = False
+                        return None
+                mapped = _mapped(fd, begin, offset + length - begin)
+        except ValueError:
+            self.check_unchanged()  # the map was found to reach past the end of the file
+            raise
+        except OSError as error:
+            if self._must_map:
                 raise ResourceError(
                     f"{self.path}: --io mmap: the system refused to map it: {error.strerror}. Use --io auto."
                 ) from error
@@ -239,13 +209,14 @@ def check_io(io: str) -> IO:
     return _WAYS[io]
 
 
-def _open(path: Path, flags: int) -> int:
-    """Opens a file; where this process may not open so many, the limit is raised first."""
+def _mapped(fd: int, begin: int, length: int) -> mmap.mmap:
+    """Returns a map, private and writable only because torch takes no read-only buffer; nothing here writes to it."""
     while True:
         try:
-            return os.open(path, flags)
-        except OSError as error:  # noqa: PERF203 (it goes round only while the limit grows)
-            if error.errno != errno.EMFILE or not allow_more_open_files():
+            flags, access = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
+            return mmap.mmap(fd, length, flags=flags, prot=access, offset=begin, **_WITHOUT_DESCRIPTOR)
+        except OSError as error:  # noqa: PERF203 (it goes round only while files can be closed)
+            if error.errno != errno.EMFILE or not park_idle():
                 raise
 
 

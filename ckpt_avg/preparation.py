@@ -15,7 +15,6 @@ from ckpt_avg.identical import refuse_unequal
 from ckpt_avg.inputs import notice_what_is_read, open_inputs
 from ckpt_avg.mapped import IO
 from ckpt_avg.models import Batches, Model, Passes, build_model
-from ckpt_avg.open_files import allow_open_files
 from ckpt_avg.plan import Plan, make_plan
 from ckpt_avg.readers import Checkpoint, Reading
 from ckpt_avg.refresh import PreparedRefresh
@@ -81,7 +80,6 @@ def prepare(
     rules: Rules,
     stack: ExitStack,
     *,
-    threads: int,
     io: IO,
     notice: Callable[[str], None],
 ) -> Prepared:
@@ -93,8 +91,7 @@ def prepare(
         reading: how to read it.
         rules: how the output comes about.
         stack: closes the checkpoints in the end.
-        threads: workers that will read.
-        io: how they will.
+        io: how their tensors are read.
         notice: told what the user should know.
 
     Raises:
@@ -103,7 +100,6 @@ def prepare(
     with collector_paused():
         inputs = open_inputs(discovery, selection, reading, stack, notice)
         checkpoints = inputs.checkpoints
-        allow_open_files((1 + threads) * sum(len(checkpoint.files) for checkpoint in checkpoints))
         for file in (file for checkpoint in checkpoints for file in checkpoint.files):
             file.read_by(io)
         specs = [checkpoint.spec for checkpoint in checkpoints]

@@ -167,7 +167,7 @@ def sweep(
     workers = choose_threads(threads)
     with ExitStack() as stack:
         rules = Rules(dtype, non_float, bn, model, data, evaluates=True, in_windows=True)
-        ready = prepare(discover(sources), selection, reading, rules, stack, threads=workers, io=way, notice=notice)
+        ready = prepare(discover(sources), selection, reading, rules, stack, io=way, notice=notice)
         if ready.model is None or len(ready.checkpoints) < 2:
             raise IncompatibleError(
                 f"{ready.specs[0].path}: nothing to compare: expected at least two checkpoints, got this one. Name "

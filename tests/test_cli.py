@@ -932,7 +932,7 @@ LAYERS = (
         "ckpt_avg.exits",
         "ckpt_avg.free_memory",
         "ckpt_avg.joining",
-        "ckpt_avg.open_files",
+        "ckpt_avg.descriptors",
         "ckpt_avg.shared_output",
     ),
     ("ckpt_avg.storage", "ckpt_avg.sums"),

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import ckpt_avg.mapped
+from ckpt_avg.descriptors import park_idle
 from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError
 from ckpt_avg.mapped import MappedFile, Window
 
@@ -206,29 +207,103 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@linux
-def test_too_many_open_files(path: Path) -> None:
-    done = run(
-        """
-import resource, sys
+LIMITED = """
+import os, resource, sys
 from pathlib import Path
-from typing import Any
 from ckpt_avg.errors import ResourceError
 from ckpt_avg.mapped import MappedFile
+
+path, kept = Path(sys.argv[1]), []
 resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
-kept = []
+"""
+
+
+@linux
+def test_more_files_than_may_be_open(path: Path) -> None:
+    """400 checkpoints of 1,000 shards: files rest while they are not read, and are opened again."""
+    done = run(
+        LIMITED
+        + """
+kept = [MappedFile(path) for _ in range(100)]
+for _ in range(2):
+    for file in kept:
+        window = file.window(70_000, 66_000)
+        assert bytes(memoryview(window.buffer)[window.position:][:66_000]) == path.read_bytes()[70_000:136_000]
+        assert file.read(5, 5) == path.read_bytes()[5:10]
+        file.check_unchanged()
+print(len(os.listdir("/proc/self/fd")) < 20)
+""",
+        path,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+@linux
+def test_no_descriptor_is_left_at_all(path: Path) -> None:
+    """Where the rest of the process has taken them all, the error says what to raise."""
+    done = run(
+        LIMITED
+        + """
 try:
-    for _ in range(30):
-        kept.append(MappedFile(Path(sys.argv[1])))
+    while True:
+        kept.append(os.open(path, os.O_RDONLY))
+except OSError:
+    pass
+try:
+    MappedFile(path)
 except ResourceError as error:
     print(error.exit_code, error)
 """,
         path,
     )
-    assert done.stdout == (
-        f"{ResourceError.exit_code} {path}: too many open files. Raise the limit (ulimit -n) or average fewer "
-        "checkpoints.\n"
-    ), done.stderr
+    assert done.stdout == f"6 {path}: too many open files. Raise the limit (ulimit -n) or use fewer --threads.\n", (
+        done.stderr
+    )
+
+
+@pytest.mark.parametrize("change", ["replaced", "longer", "touched", "gone"])
+def test_a_file_that_changed_while_it_rested(file: MappedFile, change: str) -> None:
+    """Opened again by its name, it must be the same one: another run's file would be averaged in part."""
+    park_idle()
+    if change == "replaced":
+        copy = file.path.with_name("copy")
+        copy.write_bytes(CONTENT)
+        os.replace(copy, file.path)
+    elif change == "longer":
+        with file.path.open("ab") as target:
+            target.write(b"x")
+    elif change == "touched":
+        os.utime(file.path, ns=(1, 1))
+    else:
+        file.path.unlink()
+    with pytest.raises(CheckpointFormatError, match=r"changed while reading|cannot be opened: No such file") as caught:
+        file.window(0, SMALL)
+    assert isinstance(caught.value, ChangedWhileReadingError) == (change != "gone")
+
+
+def test_resting_files_are_opened_by_whoever_reads_them(file: MappedFile) -> None:
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        chooser = random.Random(seed)
+        for _ in range(100):
+            offset = chooser.randrange(len(CONTENT) - SMALL)
+            if content(file.window(offset, SMALL), SMALL) != CONTENT[offset : offset + SMALL]:
+                wrong.append(offset)
+            park_idle()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_closed_file_is_not_opened_again(file: MappedFile) -> None:
+    file.close()
+    with pytest.raises(ValueError, match="is closed"):
+        file.read(0, 1)
 
 
 # --- changes while reading ---------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ckpt_avg.readers import Checkpoint
 
 # What says how, and not what: no byte depends on it, and machines may differ.
 _OWN = ("device", "threads", "memory", "io", "progress", "ranks")
+_CODE = ("model", "data", "forward_batch", "evaluate")  # the user's: compared by their names alone
 _SAMPLES = 256  # of each checkpoint, spread over its files; at least one of each file
 _SAMPLE = 4096  # bytes
 
@@ -26,7 +27,9 @@ def agree_on_request(ranks: Ranks, request: Mapping[str, Any]) -> None:
     Raises:
         RankError: they differ.
     """
-    mine = {name: _plain(value) for name, value in request.items() if name not in _OWN}
+    mine = {
+        name: _name(value) if name in _CODE else _plain(value) for name, value in request.items() if name not in _OWN
+    }
     mine |= {"version of ckpt_avg": __version__, "version of torch": torch.__version__}
 
     def compare(requests: list[dict[str, Any]]) -> str | None:
@@ -80,17 +83,21 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     for file in checkpoint.files:
         digest.update(file.size.to_bytes(8, "little"))
         room = max(0, file.size - _SAMPLE)
-        for sample in range(1, samples + 1):
-            digest.update(file.read(room * sample // (samples + 1), min(_SAMPLE, file.size)))
+        for sample in range(samples):
+            digest.update(file.read(room * sample // max(1, samples - 1), min(_SAMPLE, file.size)))
     return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value as JSON holds it; of functions and objects their names."""
+    """Returns a value as JSON holds it; of objects their names."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     if hasattr(value, "__fspath__"):
         return str(value)
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    return _name(value)
+
+
+def _name(value: Any) -> str | None:
+    return None if value is None else getattr(value, "__qualname__", type(value).__qualname__)

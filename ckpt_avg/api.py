@@ -138,7 +138,6 @@ def average(
     """
     request = dict(locals())
     ranks = ranks or Ranks()
-    agree_on_request(ranks, request)
     progress = progress or Progress()
     notices: list[str] = []
 
@@ -146,24 +145,27 @@ def average(
         notices.append(text)
         progress.notice(text)
 
-    check_rules(dtype, non_float)
-    check_bn(bn)
-    check_memory(memory)
-    way = check_io(io)
-    check_options(bn_estimator, amp, bn_batches)
-    assessment = Assessment(
-        evaluate, measure_all=evaluate_all, require=require, has_model=model is not None, measures=ranks.is_first
-    )
-    names = patterns(include), patterns(exclude)
-    selection = check_selection(Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode))
-    reading = make_reading(state_key, ema, strip_prefix)
-    launch = launch_of() if ranks.size > 1 else None
-    target_device = choose_device(device, launch)
-    options = RefreshOptions(target_device, bn_estimator, bn_batches, amp, forward_batch)
-    workers = choose_threads(threads, launch)
-    discovery = discover(sources)
-    target = _check_output(output, discovery, overwrite=overwrite, notice=notice)
-    with ExitStack() as stack:
+    with ranks.telling(), ExitStack() as stack:
+        agree_on_request(ranks, request)
+        check_rules(dtype, non_float)
+        check_bn(bn)
+        check_memory(memory)
+        way = check_io(io)
+        check_options(bn_estimator, amp, bn_batches)
+        assessment = Assessment(
+            evaluate, measure_all=evaluate_all, require=require, has_model=model is not None, measures=ranks.is_first
+        )
+        names = patterns(include), patterns(exclude)
+        selection = check_selection(
+            Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode)
+        )
+        reading = make_reading(state_key, ema, strip_prefix)
+        launch = launch_of() if ranks.size > 1 else None
+        target_device = choose_device(device, launch)
+        options = RefreshOptions(target_device, bn_estimator, bn_batches, amp, forward_batch)
+        workers = choose_threads(threads, launch)
+        discovery = discover(sources)
+        target = _check_output(output, discovery, overwrite=overwrite, notice=notice)
         rules = Rules(dtype, non_float, bn, model, data, assessment.is_wanted)
         ready = prepare(discovery, selection, reading, rules, stack, io=way, notice=notice)
         agree_on_files(ranks, ready.checkpoints)

@@ -36,40 +36,43 @@ class UnpublishedFile:
         # Set before the name exists, so that `close` removes it whenever a signal comes.
         self._hidden: Path | None = None
 
-    def open(self, size: int, *, named: bool = False) -> None:
-        """Creates the file and reserves its bytes.
+    def new_name(self) -> str:
+        """Returns a name for a hidden file beside the output."""
+        return _hidden_name(self.target).name
 
-        Args:
-            size: how many.
-            named: give it a hidden name at once, by which other processes can open it.
+    def take_name(self, name: str) -> None:
+        """Says under which hidden name the file will be, or is, so that `close` removes it."""
+        self._hidden = self.target.with_name(name)
+
+    def open(self, size: int) -> None:
+        """Creates the file and reserves its bytes.
 
         Raises:
             OutputError: the folder cannot be written, or has no room.
         """
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
         try:
-            if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd") and not named:
+            if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd") and self._hidden is None:
                 try:
                     self._fd = os.open(self.target.parent, flags | os.O_TMPFILE, 0o666)
                 except OSError as error:
                     if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
                         raise
             if self._fd < 0:
-                self._hidden = _hidden_name(self.target)
+                self._hidden = self._hidden or _hidden_name(self.target)
                 self._fd = os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         except OSError as error:
             raise _output_error(self.target, "its folder cannot be written", error) from error
         _reserve(self.target, self._fd, size)
 
-    def join(self, name: str) -> None:
-        """Opens the file that another process created under a hidden name beside the output.
+    def join(self) -> None:
+        """Opens the file that another process has created under its hidden name.
 
         Raises:
             OutputError: there is none here.
         """
-        self._hidden = self.target.with_name(name)
         try:
-            self._fd = os.open(self._hidden, os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+            self._fd = os.open(self.readable_path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise OutputError(
                 f"{self.target}: the file that rank 0 created beside it cannot be opened here: {error.strerror}. Write "

@@ -78,25 +78,40 @@ def refuse_other_batches(accounts: list[list[Any]]) -> None:
 
 
 def fingerprint(batch: Any) -> str:
-    """Returns a digest of the shapes of a batch's tensors, and of elements spread over each."""
+    """Returns a digest of what is in a batch: of tensors and arrays their shapes and elements spread over each."""
     digest = hashlib.sha256()
-    for tensor in _tensors(batch, _DEPTH):
-        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        if tensor.layout is torch.strided and tensor.numel():
-            flat = tensor.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
-            digest.update(bytes(some.view(torch.uint8).tolist()))
+    for leaf in _leaves(batch, _DEPTH):
+        digest.update(_bytes_of(leaf))
     return digest.hexdigest()
 
 
-def _tensors(batch: Any, depth: int) -> Iterator[torch.Tensor]:
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for item in batch.values():
-            yield from _tensors(item, depth)
+def _leaves(batch: Any, depth: int) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        for key, item in batch.items():
+            yield key
+            yield from _leaves(item, depth)
     elif isinstance(batch, (tuple, list)):
         for item in batch:
-            yield from _tensors(item, depth)
-    elif depth and hasattr(batch, "__dict__"):  # the batches of graph libraries
-        yield from _tensors(vars(batch), depth - 1)
+            yield from _leaves(item, depth)
+    elif depth and hasattr(batch, "__dict__") and not isinstance(batch, torch.Tensor):  # of graph libraries
+        yield from _leaves(vars(batch), depth - 1)
+    else:
+        yield batch
+
+
+def _bytes_of(leaf: Any) -> bytes:
+    if isinstance(leaf, (str, bytes, bool, int, float, complex)):
+        return repr(leaf).encode("utf-8", "backslashreplace")
+    if hasattr(leaf, "__array_interface__"):
+        try:
+            leaf = torch.from_numpy(leaf)
+        except (TypeError, ValueError):  # of text, or of objects
+            return f"{leaf.dtype}{leaf.shape}{leaf.ravel()[:_SAMPLE].tolist()!r}".encode("utf-8", "backslashreplace")
+    if not isinstance(leaf, torch.Tensor):
+        return type(leaf).__qualname__.encode()
+    about = f"{leaf.dtype}{list(leaf.shape)}".encode()
+    if leaf.layout is not torch.strided or not leaf.numel():
+        return about
+    flat = leaf.detach().resolve_conj().resolve_neg().reshape(-1)
+    some = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
+    return about + bytes(some.view(torch.uint8).tolist())

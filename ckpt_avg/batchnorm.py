@@ -145,7 +145,7 @@ def refresh_batch_norm(
     samples = done = 0
     kind = torch.device(device).type if device is not None else _device_type(model)
     autocast = torch.autocast(kind, getattr(torch, amp)) if amp != "off" else contextlib.nullcontext()
-    with measuring(model, layers, pools) as reached, torch.no_grad(), autocast:
+    with ranks.telling(), measuring(model, layers, pools) as reached, torch.no_grad(), autocast:
         share = BatchShare(fetch(batches, max_batches), ranks, max_batches)
         for batch in share:
             with blaming(f"moving batch {share.seen} to {device} raised:"):

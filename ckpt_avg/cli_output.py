@@ -44,14 +44,14 @@ def make_output(
     launch = launch_of()
     speaks = launch is None or launch.rank == 0
     files = SideFiles(sources, beside=output, overwrite=options["overwrite"])
-    if speaks:
-        files.check("--report", report, (".json",))
     unmet: RequirementError | None = None
     quiet = quiet or not speaks
     try:
         # What the user's code prints is no result of this command.
         with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress, _ranks(launch) as ranks:
             collect_from_here()
+            if speaks:
+                files.check("--report", report, (".json",))
             loaded = cli_options.load_all(app_dir, model=model, data=data, evaluate=evaluate)
             result = make(progress=progress, ranks=ranks, **loaded, **options)
     except RequirementError as error:

@@ -66,7 +66,7 @@ def say(text: str, *, err: bool = False) -> None:
 
 def _run(command: click.Command, arguments: Sequence[str]) -> int:
     # Of several ranks the first alone prints results; an error any may have.
-    silent = bool(arguments) and arguments[0] in ("average", "refresh-bn") and launched_rank()
+    silent = bool(arguments) and arguments[0] in ("average", "refresh-bn", "sweep") and launched_rank()
     as_json = "--json" in arguments and not silent
     try:
         # Not command.main(): it returns the code of an Exit as a value, and turns a closed pipe into exit 1.
@@ -78,7 +78,10 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        if launched_rank() is None:
+            error.show()
+        else:
+            say(f"{_label()}Error: {error.format_message()}", err=True)
         return _fail(type(error).__name__, error.format_message(), error.exit_code, as_json, show=False)
     except (KeyboardInterrupt, click.Abort):
         return _fail("Interrupted", f"interrupted; {_UNTOUCHED}", 130, as_json)
@@ -103,6 +106,11 @@ def error_json(kind: str, message: str, code: int) -> dict[str, object]:
     return {"kind": kind, "message": message, "exit_code": code}
 
 
+def _label() -> str:
+    rank = launched_rank()
+    return "" if rank is None else f"[rank {rank}] "
+
+
 def _fail(
     kind: str,
     message: str,
@@ -113,8 +121,7 @@ def _fail(
     known: Mapping[str, object] = MappingProxyType({}),
 ) -> int:
     if show:
-        rank = launched_rank()
-        say(f"Error: {message}" if rank is None else f"[rank {rank}] Error: {message}", err=True)
+        say(f"{_label()}Error: {message}", err=True)
     if as_json:
         say(json.dumps({**known, "error": error_json(kind, message, code)}, indent=2))
     return code

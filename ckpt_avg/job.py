@@ -116,6 +116,7 @@ def write_output(job: Job, accept: Callable[[BatchNormReport | None], None]) -> 
         if job.ranks.is_first:
             refuse_unreadable(unpublished.readable_path, job.ready.plan, unpublished.target)
             accept(report)
+            job.ranks.check()
             unpublished.publish(overwrite=job.overwrite)
         _finish(job)
     return report
@@ -162,4 +163,4 @@ def _finish(job: Job) -> None:
     except RankError as error:
         if not job.ranks.is_first:
             raise
-        job.progress.notice(f"the output is published, but {error}")
+        job.progress.notice(f"the output is published, but {job.ranks.failure or error}")

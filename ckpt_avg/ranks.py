@@ -7,8 +7,10 @@ or frozen when it has been silent for `SILENCE`. The main thread meets the other
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ _LAST_WORDS = 5.0  # seconds for which a rank that fails waits until the others 
 
 
 class Link(Protocol):
-    """Carries messages between rank 0 and each other rank. One thread uses it."""
+    """Carries messages between rank 0 and each other rank. One thread uses it for each pair of ranks."""
 
     def send(self, rank: int, message: dict[str, Any]) -> None:
         """Sends a message; raises ConnectionError if the other side is gone."""
@@ -44,32 +46,37 @@ class Failure:
     interrupted: bool = False
 
     def __str__(self) -> str:
-        return f"rank {self.rank} {self.reason}"
+        return f"rank {self.rank} {self.reason}".removesuffix(".")
 
 
 class Ranks:
     """The ranks as one of them sees them. Without a link it is the only one, and nothing waits or is sent.
 
+    Once a rank has failed, all of them have: whoever goes on joins again.
+
     Attributes:
         rank: this one's number, from 0.
         size: how many there are.
+        failure: what stops them, once it is known.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, link: Link | None = None) -> None:
         self.rank, self.size = rank, size
-        self._link = link
+        self.failure: Failure | None = None
         self._changed = threading.Condition()
         self._step = 0
         # Rank 0: what each rank has brought to a step. Others: what this one still has to send.
         self._brought: dict[int, Any] = {}
         self._answer: tuple[int, Any] | None = None
-        self._failure: Failure | None = None
         self._leaving = False
-        self._thread: threading.Thread | None = None
+        self._left: set[int] = set()
+        self._threads: list[threading.Thread] = []
         if link is not None:
-            talk = self._serve if rank == 0 else self._report
-            self._thread = threading.Thread(target=talk, args=(link,), name="ranks", daemon=True)
-            self._thread.start()
+            for peer in range(1, size) if rank == 0 else [0]:
+                talk = self._serve if rank == 0 else self._report
+                self._threads.append(threading.Thread(target=talk, args=(link, peer), name=f"rank {peer}", daemon=True))
+            for thread in self._threads:
+                thread.start()
 
     @property
     def is_first(self) -> bool:
@@ -88,22 +95,25 @@ class Ranks:
             The answer, on every rank.
 
         Raises:
-            RankError: another rank failed, or was lost, or is elsewhere.
+            RankError: another rank failed, or was lost, or has left, or is elsewhere.
         """
-        if self._link is None:
+        if not self._threads:
             return answer([value])
         with self._changed:
             self._step += 1
             self._brought[self.rank] = [self._step, step, value]
             self._changed.notify_all()
             if not self.is_first:
-                self._changed.wait_for(lambda: self._failure or (self._answer and self._answer[0] == self._step))
-                if self._answer is not None and self._answer[0] == self._step:
+                self._changed.wait_for(lambda: self.failure or self._has_answer() or self._left)
+                if self._answer is not None and self._has_answer():
                     return self._answer[1]
-                raise self._stopped()
-            self._changed.wait_for(lambda: self._failure or len(self._brought) == self.size)
-            if self._failure:
-                raise self._stopped()
+                self.failure = self.failure or Failure(0, "has left")
+                raise self.stopped()
+            self._changed.wait_for(lambda: self.failure or len(self._brought) == self.size or self._missing())
+            if len(self._brought) < self.size:
+                self.failure = self.failure or Failure(min(self._missing()), "has left")
+            if self.failure:
+                raise self.stopped()
             brought, self._brought = self._brought, {}
         places = sorted({f"{name!r} ({number})" for number, name, _ in brought.values()})
         if len(places) > 1:
@@ -116,8 +126,21 @@ class Ranks:
 
     def check(self) -> None:
         """Raises RankError if another rank is known to have failed."""
-        if self._failure is not None:
-            raise self._stopped()
+        if self.failure is not None and self.failure.rank != self.rank:
+            raise self.stopped()
+
+    def stopped(self) -> RankError:
+        """Returns the error of what is known to have failed."""
+        return RankError(f"{self.failure}. The output path is as it was, or complete if it had been published.")
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tells the other ranks of any exception inside, also where the caller goes on behind it."""
+        try:
+            yield
+        except BaseException as error:
+            self._tell(error)
+            raise
 
     def leave(self, error: BaseException | None) -> None:
         """Tells the others that this rank is done, or why it stops. After that it hears of them no more.
@@ -126,99 +149,101 @@ class Ranks:
             RankError: in place of an interruption that came because another rank had failed: launchers end the
                 others by a signal.
         """
-        if self._thread is None:
-            return
-        is_signal = error is not None and not isinstance(error, Exception)
+        if error is not None:
+            self._tell(error)
         with self._changed:
-            if is_signal:
-                self._changed.wait_for(lambda: self._failure, timeout=10 * _PULSE)
-            cause = self._failure
-            if error is not None and cause is None:
-                reason = "was interrupted" if is_signal else f"failed: {error}"
-                self._failure = Failure(self.rank, reason, interrupted=is_signal)
             self._leaving = True
             self._changed.notify_all()
-        self._thread.join(None if error is None else _LAST_WORDS)
-        if is_signal and not isinstance(error, KeyboardInterrupt) and cause is not None and not cause.interrupted:
-            raise self._stopped() from error
+        deadline = time.monotonic() + _LAST_WORDS
+        for thread in self._threads:
+            thread.join(None if error is None else max(0.0, deadline - time.monotonic()))
+        if error is not None and self.explains(error):
+            raise self.stopped() from error
 
-    def _stopped(self) -> RankError:
-        reason = str(self._failure).removesuffix(".")
-        return RankError(f"{reason}. The output path is as it was, or complete if it had been published.")
+    def explains(self, error: BaseException) -> bool:
+        """Whether an interruption of this rank came because another one had failed."""
+        is_signal = not isinstance(error, (Exception, KeyboardInterrupt))
+        known = self.failure
+        return is_signal and known is not None and known.rank != self.rank and not known.interrupted
 
-    def _fail(self, failure: Failure) -> None:
+    def _tell(self, error: BaseException) -> None:
+        is_signal = not isinstance(error, Exception)
         with self._changed:
-            self._failure = self._failure or failure
+            if is_signal and self._threads:
+                self._changed.wait_for(lambda: self.failure, timeout=10 * _PULSE)
+            if self.failure is None:
+                reason = "was interrupted" if is_signal else f"failed: {error}"
+                self.failure = Failure(self.rank, reason, interrupted=is_signal)
             self._changed.notify_all()
 
-    def _report(self, link: Link) -> None:
-        """The thread of every rank but 0."""
+    def _has_answer(self) -> bool:
+        return self._answer is not None and self._answer[0] == self._step
+
+    def _missing(self) -> set[int]:
+        """Returns the ranks that have left, and so will never bring what rank 0 waits for."""
+        return self._left - self._brought.keys()
+
+    def _lose(self, rank: int, error: ConnectionError) -> None:
+        with self._changed:
+            self.failure = self.failure or Failure(rank, f"was lost: {error}")
+            self._changed.notify_all()
+
+    def _report(self, link: Link, peer: int) -> None:
+        """The thread of every rank but 0: says what there is, and takes the reply, until this rank leaves."""
         told: int | None = None
+        heard: Failure | None = None
         while True:
             with self._changed:
-                if not self._leaving and not self._failure and self._step == told:
-                    self._changed.wait(_pulse(self.size))
-                leaving, failure = self._leaving, self._failure
+                if not self._leaving and self.failure == heard and self._step == told:
+                    self._changed.wait(max(_PULSE, self.size / 500))
+                leaving, heard = self._leaving, self.failure
                 brings = self._brought.get(self.rank) if self._step != told else None
                 told = self._step
             try:
-                link.send(0, {"failure": asdict(failure) if failure else None, "brings": brings, "leaves": leaving})
-                reply = link.receive(0)
+                link.send(peer, {"failure": heard and asdict(heard), "brings": brings, "leaves": leaving})
+                reply = link.receive(peer)
             except ConnectionError as error:
-                self._fail(Failure(0, f"was lost: {error}"))
+                self._lose(peer, error)
                 return
             with self._changed:
                 if reply["failure"]:
-                    self._failure = self._failure or Failure(**reply["failure"])
+                    self.failure = self.failure or Failure(**reply["failure"])
                 if reply["answer"]:
                     self._answer = tuple(reply["answer"])
+                if reply["leaves"]:
+                    self._left.add(peer)
                 self._changed.notify_all()
             if leaving:
                 return
-            if failure:  # known on both sides: only the leaving is still to be said
-                with self._changed:
-                    self._changed.wait_for(lambda: self._leaving, timeout=_pulse(self.size))
 
-    def _serve(self, link: Link) -> None:
-        """The thread of rank 0. It ends when all others have left, or know of a failure and this rank leaves too."""
-        present = set(range(1, self.size))
-        answered: dict[int, int] = {}
-        while present:
-            messages = {}
-            for rank in sorted(present):
-                try:
-                    messages[rank] = link.receive(rank)
-                except ConnectionError as error:  # noqa: PERF203 (each rank may be lost by itself)
-                    self._fail(Failure(rank, f"was lost: {error}"))
-                    present.remove(rank)
-            with self._changed:
-                for rank, message in messages.items():
-                    if message["failure"]:
-                        self._failure = self._failure or Failure(**message["failure"])
-                    if message["brings"]:
-                        self._brought[rank] = message["brings"]
-                    if message["leaves"]:
-                        present.discard(rank)
-                self._changed.notify_all()
-                failure, answer, leaving = self._failure, self._answer, self._leaving
-            for rank in messages:
-                is_new = answer is not None and answered.get(rank) != answer[0]
-                try:
-                    link.send(
-                        rank, {"failure": asdict(failure) if failure else None, "answer": answer if is_new else None}
-                    )
-                except ConnectionError as error:
-                    self._fail(Failure(rank, f"was lost: {error}"))
-                    present.discard(rank)
-                if answer is not None:
-                    answered[rank] = answer[0]
-            if leaving and failure:
+    def _serve(self, link: Link, peer: int) -> None:
+        """A thread of rank 0: hears one rank, and tells it what there is, until it leaves or knows of a failure."""
+        answered: int | None = None
+        while True:
+            try:
+                message = link.receive(peer)
+            except ConnectionError as error:
+                self._lose(peer, error)
                 return
-
-
-def _pulse(size: int) -> float:
-    """Returns seconds between messages, so that rank 0 hears no more than some hundred of them a second."""
-    return max(_PULSE, size / 500)
+            with self._changed:
+                if message["failure"]:
+                    self.failure = self.failure or Failure(**message["failure"])
+                if message["brings"]:
+                    self._brought[peer] = message["brings"]
+                if message["leaves"]:
+                    self._left.add(peer)
+                self._changed.notify_all()
+                failure, leaving = self.failure, self._leaving
+                answer = self._answer if self._answer and self._answer[0] != answered else None
+            try:
+                link.send(peer, {"failure": failure and asdict(failure), "answer": answer, "leaves": leaving})
+            except ConnectionError as error:
+                self._lose(peer, error)
+                return
+            if answer is not None:
+                answered = answer[0]
+            if message["leaves"] or (failure and leaving):
+                return
 
 
 def first_difference(values: Sequence[Any]) -> int | None:

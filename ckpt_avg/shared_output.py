@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_avg.atomic import UnpublishedFile, atomic_output
-from ckpt_avg.errors import OutputError
+from ckpt_avg.errors import CkptAvgError, OutputError
 from ckpt_avg.ranks import Ranks
 
 _TOKEN = 8  # bytes; no safetensors file is shorter
@@ -31,14 +31,16 @@ def shared_output(target: Path, size: int, ranks: Ranks) -> Iterator[Unpublished
         return
     file = UnpublishedFile(target)
     try:
-        token = secrets.token_bytes(_TOKEN)
+        # The name is known everywhere before there is a file of that name, so that any rank can remove it.
+        name, expected = ranks.exchange("output", None, lambda _: [file.new_name(), secrets.token_hex(_TOKEN)])
+        file.take_name(name)
         if ranks.is_first:
-            file.open(size, named=True)
-            file.write(token, 0)
+            file.open(size)
+            file.write(bytes.fromhex(expected), 0)
             file.sync()
-        name, expected = ranks.exchange("output", None, lambda _: [file.readable_path.name, token.hex()])
+        ranks.exchange("output created", None)
         if not ranks.is_first:
-            file.join(name)
+            file.join()
             if _first_bytes(file.readable_path).hex() != expected:
                 raise OutputError(
                     f"{target}: expected the file that rank 0 is writing, got another one on this rank. Write to "
@@ -46,6 +48,10 @@ def shared_output(target: Path, size: int, ranks: Ranks) -> Iterator[Unpublished
                 )
         ranks.exchange("output opened", None)
         yield file
+    except (CkptAvgError, OSError):
+        # Where another rank has failed, the others remove the file, and what that leads to here is not the cause.
+        ranks.check()
+        raise
     finally:
         file.close()
 

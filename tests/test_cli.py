@@ -926,7 +926,14 @@ LAYERS = (
         "ckpt_avg.record",
     ),
     ("ckpt_avg.rounding", "ckpt_avg.spec"),
-    ("ckpt_avg.atomic", "ckpt_avg.control_groups", "ckpt_avg.launch", "ckpt_avg.moments", "ckpt_avg.ranks"),
+    (
+        "ckpt_avg.atomic",
+        "ckpt_avg.control_groups",
+        "ckpt_avg.launch",
+        "ckpt_avg.meeting",
+        "ckpt_avg.moments",
+        "ckpt_avg.ranks",
+    ),
     (
         "ckpt_avg.devices",
         "ckpt_avg.exits",

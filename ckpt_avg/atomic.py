@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ckpt_avg.errors import OutputError, UsageError
 from ckpt_avg.messages import size as readable_size
+from ckpt_avg.storage import start_writing
 
 # Bytes given to the system at a time. More at once lets the page cache take blocks so large that they may have to be
 # made, or fetched from a virtual machine's host, first: measured up to 20 times slower.
@@ -91,12 +92,14 @@ class UnpublishedFile:
             OutputError: the system refused.
         """
         rest = memoryview(contents).cast("B")
+        begin, length = offset, len(rest)
         while len(rest):
             try:
                 count = self._write_some(rest[:_PIECE], offset)
             except OSError as error:
                 raise _output_error(self.target, "writing failed", error) from error
             rest, offset = rest[count:], offset + count
+        start_writing(self._fd, begin, length)
 
     def _write_some(self, contents: memoryview, offset: int) -> int:
         if hasattr(os, "pwrite"):

@@ -140,7 +140,7 @@ def _write_mean(job: Job, unpublished: UnpublishedFile) -> None:
         plan,
         _write_at(unpublished, len(job.header)),
         budget=divide_memory(
-            job.memory, threads=job.threads, checkpoints=len(job.ready.checkpoints), device=job.device
+            job.memory, plan, threads=job.threads, checkpoints=len(job.ready.checkpoints), device=job.device
         ),
         device=job.device,
         allow_nonfinite=job.allow_nonfinite,

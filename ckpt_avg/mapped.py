@@ -17,7 +17,6 @@ network, where each page fault is a round trip, and for windows too small to be 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import functools
@@ -33,14 +32,14 @@ from typing import Any, Literal
 from ckpt_avg.descriptors import Descriptor, park_idle
 from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError, UsageError
 from ckpt_avg.messages import quote, size
-from ckpt_avg.storage import remote_kind
+from ckpt_avg.storage import prefetch, remote_kind
 
 IO = Literal["auto", "mmap", "pread"]
 
 _WAYS: dict[str, IO] = {"auto": "auto", "mmap": "mmap", "pread": "pread"}
 
 _MADV_POPULATE_READ = 22
-_SMALL = 64 * 1024  # bytes below which copying is cheaper than mapping
+_SMALL = 512 * 1024  # bytes below which copying is cheaper than mapping, faulting in and unmapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +90,8 @@ class MappedFile:
 
     def prefetch(self, offset: int, length: int) -> None:
         """Asks the system to bring a range into memory meanwhile. A window of it may then be had without waiting."""
-        if hasattr(os, "posix_fadvise"):
-            # Only a hint; reading will say what is wrong.
-            with contextlib.suppress(OSError), self._descriptor.use() as fd:
-                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+        with self._descriptor.use() as fd:
+            prefetch(fd, offset, length)
 
     def read(self, offset: int, length: int) -> bytes:
         """Returns exactly ``length`` bytes from ``offset``.

@@ -24,10 +24,12 @@ from ckpt_avg.plan import Piece, Plan
 from ckpt_avg.readers import Checkpoint
 from ckpt_avg.runs import Run
 
-# Elements summed at a time: float64 sum and widened input, 1 MiB together, stay in a core's second-level cache.
-_CHUNK = 64 * 1024
+# Elements summed at a time: few enough for the float64 sum and the widened input, 2 MiB together, to stay near a core,
+# and enough to outweigh the calls.
+_CHUNK = 128 * 1024
 _CUDA_CHUNK = 1024 * 1024  # there a chunk must outweigh the launch of a kernel
-_WINDOW = 4 * 1024 * 1024  # a task of more elements gains nothing and shares the work out less evenly
+_WINDOW = 8 * 1024 * 1024  # a task of more elements gains nothing
+_TASKS = 2  # for each worker at least, so that none is left over with much to do
 
 DEFAULT_MEMORY = 128 * 2**20
 _LEAST_MEMORY = 2**20
@@ -57,17 +59,24 @@ def check_memory(memory: int) -> None:
         raise UsageError(f"--memory: expected {_LEAST_MEMORY:,} or more, got {memory:,}.")
 
 
-def divide_memory(memory: int, *, threads: int, checkpoints: int, device: torch.device) -> Budget:
+def divide_memory(memory: int, plan: Plan, *, threads: int, checkpoints: int, device: torch.device) -> Budget:
     """Divides ``memory`` bytes between the workers.
 
-    Each holds, for every element of its window, up to 8 bytes of each checkpoint and of the output, and for every
-    element of its chunk a sum and a widened input (32 bytes, since a complex element has two parts). The same budget
-    therefore holds whatever the number of checkpoints: their windows get smaller.
+    Each holds, for every element of its window, its bytes in each checkpoint and in the output, and for every element
+    of its chunk a sum and a widened input (32 bytes, since a complex element has two parts). The same budget therefore
+    holds whatever the number of checkpoints: their windows get smaller.
     """
     each = memory // threads
     chunk = max(LEAST_CHUNK, min(_CHUNK if device.type == "cpu" else _CUDA_CHUNK, each // 64))
-    window = max(LEAST_CHUNK, min(_WINDOW, (each - 32 * chunk) // (8 * (checkpoints + 1))))
+    share = max(chunk, sum(tensor.numel for tensor in plan.tensors) // (_TASKS * threads))
+    window = max(LEAST_CHUNK, min(_WINDOW, share, (each - 32 * chunk) // _bytes_of_element(plan, checkpoints)))
     return Budget(threads, min(chunk, window), window)
+
+
+def _bytes_of_element(plan: Plan, checkpoints: int) -> int:
+    """Returns what one element takes in all that is read of it, and in the output: of what is copied one is read."""
+    kinds = {(tensor.source_dtype, tensor.dtype, tensor.rule == "mean") for tensor in plan.tensors}
+    return max((checkpoints if is_mean else 1) * source.itemsize + target.itemsize for source, target, is_mean in kinds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 
 from ckpt_avg.averager import Averager
 from ckpt_avg.mean import divide_memory
-from ckpt_avg.plan import OutputTensor, Piece
+from ckpt_avg.plan import OutputTensor, Piece, Plan
 from ckpt_avg.runs import Run
 from ckpt_avg.spec import BY_TORCH_NAME
 
@@ -58,7 +58,8 @@ def rate(device: torch.device, threads: int, memory: int) -> float:
         torch.set_num_threads(1)
         averager.average(run, inputs, torch.empty(_ELEMENTS))
 
-    chunk = divide_memory(memory, threads=threads, checkpoints=_INPUTS, device=device).chunk
+    plan = Plan((tensor,), (), _INPUTS)
+    chunk = divide_memory(memory, plan, threads=threads, checkpoints=_INPUTS, device=device).chunk
     averagers = [Averager(device, chunk, (), allow_nonfinite=True) for _ in range(threads)]
     before = torch.get_num_threads()
     try:

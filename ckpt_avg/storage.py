@@ -1,8 +1,10 @@
-"""What kind of storage a file lies on, as far as that decides how to read it."""
+"""What is asked of the storage beyond reading and writing: what kind it is, and to begin before it must."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import sys
 
 # The numbers of file systems that fetch pages over a network, or ask another process for each of them: linux/magic.h,
@@ -30,9 +32,32 @@ _REMOTE = {
     0xAAD7AAEA: "PanFS",
 }
 
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+def prefetch(descriptor: int, offset: int, length: int) -> None:
+    """Asks the system to bring a range into memory meanwhile, unless it is there. Only a hint: it never fails."""
+    if not length or not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(OSError):
+        if hasattr(os, "RWF_NOWAIT"):
+            with contextlib.suppress(OSError):  # EAGAIN: not in memory, or a file system that cannot tell
+                os.preadv(descriptor, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT)
+                return
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+
 if sys.platform == "linux":
     _LIBC = ctypes.CDLL(None, use_errno=True)
     _LIBC.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    _LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+    def start_writing(descriptor: int, offset: int, length: int) -> None:
+        """Asks the system to begin bringing a range to the disk, so that the fsync in the end finds little left.
+
+        What that meets is for fsync to tell: nothing is returned.
+        """
+        _LIBC.sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)
 
     def remote_kind(descriptor: int) -> str | None:
         """Returns the name of the network or user-space file system that an open file lies on; None if it is local."""
@@ -42,6 +67,9 @@ if sys.platform == "linux":
         return _REMOTE.get(status[0] & 0xFFFFFFFF)
 
 else:
+
+    def start_writing(descriptor: int, offset: int, length: int) -> None:
+        """Does nothing: here the system has no such call."""
 
     def remote_kind(descriptor: int) -> str | None:
         """Returns None: here the system is not asked."""

@@ -100,7 +100,7 @@ def _average(ready: Prepared, windows: Sequence[Window], work: Work) -> list[Mem
         Target(range(window.members.start - first, window.members.stop - first), output.write)
         for window, output in zip(windows, outputs, strict=True)
     ]
-    budget = divide_memory(work.memory, threads=work.threads, checkpoints=len(needed), device=work.device)
+    budget = divide_memory(work.memory, ready.plan, threads=work.threads, checkpoints=len(needed), device=work.device)
     work.progress.start(sum(checkpoint.spec.nbytes for checkpoint in needed))
     write_means(
         needed,

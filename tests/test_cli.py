@@ -925,7 +925,7 @@ LAYERS = (
         "ckpt_avg.messages",
         "ckpt_avg.record",
     ),
-    ("ckpt_avg.rounding", "ckpt_avg.spec"),
+    ("ckpt_avg.rounding", "ckpt_avg.spec", "ckpt_avg.storage", "ckpt_avg.sums"),
     (
         "ckpt_avg.atomic",
         "ckpt_avg.control_groups",
@@ -942,7 +942,6 @@ LAYERS = (
         "ckpt_avg.descriptors",
         "ckpt_avg.shared_output",
     ),
-    ("ckpt_avg.storage", "ckpt_avg.sums"),
     ("ckpt_avg.progress", "ckpt_avg.undisturbed"),
     ("ckpt_avg.mapped",),
     ("ckpt_avg.memory_file", "ckpt_avg.user_code"),

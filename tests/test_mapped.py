@@ -454,7 +454,7 @@ def test_threads_share_a_file(file: MappedFile) -> None:
 
 def test_its_repr(file: MappedFile) -> None:
     assert repr(file).startswith("MappedFile(")
-    assert repr(file).endswith("192.8 KiB)")
+    assert repr(file).endswith("1.5 MiB)")
 
 
 # --- how windows come --------------------------------------------------------------------------------------
@@ -495,21 +495,6 @@ def test_maps_need_a_kernel_that_can_fault_them_in(path: Path, monkeypatch: pyte
             opened.read_by("mmap")
         opened.read_by("auto")
         assert isinstance(opened.window(0, SMALL).buffer, bytearray)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_prefetching_is_a_hint_and_never_fails(path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    asked: list[tuple[int, int]] = []
-
-    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
-        asked.append((offset, length))
-        if fails:
-            raise OSError(errno.ESPIPE, "no")
-
-    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
-    with MappedFile(path) as opened:
-        opened.prefetch(5, SMALL)
-    assert asked == [(5, SMALL)]
 
 
 @pytest.mark.parametrize("io", ["auto", "mmap", "pread"])

@@ -162,7 +162,7 @@ def test_holds_the_tensors_of_the_file_that_average_writes(tmp_path: Path, dtype
         opened,
         plan,
         [Target(window, output.write) for window, output in zip(windows, outputs, strict=True)],
-        budget=divide_memory(2**20, threads=2, checkpoints=3, device=CPU),
+        budget=divide_memory(2**20, plan, threads=2, checkpoints=3, device=CPU),
         device=CPU,
     )
     for checkpoint in opened:

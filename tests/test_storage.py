@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from ckpt_avg import storage
 from ckpt_avg.mapped import MappedFile
-from ckpt_avg.storage import remote_kind
+from ckpt_avg.storage import prefetch, remote_kind, start_writing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked")
 
@@ -49,11 +50,11 @@ def test_the_numbers_of_network_file_systems(
     monkeypatch.setattr(storage, "_LIBC", Kernel)
     assert remote_kind(0) == name
     path = tmp_path / "file"
-    path.write_bytes(bytes(200_000))
+    path.write_bytes(bytes(600_000))
     with MappedFile(path) as file:
-        assert isinstance(file.window(0, 200_000).buffer, bytearray) == (name is not None)
+        assert isinstance(file.window(0, 600_000).buffer, bytearray) == (name is not None)
         file.read_by("mmap")
-        assert not isinstance(file.window(0, 200_000).buffer, bytearray)
+        assert not isinstance(file.window(0, 600_000).buffer, bytearray)
 
 
 def test_the_first_field_is_where_it_is_looked_for(tmp_path: Path) -> None:
@@ -65,3 +66,55 @@ def test_the_first_field_is_where_it_is_looked_for(tmp_path: Path) -> None:
     storage._LIBC.fstatfs(descriptor, ctypes.byref(status))
     os.close(descriptor)
     assert status[0] & 0xFFFFFFFF == 0x01021994  # TMPFS_MAGIC
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs preadv2")
+@pytest.mark.parametrize("answer", ["there", "elsewhere", "unknown"])
+@pytest.mark.parametrize("advised", [True, False])
+def test_only_what_is_not_in_memory_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str, advised: bool
+) -> None:
+    """Asking for what is there costs a look at each page; a hint that is refused must not end the run."""
+    asked: list[tuple[int, int]] = []
+
+    def read(descriptor: int, buffers: object, offset: int, flags: int) -> int:
+        assert (offset, flags) == (5 + 1000 - 1, os.RWF_NOWAIT)
+        if answer == "there":
+            return 1
+        raise OSError(errno.EAGAIN if answer == "elsewhere" else errno.EOPNOTSUPP, "no")
+
+    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+        asked.append((offset, length))
+        if not advised:
+            raise OSError(errno.ESPIPE, "no")
+
+    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    prefetch(0, 5, 1000)
+    prefetch(0, 5, 0)
+    assert asked == ([] if answer == "there" else [(5, 1000)])
+
+
+def test_what_was_prefetched_is_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3_000_000))
+    with MappedFile(path) as file:
+        file.prefetch(1, 2_999_999)
+        file.prefetch(0, 0)
+        assert file.read(1, 100) == path.read_bytes()[1:101]
+
+
+def test_writing_can_be_begun_anywhere(tmp_path: Path) -> None:
+    """Whatever the file system answers, what was written stands there."""
+    for folder in (tmp_path, Path("/dev/shm")):
+        if folder.is_dir():
+            path = folder / f"ckpt-avg-{os.getpid()}"
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                os.pwrite(descriptor, b"x" * 10_000, 3)
+                start_writing(descriptor, 3, 10_000)
+                start_writing(descriptor, 0, 0)
+                assert path.read_bytes() == b"\0\0\0" + b"x" * 10_000
+            finally:
+                os.close(descriptor)
+                path.unlink()

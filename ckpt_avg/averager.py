@@ -86,7 +86,7 @@ class Averager:
         if run.source_dtype.torch_name == "float64":
             mean = mean_of_float64(chunk, count)
         else:
-            mean = mean_of_narrower(chunk, count, len(inputs), buffers.total, buffers.wide)
+            mean = mean_of_narrower(chunk, count, len(inputs), buffers.total, buffers.wide, buffers.single)
         # One number tells of any NaN or Inf: it costs 1/N of looking at every input.
         if not self._allow_nonfinite and not math.isfinite(mean.sum().item()):
             bad = mean.isfinite().logical_not_()
@@ -101,10 +101,11 @@ class Averager:
 
 
 class _Buffers:
-    """What lies on the device: the way there, the accumulator and a widened input, float64, for one chunk."""
+    """What lies on the device: the way there, the accumulator and an input widened once or twice, for one chunk."""
 
     def __init__(self, device: torch.device, chunk: int) -> None:
         self.staging = Staging(device, chunk * 8)
         with self.staging.context():  # a complex element is two real ones
             self.total = torch.empty(2 * chunk, dtype=torch.float64, device=device)
             self.wide = torch.empty(2 * chunk, dtype=torch.float64, device=device)
+            self.single = torch.empty(2 * chunk, dtype=torch.float32, device=device)

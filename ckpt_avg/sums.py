@@ -42,7 +42,7 @@ def mean_of_float64(chunk: Chunk, count: torch.Tensor) -> torch.Tensor:
 
 
 def mean_of_narrower(
-    chunk: Chunk, count: torch.Tensor, number: int, total: torch.Tensor, wide: torch.Tensor
+    chunk: Chunk, count: torch.Tensor, number: int, total: torch.Tensor, wide: torch.Tensor, single: torch.Tensor
 ) -> torch.Tensor:
     """Returns means of inputs below float64, which no number of finite ones can make overflow.
 
@@ -51,19 +51,20 @@ def mean_of_narrower(
         count: the number of inputs, as a float64 tensor on the device.
         number: the same.
         total, wide: float64 buffers of at least as many elements; the result lies in ``total``.
+        single: a float32 buffer of the same size.
     """
     first = chunk(0)
-    total, wide = total[: first.numel()], wide[: first.numel()]
-    total.copy_(_widened(first))
+    total, wide, single = (buffer[: first.numel()] for buffer in (total, wide, single))
+
+    def widened(values: torch.Tensor) -> torch.Tensor:
+        # Processors widen float16 in two steps; torch on a CPU does it one by one if asked for both.
+        return single.copy_(values) if values.dtype == torch.float16 else values
+
+    total.copy_(widened(first))
     for index in range(1, number):
-        total.add_(wide.copy_(_widened(chunk(index))))
+        total.add_(wide.copy_(widened(chunk(index))))
     # By a tensor on the device: CUDA multiplies by the reciprocal of a Python number.
     return total.div_(count)
-
-
-def _widened(values: torch.Tensor) -> torch.Tensor:
-    """Returns float16 as float32, since processors widen in these two steps, and torch one by one if asked for both."""
-    return values.float() if values.dtype == torch.float16 and not values.is_cuda else values
 
 
 def as_real(values: torch.Tensor) -> torch.Tensor:

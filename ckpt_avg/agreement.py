@@ -70,6 +70,21 @@ def agree_on_files(ranks: Ranks, checkpoints: Sequence[Checkpoint]) -> None:
         raise CheckpointFormatError(f"{difference}. Put the checkpoints on storage that all ranks share, or copy them.")
 
 
+def agree_on_header(ranks: Ranks, header: bytes) -> None:
+    """Compares the header that each rank has planned: where its own share of the file begins depends on it.
+
+    Raises:
+        CheckpointFormatError: they differ.
+    """
+    digest = hashlib.sha256(header).hexdigest()
+    rank = ranks.exchange("header", digest, first_difference)
+    if rank is not None:
+        raise CheckpointFormatError(
+            f"expected the same plan on all ranks, got another one on rank {rank} than on rank 0: they see different "
+            "checkpoints. Put these on storage that all ranks share, or copy them."
+        )
+
+
 def _paths(seen: list[list[str]]) -> str:
     return listing(quote(path) for path, _ in seen)
 

@@ -101,6 +101,23 @@ class UnpublishedFile:
             rest, offset = rest[count:], offset + count
         start_writing(self._fd, begin, length)
 
+    def read(self, length: int, offset: int) -> bytes:
+        """Returns what stands there, of no more than these bytes, as far as this process can see it.
+
+        Raises:
+            OutputError: the system refused.
+        """
+        try:
+            return os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise _output_error(self.target, "reading failed", error) from error
+
+    def forget(self) -> None:
+        """Lets go of what the system holds of the file in memory: other machines have written to it meanwhile."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # a hint
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def _write_some(self, contents: memoryview, offset: int) -> int:
         if hasattr(os, "pwrite"):
             return os.pwrite(self._fd, contents, offset)
@@ -182,7 +199,7 @@ class UnpublishedFile:
         """Closes the file and removes its hidden name; unpublished, it is gone."""
         self._close_descriptor()
         if self._hidden is not None:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # gone, or out of reach: why is no news beside what led here
                 os.unlink(self._hidden)
             self._hidden = None
 

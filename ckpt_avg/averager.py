@@ -51,6 +51,8 @@ class Averager:
             torch.OutOfMemoryError: the device has no room for even the smallest chunk.
         """
         while not self._has_averaged(run, inputs, output):
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # a copy into the buffers may be on its way
             self._buffers = None
             self._chunk = max(LEAST_CHUNK, self._chunk // 8)
             torch.cuda.empty_cache()

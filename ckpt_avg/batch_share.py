@@ -8,7 +8,10 @@ it is, the first batches tell.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import io
+import pickle
+import secrets
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -18,7 +21,6 @@ from ckpt_avg.errors import UserCodeError
 from ckpt_avg.ranks import Ranks, first_difference
 
 _SAMPLE = 4096  # elements of a tensor that are looked at
-_DEPTH = 3  # objects within objects
 
 
 class BatchShare:
@@ -78,40 +80,32 @@ def refuse_other_batches(accounts: list[list[Any]]) -> None:
 
 
 def fingerprint(batch: Any) -> str:
-    """Returns a digest of what is in a batch: of tensors and arrays their shapes and elements spread over each."""
-    digest = hashlib.sha256()
-    for leaf in _leaves(batch, _DEPTH):
-        digest.update(_bytes_of(leaf))
-    return digest.hexdigest()
+    """Returns a digest of what is in a batch: of tensors and arrays their shapes and elements spread over each.
+
+    What cannot be looked into gets one that no other rank has: each then runs all of its own, which is never wrong.
+    """
+    contents = io.BytesIO()
+    pickler = _Sampler(contents)
+    pickler.fast = True  # without references to what came before, which tell of identity and not of contents
+    try:
+        pickler.dump(batch)
+    except Exception:  # whatever an object's own code raises
+        return secrets.token_hex(32)
+    return hashlib.sha256(contents.getbuffer()).hexdigest()
 
 
-def _leaves(batch: Any, depth: int) -> Iterator[Any]:
-    if isinstance(batch, Mapping):
-        for key, item in batch.items():
-            yield key
-            yield from _leaves(item, depth)
-    elif isinstance(batch, (tuple, list)):
-        for item in batch:
-            yield from _leaves(item, depth)
-    elif depth and hasattr(batch, "__dict__") and not isinstance(batch, torch.Tensor):  # of graph libraries
-        yield from _leaves(vars(batch), depth - 1)
-    else:
-        yield batch
+class _Sampler(pickle.Pickler):
+    """Writes an object with samples in place of its tensors and arrays, wherever they are in it. Nobody reads it."""
 
-
-def _bytes_of(leaf: Any) -> bytes:
-    if isinstance(leaf, (str, bytes, bool, int, float, complex)):
-        return repr(leaf).encode("utf-8", "backslashreplace")
-    if hasattr(leaf, "__array_interface__"):
-        try:
-            leaf = torch.from_numpy(leaf)
-        except (TypeError, ValueError):  # of text, or of objects
-            return f"{leaf.dtype}{leaf.shape}{leaf.ravel()[:_SAMPLE].tolist()!r}".encode("utf-8", "backslashreplace")
-    if not isinstance(leaf, torch.Tensor):
-        return type(leaf).__qualname__.encode()
-    about = f"{leaf.dtype}{list(leaf.shape)}".encode()
-    if leaf.layout is not torch.strided or not leaf.numel():
-        return about
-    flat = leaf.detach().resolve_conj().resolve_neg().reshape(-1)
-    some = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
-    return about + bytes(some.view(torch.uint8).tolist())
+    def persistent_id(self, obj: Any) -> bytes | None:
+        values = obj
+        if hasattr(obj, "__array_interface__") and not isinstance(obj, type):
+            try:
+                values = torch.from_numpy(obj)
+            except (TypeError, ValueError):  # of text or objects, or no array of numpy
+                return None
+        if not isinstance(values, torch.Tensor) or values.layout is not torch.strided or values.is_nested:
+            return None
+        flat = values.detach().resolve_conj().resolve_neg().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
+        return f"{values.dtype}{list(values.shape)}".encode() + bytes(some.view(torch.uint8).tolist())

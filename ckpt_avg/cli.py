@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,9 +21,6 @@ from ckpt_avg.cli_output import collect_from_here, make_output, show
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.exits import run, say
 from ckpt_avg.launch import launch_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -70,7 +70,7 @@ class Descriptor:
         finally:
             with self._lock:
                 self._users -= 1
-                is_idle = self._users == 0
+                is_idle = self._users == 0 and not self._is_closed
             if is_idle:
                 _rest(self)
 
@@ -89,9 +89,12 @@ class Descriptor:
 
     def park(self) -> None:
         """Closes the file until it is used again, unless it is being used."""
-        with self._lock:
-            if self._users == 0:
-                self._close()
+        if self._lock.acquire(blocking=False):  # whoever holds it is using the file, or about to
+            try:
+                if self._users == 0:
+                    self._close()
+            finally:
+                self._lock.release()
 
     def _close(self) -> None:
         if self._fd >= 0:
@@ -157,8 +160,9 @@ else:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 2 * _MOST if hard == resource.RLIM_INFINITY else min(2 * _MOST, hard)
         if soft != resource.RLIM_INFINITY and count > soft // 2 and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
+            with contextlib.suppress(OSError, ValueError):  # not here; then fewer stay open
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                soft = wanted
         return _MOST if soft == resource.RLIM_INFINITY else min(_MOST, soft // 2)
 
 

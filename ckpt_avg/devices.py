@@ -81,6 +81,8 @@ class Staging:
         if device.type == "cuda":
             self._compute, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
             self._slots = [_Slot(device, nbytes) for _ in range(2)]
+            for stream in (self._compute, self._copies):  # the buffers' memory may still be in use there
+                stream.wait_stream(torch.cuda.current_stream(device))
 
     def context(self) -> contextlib.AbstractContextManager[object]:
         """Makes the worker's stream of computation current, where there is one."""
@@ -114,4 +116,4 @@ class _Slot:
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         self.on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.copied, self.used = torch.cuda.Event(), torch.cuda.Event()
+        self.copied, self.used = torch.cuda.Event(blocking=True), torch.cuda.Event()

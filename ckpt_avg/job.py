@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ckpt_avg.agreement import agree_on_header
 from ckpt_avg.assessment import Assessment, name_of_average
 from ckpt_avg.atomic import UnpublishedFile
 from ckpt_avg.batchnorm import BatchNormReport
@@ -91,6 +92,7 @@ def write_output(job: Job, accept: Callable[[BatchNormReport | None], None]) -> 
     """
     job.assessment.measure_checkpoints(job.ready.checkpoints)
     report: BatchNormReport | None = None
+    agree_on_header(job.ranks, job.header)
     with shared_output(job.target, len(job.header) + job.ready.plan.nbytes, job.ranks) as unpublished:
 
         def weights() -> dict[str, torch.Tensor]:
@@ -140,7 +142,12 @@ def _write_mean(job: Job, unpublished: UnpublishedFile) -> None:
         plan,
         _write_at(unpublished, len(job.header)),
         budget=divide_memory(
-            job.memory, plan, threads=job.threads, checkpoints=len(job.ready.checkpoints), device=job.device
+            job.memory,
+            plan,
+            parts=ranks.size,
+            threads=job.threads,
+            checkpoints=len(job.ready.checkpoints),
+            device=job.device,
         ),
         device=job.device,
         allow_nonfinite=job.allow_nonfinite,
@@ -150,6 +157,8 @@ def _write_mean(job: Job, unpublished: UnpublishedFile) -> None:
     if ranks.size > 1:
         unpublished.sync()
     ranks.exchange("mean", None)
+    if ranks.size > 1:
+        unpublished.forget()
 
 
 def _write_at(unpublished: UnpublishedFile, begin: int) -> Callable[[memoryview, int], None]:

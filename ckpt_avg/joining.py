@@ -46,6 +46,7 @@ def join_ranks(group: distributed.ProcessGroup | None = None) -> Iterator[Ranks]
         1
     """
     ranks = Ranks()
+    first: BaseException | None = None
     try:
         with contextlib.ExitStack() as stack:
             if group is None and not (distributed.is_available() and distributed.is_initialized()):
@@ -58,6 +59,7 @@ def join_ranks(group: distributed.ProcessGroup | None = None) -> Iterator[Ranks]
             try:
                 yield ranks
             except BaseException as error:
+                first = error
                 ranks.leave(error)
                 raise
             ranks.leave(None)
@@ -65,6 +67,8 @@ def join_ranks(group: distributed.ProcessGroup | None = None) -> Iterator[Ranks]
         # A launcher's signal that comes while this rank stops does not take the place of why it stops.
         if ranks.explains(error):
             raise ranks.stopped() from error
+        if first is not None and not isinstance(error, Exception):
+            raise first from (None if error is first else error)
         raise
 
 

@@ -34,9 +34,8 @@ def launch_of(environment: Mapping[str, str] = os.environ) -> Launch | None:
         return None
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     try:
-        rank, size, local_rank, local_size = (
-            int(environment.get(name, default)) for name, default in zip(names, ("0", "1", "0", "1"), strict=True)
-        )
+        rank, size, local_rank = (int(environment.get(name, "0")) for name in names[:3])
+        local_size = int(environment.get("LOCAL_WORLD_SIZE", local_rank + 1))  # not every launcher tells
     except ValueError:
         rank, size, local_rank, local_size = -1, 0, 0, 0
     if not 0 <= rank < size or not 0 <= local_rank < local_size:

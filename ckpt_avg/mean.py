@@ -59,8 +59,10 @@ def check_memory(memory: int) -> None:
         raise UsageError(f"--memory: expected {_LEAST_MEMORY:,} or more, got {memory:,}.")
 
 
-def divide_memory(memory: int, plan: Plan, *, threads: int, checkpoints: int, device: torch.device) -> Budget:
-    """Divides ``memory`` bytes between the workers.
+def divide_memory(
+    memory: int, plan: Plan, *, threads: int, checkpoints: int, device: torch.device, parts: int = 1
+) -> Budget:
+    """Divides ``memory`` bytes between the workers, of whom each of ``parts`` processes has so many ``threads``.
 
     Each holds, for every element of its window, its bytes in each checkpoint and in the output, and for every element
     of its chunk a sum and a widened input (32 bytes, since a complex element has two parts). The same budget therefore
@@ -68,7 +70,7 @@ def divide_memory(memory: int, plan: Plan, *, threads: int, checkpoints: int, de
     """
     each = memory // threads
     chunk = max(LEAST_CHUNK, min(_CHUNK if device.type == "cpu" else _CUDA_CHUNK, each // 64))
-    share = max(chunk, sum(tensor.numel for tensor in plan.tensors) // (_TASKS * threads))
+    share = max(chunk, sum(tensor.numel for tensor in plan.tensors) // (_TASKS * threads * parts))
     window = max(LEAST_CHUNK, min(_WINDOW, share, (each - 32 * chunk) // _bytes_of_element(plan, checkpoints)))
     return Budget(threads, min(chunk, window), window)
 

@@ -48,7 +48,7 @@ def choose_by_race(
 
 
 def rate(device: torch.device, threads: int, memory: int) -> float:
-    """Returns input bytes per second that so many workers average on a device; 0 where it has no room."""
+    """Returns input bytes per second that so many workers average on a device; 0 where it cannot."""
     dtype = BY_TORCH_NAME["float32"]
     tensor = OutputTensor("w", (_ELEMENTS,), dtype, dtype, "mean", 0, _ELEMENTS)
     run = Run((Piece(tensor, 0, _ELEMENTS),))
@@ -67,7 +67,7 @@ def rate(device: torch.device, threads: int, memory: int) -> float:
             list(pool.map(work, averagers))  # allocations, kernels and pages that are needed once
             start = time.perf_counter()
             list(pool.map(work, averagers))
-    except torch.OutOfMemoryError:
+    except RuntimeError:  # no room, or no CUDA after all: then it has lost
         return 0.0
     finally:
         torch.set_num_threads(before)

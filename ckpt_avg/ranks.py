@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from ckpt_avg.errors import RankError
+from ckpt_avg.errors import CkptAvgError, RankError
 
 SILENCE = 120.0  # seconds; a rank may hold the interpreter for long, in an import or in the user's code
 _PULSE = 0.1  # seconds between two messages of a rank that has nothing to say
@@ -172,7 +172,8 @@ class Ranks:
             if is_signal and self._threads:
                 self._changed.wait_for(lambda: self.failure, timeout=10 * _PULSE)
             if self.failure is None:
-                reason = "was interrupted" if is_signal else f"failed: {error}"
+                text = str(error) if isinstance(error, CkptAvgError) else f"{type(error).__name__}: {error}"
+                reason = "was interrupted" if is_signal else f"failed: {text}"
                 self.failure = Failure(self.rank, reason, interrupted=is_signal)
             self._changed.notify_all()
 
@@ -183,9 +184,10 @@ class Ranks:
         """Returns the ranks that have left, and so will never bring what rank 0 waits for."""
         return self._left - self._brought.keys()
 
-    def _lose(self, rank: int, error: ConnectionError) -> None:
+    def _lose(self, rank: int, error: Exception) -> None:
+        reason = str(error) if isinstance(error, ConnectionError) else f"{type(error).__name__}: {error}"
         with self._changed:
-            self.failure = self.failure or Failure(rank, f"was lost: {error}")
+            self.failure = self.failure or Failure(rank, f"was lost: {reason}")
             self._changed.notify_all()
 
     def _report(self, link: Link, peer: int) -> None:
@@ -202,7 +204,7 @@ class Ranks:
             try:
                 link.send(peer, {"failure": heard and asdict(heard), "brings": brings, "leaves": leaving})
                 reply = link.receive(peer)
-            except ConnectionError as error:
+            except Exception as error:  # a thread that ends unheard would leave the main thread waiting
                 self._lose(peer, error)
                 return
             with self._changed:
@@ -222,7 +224,7 @@ class Ranks:
         while True:
             try:
                 message = link.receive(peer)
-            except ConnectionError as error:
+            except Exception as error:  # a thread that ends unheard would leave the main thread waiting
                 self._lose(peer, error)
                 return
             with self._changed:
@@ -237,7 +239,7 @@ class Ranks:
                 answer = self._answer if self._answer and self._answer[0] != answered else None
             try:
                 link.send(peer, {"failure": failure and asdict(failure), "answer": answer, "leaves": leaving})
-            except ConnectionError as error:
+            except Exception as error:  # a thread that ends unheard would leave the main thread waiting
                 self._lose(peer, error)
                 return
             if answer is not None:

@@ -31,23 +31,9 @@ def shared_output(target: Path, size: int, ranks: Ranks) -> Iterator[Unpublished
         return
     file = UnpublishedFile(target)
     try:
-        # The name is known everywhere before there is a file of that name, so that any rank can remove it.
-        name, expected = ranks.exchange("output", None, lambda _: [file.new_name(), secrets.token_hex(_TOKEN)])
-        file.take_name(name)
-        if ranks.is_first:
-            file.open(size)
-            file.write(bytes.fromhex(expected), 0)
-            file.sync()
-        ranks.exchange("output created", None)
-        if not ranks.is_first:
-            file.join()
-            if _first_bytes(file.readable_path).hex() != expected:
-                raise OutputError(
-                    f"{target}: expected the file that rank 0 is writing, got another one on this rank. Write to "
-                    "storage that all ranks share."
-                )
-        ranks.exchange("output opened", None)
-        yield file
+        with ranks.telling():  # before the file is closed, and removed
+            _open(file, size, ranks)
+            yield file
     except (CkptAvgError, OSError):
         # Where another rank has failed, the others remove the file, and what that leads to here is not the cause.
         ranks.check()
@@ -56,6 +42,20 @@ def shared_output(target: Path, size: int, ranks: Ranks) -> Iterator[Unpublished
         file.close()
 
 
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(_TOKEN)
+def _open(file: UnpublishedFile, size: int, ranks: Ranks) -> None:
+    # The name is known everywhere before there is a file of that name, so that any rank can remove it.
+    name, expected = ranks.exchange("output", None, lambda _: [file.new_name(), secrets.token_hex(_TOKEN)])
+    file.take_name(name)
+    if ranks.is_first:
+        file.open(size)
+        file.write(bytes.fromhex(expected), 0)
+        file.sync()
+    ranks.exchange("output created", None)
+    if not ranks.is_first:
+        file.join()
+        if file.read(_TOKEN, 0).hex() != expected:
+            raise OutputError(
+                f"{file.target}: expected the file that rank 0 is writing, got another one on this rank. Write to "
+                "storage that all ranks share."
+            )
+    ranks.exchange("output opened", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -209,6 +210,35 @@ def test_batches_of_arrays_that_differ_between_ranks_are_all_run() -> None:
     for found in refreshed(2, lambda ranks: own[ranks.rank], forward_batch=forward):
         assert found[0].batches == expected[0].batches
         assert found[0].statistics["1"].count == expected[0].statistics["1"].count
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    """A batch that keeps its tensors where `vars` finds none."""
+
+    values: torch.Tensor
+
+
+class Unseen:
+    """A batch that tells nothing of itself."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no")
+
+
+@pytest.mark.parametrize("kind", [Slotted, Unseen, torch.Tensor.to_sparse], ids=["slots", "unseen", "sparse"])
+def test_opaque_batches_of_each_rank_are_all_run(kind: Callable[[torch.Tensor], Any]) -> None:
+    """If it failed, ranks would skip batches of their own that look like those of others."""
+    own = [some(3, 4, seed=rank) for rank in range(2)]
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        model(batch.to_dense() if isinstance(batch, torch.Tensor) else batch.values)
+
+    for found in refreshed(2, lambda ranks: list(map(kind, own[ranks.rank])), forward_batch=forward):
+        assert found[0].batches == 4
 
 
 # -- Different batches that look shared -----------------------------------------------------------------------------

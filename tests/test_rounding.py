@@ -153,7 +153,10 @@ def test_a_halfway_point_is_found_wherever_it_stands(fmt: Format, size: int, sca
     for index in {*chosen.nonzero().flatten().tolist(), *([0, size - 1] if size else [])}:
         middle = (fmt.magnitude(codes[index]) + fmt.magnitude(codes[index] + 1)) * float(fmt.unit) / 2
         values[index] = middle * (1 + 2.0**-45)
+    if size > 5:
+        values[size // 2] = math.nan  # beside a NaN, too
     expected = round_to_odd(values).to(fmt.dtype)
     found = round_to(values, fmt.dtype)
-    assert found.view(torch.int16).equal(expected.view(torch.int16))
+    assert found.isnan().equal(expected.isnan())
+    assert found.nan_to_num(7.0).view(torch.int16).equal(expected.nan_to_num(7.0).view(torch.int16))
     assert round_to(values.view(-1, 1), fmt.dtype).shape == (size, 1)

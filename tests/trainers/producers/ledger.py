@@ -15,6 +15,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import ranks
 import torch
 from safetensors.torch import load_file
 
@@ -88,3 +89,5 @@ def program(write: Callable[[Path], None], load: Callable[[str, Path], None]) ->
             load(run, Path(weights))
     else:
         write(Path(sys.argv[1]))
+        if ranks.started():
+            ranks.leave()

@@ -17,7 +17,7 @@ from ckpt_avg.readers import Checkpoint
 # What says how, and not what: no byte depends on it, and machines may differ.
 _OWN = ("device", "threads", "memory", "io", "progress", "ranks")
 _CODE = ("model", "data", "forward_batch", "evaluate")  # the user's: compared by their names alone
-_SAMPLES = 256  # of each checkpoint, spread over its files; at least one of each file
+_SAMPLES = 256  # of each checkpoint, spread over its files; at least both ends of each file
 _SAMPLE = 4096  # bytes
 
 
@@ -94,12 +94,12 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for tensor in checkpoint.spec.tensors.values():
         digest.update(repr(tensor).encode())
-    samples = max(1, _SAMPLES // max(1, len(checkpoint.files)))
+    samples = max(2, _SAMPLES // max(1, len(checkpoint.files)))
     for file in checkpoint.files:
         digest.update(file.size.to_bytes(8, "little"))
         room = max(0, file.size - _SAMPLE)
         for sample in range(samples):
-            digest.update(file.read(room * sample // max(1, samples - 1), min(_SAMPLE, file.size)))
+            digest.update(file.read(room * sample // (samples - 1), min(_SAMPLE, file.size)))
     return digest.hexdigest()
 
 

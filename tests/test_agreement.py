@@ -253,6 +253,17 @@ def test_one_bit_in_a_file_of_up_to_a_megabyte_is_seen(tmp_path: Path, elements:
     assert [type(end) for end in ends] == [CheckpointFormatError] * 3
 
 
+def test_of_very_many_files_the_data_of_each_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it failed, shards of two runs, whose headers are the same, would be taken for the same."""
+    monkeypatch.setattr("ckpt_avg.agreement._SAMPLES", 1)
+    for machine, add in (("one", 0.0), ("other", 1e-3)):
+        (tmp_path / machine).mkdir()
+        tensors = {"w": torch.arange(3_000_000, dtype=torch.float64) + add}
+        save_file(tensors, tmp_path / machine / "a", metadata={"a": "long header" * 1000})
+    ends = agreed(see(tmp_path / "one", ["a"]), see(tmp_path / "other", ["a"]))
+    assert [type(end) for end in ends] == [CheckpointFormatError] * 3
+
+
 def test_another_training_step_of_a_large_file_is_seen(tmp_path: Path) -> None:
     """If it failed, a large checkpoint of another step, all of whose values differ, would be taken for the same."""
     for machine, add in (("one", 0.0), ("other", 1e-3)):

@@ -40,9 +40,9 @@ class BatchShare:
         self._ranks = ranks
         self._limit = max_batches
         self._digest = hashlib.sha256()
-        self._iterator = iter(batches)
-        first = list(islice(self._iterator, 1))
-        self._batches = chain(first, self._iterator)
+        iterator = iter(batches)
+        first = list(islice(iterator, 1))
+        self._batches = chain(first, iterator)
         mine = fingerprint(first[0]) if first and ranks.size > 1 else None
         self._is_common = ranks.exchange("first batch", mine, lambda seen: first_difference(seen) is None)
 

@@ -12,7 +12,7 @@ _ROOT = Path("/sys/fs/cgroup")
 def groups_with(controller: str) -> Iterator[tuple[int, Path]]:
     """Yields (version, folder) of each group with a controller, from this process's own up to the root.
 
-    None where the kernel has no control groups.
+    Nothing comes where the kernel has no control groups.
     """
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()

@@ -35,16 +35,12 @@ def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.T
         CheckpointFormatError: the storage cannot be read.
     """
     found: dict[int, torch.Tensor] = {}
-    contiguous: list[tuple[int, int, int, int]] = []
     for index, (tensor, start, stop) in enumerate(ranges):
         if start == stop:
             found[index] = torch.empty(0, dtype=torch_dtype(tensor.dtype))
-        elif tensor.is_contiguous:
-            itemsize = tensor.dtype.itemsize
-            contiguous.append((tensor.file, tensor.offset + start * itemsize, (stop - start) * itemsize, index))
-        else:
+        elif not tensor.is_contiguous:
             found[index] = _gather(checkpoint, tensor, start, stop)
-    for file, begin, end, members in _coalesce(contiguous):
+    for file, begin, end, members in _coalesce(_contiguous(ranges)):
         window = checkpoint.files[file].window(begin, end - begin)
         for offset, index in members:
             tensor, start, stop = ranges[index]
@@ -77,12 +73,7 @@ def prefetch(checkpoint: Checkpoint, ranges: Sequence[Range]) -> None:
         tensor, begin, end = together
         checkpoint.files[tensor.file].prefetch(begin, end - begin)
         return
-    contiguous = [
-        (tensor.file, tensor.offset + start * tensor.dtype.itemsize, (stop - start) * tensor.dtype.itemsize, index)
-        for index, (tensor, start, stop) in enumerate(ranges)
-        if start < stop and tensor.is_contiguous
-    ]
-    for file, begin, end, _ in _coalesce(contiguous):
+    for file, begin, end, _ in _coalesce(_contiguous(ranges)):
         checkpoint.files[file].prefetch(begin, end - begin)
 
 
@@ -110,6 +101,15 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     """Returns torch's name for a dtype."""
     named: torch.dtype = getattr(torch, dtype.torch_name)
     return named
+
+
+def _contiguous(ranges: Sequence[Range]) -> list[tuple[int, int, int, int]]:
+    """Returns (file, first byte, bytes, index) of each range, not empty, whose bytes lie side by side."""
+    return [
+        (tensor.file, tensor.offset + start * tensor.dtype.itemsize, (stop - start) * tensor.dtype.itemsize, index)
+        for index, (tensor, start, stop) in enumerate(ranges)
+        if start < stop and tensor.is_contiguous
+    ]
 
 
 def _coalesce(ranges: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, list[tuple[int, int]]]]:

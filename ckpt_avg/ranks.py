@@ -190,6 +190,14 @@ class Ranks:
             self.failure = self.failure or Failure(rank, f"was lost: {reason}")
             self._changed.notify_all()
 
+    def _hear(self, peer: int, message: dict[str, Any]) -> None:
+        """Takes what every message says; the caller holds the lock."""
+        if message["failure"]:
+            self.failure = self.failure or Failure(**message["failure"])
+        if message["leaves"]:
+            self._left.add(peer)
+        self._changed.notify_all()
+
     def _report(self, link: Link, peer: int) -> None:
         """The thread of every rank but 0: says what there is, and takes the reply, until this rank leaves."""
         told: int | None = None
@@ -208,13 +216,9 @@ class Ranks:
                 self._lose(peer, error)
                 return
             with self._changed:
-                if reply["failure"]:
-                    self.failure = self.failure or Failure(**reply["failure"])
                 if reply["answer"]:
                     self._answer = tuple(reply["answer"])
-                if reply["leaves"]:
-                    self._left.add(peer)
-                self._changed.notify_all()
+                self._hear(peer, reply)
             if leaving:
                 return
 
@@ -228,13 +232,9 @@ class Ranks:
                 self._lose(peer, error)
                 return
             with self._changed:
-                if message["failure"]:
-                    self.failure = self.failure or Failure(**message["failure"])
                 if message["brings"]:
                     self._brought[peer] = message["brings"]
-                if message["leaves"]:
-                    self._left.add(peer)
-                self._changed.notify_all()
+                self._hear(peer, message)
                 failure, leaving = self.failure, self._leaving
                 answer = self._answer if self._answer and self._answer[0] != answered else None
             try:

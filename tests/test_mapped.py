@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,15 @@ SMALL = ckpt_avg.mapped._SMALL
 CONTENT = random.Random(1).randbytes(3 * SMALL + 777)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="windows are mapped on Linux alone")
+
+
+def in_threads(work: Callable[[int], None]) -> None:
+    """Calls a function in four threads, each with a seed of its own, and waits for them."""
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 @pytest.fixture
@@ -292,11 +301,7 @@ def test_resting_files_are_opened_by_whoever_reads_them(file: MappedFile) -> Non
                 wrong.append(offset)
             park_idle()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not wrong
 
 
@@ -444,11 +449,7 @@ def test_threads_share_a_file(file: MappedFile) -> None:
             if content(file.window(offset, length), length) != CONTENT[offset : offset + length]:
                 wrong.append(offset)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not wrong
 
 

@@ -124,8 +124,10 @@ class Ranks:
             self._changed.notify_all()
         return answered
 
-    def check(self) -> None:
-        """Raises RankError if another rank is known to have failed."""
+    def check(self, *, wait: bool = False) -> None:
+        """Raises RankError if another rank is known to have failed; with ``wait`` also if that becomes known soon."""
+        if wait:
+            self._wait_for_news()
         if self.failure is not None and self.failure.rank != self.rank:
             raise self.stopped()
 
@@ -169,13 +171,19 @@ class Ranks:
     def _tell(self, error: BaseException) -> None:
         is_signal = not isinstance(error, Exception)
         with self._changed:
-            if is_signal and self._threads:
-                self._changed.wait_for(lambda: self.failure, timeout=10 * _PULSE)
+            if is_signal:
+                self._wait_for_news()
             if self.failure is None:
                 text = str(error) if isinstance(error, CkptAvgError) else f"{type(error).__name__}: {error}"
                 reason = "was interrupted" if is_signal else f"failed: {text}"
                 self.failure = Failure(self.rank, reason, interrupted=is_signal)
             self._changed.notify_all()
+
+    def _wait_for_news(self) -> None:
+        """Waits a moment for what other ranks may have to tell."""
+        if self._threads:
+            with self._changed:
+                self._changed.wait_for(lambda: self.failure, timeout=10 * _PULSE)
 
     def _has_answer(self) -> bool:
         return self._answer is not None and self._answer[0] == self._step

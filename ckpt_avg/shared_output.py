@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_avg.atomic import UnpublishedFile, atomic_output
-from ckpt_avg.errors import CkptAvgError, OutputError
+from ckpt_avg.errors import CheckpointFormatError, OutputError
 from ckpt_avg.ranks import Ranks
 
 _TOKEN = 8  # bytes; no safetensors file is shorter
@@ -32,12 +32,14 @@ def shared_output(target: Path, size: int, ranks: Ranks) -> Iterator[Unpublished
     file = UnpublishedFile(target)
     try:
         with ranks.telling():  # before the file is closed, and removed
-            _open(file, size, ranks)
-            yield file
-    except (CkptAvgError, OSError):
-        # Where another rank has failed, the others remove the file, and what that leads to here is not the cause.
-        ranks.check()
-        raise
+            try:
+                _open(file, size, ranks)
+                yield file
+            except (OutputError, CheckpointFormatError, OSError):
+                # Where another rank has failed, the others remove the file, perhaps before the news is here, and what
+                # that leads to is not the cause.
+                ranks.check(wait=True)
+                raise
     finally:
         file.close()
 

@@ -250,7 +250,7 @@ def test_an_output_folder_that_is_not_shared(server: RankServer, inputs: Path, o
 
 # -- A rank that is killed ------------------------------------------------------------------------------------------
 
-STEPS = ["request", "files", "output", "output opened", "mean"]
+STEPS = ["request", "files", "header", "output", "output created", "output opened", "mean"]
 POINTS = [f"{moment} {step}" for step in STEPS for moment in ("before", "after")]
 # Before the first step some may still be joining, and behind the mean rank 0 may have published.
 POINTS = [*POINTS[1:-1], "in write"]

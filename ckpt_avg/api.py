@@ -170,7 +170,7 @@ def average(
         ready = prepare(discovery, selection, reading, rules, stack, io=way, notice=notice)
         agree_on_files(ranks, ready.checkpoints)
         assessment.use(ready.model, target_device, replace(progress, notice=notice))
-        nbytes = sum(spec.nbytes for spec in ready.specs)
+        nbytes = ready.nbytes
         mean_device = choose_by_race(device, target_device, nbytes, threads=workers, memory=memory, notice=notice)
         job = Job(
             ready=ready,

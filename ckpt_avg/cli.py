@@ -215,4 +215,6 @@ def inspect_command(path: str, as_json: bool, **options: Any) -> None:
 def main() -> None:
     """The entry point: runs the command and exits with its code."""
     gc.disable()  # importing torch and reading headers make many objects, and no garbage worth a search
-    sys.exit(run(cli, sys.argv[1:]))
+    code = run(cli, sys.argv[1:])
+    gc.freeze()  # nor is there one in the tables that are left: as it ends, the interpreter would look through them all
+    sys.exit(code)

@@ -8,6 +8,7 @@ windows of bounded size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -20,6 +21,25 @@ _WASTE = 4 * 1024  # bytes that a window may hold, beyond as many again as are a
 _SPAN = 4 * 1024 * 1024  # bytes of a window through which strided elements are gathered
 
 Range = tuple[TensorSpec, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Ranges of one dtype, to be read one after the other.
+
+    Attributes:
+        ranges: (tensor, first element, element after the last), none of them empty.
+        together: where they lie side by side in one file, a tensor of them, the first byte and the byte after the
+            last; else None.
+    """
+
+    ranges: tuple[Range, ...]
+    together: tuple[TensorSpec, int, int] | None
+
+    @staticmethod
+    def of(ranges: Sequence[Range]) -> Stretch:
+        """Returns the stretch of these ranges."""
+        return Stretch(tuple(ranges), _side_by_side(ranges))
 
 
 def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.Tensor]:
@@ -48,8 +68,8 @@ def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.T
     return [found[index] for index in range(len(ranges))]
 
 
-def read_run(checkpoint: Checkpoint, ranges: Sequence[Range]) -> torch.Tensor:
-    """Returns the elements of several ranges of one dtype, one range after the other, as one flat tensor.
+def read_stretch(checkpoint: Checkpoint, stretch: Stretch) -> torch.Tensor:
+    """Returns the elements of a stretch as one flat tensor.
 
     Where they lie side by side in the file, as in most files of one layout, it is a view of one window, so that many
     small tensors cost no more than a large one.
@@ -57,36 +77,22 @@ def read_run(checkpoint: Checkpoint, ranges: Sequence[Range]) -> torch.Tensor:
     Raises:
         ChangedWhileReadingError, CheckpointFormatError: as `read_ranges`.
     """
-    together = side_by_side(ranges)
-    if together is not None:
-        tensor, begin, end = together
+    if stretch.together is not None:
+        tensor, begin, end = stretch.together
         window = checkpoint.files[tensor.file].window(begin, end - begin)
         return _view(window, tensor, begin, (end - begin) // tensor.dtype.itemsize)
-    parts = read_ranges(checkpoint, ranges)
+    parts = read_ranges(checkpoint, stretch.ranges)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def prefetch(checkpoint: Checkpoint, ranges: Sequence[Range]) -> None:
-    """Asks the system to bring in what `read_run` will want of these ranges."""
-    together = side_by_side(ranges)
-    if together is not None:
-        tensor, begin, end = together
+def prefetch(checkpoint: Checkpoint, stretch: Stretch) -> None:
+    """Asks the system to bring in what `read_stretch` will want."""
+    if stretch.together is not None:
+        tensor, begin, end = stretch.together
         checkpoint.files[tensor.file].prefetch(begin, end - begin)
         return
-    for file, begin, end, _ in _coalesce(_contiguous(ranges)):
+    for file, begin, end, _ in _coalesce(_contiguous(stretch.ranges)):
         checkpoint.files[file].prefetch(begin, end - begin)
-
-
-def side_by_side(ranges: Sequence[Range]) -> tuple[TensorSpec, int, int] | None:
-    """Returns a tensor of the run, its first byte and the byte after its last; None if it is in more than one piece."""
-    first, end = ranges[0][0], -1
-    begin = first.offset + ranges[0][1] * first.dtype.itemsize
-    for tensor, start, stop in ranges:
-        offset = tensor.offset + start * tensor.dtype.itemsize
-        if end not in (-1, offset) or tensor.file != first.file or start == stop or not tensor.is_contiguous:
-            return None
-        end = offset + (stop - start) * tensor.dtype.itemsize
-    return first, begin, end
 
 
 def stream(
@@ -101,6 +107,17 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     """Returns torch's name for a dtype."""
     named: torch.dtype = getattr(torch, dtype.torch_name)
     return named
+
+
+def _side_by_side(ranges: Sequence[Range]) -> tuple[TensorSpec, int, int] | None:
+    first, end = ranges[0][0], -1
+    begin = first.offset + ranges[0][1] * first.dtype.itemsize
+    for tensor, start, stop in ranges:
+        offset = tensor.offset + start * tensor.dtype.itemsize
+        if end not in (-1, offset) or tensor.file != first.file or start == stop or not tensor.is_contiguous:
+            return None
+        end = offset + (stop - start) * tensor.dtype.itemsize
+    return first, begin, end
 
 
 def _contiguous(ranges: Sequence[Range]) -> list[tuple[int, int, int, int]]:

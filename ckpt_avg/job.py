@@ -13,6 +13,7 @@ from ckpt_avg.agreement import agree_on_header
 from ckpt_avg.assessment import Assessment, name_of_average
 from ckpt_avg.atomic import UnpublishedFile
 from ckpt_avg.batchnorm import BatchNormReport
+from ckpt_avg.collector import collector_paused
 from ckpt_avg.errors import RankError
 from ckpt_avg.header import encode_header, refuse_unreadable
 from ckpt_avg.mean import divide_memory, write_mean
@@ -70,7 +71,8 @@ class Job:
     def _encode(self, report: BatchNormReport | None, reserve: int = 0) -> bytes:
         about = summary(self.ready.statistics, report, self.options, self.data)
         metadata = make_metadata(self.ready.specs, dtype=self.dtype, batch_norm=about)
-        return encode_header(self.ready.plan, metadata, reserve=reserve)
+        with collector_paused():
+            return encode_header(self.ready.plan, metadata, reserve=reserve)
 
     def name(self, *, refreshed: bool) -> str:
         """Returns what to call the output in a table of measurements."""
@@ -128,7 +130,7 @@ def _write_mean(job: Job, unpublished: UnpublishedFile) -> None:
     """Computes this rank's share of the data section, and waits until all shares are on disk."""
     plan, ranks = job.ready.plan, job.ranks
     share = plan.share(ranks.rank, ranks.size, begin=len(job.header))
-    total = sum(spec.nbytes for spec in job.ready.specs)
+    total = job.ready.nbytes
 
     def read(nbytes: int) -> None:
         ranks.check()

@@ -18,7 +18,7 @@ import torch
 
 from ckpt_avg.averager import LEAST_CHUNK, Averager
 from ckpt_avg.collector import collector_paused
-from ckpt_avg.elements import prefetch, read_run, side_by_side, torch_dtype
+from ckpt_avg.elements import prefetch, read_stretch, torch_dtype
 from ckpt_avg.errors import UsageError
 from ckpt_avg.plan import Piece, Plan
 from ckpt_avg.readers import Checkpoint
@@ -226,11 +226,11 @@ class _Worker:
         for _, pieces in itertools.groupby(task, key=Run.kind):
             run = Run(tuple(pieces))
             sources = [self._checkpoints[index] for index in self._needed(run)]
-            together = all(side_by_side(run.ranges(source)) for source in sources)
+            together = all(run.stretch(source).together for source in sources)
             runs += [run] if together else run.split(self._chunk)
         for run in runs:
             for index in self._needed(run):
-                prefetch(self._checkpoints[index], run.ranges(self._checkpoints[index]))
+                prefetch(self._checkpoints[index], run.stretch(self._checkpoints[index]))
         return runs
 
     def _needed(self, run: Run) -> set[int]:
@@ -239,6 +239,6 @@ class _Worker:
 
     def _read(self, run: Run) -> dict[int, torch.Tensor]:
         return {
-            index: read_run(self._checkpoints[index], run.ranges(self._checkpoints[index]))
+            index: read_stretch(self._checkpoints[index], run.stretch(self._checkpoints[index]))
             for index in self._needed(run)
         }

@@ -72,6 +72,11 @@ class Prepared:
         """The checkpoints' specs, in order."""
         return [checkpoint.spec for checkpoint in self.checkpoints]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors of all checkpoints, which agree in shapes and dtypes."""
+        return len(self.checkpoints) * self.specs[0].nbytes
+
 
 def prepare(
     discovery: Discovery,
@@ -105,7 +110,7 @@ def prepare(
         specs = [checkpoint.spec for checkpoint in checkpoints]
         refuse_differences(specs)
         plan = make_plan(specs, dtype=rules.dtype, non_float=rules.non_float)
-    notice_what_is_read(checkpoints, notice, copies=rules.bn != "refresh")
+        notice_what_is_read(checkpoints, notice, copies=rules.bn != "refresh")
     by_window = rules.in_windows and rules.data is not None
     frozen = frozenset() if by_window else frozen_buffers(checkpoints, plan)
     model, refresh = _user_code(plan, frozen, rules, notice)

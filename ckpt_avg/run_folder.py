@@ -159,6 +159,8 @@ def _numbered(path: Path) -> bool:
 def _is_run(folder: Path) -> bool:
     """Whether a folder with weights of its own holds checkpoints, too, as transformers' output folder does."""
     for path in entries_of(folder):
+        if _is_shard(path):
+            continue  # there may be thousands of them
         is_step = (
             re.match(r"checkpoint[-_]?\d", path.name) or record_from_name(path.name, bare_number=False) != Record()
         )

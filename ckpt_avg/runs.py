@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from ckpt_avg.elements import Range
+from collections.abc import Mapping
+
+from ckpt_avg.elements import Stretch
 from ckpt_avg.plan import OutputTensor, Piece
 from ckpt_avg.readers import Checkpoint
-from ckpt_avg.spec import DType
+from ckpt_avg.spec import DType, TensorSpec
 
 
 class Run:
@@ -24,16 +26,21 @@ class Run:
         self.offset = first.offset + pieces[0].start * first.dtype.itemsize
         self.numel = sum(piece.stop - piece.start for piece in pieces)
         self._pieces = pieces
+        # Checkpoints whose headers are the same share their table, and what follows from it.
+        self._stretches: dict[int, tuple[Mapping[str, TensorSpec], Stretch]] = {}
 
     @staticmethod
     def kind(piece: Piece) -> tuple[DType, DType, bool]:
         """Returns what the pieces of one run have in common."""
         return piece.tensor.source_dtype, piece.tensor.dtype, piece.tensor.rule == "mean"
 
-    def ranges(self, checkpoint: Checkpoint) -> list[Range]:
+    def stretch(self, checkpoint: Checkpoint) -> Stretch:
         """Returns where a checkpoint has the elements."""
         tensors = checkpoint.spec.tensors
-        return [(tensors[piece.tensor.name], piece.start, piece.stop) for piece in self._pieces]
+        if id(tensors) not in self._stretches:
+            ranges = [(tensors[piece.tensor.name], piece.start, piece.stop) for piece in self._pieces]
+            self._stretches[id(tensors)] = tensors, Stretch.of(ranges)
+        return self._stretches[id(tensors)][1]
 
     def split(self, elements: int) -> list[Run]:
         """Returns runs of no more than so many elements, but for a piece that is larger by itself."""

@@ -190,7 +190,7 @@ def sweep(
             )
         held = free_memory() // 2 if hold is None else hold
         once = replace(progress, notice=_once(notice))
-        nbytes = sum(spec.nbytes for spec in ready.specs)
+        nbytes = ready.nbytes
         mean_device = choose_by_race(device, options.device, nbytes, threads=workers, memory=memory, notice=notice)
         work = Work(evaluate, ready.model, options, mean_device, workers, memory, held, allow_nonfinite, once)
         chosen = windows_of(len(ready.checkpoints), windows)

@@ -22,7 +22,7 @@ from ckpt_avg.readers.assemble import settle_names
 from ckpt_avg.readers.checkpoint import Checkpoint
 from ckpt_avg.readers.one_file import DCP_SHARDING, refuse_choice
 from ckpt_avg.readers.parts import join_parts
-from ckpt_avg.readers.safetensors import read_header
+from ckpt_avg.readers.safetensors import parse_header, read_header
 from ckpt_avg.readers.state_dict import Reading
 from ckpt_avg.spec import CheckpointSpec, Part, TensorSpec
 
@@ -45,7 +45,7 @@ def open_dcp_safetensors(shards: Sequence[Path], path: Path, reading: Reading) -
     with ExitStack() as on_error:
         for shard in shards:
             files.append(on_error.enter_context(MappedFile(shard)))
-            tensors, metadata = read_header(files[-1])
+            tensors, metadata = parse_header(files[-1], read_header(files[-1]))
             offsets = _offsets(shard, metadata)
             for name, tensor in tensors.items():
                 first.setdefault(name, tensor)

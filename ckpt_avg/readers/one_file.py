@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.readers import safetensors, torch_stream, torch_zip
-from ckpt_avg.readers.assemble import assemble, rename, settle_names
+from ckpt_avg.readers.assemble import Names, assemble, rename, settle_names
 from ckpt_avg.readers.checkpoint import Checkpoint
 from ckpt_avg.readers.pickle_specs import read_pickle
 from ckpt_avg.readers.place import Place
 from ckpt_avg.readers.state_dict import Reading
 from ckpt_avg.readers.unknown import explain
-from ckpt_avg.spec import METHOD_KEY, CheckpointSpec
+from ckpt_avg.spec import METHOD_KEY, CheckpointSpec, TensorSpec
 
 DCP_SHARDING = "DCP_SHARDING_INFO"
 
@@ -49,24 +52,47 @@ def open_file(path: Path, reading: Reading, *, strip: bool = True) -> Checkpoint
         return checkpoint
 
 
+class _Table(dict[str, TensorSpec]):
+    """The tensors of a safetensors file, and what its header says beside them. It is shared, so nothing changes it."""
+
+    def __init__(self, tensors: Mapping[str, TensorSpec], names: Names, metadata: dict[str, str]) -> None:
+        super().__init__(tensors)
+        self.names, self.metadata = names, metadata
+
+
+# Checkpoints of one run mostly have the same header, byte for byte. It is parsed once while any of them is open.
+_TABLES: WeakValueDictionary[tuple[bytes, int, str | None, bool], _Table] = WeakValueDictionary()
+
+
+def _read_table(file: MappedFile, reading: Reading, *, strip: bool) -> _Table:
+    header = safetensors.read_header(file)
+    # All that the table follows from. Only what passed every check is kept, and no path is in it.
+    key = (hashlib.sha256(header).digest(), file.size, reading.strip_prefix, strip)
+    table = _TABLES.get(key)
+    if table is None:
+        tensors, metadata = safetensors.parse_header(file, header)
+        scalars = {name: tensor.shape == () for name, tensor in tensors.items()}
+        names = settle_names(scalars, reading, file.path, strip=strip)
+        table = _TABLES[key] = _Table(rename(tensors.values(), names.stripped.names), names, metadata)
+    return table
+
+
 def _open_safetensors(file: MappedFile, reading: Reading, *, strip: bool) -> Checkpoint:
     refuse_choice(reading, file.path)
-    tensors, metadata = safetensors.read_header(file)
+    table = _read_table(file, reading, strip=strip)
+    names, metadata = table.names, table.metadata
     if DCP_SHARDING in metadata and file.path.name.startswith("shard-"):
         raise CheckpointFormatError(
             f"{file.path}: one shard of a checkpoint that torch.distributed.checkpoint wrote, with parts of tensors. "
             f"Name its folder: {file.path.parent}."
         )
-    names = settle_names(
-        {name: tensor.shape == () for name, tensor in tensors.items()}, reading, file.path, strip=strip
-    )
     notes = names.notes
     if strip and (shard := re.search(r"-(\d+)-of-(\d+)\.safetensors$", file.path.name)) and int(shard[2]) > 1:
         notes += (f"one of {int(shard[2])} shards, by its name: the folder or its index stands for the whole model",)
     spec = CheckpointSpec(
         file.path,
         "safetensors",
-        rename(tensors.values(), names.stripped.names),
+        table,
         kind=names.kind or ("torch DCP" if DCP_SHARDING in metadata else None),
         prefix=names.stripped.prefix,
         lacks_prefix=names.stripped.lacking,

@@ -28,32 +28,12 @@ def looks_like(head: bytes) -> bool:
     return len(head) >= 9 and head[8:9] == b"{"
 
 
-def read_header(file: MappedFile) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Reads and checks the whole header.
-
-    Returns:
-        The tensors by name, in the order of the header, and ``__metadata__``.
+def read_header(file: MappedFile) -> bytes:
+    """Returns the JSON of the header, unparsed.
 
     Raises:
-        CheckpointFormatError: the header breaks a rule of the format, or exceeds a limit.
+        CheckpointFormatError: it exceeds the file or a limit.
     """
-    header = _header_bytes(file)
-    metadata, entries = _parse(file, header)
-    data_start = 8 + len(header)
-    placed = sorted(
-        ((_tensor(file, name, entry, data_start)) for name, entry in entries.items()),
-        key=lambda tensor: (tensor.offset, tensor.nbytes),
-    )
-    _check_no_gaps(file, placed, data_start)
-    by_name = {tensor.name: tensor for tensor in placed}
-    return {name: by_name[name] for name in entries}, metadata
-
-
-def _fail(file: MappedFile, what: str) -> NoReturn:
-    raise CheckpointFormatError(f"{file.path}: {what}")
-
-
-def _header_bytes(file: MappedFile) -> bytes:
     (length,) = struct.unpack("<Q", file.read(0, 8))
     if length > LIMITS.header:
         _fail(file, f"expected a header of at most {LIMITS.header:,} bytes, got {length:,}. {_DAMAGED}")
@@ -67,6 +47,34 @@ def _header_bytes(file: MappedFile) -> bytes:
     if header.count(b"[") > 4 * braces + 1_000 or header.count(b":") > 5 * braces + 100_000:
         _fail(file, f"the header: expected tensors, got a great many other values. {_DAMAGED}")
     return header
+
+
+def parse_header(file: MappedFile, header: bytes) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """Parses and checks the whole header.
+
+    Args:
+        file: the file, whose size must be what the header says.
+        header: what `read_header` returned.
+
+    Returns:
+        The tensors by name, in the order of the header, and ``__metadata__``.
+
+    Raises:
+        CheckpointFormatError: the header breaks a rule of the format, or exceeds a limit.
+    """
+    metadata, entries = _parse(file, header)
+    data_start = 8 + len(header)
+    placed = sorted(
+        ((_tensor(file, name, entry, data_start)) for name, entry in entries.items()),
+        key=lambda tensor: (tensor.offset, tensor.nbytes),
+    )
+    _check_no_gaps(file, placed, data_start)
+    by_name = {tensor.name: tensor for tensor in placed}
+    return {name: by_name[name] for name in entries}, metadata
+
+
+def _fail(file: MappedFile, what: str) -> NoReturn:
+    raise CheckpointFormatError(f"{file.path}: {what}")
 
 
 def _parse(file: MappedFile, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:

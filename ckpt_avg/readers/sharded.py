@@ -7,18 +7,19 @@ beside the shards. File names in an index are untrusted (`members`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.memory_file import MemoryFile
 from ckpt_avg.messages import listing, plural, quote
-from ckpt_avg.readers.assemble import rename, settle_names
+from ckpt_avg.readers.assemble import Names, rename, settle_names
 from ckpt_avg.readers.checkpoint import Checkpoint
 from ckpt_avg.readers.members import member_of
 from ckpt_avg.readers.one_file import open_file
@@ -55,40 +56,82 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
             f"{index}: {plural(len(missing), 'shard')} of {len(shards)} missing: {listing(map(quote, missing))}. Copy "
             "them beside the index."
         )
-    promised: dict[str, set[str]] = {name: set() for name in shards}
-    for tensor_name, name in weight_map.items():
-        promised[name].add(tensor_name)
-    tensors: dict[str, TensorSpec] = {}
     files: list[MappedFile | MemoryFile] = []
-    forms: set[str] = set()
-    kind: str | None = None
-    notes: list[str] = []
+    opened: dict[str, CheckpointSpec] = {}
+    begins: list[int] = []
     bare = replace(reading, strip_prefix=None)
     with ExitStack() as on_error:
         for name, shard in shards.items():
             checkpoint = on_error.enter_context(open_file(shard, bare, strip=False))
-            _check_agreement(index, name, promised[name], weight_map, checkpoint.spec.tensors)
-            for tensor in checkpoint.spec.tensors.values():
-                tensors[tensor.name] = replace(tensor, file=tensor.file + len(files))
+            opened[name] = checkpoint.spec
+            begins.append(len(files))
             files += checkpoint.files
-            forms.add(checkpoint.spec.format)
-            kind = checkpoint.spec.kind
-            notes += [note for note in checkpoint.spec.notes if note not in notes]
-        ordered = {name: tensors[name] for name in weight_map}
-        names = settle_names({name: tensor.shape == () for name, tensor in ordered.items()}, reading, path)
+        whole = _whole(index, path, weight_map, opened, begins, reading)
+        names = whole.names
+        forms = sorted({spec.format for spec in opened.values()})
         spec = CheckpointSpec(
             path,
-            f"sharded {' and '.join(sorted(forms))}",
-            rename(ordered.values(), names.stripped.names),
-            kind=names.kind or kind,
+            f"sharded {' and '.join(forms)}",
+            whole,
+            kind=names.kind or list(opened.values())[-1].kind,
             prefix=names.stripped.prefix,
             lacks_prefix=names.stripped.lacking,
             averaged=names.averaged,
             metadata={"shards": len(shards)},
-            notes=(*notes, *names.notes),
+            notes=(*dict.fromkeys(note for spec in opened.values() for note in spec.notes), *names.notes),
         )
         on_error.pop_all()
         return Checkpoint(spec, files)
+
+
+class _Whole(dict[str, TensorSpec]):
+    """The tensors of all shards together. It is shared, so nothing changes it.
+
+    Attributes:
+        shards: the tables that it was made of, kept for the next checkpoint.
+        names: what the names tell.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorSpec], shards: list[Mapping[str, TensorSpec]], names: Names) -> None:
+        super().__init__(tensors)
+        self.shards, self.names = shards, names
+
+
+# The shards of one run's checkpoints mostly share their tables, and then the whole is put together once.
+_WHOLES: WeakValueDictionary[tuple[object, ...], _Whole] = WeakValueDictionary()
+
+
+def _whole(
+    index: Path,
+    path: Path,
+    weight_map: Mapping[str, str],
+    opened: Mapping[str, CheckpointSpec],
+    begins: Sequence[int],
+    reading: Reading,
+) -> _Whole:
+    """Returns the tensors that the index names, with the shards that it places them in.
+
+    Args:
+        index, path, reading: as for `open_sharded`.
+        weight_map: tensor name → name of its shard.
+        opened: name of the shard → what it holds.
+        begins: the index of each shard's first file among all.
+    """
+    shards = [spec.tensors for spec in opened.values()]
+    key = (tuple(weight_map.items()), tuple(map(id, shards)), tuple(begins), reading.strip_prefix)
+    whole = _WHOLES.get(key)
+    if whole is None:
+        promised: dict[str, set[str]] = {name: set() for name in opened}
+        for tensor_name, name in weight_map.items():
+            promised[name].add(tensor_name)
+        tensors: dict[str, TensorSpec] = {}
+        for (name, spec), begin in zip(opened.items(), begins, strict=True):
+            _check_agreement(index, name, promised[name], weight_map, spec.tensors)
+            tensors |= {each.name: replace(each, file=each.file + begin) for each in spec.tensors.values()}
+        ordered = {name: tensors[name] for name in weight_map}
+        names = settle_names({name: tensor.shape == () for name, tensor in ordered.items()}, reading, path)
+        whole = _WHOLES[key] = _Whole(rename(ordered.values(), names.stripped.names), shards, names)
+    return whole
 
 
 def _fail(index: Path, what: str) -> NoReturn:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ResourceError,
         UsageError,
         UserCodeError,
+        VerificationError,
     )
     from ckpt_avg.evaluate import Evaluation
     from ckpt_avg.inspection import Inspection, Listed, inspect
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from ckpt_avg.results import AverageResult
     from ckpt_avg.spec import CheckpointSpec, DType, Part, TensorSpec
     from ckpt_avg.sweeping import Measured, SweepResult, sweep
+    from ckpt_avg.verifying import VerifyReport, verify
 
 __version__ = "0.1.0"
 
@@ -64,6 +66,7 @@ _HOMES = {
         "ResourceError",
         "UsageError",
         "UserCodeError",
+        "VerificationError",
     ),
     "ckpt_avg.evaluate": ("Evaluation",),
     "ckpt_avg.inspection": ("Inspection", "Listed", "inspect"),
@@ -78,6 +81,7 @@ _HOMES = {
     "ckpt_avg.results": ("AverageResult",),
     "ckpt_avg.spec": ("CheckpointSpec", "DType", "Part", "TensorSpec"),
     "ckpt_avg.sweeping": ("Measured", "SweepResult", "sweep"),
+    "ckpt_avg.verifying": ("VerifyReport", "verify"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -114,6 +118,8 @@ __all__ = [
     "TensorSpec",
     "UsageError",
     "UserCodeError",
+    "VerificationError",
+    "VerifyReport",
     "__version__",
     "average",
     "check",
@@ -123,6 +129,7 @@ __all__ = [
     "refresh_batch_norm",
     "refresh_weights",
     "sweep",
+    "verify",
 ]
 
 

@@ -10,21 +10,23 @@ from pathlib import Path
 
 from ckpt_avg.agreement import agree_on_files, agree_on_request
 from ckpt_avg.assessment import Assessment
-from ckpt_avg.atomic import check_target
 from ckpt_avg.batches import ForwardBatch
-from ckpt_avg.batchnorm import BatchNormReport, check_options
-from ckpt_avg.devices import choose_device, choose_threads
+from ckpt_avg.batchnorm import check_options
+from ckpt_avg.checksum import check_checksum, write_checksum
+from ckpt_avg.devices import choose_device
+from ckpt_avg.digests import digest_files
 from ckpt_avg.discover import Discovery, Sources, discover
 from ckpt_avg.evaluate import Evaluate
 from ckpt_avg.inputs import refuse_output_among
-from ckpt_avg.job import Job, write_output
+from ckpt_avg.job import Job, Written, write_output
 from ckpt_avg.launch import launch_of
 from ckpt_avg.mapped import check_io
 from ckpt_avg.mean import DEFAULT_MEMORY, check_memory
 from ckpt_avg.models import Batches, Model
 from ckpt_avg.plan import check_rules
-from ckpt_avg.preparation import Rules, prepare
+from ckpt_avg.preparation import Prepared, Rules, prepare
 from ckpt_avg.progress import Progress
+from ckpt_avg.provenance import Options
 from ckpt_avg.race import choose_by_race
 from ckpt_avg.ranks import Ranks
 from ckpt_avg.readers import make_reading
@@ -32,6 +34,8 @@ from ckpt_avg.refresh import RefreshOptions
 from ckpt_avg.results import AverageResult, refuse_unmet
 from ckpt_avg.running_statistics import check_bn
 from ckpt_avg.select import Selection, check_selection, patterns
+from ckpt_avg.target import check_target
+from ckpt_avg.threads import choose_threads
 
 
 def average(
@@ -68,6 +72,7 @@ def average(
     evaluate: Evaluate | None = None,
     evaluate_all: bool = False,
     require: str | Sequence[str] = (),
+    sha256: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     ranks: Ranks | None = None,
@@ -112,6 +117,8 @@ def average(
             checkpoint, the average, and the average after the refresh.
         evaluate_all: measure every checkpoint.
         require: what must hold for the average to be published, for example ``accuracy>=last``.
+        sha256: write ``OUTPUT.sha256`` beside the output, for ``sha256sum -c``, and SHA-256 of the checkpoints' files
+            into its metadata. Both are read once more for it.
         overwrite: replace an existing output.
         dry_run: check and plan, but read no tensors (BatchNorm statistics excepted) and write nothing.
         ranks: from `join_ranks`, where several processes share the work; each calls this function with the same
@@ -166,6 +173,7 @@ def average(
         workers = choose_threads(threads, launch)
         discovery = discover(sources)
         target = _check_output(output, discovery, overwrite=overwrite, notice=notice)
+        checksum = check_checksum(output, discovery, wanted=sha256, overwrite=overwrite, notice=notice)
         rules = Rules(dtype, non_float, bn, model, data, assessment.is_wanted)
         ready = prepare(discovery, selection, reading, rules, stack, io=way, notice=notice)
         agree_on_files(ranks, ready.checkpoints)
@@ -176,19 +184,19 @@ def average(
             ready=ready,
             target=target,
             overwrite=overwrite,
-            dtype=dtype,
+            asked=Options(dtype, non_float, allow_nonfinite, state_key, ema, strip_prefix),
             data=data,
             options=options,
             device=mean_device,
             threads=workers,
             memory=memory,
-            allow_nonfinite=allow_nonfinite,
             assessment=assessment,
+            sources=_digests(ready, ranks, threads=workers) if sha256 and not dry_run else None,
             ranks=ranks,
             progress=replace(progress, notice=notice),
         )
 
-        def result(batch_norm: BatchNormReport | None, *, written: bool) -> AverageResult:
+        def result(made: Written, *, written: bool) -> AverageResult:
             return AverageResult(
                 output=Path(output),
                 written=written,
@@ -198,7 +206,9 @@ def average(
                 nbytes=len(job.header) + ready.plan.nbytes,
                 device=str(mean_device),
                 statistics=ready.statistics,
-                batch_norm=batch_norm,
+                batch_norm=made.batch_norm,
+                data_digest=made.data_digest,
+                sha256=made.sha256,
                 evaluations=tuple(assessment.evaluations),
                 outcomes=assessment.outcomes,
                 notices=tuple(notices),
@@ -206,9 +216,19 @@ def average(
 
         if dry_run:
             assessment.leave_out()
-            return result(None, written=False)
-        report = write_output(job, lambda report: refuse_unmet(result(report, written=False)))
-        return result(report, written=True)
+            return result(Written(), written=False)
+        made = write_output(job, lambda made: refuse_unmet(result(made, written=False)))
+        if checksum is not None and made.sha256 is not None:
+            write_checksum(checksum, os.path.basename(output), made.sha256, overwrite=overwrite)
+        return result(made, written=True)
+
+
+def _digests(ready: Prepared, ranks: Ranks, *, threads: int) -> list[dict[str, str]]:
+    """Returns SHA-256 of the checkpoints' files, which rank 0 reads for all."""
+    found: list[dict[str, str]] = ranks.exchange(
+        "digests", None, lambda _: digest_files(ready.checkpoints, threads=threads)
+    )
+    return found
 
 
 def _check_output(

@@ -15,11 +15,10 @@ import contextlib
 import errno
 import os
 import secrets
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckpt_avg.errors import OutputError, UsageError
+from ckpt_avg.errors import OutputError
 from ckpt_avg.messages import size as readable_size
 from ckpt_avg.storage import start_writing
 
@@ -108,9 +107,29 @@ class UnpublishedFile:
             OutputError: the system refused.
         """
         try:
-            return os.pread(self._fd, length, offset)
+            if hasattr(os, "pread"):
+                return os.pread(self._fd, length, offset)
+            os.lseek(self._fd, offset, os.SEEK_SET)  # Windows, where one thread reads
+            return os.read(self._fd, length)
         except OSError as error:
             raise _output_error(self.target, "reading failed", error) from error
+
+    def read_exactly(self, offset: int, length: int) -> bytes:
+        """Returns these bytes of the file.
+
+        Raises:
+            OutputError: the system refused, or the file is shorter.
+        """
+        found = bytearray()
+        while len(found) < length:
+            piece = self.read(length - len(found), offset + len(found))
+            if not piece:
+                raise OutputError(
+                    f"{self.target}: expected {length:,} bytes at byte {offset:,} of what was written, got "
+                    f"{len(found):,}. Something else changed it; run again."
+                )
+            found += piece
+        return bytes(found)
 
     def forget(self) -> None:
         """Lets go of what the system holds of the file in memory: other machines have written to it meanwhile."""
@@ -217,38 +236,6 @@ def atomic_output(target: Path, size: int) -> Iterator[UnpublishedFile]:
         yield file
     finally:
         file.close()
-
-
-def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """Returns the path to write to, symbolic links followed, after the checks that need no data.
-
-    Raises:
-        UsageError: the path is a folder or a device, or its folder does not exist.
-        OutputError: it exists and ``overwrite`` is off, or its folder cannot be written.
-    """
-    if not os.path.basename(path):
-        raise UsageError(
-            f"{os.fspath(path)!r}: expected a path for a new file. Name a file, for example swa.safetensors."
-        )
-    target = Path(os.path.realpath(path))
-    try:
-        mode: int | None = os.stat(target).st_mode
-    except FileNotFoundError:
-        mode = None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be used as output: {error.strerror}. Choose another path.") from error
-    if mode is not None and not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
-        raise UsageError(
-            f"{path}: expected a path for a new file, got {kind}. Name a file, for example swa.safetensors."
-        )
-    if not target.parent.is_dir():
-        raise UsageError(f"{path}: its folder {target.parent} does not exist. Create it first.")
-    if mode is not None and not overwrite:
-        raise OutputError(f"{path}: exists already. Choose another path, or replace it with --overwrite.")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: its folder {target.parent} is not writable. Choose another path.")
-    return target
 
 
 def _hidden_name(target: Path) -> Path:

@@ -96,7 +96,7 @@ class Averager:
                 parts = mean.numel() // output.numel()  # two of a complex element
                 tensor, _ = run.locate(start + int(bad.to(torch.uint8).argmax()) // parts)
                 raise NonFiniteError(describe_nonfinite(self._checkpoints, tensor))
-        rounded = round_to(mean, as_real(output).dtype)
+        rounded = round_to(mean, as_real(output).dtype, (buffers.wide, buffers.single))
         if run.dtype is not run.source_dtype and not self._allow_nonfinite:
             refuse_overflow(lambda index: run.locate(start + index), mean, rounded)
         as_real(output).copy_(rounded)

@@ -14,8 +14,8 @@ from ckpt_avg.progress import Progress
 
 
 @contextlib.contextmanager
-def bars(*, quiet: bool) -> Iterator[Progress]:
-    """Yields callbacks that draw one bar for the averaging, and for each refresh and evaluation.
+def bars(*, quiet: bool, reading: str = "averaging") -> Iterator[Progress]:
+    """Yields callbacks that draw one bar for each pass over the files, called ``reading``, each refresh and evaluation.
 
     Bars appear on a terminal only; notices are printed in any case, unless ``quiet``.
     """
@@ -25,7 +25,7 @@ def bars(*, quiet: bool) -> Iterator[Progress]:
     def start(total: int) -> None:
         close()
         open_bars["averaging"] = tqdm(
-            desc="averaging",
+            desc=reading,
             total=total,
             unit="B",
             unit_scale=True,

@@ -46,6 +46,7 @@ def cli() -> None:
 @cli_options.evaluation
 @click.option("--eval-all", "evaluate_all", is_flag=True, help="Measure every checkpoint, not the last alone.")
 @cli_options.require
+@cli_options.sha256
 @cli_options.overwrite
 @cli_options.dry_run
 @cli_options.report
@@ -83,6 +84,7 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **option
 @cli_options.refresh
 @cli_options.evaluation
 @cli_options.require
+@cli_options.sha256
 @cli_options.overwrite
 @cli_options.dry_run
 @cli_options.report
@@ -210,6 +212,35 @@ def inspect_command(path: str, as_json: bool, **options: Any) -> None:
 
     found = inspect(path, **options)
     say(json.dumps(inspection_json(found), indent=2) if as_json else inspection_text(found))
+
+
+@cli.command("verify")
+@click.argument("output", metavar="OUT")
+@click.argument("checkpoints", nargs=-1, metavar="[--sources SOURCE...]")
+@click.option("--sources", is_flag=True, help="Take the mean of the SOURCEs behind it again, and compare bit for bit.")
+@cli_options.work
+@cli_options.as_json
+@cli_options.quiet
+def verify_command(
+    output: str, checkpoints: Sequence[str], sources: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Say whether OUT, which ckpt-avg wrote, is whole and undamaged, and the mean of its checkpoints.
+
+    \b
+    ckpt-avg verify swa.safetensors
+    ckpt-avg verify swa.safetensors --sources RUN
+    """  # noqa: D301 (click needs the backspace character itself)
+    from ckpt_avg.bars import bars
+    from ckpt_avg.errors import UsageError
+    from ckpt_avg.report_verify import verify_json, verify_text
+    from ckpt_avg.verifying import verify
+
+    if sources != bool(checkpoints):
+        expected, got = ("checkpoints behind it", "none") if sources else ("one file, or --sources", "several paths")
+        raise UsageError(f"verify: expected {expected}, got {got}. Write: ckpt-avg verify OUT --sources SOURCE...")
+    with bars(quiet=quiet, reading="verifying") as progress:
+        report = verify(output, sources=checkpoints or None, progress=progress, **options)
+    say(json.dumps(verify_json(report), indent=2) if as_json else verify_text(report))
 
 
 def main() -> None:

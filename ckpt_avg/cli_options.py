@@ -91,11 +91,7 @@ hold = click.option(
     metavar="SIZE",
     help="Memory for averages that wait to be measured; by default half of what is free.",
 )
-mean = together(
-    click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to sum and refresh."
-    ),
-    dtype,
+work = together(
     click.option("--threads", type=int, metavar="N", help="Workers; by default one for each usable core."),
     click.option(
         "--memory",
@@ -112,6 +108,13 @@ mean = together(
         metavar="auto|mmap|pread",
         help="How to read; auto maps files, but for network storage.",
     ),
+)
+mean = together(
+    click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to sum and refresh."
+    ),
+    dtype,
+    work,
     click.option(
         "--non-float",
         default="equal",
@@ -164,6 +167,9 @@ require = click.option(
     multiple=True,
     metavar="'METRIC>=last'",
     help="Publish only if this holds: >=, >, <=, < and last, best, mean or a number. Repeatable.",
+)
+sha256 = click.option(
+    "--sha256", is_flag=True, help="Write OUT.sha256, for sha256sum -c, and digests of the sources into the metadata."
 )
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what exists of the files to write.")
 report = click.option("--report", metavar="FILE.json", help="Write what --json prints to a file as well.")

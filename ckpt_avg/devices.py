@@ -7,16 +7,11 @@ before it is being summed.
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 
 import torch
 
-from ckpt_avg.control_groups import cpu_quota
 from ckpt_avg.errors import UsageError
 from ckpt_avg.launch import Launch
-
-_MOST_THREADS = 1024
 
 
 def choose_device(name: str, launch: Launch | None = None) -> torch.device:
@@ -42,25 +37,6 @@ def choose_device(name: str, launch: Launch | None = None) -> torch.device:
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu."
         )
     return device
-
-
-def usable_cores() -> int:
-    """Returns how many cores this process may use: by its affinity, and by the quotas of its control groups."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(cores, cpu_quota())))
-
-
-def choose_threads(threads: int | None, launch: Launch | None = None) -> int:
-    """Returns the number of workers: as asked for, or one for each usable core, shared with the ranks beside this one.
-
-    Raises:
-        UsageError: it is out of range.
-    """
-    if threads is None:
-        return max(1, usable_cores() // (launch.local_size if launch else 1))
-    if not 1 <= threads <= _MOST_THREADS:
-        raise UsageError(f"--threads: expected from 1 to {_MOST_THREADS:,}, got {threads:,}.")
-    return threads
 
 
 class Staging:

@@ -11,7 +11,8 @@
     ├── ResourceError               6  out of memory or of another resource
     ├── UserCodeError               7  the user's model, data or metric failed, or the refresh could not be done
     ├── RankError                   8  another rank failed, or the ranks were started differently
-    └── RequirementError            9  the average does not meet a --require
+    ├── RequirementError            9  the average does not meet a --require
+    └── VerificationError           9  a file is damaged, or not the mean of these checkpoints
 
 Every message says where, what was expected, what was found and what to do. An exception that is none of
 these is a bug of ours: it keeps its traceback and exits with 1.
@@ -105,6 +106,12 @@ class RequirementError(CkptAvgError):
     def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)
         self.result = result
+
+
+class VerificationError(CkptAvgError):
+    """A file is damaged, was not written here, or is not the mean of the checkpoints that it is held against."""
+
+    exit_code = 9
 
 
 def is_out_of_memory(error: BaseException) -> bool:

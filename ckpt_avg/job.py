@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,13 +15,14 @@ from ckpt_avg.assessment import Assessment, name_of_average
 from ckpt_avg.atomic import UnpublishedFile
 from ckpt_avg.batchnorm import BatchNormReport
 from ckpt_avg.collector import collector_paused
+from ckpt_avg.digests import TreeDigest, digest_stream
 from ckpt_avg.errors import RankError
 from ckpt_avg.header import encode_header, refuse_unreadable
 from ckpt_avg.mean import divide_memory, write_mean
 from ckpt_avg.models import Batches, weights_in
 from ckpt_avg.preparation import Prepared
 from ckpt_avg.progress import Progress
-from ckpt_avg.provenance import make_metadata
+from ckpt_avg.provenance import Options, make_metadata, seal
 from ckpt_avg.ranks import Ranks
 from ckpt_avg.refresh import RefreshOptions, frozen_layers, refresh_output
 from ckpt_avg.running_statistics import summary
@@ -35,12 +37,13 @@ class Job:
         ready: the checkpoints, the plan and the model.
         target: the file to write.
         overwrite: replace it.
-        dtype: as for `make_plan`; the metadata names it.
+        asked: on what the bytes depend; the metadata names it.
         data: what the batches came from; the metadata names it.
         options: how to refresh, and on which device.
         device: where to compute the mean.
-        threads, memory, allow_nonfinite: as for `average`.
+        threads, memory: as for `average`.
         assessment: what is measured.
+        sources: for each checkpoint SHA-256 of its files, for the metadata; None where none was asked for.
         ranks: who shares the work.
         progress: callbacks.
     """
@@ -48,30 +51,35 @@ class Job:
     ready: Prepared
     target: Path
     overwrite: bool
-    dtype: str
+    asked: Options
     data: Batches | None
     options: RefreshOptions
     device: torch.device
     threads: int
     memory: int
-    allow_nonfinite: bool
     assessment: Assessment
+    sources: Sequence[Mapping[str, str]] | None
     ranks: Ranks
     progress: Progress
 
     @functools.cached_property
     def header(self) -> bytes:
-        """The output's header, with room for the refresh's figures where they are still to come."""
+        """The output's header, with room for the digests, and for the refresh's figures, which are still to come."""
         return self._encode(None)
 
-    def final_header(self, report: BatchNormReport) -> bytes:
-        """Returns the header with the figures of the refresh, as long as `header`."""
-        return self._encode(report, reserve=len(self.header))
+    def final_header(self, report: BatchNormReport | None, data_digest: str) -> bytes:
+        """Returns the header with the digests and the figures of the refresh, as long as `header`."""
+        return seal(self._encode(report, data_digest, reserve=len(self.header)))
 
-    def _encode(self, report: BatchNormReport | None, reserve: int = 0) -> bytes:
-        about = summary(self.ready.statistics, report, self.options, self.data)
-        metadata = make_metadata(self.ready.specs, dtype=self.dtype, batch_norm=about)
+    def _encode(self, report: BatchNormReport | None, data_digest: str | None = None, reserve: int = 0) -> bytes:
         with collector_paused():
+            metadata = make_metadata(
+                self.ready.checkpoints,
+                self.asked,
+                batch_norm=summary(self.ready.statistics, report, self.options, self.data),
+                digests=self.sources,
+                data_digest=data_digest,
+            )
             return encode_header(self.ready.plan, metadata, reserve=reserve)
 
     def name(self, *, refreshed: bool) -> str:
@@ -79,15 +87,27 @@ class Job:
         return name_of_average(self.ready.statistics, len(self.ready.specs), refreshed=refreshed)
 
 
-def write_output(job: Job, accept: Callable[[BatchNormReport | None], None]) -> BatchNormReport | None:
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        batch_norm: what the refresh did, if there was one.
+        data_digest: of the data section; None on every rank but the first.
+        sha256: of the whole file, where those of the sources were asked for.
+    """
+
+    batch_norm: BatchNormReport | None = None
+    data_digest: str | None = None
+    sha256: str | None = None
+
+
+def write_output(job: Job, accept: Callable[[Written], None]) -> Written:
     """Computes the output and publishes it. Every rank calls this; rank 0 measures and publishes.
 
     Args:
         job: what to do.
         accept: called before publishing; it raises where the output is not to be published.
-
-    Returns:
-        What the refresh did, if there was one.
 
     Raises:
         CkptAvgError: anything failed; nothing is published then.
@@ -95,12 +115,14 @@ def write_output(job: Job, accept: Callable[[BatchNormReport | None], None]) -> 
     job.assessment.measure_checkpoints(job.ready.checkpoints)
     report: BatchNormReport | None = None
     agree_on_header(job.ranks, job.header)
-    with shared_output(job.target, len(job.header) + job.ready.plan.nbytes, job.ranks) as unpublished:
+    size = len(job.header) + job.ready.plan.nbytes
+    digest = TreeDigest(job.ready.plan.nbytes)
+    with shared_output(job.target, size, job.ranks) as unpublished:
 
         def weights() -> dict[str, torch.Tensor]:
             return weights_in(unpublished.readable_path)
 
-        _write_mean(job, unpublished)
+        _write_mean(job, unpublished, digest)
         if len(job.ready.specs) > 1 or job.ready.refresh is None:  # a single checkpoint has been measured as it is
             job.assessment.measure_average(job.name(refreshed=False), weights)
         if job.ready.refresh is not None:
@@ -108,26 +130,35 @@ def write_output(job: Job, accept: Callable[[BatchNormReport | None], None]) -> 
                 job.ready.refresh,
                 job.ready.plan,
                 weights,
-                _write_at(unpublished, len(job.header)) if job.ranks.is_first else lambda contents, offset: None,
+                _overwrite(job, unpublished, digest),
                 frozen=frozen_layers(job.ready.refresh, job.ready.frozen),
                 options=job.options,
                 progress=job.progress,
                 ranks=job.ranks,
             )
-            if job.ranks.is_first:
-                unpublished.write(job.final_header(report), 0)
             job.assessment.measure_average(job.name(refreshed=True), weights)
+        written = Written(report)
         if job.ranks.is_first:
+            begin = len(job.header)
+            data_digest = digest.finish(lambda offset, length: unpublished.read_exactly(begin + offset, length))
+            unpublished.write(job.final_header(report, data_digest), 0)
             refuse_unreadable(unpublished.readable_path, job.ready.plan, unpublished.target)
-            accept(report)
+            whole = digest_stream(unpublished.read_exactly, size) if job.sources is not None else None
+            written = Written(report, data_digest, whole)
+            accept(written)
             job.ranks.check()
             unpublished.publish(overwrite=job.overwrite)
         _finish(job)
-    return report
+    return written
 
 
-def _write_mean(job: Job, unpublished: UnpublishedFile) -> None:
+def _write_mean(job: Job, unpublished: UnpublishedFile, digest: TreeDigest) -> None:
     """Computes this rank's share of the data section, and waits until all shares are on disk."""
+
+    def write(contents: memoryview, offset: int) -> None:
+        unpublished.write(contents, len(job.header) + offset)
+        digest.add(contents, offset)
+
     plan, ranks = job.ready.plan, job.ranks
     share = plan.share(ranks.rank, ranks.size, begin=len(job.header))
     total = job.ready.nbytes
@@ -142,7 +173,7 @@ def _write_mean(job: Job, unpublished: UnpublishedFile) -> None:
     write_mean(
         job.ready.checkpoints,
         plan,
-        _write_at(unpublished, len(job.header)),
+        write,
         budget=divide_memory(
             job.memory,
             plan,
@@ -152,19 +183,31 @@ def _write_mean(job: Job, unpublished: UnpublishedFile) -> None:
             device=job.device,
         ),
         device=job.device,
-        allow_nonfinite=job.allow_nonfinite,
+        allow_nonfinite=job.asked.allow_nonfinite,
         within=share,
         progress=read,
     )
     if ranks.size > 1:
         unpublished.sync()
-    ranks.exchange("mean", None)
+    ranks.exchange("mean", digest.known() if ranks.size > 1 else None, lambda known: _join(digest, known))
     if ranks.size > 1:
         unpublished.forget()
 
 
-def _write_at(unpublished: UnpublishedFile, begin: int) -> Callable[[memoryview, int], None]:
-    return lambda contents, offset: unpublished.write(contents, begin + offset)
+def _join(digest: TreeDigest, known: list[Any]) -> None:
+    for runs in known[1:]:
+        digest.join(runs)
+
+
+def _overwrite(job: Job, unpublished: UnpublishedFile, digest: TreeDigest) -> Callable[[memoryview, int], None]:
+    """Returns what writes over the mean; on every rank but the first nothing does."""
+
+    def write(contents: memoryview, offset: int) -> None:
+        if job.ranks.is_first:
+            digest.forget(offset, len(contents))
+            unpublished.write(contents, len(job.header) + offset)
+
+    return write
 
 
 def _finish(job: Job) -> None:

@@ -34,6 +34,7 @@ def refresh_weights(
     amp: str = "off",
     evaluate: Evaluate | None = None,
     require: str | Sequence[str] = (),
+    sha256: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     ranks: Ranks | None = None,
@@ -47,7 +48,7 @@ def refresh_weights(
         weights: one checkpoint of any kind that can be read.
         output, model, data, forward_batch, bn_batches, bn_estimator, amp: as for `average`.
         evaluate, require: measure the weights before and after, as for `average`.
-        state_key, ema, strip_prefix, device, dtype, overwrite, dry_run, ranks, progress: as for `average`.
+        state_key, ema, strip_prefix, device, dtype, sha256, overwrite, dry_run, ranks, progress: as for `average`.
 
     Returns:
         What was done.
@@ -79,6 +80,7 @@ def refresh_weights(
         amp=amp,
         evaluate=evaluate,
         require=require,
+        sha256=sha256,
         overwrite=overwrite,
         dry_run=dry_run,
         ranks=ranks,

@@ -82,6 +82,8 @@ def average_json(result: AverageResult) -> dict[str, Any]:
         "tensors": result.tensors,
         "bytes": result.nbytes,
         "device": result.device,
+        "data_digest": result.data_digest,
+        "sha256": result.sha256,
         "batch_norm": {
             "statistics": result.statistics,
             "layers": sorted(report.statistics) if report else [],

@@ -30,6 +30,9 @@ class AverageResult:
             ``mean`` (of the checkpoints' statistics), ``frozen`` (the same in every checkpoint, kept), or ``copied``
             (from the only checkpoint).
         batch_norm: what the refresh did, if there was one.
+        data_digest: of the output's data section, as its metadata records it; None for a dry run, and on every rank but
+            the first.
+        sha256: of the whole output, if it was asked for.
         evaluations: what ``evaluate`` measured: checkpoints in their order, then the average, before and after the
             refresh. The last one is that of the output.
         outcomes: each requirement, and whether it was met.
@@ -45,6 +48,8 @@ class AverageResult:
     device: str
     statistics: Statistics
     batch_norm: BatchNormReport | None
+    data_digest: str | None
+    sha256: str | None
     evaluations: tuple[Evaluation, ...]
     outcomes: tuple[Outcome, ...]
     notices: tuple[str, ...]

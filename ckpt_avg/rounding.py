@@ -13,26 +13,36 @@ import torch
 _LOST = 2**29 - 1  # the bits of a float64 that a float32 has no room for
 
 
-def round_to(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def round_to(
+    values: torch.Tensor, dtype: torch.dtype, scratch: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
     """Returns float64 ``values`` in ``dtype``, each rounded once, to nearest, ties to even.
 
     A value beyond the range of ``dtype`` becomes infinite, or what torch makes of it where the dtype has no infinity.
+
+    Args:
+        values: flat.
+        dtype: a floating-point dtype.
+        scratch: a float64 and a float32 buffer of at least as many elements, which are overwritten. Fresh memory has to
+            be brought in page by page, at half the cost of the arithmetic.
     """
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype)
-    odd = _round_to_odd_float32(values)
+    if scratch is None:
+        scratch = torch.empty_like(values), torch.empty_like(values, dtype=torch.float32)
+    odd = _round_to_odd_float32(values, *(buffer[: values.numel()] for buffer in scratch))
     # Where float32 itself is subnormal it has fewer bits. bfloat16 alone has values there.
     if dtype == torch.bfloat16 and _has_subnormal(odd):
         odd = _round_to_odd_subnormal_float32(values)
     return odd.to(dtype)
 
 
-def _round_to_odd_float32(values: torch.Tensor) -> torch.Tensor:
+def _round_to_odd_float32(values: torch.Tensor, wide: torch.Tensor, single: torch.Tensor) -> torch.Tensor:
     """Returns what float32 has room for, and its last bit set where anything was lost; for normal float32 numbers."""
-    bits = values.view(torch.int64)
+    bits, odd = values.view(torch.int64), wide.view(torch.int64)
     # Adding carries a one into the last bit that is kept if and only if there is a one below it.
-    odd = bits.bitwise_and(_LOST).add_(_LOST).bitwise_or_(bits).bitwise_and_(~_LOST)
-    return odd.view(torch.float64).to(torch.float32)
+    torch.bitwise_and(bits, _LOST, out=odd).add_(_LOST).bitwise_or_(bits).bitwise_and_(~_LOST)
+    return single.copy_(wide)
 
 
 def _has_subnormal(values: torch.Tensor) -> bool:

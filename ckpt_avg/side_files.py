@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ckpt_avg.atomic import atomic_output, check_target
+from ckpt_avg.atomic import atomic_output
 from ckpt_avg.discover import Sources, discover
 from ckpt_avg.errors import OutputError, UsageError
 from ckpt_avg.inputs import refuse_output_among
 from ckpt_avg.readers.sharded import SUFFIX as INDEX_SUFFIX
+from ckpt_avg.target import check_target
 
 
 class SideFiles:

@@ -157,6 +157,8 @@ class CheckpointSpec:
         metadata: what the file says of itself: ``__metadata__`` of a safetensors file; plain values
             (epoch, step, metric, …) beside the state dict of a torch file.
         notes: what a user should know of how it was read.
+        digest: SHA-256, in hex, of what says where the tensors lie: the JSON of a safetensors header, the pickle of a
+            torch file; of a checkpoint in several files, of the index and the digests of its parts.
     """
 
     path: Path
@@ -171,11 +173,12 @@ class CheckpointSpec:
     averaged: str = ""
     metadata: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    digest: str = ""
 
     @property
     def name(self) -> str:
-        """The last part of the path: also of ``.``, which has none of its own."""
-        return self.path.name if self.path.name not in ("", "..") else self.path.resolve().name
+        """The last part of the path."""
+        return name_of(self.path)
 
     @property
     def nbytes(self) -> int:
@@ -195,6 +198,11 @@ class CheckpointSpec:
                 if tensor.numel:
                     groups.setdefault(where, []).append(tensor.name)
         return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def name_of(path: Path) -> str:
+    """Returns the last part of a path: also of ``.``, which has none of its own."""
+    return path.name if path.name not in ("", "..") else path.resolve().name
 
 
 def batch_norm_layers(names: Mapping[str, object]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckpt_avg.batches import ForwardBatch
 from ckpt_avg.batchnorm import check_options
-from ckpt_avg.devices import choose_device, choose_threads
+from ckpt_avg.devices import choose_device
 from ckpt_avg.discover import Sources, discover
 from ckpt_avg.errors import IncompatibleError, UsageError, UserCodeError
 from ckpt_avg.evaluate import Evaluate, Evaluation, evaluate_weights, refuse_other_metrics
@@ -28,6 +28,7 @@ from ckpt_avg.refresh import RefreshOptions
 from ckpt_avg.run_folder import Skipped
 from ckpt_avg.running_statistics import check_bn
 from ckpt_avg.select import Selection, check_selection, patterns
+from ckpt_avg.threads import choose_threads
 from ckpt_avg.windows import SIDES, Side, Work, measure_windows, passes, windows_of
 
 

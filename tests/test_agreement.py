@@ -74,6 +74,7 @@ OTHER: dict[str, Any] = {
     "evaluate": len,
     "evaluate_all": True,
     "require": ("loss<=last",),
+    "sha256": True,
     "overwrite": True,
     "dry_run": True,
 }

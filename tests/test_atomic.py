@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from ckpt_avg.atomic import atomic_output, check_target
+from ckpt_avg.atomic import atomic_output
 from ckpt_avg.errors import OutputError, UsageError
+from ckpt_avg.target import check_target
 
 CONTENTS = bytes(range(256)) * 40
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg import control_groups, devices
+from ckpt_avg import control_groups, devices, threads
 from ckpt_avg.control_groups import cpu_quota
 from ckpt_avg.launch import Launch
 
@@ -66,17 +66,17 @@ def test_quotas(system: Path, files: dict[str, str], cores: float) -> None:
 
 @pytest.mark.parametrize(("quota", "expected"), [(math.inf, 8), (2.5, 3), (0.2, 1), (100, 8)])
 def test_threads_follow_the_quota(monkeypatch: pytest.MonkeyPatch, quota: float, expected: int) -> None:
-    monkeypatch.setattr(devices, "cpu_quota", lambda: quota)
-    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert devices.choose_threads(None) == expected
+    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert threads.choose_threads(None) == expected
 
 
 def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four ranks with a worker for every core each would be four times too many."""
-    monkeypatch.setattr(devices, "usable_cores", lambda: 8)
-    assert devices.choose_threads(None, Launch(5, 8, 1, 4)) == 2
-    assert devices.choose_threads(None, Launch(5, 8, 1, 64)) == 1
-    assert devices.choose_threads(3, Launch(5, 8, 1, 4)) == 3
+    monkeypatch.setattr(threads, "usable_cores", lambda: 8)
+    assert threads.choose_threads(None, Launch(5, 8, 1, 4)) == 2
+    assert threads.choose_threads(None, Launch(5, 8, 1, 64)) == 1
+    assert threads.choose_threads(3, Launch(5, 8, 1, 4)) == 3
 
 
 def test_each_rank_has_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

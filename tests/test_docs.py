@@ -106,6 +106,8 @@ def test_other_commands_of_the_readme_work(
         arguments += ["--last", "2"]
     if arguments[0] == "average" and "RUN" in arguments:
         arguments += ["--bn", "keep"]
+    if arguments[0] == "verify":
+        ckpt_avg.average("RUN", "swa.safetensors", last=8, bn="keep")
     code, _, err = in_process(*arguments)
     assert code == 0, err
 

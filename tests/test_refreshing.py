@@ -285,8 +285,12 @@ def test_what_an_average_says_of_itself_is_kept(tmp_path: Path, out: Path) -> No
     refresh_weights(kept, out, model=make, data=data, device="cpu")
     before, after = metadata(kept), metadata(out)
     assert after.keys() == before.keys()
-    assert {key for key in after if after[key] != before[key]} == {"ckpt_avg.batch_norm"}
-    assert json.loads(after["ckpt_avg.checkpoints"]) == ["step_0.pt", "step_1.pt", "step_2.pt"]
+    assert {key for key in after if after[key] != before[key]} == {
+        "ckpt_avg.batch_norm",
+        "ckpt_avg.data_digest",
+        "ckpt_avg.header_digest",
+    }
+    assert [each["name"] for each in json.loads(after["ckpt_avg.sources"])] == ["step_0.pt", "step_1.pt", "step_2.pt"]
     assert (after["ckpt_avg.method"], after["ckpt_avg.dtype"]) == ("mean", "float64")
     assert json.loads(after["ckpt_avg.batch_norm"])["statistics"] == "refreshed"
     found = inspect(out).checkpoint

@@ -15,7 +15,7 @@ from ckpt_avg.readers.checkpoint import Checkpoint
 from ckpt_avg.readers.contents import element, plain_values, record_of
 from ckpt_avg.readers.leaves import Leaf, StoredTensor
 from ckpt_avg.readers.names import check_name
-from ckpt_avg.readers.place import Place, place
+from ckpt_avg.readers.place import FileContents, Place, place
 from ckpt_avg.readers.prefixes import Stripped, strip_prefixes
 from ckpt_avg.readers.state_dict import Found, Reading, find_state_dict
 from ckpt_avg.spec import CheckpointSpec, TensorSpec
@@ -73,8 +73,7 @@ def settle_names(
 def assemble(
     file: MappedFile,
     form: str,
-    contents: object,
-    place_of: Callable[[str], Place | None],
+    held: FileContents,
     reading: Reading,
     *,
     strip: bool = True,
@@ -84,14 +83,14 @@ def assemble(
     Args:
         file: the file.
         form: the name of its format.
-        contents: what its pickle holds.
-        place_of: storage key → (first byte, bytes) in the file.
+        held: what its pickle holds.
         reading: how to read it.
         strip: whether to take wrappers' prefixes off.
 
     Raises:
         CheckpointFormatError: there is no one state dict, or a tensor is damaged.
     """
+    contents, place_of = held.objects, held.place_of
     found = find_state_dict(contents, file.path, reading)
     names = settle_names(
         {
@@ -134,6 +133,7 @@ def assemble(
         averaged=averaged,
         metadata=plain_values(contents),
         notes=notes,
+        digest=held.digest,
     )
     return Checkpoint(spec, (file, memory) if memory.size else (file,))
 

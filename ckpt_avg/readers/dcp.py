@@ -8,6 +8,7 @@ through `pickle_specs`; torch reads ``.metadata`` with a plain ``pickle.load``.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -65,7 +66,7 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
     Raises:
         CheckpointFormatError: the metadata is damaged, a file is missing, or parts of a tensor are.
     """
-    metadata = _read_metadata(folder / METADATA)
+    metadata, digest = _read_metadata(folder / METADATA)
     tensors = _tensors(metadata, folder)
     stored = _storage(metadata, folder)
     contents = _nested(metadata, tensors, folder)
@@ -100,6 +101,7 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
             averaged=names.averaged or average_mark(found.ema, found.key),
             metadata={"files": len(files)},
             notes=(*found.notes, *names.notes, *without_tensor(found.others)),
+            digest=digest,
         )
         on_error.pop_all()
         return Checkpoint(spec, [file for _, file in files.values()])
@@ -109,15 +111,16 @@ def _fail(folder: Path, what: str) -> NoReturn:
     raise CheckpointFormatError(f"{folder / METADATA}: {what}. Save or copy the checkpoint again.")
 
 
-def _read_metadata(path: Path) -> Mapping[str, Any]:
+def _read_metadata(path: Path) -> tuple[Mapping[str, Any], str]:
     with MappedFile(path) as file:
         if file.size > LIMITS.pickle:
             _fail(path.parent, f"expected metadata of at most {LIMITS.pickle:,} bytes, got {file.size:,}")
-        root = read_pickle(file.read(0, file.size), str(path))
+        pickle = file.read(0, file.size)
+    root = read_pickle(pickle, str(path))
     state = _state(root)
     if not isinstance(state.get("state_dict_metadata"), dict) or not isinstance(state.get("storage_data"), dict):
         _fail(path.parent, "expected the metadata of torch.distributed.checkpoint, got another pickle")
-    return state
+    return state, hashlib.sha256(pickle).hexdigest()
 
 
 def _state(value: object) -> Mapping[str, Any]:
@@ -218,13 +221,14 @@ def _check_present(
 def _read_archive(index: int, file: MappedFile, stored: _Stored) -> TensorSpec:
     """Returns where the one tensor of an archive inside a file lies."""
     region = Region(file, stored.offset, stored.length)
-    contents, place_of = torch_zip.read_contents(region, is_part=True)
+    held = torch_zip.read_contents(region, is_part=True)
+    contents = held.objects
     if not isinstance(contents, StoredTensor):
         raise CheckpointFormatError(
             f"{file.path}: expected a plain tensor in {quote(stored.file)}, got another object at byte "
             f"{stored.offset:,}. Save it as a plain tensor."
         )
-    box = place(file.path, "(part)", contents, place_of(contents.storage.key))
+    box = place(file.path, "(part)", contents, held.place_of(contents.storage.key))
     begin, nbytes = box.storage
     return replace(box, name="", file=index, offset=box.offset + region.begin, storage=(begin + region.begin, nbytes))
 

@@ -7,6 +7,7 @@ tensor, where the box that this file holds begins; the whole shape is the furthe
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -42,10 +43,13 @@ def open_dcp_safetensors(shards: Sequence[Path], path: Path, reading: Reading) -
     parts: dict[str, list[Part]] = {}
     first: dict[str, TensorSpec] = {}
     files: list[MappedFile] = []
+    digest = hashlib.sha256()
     with ExitStack() as on_error:
         for shard in shards:
             files.append(on_error.enter_context(MappedFile(shard)))
-            tensors, metadata = parse_header(files[-1], read_header(files[-1]))
+            header = read_header(files[-1])
+            digest.update(hashlib.sha256(header).digest())
+            tensors, metadata = parse_header(files[-1], header)
             offsets = _offsets(shard, metadata)
             for name, tensor in tensors.items():
                 first.setdefault(name, tensor)
@@ -75,6 +79,7 @@ def open_dcp_safetensors(shards: Sequence[Path], path: Path, reading: Reading) -
             averaged=names.averaged,
             metadata={"files": len(files)},
             notes=names.notes,
+            digest=digest.hexdigest(),
         )
         on_error.pop_all()
         return Checkpoint(spec, files)

@@ -16,7 +16,7 @@ from ckpt_avg.readers import safetensors, torch_stream, torch_zip
 from ckpt_avg.readers.assemble import Names, assemble, rename, settle_names
 from ckpt_avg.readers.checkpoint import Checkpoint
 from ckpt_avg.readers.pickle_specs import read_pickle
-from ckpt_avg.readers.place import Place
+from ckpt_avg.readers.place import FileContents
 from ckpt_avg.readers.state_dict import Reading
 from ckpt_avg.readers.unknown import explain
 from ckpt_avg.spec import METHOD_KEY, CheckpointSpec, TensorSpec
@@ -39,13 +39,13 @@ def open_file(path: Path, reading: Reading, *, strip: bool = True) -> Checkpoint
         file = on_error.enter_context(MappedFile(path))
         head = file.read(0, min(file.size, 512))
         if head.startswith(torch_zip.MAGIC):
-            checkpoint = assemble(file, "torch zip", *torch_zip.read_contents(file), reading, strip=strip)
+            checkpoint = assemble(file, "torch zip", torch_zip.read_contents(file), reading, strip=strip)
         elif safetensors.looks_like(head):
             checkpoint = _open_safetensors(file, reading, strip=strip)
         elif torch_stream.looks_like(head):
-            checkpoint = assemble(file, "torch stream", *torch_stream.read_contents(file), reading, strip=strip)
+            checkpoint = assemble(file, "torch stream", torch_stream.read_contents(file), reading, strip=strip)
         elif head.startswith(b"\x80"):
-            checkpoint = assemble(file, "pickle", _pickled(file), _nowhere, reading, strip=strip)
+            checkpoint = assemble(file, "pickle", _pickled(file), reading, strip=strip)
         else:
             raise CheckpointFormatError(f"{path}: {explain(head, path.name)}")
         on_error.pop_all()  # the checkpoint keeps the file open
@@ -55,25 +55,26 @@ def open_file(path: Path, reading: Reading, *, strip: bool = True) -> Checkpoint
 class _Table(dict[str, TensorSpec]):
     """The tensors of a safetensors file, and what its header says beside them. It is shared, so nothing changes it."""
 
-    def __init__(self, tensors: Mapping[str, TensorSpec], names: Names, metadata: dict[str, str]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorSpec], names: Names, metadata: dict[str, str], digest: str) -> None:
         super().__init__(tensors)
-        self.names, self.metadata = names, metadata
+        self.names, self.metadata, self.digest = names, metadata, digest
 
 
 # Checkpoints of one run mostly have the same header, byte for byte. It is parsed once while any of them is open.
-_TABLES: WeakValueDictionary[tuple[bytes, int, str | None, bool], _Table] = WeakValueDictionary()
+_TABLES: WeakValueDictionary[tuple[str, int, str | None, bool], _Table] = WeakValueDictionary()
 
 
 def _read_table(file: MappedFile, reading: Reading, *, strip: bool) -> _Table:
     header = safetensors.read_header(file)
     # All that the table follows from. Only what passed every check is kept, and no path is in it.
-    key = (hashlib.sha256(header).digest(), file.size, reading.strip_prefix, strip)
+    digest = hashlib.sha256(header).hexdigest()
+    key = (digest, file.size, reading.strip_prefix, strip)
     table = _TABLES.get(key)
     if table is None:
         tensors, metadata = safetensors.parse_header(file, header)
         scalars = {name: tensor.shape == () for name, tensor in tensors.items()}
         names = settle_names(scalars, reading, file.path, strip=strip)
-        table = _TABLES[key] = _Table(rename(tensors.values(), names.stripped.names), names, metadata)
+        table = _TABLES[key] = _Table(rename(tensors.values(), names.stripped.names), names, metadata, digest)
     return table
 
 
@@ -99,6 +100,7 @@ def _open_safetensors(file: MappedFile, reading: Reading, *, strip: bool) -> Che
         averaged="ckpt-avg made it" if metadata.get(METHOD_KEY) == "mean" else names.averaged,
         metadata=metadata,
         notes=notes,
+        digest=table.digest,
     )
     return Checkpoint(spec, (file,))
 
@@ -112,15 +114,12 @@ def refuse_choice(reading: Reading, path: Path) -> None:
         )
 
 
-def _pickled(file: MappedFile) -> object:
+def _pickled(file: MappedFile) -> FileContents:
     """Returns what a bare pickle holds, whose arrays are in it: detectron2's model zoo has such files."""
     if file.size > LIMITS.pickle:
         raise CheckpointFormatError(
             f"{file.path}: expected a pickle of at most {LIMITS.pickle:,} bytes, got {file.size:,}. In a trusted "
             "environment, save the weights with torch.save or safetensors."
         )
-    return read_pickle(file.read(0, file.size), str(file.path))
-
-
-def _nowhere(key: str) -> Place | None:
-    return None
+    pickle = file.read(0, file.size)
+    return FileContents(read_pickle(pickle, str(file.path)), lambda key: None, hashlib.sha256(pickle).hexdigest())

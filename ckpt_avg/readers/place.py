@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -12,6 +14,21 @@ from ckpt_avg.readers.leaves import StoredTensor
 from ckpt_avg.spec import TensorSpec
 
 Place = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class FileContents:
+    """What a torch file holds.
+
+    Attributes:
+        objects: what its pickle describes.
+        place_of: storage key → where that storage lies: (first byte, bytes); None where there is none.
+        digest: SHA-256 of the pickle, in hex.
+    """
+
+    objects: object
+    place_of: Callable[[str], Place | None]
+    digest: str
 
 
 def place(path: Path, name: str, tensor: StoredTensor, record: Place | None) -> TensorSpec:

@@ -6,6 +6,7 @@ beside the shards. File names in an index are untrusted (`members`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -45,7 +46,7 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
     Raises:
         CheckpointFormatError: the index is damaged or unsafe, shards are missing, or index and shards disagree.
     """
-    weight_map = _weight_map(index)
+    weight_map, digest = _weight_map(index)
     shards = {name: member_of(index.parent, name, str(index)) for name in dict.fromkeys(weight_map.values())}
     for name in shards:
         if ".safetensors." in index.name and not name.endswith(".safetensors"):
@@ -78,10 +79,15 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
             lacks_prefix=names.stripped.lacking,
             averaged=names.averaged,
             metadata={"shards": len(shards)},
+            digest=_joined(digest, *(spec.digest for spec in opened.values())),
             notes=(*dict.fromkeys(note for spec in opened.values() for note in spec.notes), *names.notes),
         )
         on_error.pop_all()
         return Checkpoint(spec, files)
+
+
+def _joined(*digests: str) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 class _Whole(dict[str, TensorSpec]):
@@ -138,7 +144,7 @@ def _fail(index: Path, what: str) -> NoReturn:
     raise CheckpointFormatError(f"{index}: {what}. Save or copy the checkpoint again.")
 
 
-def _weight_map(index: Path) -> Mapping[str, str]:
+def _weight_map(index: Path) -> tuple[Mapping[str, str], str]:
     with MappedFile(index) as file:
         if file.size > LIMITS.index:
             _fail(index, f"expected a shard index of at most {LIMITS.index:,} bytes, got {file.size:,}")
@@ -152,7 +158,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
         _fail(index, 'expected a shard index {"weight_map": {tensor: file}}, got other JSON')
     if not all(isinstance(name, str) for name in weight_map.values()):
         _fail(index, "expected file names in weight_map, got other values")
-    return weight_map
+    return weight_map, hashlib.sha256(text).hexdigest()
 
 
 def _check_agreement(

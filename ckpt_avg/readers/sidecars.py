@@ -85,8 +85,7 @@ def _trainer_state(path: Path) -> Record:
 def _lightning_meta(path: Path) -> Record:
     try:
         with MappedFile(path) as file:
-            contents, _ = torch_zip.read_contents(file)
-            return record_of(contents, lambda leaf: None)
+            return record_of(torch_zip.read_contents(file).objects, lambda leaf: None)
     except CheckpointFormatError:
         return Record()
 

@@ -7,15 +7,16 @@ elements (``_legacy_save`` in torch/serialization.py). So every tensor has an of
 
 from __future__ import annotations
 
+import hashlib
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.messages import quote
 from ckpt_avg.readers.leaves import StorageRef, UnreadableTensor
 from ckpt_avg.readers.pickle_specs import read_next_pickle
-from ckpt_avg.readers.place import Place
+from ckpt_avg.readers.place import FileContents, Place
 from ckpt_avg.readers.region import Readable
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -29,11 +30,8 @@ def looks_like(head: bytes) -> bool:
     return head.startswith(b"\x80") and _MAGIC.to_bytes(10, "little") in head[:32]
 
 
-def read_contents(file: Readable) -> tuple[object, Callable[[str], Place | None]]:
+def read_contents(file: Readable) -> FileContents:
     """Reads the pickles and finds the storages behind them.
-
-    Returns:
-        What the file holds, and what tells where the storage of a key lies: (first byte, bytes).
 
     Raises:
         CheckpointFormatError: a pickle is damaged, or the storages do not fit them.
@@ -52,8 +50,8 @@ def read_contents(file: Readable) -> tuple[object, Callable[[str], Place | None]
         )
     contents, storages = read_next_pickle(source, where)
     keys, _ = read_next_pickle(source, where)
-    places = _find_storages(file, keys, storages, source.position)
-    return contents, places.get
+    pickles = hashlib.sha256(file.read(0, source.position)).hexdigest()
+    return FileContents(contents, _find_storages(file, keys, storages, source.position).get, pickles)
 
 
 class _Pickles:

@@ -6,28 +6,26 @@ bytes are found without reading any of them. The pickle goes through `pickle_spe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Mapping
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.readers.pickle_specs import read_pickle
-from ckpt_avg.readers.place import Place
+from ckpt_avg.readers.place import FileContents, Place
 from ckpt_avg.readers.region import Readable
 from ckpt_avg.readers.zip_directory import Member, read_members
 
 MAGIC = b"PK\x03\x04"
 
 
-def read_contents(file: Readable, *, is_part: bool = False) -> tuple[object, Callable[[str], Place | None]]:
+def read_contents(file: Readable, *, is_part: bool = False) -> FileContents:
     """Reads the directory and the pickle.
 
     Args:
         file: the archive.
         is_part: whether it holds one part of a tensor, so that few members and a short pickle are expected.
-
-    Returns:
-        What the file holds, and what tells where the storage of a key lies: (first byte, bytes).
 
     Raises:
         CheckpointFormatError: the archive or its pickle is damaged, or is not torch's.
@@ -51,7 +49,8 @@ def read_contents(file: Readable, *, is_part: bool = False) -> tuple[object, Cal
         member = members.get(f"{root}/data/{key}")
         return (member.offset, member.size) if member else None
 
-    return read_pickle(file.read(record.offset, record.size), str(file.path)), place_of
+    pickle = file.read(record.offset, record.size)
+    return FileContents(read_pickle(pickle, str(file.path)), place_of, hashlib.sha256(pickle).hexdigest())
 
 
 def _root(file: Readable, members: Mapping[str, Member]) -> str:

@@ -8,6 +8,7 @@ PKWARE's APPNOTE 6.3, sections 4.3.7 (local header), 4.3.12 (directory), 4.3.14 
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
@@ -22,6 +23,7 @@ _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
 _END64_LOCATOR = struct.Struct("<4sIQI")
 _END64 = struct.Struct("<4sQ2H2I4Q")
+_BLOCK = 2**20
 _MANY16, _MANY32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED, _SIZES_FOLLOW = 0x0001, 0x0008
 _DAMAGED = "The file is damaged or was not written by torch.save: save or copy it again."
@@ -29,11 +31,12 @@ _DAMAGED = "The file is damaged or was not written by torch.save: save or copy i
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One stored member: where its bytes lie in the file."""
+    """One stored member: where its bytes lie in the file, and their CRC-32; 0 where it was not computed."""
 
     name: str
     offset: int
     size: int
+    crc: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,20 @@ def read_members(file: Readable, most: int = LIMITS.tensors) -> Mapping[str, Mem
         members[member.name] = member
         end_of_previous = member.offset + member.size
     return members
+
+
+def refuse_damaged(file: Readable) -> None:
+    """Compares the bytes of every member with the CRC-32 that the archive records of them, if it does.
+
+    Raises:
+        CheckpointFormatError: they differ.
+    """
+    for member in read_members(file).values():
+        crc, end = 0, member.offset + member.size
+        for offset in range(member.offset, end, _BLOCK):
+            crc = zlib.crc32(file.read(offset, min(_BLOCK, end - offset)), crc)
+        if member.crc not in (0, crc):
+            _fail(file, f"member {quote(member.name)}: expected CRC-32 {member.crc:08x}, got {crc:08x}")
 
 
 def _fail(file: Readable, what: str) -> NoReturn:
@@ -174,4 +191,4 @@ def _member(file: Readable, entry: _Entry, directory_start: int) -> Member:
     same_sizes = crc == entry.crc and size in (entry.size, _MANY32) and packed in (entry.size, _MANY32)
     if not same_name or flags != entry.flags or method != entry.method or not (sizes_follow or same_sizes):
         _fail(file, f"{what}: its local header contradicts the directory")
-    return Member(name, start, entry.size)
+    return Member(name, start, entry.size, entry.crc)

@@ -1,0 +1,197 @@
+"""Whether a file is the mean of the checkpoints that it records: the mean is taken again, and nothing is written."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt_avg.compat import refuse_differences
+from ckpt_avg.discover import Discovery, Sources, discover
+from ckpt_avg.errors import IncompatibleError, VerificationError
+from ckpt_avg.identical import refuse_unequal
+from ckpt_avg.mapped import IO, MappedFile
+from ckpt_avg.mean import DEFAULT_MEMORY, check_memory, divide_memory, write_mean
+from ckpt_avg.messages import listing, plural, quote
+from ckpt_avg.plan import OutputTensor, Plan, check_rules, make_plan
+from ckpt_avg.progress import Progress
+from ckpt_avg.provenance import (
+    Options,
+    recorded_options,
+    recorded_sources,
+    recorded_statistics,
+    size_of,
+    text_of,
+)
+from ckpt_avg.readers import Checkpoint, open_with
+from ckpt_avg.spec import TensorSpec, batch_norm_buffer
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def compare_with_mean(
+    file: MappedFile,
+    tensors: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str],
+    sources: Sources,
+    *,
+    threads: int,
+    memory: int | None,
+    io: IO,
+    progress: Progress,
+) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Compares a file's data, bit for bit, with the mean of the checkpoints that its metadata records.
+
+    Args:
+        file: the file.
+        tensors: its tensors by name.
+        metadata: what it says of itself.
+        sources, threads, memory, io, progress: as for `verify`.
+
+    Returns:
+        The checkpoints in order, and the tensors that are not the mean since a BatchNorm refresh measured them.
+
+    Raises:
+        VerificationError: the sources are others than it records, or their mean is another.
+        CheckpointFormatError: a source cannot be read.
+    """
+    memory = DEFAULT_MEMORY if memory is None else memory
+    check_memory(memory)
+    recorded, options = recorded_sources(metadata), recorded_options(metadata)
+    if recorded is None or options is None:
+        raise VerificationError(
+            f"{file.path}: expected a record of its sources and options, got none that makes sense."
+        )
+    with ExitStack() as stack:
+        try:
+            checkpoints = _recorded_among(discover(sources), recorded, options, stack, file.path)
+            for source in (source for checkpoint in checkpoints for source in checkpoint.files):
+                source.read_by(io)
+            specs = [checkpoint.spec for checkpoint in checkpoints]
+            refuse_differences(specs)
+            check_rules(options.dtype, options.non_float)
+            plan = make_plan(specs, dtype=options.dtype, non_float=options.non_float)
+            refuse_unequal(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
+            may_differ = _measured(plan) if recorded_statistics(metadata) == "refreshed" else frozenset()
+            comparison = _Comparison(file, tensors, plan, may_differ)
+            progress.start(len(specs) * specs[0].nbytes)
+            write_mean(
+                checkpoints,
+                plan,
+                comparison.compare,
+                budget=divide_memory(memory, plan, threads=threads, checkpoints=len(specs), device=torch.device("cpu")),
+                device=torch.device("cpu"),
+                allow_nonfinite=options.allow_nonfinite,
+                progress=progress.read,
+            )
+        except IncompatibleError as error:
+            raise VerificationError(f"{file.path}: not the mean of these checkpoints: {error}") from error
+        measured = tuple(tensor.name for tensor in plan.tensors if tensor.name in comparison.measured)
+        return tuple(spec.path for spec in specs), measured
+
+
+def _recorded_among(
+    discovery: Discovery, recorded: Sequence[Mapping[str, Any]], options: Options, stack: ExitStack, path: Path
+) -> list[Checkpoint]:
+    """Returns the recorded checkpoints in their order; folders may hold others, but what is named by hand must be one.
+
+    Raises:
+        VerificationError: one is not there, or is another than when it was averaged; or one too many was named.
+    """
+    names = {source["name"] for source in recorded}
+    found = [*discovery.paths, *(each.path for each in discovery.skipped)]
+    opened = [stack.enter_context(open_with(each, options.reading)) for each in found if text_of(each) in names]
+    left = {id(checkpoint): checkpoint for checkpoint in opened}
+    chosen = []
+    for source in recorded:
+        same_name = [each for each in left.values() if text_of(each.spec.path) == source["name"]]
+        match = next((each for each in same_name if _is(each, source)), None)
+        if match is None:
+            got = "got none of that name"
+            if same_name:
+                got = f"got another file of that name, {same_name[0].spec.path}"
+            raise VerificationError(
+                f"{path}: it records {quote(source['name'])} of {source['bytes']:,} bytes, header digest "
+                f"{source['header_sha256']}: {got} among the sources. Name the checkpoints that it was made of."
+            )
+        chosen.append(left.pop(id(match)))
+    named = {each for group in discovery.groups if not group.is_run for each in group.paths}
+    taken = {checkpoint.spec.path for checkpoint in chosen}
+    if extra := [str(each) for each in found if each in named and each not in taken]:
+        raise VerificationError(
+            f"{path}: it is the mean of {plural(len(chosen), 'checkpoint')}, and these are not among them: "
+            f"{listing(map(quote, extra))}. Name only those, or their folder."
+        )
+    return chosen
+
+
+def _is(checkpoint: Checkpoint, source: Mapping[str, Any]) -> bool:
+    return (checkpoint.spec.digest, size_of(checkpoint)) == (source["header_sha256"], source["bytes"])
+
+
+def _measured(plan: Plan) -> frozenset[str]:
+    """Returns the tensors that a BatchNorm refresh may have written."""
+    return frozenset(batch_norm_buffer(layer, buffer) for layer in plan.batch_norm for buffer in _BUFFERS)
+
+
+class _Comparison:
+    """Compares the mean with a file, piece by piece. Threads may share it.
+
+    Args:
+        file, tensors: the file and its tensors.
+        plan: of the mean.
+        may_differ: tensors whose differences are only noted.
+
+    Raises:
+        VerificationError: the file holds other tensors.
+    """
+
+    def __init__(
+        self, file: MappedFile, tensors: Mapping[str, TensorSpec], plan: Plan, may_differ: frozenset[str]
+    ) -> None:
+        expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
+        found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        if expected != found:
+            others = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+            raise VerificationError(
+                f"{file.path}: not the mean of these checkpoints: expected tensors of their names, shapes and dtypes, "
+                f"got others: {listing(map(quote, others))}."
+            )
+        self._file, self._tensors, self._plan, self._may_differ = file, tensors, plan, may_differ
+        self._begins = [tensor.offset for tensor in plan.tensors]
+        self._lock = threading.Lock()
+        self.measured: set[str] = set()
+
+    def compare(self, contents: memoryview, offset: int) -> None:
+        """Compares bytes of the mean's data section with the file's.
+
+        Raises:
+            VerificationError: they differ.
+        """
+        contents = contents.cast("B")
+        end = offset + len(contents)
+        for tensor in self._plan.tensors[bisect.bisect_right(self._begins, offset) - 1 :]:
+            if tensor.offset >= end:
+                break
+            first, stop = max(offset, tensor.offset), min(end, tensor.offset + tensor.nbytes)
+            if first < stop:
+                self._compare(tensor, first - tensor.offset, contents[first - offset : stop - offset])
+
+    def _compare(self, tensor: OutputTensor, begin: int, mean: memoryview) -> None:
+        found = self._file.read(self._tensors[tensor.name].offset + begin, len(mean))
+        if found == mean:
+            return
+        if tensor.name in self._may_differ:
+            with self._lock:
+                self.measured.add(tensor.name)
+            return
+        index = next(index for index, (a, b) in enumerate(zip(found, mean, strict=True)) if a != b)
+        raise VerificationError(
+            f"{self._file.path}: tensor {quote(tensor.name)}: not the mean of these checkpoints: it differs at index "
+            f"{(begin + index) // tensor.dtype.itemsize:,}. Average them again, or name those that it was made of."
+        )

@@ -46,7 +46,7 @@ def encode_header(plan: Plan, metadata: Mapping[str, str], *, reserve: int = 0) 
     if length > LIMITS.header:
         raise IncompatibleError(
             f"the output's header would take {length:,} bytes, and safetensors allows {LIMITS.header:,}. "
-            "Average fewer tensors in one file."
+            "Average fewer tensors or checkpoints at once, or leave --sha256 out."
         )
     return struct.pack("<Q", length) + text.ljust(length)
 

@@ -148,9 +148,13 @@ def recorded_sources(metadata: Mapping[str, Any]) -> list[dict[str, Any]] | None
 def recorded_options(metadata: Mapping[str, Any]) -> Options | None:
     """Returns the options that a file records; None where they make no sense."""
     try:
-        return Options(dtype=metadata[DTYPE], **json.loads(metadata[OPTIONS]))
+        options = Options(dtype=metadata[DTYPE], **json.loads(metadata[OPTIONS]))
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
+    texts = (options.state_key or "", options.strip_prefix or "", options.non_float)
+    well_formed = all(isinstance(text, str) for text in texts)
+    well_formed &= all(isinstance(each, bool) for each in (options.allow_nonfinite, options.ema))
+    return options if well_formed else None
 
 
 def recorded_statistics(metadata: Mapping[str, Any]) -> str:

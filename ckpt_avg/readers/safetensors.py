@@ -41,10 +41,11 @@ def read_header(file: MappedFile) -> bytes:
         _fail(file, f"expected a header of {length:,} bytes, got a file of {file.size:,} bytes. {_DAMAGED}")
     header = file.read(8, length)
     # Each tensor needs a brace of its own, two lists and four colons: this bounds what is built before it is built.
-    braces = header.count(b"{")
+    # What is quoted again lies inside of a string: JSON in the metadata, as this package writes it.
+    braces = header.count(b"{") - header.count(b'{\\"')
     if braces > LIMITS.tensors + 2:
         _fail(file, f"expected at most {LIMITS.tensors:,} tensors in the header, got more. {_DAMAGED}")
-    if header.count(b"[") > 4 * braces + 1_000 or header.count(b":") > 5 * braces + 100_000:
+    if header.count(b"[") > 4 * braces + 1_000 or header.count(b":") - header.count(b'\\":') > 5 * braces + 100_000:
         _fail(file, f"the header: expected tensors, got a great many other values. {_DAMAGED}")
     return header
 

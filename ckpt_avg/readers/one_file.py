@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+from ckpt_avg.collector import collector_paused
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.mapped import MappedFile
@@ -71,10 +72,11 @@ def _read_table(file: MappedFile, reading: Reading, *, strip: bool) -> _Table:
     key = (digest, file.size, reading.strip_prefix, strip)
     table = _TABLES.get(key)
     if table is None:
-        tensors, metadata = safetensors.parse_header(file, header)
-        scalars = {name: tensor.shape == () for name, tensor in tensors.items()}
-        names = settle_names(scalars, reading, file.path, strip=strip)
-        table = _TABLES[key] = _Table(rename(tensors.values(), names.stripped.names), names, metadata, digest)
+        with collector_paused():
+            tensors, metadata = safetensors.parse_header(file, header)
+            scalars = {name: tensor.shape == () for name, tensor in tensors.items()}
+            names = settle_names(scalars, reading, file.path, strip=strip)
+            table = _TABLES[key] = _Table(rename(tensors.values(), names.stripped.names), names, metadata, digest)
     return table
 
 

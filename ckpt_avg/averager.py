@@ -95,7 +95,7 @@ class Averager:
             if bad.any():
                 parts = mean.numel() // output.numel()  # two of a complex element
                 tensor, _ = run.locate(start + int(bad.to(torch.uint8).argmax()) // parts)
-                raise NonFiniteError(describe_nonfinite(self._checkpoints, tensor))
+                raise NonFiniteError(describe_nonfinite(self._checkpoints, tensor), lines=True)
         rounded = round_to(mean, as_real(output).dtype, (buffers.wide, buffers.single))
         if run.dtype is not run.source_dtype and not self._allow_nonfinite:
             refuse_overflow(lambda index: run.locate(start + index), mean, rounded)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ckpt_avg.messages import safe_text
+from ckpt_avg.messages import one_line, safe_text
 from ckpt_avg.progress import Progress
 
 
@@ -64,7 +64,7 @@ def bars(*, quiet: bool, reading: str = "averaging") -> Iterator[Progress]:
     def notice(text: str) -> None:
         if not quiet:
             with contextlib.suppress(OSError):  # a stderr that takes no more must not stop the averaging
-                tqdm.write(safe_text(f"Notice: {text}"), file=sys.stderr)
+                tqdm.write(safe_text(f"Notice: {one_line(text)}"), file=sys.stderr)
 
     try:
         yield Progress(start, read, refreshing, refreshed, evaluating, notice)

@@ -10,7 +10,7 @@ from typing import Literal
 from ckpt_avg.discover import Sources, discover
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.inputs import notice_what_is_read, open_inputs
-from ckpt_avg.messages import listing, plural, quote
+from ckpt_avg.messages import listing, one_line, plural, quote
 from ckpt_avg.readers import make_reading
 from ckpt_avg.run_folder import Skipped
 from ckpt_avg.select import Selection, check_selection, patterns
@@ -40,7 +40,7 @@ class Difference:
     def __str__(self) -> str:
         return (
             f"tensor {quote(self.tensor)}: {self.aspect}: expected {self.expected}, got {self.found} "
-            f"in {listing(self.checkpoints)}"
+            f"in {listing(map(one_line, self.checkpoints))}"
         )
 
 
@@ -78,7 +78,7 @@ class CompatibilityReport:
         lines = listing((f"  {difference}" for difference in self.differences), separator="\n")
         return (
             f"the checkpoints don't fit together: {plural(len(self.differences), 'difference')} from "
-            f"{self.checkpoints[0]}\n{lines}\n{self.advice}"
+            f"{one_line(self.checkpoints[0])}\n{lines}\n{self.advice}"
         )
 
 
@@ -153,7 +153,7 @@ def refuse_differences(specs: Sequence[CheckpointSpec]) -> None:
     """Raises IncompatibleError with every difference, if there is any."""
     report = compare(specs)
     if not report.compatible:
-        raise IncompatibleError(str(report))
+        raise IncompatibleError(str(report), lines=True)
 
 
 def _differences(reference: CheckpointSpec, spec: CheckpointSpec) -> list[tuple[str, Aspect, str, str]]:

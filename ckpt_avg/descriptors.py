@@ -173,7 +173,9 @@ def _open(path: Path) -> tuple[int, os.stat_result]:
         status = _status(fd, path)
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
-            raise CheckpointFormatError(f"{path}: expected a checkpoint file, got {kind}.")
+            raise CheckpointFormatError(
+                f"{path}: expected a checkpoint file, got {kind}. Name a file, or a folder of checkpoints."
+            )
     except CheckpointFormatError:
         os.close(fd)
         raise
@@ -186,7 +188,9 @@ def _open_any(path: Path) -> int:
             return os.open(path, _FLAGS)
         except OSError as error:  # noqa: PERF203 (it goes round only while files can be closed)
             if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise CheckpointFormatError(f"{path}: cannot be opened: {error.strerror}.") from error
+                raise CheckpointFormatError(
+                    f"{path}: cannot be opened: {error.strerror}. Check its permissions and kind."
+                ) from error
             if not park_idle():
                 raise ResourceError(
                     f"{path}: too many open files. Raise the limit (ulimit -n) or use fewer --threads."

@@ -103,7 +103,9 @@ def _existing(original: str | os.PathLike[str]) -> Path:
     try:
         exists = source.exists()
     except (OSError, ValueError) as error:  # no permission, a name too long or with NUL
-        raise UsageError(f"{quote(source)}: cannot be looked at: {error}. Check the path.") from error
+        raise UsageError(
+            f"{quote(source)}: cannot be looked at: {getattr(error, 'strerror', None) or error}. Check the path."
+        ) from error
     if not exists:
         hint = "It is a symbolic link to nothing." if source.is_symlink() else "Check the path."
         raise UsageError(f"{source}: expected a checkpoint file or a run folder, got nothing there. {hint}")

@@ -24,9 +24,13 @@ import errno
 import sys
 from typing import Any
 
+from ckpt_avg.messages import one_line
+
 
 class CkptAvgError(Exception):
     """Base of every error that this package raises on purpose.
+
+    Its message is one line, whatever names it holds; only some kinds may have several.
 
     Attributes:
         exit_code: of the command.
@@ -34,9 +38,10 @@ class CkptAvgError(Exception):
     """
 
     exit_code = 1
+    _may_have_lines = False
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, lines: bool = False) -> None:
+        super().__init__(message if lines or self._may_have_lines else one_line(message))
         self.document: dict[str, Any] = {}
 
 
@@ -86,12 +91,14 @@ class UserCodeError(CkptAvgError):
     """The user's model, dataloader or metric failed, or the BatchNorm refresh could not be done."""
 
     exit_code = 7
+    _may_have_lines = True  # what the user's code raised is shown as it is
 
 
 class RankError(CkptAvgError):
     """Another rank failed or was lost, or the ranks were not started alike."""
 
     exit_code = 8
+    _may_have_lines = True  # another rank's words
 
 
 class RequirementError(CkptAvgError):
@@ -112,6 +119,7 @@ class VerificationError(CkptAvgError):
     """A file is damaged, was not written here, or is not the mean of the checkpoints that it is held against."""
 
     exit_code = 9
+    _may_have_lines = True  # why checkpoints don't fit together
 
 
 def is_out_of_memory(error: BaseException) -> bool:

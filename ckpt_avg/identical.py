@@ -13,7 +13,7 @@ import torch
 
 from ckpt_avg.elements import stream
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.messages import listing, plural, quote
+from ckpt_avg.messages import listing, one_line, plural, quote
 from ckpt_avg.readers import Checkpoint
 
 
@@ -26,7 +26,7 @@ class Unequal:
     index: int
 
     def __str__(self) -> str:
-        return f"tensor {quote(self.tensor)}: first at index {self.index:,} in {self.checkpoint}"
+        return f"tensor {quote(self.tensor)}: first at index {self.index:,} in {one_line(self.checkpoint)}"
 
 
 def differing(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, Unequal]:
@@ -54,9 +54,11 @@ def refuse_unequal(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> N
     unequal = differing(checkpoints, names)
     if unequal:
         raise IncompatibleError(
-            f"{plural(len(unequal), 'integer or bool tensor')} differ from {checkpoints[0].spec.path}, and numbers of "
-            f"these dtypes are never averaged:\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
-            "Take the last checkpoint's with --non-float last."
+            f"{plural(len(unequal), 'integer or bool tensor')} differ from "
+            f"{one_line(str(checkpoints[0].spec.path))}, and numbers of these dtypes are never averaged:"
+            f"\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
+            "Take the last checkpoint's with --non-float last.",
+            lines=True,
         )
 
 

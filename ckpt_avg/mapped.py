@@ -149,11 +149,13 @@ class MappedFile:
                 count = self._read_some(target[done:], offset + done)
             except OSError as error:
                 raise CheckpointFormatError(
-                    f"{self.path}: reading at byte {offset + done:,} failed: {error.strerror}."
+                    f"{self.path}: reading at byte {offset + done:,} failed: {error.strerror}. Check the disk."
                 ) from error
             if count == 0:
                 self.check_unchanged()
-                raise ChangedWhileReadingError(f"{self.path}: ended at byte {offset + done:,} while reading.")
+                raise ChangedWhileReadingError(
+                    f"{self.path}: ended at byte {offset + done:,} while reading. Run again once nothing writes to it."
+                )
             done += count
 
     def _read_some(self, target: memoryview, offset: int) -> int:
@@ -188,7 +190,9 @@ class MappedFile:
             return None
         if code := _populate(mapped):
             self.check_unchanged()
-            raise CheckpointFormatError(f"{self.path}: reading at byte {offset:,} failed: {os.strerror(code)}.")
+            raise CheckpointFormatError(
+                f"{self.path}: reading at byte {offset:,} failed: {os.strerror(code)}. Check the storage."
+            )
         return Window(mapped, offset - begin, offset)
 
     def __repr__(self) -> str:

@@ -34,6 +34,11 @@ def safe_text(text: str) -> str:
     return "".join(sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1] for sign in text)
 
 
+def one_line(text: str) -> str:
+    """Returns text without line breaks: one in a file's name must not make a line that looks like ours."""
+    return text.replace("\n", "\\n")
+
+
 def told_apart(paths: Sequence[Path]) -> list[str]:
     """Returns the names of paths, with the folder in front where names alone do not tell them apart."""
     names = [path.name or str(path) for path in paths]

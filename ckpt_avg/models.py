@@ -61,7 +61,8 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
             raise IncompatibleError(
                 f"the checkpoints don't fit the model {type(model).__name__}:\n  "
                 + listing((line if len(line) < 2000 else line[:2000] + " …" for line in lines), separator="\n  ")
-                + "\nGive the --model that was trained, or choose the weights with --state-key."
+                + "\nGive the --model that was trained, or choose the weights with --state-key.",
+                lines=True,
             ) from error
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ckpt_avg.elements import stream
 from ckpt_avg.errors import NonFiniteError
-from ckpt_avg.messages import listing, quote
+from ckpt_avg.messages import listing, one_line, quote
 from ckpt_avg.plan import OutputTensor
 from ckpt_avg.readers import Checkpoint
 
@@ -25,7 +25,8 @@ def describe_nonfinite(checkpoints: Sequence[Checkpoint], tensor: OutputTensor) 
                 count += int(bad.sum())
         if count:
             found.append(
-                f"{checkpoint.spec.path}: {count:,} of {tensor.numel:,} elements, the first at index {first:,}"
+                f"{one_line(str(checkpoint.spec.path))}: {count:,} of {tensor.numel:,} elements, the first at index "
+                f"{first:,}"
             )
     return (
         f"tensor {quote(tensor.name)}: expected finite numbers, got NaN or Inf:\n  "

@@ -917,13 +917,13 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 # Each module imports from the rows above its own only. `ckpt_avg` itself is there for `__version__`.
 LAYERS = (
+    ("ckpt_avg.messages",),
     (
         "ckpt_avg",
         "ckpt_avg.collector",
         "ckpt_avg.cycles",
         "ckpt_avg.errors",
         "ckpt_avg.limits",
-        "ckpt_avg.messages",
         "ckpt_avg.record",
     ),
     ("ckpt_avg.rounding", "ckpt_avg.spec", "ckpt_avg.storage", "ckpt_avg.sums"),

@@ -479,7 +479,7 @@ def test_damaged_pickles_are_refused(stream: bytes) -> None:
 @pytest.mark.parametrize(
     ("stream", "fact"),
     [
-        (b"\x80\x02N", "the pickle is damaged (EOFError"),
+        (b"\x80\x02N", "the pickle is cut"),
         (b"\x80\xffN.", "unsupported pickle protocol: 255"),
         (b"\x80\x02N.N", "bytes follow the end of the pickle"),
         (b"\x80\x02N.\x80\x02N.", "bytes follow the end of the pickle"),

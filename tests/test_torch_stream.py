@@ -180,13 +180,13 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         refusal(path)
     path.write_bytes(whole[:-1])
-    assert "1 bytes missing. It is truncated: copy it again." in refusal(path)
+    assert "1 byte missing. It is truncated: copy it again." in refusal(path)
 
 
 def test_bytes_behind_the_end(tmp_path: Path) -> None:
     path = saved(tmp_path, {"w": torch.ones(2)})
     path.write_bytes(path.read_bytes() + b"\0")
-    assert "1 bytes follow the last storage" in refusal(path)
+    assert "got 1 byte more" in refusal(path)
 
 
 @given(position=st.integers(0, 2000), value=st.integers(0, 255))

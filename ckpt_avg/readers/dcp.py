@@ -77,12 +77,12 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
     archives: dict[_Stored, TensorSpec] = {}  # each is read once, however often the metadata names it
     with ExitStack() as on_error:
 
-        def archive_of(stored: _Stored) -> TensorSpec:
+        def archive_of(stored: _Stored, name: str) -> TensorSpec:
             if stored.file not in files:
                 member = member_of(folder, stored.file, str(folder / METADATA))
                 files[stored.file] = (len(files), on_error.enter_context(MappedFile(member)))
             if stored not in archives:
-                archives[stored] = _read_archive(*files[stored.file], stored)
+                archives[stored] = _read_archive(*files[stored.file], stored, name)
             return archives[stored]
 
         _check_present(folder, chosen, stored)
@@ -218,8 +218,8 @@ def _check_present(
         )
 
 
-def _read_archive(index: int, file: MappedFile, stored: _Stored) -> TensorSpec:
-    """Returns where the one tensor of an archive inside a file lies."""
+def _read_archive(index: int, file: MappedFile, stored: _Stored, name: str) -> TensorSpec:
+    """Returns where the one tensor of an archive inside a file lies: a part of the tensor of that name."""
     region = Region(file, stored.offset, stored.length)
     held = torch_zip.read_contents(region, is_part=True)
     contents = held.objects
@@ -228,7 +228,7 @@ def _read_archive(index: int, file: MappedFile, stored: _Stored) -> TensorSpec:
             f"{file.path}: expected a plain tensor in {quote(stored.file)}, got another object at byte "
             f"{stored.offset:,}. Save it as a plain tensor."
         )
-    box = place(file.path, "(part)", contents, held.place_of(contents.storage.key))
+    box = place(file.path, name, contents, held.place_of(contents.storage.key))
     begin, nbytes = box.storage
     return replace(box, name="", file=index, offset=box.offset + region.begin, storage=(begin + region.begin, nbytes))
 
@@ -237,7 +237,7 @@ def _place(
     name: str,
     leaf: _Distributed,
     stored: Mapping[tuple[str, tuple[int, ...] | None], _Stored],
-    archive_of: Callable[[_Stored], TensorSpec],
+    archive_of: Callable[[_Stored, str], TensorSpec],
     folder: Path,
 ) -> TensorSpec:
     where = f"{folder}: tensor {quote(name)}"
@@ -252,7 +252,7 @@ def _place(
         info = stored.get((leaf.name, starts)) or (stored.get((leaf.name, None)) if len(leaf.boxes) == 1 else None)
         if info is None:
             raise CheckpointFormatError(f"{where}: the part at {quote(starts)} is stored nowhere. Save it again.")
-        box = archive_of(info)
+        box = archive_of(info, name)
         if box.shape != sizes or box.dtype != leaf.dtype:
             raise CheckpointFormatError(
                 f"{where}: expected {leaf.dtype.name} {quote(sizes)} in {quote(info.file)}, got {box.dtype.name} "

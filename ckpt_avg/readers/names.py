@@ -28,8 +28,9 @@ def check_name(name: str, path: Path) -> None:
     if name == "__metadata__":
         raise CheckpointFormatError(f"{where}: safetensors keeps this name for its metadata. Rename the tensor.")
     length = len(name.encode("utf-8"))
-    if length > LIMITS.name or "\0" in name:
+    if "\0" in name:
+        raise CheckpointFormatError(f"{where}: expected a name without NUL, got one with it. Rename the tensor.")
+    if length > LIMITS.name:
         raise CheckpointFormatError(
-            f"{where}: expected a name of at most {LIMITS.name:,} bytes without NUL, got {length:,} bytes. "
-            "Rename the tensor."
+            f"{where}: expected a name of at most {LIMITS.name:,} bytes, got {length:,}. Rename the tensor."
         )

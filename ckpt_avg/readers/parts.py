@@ -61,7 +61,9 @@ def _overlap(boxes: Sequence[Part], where: str) -> bool:
                 break
             compared += 1
             if compared > LIMITS.part_pairs:
-                raise CheckpointFormatError(f"{where}: expected at most {LIMITS.part_pairs:,} neighbouring parts.")
+                raise CheckpointFormatError(
+                    f"{where}: expected at most {LIMITS.part_pairs:,} neighbouring parts. Save it in fewer."
+                )
             if all(
                 part.starts[axis] < other.starts[axis] + other.tensor.shape[axis]
                 and other.starts[axis] < part.starts[axis] + part.tensor.shape[axis]

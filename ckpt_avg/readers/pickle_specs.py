@@ -80,6 +80,8 @@ def read_next_pickle(source: Source, where: str) -> tuple[object, Mapping[str, S
         raise CheckpointFormatError(f"{where}: {error}") from None
     except MemoryError:
         raise
+    except EOFError:
+        raise CheckpointFormatError(f"{where}: the pickle is cut. Save or copy it again.") from None
     except Exception as error:
         # The machine meets malformed input with whatever exception its Python happens to raise.
         raise CheckpointFormatError(

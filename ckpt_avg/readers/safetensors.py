@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.mapped import MappedFile
-from ckpt_avg.messages import listing, quote
+from ckpt_avg.messages import listing, plural, quote
 from ckpt_avg.readers.names import check_name, is_text
 from ckpt_avg.spec import DTYPES, SUB_BYTE_DTYPES, TensorSpec, contiguous_stride
 
@@ -40,6 +40,8 @@ def read_header(file: MappedFile) -> bytes:
     if 8 + length > file.size:
         _fail(file, f"expected a header of {length:,} bytes, got a file of {file.size:,} bytes. {_DAMAGED}")
     header = file.read(8, length)
+    if not header.startswith(b"{"):
+        _fail(file, f"expected a JSON object as header, got {quote(header[:1])} at its beginning. {_DAMAGED}")
     # Each tensor needs a brace of its own, two lists and four colons: this bounds what is built before it is built.
     # What is quoted again lies inside of a string: JSON in the metadata, as this package writes it.
     braces = header.count(b"{") - header.count(b'{\\"')
@@ -135,7 +137,7 @@ def _tensor(file: MappedFile, name: str, entry: Any, data_start: int) -> TensorS
             "Average the checkpoints before quantisation.",
         )
     if not isinstance(code, str) or code not in DTYPES:
-        raise _bad(file, name, f"expected a dtype out of {', '.join(DTYPES)}, got {quote(code)}.")
+        raise _bad(file, name, f"expected a dtype out of {', '.join(DTYPES)}, got {quote(code)}. {_DAMAGED}")
     dtype = DTYPES[code]
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _sizes(shape) or len(shape) > LIMITS.rank:
@@ -183,7 +185,7 @@ def _check_no_gaps(file: MappedFile, placed: Iterable[TensorSpec], data_start: i
     if position > file.size:
         _fail(
             file,
-            f"expected {position:,} bytes, got {file.size:,}: {position - file.size:,} bytes missing. "
+            f"expected {position:,} bytes, got {file.size:,}: {plural(position - file.size, 'byte')} missing. "
             "It is truncated: copy it again.",
         )
     if position < file.size:

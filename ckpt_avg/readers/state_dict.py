@@ -247,7 +247,9 @@ def _found(
         if not isinstance(item, Leaf):
             others.append(name if isinstance(name, str) else quote(name))
         elif not isinstance(name, str):
-            raise CheckpointFormatError(f"{where}: expected tensor names, got the key {quote(name)}.")
+            raise CheckpointFormatError(
+                f"{where}: expected tensor names, got the key {quote(name)}. Save a dict of named tensors."
+            )
         else:
             tensors[name] = item
     return Found(key, tensors, tuple(others), notes, kind, ema)
@@ -277,7 +279,7 @@ def _no_choice(root: object, candidates: Sequence[tuple[str, ...]]) -> str:
     for key in RAW_KEYS:
         if isinstance(inner := _lookup(root, key), Foreign):
             return f"key {quote(key)}: {_pickled(inner)}"
-    return f"expected a state dict, got {_contents(root)}, which holds no named tensors."
+    return f"expected a state dict, got {_contents(root)}, which holds no named tensors. Save model.state_dict()."
 
 
 def _contents(root: object) -> str:
@@ -285,4 +287,4 @@ def _contents(root: object) -> str:
         return f"a dict with the keys {listing(quote(key) for key in root)}" if root else "an empty dict"
     if isinstance(root, Leaf):
         return "a single tensor without a name"
-    return f"a {type(root).__name__}"
+    return f"an object of type {type(root).__name__}"

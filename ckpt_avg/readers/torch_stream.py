@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.messages import quote
+from ckpt_avg.messages import plural, quote
 from ckpt_avg.readers.leaves import StorageRef, UnreadableTensor
 from ckpt_avg.readers.pickle_specs import read_next_pickle
 from ckpt_avg.readers.place import FileContents, Place
@@ -42,7 +42,9 @@ def read_contents(file: Readable) -> FileContents:
     version, _ = read_next_pickle(source, where)
     machine, _ = read_next_pickle(source, where)
     if magic != _MAGIC or version != _VERSION:
-        raise CheckpointFormatError(f"{where}: expected version {_VERSION} of torch's stream, got {quote(version)}.")
+        raise CheckpointFormatError(
+            f"{where}: expected version {_VERSION} of torch's stream, got {quote(version)}. {_DAMAGED}"
+        )
     if isinstance(machine, dict) and machine.get("little_endian") is False:
         raise CheckpointFormatError(
             f"{where}: expected little-endian tensors, got another byte order. Save it again on a little-endian "
@@ -116,11 +118,14 @@ def _find_storages(
             )
         if position + 8 + nbytes > file.size:
             raise CheckpointFormatError(
-                f"{file.path}: storage {quote(key)}: {position + 8 + nbytes - file.size:,} bytes missing. It is "
-                "truncated: copy it again."
+                f"{file.path}: storage {quote(key)}: {plural(position + 8 + nbytes - file.size, 'byte')} missing. "
+                "It is truncated: copy it again."
             )
         places[key] = (position + 8, nbytes)
         position += 8 + nbytes
     if position != file.size:
-        raise CheckpointFormatError(f"{file.path}: {file.size - position:,} bytes follow the last storage. {_DAMAGED}")
+        raise CheckpointFormatError(
+            f"{file.path}: expected the file to end behind the last storage, got "
+            f"{plural(file.size - position, 'byte')} more. {_DAMAGED}"
+        )
     return places

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ckpt_avg.messages import plural
+
 _GZIP, _ZSTD, _HDF5 = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\x89HDF\r\n\x1a\n"
 
 
@@ -36,8 +38,8 @@ def explain(head: bytes, name: str) -> str:
     ):
         if head.startswith(magic):
             return f"{expected} {what}. {way_out}"
-    if head.lstrip()[:1] == b"<":
+    if head.lstrip()[:1] == b"<" and b"\0" not in head:
         return f"{expected} an HTML or XML page, probably a failed download. Download the file again."
     if len(head) < 8:
-        return f"{expected} {len(head)} bytes. Copy or save it again."
+        return f"{expected} {plural(len(head), 'byte')}. Copy or save it again."
     return f"{expected} something else (first bytes {head[:8]!r}). Name checkpoint files only."

@@ -25,6 +25,7 @@ class Limits:
     pickle_operations: int = 30_000_000
     pickle_globals: int = 10_000  # distinct classes and functions named in a pickle
     expanded: int = 64 * 2**20  # bytes of a tensor that repeats elements of a smaller storage (stride 0)
+    parts: int = 1_000_000  # of all tensors of one distributed checkpoint, counted in each place where they stand
     part_pairs: int = 1_000_000  # pairs of parts of one tensor that lie beside each other
     part_pickle: int = 64 * 1024  # bytes of the pickle of one stored part of a tensor
     module_items: int = 1_000_000  # modules and tensors of one pickled module, counted in each place where they stand

@@ -136,6 +136,10 @@ def _integers(value: object) -> tuple[int, ...] | None:
 def _tensors(metadata: Mapping[str, Any], folder: Path) -> dict[str, _Distributed | None]:
     """Returns each entry of the metadata; None where it is no tensor."""
     found: dict[str, _Distributed | None] = {}
+    listed = [_state(entry).get("chunks") for entry in metadata["state_dict_metadata"].values()]
+    count = sum(len(chunks) for chunks in listed if isinstance(chunks, list))
+    if count > LIMITS.parts:  # a list that several tensors share is short in the pickle
+        _fail(folder, f"expected at most {LIMITS.parts:,} parts of tensors, got {count:,}")
     for name, entry in metadata["state_dict_metadata"].items():
         if not isinstance(name, str):
             _fail(folder, f"expected names, got {quote(name)}")

@@ -118,9 +118,18 @@ def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
 
 
-def _plain_integer(text: str) -> int | str:
-    # What cannot be a size stays text, which is refused where the tensor's name is known.
-    return int(text) if len(text) <= 20 and text != "-0" else text
+class _NoSize:
+    """An integer that cannot be a size: it is refused where the tensor's name is known, and is no text either."""
+
+    def __init__(self, digits: str) -> None:
+        self._digits = digits
+
+    def __repr__(self) -> str:
+        return self._digits
+
+
+def _plain_integer(text: str) -> int | _NoSize:
+    return int(text) if len(text) <= 20 and text != "-0" else _NoSize(text)
 
 
 def _tensor(file: MappedFile, name: str, entry: Any, data_start: int) -> TensorSpec:

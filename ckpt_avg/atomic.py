@@ -154,8 +154,11 @@ class UnpublishedFile:
         except OSError as error:
             raise _output_error(self.target, "fsync failed, so the data is discarded", error) from error
 
-    def publish(self, *, overwrite: bool) -> None:
+    def publish(self, *, overwrite: bool) -> bool:
         """Makes the file durable and gives it its name.
+
+        Returns:
+            Whether the name is durable, too: some file systems have no fsync for folders.
 
         Raises:
             OutputError: syncing failed, or the path has come to exist meanwhile and ``overwrite`` is off. Nothing
@@ -175,7 +178,7 @@ class UnpublishedFile:
             ) from error
         except OSError as error:
             raise _output_error(self.target, "publishing failed", error) from error
-        _sync_folder(self.target)
+        return _sync_folder(self.target)
 
     def _create(self) -> None:
         if self._hidden is None:
@@ -205,14 +208,12 @@ class UnpublishedFile:
         try:
             os.link(str(self._fd), name, src_dir_fd=folder, follow_symlinks=True)
         finally:
-            os.close(folder)
+            _close(folder)
 
     def _close_descriptor(self) -> None:
         if self._fd >= 0:
             descriptor, self._fd = self._fd, -1
-            # What counts was said by fsync; an error here tells nothing more, and the descriptor is gone either way.
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+            _close(descriptor)
 
     def close(self) -> None:
         """Closes the file and removes its hidden name; unpublished, it is gone."""
@@ -236,6 +237,12 @@ def atomic_output(target: Path, size: int) -> Iterator[UnpublishedFile]:
         yield file
     finally:
         file.close()
+
+
+def _close(descriptor: int) -> None:
+    # What counts was said by fsync; an error here tells nothing more, and the descriptor is gone either way.
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 def _hidden_name(target: Path) -> Path:
@@ -263,20 +270,20 @@ def _reserve(target: Path, descriptor: int, size: int) -> None:
         raise _output_error(target, f"reserving {readable_size(size)} failed", error) from error
 
 
-def _sync_folder(target: Path) -> None:
+def _sync_folder(target: Path) -> bool:
     if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows cannot sync a folder
+        return False  # Windows cannot sync a folder
     try:
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
-            os.close(folder)
+            _close(folder)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems have no fsync for folders
-            raise _output_error(
-                target, "written, but syncing its folder failed, so a crash may lose it", error
-            ) from error
+        if error.errno == errno.EINVAL:
+            return False
+        raise _output_error(target, "written, but syncing its folder failed, so a crash may lose it", error) from error
+    return True
 
 
 def _output_error(target: Path, what: str, error: OSError) -> OutputError:

@@ -19,7 +19,7 @@ import click
 from ckpt_avg import __version__, cli_options
 from ckpt_avg.cli_output import collect_from_here, make_output, show
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.exits import run, say
+from ckpt_avg.exits import open_missing_streams, run, say
 from ckpt_avg.launch import launch_of
 
 
@@ -245,6 +245,7 @@ def verify_command(
 
 def main() -> None:
     """The entry point: runs the command and exits with its code."""
+    open_missing_streams()
     gc.disable()  # importing torch and reading headers make many objects, and no garbage worth a search
     code = run(cli, sys.argv[1:])
     gc.freeze()  # nor is there one in the tables that are left: as it ends, the interpreter would look through them all

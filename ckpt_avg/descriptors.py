@@ -98,8 +98,9 @@ class Descriptor:
 
     def _close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            descriptor, self._fd = self._fd, -1
+            with contextlib.suppress(OSError):  # nothing was written, and the descriptor is gone either way
+                os.close(descriptor)
 
     def _reopen(self) -> None:
         fd, status = _open(self.path)

@@ -14,6 +14,7 @@ from types import FrameType, MappingProxyType
 
 import click
 
+from ckpt_avg.bus_errors import catch_bus_errors
 from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UserCodeError, is_out_of_memory
 from ckpt_avg.launch import launched_rank
 from ckpt_avg.messages import safe_text
@@ -39,6 +40,7 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
     if sys.stderr is None:
         # The caller closed it. tqdm and traceback would print on stdout instead.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the process ends)
+    catch_bus_errors()
     code = _run(command, arguments)
     try:
         if sys.stdout is not None:
@@ -47,6 +49,18 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
         # Whoever read our output has gone. The interpreter must not try to flush it again on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
+
+
+def open_missing_streams() -> None:
+    """Opens /dev/null in the place of each of stdin, stdout and stderr that the caller closed.
+
+    Else the next file that is opened takes its number, and what any code prints there goes into that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # noqa: PERF203 (three rounds)
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)  # both are the same number where the lower ones are open
 
 
 def say(text: str, *, err: bool = False) -> None:

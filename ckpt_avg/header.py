@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ckpt_avg.errors import IncompatibleError, OutputError
+from ckpt_avg.errors import IncompatibleError, OutputError, ResourceError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.plan import Plan
 
@@ -56,11 +56,17 @@ def refuse_unreadable(path: Path, plan: Plan, target: Path) -> None:
 
     Raises:
         OutputError: safetensors cannot read it, or reads other tensors than were planned.
+        ResourceError: memory or descriptors ran out.
     """
     try:
         with safe_open(str(path), framework="pt") as reader:
             names = set(reader.keys())
     except Exception as error:
+        for sign, what in (("Cannot allocate memory", "out of memory"), ("Too many open files", "too many open files")):
+            if sign in str(error):
+                raise ResourceError(
+                    f"{what}: opening what was written failed: {error}. Nothing is published."
+                ) from error
         raise OutputError(
             f"{target}: safetensors cannot read what was written: {error}. Nothing is published."
         ) from error

@@ -147,7 +147,11 @@ def write_output(job: Job, accept: Callable[[Written], None]) -> Written:
             written = Written(report, data_digest, whole)
             accept(written)
             job.ranks.check()
-            unpublished.publish(overwrite=job.overwrite)
+            if not unpublished.publish(overwrite=job.overwrite):
+                job.progress.notice(
+                    f"{job.target}: this file system cannot sync a folder, so a power cut within the next seconds may "
+                    "take the file's name with it"
+                )
         _finish(job)
     return written
 

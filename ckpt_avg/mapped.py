@@ -4,8 +4,9 @@ It promises that
 - opening never blocks on a FIFO or a device, and nothing but a regular file is read;
 - no read goes past the end of the file as it was when opened;
 - a file that shrinks while mapped gives `ChangedWhileReadingError` instead of SIGBUS: each window is faulted in by
-  ``madvise(MADV_POPULATE_READ)``, which answers EFAULT where a plain access would kill the process. (A truncation
-  in the milliseconds between that and the last use of the window still kills; only a copy would prevent it.)
+  ``madvise(MADV_POPULATE_READ)``, which answers EFAULT where a plain access would kill the process. A truncation
+  between that and the last use of the window is caught by the command (`bus_errors`); in a program that calls this
+  package it still kills.
 - a window is unmapped as soon as nothing refers to it, so the resident set does not grow with the file. One map of
   the whole file, with MADV_DONTNEED behind the reader, does not achieve that: the kernel maps whole folios, up to
   2 MiB, and what lies outside the range that is given back stays resident.
@@ -29,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from ckpt_avg.bus_errors import watch
 from ckpt_avg.descriptors import Descriptor, park_idle
 from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError, UsageError
 from ckpt_avg.messages import quote, size
@@ -232,6 +234,7 @@ if sys.platform == "linux":
     def _populate(mapped: mmap.mmap) -> int:
         # mmap.madvise keeps the interpreter lock while pages come from the disk; a ctypes call does not.
         first = ctypes.c_char.from_buffer(mapped)
+        watch(mapped, ctypes.addressof(first))
         while _LIBC.madvise(ctypes.addressof(first), len(mapped), _MADV_POPULATE_READ) != 0:
             if (code := ctypes.get_errno()) != errno.EINTR:
                 return code

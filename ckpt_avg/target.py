@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from ckpt_avg.errors import OutputError, UsageError
+from ckpt_avg.looks import look
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -22,19 +23,17 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         )
     target = Path(os.path.realpath(path))
     try:
-        mode: int | None = os.stat(target).st_mode
-    except FileNotFoundError:
-        mode = None
+        status, folder = look(target), look(target.parent)
     except OSError as error:
         raise UsageError(f"{path}: cannot be used as output: {error.strerror}. Choose another path.") from error
-    if mode is not None and not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
         raise UsageError(
             f"{path}: expected a path for a new file, got {kind}. Name a file, for example swa.safetensors."
         )
-    if not target.parent.is_dir():
+    if folder is None or not stat.S_ISDIR(folder.st_mode):
         raise UsageError(f"{path}: its folder {target.parent} does not exist. Create it first.")
-    if mode is not None and not overwrite:
+    if status is not None and not overwrite:
         raise OutputError(f"{path}: exists already. Choose another path, or replace it with --overwrite.")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: its folder {target.parent} is not writable. Choose another path.")

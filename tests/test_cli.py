@@ -923,9 +923,11 @@ LAYERS = (
         "ckpt_avg.collector",
         "ckpt_avg.cycles",
         "ckpt_avg.errors",
+        "ckpt_avg.bus_errors",
         "ckpt_avg.limits",
         "ckpt_avg.record",
     ),
+    ("ckpt_avg.looks",),
     ("ckpt_avg.rounding", "ckpt_avg.spec", "ckpt_avg.storage", "ckpt_avg.sums"),
     (
         "ckpt_avg.atomic",

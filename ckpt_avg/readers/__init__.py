@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_avg.errors import CheckpointFormatError, UsageError
+from ckpt_avg.looks import is_folder
 from ckpt_avg.messages import listing, quote
 from ckpt_avg.readers.checkpoint import Checkpoint
 from ckpt_avg.readers.file_names import kind_from_name, record_from_name
@@ -67,7 +68,7 @@ def open_checkpoint(
 
 def open_with(path: Path, reading: Reading) -> Checkpoint:
     """Opens a checkpoint as `open_checkpoint` does, but lets names without the prefix to strip pass."""
-    if path.is_dir():
+    if is_folder(path):
         checkpoint = open_folder(path, reading)
     elif is_index(path):
         checkpoint = open_sharded(path, path, reading)

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
+from ckpt_avg.looks import is_file
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.memory_file import MemoryFile
 from ckpt_avg.messages import listing, plural, quote
@@ -32,7 +33,7 @@ SUFFIX = ".index.json"
 
 def is_index(path: Path) -> bool:
     """Whether the file is a shard index, by its name and its start."""
-    return path.name.endswith(SUFFIX) and path.is_file()
+    return path.name.endswith(SUFFIX) and is_file(path)
 
 
 def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
+from ckpt_avg.looks import is_file, is_folder
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.readers import torch_zip
 from ckpt_avg.readers.contents import record_of
@@ -29,17 +30,18 @@ def record_beside(path: Path, epoch: int | None) -> Record:
         path: the checkpoint, a file or a folder.
         epoch: the epoch that the checkpoint itself records; timm's table is read by it.
     """
-    folder = path if path.is_dir() else path.parent
+    is_whole_folder = is_folder(path)
+    folder = path if is_whole_folder else path.parent
     record = Record()
     # Beside other files it is the state of the whole run.
-    is_whole = path.is_dir() or path.name.startswith(("model", "pytorch_model", "adapter_model"))
-    if is_whole and (folder / "trainer_state.json").is_file():
+    is_whole = is_whole_folder or path.name.startswith(("model", "pytorch_model", "adapter_model"))
+    if is_whole and is_file(folder / "trainer_state.json"):
         record = _trainer_state(folder / "trainer_state.json")
-    elif path.is_dir() and (folder / "meta.pt").is_file():
+    elif is_whole_folder and is_file(folder / "meta.pt"):
         record = _lightning_meta(folder / "meta.pt")
-    elif path.suffix == ".pt" and path.with_suffix(".yaml").is_file():
+    elif path.suffix == ".pt" and is_file(path.with_suffix(".yaml")):
         record = _wenet(path.with_suffix(".yaml"))
-    if epoch is not None and (folder / "summary.csv").is_file():
+    if epoch is not None and is_file(folder / "summary.csv"):
         record = record.or_else(Record(metrics=_summary(folder / "summary.csv", epoch)))
     return record
 

@@ -19,11 +19,24 @@ from ckpt_avg.limits import LIMITS
 from ckpt_avg.plan import Plan
 
 
-def encode_header(plan: Plan, metadata: Mapping[str, str], *, reserve: int = 0) -> bytes:
+def encode_tensors(plan: Plan) -> str:
+    """Returns what a header says of the tensors: a JSON object without its braces."""
+    fields = {
+        tensor.name: {
+            "dtype": tensor.dtype.name,
+            "shape": tensor.shape,
+            "data_offsets": (tensor.offset, tensor.offset + tensor.nbytes),
+        }
+        for tensor in plan.tensors
+    }
+    return _compact(fields)[1:-1]
+
+
+def encode_header(tensors: str, metadata: Mapping[str, str], *, reserve: int = 0) -> bytes:
     """Returns the 8 bytes of length and the padded JSON.
 
     Args:
-        plan: the tensors and their offsets.
+        tensors: what `encode_tensors` returned.
         metadata: strings for ``__metadata__``.
         reserve: bytes that the result must fill at least, spaces added; it allows metadata that is known only
             after the data to be written last.
@@ -31,16 +44,8 @@ def encode_header(plan: Plan, metadata: Mapping[str, str], *, reserve: int = 0) 
     Raises:
         IncompatibleError: the header would exceed the format's limit.
     """
-    fields: dict[str, object] = {}
-    if metadata:
-        fields["__metadata__"] = dict(sorted(metadata.items()))
-    for tensor in plan.tensors:
-        fields[tensor.name] = {
-            "dtype": tensor.dtype.name,
-            "shape": tensor.shape,
-            "data_offsets": (tensor.offset, tensor.offset + tensor.nbytes),
-        }
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    about = f'"__metadata__":{_compact(dict(sorted(metadata.items())))}' if metadata else ""
+    text = f"{{{','.join(filter(None, (about, tensors)))}}}".encode()
     length = max(len(text), reserve - 8)
     length += -length % 8
     if length > LIMITS.header:
@@ -49,6 +54,10 @@ def encode_header(plan: Plan, metadata: Mapping[str, str], *, reserve: int = 0) 
             "Average fewer tensors or checkpoints at once, or leave --sha256 out."
         )
     return struct.pack("<Q", length) + text.ljust(length)
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def refuse_unreadable(path: Path, plan: Plan, target: Path) -> None:

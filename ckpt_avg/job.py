@@ -17,7 +17,7 @@ from ckpt_avg.batchnorm import BatchNormReport
 from ckpt_avg.collector import collector_paused
 from ckpt_avg.digests import TreeDigest, digest_stream
 from ckpt_avg.errors import RankError
-from ckpt_avg.header import encode_header, refuse_unreadable
+from ckpt_avg.header import encode_header, encode_tensors, refuse_unreadable
 from ckpt_avg.mean import divide_memory, write_mean
 from ckpt_avg.models import Batches, weights_in
 from ckpt_avg.preparation import Prepared
@@ -67,6 +67,11 @@ class Job:
         """The output's header, with room for the digests, and for the refresh's figures, which are still to come."""
         return self._encode(None)
 
+    @functools.cached_property
+    def _tensors(self) -> str:
+        with collector_paused():
+            return encode_tensors(self.ready.plan)
+
     def final_header(self, report: BatchNormReport | None, data_digest: str) -> bytes:
         """Returns the header with the digests and the figures of the refresh, as long as `header`."""
         return seal(self._encode(report, data_digest, reserve=len(self.header)))
@@ -80,7 +85,7 @@ class Job:
                 digests=self.sources,
                 data_digest=data_digest,
             )
-            return encode_header(self.ready.plan, metadata, reserve=reserve)
+            return encode_header(self._tensors, metadata, reserve=reserve)
 
     def name(self, *, refreshed: bool) -> str:
         """Returns what to call the output in a table of measurements."""

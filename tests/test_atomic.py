@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ckpt_avg import average
 from ckpt_avg.atomic import atomic_output
 from ckpt_avg.errors import OutputError, UsageError
 from ckpt_avg.target import check_target
@@ -173,6 +175,14 @@ def test_a_file_system_that_cannot_sync_folders_is_accepted(
     write(target, overwrite=overwrite)
     assert fsync.count == 1
     assert target.read_bytes() == CONTENTS
+
+
+def test_that_a_folder_cannot_be_synced_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 0 promises more on other file systems."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, errno.EINVAL, when=is_folder))
+    result = average(tmp_path / "a.pt", tmp_path / "out.safetensors")
+    assert any("this file system cannot sync a folder" in notice for notice in result.notices)
 
 
 def test_a_folder_that_fails_to_sync_is_an_error(

@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sharded import write
 
 from ckpt_avg import digests
 from ckpt_avg.digests import LEAF, TreeDigest, digest_data, digest_files, digest_stream
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.readers import open_checkpoint
-from tests.test_sharded import write
 
 
 def expected(data: bytes, leaf: int = LEAF) -> str:

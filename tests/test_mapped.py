@@ -404,6 +404,28 @@ def test_a_truncation_between_two_windows(path: Path) -> None:
     assert done.stdout == "3\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs MADV_POPULATE_READ")
+def test_bringing_pages_in_goes_on_after_a_signal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python repeats its own calls after EINTR; this one is made by hand."""
+    import ctypes
+
+    real, answers = ckpt_avg.mapped._LIBC.madvise, [errno.EINTR, errno.EINTR]
+
+    class Interrupted:
+        @staticmethod
+        def madvise(*arguments: Any) -> int:
+            if answers:
+                ctypes.set_errno(answers.pop())
+                return -1
+            return int(real(*arguments))
+
+    with MappedFile(path) as opened:
+        monkeypatch.setattr(ckpt_avg.mapped, "_LIBC", Interrupted)
+        window = opened.window(0, SMALL)
+        assert bytes(window.buffer[:SMALL]) == path.read_bytes()[:SMALL]
+    assert answers == []
+
+
 # --- lifetime ----------------------------------------------------------------------------------------------
 
 

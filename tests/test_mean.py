@@ -587,6 +587,17 @@ def test_sums_follow_the_order_of_the_checkpoints(tmp_path: Path) -> None:
         assert [source["name"] for source in sources] == [f"{index}.safetensors" for index in order]
 
 
+def test_a_thousand_checkpoints(tmp_path: Path) -> None:
+    """More than may be open at once on many systems, each read in the order of its step."""
+    values = [[(step * 37 % 101) / 8 - step, float(step)] for step in range(1000)]
+    for step, pair in enumerate(values):
+        save_file({"w": torch.tensor(pair)}, tmp_path / f"step_{step}.safetensors")
+    result = average(tmp_path, tmp_path / "mean.safetensors")
+    assert len(result.checkpoints) == 1000
+    exact = [float(sum(map(Fraction, column)) / 1000) for column in zip(*values, strict=True)]
+    assert torch.equal(load_file(tmp_path / "mean.safetensors")["w"], torch.tensor(exact))
+
+
 # -- NaN and Inf ----------------------------------------------------------------------------------------------------
 
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_sharded import write
 
 import ckpt_avg
 from ckpt_avg import provenance
 from ckpt_avg.readers import open_checkpoint
-from tests.test_sharded import write
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_sharded import write
 
 import ckpt_avg
 from ckpt_avg.compat import compare
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.readers import open_checkpoint, safetensors
-from tests.test_sharded import write
 
 State = dict[str, torch.Tensor]
 

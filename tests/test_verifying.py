@@ -14,11 +14,11 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_sharded import write
 
 import ckpt_avg
 from ckpt_avg import provenance, verifying
 from ckpt_avg.errors import CkptAvgError, UsageError, VerificationError
-from tests.test_sharded import write
 
 Run = Callable[..., tuple[int, str, str]]
 

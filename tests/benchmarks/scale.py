@@ -33,7 +33,7 @@ _PHASES = """
 import json, sys, time
 from pathlib import Path
 from ckpt_avg.compat import refuse_differences
-from ckpt_avg.header import encode_header
+from ckpt_avg.header import encode_header, encode_tensors
 from ckpt_avg.plan import make_plan
 from ckpt_avg.readers import make_reading, open_with
 import gc; gc.disable()
@@ -50,7 +50,7 @@ refuse_differences(specs)
 mark()
 plan = make_plan(specs)
 mark()
-encode_header(plan, {})
+encode_header(encode_tensors(plan), {})
 mark()
 for _ in plan.tasks(1 << 20):
     pass

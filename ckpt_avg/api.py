@@ -226,7 +226,9 @@ def average(
 def _digests(ready: Prepared, ranks: Ranks, *, threads: int) -> list[dict[str, str]]:
     """Returns SHA-256 of the checkpoints' files, which rank 0 reads for all."""
     found: list[dict[str, str]] = ranks.exchange(
-        "digests", None, lambda _: digest_files(ready.checkpoints, threads=threads)
+        "digests",
+        None,
+        lambda _: digest_files(ready.checkpoints, threads=threads, progress=lambda nbytes: ranks.check()),
     )
     return found
 

@@ -56,7 +56,7 @@ if sys.platform == "linux" and sys.maxsize > 2**32:
 
     def _on_fault(number: int, info: ctypes._Pointer[_Info], context: int) -> None:
         address = info.contents.address or 0
-        for begin, end in list(_WINDOWS.values()):
+        for begin, end in reversed(list(_WINDOWS.values())):  # the newest first: an older one may just be going
             if begin <= address < end:
                 # The file ends before this page, so nothing behind it is there either.
                 page = address - address % mmap.PAGESIZE

@@ -40,6 +40,8 @@ def check_checksum(
         if os.path.lexists(path):
             notice(f"{path} is of an earlier output and will not fit this one: remove it, or add --sha256")
         return None
+    if os.path.realpath(path) == os.path.realpath(output):
+        raise UsageError(f"--sha256: {path}: expected a path of its own, got a link to the output. Remove it.")
     try:
         refuse_output_among(path, discovery)
         return check_target(path, overwrite=overwrite)

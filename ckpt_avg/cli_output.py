@@ -38,12 +38,15 @@ def make_output(
 ) -> None:
     """Runs what makes an output, and prints and reports what came of it, also where a requirement is not met."""
     from ckpt_avg.bars import bars
+    from ckpt_avg.checksum import checksum_path
     from ckpt_avg.report import average_json
     from ckpt_avg.side_files import SideFiles, as_bytes
 
     launch = launch_of()
     speaks = launch is None or launch.rank == 0
     files = SideFiles(sources, beside=output, overwrite=options["overwrite"])
+    if options["sha256"]:
+        files.leave(checksum_path(output), "the checksum")
     unmet: RequirementError | None = None
     quiet = quiet or not speaks
     try:

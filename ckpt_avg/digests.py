@@ -7,21 +7,25 @@ SHA-256 over the SHA-256 digests of the leaves, 32 bytes each, one after the oth
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TypeVar
 
 from ckpt_avg.mapped import MappedFile
 from ckpt_avg.readers import Checkpoint
+from ckpt_avg.readers.torch_zip import MAGIC
 from ckpt_avg.readers.zip_directory import refuse_damaged
 
 LEAF = 2**20
 _DIGEST = 32  # bytes
 
 ReadAt = Callable[[int, int], bytes]
+Item = TypeVar("Item", int, MappedFile)
 
 
 class TreeDigest:
@@ -113,36 +117,6 @@ class TreeDigest:
             return whole
 
 
-def digest_files(checkpoints: Sequence[Checkpoint], *, threads: int) -> list[dict[str, str]]:
-    """Returns, for each checkpoint, SHA-256 of each file that holds its tensors, by the file's name in it.
-
-    Since all bytes are read, what ``torch.save`` recorded of them (CRC-32) is compared, too.
-
-    Raises:
-        CheckpointFormatError: a file cannot be read, was truncated meanwhile, or is damaged.
-    """
-
-    def digest(file: MappedFile) -> str:
-        if file.path in archives:
-            refuse_damaged(file)
-        return digest_stream(file.read, file.size)
-
-    named = [
-        {name_in(checkpoint, file.path): file for file in checkpoint.files if isinstance(file, MappedFile)}
-        for checkpoint in checkpoints
-    ]
-    files = [file for each in named for file in each.values()]
-    archives = {
-        file.path
-        for checkpoint, each in zip(checkpoints, named, strict=True)
-        for file in each.values()
-        if "torch zip" in checkpoint.spec.format
-    }
-    with ThreadPoolExecutor(threads, thread_name_prefix="digest") as pool:
-        digests = iter(list(pool.map(digest, files)))
-    return [{name: next(digests) for name in each} for each in named]
-
-
 def digest_data(
     file: MappedFile, begin: int, *, threads: int, progress: Callable[[int], None] = lambda nbytes: None
 ) -> str:
@@ -158,24 +132,84 @@ def digest_data(
         CheckpointFormatError: the file cannot be read, or was truncated meanwhile.
     """
     nbytes = file.size - begin
-    digest, lock = TreeDigest(nbytes), threading.Lock()
-    offsets = iter(range(0, nbytes, LEAF))
+    digest = TreeDigest(nbytes)
+
+    def one(offset: int, read: ReadAt) -> None:
+        digest.add(memoryview(read(begin + offset, min(LEAF, nbytes - offset))), offset)
+
+    _share_out([(offset, file) for offset in range(0, nbytes, LEAF)], one, threads=threads, progress=progress)
+    return digest.finish(lambda offset, length: file.read(begin + offset, length))
+
+
+def digest_files(
+    checkpoints: Sequence[Checkpoint], *, threads: int, progress: Callable[[int], None] = lambda nbytes: None
+) -> list[dict[str, str]]:
+    """Returns, for each checkpoint, SHA-256 of each file that holds its tensors, by the file's name in it.
+
+    Since all bytes are read, what ``torch.save`` recorded of them (CRC-32) is compared, too.
+
+    Args:
+        checkpoints: open checkpoints.
+        threads: workers.
+        progress: called with the bytes that have just been read, by one worker at a time.
+
+    Raises:
+        CheckpointFormatError: a file cannot be read, was truncated meanwhile, or is damaged.
+    """
+    named = [
+        {name_in(checkpoint, file.path): file for file in checkpoint.files if isinstance(file, MappedFile)}
+        for checkpoint in checkpoints
+    ]
+    digests: dict[int, str] = {}
+
+    def one(file: MappedFile, read: ReadAt) -> None:
+        digests[id(file)] = digest_stream(read, file.size)
+
+    files = [(file, file) for each in named for file in each.values()]
+    _share_out(files, one, threads=threads, progress=progress)
+    for checkpoint in checkpoints:
+        if "torch zip" in checkpoint.spec.format:
+            for file in checkpoint.files:
+                if isinstance(file, MappedFile) and file.read(0, min(file.size, 4)) == MAGIC:
+                    refuse_damaged(file)
+    return [{name: digests[id(file)] for name, file in each.items()} for each in named]
+
+
+def _share_out(
+    items: Iterable[tuple[Item, MappedFile]],
+    do: Callable[[Item, ReadAt], None],
+    *,
+    threads: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Calls ``do(item, read)`` for each item, with what reads its file, by so many threads, until one fails."""
+    iterator, lock, stop = iter(items), threading.Lock(), threading.Event()
 
     def work() -> None:
-        while True:
+        while not stop.is_set():
             with lock:
-                offset = next(offsets, None)
-            if offset is None:
+                item, file = next(iterator, (None, None))
+            if item is None or file is None:
                 return
-            leaf = file.read(begin + offset, min(LEAF, nbytes - offset))
-            digest.add(memoryview(leaf), offset)
-            with lock:
-                progress(len(leaf))
+            do(item, functools.partial(read, file))
+
+    def read(file: MappedFile, offset: int, length: int) -> bytes:
+        if stop.is_set():
+            raise CancelledError
+        found = file.read(offset, length)
+        with lock:
+            progress(length)
+        return found
 
     with ThreadPoolExecutor(threads, thread_name_prefix="digest") as pool:
-        for done in [pool.submit(work) for _ in range(threads)]:
-            done.result()
-    return digest.finish(lambda offset, length: file.read(begin + offset, length))
+        futures = [pool.submit(work) for _ in range(threads)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    for error in filter(None, (future.exception() for future in futures)):
+        if not isinstance(error, CancelledError):
+            raise error
 
 
 def name_in(checkpoint: Checkpoint, path: Path) -> str:

@@ -119,7 +119,6 @@ class VerificationError(CkptAvgError):
     """A file is damaged, was not written here, or is not the mean of the checkpoints that it is held against."""
 
     exit_code = 9
-    _may_have_lines = True  # why checkpoints don't fit together
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt_avg import __version__
-from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.errors import CheckpointFormatError, UsageError
+from ckpt_avg.mapped import MappedFile
+from ckpt_avg.plan import check_rules
 from ckpt_avg.readers import Checkpoint, Reading, make_reading
-from ckpt_avg.spec import METHOD_KEY, CheckpointSpec, name_of
+from ckpt_avg.spec import METHOD_KEY, ORIGIN, CheckpointSpec, name_of
 
 SOURCES = "ckpt_avg.sources"
 OPTIONS = "ckpt_avg.options"
@@ -30,6 +33,7 @@ HEADER_DIGEST = "ckpt_avg.header_digest"
 _TREE = "sha256-tree-1MiB:"
 _PLAIN = "sha256:"
 _UNKNOWN = "0" * 64
+_HEX = "[0-9a-f]{64}"
 _METRICS = 32  # of one checkpoint, in the order of their names: some trainers log hundreds
 
 
@@ -76,7 +80,7 @@ def make_metadata(
         data_digest: of the output's data section, in hex; None while it is not known.
     """
     specs = [checkpoint.spec for checkpoint in checkpoints]
-    own = _own_words(specs[0]) if len(specs) == 1 else {}
+    own = _own_words(specs[0], options) if len(specs) == 1 else {}
     sources = [
         _source(checkpoint, None if digests is None else digests[index]) for index, checkpoint in enumerate(checkpoints)
     ]
@@ -124,7 +128,7 @@ def recorded_digests(metadata: Mapping[str, Any]) -> Digests | None:
     data, header = metadata.get(DATA_DIGEST), metadata.get(HEADER_DIGEST)
     if not isinstance(data, str) or not isinstance(header, str):
         return None
-    if not data.startswith(_TREE) or not header.startswith(_PLAIN):
+    if not re.fullmatch(f"{_TREE}{_HEX}", data) or not re.fullmatch(f"{_PLAIN}{_HEX}", header):
         return None
     return Digests(data.removeprefix(_TREE), header.removeprefix(_PLAIN))
 
@@ -137,12 +141,7 @@ def recorded_sources(metadata: Mapping[str, Any]) -> list[dict[str, Any]] | None
         return None
     if not isinstance(sources, list) or not sources:
         return None
-    fields = {"name": str, "bytes": int, "header_sha256": str}
-    well_formed = all(
-        isinstance(source, dict) and all(isinstance(source.get(key), kind) for key, kind in fields.items())
-        for source in sources
-    )
-    return sources if well_formed else None
+    return sources if all(map(_is_source, sources)) else None
 
 
 def recorded_options(metadata: Mapping[str, Any]) -> Options | None:
@@ -154,7 +153,14 @@ def recorded_options(metadata: Mapping[str, Any]) -> Options | None:
     texts = (options.state_key or "", options.strip_prefix or "", options.non_float)
     well_formed = all(isinstance(text, str) for text in texts)
     well_formed &= all(isinstance(each, bool) for each in (options.allow_nonfinite, options.ema))
-    return options if well_formed else None
+    if not well_formed:
+        return None
+    try:
+        check_rules(options.dtype, options.non_float)
+        make_reading(options.state_key, options.ema, options.strip_prefix)
+    except UsageError:
+        return None
+    return options
 
 
 def recorded_statistics(metadata: Mapping[str, Any]) -> str:
@@ -172,7 +178,14 @@ def text_of(path: Path) -> str:
 
 def size_of(checkpoint: Checkpoint) -> int:
     """Returns the bytes of all files that hold a checkpoint's tensors."""
-    return sum(file.size for file in checkpoint.files)
+    return sum(file.size for file in checkpoint.files if isinstance(file, MappedFile))
+
+
+def _is_source(source: object) -> bool:
+    if not isinstance(source, dict) or not isinstance(source.get("name"), str):
+        return False
+    nbytes, digest = source.get("bytes"), source.get("header_sha256")
+    return type(nbytes) is int and 0 <= nbytes < 2**63 and isinstance(digest, str) and bool(re.fullmatch(_HEX, digest))
 
 
 def _source(checkpoint: Checkpoint, digests: Mapping[str, str] | None) -> dict[str, object]:
@@ -191,11 +204,20 @@ def _source(checkpoint: Checkpoint, digests: Mapping[str, str] | None) -> dict[s
     return source
 
 
-def _own_words(spec: CheckpointSpec) -> dict[str, str]:
-    """Returns the metadata of a safetensors file; what a torch file holds beside its weights is no metadata."""
+def _own_words(spec: CheckpointSpec, options: Options) -> dict[str, str]:
+    """Returns what a copy keeps of a safetensors file's metadata; what a torch file holds beside its weights is none.
+
+    Where the copy changes dtypes or names, it no longer is what its source says that it is the mean of: then its
+    source is that file, whose own sources are kept as its origin.
+    """
     if spec.format != "safetensors":
         return {}
-    return {key: value for key, value in spec.metadata.items() if isinstance(value, str)}
+    own = {key: value for key, value in spec.metadata.items() if isinstance(value, str)}
+    if options.dtype in ("keep", own.get(DTYPE)) and not spec.prefix and options.strip_prefix is None:
+        return own
+    origin = own.get(ORIGIN, own.get(SOURCES))
+    kept = {key: value for key, value in own.items() if not key.startswith("ckpt_avg.")}
+    return kept if origin is None else {**kept, ORIGIN: origin}
 
 
 def _as_json(value: object) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckpt_avg.messages import plural, quote, size, told_apart
+from ckpt_avg.messages import one_line, plural, quote, size, told_apart
 from ckpt_avg.verifying import VerifyReport
 
 
 def verify_text(report: VerifyReport) -> str:
     """Says that the file is as it was written, and of which checkpoints it is the mean."""
     lines = [
-        f"{report.path} is whole and undamaged: {plural(report.tensors, 'tensor')}, {size(report.nbytes)}",
+        f"{one_line(str(report.path))} is whole and undamaged: {plural(report.tensors, 'tensor')}, "
+        f"{size(report.nbytes)}",
         f"digest of the data: {report.data_digest}",
     ]
     if report.checkpoints is not None:

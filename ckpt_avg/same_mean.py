@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from ckpt_avg.compat import refuse_differences
+from ckpt_avg.digests import digest_files
 from ckpt_avg.discover import Discovery, Sources, discover
-from ckpt_avg.errors import IncompatibleError, VerificationError
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, VerificationError
 from ckpt_avg.identical import refuse_unequal
 from ckpt_avg.mapped import IO, MappedFile
 from ckpt_avg.mean import DEFAULT_MEMORY, check_memory, divide_memory, write_mean
-from ckpt_avg.messages import listing, plural, quote
-from ckpt_avg.plan import OutputTensor, Plan, check_rules, make_plan
+from ckpt_avg.messages import listing, one_line, plural, quote
+from ckpt_avg.plan import OutputTensor, Plan, make_plan
 from ckpt_avg.progress import Progress
 from ckpt_avg.provenance import (
     Options,
@@ -74,7 +75,6 @@ def compare_with_mean(
                 source.read_by(io)
             specs = [checkpoint.spec for checkpoint in checkpoints]
             refuse_differences(specs)
-            check_rules(options.dtype, options.non_float)
             plan = make_plan(specs, dtype=options.dtype, non_float=options.non_float)
             refuse_unequal(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
             may_differ = _measured(plan) if recorded_statistics(metadata) == "refreshed" else frozenset()
@@ -90,7 +90,9 @@ def compare_with_mean(
                 progress=progress.read,
             )
         except IncompatibleError as error:
-            raise VerificationError(f"{file.path}: not the mean of these checkpoints: {error}") from error
+            raise VerificationError(
+                f"{one_line(str(file.path))}: not the mean of these checkpoints: {error}", lines=True
+            ) from error
         measured = tuple(tensor.name for tensor in plan.tensors if tensor.name in comparison.measured)
         return tuple(spec.path for spec in specs), measured
 
@@ -105,21 +107,27 @@ def _recorded_among(
     """
     names = {source["name"] for source in recorded}
     found = [*discovery.paths, *(each.path for each in discovery.skipped)]
-    opened = [stack.enter_context(open_with(each, options.reading)) for each in found if text_of(each) in names]
-    left = {id(checkpoint): checkpoint for checkpoint in opened}
+    left: list[Checkpoint] = []
+    problems: dict[str, str] = {}
+    for each in found:
+        if each.is_dir() or names & {text_of(each), text_of(each.parent)}:
+            try:
+                left.append(stack.enter_context(open_with(each, options.reading)))
+            except CheckpointFormatError as error:
+                problems[text_of(each)] = str(error)
     chosen = []
     for source in recorded:
-        same_name = [each for each in left.values() if text_of(each.spec.path) == source["name"]]
-        match = next((each for each in same_name if _is(each, source)), None)
+        match = _choose([each for each in left if _is(each, source)], source, recorded, path)
         if match is None:
-            got = "got none of that name"
-            if same_name:
-                got = f"got another file of that name, {same_name[0].spec.path}"
+            same_name = [each.spec.path for each in left if text_of(each.spec.path) == source["name"]]
+            got = f"got another file of that name, {same_name[0]}" if same_name else "got none of that name"
             raise VerificationError(
                 f"{path}: it records {quote(source['name'])} of {source['bytes']:,} bytes, header digest "
-                f"{source['header_sha256']}: {got} among the sources. Name the checkpoints that it was made of."
+                f"{source['header_sha256']}: {problems.get(source['name'], got)} among the sources. Name the "
+                "checkpoints that it was made of."
             )
-        chosen.append(left.pop(id(match)))
+        chosen.append(match)
+        left.remove(match)
     named = {each for group in discovery.groups if not group.is_run for each in group.paths}
     taken = {checkpoint.spec.path for checkpoint in chosen}
     if extra := [str(each) for each in found if each in named and each not in taken]:
@@ -130,8 +138,41 @@ def _recorded_among(
     return chosen
 
 
+def _choose(
+    candidates: Sequence[Checkpoint], source: Mapping[str, Any], recorded: Sequence[Mapping[str, Any]], path: Path
+) -> Checkpoint | None:
+    """Returns the one of several with the recorded header that is meant: by its digest, by its name, in their order.
+
+    Raises:
+        VerificationError: nothing tells.
+    """
+    if len(candidates) > 1 and isinstance(source.get("sha256"), dict):
+        digests = digest_files(candidates, threads=1)
+        candidates = [each for each, found in zip(candidates, digests, strict=True) if found == source["sha256"]]
+        return candidates[0] if candidates else None
+    same_name = [each for each in candidates if text_of(each.spec.path) == source["name"]]
+    candidates = same_name or candidates
+    if len(candidates) > 1:
+        alike = [each for each in recorded if _key(each) == _key(source)]
+        if len(candidates) > len(alike):
+            raise VerificationError(
+                f"{path}: it records {quote(source['name'])}, and several of the sources can be that one: "
+                f"{listing(quote(each.spec.path) for each in candidates)}. Name those that it was made of."
+            )
+    return candidates[0] if candidates else None
+
+
 def _is(checkpoint: Checkpoint, source: Mapping[str, Any]) -> bool:
-    return (checkpoint.spec.digest, size_of(checkpoint)) == (source["header_sha256"], source["bytes"])
+    """Whether a checkpoint has the recorded header, size and name; a folder may be named after the one file in it."""
+    path = checkpoint.spec.path
+    names = {text_of(path), text_of(path.parent)}
+    if len(checkpoint.files) == 1:
+        names.add(text_of(checkpoint.files[0].path))
+    return source["name"] in names and (checkpoint.spec.digest, size_of(checkpoint)) == _key(source)[1:]
+
+
+def _key(source: Mapping[str, Any]) -> tuple[str, str, int]:
+    return source["name"], source["header_sha256"], source["bytes"]
 
 
 def _measured(plan: Plan) -> frozenset[str]:

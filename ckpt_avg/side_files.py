@@ -30,6 +30,10 @@ class SideFiles:
         self._targets: dict[str, Path] = {}
         self._taken = {} if beside is None else {os.path.realpath(beside): "the output"}
 
+    def leave(self, path: str | os.PathLike[str], whose: str) -> None:
+        """Remembers a path that something else takes."""
+        self._taken[os.path.realpath(path)] = whose
+
     def check(self, option: str, path: str | os.PathLike[str] | None, suffixes: Sequence[str]) -> None:
         """Remembers where an option's file is to be written; without a path there will be none.
 

@@ -62,6 +62,7 @@ DTYPES: Mapping[str, DType] = {
 }
 # The metadata key that marks a safetensors file as an average made here.
 METHOD_KEY = "ckpt_avg.method"
+ORIGIN = "ckpt_avg.origin"  # of a changed copy of an average: what that was the mean of
 SUB_BYTE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
 BY_TORCH_NAME: Mapping[str, DType] = {dtype.torch_name: dtype for dtype in DTYPES.values()}
 

@@ -109,7 +109,9 @@ def verify(
 def _check_header(file: MappedFile) -> tuple[dict[str, TensorSpec], dict[str, str], Digests]:
     """Returns the tensors, the metadata and the digests that a file records, once its header is as it was written."""
     if not looks_like(file.read(0, min(file.size, 9))):
-        raise VerificationError(f"{file.path}: expected a safetensors file that ckpt-avg wrote, got something else.")
+        raise VerificationError(
+            f"{file.path}: expected a safetensors file that ckpt-avg wrote, got another kind of file. {_ADVICE}"
+        )
     text = read_header(file)
     tensors, metadata = parse_header(file, text)
     recorded = recorded_digests(metadata)

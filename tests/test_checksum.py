@@ -95,6 +95,24 @@ def test_a_checkpoint_of_that_name_is_not_replaced(tmp_path: Path, inputs: list[
     assert taken.read_bytes() == before
 
 
+def test_a_link_to_the_output_is_not_written_through(tmp_path: Path, inputs: list[Path], in_process: Run) -> None:
+    """If it failed, the checksum would replace the output that was just published, with exit 0."""
+    output = tmp_path / "out.safetensors"
+    checksum_path(output).symlink_to(output)
+    code, _, err = in_process("average", *inputs, "-o", output, "--sha256", "--overwrite")
+    assert code == 2
+    assert "got a link to the output" in err
+    assert not output.exists()
+
+
+def test_a_report_does_not_take_the_checksums_path(tmp_path: Path, inputs: list[Path], in_process: Run) -> None:
+    checksum_path(tmp_path / "out.safetensors").symlink_to(tmp_path / "report.json")
+    arguments = ("average", *inputs, "-o", tmp_path / "out.safetensors", "--sha256", "--overwrite")
+    code, _, err = in_process(*arguments, "--report", tmp_path / "report.json")
+    assert code == 2
+    assert "the checksum's own path" in err
+
+
 def test_where_the_checksum_fails_the_output_stands(
     tmp_path: Path, inputs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from test_sharded import write
 
 from ckpt_avg import digests
@@ -135,6 +136,15 @@ def test_a_torch_file_whose_bytes_are_not_those_that_were_saved_is_refused(tmp_p
     ):
         digest_files([checkpoint], threads=1)
     assert error.value.exit_code == 3
+
+
+def test_shards_of_two_formats_are_digested(tmp_path: Path) -> None:
+    """Only what begins as an archive is held against the CRC-32 of its members."""
+    index = write(tmp_path / "sharded", {"a": torch.ones(2)}, {"b": torch.ones(3)}, suffix="bin", stem="pytorch_model")
+    shard = index.parent / "pytorch_model-00002-of-00002.bin"
+    save_file({"b": torch.ones(3)}, shard)
+    with open_checkpoint(index.parent) as checkpoint:
+        assert len(digest_files([checkpoint], threads=2)[0]) == 2
 
 
 def test_a_torch_file_saved_without_checksums_passes(tmp_path: Path) -> None:

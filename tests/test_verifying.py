@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +21,7 @@ from test_sharded import write
 
 import ckpt_avg
 from ckpt_avg import provenance, verifying
-from ckpt_avg.errors import CkptAvgError, UsageError, VerificationError
+from ckpt_avg.errors import UsageError, VerificationError
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -227,8 +230,6 @@ def test_a_forged_mean_is_found(tmp_path: Path, inputs: list[Path], output: Path
     """Digests can be made anew by anyone; the mean cannot."""
     tensors = load_file(output)
     tensors["a.weight"].view(-1)[4] += 1e-6
-    for name, value in tensors.items():
-        torch.save({**state(0), name: value}, tmp_path / "forged.pt")
     torch.save(tensors, tmp_path / "forged.pt")
     ckpt_avg.average(tmp_path / "forged.pt", tmp_path / "copy.safetensors")
     forged = ckpt_avg.verify(tmp_path / "copy.safetensors").metadata
@@ -363,5 +364,124 @@ def test_hostile_metadata_is_an_error_of_ours(tmp_path: Path, inputs: list[Path]
         if key == "ckpt_avg.batch_norm":
             assert ckpt_avg.verify(output, sources=inputs)
             continue
-        with pytest.raises(CkptAvgError):
+        with pytest.raises(VerificationError, match=str(output)):
             ckpt_avg.verify(output, sources=inputs)
+
+
+# -- found by others --------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_that_changes_dtypes_is_verified_against_what_it_copies(tmp_path: Path, inputs: list[Path]) -> None:
+    """Two roundings are not one: it no longer is the mean of the first sources."""
+    mean, copy = tmp_path / "mean.safetensors", tmp_path / "copy.safetensors"
+    ckpt_avg.average(inputs, mean)
+    ckpt_avg.average(mean, copy, dtype="bfloat16")
+    report = ckpt_avg.verify(copy, sources=mean)
+    assert (report.checkpoints, report.metadata["ckpt_avg.method"]) == ((mean,), "copy")
+    assert [each["name"] for each in json.loads(report.metadata["ckpt_avg.origin"])] == [each.name for each in inputs]
+    with ckpt_avg.open_checkpoint(copy) as opened:
+        assert opened.spec.averaged == "ckpt-avg made it"
+    ckpt_avg.average(mean, tmp_path / "plain.safetensors")
+    assert ckpt_avg.verify(tmp_path / "plain.safetensors", sources=inputs).checkpoints == tuple(inputs)
+
+
+def test_a_copy_without_a_prefix_is_verified_against_what_it_copies(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_file({"net.w": torch.full((3,), float(step)), "x": torch.ones(2)}, tmp_path / f"step_{step}.safetensors")
+    mean, copy = tmp_path / "mean.safetensors", tmp_path / "copy.safetensors"
+    ckpt_avg.average([tmp_path / "step_1.safetensors", tmp_path / "step_2.safetensors"], mean)
+    ckpt_avg.average(mean, copy, strip_prefix="net")
+    assert ckpt_avg.verify(copy, sources=mean).checkpoints == (mean,)
+
+
+def sealed(output: Path, metadata: dict[str, str]) -> None:
+    """Puts other metadata into an output, and a digest of the header that fits."""
+    content = output.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = {**metadata, provenance.HEADER_DIGEST: "sha256:" + "0" * 64}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    output.write_bytes(provenance.seal(struct.pack("<Q", len(text)) + text) + content[8 + length :])
+
+
+def test_no_recorded_text_makes_a_line_of_ours(
+    tmp_path: Path, output: Path, inputs: list[Path], in_process: Run
+) -> None:
+    honest = ckpt_avg.verify(output).metadata
+    forged = "\nout.safetensors is whole and undamaged"
+    sealed(output, {**honest, provenance.DATA_DIGEST: f"sha256-tree-1MiB:x{forged}"})
+    assert forged not in in_process("verify", output)[2]
+    record = json.loads(honest[provenance.SOURCES])
+    for key, value in (("header_sha256", forged), ("name", forged), ("bytes", 10**4000)):
+        sealed(output, {**honest, provenance.SOURCES: json.dumps([{**record[0], key: value}])})
+        code, _, err = in_process("verify", output, "--sources", *inputs)
+        assert (code, err.count("\n")) == (9, 1)
+        assert len(err) < 1000
+    odd = tmp_path / f"a{forged.replace('/', '')}"
+    odd.write_bytes(b"x" * 100)
+    code, _, err = in_process("verify", odd)
+    assert (code, err.count("\n")) == (9, 1)
+
+
+def test_of_files_of_one_name_the_recorded_digest_tells(tmp_path: Path, inputs: list[Path], output: Path) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    for seed, path in enumerate(inputs):
+        torch.save(state(seed + 7), others / path.name)
+    exact = tmp_path / "exact.safetensors"
+    ckpt_avg.average(inputs, exact, sha256=True)
+    for order in ([others, inputs[0].parent], [inputs[0].parent, others]):
+        assert ckpt_avg.verify(exact, sources=order).checkpoints == tuple(inputs)
+        with pytest.raises(VerificationError, match="several of the sources can be that one"):
+            ckpt_avg.verify(output, sources=order)
+
+
+def test_an_unreadable_file_does_no_harm(tmp_path: Path, inputs: list[Path], output: Path) -> None:
+    junk = tmp_path / "junk"
+    junk.mkdir()
+    (junk / inputs[0].name).write_bytes(b"junk")
+    torch.save(state(5), junk / "step_9.pt")
+    assert ckpt_avg.verify(output, sources=[junk, inputs[0].parent]).checkpoints == tuple(inputs)
+
+
+def test_a_checkpoint_may_be_named_by_its_folder_or_its_file(tmp_path: Path) -> None:
+    folders = [tmp_path / f"checkpoint-{step}" for step in (1, 2)]
+    files = [folder / "model.safetensors" for folder in folders]
+    for step, folder in enumerate(folders):
+        folder.mkdir()
+        save_file({"w": torch.full((3,), float(step))}, folder / "model.safetensors")
+    for averaged, named in ((files, folders), (folders, files)):
+        output = tmp_path / f"{averaged[0].name}.out"
+        ckpt_avg.average(averaged, output)
+        assert len(ckpt_avg.verify(output, sources=named).checkpoints or ()) == 2
+
+
+@pytest.mark.parametrize("command", ["verify", "average"])
+@pytest.mark.skipif(sys.platform != "linux", reason="sparse files, and signals as Linux has them")
+def test_a_signal_ends_the_reading_of_large_files(tmp_path: Path, command: str) -> None:
+    """If it failed, the process would read on for minutes, and be killed by whoever sent the signal."""
+    large = tmp_path / "large.safetensors"
+    header = json.dumps({"w": {"dtype": "U8", "shape": [2**37], "data_offsets": [0, 2**37]}}).encode()
+    header += b" " * (-len(header) % 8)
+    if command == "verify":
+        save_file({"w": torch.ones(1)}, tmp_path / "small.safetensors")
+        ckpt_avg.average(tmp_path / "small.safetensors", large)
+        metadata = ckpt_avg.verify(large).metadata
+        about = {"__metadata__": {**metadata, provenance.HEADER_DIGEST: "sha256:" + "0" * 64}}
+        text = json.dumps({**about, **json.loads(header)}, separators=(",", ":")).encode()
+        large.write_bytes(provenance.seal(struct.pack("<Q", len(text)) + text))
+        os.truncate(large, 8 + len(text) + 2**37)
+        arguments = ["verify", str(large)]
+    else:
+        large.write_bytes(struct.pack("<Q", len(header)) + header)
+        os.truncate(large, 8 + len(header) + 2**37)
+        arguments = ["average", str(large), "-o", str(tmp_path / "out.safetensors"), "--sha256"]
+    process = subprocess.Popen([sys.executable, "-m", "ckpt_avg", *arguments, "-q"], stderr=subprocess.DEVNULL)
+    descriptors = Path(f"/proc/{process.pid}/io")
+    deadline = time.monotonic() + 60
+    while int(descriptors.read_text().split()[1]) < 300 * 2**20:  # rchar: it has begun to read the data
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 143
+    assert not (tmp_path / "out.safetensors").exists()

@@ -20,7 +20,7 @@ from ckpt_avg.readers.pickle_specs import read_pickle
 from ckpt_avg.readers.place import FileContents
 from ckpt_avg.readers.state_dict import Reading
 from ckpt_avg.readers.unknown import explain
-from ckpt_avg.spec import METHOD_KEY, CheckpointSpec, TensorSpec
+from ckpt_avg.spec import METHOD_KEY, ORIGIN, CheckpointSpec, TensorSpec
 
 DCP_SHARDING = "DCP_SHARDING_INFO"
 
@@ -99,7 +99,7 @@ def _open_safetensors(file: MappedFile, reading: Reading, *, strip: bool) -> Che
         kind=names.kind or ("torch DCP" if DCP_SHARDING in metadata else None),
         prefix=names.stripped.prefix,
         lacks_prefix=names.stripped.lacking,
-        averaged="ckpt-avg made it" if metadata.get(METHOD_KEY) == "mean" else names.averaged,
+        averaged="ckpt-avg made it" if metadata.get(METHOD_KEY) == "mean" or ORIGIN in metadata else names.averaged,
         metadata=metadata,
         notes=notes,
         digest=table.digest,

@@ -182,7 +182,7 @@ def test_many_circumstances_and_ranks_give_one_digest(run: Path, expected: str, 
         for output in (tmp_path / "all").glob("*.safetensors"):
             output.unlink()
     shared = [
-        by_ranks(run, tmp_path / f"{size}-{memory}.safetensors", size, "--memory", memory, "--io", io)
+        by_ranks(run, tmp_path / f"{size}-{memory}-{io}.safetensors", size, "--memory", memory, "--io", io)
         for size, memory, io in itertools.product([1, 2, 3, 4], ["1MiB", "64MiB"], ["auto", "pread"])
     ]
     print(f"{len(several)} processes, {len(shared)} groups of ranks: digests", len(found | set(shared)))

@@ -361,7 +361,7 @@ def test_unusual_tensors_beside_the_state_dict_do_no_harm(tmp_path: Path, kind: 
         (argparse.Namespace(w=torch.ones(1)), ("class 'argparse.Namespace'", "save model.state_dict() instead")),
         ({"model": argparse.Namespace(w=torch.ones(1))}, ("'model'", "class 'argparse.Namespace'", "state_dict()")),
         (torch.ones(2), ("expected a state dict", "a single tensor without a name")),
-        ([torch.ones(2)], ("expected a state dict", "a list")),
+        ([torch.ones(2)], ("expected a state dict", "type list")),
         ({}, ("expected a state dict", "an empty dict")),
         ({"epoch": 3, "lr": 0.1}, ("expected a state dict", "'epoch', 'lr'", "no named tensors")),
         ({0: torch.ones(1)}, ("expected a state dict", "the keys 0")),

@@ -137,7 +137,8 @@ def digest_data(
     def one(offset: int, read: ReadAt) -> None:
         digest.add(memoryview(read(begin + offset, min(LEAF, nbytes - offset))), offset)
 
-    _share_out([(offset, file) for offset in range(0, nbytes, LEAF)], one, threads=threads, progress=progress)
+    leaves = ((offset, file) for offset in range(0, nbytes, LEAF))  # a million of them in a terabyte
+    _share_out(leaves, one, threads=threads, progress=progress)
     return digest.finish(lambda offset, length: file.read(begin + offset, length))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from faults.checkpoints import FORMS, run_folder, safetensors_files
-from faults.forked_runs import Ended, Runs, shared_runs
+from faults.forked_runs import Ended, Runs
 from faults.tracing import OPENS, TRACE, changes
 
 MODULE = """
@@ -45,26 +45,6 @@ def contents(folder: Path) -> dict[str, tuple[object, ...]]:
         data = path.read_bytes() if stat.S_ISREG(status.st_mode) else None
         found[str(path)] = (status.st_mode, status.st_uid, status.st_ino, status.st_nlink, status.st_mtime_ns, data)
     return found
-
-
-@pytest.fixture(scope="module")
-def runs() -> Runs:
-    """Forks runs."""
-    return shared_runs()
-
-
-@pytest.fixture
-def inputs(tmp_path: Path) -> Path:
-    """A folder for checkpoints, and for nothing else."""
-    (tmp_path / "inputs").mkdir()
-    return tmp_path / "inputs"
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """A path in another folder that holds nothing."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "mean.safetensors"
 
 
 def app(folder: Path) -> list[str]:

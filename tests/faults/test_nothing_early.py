@@ -13,29 +13,9 @@ import layouts
 import pytest
 import torch
 from faults.checkpoints import safetensors_files, sharded_folders, zip_files
-from faults.forked_runs import Runs, shared_runs
+from faults.forked_runs import Runs
 from faults.tracing import TRACE, changes
 from safetensors.torch import save_file
-
-
-@pytest.fixture(scope="module")
-def runs() -> Runs:
-    """Forks runs."""
-    return shared_runs()
-
-
-@pytest.fixture
-def inputs(tmp_path: Path) -> Path:
-    """A folder for checkpoints, and for nothing else."""
-    (tmp_path / "inputs").mkdir()
-    return tmp_path / "inputs"
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """A path in another folder that holds nothing."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "mean.safetensors"
 
 
 def named_twice(inputs: Path) -> list[object]:

@@ -62,13 +62,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """A path in a folder that holds nothing else."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "mean.safetensors"
-
-
 TIGHT = ("--memory", "1MiB", "--threads", "1")
 naming = pytest.mark.parametrize("unnamed", [True, False], ids=["O_TMPFILE", "hidden name"])
 replacing = pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])

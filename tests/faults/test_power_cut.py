@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.forked_runs import Ended, Runs, shared_runs
+from faults.forked_runs import Ended, Runs
 from faults.harness import state, tmpfs
 from faults.tracing import refuse_or_skip
 from safetensors import safe_open
@@ -87,12 +87,6 @@ class Disk:
             output.write_bytes(OLD)
         subprocess.run(["sync", "-f", str(self.folder)], check=True)
         return ("--overwrite",) if overwrite else ()
-
-
-@pytest.fixture(scope="module")
-def runs() -> Runs:
-    """Forks runs."""
-    return shared_runs()
 
 
 @pytest.fixture(scope="module")

@@ -97,13 +97,6 @@ def sources_of(folder: Path) -> list[Path]:
     return [folder / "0.safetensors", folder / "1.safetensors"]
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """A path in a folder that holds nothing else."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "mean.safetensors"
-
-
 def command(inputs: Path, output: Path, *options: object, refresh: bool = False) -> list[object]:
     user = ["--model", "user:make", "--data", "user:data", "--app-dir", inputs] if refresh else ["--bn", "keep"]
     return ["average", *sources_of(inputs), "-o", output, "-q", *user, *options]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.forked_runs import Ended, Runs, shared_runs
+from faults.forked_runs import Ended, Runs
 from faults.harness import Server, litter, state
 from safetensors.torch import save_file
 
@@ -22,12 +22,6 @@ from ckpt_avg import average
 OLD = b"what stood here before" * 1000
 TIGHT = ("-q", "--memory", "1MiB", "--threads", "1")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-
-
-@pytest.fixture(scope="module")
-def runs() -> Runs:
-    """Forks runs."""
-    return shared_runs()
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +41,6 @@ def new(sources: list[Path]) -> bytes:
     output = sources[0].with_name("mean.safetensors")
     average(sources, output)
     return output.read_bytes()
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """A path in a folder that holds nothing else."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "mean.safetensors"
 
 
 def begin(output: Path, *, overwrite: bool) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.forked_runs import Ended, Runs, shared_runs
+from faults.forked_runs import Ended, Runs
 from faults.harness import litter, state
 from faults.tracing import Call
 from safetensors.torch import save_file
@@ -88,12 +88,6 @@ def make_inputs(folder: Path, write: Callable[[dict[str, torch.Tensor], Path], N
 
 
 @pytest.fixture(scope="module")
-def runs() -> Runs:
-    """Forks runs."""
-    return shared_runs()
-
-
-@pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, runs: Runs) -> Inputs:
     """Files of safetensors; the runs that follow have imported all that they need."""
     inputs = make_inputs(tmp_path_factory.mktemp("small"), save_file)
@@ -105,13 +99,6 @@ def small(tmp_path_factory: pytest.TempPathFactory, runs: Runs) -> Inputs:
 def zipped(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """Files of ``torch.save``."""
     return make_inputs(tmp_path_factory.mktemp("zipped"), torch.save)
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """A path in a folder that holds nothing else."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "mean.safetensors"
 
 
 @dataclass(frozen=True)

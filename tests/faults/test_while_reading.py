@@ -77,13 +77,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """A path in a folder that holds nothing else."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "mean.safetensors"
-
-
 def altered(folder: Path, text: str) -> dict[str, str]:
     """Returns variables with which every Python process runs some lines first."""
     (folder / "sitecustomize.py").write_text(text)

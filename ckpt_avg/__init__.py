@@ -13,10 +13,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ckpt_avg.version import __version__
+
 if TYPE_CHECKING:
-    from ckpt_avg.api import average
-    from ckpt_avg.batchnorm import BatchNormReport, refresh_batch_norm
-    from ckpt_avg.compat import CompatibilityReport, Difference, check
+    from ckpt_avg.batchnorm.hooks import LayerStatistics
+    from ckpt_avg.batchnorm.refresh import BatchNormReport, refresh_batch_norm
+    from ckpt_avg.checkpoint.checkpoint import Checkpoint
+    from ckpt_avg.checkpoint.spec import CheckpointSpec, DType, Part, TensorSpec
+    from ckpt_avg.checkpoint.training_record import Record
+    from ckpt_avg.commands.average import average
+    from ckpt_avg.commands.inspect import Inspection, Listed, inspect
+    from ckpt_avg.commands.refresh_bn import refresh_weights
+    from ckpt_avg.commands.results import AverageResult
+    from ckpt_avg.commands.sweep import Measured, SweepResult, sweep
+    from ckpt_avg.commands.verify import VerifyReport, verify
+    from ckpt_avg.distributed.joining import join_ranks
+    from ckpt_avg.distributed.ranks import Ranks
     from ckpt_avg.errors import (
         ChangedWhileReadingError,
         CheckpointFormatError,
@@ -32,27 +44,16 @@ if TYPE_CHECKING:
         UserCodeError,
         VerificationError,
     )
-    from ckpt_avg.evaluate import Evaluation
-    from ckpt_avg.inspection import Inspection, Listed, inspect
-    from ckpt_avg.joining import join_ranks
-    from ckpt_avg.measuring import LayerStatistics
+    from ckpt_avg.formats.open import open_checkpoint
     from ckpt_avg.progress import Progress
-    from ckpt_avg.ranks import Ranks
-    from ckpt_avg.readers import Checkpoint, open_checkpoint
-    from ckpt_avg.record import Record
-    from ckpt_avg.refreshing import refresh_weights
-    from ckpt_avg.requirements import Outcome, Requirement
-    from ckpt_avg.results import AverageResult
-    from ckpt_avg.spec import CheckpointSpec, DType, Part, TensorSpec
-    from ckpt_avg.sweeping import Measured, SweepResult, sweep
-    from ckpt_avg.verifying import VerifyReport, verify
-
-__version__ = "0.1.0"
+    from ckpt_avg.runs.compatibility import CompatibilityReport, Difference, check
+    from ckpt_avg.user_code.evaluate import Evaluation
+    from ckpt_avg.user_code.gate import Outcome, Requirement
 
 _HOMES = {
-    "ckpt_avg.api": ("average",),
-    "ckpt_avg.batchnorm": ("BatchNormReport", "refresh_batch_norm"),
-    "ckpt_avg.compat": ("CompatibilityReport", "Difference", "check"),
+    "ckpt_avg.commands.average": ("average",),
+    "ckpt_avg.batchnorm.refresh": ("BatchNormReport", "refresh_batch_norm"),
+    "ckpt_avg.runs.compatibility": ("CompatibilityReport", "Difference", "check"),
     "ckpt_avg.errors": (
         "ChangedWhileReadingError",
         "CheckpointFormatError",
@@ -68,20 +69,20 @@ _HOMES = {
         "UserCodeError",
         "VerificationError",
     ),
-    "ckpt_avg.evaluate": ("Evaluation",),
-    "ckpt_avg.inspection": ("Inspection", "Listed", "inspect"),
-    "ckpt_avg.joining": ("join_ranks",),
-    "ckpt_avg.measuring": ("LayerStatistics",),
+    "ckpt_avg.user_code.evaluate": ("Evaluation",),
+    "ckpt_avg.commands.inspect": ("Inspection", "Listed", "inspect"),
+    "ckpt_avg.distributed.joining": ("join_ranks",),
+    "ckpt_avg.batchnorm.hooks": ("LayerStatistics",),
     "ckpt_avg.progress": ("Progress",),
-    "ckpt_avg.ranks": ("Ranks",),
-    "ckpt_avg.readers": ("Checkpoint", "open_checkpoint"),
-    "ckpt_avg.record": ("Record",),
-    "ckpt_avg.refreshing": ("refresh_weights",),
-    "ckpt_avg.requirements": ("Outcome", "Requirement"),
-    "ckpt_avg.results": ("AverageResult",),
-    "ckpt_avg.spec": ("CheckpointSpec", "DType", "Part", "TensorSpec"),
-    "ckpt_avg.sweeping": ("Measured", "SweepResult", "sweep"),
-    "ckpt_avg.verifying": ("VerifyReport", "verify"),
+    "ckpt_avg.distributed.ranks": ("Ranks",),
+    "ckpt_avg.formats.open": ("Checkpoint", "open_checkpoint"),
+    "ckpt_avg.checkpoint.training_record": ("Record",),
+    "ckpt_avg.commands.refresh_bn": ("refresh_weights",),
+    "ckpt_avg.user_code.gate": ("Outcome", "Requirement"),
+    "ckpt_avg.commands.results": ("AverageResult",),
+    "ckpt_avg.checkpoint.spec": ("CheckpointSpec", "DType", "Part", "TensorSpec"),
+    "ckpt_avg.commands.sweep": ("Measured", "SweepResult", "sweep"),
+    "ckpt_avg.commands.verify": ("VerifyReport", "verify"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

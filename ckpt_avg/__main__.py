@@ -1,5 +1,5 @@
 """``python -m ckpt_avg``."""
 
-from ckpt_avg.cli import main
+from ckpt_avg.cli.main import main
 
 main()

@@ -24,7 +24,7 @@ import errno
 import sys
 from typing import Any
 
-from ckpt_avg.messages import one_line
+from ckpt_avg.text import one_line
 
 
 class CkptAvgError(Exception):

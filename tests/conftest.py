@@ -53,8 +53,8 @@ def ckpt_avg(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture
 def in_process(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs the command in this process, which is faster: (exit code, stdout, stderr)."""
-    from ckpt_avg.cli import cli
-    from ckpt_avg.exits import run
+    from ckpt_avg.cli.exits import run
+    from ckpt_avg.cli.main import cli
 
     def call(*arguments: object) -> tuple[int, str, str]:
         code = run(cli, list(map(str, arguments)))

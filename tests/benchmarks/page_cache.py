@@ -62,6 +62,6 @@ def cool(paths: Sequence[Path]) -> float:
             Path("/proc/sys/vm/drop_caches").write_text("1")
         except OSError:
             return left
-        subprocess.run([sys.executable, "-c", "import torch, ckpt_avg.cli"], check=True)
+        subprocess.run([sys.executable, "-c", "import torch, ckpt_avg.cli.main"], check=True)
         left = resident(paths)
     return left

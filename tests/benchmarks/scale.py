@@ -32,10 +32,10 @@ from rounds import remove, row, table
 _PHASES = """
 import json, sys, time
 from pathlib import Path
-from ckpt_avg.compat import refuse_differences
-from ckpt_avg.header import encode_header, encode_tensors
-from ckpt_avg.plan import make_plan
-from ckpt_avg.readers import make_reading, open_with
+from ckpt_avg.runs.compatibility import refuse_differences
+from ckpt_avg.output.header import encode_header, encode_tensors
+from ckpt_avg.mean.plan import make_plan
+from ckpt_avg.formats.open import make_reading, open_with
 import gc; gc.disable()
 def resident():
     with open("/proc/self/status") as file:

@@ -1,0 +1,133 @@
+"""Where the output's running statistics come from: measured anew, the checkpoints' mean, or as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
+
+import torch
+
+from ckpt_avg.batchnorm.refresh import BatchNormReport
+from ckpt_avg.batchnorm.refresh_output import PreparedRefresh, RefreshOptions, prepare_refresh
+from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import batch_norm_buffer
+from ckpt_avg.errors import UsageError
+from ckpt_avg.mean.equal_tensors import differing
+from ckpt_avg.mean.plan import Plan
+from ckpt_avg.text import listing, plural, quote
+from ckpt_avg.user_code.model import Batches, Passes
+
+Statistics = Literal["none", "refreshed", "mean", "frozen", "copied"]
+
+
+def check_bn(bn: str) -> None:
+    """Raises UsageError where there is no such rule for running statistics."""
+    if bn not in ("auto", "refresh", "keep"):
+        raise UsageError(f"--bn: expected one of auto, refresh, keep, got {bn!r}.")
+
+
+def frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[str]:
+    """Returns the running statistics of layers where they are the same in every one of several checkpoints."""
+    if len(checkpoints) < 2:
+        return frozenset()  # one checkpoint says nothing about whether they ever change
+    pairs = [
+        (batch_norm_buffer(layer, "running_mean"), batch_norm_buffer(layer, "running_var")) for layer in plan.batch_norm
+    ]
+    moved = differing(checkpoints, (name for pair in pairs for name in pair))
+    return frozenset(name for pair in pairs if not any(name in moved for name in pair) for name in pair)
+
+
+def moving_layers(plan: Plan, frozen: Collection[str]) -> list[str]:
+    """Returns the layers with running statistics that are not frozen."""
+    return [layer for layer in plan.batch_norm if batch_norm_buffer(layer, "running_mean") not in frozen]
+
+
+def needs_refresh(
+    plan: Plan, frozen: Collection[str], *, bn: str, has_model: bool, has_data: bool, notice: Callable[[str], None]
+) -> bool:
+    """Says whether statistics are to be measured anew.
+
+    Raises:
+        UsageError: they are, and the model or the data is missing.
+    """
+    moving = moving_layers(plan, frozen)
+    if len(moving) < len(plan.batch_norm):
+        kept = [layer for layer in plan.batch_norm if layer not in moving]
+        notice(
+            f"{plural(len(kept), 'frozen BatchNorm layer')} left as found, the statistics being the same in every "
+            f"checkpoint: {listing(map(quote, kept))}"
+        )
+    if plan.checkpoints == 1 and not has_data and bn != "refresh":
+        return False  # a copy of the weights keeps the statistics that belong to them
+    if not moving or bn == "keep":
+        if not plan.batch_norm and (has_data or bn == "refresh"):
+            notice("the checkpoints hold no BatchNorm statistics, so there is nothing to refresh")
+        elif moving and plan.checkpoints > 1:
+            notice(
+                f"the running statistics of {plural(len(moving), 'BatchNorm layer')} are the mean of the checkpoints', "
+                "not those of the averaged weights; "
+                + ("without --bn keep they are recomputed" if has_data else "--model and --data recompute them")
+            )
+        return False
+    if not has_model or not has_data:
+        missing = " and ".join(
+            text
+            for text, given in (("--model MODULE:FACTORY", has_model), ("--data MODULE:FACTORY", has_data))
+            if not given
+        )
+        examples = ", ".join(map(quote, moving[:3])) + (", …" if len(moving) > 3 else "")
+        raise UsageError(
+            f"the checkpoints hold running statistics of {plural(len(moving), 'BatchNorm layer')} ({examples}), which "
+            f"are wrong for averaged weights until they are recomputed over training data. Add {missing}, or accept "
+            "the mean of the statistics with --bn keep."
+        )
+    return True
+
+
+def choose_refresh(
+    plan: Plan,
+    frozen: Collection[str],
+    model: torch.nn.Module,
+    passes: Passes,
+    notice: Callable[[str], None],
+) -> PreparedRefresh | None:
+    """Returns the model and the batches to refresh with; None where the model has none of the moving layers."""
+    moving = moving_layers(plan, frozen)
+    prepared = prepare_refresh(model, passes, plan)
+    names = {name for buffers in prepared.buffers.values() for name in buffers["running_mean"]}
+    others = [layer for layer in moving if batch_norm_buffer(layer, "running_mean") not in names]
+    if others:
+        notice(
+            f"{plural(len(others), 'layer')} with running statistics are no BatchNorm layers of the model, so theirs "
+            f"are the mean of the checkpoints': {listing(map(quote, others))}"
+        )
+    return prepared if len(others) < len(moving) else None
+
+
+def source_of_statistics(plan: Plan, frozen: frozenset[str], refresh: PreparedRefresh | None) -> Statistics:
+    """Returns in one word what the output's running statistics are."""
+    if not plan.batch_norm:
+        return "none"
+    if refresh is not None:
+        return "refreshed"
+    if plan.checkpoints == 1:
+        return "copied"
+    return "frozen" if len(frozen) == 2 * len(plan.batch_norm) else "mean"
+
+
+def summary(
+    statistics: Statistics, report: BatchNormReport | None, options: RefreshOptions, data: Batches | None
+) -> dict[str, object] | None:
+    """Returns what the metadata says of BatchNorm; as wide as it can get while the refresh is still to come."""
+    if statistics == "none":
+        return None
+    if statistics != "refreshed":
+        return {"statistics": statistics}
+    return {
+        "statistics": "refreshed",
+        "estimator": options.estimator,
+        "amp": options.amp,
+        "batches": report.batches if report else 10**15,
+        "samples": report.samples if report else 10**15,
+        "data": getattr(data, "__qualname__", type(data).__name__),
+    }

@@ -1,0 +1,292 @@
+"""The BatchNorm refresh: running statistics recomputed for weights that have none of their own yet.
+
+Averaged weights produce activations that no checkpoint had, so the running statistics must be measured again over
+training data (Izmailov et al. 2018, section 3.2, arXiv 1803.05407). Each BatchNorm layer normalises by the batch,
+as in training; everything else stays in evaluation mode. Two estimators are there: the statistics of all values
+together, pooled in float64 ("precise BN", Wu & Johnson 2021, section 3, arXiv 2105.07576), and the mean over the
+batches' statistics, which is what `torch.optim.swa_utils.update_bn` computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from ckpt_avg.batchnorm.batch_share import BatchShare, refuse_other_batches
+from ckpt_avg.batchnorm.hooks import LayerStatistics, Pool, measuring
+from ckpt_avg.distributed.ranks import Ranks
+from ckpt_avg.errors import UsageError, UserCodeError
+from ckpt_avg.mean.rounding import round_to
+from ckpt_avg.text import listing, quote
+from ckpt_avg.user_code.batches import ForwardBatch, count_samples, fetch, run_batch, to_device
+from ckpt_avg.user_code.load import blaming
+
+ESTIMATORS = ("pooled", "batch-mean")
+AMP = ("off", "bfloat16", "float16")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormReport:
+    """What a refresh did.
+
+    Attributes:
+        batches, samples: how many passed through the model.
+        statistics: layer name → what was measured there.
+        frozen: layers that were left as they are.
+        untracked: layers that keep no running statistics (``track_running_stats=False``).
+        estimator: ``pooled`` or ``batch-mean``.
+        amp: the dtype of automatic mixed precision, or ``off``.
+    """
+
+    batches: int
+    samples: int
+    statistics: Mapping[str, LayerStatistics]
+    frozen: tuple[str, ...] = ()
+    untracked: tuple[str, ...] = ()
+    estimator: str = "pooled"
+    amp: str = "off"
+
+    @property
+    def used_twice(self) -> tuple[str, ...]:
+        """The layers that each batch passed more than once; their statistics cover all passes."""
+        return tuple(name for name, layer in self.statistics.items() if layer.calls_per_batch > 1)
+
+
+def batch_norm_modules(model: torch.nn.Module) -> dict[str, _BatchNorm]:
+    """Returns the BatchNorm layers that keep running statistics, by their name in the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+    }
+
+
+def check_options(estimator: str, amp: str, max_batches: int | None) -> None:
+    """Raises UsageError where a refresh cannot be done as it is worded."""
+    for option, value, choices in (("--bn-estimator", estimator, ESTIMATORS), ("--amp", amp, AMP)):
+        if value not in choices:
+            raise UsageError(f"{option}: expected one of {', '.join(choices)}, got {value!r}.")
+    if max_batches is not None and max_batches < 1:
+        raise UsageError(f"--bn-batches: expected 1 or more, got {max_batches:,}.")
+
+
+def refresh_batch_norm(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    *,
+    estimator: str = "pooled",
+    max_batches: int | None = None,
+    frozen: Collection[str] = (),
+    device: torch.device | str | None = None,
+    amp: str = "off",
+    forward_batch: ForwardBatch | None = None,
+    ranks: Ranks | None = None,
+    progress: Progress = lambda batches, samples: None,
+) -> BatchNormReport:
+    """Measures the running statistics of a model's BatchNorm layers anew and stores them in the model.
+
+    With n_b values per channel in batch b, their mean m_b and centred sum of squares s_b, in float64:
+
+    - ``pooled``: ``running_mean`` = Σ n_b·m_b / n and ``running_var`` = s / (n − 1), for n = Σ n_b and the sum of
+      squares s around the mean of all, as Chan, Golub & LeVeque (1979) pool it (`Moments.pooled_with`). The first
+      layer's statistics are therefore those of all samples at once, however they are split into batches; a later
+      layer's depend on the split as far as the layers before it normalise by the batch. ``num_batches_tracked`` = the
+      number of batches. (Precise BN: Wu & Johnson 2021, section 3, arXiv 2105.07576.)
+    - ``batch-mean``: over the B calls of a layer ``running_mean`` = Σ m_b / B, ``running_var`` = Σ s_b/(n_b − 1) / B
+      and ``num_batches_tracked`` = B, as `torch.optim.swa_utils.update_bn` does (Izmailov et al. 2018, arXiv
+      1803.05407), but for dropout, which stays off here.
+
+    Only these buffers change. Modes, every other buffer and the random states are as before, and on any error
+    the buffers are, too.
+
+    Args:
+        model: the model, its weights loaded.
+        batches: tensors, tuples or lists (the first element is the input), mappings (passed as keywords), or what
+            ``forward_batch`` takes.
+        estimator: ``pooled`` or ``batch-mean``.
+        max_batches: stop after this many.
+        frozen: names of layers to leave in evaluation mode, as they are.
+        device: where the model is; batches are moved there.
+        amp: ``off``, ``bfloat16`` or ``float16``: automatic mixed precision of the forward passes.
+        forward_batch: called as ``forward_batch(model, batch)`` instead of the model.
+        ranks: from `join_ranks`, where several processes share the batches; each calls this function. Where the loader
+            gives all of them the same batches, each runs its part of them; where it gives each its own, all of those.
+            The statistics are pooled over all ranks, and stored on each.
+        progress: called after each batch with the batches seen and the samples run so far, on this rank.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        UsageError: there is no such estimator, mixed precision, or layer in ``frozen``.
+        UserCodeError: the loader or the model raised, there was no batch, a layer was not reached, a batch has one
+            value per channel, or an activation is NaN or Inf; or the ranks were given different batches.
+        RankError: another rank failed.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
+        >>> report = refresh_batch_norm(model, [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [6.0]])])
+        >>> model[0].running_mean, model[0].running_var
+        (tensor([3.]), tensor([4.6667]))
+    """
+    check_options(estimator, amp, max_batches)
+    layers = _refreshed_layers(model, frozen)
+    _refuse_unusable(model)
+    ranks = ranks or Ranks()
+    pools: Mapping[str, Pool] = {name: Pool(name, estimator) for name in layers}
+    samples = done = 0
+    kind = torch.device(device).type if device is not None else _device_type(model)
+    autocast = torch.autocast(kind, getattr(torch, amp)) if amp != "off" else contextlib.nullcontext()
+    with ranks.telling(), measuring(model, layers, pools) as reached, torch.no_grad(), autocast:
+        share = BatchShare(fetch(batches, max_batches), ranks, max_batches)
+        for batch in share:
+            with blaming(f"moving batch {share.seen} to {device} raised:"):
+                moved = to_device(batch, device)
+            for pool in pools.values():
+                pool.batch = share.seen
+            run_batch(model, moved, forward_batch, share.seen)
+            for pool in reached:
+                pool.refuse_nonfinite()
+            reached.clear()
+            done += 1
+            samples += count_samples(moved)
+            progress(share.seen, samples)
+            ranks.check()
+        done, samples, pools = _pooled(ranks, share, done, samples, pools, estimator)
+        if done == 0:
+            raise UserCodeError(
+                "BatchNorm refresh: expected at least one batch, got an empty dataloader. A generator is used up after "
+                "one pass: make a new one in the factory."
+            )
+        unreached = [name for name, pool in pools.items() if pool.calls == 0]
+        if unreached:
+            raise UserCodeError(
+                f"BatchNorm refresh: expected every BatchNorm layer to be used, got no input for "
+                f"{listing(map(quote, unreached))}. Let the dataloader or forward_batch(model, batch) reach them."
+            )
+        statistics = {name: pool.statistics(done) for name, pool in pools.items()}
+        # All of them are rounded, which can fail, before the first is stored.
+        stored = [
+            (layer, buffer, rounded_statistic(name, buffer, values, getattr(layer, buffer).dtype))
+            for name, layer in layers.items()
+            for buffer, values in (("running_mean", statistics[name].mean), ("running_var", statistics[name].variance))
+        ]
+    for layer, buffer, values in stored:
+        getattr(layer, buffer).copy_(values)
+    for name, layer in layers.items():
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(statistics[name].batches_tracked)
+    untracked = tuple(name for name, layer in model.named_modules() if _is_untracked(layer))
+    return BatchNormReport(done, samples, statistics, tuple(frozen), untracked, estimator, amp)
+
+
+def rounded_statistic(layer: str, buffer: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns measured statistics in a buffer's dtype.
+
+    Raises:
+        UserCodeError: they are beyond its range.
+    """
+    rounded = round_to(values, dtype)
+    if not rounded.isfinite().all():
+        raise UserCodeError(
+            f"BatchNorm refresh: layer {quote(layer)}: expected a {buffer} within the range of {dtype}, got "
+            f"{values.abs().max().item():g}. Choose a wider dtype."
+        )
+    return rounded
+
+
+def _pooled(
+    ranks: Ranks, share: BatchShare, batches: int, samples: int, pools: Mapping[str, Pool], estimator: str
+) -> tuple[int, int, Mapping[str, Pool]]:
+    """Returns the batches, samples and pools of all ranks together, on each of them."""
+    if ranks.size == 1:
+        return batches, samples, pools
+
+    def pool_all(brought: list[list[Any]]) -> list[Any]:
+        together = _added(estimator, [states for *_, states in brought])
+        accounts = [account for account, *_ in brought]
+        totals = [sum(each[1] for each in brought), sum(each[2] for each in brought)]
+        return [accounts, *totals, {name: pool.state() for name, pool in together.items()}]
+
+    states = {name: pool.state() for name, pool in pools.items()}
+    accounts, batches, samples, together = ranks.exchange(
+        "statistics", [share.account(), batches, samples, states], pool_all
+    )
+    refuse_other_batches(accounts)
+    return batches, samples, _added(estimator, [together])
+
+
+def _added(estimator: str, states: Sequence[Mapping[str, list[Any] | None]]) -> dict[str, Pool]:
+    added = {name: Pool(name, estimator) for name in states[0]}
+    for name, pool in added.items():
+        for state in states:
+            pool.add_state(state[name])
+    return added
+
+
+def _refreshed_layers(model: torch.nn.Module, frozen: Collection[str]) -> dict[str, _BatchNorm]:
+    layers = batch_norm_modules(model)
+    unknown = [name for name in frozen if name not in layers]
+    if isinstance(frozen, str) or unknown:
+        raise UsageError(
+            f"frozen: expected names of BatchNorm layers with running statistics, got "
+            f"{quote(frozen) if isinstance(frozen, str) else listing(map(quote, unknown))}. The model has "
+            f"{listing(map(quote, layers))}."
+        )
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = owners.setdefault(id(layer.running_mean), name)
+        if other != name:
+            raise UserCodeError(
+                f"BatchNorm refresh: expected running statistics of one layer each, got {quote(other)} and "
+                f"{quote(name)} with the same tensor. Use one module in both places."
+            )
+    return {name: layer for name, layer in layers.items() if name not in frozen}
+
+
+def _refuse_unusable(model: torch.nn.Module) -> None:
+    """Raises UserCodeError where a model's layers cannot be measured, whatever the data."""
+    lazy = [name for name, tensor in _tensors(model) if is_lazy(tensor)]
+    if lazy:
+        raise UserCodeError(
+            f"BatchNorm refresh: expected a model with weights, got lazy tensors without a shape: "
+            f"{listing(map(quote, lazy))}. Load the weights first."
+        )
+    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for _, tensor in _tensors(model)):
+        raise UserCodeError(
+            "BatchNorm refresh: expected a model that can be written to, got one that was made in inference mode. Make "
+            "it outside of torch.inference_mode()."
+        )
+    scripted = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule)
+        and "BatchNorm" in module.original_name
+        and getattr(module, "running_mean", None) is not None
+    ]
+    if scripted:
+        raise UserCodeError(
+            f"BatchNorm refresh: expected layers in Python, got {listing(map(quote, scripted))} as TorchScript, which "
+            "cannot be measured. Make the model without torch.jit.script or torch.jit.trace."
+        )
+
+
+def _is_untracked(module: torch.nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is None
+
+
+def _device_type(model: torch.nn.Module) -> str:
+    return next((tensor.device.type for tensor in model.parameters()), "cpu")
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

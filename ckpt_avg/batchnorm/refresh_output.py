@@ -1,0 +1,148 @@
+"""The BatchNorm refresh as a step of averaging.
+
+The model is loaded from the unpublished output, so it holds the very weights that users will load, and the measured
+statistics replace the buffers in that output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ckpt_avg.batchnorm.refresh import BatchNormReport, batch_norm_modules, refresh_batch_norm, rounded_statistic
+from ckpt_avg.checkpoint.spec import batch_norm_buffer
+from ckpt_avg.checkpoint.tensor_reads import torch_dtype
+from ckpt_avg.distributed.ranks import Ranks
+from ckpt_avg.errors import UserCodeError
+from ckpt_avg.mean.plan import Plan
+from ckpt_avg.progress import Progress
+from ckpt_avg.text import listing, quote
+from ckpt_avg.user_code.batches import ForwardBatch, expected_batches
+from ckpt_avg.user_code.isolation import seeded
+from ckpt_avg.user_code.model import Passes, load_weights, place
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshOptions:
+    """How a refresh is done; each as for `refresh_batch_norm`."""
+
+    device: torch.device
+    estimator: str = "pooled"
+    max_batches: int | None = None
+    amp: str = "off"
+    forward_batch: ForwardBatch | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRefresh:
+    """A model that takes the checkpoints' tensors, and the batches to run through it.
+
+    Attributes:
+        model: the model.
+        passes: the batches.
+        buffers: BatchNorm layer → its buffer (``running_mean``, …) → the output tensors that hold it. A module that
+            is reachable under several names has several.
+    """
+
+    model: torch.nn.Module
+    passes: Passes
+    buffers: Mapping[str, Mapping[str, tuple[str, ...]]]
+
+
+def prepare_refresh(model: torch.nn.Module, passes: Passes, plan: Plan) -> PreparedRefresh:
+    """Finds the output tensors that hold the running statistics of each of the model's BatchNorm layers.
+
+    Raises:
+        UserCodeError: a layer's running statistics are not among the checkpoints' tensors.
+    """
+    names: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(name)
+    planned = plan.by_name()
+    buffers: dict[str, dict[str, tuple[str, ...]]] = {}
+    for layer, module in batch_norm_modules(model).items():
+        buffers[layer] = {
+            # By identity, since a module may have several names; by name where state_dict() gives copies.
+            buffer: tuple(name for name in names.get(id(value), [batch_norm_buffer(layer, buffer)]) if name in planned)
+            for buffer, value in module.named_buffers(recurse=False)
+        }
+        if not all(buffers[layer].get(buffer) for buffer in ("running_mean", "running_var")):
+            raise UserCodeError(
+                f"BatchNorm refresh: layer {quote(layer)}: expected its running statistics among the checkpoints' "
+                "tensors, got none. Save the checkpoints from model.state_dict()."
+            )
+    return PreparedRefresh(model, passes, buffers)
+
+
+def frozen_layers(prepared: PreparedRefresh, frozen: Collection[str]) -> tuple[str, ...]:
+    """Returns the model's layers whose statistics lie in output tensors named in ``frozen``."""
+    return tuple(
+        layer for layer, buffers in prepared.buffers.items() if all(name in frozen for name in buffers["running_mean"])
+    )
+
+
+def refresh_output(
+    prepared: PreparedRefresh,
+    plan: Plan,
+    weights: Callable[[], Mapping[str, torch.Tensor]],
+    write: Callable[[memoryview, int], None],
+    *,
+    frozen: Collection[str],
+    options: RefreshOptions,
+    progress: Progress,
+    ranks: Ranks | None = None,
+) -> BatchNormReport:
+    """Loads the averaged weights, measures, and writes the statistics over those in the output.
+
+    Args:
+        prepared: the model and the batches.
+        plan: the output's tensors.
+        weights: gives the output's tensors, as they are written.
+        write: takes bytes and their offset in the data section.
+        frozen: layers to leave as they are.
+        options: how to refresh.
+        progress: told when it begins, after each batch, and of layers that are used twice.
+        ranks: share the batches out.
+
+    Raises:
+        UserCodeError: the loader or the model failed, or the refresh could not be done.
+    """
+    load_weights(prepared.model, weights())
+    place(prepared.model, options.device)
+    batches = prepared.passes.next_pass()
+    progress.refreshing(expected_batches(batches, options.max_batches))
+    with seeded(options.device):
+        report = refresh_batch_norm(
+            prepared.model,
+            batches,
+            estimator=options.estimator,
+            max_batches=options.max_batches,
+            frozen=frozen,
+            device=options.device,
+            amp=options.amp,
+            forward_batch=options.forward_batch,
+            ranks=ranks,
+            progress=progress.refreshed,
+        )
+    if report.used_twice:
+        names = listing(map(quote, report.used_twice))
+        progress.notice(f"layers used more than once in a pass, over all uses: {names}")
+    if report.untracked:
+        names = listing(map(quote, report.untracked))
+        progress.notice(f"layers without running statistics (track_running_stats=False), nothing to measure: {names}")
+    planned = plan.by_name()
+    for layer, statistics in report.statistics.items():
+        values = {
+            "running_mean": statistics.mean,
+            "running_var": statistics.variance,
+            "num_batches_tracked": torch.tensor(statistics.batches_tracked),
+        }
+        for buffer, measured in values.items():
+            for name in prepared.buffers[layer].get(buffer, ()):
+                dtype = torch_dtype(planned[name].dtype)
+                exact = buffer == "num_batches_tracked"
+                value = measured.to(dtype) if exact else rounded_statistic(layer, buffer, measured.cpu(), dtype)
+                write(memoryview(bytes(value.reshape(-1).view(torch.uint8).tolist())), planned[name].offset)
+    return report

@@ -1,0 +1,1 @@
+"""What a checkpoint is: its tensors, its files and its training record."""

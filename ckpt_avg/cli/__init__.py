@@ -1,0 +1,1 @@
+"""The command line: click, progress bars, text and JSON, exit codes."""

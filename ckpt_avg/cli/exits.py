@@ -1,0 +1,169 @@
+"""One command run: signals, errors and streams turned into the exit codes of `errors`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType, MappingProxyType
+
+import click
+
+from ckpt_avg.distributed.launch import launched_rank
+from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UserCodeError, is_out_of_memory
+from ckpt_avg.files.sigbus import catch_bus_errors
+from ckpt_avg.text import safe_text
+
+# A signal may come between publishing and the last line of output.
+_UNTOUCHED = "the output path is as it was, or complete if it had been published"
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP, raised in the main thread so that everything is cleaned up on the way out."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def run(command: click.Command, arguments: Sequence[str]) -> int:
+    """Runs a click command and returns the exit code; a bug of ours keeps its traceback and gives 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    # torch says so on import where numpy is missing; this package does without, and the user need not care.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    if sys.stderr is None:
+        # The caller closed it. tqdm and traceback would print on stdout instead.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the process ends)
+    catch_bus_errors()
+    code = _run(command, arguments)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone. The interpreter must not try to flush it again on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
+
+
+def open_missing_streams() -> None:
+    """Opens /dev/null in the place of each of stdin, stdout and stderr that the caller closed.
+
+    Else the next file that is opened takes its number, and what any code prints there goes into that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # noqa: PERF203 (three rounds)
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)  # both are the same number where the lower ones are open
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Prints a line. That nobody reads it any more is no failure of the command, nor is a stderr that takes none.
+
+    Raises:
+        OutputError: stdout cannot be written, for another reason.
+    """
+    try:
+        click.echo(safe_text(text), err=err)
+    except OSError as error:
+        # What is left in the stream's buffer must not fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if err else 1)
+        if not err and not isinstance(error, BrokenPipeError):
+            raise OutputError(f"stdout: cannot be written: {error.strerror}. The result was: {text}") from error
+
+
+def _run(command: click.Command, arguments: Sequence[str]) -> int:
+    # Of several ranks the first alone prints results; an error any may have.
+    silent = bool(arguments) and arguments[0] in ("average", "refresh-bn", "sweep") and launched_rank()
+    as_json = "--json" in arguments and not silent
+    try:
+        # Not command.main(): it returns the code of an Exit as a value, and turns a closed pipe into exit 1.
+        with _signals(), command.make_context("ckpt-avg", list(arguments)) as context:
+            command.invoke(context)
+        return 0
+    except BrokenPipeError:  # --help and --version print by themselves
+        return 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        if launched_rank() is None:
+            error.show()
+        else:
+            say(f"{_label()}Error: {error.format_message()}", err=True)
+        return _fail(type(error).__name__, error.format_message(), error.exit_code, as_json, show=False)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("Interrupted", f"interrupted; {_UNTOUCHED}", 130, as_json)
+    except _Terminated as error:
+        return _fail("Terminated", f"terminated; {_UNTOUCHED}", 128 + error.number, as_json)
+    except UserCodeError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json, known=error.document)
+    except CkptAvgError as error:
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json, known=error.document)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["the system has no more"])[0]
+        text = f"out of memory: {reason}. Use a smaller --memory, or smaller batches for the refresh and --eval."
+        return _fail("ResourceError", text, ResourceError.exit_code, as_json)
+
+
+def error_json(kind: str, message: str, code: int) -> dict[str, object]:
+    """Returns an error as plain values."""
+    return {"kind": kind, "message": message, "exit_code": code}
+
+
+def _label() -> str:
+    rank = launched_rank()
+    return "" if rank is None else f"[rank {rank}] "
+
+
+def _fail(
+    kind: str,
+    message: str,
+    code: int,
+    as_json: bool,
+    *,
+    show: bool = True,
+    known: Mapping[str, object] = MappingProxyType({}),
+) -> int:
+    if show:
+        say(f"{_label()}Error: {message}", err=True)
+    if as_json:
+        say(json.dumps({**known, "error": error_json(kind, message, code)}, indent=2))
+    return code
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into an exception; after the first signal a second Ctrl-C ends the process at once."""
+    owner = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked dataloader worker: nothing of ours to clean up
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise _Terminated(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
+    # A signal that the caller ignores (nohup) stays ignored.
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])

@@ -1,0 +1,96 @@
+"""A sweep as a picture. matplotlib draws it; it is an optional dependency (the extra ``plot``)."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from typing import TYPE_CHECKING
+
+from ckpt_avg.errors import OutputError, UsageError
+from ckpt_avg.text import safe_text
+
+if TYPE_CHECKING:
+    from ckpt_avg.commands.sweep import SweepResult
+
+_LONGEST = 40  # characters of a name that fit under the picture
+
+KINDS = (".png", ".svg", ".pdf")
+
+
+def refuse_without_matplotlib() -> None:
+    """Raises UsageError where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot: matplotlib draws the picture, and it is not installed. pip install 'ckpt-avg[plot]'")
+
+
+def draw_sweep(result: SweepResult, kind: str) -> bytes:
+    """Returns a picture: the metric over the number of checkpoints averaged, a line for each side of the run.
+
+    Args:
+        result: what was measured.
+        kind: one of `KINDS`.
+
+    Raises:
+        OutputError: matplotlib cannot draw it, numbers near the end of float64's range for example.
+    """
+    try:
+        return _draw(result, kind.removeprefix("."))
+    except Exception as error:
+        raise OutputError(f"matplotlib could not draw it: {type(error).__name__}: {error}.") from error
+
+
+def _draw(result: SweepResult, kind: str) -> bytes:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # Without date and random names the same figures give the same bytes. Names are no formulas, even with a $.
+    with rc_context({"svg.hashsalt": "ckpt-avg", "text.parse_math": False, "text.usetex": False}):
+        figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+        axes = figure.add_subplot()
+        for side, colour, marker in (("last", "C0", "o"), ("first", "C1", "s")):
+            of_side = [
+                window
+                for window in result.windows
+                if window.side == side or len(window.checkpoints) == len(result.checkpoints)
+            ]
+            if any(window.side == side for window in of_side):
+                of_side.sort(key=lambda window: len(window.checkpoints))
+                axes.plot(
+                    [len(window.checkpoints) for window in of_side],
+                    [window.metrics[result.metric] for window in of_side],
+                    color=colour,
+                    marker=marker,
+                    markersize=4,
+                    label=f"average of the {side} k",
+                )
+        axes.axhline(
+            result.last.metrics[result.metric],
+            color="0.4",
+            linestyle="--",
+            label=f"as it is: {_short(safe_text(result.last.name))}",
+        )
+        best = result.best
+        axes.plot(
+            [len(best.checkpoints)],
+            [best.metrics[result.metric]],
+            linestyle="none",
+            marker="*",
+            markersize=14,
+            color="C3",
+            label=f"best ({best.metrics[result.metric]:.6g})",
+        )
+        axes.set_xlabel("checkpoints averaged, k")
+        axes.set_ylabel(safe_text(result.metric))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0.5)
+        figure.legend(loc="outside lower center", ncols=2)
+        picture = io.BytesIO()
+        metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+        figure.savefig(picture, format=kind, metadata=metadata)
+    return picture.getvalue()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 :]}"

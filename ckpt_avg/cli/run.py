@@ -1,0 +1,107 @@
+"""What the commands that compute something share: a run on one rank or many, and what it prints and reports."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckpt_avg.cli import options as cli_options
+from ckpt_avg.cli.exits import error_json, say
+from ckpt_avg.distributed.launch import launch_of
+from ckpt_avg.errors import CkptAvgError, RequirementError
+
+if TYPE_CHECKING:
+    from ckpt_avg.commands.results import AverageResult
+    from ckpt_avg.distributed.launch import Launch
+    from ckpt_avg.distributed.ranks import Ranks
+    from ckpt_avg.output.side_files import SideFiles
+
+
+def make_output(
+    make: Callable[..., AverageResult],
+    text: Callable[[AverageResult], str],
+    sources: Sequence[str],
+    output: str,
+    *,
+    model: str | None,
+    data: str | None,
+    evaluate: str | None,
+    app_dir: str,
+    report: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Runs what makes an output, and prints and reports what came of it, also where a requirement is not met."""
+    from ckpt_avg.cli.progress_bars import bars
+    from ckpt_avg.cli.report import average_json
+    from ckpt_avg.output.checksum import checksum_path
+    from ckpt_avg.output.side_files import SideFiles, as_bytes
+
+    launch = launch_of()
+    speaks = launch is None or launch.rank == 0
+    files = SideFiles(sources, beside=output, overwrite=options["overwrite"])
+    if options["sha256"]:
+        files.leave(checksum_path(output), "the checksum")
+    unmet: RequirementError | None = None
+    quiet = quiet or not speaks
+    try:
+        # What the user's code prints is no result of this command.
+        with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress, _ranks(launch) as ranks:
+            collect_from_here()
+            if speaks:
+                files.check("--report", report, (".json",))
+            loaded = cli_options.load_all(app_dir, model=model, data=data, evaluate=evaluate)
+            result = make(progress=progress, ranks=ranks, **loaded, **options)
+    except RequirementError as error:
+        unmet, result = error, error.result
+    if not speaks:
+        return
+    document = average_json(result)
+    if unmet is not None:
+        reported = {**document, "error": error_json(type(unmet).__name__, str(unmet), unmet.exit_code)}
+    else:
+        reported = document
+    show(text(result), document, {"--report": lambda: as_bytes(reported)}, files, as_json=as_json, failure=unmet)
+
+
+def collect_from_here() -> None:
+    """Turns the search for cyclic garbage on, for the user's code; what has been imported is left out of it."""
+    gc.freeze()
+    gc.enable()
+
+
+def _ranks(launch: Launch | None) -> contextlib.AbstractContextManager[Ranks | None]:
+    if launch is None:
+        return contextlib.nullcontext()
+    from ckpt_avg.distributed.joining import join_ranks
+
+    return join_ranks()
+
+
+def show(
+    text: str,
+    document: dict[str, Any],
+    contents: Mapping[str, Callable[[], bytes]],
+    files: SideFiles,
+    *,
+    as_json: bool,
+    failure: CkptAvgError | None = None,
+) -> None:
+    """Prints the result, then writes the files that were asked for; whatever fails then, the result is not lost."""
+    if not as_json:
+        say(text)
+    try:
+        for option, make in contents.items():
+            files.publish(option, make)
+    except CkptAvgError as error:
+        failure = failure or error
+    if failure is not None:
+        failure.document = document
+        raise failure
+    if as_json:
+        say(json.dumps(document, indent=2))

@@ -1,0 +1,118 @@
+"""What the ranks compare before they begin: that they were asked for the same, and see the same files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.distributed.ranks import Ranks, first_difference
+from ckpt_avg.errors import CheckpointFormatError, RankError
+from ckpt_avg.text import listing, quote
+from ckpt_avg.version import __version__
+
+# What says how, and not what: no byte depends on it, and machines may differ.
+_OWN = ("device", "threads", "memory", "io", "progress", "ranks")
+_CODE = ("model", "data", "forward_batch", "evaluate")  # the user's: compared by their names alone
+_SAMPLES = 256  # of each checkpoint, spread over its files; at least both ends of each file
+_SAMPLE = 4096  # bytes
+
+
+def agree_on_request(ranks: Ranks, request: Mapping[str, Any]) -> None:
+    """Compares the arguments and versions of all ranks.
+
+    Raises:
+        RankError: they differ.
+    """
+    mine = {
+        name: _name(value) if name in _CODE else _plain(value) for name, value in request.items() if name not in _OWN
+    }
+    mine |= {"version of ckpt_avg": __version__, "version of torch": torch.__version__}
+
+    def compare(requests: list[dict[str, Any]]) -> str | None:
+        rank = first_difference(requests)
+        if rank is None:
+            return None
+        names = [name for name in mine if requests[rank].get(name) != requests[0][name]]
+        found = listing(f"{name}: {requests[0][name]!r} and {requests[rank].get(name)!r}" for name in names)
+        return f"expected the same arguments and versions on all ranks, got on rank 0 and on rank {rank} {found}."
+
+    difference = ranks.exchange("request", mine, compare)
+    if difference:
+        raise RankError(f"{difference} Start all ranks with the same command.")
+
+
+def agree_on_files(ranks: Ranks, checkpoints: Sequence[Checkpoint]) -> None:
+    """Compares what all ranks see of the checkpoints: names, sizes, headers, and samples of the bytes.
+
+    Raises:
+        CheckpointFormatError: they differ.
+    """
+    if ranks.size == 1:
+        return
+    mine = [[str(checkpoint.spec.path), _fingerprint(checkpoint)] for checkpoint in checkpoints]
+
+    def compare(seen: list[list[list[str]]]) -> str | None:
+        rank = first_difference(seen)
+        if rank is None:
+            return None
+        where = f"expected the same files on all ranks, got on rank {rank} other ones than on rank 0"
+        if [path for path, _ in seen[rank]] != [path for path, _ in seen[0]]:
+            return f"{where}: {_paths(seen[rank])} rather than {_paths(seen[0])}"
+        other = next(a[0] for a, b in zip(seen[0], seen[rank], strict=True) if a != b)
+        return f"{other}: {where}"
+
+    difference = ranks.exchange("files", mine, compare)
+    if difference:
+        raise CheckpointFormatError(f"{difference}. Put the checkpoints on storage that all ranks share, or copy them.")
+
+
+def agree_on_header(ranks: Ranks, header: bytes) -> None:
+    """Compares the header that each rank has planned: where its own share of the file begins depends on it.
+
+    Raises:
+        CheckpointFormatError: they differ.
+    """
+    digest = hashlib.sha256(header).hexdigest()
+    rank = ranks.exchange("header", digest, first_difference)
+    if rank is not None:
+        raise CheckpointFormatError(
+            f"expected the same plan on all ranks, got another one on rank {rank} than on rank 0: they see different "
+            "checkpoints. Put these on storage that all ranks share, or copy them."
+        )
+
+
+def _paths(seen: list[list[str]]) -> str:
+    return listing(quote(path) for path, _ in seen)
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Returns a digest of what a checkpoint holds and where, and of bytes spread over its files."""
+    digest = hashlib.sha256()
+    for tensor in checkpoint.spec.tensors.values():
+        digest.update(repr(tensor).encode())
+    samples = max(2, _SAMPLES // max(1, len(checkpoint.files)))
+    for file in checkpoint.files:
+        digest.update(file.size.to_bytes(8, "little"))
+        room = max(0, file.size - _SAMPLE)
+        for sample in range(samples):
+            digest.update(file.read(room * sample // (samples - 1), min(_SAMPLE, file.size)))
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value as JSON holds it; of objects their names."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if hasattr(value, "__fspath__"):
+        return str(value)
+    return _name(value)
+
+
+def _name(value: Any) -> str | None:
+    return None if value is None else getattr(value, "__qualname__", type(value).__qualname__)

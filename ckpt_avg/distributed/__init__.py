@@ -1,0 +1,1 @@
+"""Ranks of torchrun that share one run."""

@@ -1,0 +1,1 @@
+"""Input files, which may change while they are read."""

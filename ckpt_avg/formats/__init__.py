@@ -1,0 +1,1 @@
+"""Readers: each turns one format's header into a `CheckpointSpec`."""

@@ -1,0 +1,73 @@
+"""Boxes of a tensor, stored apart, put together to one `TensorSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ckpt_avg.checkpoint.spec import DType, Part, TensorSpec, contiguous_stride
+from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.limits import LIMITS
+from ckpt_avg.text import quote
+
+
+def join_parts(name: str, dtype: DType, shape: tuple[int, ...], parts: Sequence[Part], where: str) -> TensorSpec:
+    """Returns a tensor that is stored in boxes.
+
+    Args:
+        name: its name.
+        dtype: of the tensor and each box.
+        shape: of the whole tensor.
+        parts: the boxes; a box that stands twice (a replica) is taken once.
+        where: what to name in errors.
+
+    Raises:
+        CheckpointFormatError: the boxes do not cover each element exactly once.
+    """
+    boxes = list({(part.starts, part.tensor.shape): part for part in parts if part.tensor.numel}.values())
+    for part in boxes:
+        ends = [start + extent for start, extent in zip(part.starts, part.tensor.shape, strict=False)]
+        outside = len(part.starts) != len(shape) or len(part.tensor.shape) != len(shape)
+        if outside or min(part.starts, default=0) < 0 or any(a > b for a, b in zip(ends, shape, strict=True)):
+            raise CheckpointFormatError(
+                f"{where}: expected parts inside the shape {quote(shape)}, got one of shape {quote(part.tensor.shape)} "
+                f"at {quote(part.starts)}. The checkpoint is damaged: save or copy it again."
+            )
+    whole = TensorSpec(name, dtype, shape, contiguous_stride(shape), 0, 0, (0, 0))
+    stored = sum(part.tensor.numel for part in boxes)
+    if stored != whole.numel or _overlap(boxes, where):
+        raise CheckpointFormatError(
+            f"{where}: expected parts that hold each of {whole.numel:,} elements once, got {len(boxes):,} parts with "
+            f"{stored:,} elements. Is a shard missing? Save or copy the checkpoint again."
+        )
+    if len(boxes) == 1:
+        return replace(boxes[0].tensor, name=name)
+    boxes.sort(key=lambda part: part.starts)
+    return replace(whole, parts=tuple(boxes))
+
+
+def _overlap(boxes: Sequence[Part], where: str) -> bool:
+    """Whether two boxes share an element: along a sorted dimension only neighbours can."""
+    if len(boxes) < 2:
+        return False
+    rank = len(boxes[0].starts)
+    along = max(range(rank), key=lambda axis: len({part.starts[axis] for part in boxes}), default=0)
+    ordered = sorted(boxes, key=lambda part: part.starts[along])
+    compared = 0
+    for index, part in enumerate(ordered):
+        end = part.starts[along] + part.tensor.shape[along]
+        for other in ordered[index + 1 :]:
+            if other.starts[along] >= end:
+                break
+            compared += 1
+            if compared > LIMITS.part_pairs:
+                raise CheckpointFormatError(
+                    f"{where}: expected at most {LIMITS.part_pairs:,} neighbouring parts. Save it in fewer."
+                )
+            if all(
+                part.starts[axis] < other.starts[axis] + other.tensor.shape[axis]
+                and other.starts[axis] < part.starts[axis] + part.tensor.shape[axis]
+                for axis in range(rank)
+            ):
+                return True
+    return False

@@ -1,0 +1,103 @@
+"""Readers: each turns one format's header into a table of `TensorSpec`; `MappedFile` serves the bytes.
+
+`open_checkpoint` looks at the first bytes of a file, never at its suffix alone, and at the names in a folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import CheckpointSpec
+from ckpt_avg.errors import CheckpointFormatError, UsageError
+from ckpt_avg.files.status import is_folder
+from ckpt_avg.formats.folder import open_folder, refuse_part
+from ckpt_avg.formats.one_file import open_file
+from ckpt_avg.formats.sharded import is_index, open_sharded
+from ckpt_avg.formats.sidecars import record_beside
+from ckpt_avg.formats.state_dict import Reading
+from ckpt_avg.formats.trainers.file_names import kind_from_name, record_from_name
+from ckpt_avg.text import listing, quote
+
+__all__ = ["Checkpoint", "Reading", "make_reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    state_key: str | None = None,
+    ema: bool = False,
+    strip_prefix: str | None = None,
+) -> Checkpoint:
+    """Opens one checkpoint and reads its header; no tensor is read and no code in it runs.
+
+    Args:
+        path: a file (safetensors, or written by ``torch.save``), whatever its suffix; a shard index
+            (``….index.json``); or a checkpoint folder of transformers, accelerate, Lightning, DeepSpeed or
+            ``torch.distributed.checkpoint``.
+        state_key: the dotted key of the state dict inside a torch file, for example ``model.encoder``; found
+            from the places where trainers keep it if not given.
+        ema: take the running average of the weights that some trainers keep beside them.
+        strip_prefix: take this prefix off the names that carry it, for example ``model.``. Wrappers' prefixes
+            (``module.``, ``_orig_mod.`` and the like) are always taken off where all names carry them.
+
+    Returns:
+        The open checkpoint.
+
+    Raises:
+        CheckpointFormatError: it is corrupt, unsafe, of an unknown kind, or holds several state dicts.
+        UsageError: ``ema`` and ``state_key`` are both given.
+
+    Example:
+        >>> with open_checkpoint("fixtures/mnist_cnn/epoch_20.pt") as checkpoint:
+        ...     print(checkpoint.spec.format, checkpoint.spec.state_key, checkpoint.spec.record.epoch)
+        torch zip model 20
+    """
+    reading = make_reading(state_key, ema, strip_prefix)
+    checkpoint = open_with(Path(path), reading)
+    try:
+        refuse_missing_prefix([checkpoint.spec], reading)
+    except CheckpointFormatError:
+        checkpoint.close()
+        raise
+    return checkpoint
+
+
+def open_with(path: Path, reading: Reading) -> Checkpoint:
+    """Opens a checkpoint as `open_checkpoint` does, but lets names without the prefix to strip pass."""
+    if is_folder(path):
+        checkpoint = open_folder(path, reading)
+    elif is_index(path):
+        checkpoint = open_sharded(path, path, reading)
+    else:
+        refuse_part(path)
+        checkpoint = open_file(path, reading)
+    spec = checkpoint.spec
+    record = spec.record.or_else(record_beside(path, spec.record.epoch))
+    record = record.or_else(record_from_name(path.name, bare_number=record.step is None and record.epoch is None))
+    return replace(checkpoint, spec=replace(spec, record=record, kind=spec.kind or kind_from_name(path)))
+
+
+def refuse_missing_prefix(specs: Sequence[CheckpointSpec], reading: Reading) -> None:
+    """Raises CheckpointFormatError where no name of any checkpoint carries the prefix that is to be stripped."""
+    if specs and all(spec.lacks_prefix for spec in specs):
+        raise CheckpointFormatError(
+            f"{specs[0].path}: --strip-prefix {reading.strip_prefix}: expected names that begin with it, got "
+            f"{listing(map(quote, specs[0].tensors))}. Change it or leave it out."
+        )
+
+
+def make_reading(state_key: str | None, ema: bool, strip_prefix: str | None) -> Reading:
+    """Returns how to read checkpoints.
+
+    Raises:
+        UsageError: ``ema`` and ``state_key`` are both given.
+    """
+    if ema and state_key is not None:
+        raise UsageError(
+            f"--ema and --state-key {state_key}: expected one of them, since each says which weights to take."
+        )
+    return Reading(state_key, ema, strip_prefix)

@@ -1,0 +1,290 @@
+"""Which part of a torch file is the state dict.
+
+In order: the key that the user names; the place of the trainer that wrote the file (`layouts`); one of the keys that
+many scripts use; the file itself, if its values are tensors; the only other mapping of names to tensors. Where
+several remain, they are listed and none is taken. A pickled module counts as its state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
+from ckpt_avg.formats.hidden import hides_tensors, is_training_state
+from ckpt_avg.formats.pickles.leaves import Leaf, UnreadableTensor
+from ckpt_avg.formats.pickles.nn_modules import is_module, module_tensors
+from ckpt_avg.formats.pickles.stand_ins import Foreign
+from ckpt_avg.formats.trainers.layouts import EMA_KEYS, LAYOUTS, RAW_KEYS, Layout
+from ckpt_avg.limits import LIMITS
+from ckpt_avg.text import listing, quote
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a checkpoint is to be read.
+
+    Attributes:
+        state_key: the dotted key of the state dict; found if None.
+        ema: take the running average of the weights that some trainers keep.
+        strip_prefix: one more prefix to take off the names.
+    """
+
+    state_key: str | None = None
+    ema: bool = False
+    strip_prefix: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The state dict.
+
+    Attributes:
+        key: its dotted key; None: the file itself.
+        tensors: its tensors by name.
+        others: its names that lead to no tensor.
+        notes: how it was chosen.
+        kind: the trainer whose layout it is.
+        ema: whether it is a running average of weights.
+    """
+
+    key: str | None
+    tensors: Mapping[str, Leaf]
+    others: tuple[str, ...]
+    notes: tuple[str, ...]
+    kind: str | None = None
+    ema: bool = False
+
+
+def find_state_dict(root: object, path: Path, reading: Reading) -> Found:
+    """Picks the state dict out of what a torch file holds.
+
+    Raises:
+        CheckpointFormatError: there is none, or several candidates, or it holds tensors without plain elements.
+    """
+    layout = next((each for each in LAYOUTS if all(_lookup(root, mark) is not None for mark in each.marks)), None)
+    kind = layout.kind if layout else None
+    if reading.state_key is not None:
+        key = reading.state_key
+        is_ema = key == layout.ema if layout else key in EMA_KEYS
+        return _found(_walk(root, path, key), path, key, kind, ema=is_ema)
+    if layout is not None:
+        raw = [layout.raw] if _holds(root, layout.raw) else []
+        ema = [layout.ema] if layout.ema and _holds(root, layout.ema) else []
+        if layout.kind == "Composer" and _composer_ema(root):
+            raw, ema = [], raw
+        if raw or ema:
+            return _choose(root, path, reading, raw, ema, layout)
+    if is_module(root) and not reading.ema:
+        return _found(root, path, None, kind, ("a whole pickled module: its tensors are named as state_dict() would",))
+    if isinstance(root, Foreign) and not is_module(root):
+        raise NoWeightsError(f"{path}: {_pickled(root)}")
+    raw, ema = _those_that_hold(root, RAW_KEYS), _those_that_hold(root, EMA_KEYS)
+    ema = ema or _those_that_hold(root, [key for key in _top(root) if "ema" in key.lower().split("_")])
+    if len(raw) <= 1 and len(ema) <= 1 and (raw or ema):
+        return _choose(root, path, reading, raw, ema, None)
+    candidates = _candidates(root)
+    if not raw and not ema:
+        if reading.ema:
+            raise CheckpointFormatError(f"{path}: {_no_ema(root)}")
+        if candidates[:1] == [()]:
+            return _found(root, path, None, kind)
+        if len(candidates) == 1:
+            key = ".".join(candidates[0])
+            note = f"the weights were found under {quote(key)}, the only mapping of names to tensors"
+            return _found(_walk(root, path, key), path, key, kind, (note,))
+    if not raw and not ema and not candidates:
+        raise NoWeightsError(f"{path}: {_no_choice(root, ())}")
+    several = ema if reading.ema else raw or ema
+    raise CheckpointFormatError(f"{path}: {_no_choice(root, [(key,) for key in several] or candidates)}")
+
+
+def _choose(
+    root: object, path: Path, reading: Reading, raw: Sequence[str], ema: Sequence[str], layout: Layout | None
+) -> Found:
+    """Takes the raw weights or their running average, as asked, and says which where both are there."""
+    kind = layout.kind if layout else None
+    if reading.ema and not ema:
+        raise CheckpointFormatError(f"{path}: {_no_ema(root)}")
+    notes: list[str] = []
+    key = ema[0] if reading.ema or not raw else raw[0]
+    if raw and ema:
+        other, option = (raw[0], "without --ema") if reading.ema else (ema[0], "with --ema")
+        what, rest = ("EMA", "raw weights") if reading.ema else ("raw", "EMA weights")
+        notes.append(f"the {what} weights under {quote(key)} are taken; the {rest} under {quote(other)} {option}")
+    elif not raw:
+        notes.append(f"only EMA weights are here, under {quote(key)}: they are taken")
+    found = _found(_walk(root, path, key), path, key, kind, ema=key not in raw)
+    tensors = dict(found.tensors)
+    for inner, prefix in layout.beside.items() if layout else ():
+        beside = _found(_walk(root, path, inner), path, inner, kind)
+        tensors.update({f"{prefix}{name}": tensor for name, tensor in beside.tensors.items()})
+        notes.append(f"the tensors under {quote(inner)} are named {prefix}…, as in the whole model")
+    taken = {key, *raw, *ema, *(layout.beside if layout else ())}
+    others = [name for name in _top(root) if name not in taken and _holds(root, name)]
+    if others:
+        notes.append(f"other state dicts beside {quote(key)}: {listing(map(quote, others))} (--state-key takes one)")
+    if layout and layout.note:
+        notes.append(layout.note)
+    return Found(key, tensors, found.others, (*notes, *found.notes), kind, found.ema)
+
+
+def _composer_ema(root: object) -> bool:
+    """Whether Composer's EMA algorithm had put the average in the model's place when it was saved."""
+    algorithms = _lookup(root, "state.algorithms")
+    states = (
+        [pair[-1] for pair in algorithms if isinstance(pair, tuple) and pair] if isinstance(algorithms, list) else []
+    )
+    return any(isinstance(state, dict) and state.get("ema_weights_active") is True for state in states)
+
+
+def _top(root: object) -> list[str]:
+    keys = root if isinstance(root, dict) else ()
+    return [key for key in keys if isinstance(key, str) and not is_training_state(key)]
+
+
+def _lookup(root: object, path: str) -> object:
+    value: Any = root
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _holds(root: object, path: str) -> bool:
+    value = _lookup(root, path)
+    return _is_state_dict(value) or is_module(value)
+
+
+def _those_that_hold(root: object, keys: Sequence[str]) -> list[str]:
+    """Returns the keys with weights; a whole module does not count where a state dict stands beside it."""
+    found = [key for key in keys if _holds(root, key)]
+    return [key for key in found if _is_state_dict(_lookup(root, key))] or found
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(name, str) and isinstance(value[name], Leaf) for name in value)
+
+
+def _candidates(value: object, seen: set[int] | None = None) -> list[tuple[str, ...]]:
+    """Returns the keys that lead to each mapping that holds named tensors directly, the nearest to the top first.
+
+    Each mapping is looked at once, level by level, under the first key that leads to it; those in ``seen`` not at all.
+    """
+    found: list[tuple[str, ...]] = []
+    seen = set() if seen is None else seen
+    level: list[tuple[tuple[str, ...], object]] = [((), value)]
+    for _ in range(LIMITS.nesting + 1):
+        inner: list[tuple[tuple[str, ...], object]] = []
+        for keys, item in level:
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            if _is_state_dict(item) or is_module(item):
+                found.append(keys)  # what lies deeper belongs to it
+            elif isinstance(item, dict):
+                inner += [((*keys, key), item[key]) for key in _top(item) if isinstance(item[key], (dict, Foreign))]
+        level = inner
+    return found
+
+
+def _walk(root: object, path: Path, state_key: str) -> object:
+    value: Any = root
+    rest = state_key
+    while rest:
+        if not isinstance(value, dict):
+            break
+        # A key may itself hold dots, so the longest that fits goes first.
+        key = next((rest[:end] for end in _ends(rest) if rest[:end] in value), None)
+        if key is None:
+            break
+        value, rest = value[key], rest[len(key) + 1 :]
+    if rest:
+        raise CheckpointFormatError(
+            f"{path}: expected the key {quote(state_key)}, got {_contents(root)}. Choose one with --state-key."
+        )
+    return value
+
+
+def _ends(text: str) -> list[int]:
+    return [len(text), *(position for position in range(len(text) - 1, 0, -1) if text[position] == ".")]
+
+
+def _found(
+    value: object, path: Path, key: str | None, kind: str | None, notes: tuple[str, ...] = (), *, ema: bool = False
+) -> Found:
+    where = f"{path}: {'the file' if key is None else f'key {quote(key)}'}"
+    if isinstance(value, Foreign):
+        if not is_module(value):
+            raise CheckpointFormatError(f"{where}: {_pickled(value)}")
+        try:
+            value = module_tensors(value)
+        except CheckpointFormatError as error:
+            raise CheckpointFormatError(f"{where}: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointFormatError(f"{where}: expected a state dict, got {_contents(value)}.")
+    tensors: dict[str, Leaf] = {}
+    others: list[str] = []
+    looked_at: set[int] = set()
+    for name, item in value.items():
+        if isinstance(item, UnreadableTensor):
+            raise CheckpointFormatError(
+                f"{where}: tensor {quote(name)}: expected a plain tensor, got {item.kind}. Save it as a plain "
+                "tensor (for example tensor.to_dense(), .dequantize() or .full_tensor()) and run again."
+            )
+        if isinstance(item, dict) and _candidates(item, looked_at):
+            raise CheckpointFormatError(
+                f"{where}: expected names and tensors, got another dict of tensors under {quote(name)}. "
+                f"Choose one part with --state-key {_as_argument(f'{key}.{name}' if key else str(name))}."
+            )
+        if not isinstance(item, Leaf) and not is_training_state(name) and hides_tensors(item):
+            kind = item.described() if isinstance(item, Foreign) else type(item).__name__
+            raise CheckpointFormatError(
+                f"{where}: {quote(name)}: expected a plain tensor, got tensors inside a {kind}. Save "
+                "model.state_dict(), whose values are plain tensors."
+            )
+        if not isinstance(item, Leaf):
+            others.append(name if isinstance(name, str) else quote(name))
+        elif not isinstance(name, str):
+            raise CheckpointFormatError(
+                f"{where}: expected tensor names, got the key {quote(name)}. Save a dict of named tensors."
+            )
+        else:
+            tensors[name] = item
+    return Found(key, tensors, tuple(others), notes, kind, ema)
+
+
+def _as_argument(key: str) -> str:
+    return key if key.isprintable() and len(key) <= 120 else quote(key)
+
+
+def _pickled(value: Foreign) -> str:
+    return (
+        f"expected a state dict, got a pickled object of class {value.described()!r}. In a trusted environment, "
+        "load it and save model.state_dict() instead."
+    )
+
+
+def _no_ema(root: object) -> str:
+    return f"--ema: expected EMA weights (under {', '.join(EMA_KEYS[:5])}, …), got {_contents(root)}. Leave --ema out."
+
+
+def _no_choice(root: object, candidates: Sequence[tuple[str, ...]]) -> str:
+    if candidates:
+        return (
+            f"expected one state dict, got several: {listing(quote('.'.join(keys)) for keys in candidates)}. "
+            f"Choose one with --state-key, for example --state-key {_as_argument('.'.join(candidates[0]))}."
+        )
+    for key in RAW_KEYS:
+        if isinstance(inner := _lookup(root, key), Foreign):
+            return f"key {quote(key)}: {_pickled(inner)}"
+    return f"expected a state dict, got {_contents(root)}, which holds no named tensors. Save model.state_dict()."
+
+
+def _contents(root: object) -> str:
+    if isinstance(root, dict):
+        return f"a dict with the keys {listing(quote(key) for key in root)}" if root else "an empty dict"
+    if isinstance(root, Leaf):
+        return "a single tensor without a name"
+    return f"an object of type {type(root).__name__}"

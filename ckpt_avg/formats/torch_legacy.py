@@ -1,0 +1,131 @@
+"""The stream that ``torch.save`` wrote before torch 1.6, and still writes on request.
+
+Five pickles follow each other: a magic number, a version, the machine's sizes, the objects, and the keys of the
+storages. After them comes each storage in the order of the keys: eight bytes with its number of elements, then the
+elements (``_legacy_save`` in torch/serialization.py). So every tensor has an offset here too, and nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+
+from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.files.region import Readable
+from ckpt_avg.formats.pickles.leaves import StorageRef, UnreadableTensor
+from ckpt_avg.formats.pickles.unpickler import read_next_pickle
+from ckpt_avg.formats.place import FileContents, Place
+from ckpt_avg.limits import LIMITS
+from ckpt_avg.text import plural, quote
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_VERSION = 1001
+_DAMAGED = "The file is damaged: save or copy it again."
+_BLOCK = 64 * 1024
+
+
+def looks_like(head: bytes) -> bool:
+    """Whether the first bytes are a pickle of torch's magic number."""
+    return head.startswith(b"\x80") and _MAGIC.to_bytes(10, "little") in head[:32]
+
+
+def read_contents(file: Readable) -> FileContents:
+    """Reads the pickles and finds the storages behind them.
+
+    Raises:
+        CheckpointFormatError: a pickle is damaged, or the storages do not fit them.
+    """
+    where = str(file.path)
+    source = _Pickles(file)
+    magic, _ = read_next_pickle(source, where)
+    version, _ = read_next_pickle(source, where)
+    machine, _ = read_next_pickle(source, where)
+    if magic != _MAGIC or version != _VERSION:
+        raise CheckpointFormatError(
+            f"{where}: expected version {_VERSION} of torch's stream, got {quote(version)}. {_DAMAGED}"
+        )
+    if isinstance(machine, dict) and machine.get("little_endian") is False:
+        raise CheckpointFormatError(
+            f"{where}: expected little-endian tensors, got another byte order. Save it again on a little-endian "
+            "machine (torch.load converts)."
+        )
+    contents, storages = read_next_pickle(source, where)
+    keys, _ = read_next_pickle(source, where)
+    pickles = hashlib.sha256(file.read(0, source.position)).hexdigest()
+    return FileContents(contents, _find_storages(file, keys, storages, source.position).get, pickles)
+
+
+class _Pickles:
+    """The start of a file as a source of pickles: read in blocks, and never more than is there."""
+
+    def __init__(self, file: Readable) -> None:
+        self._file = file
+        self._end = min(file.size, LIMITS.pickle)
+        self.position = 0
+        self._block = b""
+        self._begin = 0
+
+    def read(self, length: int, /) -> bytes:
+        """Returns the next bytes, fewer at the end."""
+        stop = min(self.position + max(length, 0), self._end)
+        if stop > self._begin + len(self._block) or self.position < self._begin:
+            self._begin = self.position
+            self._block = self._file.read(self._begin, min(max(_BLOCK, stop - self._begin), self._end - self._begin))
+        found = self._block[self.position - self._begin : stop - self._begin]
+        self.position = stop
+        return found
+
+    def readline(self) -> bytes:
+        """Returns the bytes up to and including the next newline."""
+        parts = []
+        while found := self.read(min(_BLOCK, self.left())):
+            end = found.find(b"\n") + 1
+            parts.append(found[:end] if end else found)
+            if end:
+                self.position -= len(found) - end
+                break
+        return b"".join(parts)
+
+    def left(self) -> int:
+        """Returns how many bytes there are still."""
+        return self._end - self.position
+
+
+def _find_storages(
+    file: Readable, keys: object, storages: Mapping[str, StorageRef | UnreadableTensor], position: int
+) -> dict[str, Place]:
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
+        raise CheckpointFormatError(f"{file.path}: expected a list of storage keys, each once. {_DAMAGED}")
+    places: dict[str, Place] = {}
+    for key in keys:
+        storage = storages.get(key)
+        if not isinstance(storage, StorageRef) or storage.dtype is None:
+            kind = storage.kind if isinstance(storage, UnreadableTensor) else "of unknown size"
+            raise CheckpointFormatError(
+                f"{file.path}: expected plain storages, got one that is {kind}, so those behind it cannot be found. "
+                "Save it again: torch.save(torch.load(path, weights_only=True), new_path)."
+            )
+        if storage.numel > LIMITS.elements:
+            raise CheckpointFormatError(
+                f"{file.path}: storage {quote(key)}: expected fewer than 2⁶³ elements. {_DAMAGED}"
+            )
+        (numel,) = struct.unpack("<q", file.read(position, 8))
+        nbytes = storage.numel * storage.dtype.itemsize
+        if numel != storage.numel:
+            raise CheckpointFormatError(
+                f"{file.path}: storage {quote(key)}: expected {storage.numel:,} elements, got {numel:,}. {_DAMAGED}"
+            )
+        if position + 8 + nbytes > file.size:
+            raise CheckpointFormatError(
+                f"{file.path}: storage {quote(key)}: {plural(position + 8 + nbytes - file.size, 'byte')} missing. "
+                "It is truncated: copy it again."
+            )
+        places[key] = (position + 8, nbytes)
+        position += 8 + nbytes
+    if position != file.size:
+        raise CheckpointFormatError(
+            f"{file.path}: expected the file to end behind the last storage, got "
+            f"{plural(file.size - position, 'byte')} more. {_DAMAGED}"
+        )
+    return places

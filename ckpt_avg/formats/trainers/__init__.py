@@ -1,0 +1,1 @@
+"""What each trainer writes: one file per trainer."""

@@ -1,0 +1,1 @@
+"""Sources to an ordered list of checkpoints."""

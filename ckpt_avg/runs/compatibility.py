@@ -1,0 +1,226 @@
+"""Do the checkpoints describe the same architecture? Answered from headers, every difference at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ckpt_avg.checkpoint.spec import CheckpointSpec, TensorSpec
+from ckpt_avg.errors import IncompatibleError
+from ckpt_avg.formats.open import make_reading
+from ckpt_avg.runs.discover import Sources, discover
+from ckpt_avg.runs.inputs import notice_what_is_read, open_inputs
+from ckpt_avg.runs.run_folder import Skipped
+from ckpt_avg.runs.select import Selection, check_selection, patterns
+from ckpt_avg.text import listing, one_line, plural, quote
+
+Aspect = Literal["missing", "unexpected", "shape", "dtype", "tied"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One way in which checkpoints differ from the reference checkpoint, which is the first.
+
+    Attributes:
+        tensor: the tensor's name.
+        aspect: what differs.
+        expected: what the reference holds.
+        found: what the others hold.
+        checkpoints: the paths of those others.
+    """
+
+    tensor: str
+    aspect: Aspect
+    expected: str
+    found: str
+    checkpoints: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"tensor {quote(self.tensor)}: {self.aspect}: expected {self.expected}, got {self.found} "
+            f"in {listing(map(one_line, self.checkpoints))}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CompatibilityReport:
+    """Every difference between the checkpoints, and advice where its cause is plain.
+
+    Attributes:
+        checkpoints: their paths in order.
+        tensors: how many the reference checkpoint holds.
+        differences: every difference from it.
+        advice: what to do about them.
+        skipped: what was left out of run folders, with reasons.
+        notices: what the user should know of how the checkpoints are read.
+    """
+
+    checkpoints: tuple[str, ...]
+    tensors: int
+    differences: tuple[Difference, ...]
+    advice: str
+    skipped: tuple[Skipped, ...] = ()
+    notices: tuple[str, ...] = ()
+
+    @property
+    def compatible(self) -> bool:
+        """Whether the checkpoints can be averaged."""
+        return not self.differences
+
+    def __str__(self) -> str:
+        if self.compatible:
+            return (
+                f"{plural(len(self.checkpoints), 'checkpoint')} of {plural(self.tensors, 'tensor')} each: names, "
+                "shapes and dtypes agree"
+            )
+        lines = listing((f"  {difference}" for difference in self.differences), separator="\n")
+        return (
+            f"the checkpoints don't fit together: {plural(len(self.differences), 'difference')} from "
+            f"{one_line(self.checkpoints[0])}\n{lines}\n{self.advice}"
+        )
+
+
+def check(
+    sources: Sources,
+    *,
+    last: int | None = None,
+    every: int | None = None,
+    from_step: int | None = None,
+    to_step: int | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    mode: str | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    at_lr_minima: bool = False,
+    state_key: str | None = None,
+    ema: bool = False,
+    strip_prefix: str | None = None,
+) -> CompatibilityReport:
+    """Says whether checkpoints can be averaged, from their headers alone.
+
+    Args:
+        sources: checkpoint files, checkpoint folders and run folders.
+        last, every, from_step, to_step, best, metric, mode, include, exclude, at_lr_minima: which of them, as for
+            `average`.
+        state_key, ema, strip_prefix: how to read each, as for `open_checkpoint`.
+
+    Returns:
+        The report; ``report.compatible`` is the answer.
+
+    Raises:
+        CkptAvgError: a checkpoint cannot be opened, or there is none.
+
+    Example:
+        >>> check(["fixtures/mnist_cnn"]).compatible
+        True
+    """
+    names = patterns(include), patterns(exclude)
+    selection = check_selection(Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode))
+    reading = make_reading(state_key, ema, strip_prefix)
+    with ExitStack() as stack:
+        notices: list[str] = []
+        inputs = open_inputs(discover(sources), selection, reading, stack, notices.append, compare="same step")
+        notice_what_is_read(inputs.checkpoints, notices.append)
+        report = compare([checkpoint.spec for checkpoint in inputs.checkpoints])
+        return replace(report, skipped=inputs.survey.skipped, notices=tuple(notices))
+
+
+def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:
+    """Compares names, shapes and dtypes of all checkpoints with those of the first.
+
+    The order of tensors in a file does not matter.
+    """
+    reference = specs[0]
+    tied = _partners(reference)
+    found: dict[tuple[str, Aspect, str, str], list[str]] = {}
+    for spec in specs[1:]:
+        if spec.tensors is reference.tensors:
+            continue  # the headers are the same, byte for byte
+        for key in (*_differences(reference, spec), *_tied_otherwise(tied, spec)):
+            found.setdefault(key, []).append(str(spec.path))
+    differences = tuple(
+        Difference(tensor, aspect, expected, got, tuple(paths))
+        for (tensor, aspect, expected, got), paths in found.items()
+    )
+    paths = tuple(str(spec.path) for spec in specs)
+    return CompatibilityReport(paths, len(reference.tensors), differences, _advice(specs, differences))
+
+
+def refuse_differences(specs: Sequence[CheckpointSpec]) -> None:
+    """Raises IncompatibleError with every difference, if there is any."""
+    report = compare(specs)
+    if not report.compatible:
+        raise IncompatibleError(str(report), lines=True)
+
+
+def _differences(reference: CheckpointSpec, spec: CheckpointSpec) -> list[tuple[str, Aspect, str, str]]:
+    result: list[tuple[str, Aspect, str, str]] = []
+    for name, expected in reference.tensors.items():
+        tensor = spec.tensors.get(name)
+        if tensor is None:
+            result.append((name, "missing", _describe(expected), "no such tensor"))
+            continue
+        if tensor.shape != expected.shape:
+            result.append((name, "shape", str(list(expected.shape)), str(list(tensor.shape))))
+        if tensor.dtype != expected.dtype:
+            result.append((name, "dtype", expected.dtype.name, tensor.dtype.name))
+    result += [
+        (name, "unexpected", "no such tensor", _describe(tensor))
+        for name, tensor in spec.tensors.items()
+        if name not in reference.tensors
+    ]
+    return result
+
+
+def _partners(spec: CheckpointSpec) -> dict[str, tuple[str, ...]]:
+    """Returns, for each tied tensor, the names that share its storage."""
+    return {name: tuple(sorted(names)) for names in spec.tied() for name in names}
+
+
+def _tied_otherwise(expected: dict[str, tuple[str, ...]], spec: CheckpointSpec) -> list[tuple[str, Aspect, str, str]]:
+    """Returns the tensors that are tied to others than in the reference, which would then be averaged apart."""
+    found = _partners(spec)
+    names = [name for name in (*expected, *(name for name in found if name not in expected)) if name in spec.tensors]
+    return [
+        (name, "tied", _tie(name, expected), _tie(name, found))
+        for name in names
+        if expected.get(name) != found.get(name)
+    ]
+
+
+def _tie(name: str, partners: dict[str, tuple[str, ...]]) -> str:
+    others = [quote(each) for each in partners.get(name, ()) if each != name]
+    return f"tied to {listing(others)}" if others else "tied to none"
+
+
+def _describe(tensor: TensorSpec) -> str:
+    return f"{tensor.dtype.name} {list(tensor.shape)}"
+
+
+def _advice(specs: Sequence[CheckpointSpec], differences: Sequence[Difference]) -> str:
+    aspects = {difference.aspect for difference in differences}
+    if aspects == {"missing", "unexpected"} and (prefix := _prefix_between(specs)):
+        return f"Some names begin with {quote(prefix)}, others don't: add --strip-prefix {prefix}."
+    if aspects == {"dtype"}:
+        return "Save all of them in one dtype; --dtype sets the dtype of the output alone."
+    if aspects == {"tied"}:
+        return "Tensors share their storage in some checkpoints only: average those that were saved alike."
+    return "Average checkpoints of one architecture and one run; leave others out with --exclude."
+
+
+def _prefix_between(specs: Sequence[CheckpointSpec]) -> str | None:
+    """Returns the prefix that some checkpoints have in front of all names and others do not."""
+    shortest = min(specs, key=lambda spec: sum(map(len, spec.tensors)))
+    bare = set(shortest.tensors)
+    prefixes = set()
+    for spec in specs:
+        if spec.tensors and set(spec.tensors) != bare:
+            first = next(iter(spec.tensors))
+            ends = [name for name in bare if first.endswith(f".{name}")]
+            prefixes.add(first[: -len(max(ends, key=len))] if ends else "")
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    stripped = ({name.removeprefix(prefix) for name in spec.tensors} for spec in specs)
+    return prefix if prefix and all(names == bare for names in stripped) else None

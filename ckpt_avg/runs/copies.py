@@ -1,0 +1,76 @@
+"""Which checkpoints hold the same weights, byte for byte: copies under other names count once.
+
+Two checkpoints of a run differ nearly everywhere, so a few bytes of each tensor tell them apart; only where all of
+these agree are the weights read in full.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import TensorSpec
+
+_SAMPLES = 64  # tensors of which a few bytes are compared first
+_BYTES = 64
+_BLOCK = 4 * 1024 * 1024
+
+
+def find_copies(checkpoints: Sequence[Checkpoint], *, in_full: bool = True) -> dict[int, int]:
+    """Returns, for each checkpoint that is a copy of an earlier one in the sequence, the index of that one.
+
+    Args:
+        checkpoints: open checkpoints.
+        in_full: compare all bytes where samples agree; else samples are taken for the whole.
+
+    Raises:
+        CheckpointFormatError: the storage cannot be read.
+    """
+    alike: dict[bytes, list[int]] = {}
+    copies: dict[int, int] = {}
+    for index, checkpoint in enumerate(checkpoints):
+        others = alike.setdefault(_sample(checkpoint), [])
+        original = next((other for other in others if not in_full or _same(checkpoints[other], checkpoint)), None)
+        if original is None:
+            others.append(index)
+        else:
+            copies[index] = original
+    return copies
+
+
+def _stored(tensor: TensorSpec) -> Iterator[tuple[int, int, int]]:
+    """Yields (file, first byte, bytes) of what a tensor takes up, gaps of strided ones included."""
+    for piece in [part.tensor for part in tensor.parts] or [tensor]:
+        if piece.numel:
+            last = sum((extent - 1) * step for extent, step in zip(piece.shape, piece.stride, strict=True))
+            yield piece.file, piece.offset, (last + 1) * piece.dtype.itemsize
+
+
+def _sample(checkpoint: Checkpoint) -> bytes:
+    tensors = [tensor for _, tensor in sorted(checkpoint.spec.tensors.items()) if tensor.numel]
+    digest = hashlib.sha256(repr([(t.name, t.dtype.name, t.shape) for t in tensors]).encode(errors="surrogatepass"))
+    step = max(1, len(tensors) // _SAMPLES)
+    for tensor in tensors[::step]:
+        file, begin, nbytes = next(_stored(tensor))
+        middle = begin + nbytes // 2 // tensor.dtype.itemsize * tensor.dtype.itemsize
+        digest.update(checkpoint.files[file].read(middle, min(_BYTES, begin + nbytes - middle)))
+    return digest.digest()
+
+
+def _same(first: Checkpoint, other: Checkpoint) -> bool:
+    for name, tensor in first.spec.tensors.items():
+        twin = other.spec.tensors.get(name)
+        if twin is None or (twin.dtype, twin.shape, twin.stride) != (tensor.dtype, tensor.shape, tensor.stride):
+            return False
+        if [(part.starts, part.tensor.stride) for part in tensor.parts] != [
+            (part.starts, part.tensor.stride) for part in twin.parts
+        ]:
+            return False
+        for (file, begin, nbytes), (its_file, its_begin, _) in zip(_stored(tensor), _stored(twin), strict=True):
+            for start in range(0, nbytes, _BLOCK):
+                length = min(_BLOCK, nbytes - start)
+                expected = first.files[file].read(begin + start, length)
+                if expected != other.files[its_file].read(its_begin + start, length):
+                    return False
+    return len(first.spec.tensors) == len(other.spec.tensors)

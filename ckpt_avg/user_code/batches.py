@@ -1,0 +1,120 @@
+"""The user's batches: fetched, moved to the device, run through the model and counted, whatever their kind."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from ckpt_avg.errors import UserCodeError
+from ckpt_avg.text import listing, quote
+from ckpt_avg.user_code.load import blaming
+
+ForwardBatch = Callable[[torch.nn.Module, Any], object]
+
+_LEAST_PINNED = 64 * 1024  # bytes
+
+_ACCEPTED = (
+    "Accepted batches: a tensor, a tuple or list (its first element is the input), a mapping (passed as keywords), or "
+    "anything that a function forward_batch(model, batch), in the module of --model, takes."
+)
+
+
+def expected_batches(batches: Iterable[Any], at_most: int | None) -> int | None:
+    """Returns how many batches will come, as far as the iterable tells beforehand: it is shown as progress only."""
+    try:
+        told = operator.length_hint(batches, -1)
+    except Exception:  # a length that is not known, or none: nothing depends on it
+        told = -1
+    if told < 0:
+        return at_most
+    return told if at_most is None else min(told, at_most)
+
+
+def fetch(batches: Iterable[Any], at_most: int | None) -> Iterator[Any]:
+    """Yields the batches; an exception of the loader names the batch."""
+    number = 1
+    with blaming(f"the dataloader raised at batch {number}:"):
+        iterator = iter(batches)
+    while at_most is None or number <= at_most:
+        with blaming(f"the dataloader raised at batch {number}:"):
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+        yield batch
+        number += 1
+
+
+def run_batch(model: torch.nn.Module, batch: Any, forward_batch: ForwardBatch | None, number: int) -> None:
+    """Calls the model with a batch, as its kind asks for; an exception of the model names the batch."""
+    with blaming(f"the model raised at batch {number} ({_shape(batch)}):", advice=f"\n{_ACCEPTED}"):
+        if forward_batch is not None:
+            forward_batch(model, batch)
+        elif isinstance(batch, torch.Tensor):
+            model(batch)
+        elif isinstance(batch, Mapping):
+            model(**batch)
+        elif isinstance(batch, (tuple, list)) and batch:
+            model(batch[0])
+        else:
+            raise UserCodeError(f"BatchNorm refresh: batch {number}: got {_shape(batch)}. {_ACCEPTED}")
+
+
+def _shape(batch: Any) -> str:
+    if isinstance(batch, torch.Tensor):
+        return f"a tensor of shape {list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"a mapping with the keys {listing(map(quote, batch))}"
+    if isinstance(batch, (tuple, list)) and batch:
+        return f"a {type(batch).__name__} of {len(batch)}, the first {_shape(batch[0])}"
+    return f"a {type(batch).__name__}"
+
+
+def to_device(batch: Any, device: torch.device | str | None) -> Any:
+    """Returns the batch with every tensor in it on the device.
+
+    Tensors, tuples, lists and mappings of them are moved here; other objects that have a method ``to``, as the batches
+    of Hugging Face's tokenizers and of graph libraries do, move themselves.
+    """
+    if device is None or str(device) == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return _pinned(batch).to(device, non_blocking=True)
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, MutableMapping):
+        moved = copy.copy(batch)  # of its own class, whose attributes forward_batch may use
+        for key, value in batch.items():
+            moved[key] = to_device(value, device)
+        return moved
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(item, device) for item in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(item, device) for item in batch)
+    return batch
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in page-locked memory, from which a copy to CUDA runs beside the computation.
+
+    For a small one that does not pay. torch keeps such memory for the next batch.
+    """
+    is_plain = tensor.device.type == "cpu" and tensor.layout is torch.strided
+    pays = is_plain and tensor.nbytes >= _LEAST_PINNED and torch.cuda.is_available()
+    return tensor.pin_memory() if pays and not tensor.is_pinned() else tensor
+
+
+def count_samples(batch: Any) -> int:
+    """Returns the length of the first tensor of a batch, which by convention counts its samples."""
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.dim() else 0
+    items: Iterable[Any] = (
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    )
+    return next(filter(None, map(count_samples, items)), 0)

@@ -1,0 +1,452 @@
+"""Batches over ranks: the statistics are those of one process, however the batches are handed out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from system.faults.rank_runs import in_threads
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from ckpt_avg import BatchNormReport, UserCodeError, refresh_batch_norm
+from ckpt_avg.batchnorm.batch_share import BatchShare, fingerprint, refuse_other_batches
+from ckpt_avg.distributed.ranks import Ranks
+from ckpt_avg.errors import RankError
+
+ESTIMATORS = ["pooled", "batch-mean"]
+estimators = pytest.mark.parametrize("estimator", ESTIMATORS)
+Loader = Callable[[Ranks], Iterable[Any]]
+
+
+def net() -> nn.Module:
+    """Returns a model with two BatchNorm layers, the same one every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return nn.Sequential(
+            nn.Conv1d(2, 5, 3), nn.BatchNorm1d(5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3), nn.BatchNorm1d(3)
+        )
+
+
+def some(*sizes: int, seed: int = 0) -> list[torch.Tensor]:
+    """Returns batches of these sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 2, 6, generator=generator) * (1 + size) + size for size in sizes]
+
+
+def refreshed(size: int, loader: Loader, **options: Any) -> list[Any]:
+    """Refreshes a model of its own on each rank: the report and the buffers of each, or its error."""
+    models = [net() for _ in range(size)]
+
+    def work(ranks: Ranks) -> tuple[BatchNormReport, dict[str, torch.Tensor]]:
+        model = models[ranks.rank]
+        report = refresh_batch_norm(model, loader(ranks), ranks=ranks, **options)
+        return report, copy.deepcopy(model.state_dict())
+
+    return in_threads(size, work)
+
+
+def alone(batches: Iterable[Any], **options: Any) -> tuple[BatchNormReport, dict[str, torch.Tensor]]:
+    model = net()
+    return refresh_batch_norm(model, batches, **options), model.state_dict()
+
+
+def assert_same(found: tuple[BatchNormReport, dict[str, torch.Tensor]], expected: Any) -> None:
+    """Asserts that float64 statistics agree to 1e-12 of their scale, and everything else exactly."""
+    (report, buffers), (right, wanted) = found, expected
+    assert (report.batches, report.samples) == (right.batches, right.samples)
+    for name, statistics in right.statistics.items():
+        mine = report.statistics[name]
+        for field in ("count", "calls_per_batch", "batches_tracked"):
+            assert getattr(mine, field) == getattr(statistics, field), field
+        # A mean may lie near zero by itself; what it is small against is the spread.
+        deviation = statistics.variance.sqrt()
+        assert ((mine.mean - statistics.mean).abs() <= 1e-12 * (statistics.mean.abs() + deviation)).all()
+        assert ((mine.variance - statistics.variance).abs() <= 1e-12 * statistics.variance).all()
+    torch.testing.assert_close(buffers, wanted, rtol=1e-6, atol=1e-6)
+
+
+# -- The same batches on every rank ---------------------------------------------------------------------------------
+
+
+@estimators
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_find_the_statistics_of_one_process(size: int, estimator: str) -> None:
+    """If it failed, the published statistics would depend on how many ranks there were."""
+    batches = some(5, 4, 7, 2, 3, 9, 4)
+    expected = alone(batches, estimator=estimator)
+    for found in refreshed(size, lambda ranks: batches, estimator=estimator):
+        assert_same(found, expected)
+
+
+@estimators
+def test_the_real_run_has_the_statistics_of_one_process(train: ModuleType, run_folder: Path, estimator: str) -> None:
+    """If it failed, the statistics of a real model over its real data would depend on how many ranks there were."""
+    weights = torch.load(run_folder / "epoch_20.pt", weights_only=False)["model"]
+    loader = list(itertools.islice(train.train_loader(), 9))
+
+    def refresh(ranks: Ranks | None) -> BatchNormReport:
+        model = train.make_model()
+        model.load_state_dict(weights)
+        return refresh_batch_norm(model, loader, estimator=estimator, ranks=ranks)
+
+    expected = refresh(None)
+    for found in in_threads(2, refresh):
+        assert_same((found, {}), (expected, {}))
+
+
+def test_all_ranks_store_the_very_same_statistics() -> None:
+    """If it failed, models that go on in several processes would drift apart."""
+    (_, first), *others = refreshed(3, lambda ranks: some(5, 4, 7, 2, 3))
+    for _, buffers in others:
+        assert all(torch.equal(buffers[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_fewer_batches_than_ranks_are_enough(count: int) -> None:
+    """If it failed, ranks without a batch would hang, fail, or leave the layers unreached."""
+    batches = some(*range(3, 3 + count))
+    expected = alone(batches)
+    for found in refreshed(4, lambda ranks: batches):
+        assert_same(found, expected)
+
+
+def test_a_batch_is_run_on_one_rank_only() -> None:
+    """If it failed, ranks would save no time, or count batches twice."""
+    ran: list[tuple[int, int]] = []
+    batches = some(3, 4, 5, 6, 7)
+
+    def work(ranks: Ranks) -> None:
+        def forward(model: nn.Module, batch: torch.Tensor) -> None:
+            ran.append((len(batch), ranks.rank))
+            model(batch)
+
+        refresh_batch_norm(net(), batches, forward_batch=forward, ranks=ranks)
+
+    assert in_threads(2, work) == [None, None]
+    assert sorted(ran) == [(3, 0), (4, 1), (5, 0), (6, 1), (7, 0)]
+
+
+@estimators
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 8])
+def test_the_limit_counts_batches_of_all_ranks_together_and_ends_an_endless_loader(limit: int, estimator: str) -> None:
+    """If it failed, --bn-batches would mean something else with ranks, or an endless loader would never end."""
+
+    def endless() -> Iterator[torch.Tensor]:
+        return (some(2 + number % 5, seed=number)[0] for number in itertools.count())
+
+    expected = alone(endless(), max_batches=limit, estimator=estimator)
+    assert expected[0].batches == limit
+    for found in refreshed(3, lambda ranks: endless(), max_batches=limit, estimator=estimator):
+        assert_same(found, expected)
+
+
+def test_an_empty_loader_is_refused_on_every_rank() -> None:
+    """If it failed, ranks would publish statistics of nothing, or one would wait."""
+    ends = refreshed(3, lambda ranks: [])
+    assert [type(end) for end in ends] == [UserCodeError] * 3
+    assert all("expected at least one batch, got an empty dataloader" in str(end) for end in ends)
+
+
+# -- Each rank its own batches --------------------------------------------------------------------------------------
+
+
+@estimators
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_distributed_sampler_gives_every_batch_of_every_rank(size: int, estimator: str) -> None:
+    """If it failed, a training script's own loader would be cut to 1/K of its data a second time."""
+    data = TensorDataset(torch.cat(some(13, 8, 9, 6)))
+
+    def loader(ranks: Ranks) -> DataLoader[Any]:
+        sampler = DistributedSampler(data, num_replicas=size, rank=ranks.rank, shuffle=False, drop_last=True)
+        return DataLoader(data, batch_size=4, sampler=sampler)
+
+    per_rank = [list(loader(Ranks(rank, size))) for rank in range(size)]
+    expected = alone([batch for each in per_rank for batch in each], estimator=estimator)
+    for found in refreshed(size, loader, estimator=estimator):
+        assert_same(found, expected)
+
+
+@estimators
+@pytest.mark.parametrize("lengths", [(3, 1, 2), (0, 2, 1), (2, 0, 0), (1, 4, 0)])
+def test_ranks_with_more_or_fewer_batches_of_their_own(lengths: tuple[int, ...], estimator: str) -> None:
+    """If it failed, uneven loaders would hang, or drop what the longer ones hold."""
+    own = [some(*range(3, 3 + length), seed=rank) for rank, length in enumerate(lengths)]
+    expected = alone([batch for each in own for batch in each], estimator=estimator)
+    for found in refreshed(3, lambda ranks: own[ranks.rank], estimator=estimator):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 4, 5])
+def test_the_limit_is_shared_out_where_each_rank_has_its_own(limit: int) -> None:
+    """If it failed, --bn-batches 100 on 8 ranks would run 800 batches, or 96."""
+    own = [some(3, 4, 5, seed=rank) for rank in range(3)]
+    quota = [len(range(rank, limit, 3)) for rank in range(3)]
+    expected = alone([batch for each, most in zip(own, quota, strict=True) for batch in each[:most]])
+    assert expected[0].batches == limit
+    for found in refreshed(3, lambda ranks: own[ranks.rank], max_batches=limit):
+        assert_same(found, expected)
+
+
+def test_batches_of_arrays_that_differ_between_ranks_are_all_run() -> None:
+    """If it failed, loaders of numpy arrays or file names, of which each rank has its own, would be cut to 1/K."""
+    own = [[batch.numpy() for batch in some(3, 4, seed=rank)] for rank in range(2)]
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        model(torch.from_numpy(batch))
+
+    expected = alone([batch for each in own for batch in each], forward_batch=forward)
+    for found in refreshed(2, lambda ranks: own[ranks.rank], forward_batch=forward):
+        assert found[0].batches == expected[0].batches
+        assert found[0].statistics["1"].count == expected[0].statistics["1"].count
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    """A batch that keeps its tensors where `vars` finds none."""
+
+    values: torch.Tensor
+
+
+class Unseen:
+    """A batch that tells nothing of itself."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no")
+
+
+@pytest.mark.parametrize("kind", [Slotted, Unseen, torch.Tensor.to_sparse], ids=["slots", "unseen", "sparse"])
+def test_opaque_batches_of_each_rank_are_all_run(kind: Callable[[torch.Tensor], Any]) -> None:
+    """If it failed, ranks would skip batches of their own that look like those of others."""
+    own = [some(3, 4, seed=rank) for rank in range(2)]
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        model(batch.to_dense() if isinstance(batch, torch.Tensor) else batch.values)
+
+    for found in refreshed(2, lambda ranks: list(map(kind, own[ranks.rank])), forward_batch=forward):
+        assert found[0].batches == 4
+
+
+# -- Different batches that look shared -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_loaders_that_begin_alike_and_then_differ_are_refused_on_every_rank(size: int) -> None:
+    """If it failed, an unseeded shuffle would leave some batches out and run others twice."""
+    batches = some(3, 4, 5, 6)
+    ends = refreshed(size, lambda ranks: batches if ranks.rank < size - 1 else [*batches[:2], *some(5, 6, seed=9)])
+    assert [type(end) for end in ends] == [UserCodeError] * size
+    for end in ends:
+        assert str(end) == (
+            "BatchNorm refresh: expected the same batches on every rank, since the first one was the same, got others "
+            f"on rank {size - 1} than on rank 0 (4 on rank 0 and 4 on rank {size - 1}). Give the loader's shuffle a "
+            "fixed seed, or each rank its own part of the data with DistributedSampler."
+        )
+
+
+def test_loaders_that_begin_alike_and_end_at_different_batches_are_refused() -> None:
+    """If it failed, a rank would wait for a batch that never comes."""
+    batches = some(3, 4, 5, 6)
+    ends = refreshed(3, lambda ranks: batches[: 4 - ranks.rank])
+    assert [type(end) for end in ends] == [UserCodeError] * 3
+    assert all("(4 on rank 0 and 3 on rank 1)" in str(end) for end in ends)
+
+
+def test_the_model_is_as_it_was_where_the_batches_are_refused() -> None:
+    """If it failed, a refusal would leave statistics of some of the data in the model."""
+    models = [net() for _ in range(2)]
+
+    def work(ranks: Ranks) -> None:
+        refresh_batch_norm(models[ranks.rank], some(3, 4)[: 2 - ranks.rank], ranks=ranks)
+
+    assert [type(end) for end in in_threads(2, work)] == [UserCodeError] * 2
+    for model in models:
+        assert all(torch.equal(value, net().state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_an_error_of_the_loader_on_one_rank_is_its_own_and_the_others_name_it() -> None:
+    """If it failed, a loader that breaks half-way on one rank would leave the others waiting at the end."""
+
+    def loader(ranks: Ranks) -> Iterator[torch.Tensor]:
+        yield from some(3, 4)
+        if ranks.rank == 1:
+            raise OSError("the disk is gone")
+        yield from some(5, 6)
+
+    ends = refreshed(3, loader)
+    assert type(ends[1]) is UserCodeError
+    assert str(ends[1]) == "the dataloader raised at batch 3: OSError: the disk is gone"
+    for rank in (0, 2):
+        assert isinstance(ends[rank], RankError)
+        assert str(ends[rank]).startswith(
+            "rank 1 failed: the dataloader raised at batch 3: OSError: the disk is gone. "
+        )
+
+
+def test_a_layer_that_only_another_rank_reached_counts_as_reached() -> None:
+    """If it failed, models that take other paths for other batches would be refused on some ranks."""
+
+    class Paths(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.even, self.odd = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return self.even(batch) if len(batch) % 2 == 0 else self.odd(batch)
+
+    batches = some(4, 5, 6, 7)
+    expected = refresh_batch_norm(Paths(), batches)
+    for found in in_threads(2, lambda ranks: refresh_batch_norm(Paths(), batches, ranks=ranks)):
+        assert_same((found, {}), (expected, {}))
+
+
+def test_a_layer_that_no_rank_reached_is_refused_on_every_rank() -> None:
+    """If it failed, one rank would publish statistics that another refuses."""
+    model = nn.ModuleDict({"used": nn.BatchNorm1d(2), "unused": nn.BatchNorm1d(2)})
+
+    def work(ranks: Ranks) -> None:
+        refresh_batch_norm(
+            copy.deepcopy(model), some(3, 4), forward_batch=lambda model, batch: model["used"](batch), ranks=ranks
+        )
+
+    ends = in_threads(2, work)
+    assert [type(end) for end in ends] == [UserCodeError] * 2
+    assert all("got no input for 'unused'" in str(end) for end in ends)
+
+
+# -- Properties -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(2, 9), max_size=4), min_size=2, max_size=4).filter(any),
+    st.sampled_from(ESTIMATORS),
+    st.booleans(),
+    st.one_of(st.none(), st.integers(1, 9)),
+)
+def test_whatever_the_batches_the_statistics_are_those_of_one_process(
+    own: list[list[int]], estimator: str, shared: bool, limit: int | None
+) -> None:
+    """If it failed, some number of ranks, batches or samples would change the statistics."""
+    size = len(own)
+    if shared:
+        loaders = [some(*itertools.chain(*own))] * size
+        expected = alone(loaders[0], estimator=estimator, max_batches=limit)
+    else:
+        loaders = [some(*sizes, seed=rank + 1) for rank, sizes in enumerate(own)]
+        most = [None if limit is None else len(range(rank, limit, size)) for rank in range(size)]
+        ran = [batch for each, end in zip(loaders, most, strict=True) for batch in each[:end]]
+        if not ran:
+            return
+        expected = alone(ran, estimator=estimator)
+    for found in refreshed(size, lambda ranks: loaders[ranks.rank], estimator=estimator, max_batches=limit):
+        assert not isinstance(found, BaseException), found
+        assert_same(found, expected)
+
+
+@given(st.integers(0, 40), st.integers(1, 7), st.one_of(st.none(), st.integers(1, 50)))
+def test_shares_by_number_are_apart_and_cover_what_is_run(count: int, size: int, limit: int | None) -> None:
+    """If it failed, a batch would be run twice, or by nobody."""
+
+    class Common(Ranks):
+        def exchange(self, step: str, value: Any, answer: Callable[..., Any] = bool) -> Any:
+            return True
+
+    shares = []
+    for rank in range(size):
+        ranks = Common()
+        ranks.rank, ranks.size = rank, size
+        share = BatchShare(map(torch.tensor, range(count)), ranks, limit)
+        shares.append([int(batch) for batch in share])
+        assert share.seen == min(count, math.inf if limit is None else limit)
+    assert sorted(itertools.chain(*shares)) == list(range(share.seen))
+
+
+# -- Fingerprints ---------------------------------------------------------------------------------------------------
+
+
+class Graph:
+    """A batch as graph libraries make them."""
+
+    def __init__(self, nodes: torch.Tensor) -> None:
+        self.nodes = nodes
+
+
+TENSORS = [
+    torch.zeros(3),
+    torch.zeros(3, dtype=torch.float64),
+    torch.zeros(1, 3),
+    torch.ones(3),
+    torch.tensor([True, False]),
+    torch.tensor(3),
+    torch.zeros(0, 3),
+    torch.zeros(3, 0),
+    torch.zeros(3, dtype=torch.bfloat16),
+    torch.zeros(3, dtype=torch.complex64),
+    torch.arange(10**6),
+    torch.arange(10**6) + 1,
+    torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last) + 2,
+]
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: [t, 3], lambda t: {"x": (t,)}, Graph], ids=range(4))
+def test_fingerprints_tell_tensors_apart_wherever_they_are(wrap: Callable[[torch.Tensor], Any]) -> None:
+    """If it failed, ranks with their own data would be taken for ranks with the same."""
+    marks = [fingerprint(wrap(tensor)) for tensor in TENSORS]
+    assert len(set(marks)) == len(marks)
+    assert marks == [fingerprint(wrap(tensor.clone())) for tensor in TENSORS]
+
+
+def test_fingerprints_do_not_depend_on_strides() -> None:
+    """If it failed, a loader that gives the same values in another layout would be run on every rank in full."""
+    tensor = torch.randn(2, 3, 4, 5)
+    assert fingerprint(tensor) == fingerprint(tensor.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        None,
+        "text",
+        [],
+        {},
+        torch.eye(3).to_sparse(),
+        nn.Parameter(torch.ones(2)),
+        torch.zeros(2, dtype=torch.complex64).conj(),
+    ],
+    ids=["None", "text", "list", "mapping", "sparse", "parameter", "conjugate"],
+)
+def test_odd_batches_have_fingerprints_too(odd: Any) -> None:
+    """If it failed, a batch that runs in one process would be refused with ranks."""
+    assert fingerprint(odd) == fingerprint(odd)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(["a.wav"], ["b.wav"]), ([1, 2], [3, 4]), (b"1", b"2"), (np.zeros(3), np.ones(3)), ({"x": "a"}, {"x": "b"})],
+    ids=["names", "numbers", "bytes", "arrays", "mapping"],
+)
+def test_fingerprints_tell_apart_what_is_no_tensor(one: Any, other: Any) -> None:
+    """If it failed, ranks with their own file names would be taken for ranks with the same."""
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_accounts_that_agree_are_accepted() -> None:
+    """If it failed, a refresh would be refused with the same batches."""
+    refuse_other_batches([[3, "x"], [3, "x"]])
+    with pytest.raises(UserCodeError, match=r"3 on rank 0 and 3 on rank 1"):
+        refuse_other_batches([[3, "x"], [3, "y"]])

@@ -1,0 +1,164 @@
+"""Ranges of stored elements, against torch's own strided views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ckpt_avg.checkpoint import tensor_reads as elements
+from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, CheckpointSpec, TensorSpec, contiguous_stride
+from ckpt_avg.checkpoint.tensor_reads import read_ranges, stream, torch_dtype
+from ckpt_avg.files.input_file import MappedFile
+
+View = tuple[str, tuple[int, ...], tuple[int, ...], int]  # dtype, shape, stride, offset
+DTYPES = ("int8", "int16", "int32", "int64", "complex64", "bool", "float8_e4m3fn", "bfloat16", "uint64")
+
+
+def checkpoint_of(path: Path, contents: bytes, tensors: Sequence[TensorSpec] = ()) -> Checkpoint:
+    path.write_bytes(contents)
+    spec = CheckpointSpec(path, "raw", {tensor.name: tensor for tensor in tensors})
+    return Checkpoint(spec, (MappedFile(path),))
+
+
+def make(name: str, dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> TensorSpec:
+    return TensorSpec(name, BY_TORCH_NAME[dtype], shape, stride, 0, offset, (0, 0))
+
+
+def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements of a storage that a view reaches."""
+    return sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True)) + 1 if prod(shape) else 0
+
+
+def expected(contents: bytes, tensor: TensorSpec) -> torch.Tensor:
+    """What torch makes of the same bytes."""
+    count = span(tensor.shape, tensor.stride)
+    if not count:
+        return torch.empty(0, dtype=torch_dtype(tensor.dtype))
+    storage = bytearray(contents[tensor.offset : tensor.offset + count * tensor.dtype.itemsize])
+    values = torch.frombuffer(storage, dtype=torch_dtype(tensor.dtype))
+    # Copied, since a view of one element keeps whatever stride it has.
+    return torch.empty(tensor.numel, dtype=values.dtype).copy_(values.as_strided(tensor.shape, tensor.stride).flatten())
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    alike = (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    return alike and found.contiguous().view(torch.uint8).equal(wanted.contiguous().view(torch.uint8))
+
+
+NOISE = bytes(torch.randint(0, 2, (200_000,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).tolist())
+
+
+@st.composite
+def views(draw: st.DrawFn) -> View:
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 6), max_size=4).map(tuple))
+    steps = st.one_of(st.integers(0, 9), st.sampled_from([0, 1, 60]))
+    stride = draw(st.one_of(st.just(contiguous_stride(shape)), st.tuples(*(steps for _ in shape))))
+    return dtype, shape, stride, draw(st.integers(0, 40))
+
+
+@given(view=views(), data=st.data())
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("window", [16, 200, 4 * 2**20])
+def test_any_range_of_any_view_equals_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, view: View, data: st.DataObject
+) -> None:
+    """Any strides (repeated, overlapping, none), any offset, through windows of any size."""
+    monkeypatch.setattr(elements, "_SPAN", window)
+    tensor = make("w", *view)
+    start = data.draw(st.integers(0, tensor.numel))
+    stop = data.draw(st.integers(start, tensor.numel))
+    with checkpoint_of(tmp_path / "raw", NOISE[:12_000] if window < 1000 else NOISE) as checkpoint:
+        found = read_ranges(checkpoint, [(tensor, start, stop)])
+    assert len(found) == 1
+    assert same(found[0], expected(NOISE, tensor)[start:stop])
+
+
+@given(chosen=st.lists(views(), min_size=1, max_size=8), data=st.data())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("gap", [0, 64])
+def test_ranges_are_returned_in_the_order_asked_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gap: int,
+    chosen: list[View],
+    data: st.DataObject,
+) -> None:
+    """Whatever lies beside, inside or over what in the file, and however windows are joined."""
+    monkeypatch.setattr(elements, "_WASTE", gap)
+    tensors = [make(str(i), *view[:3], view[3] + data.draw(st.integers(0, 3000))) for i, view in enumerate(chosen)]
+    ranges = [(tensor, 0, tensor.numel) for tensor in tensors]
+    with checkpoint_of(tmp_path / "raw", NOISE) as checkpoint:
+        found = read_ranges(checkpoint, ranges)
+    for tensor, values in zip(tensors, found, strict=True):
+        assert same(values, expected(NOISE, tensor))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 4, 4095, 4096, 4097])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_large_windows_at_any_offset_equal_torch(tmp_path: Path, offset: int, mapped: bool) -> None:
+    """Offsets that no page and no element begins at; by a map, and by reading."""
+    tensor = make("w", "int32", (40_000,), (1,), offset)
+    with checkpoint_of(tmp_path / "raw", NOISE) as checkpoint:
+        checkpoint.files[0]._can_map &= mapped
+        found = read_ranges(checkpoint, [(tensor, 0, 40_000)])[0]
+    assert same(found, expected(NOISE, tensor))
+    assert found.data_ptr() % found.element_size() == 0, "kernels may rely on aligned elements"
+
+
+def test_elements_stay_valid_after_the_file_is_closed(tmp_path: Path) -> None:
+    tensor = make("w", "int32", (40_000,), (1,), 8)
+    with checkpoint_of(tmp_path / "raw", NOISE) as checkpoint:
+        found = read_ranges(checkpoint, [(tensor, 5, 39_000)])[0]
+    assert same(found, expected(NOISE, tensor)[5:39_000])
+
+
+@given(view=views(), step=st.integers(1, 50))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_stream_yields_each_element_once_and_in_order(tmp_path: Path, view: View, step: int) -> None:
+    tensor = make("w", *view)
+    with checkpoint_of(tmp_path / "raw", NOISE, [tensor]) as checkpoint:
+        parts = list(stream(checkpoint, tensor, step))
+    assert [start for start, _ in parts] == list(range(0, tensor.numel, step))
+    values = [part for _, part in parts] or [torch.empty(0, dtype=torch_dtype(tensor.dtype))]
+    assert same(torch.cat([part.view(torch.uint8) for part in values]), expected(NOISE, tensor).view(torch.uint8))
+
+
+def test_a_view_far_wider_than_its_elements_is_read_through_small_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few elements spread over a large file must not bring the whole file into memory."""
+    asked = []
+    window = MappedFile.window
+
+    def recorded(self: MappedFile, offset: int, length: int) -> object:
+        asked.append(length)
+        return window(self, offset, length)
+
+    monkeypatch.setattr(MappedFile, "window", recorded)
+    path = tmp_path / "raw"
+    with path.open("wb") as file:
+        file.truncate(256 * 2**20)
+    tensor = make("w", "float32", (8, 8), (1, 8 * 2**20), 0)
+    spec = CheckpointSpec(path, "raw", {"w": tensor})
+    with Checkpoint(spec, (MappedFile(path),)) as checkpoint:
+        assert read_ranges(checkpoint, [(tensor, 0, 64)])[0].tolist() == [0.0] * 64
+    assert asked
+    assert max(asked) <= 4 * 2**20
+
+
+def test_small_tensors_far_apart_do_not_share_a_window() -> None:
+    """One window over all of them would hold what lies between, however much that is."""
+    scattered = [(0, index * 7_000, 4, index) for index in range(1_000)]
+    joined = elements._coalesce(scattered)
+    assert sum(len(members) for *_, members in joined) == 1_000
+    assert sum(end - begin for _, begin, end, _ in joined) < 1_000 * elements._WASTE
+    close = [(0, index * 1_100, 1_000, index) for index in range(1_000)]
+    assert len(elements._coalesce(close)) == 1

@@ -1,0 +1,1203 @@
+"""The command: what it prints and where, its exit codes, and the shape of the package behind it."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import importlib
+import itertools
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ckpt_avg as package
+from ckpt_avg import errors
+from ckpt_avg.cli.exits import run
+from ckpt_avg.cli.main import average_command, cli
+
+InProcess = Callable[..., tuple[int, str, str]]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+SOURCE = Path(package.__file__).parent
+_numbers = itertools.count()
+
+
+def load_json(text: str) -> Any:
+    """Parses stdout, which must be exactly one document."""
+    return json.loads(text)
+
+
+@pytest.fixture(autouse=True)
+def imports_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --app-dir puts on the path is gone after each test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    """Two small checkpoints without BatchNorm."""
+    paths = [tmp_path / "step_1.safetensors", tmp_path / "step_2.safetensors"]
+    for number, path in enumerate(paths):
+        save_file({"w": torch.arange(6.0).view(2, 3) + number}, path)
+    return paths
+
+
+@pytest.fixture
+def misfits(tmp_path: Path) -> list[Path]:
+    """Two checkpoints that don't fit together."""
+    paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
+    save_file({"w": torch.zeros(3)}, paths[0])
+    save_file({"w": torch.zeros(4)}, paths[1])
+    return paths
+
+
+MODEL = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, 4, generator=generator) for size in (5, 4, 3)]
+
+def data_that_fails():
+    yield data()[0]
+    raise LookupError("row 17 is bad")
+
+def data_that_exits():
+    yield data()[0]
+    sys.exit(0)
+
+def exit_at_once():
+    sys.exit(0)
+
+def data_that_is_killed():
+    yield data()[0]
+    os.kill(os.getpid(), getattr(signal, os.environ["TEST_SIGNAL"]))
+    time.sleep(20)
+
+def data_that_waits():
+    yield data()[0]
+    Path("ready").touch()
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> str:
+    """A module with a model and several kinds of data, in the folder `app`, under a name of its own."""
+    (tmp_path / "app").mkdir()
+    name = f"user_app_{os.getpid()}_{next(_numbers)}"
+    (tmp_path / "app" / f"{name}.py").write_text(MODEL)
+    return name
+
+
+@pytest.fixture
+def normed(tmp_path: Path) -> Path:
+    """A run of two checkpoints of the module's model."""
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        with torch.no_grad():
+            model(torch.randn(8, 4))
+        torch.save(model.state_dict(), run_folder / f"step_{seed}.pt")
+    return run_folder
+
+
+def refresh_options(tmp_path: Path, app: str, data: str = "data") -> list[object]:
+    return ["--model", f"{app}:make", "--data", f"{app}:{data}", "--app-dir", tmp_path / "app", "--device", "cpu"]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole path through the command
+
+
+def test_average_of_the_real_run_with_a_refresh(
+    in_process: InProcess, run_folder: Path, tmp_path: Path, train: Any
+) -> None:
+    output = tmp_path / "swa.safetensors"
+    code, out, err = in_process(
+        *("average", run_folder, "--last", 3, "--output", output, "--app-dir", run_folder, "--bn-batches", 2),
+        *("--model", "train:make_model", "--data", "train:train_loader", "--device", "cpu"),
+    )
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == "averaged 3 checkpoints: epoch_18.pt, epoch_19.pt, epoch_20.pt"
+    assert "float64 sums on cpu" in lines[1]
+    assert lines[2] == "BatchNorm statistics of 4 layers recomputed over 256 samples in 2 batches"
+    assert lines[3].startswith(f"wrote {output} (")
+    assert "averaging" not in err
+    model = train.make_model()
+    model.load_state_dict(load_file(output), strict=True)
+    states = [torch.load(run_folder / f"epoch_{epoch}.pt", weights_only=False)["model"] for epoch in (18, 19, 20)]
+    name = "features.conv2.weight"
+    exact = (states[0][name].double() + states[1][name].double() + states[2][name].double()) / 3
+    assert torch.equal(model.get_parameter(name).detach(), exact.float())
+
+
+def test_average_as_json(in_process: InProcess, normed: Path, tmp_path: Path, app: str) -> None:
+    output = tmp_path / "swa.safetensors"
+    code, out, _ = in_process("average", normed, "-o", output, "--json", *refresh_options(tmp_path, app))
+    assert code == 0
+    result = load_json(out)
+    assert result["written"] is True
+    assert result["output"] == str(output)
+    assert result["checkpoints"] == [str(normed / "step_0.pt"), str(normed / "step_1.pt")]
+    assert result["bytes"] == output.stat().st_size
+    assert result["tensors"] == 7
+    assert result["batch_norm"] == {
+        "statistics": "refreshed",
+        "layers": ["1"],
+        "frozen": [],
+        "untracked": [],
+        "batches": 3,
+        "samples": 12,
+        "estimator": "pooled",
+        "amp": "off",
+    }
+    assert result["evaluations"] == result["requirements"] == []
+    assert result["notices"] == []
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_dry_run_writes_nothing(in_process: InProcess, normed: Path, tmp_path: Path, app: str, as_json: bool) -> None:
+    output = tmp_path / "out" / "swa.safetensors"
+    output.parent.mkdir()
+    arguments = ["average", normed, "-o", output, "--dry-run", *refresh_options(tmp_path, app)]
+    code, out, _ = in_process(*arguments, *(["--json"] if as_json else []))
+    assert code == 0
+    assert files(output.parent) == []
+    if as_json:
+        assert load_json(out)["written"] is False
+        assert load_json(out)["batch_norm"]["statistics"] == "refreshed"
+    else:
+        assert "would average 2 checkpoints" in out
+        assert "would be recomputed" in out
+        assert f"would write {output}" in out
+
+
+def test_a_dry_run_foretells_the_size(in_process: InProcess, normed: Path, tmp_path: Path, app: str) -> None:
+    arguments = ["average", normed, "-o", tmp_path / "swa.safetensors", "--json", *refresh_options(tmp_path, app)]
+    _, foretold, _ = in_process(*arguments, "--dry-run")
+    in_process(*arguments)
+    assert load_json(foretold)["bytes"] == (tmp_path / "swa.safetensors").stat().st_size
+
+
+def test_check_of_the_real_run(in_process: InProcess, run_folder: Path) -> None:
+    code, out, err = in_process("check", run_folder)
+    assert (code, err) == (0, "")
+    assert out == "12 checkpoints of 26 tensors each: names, shapes and dtypes agree\n"
+
+
+def test_check_as_json(in_process: InProcess, run_folder: Path) -> None:
+    code, out, _ = in_process("check", run_folder, "--last", 2, "--json")
+    assert code == 0
+    report = load_json(out)
+    assert report == {
+        "compatible": True,
+        "checkpoints": [str(run_folder / "epoch_19.pt"), str(run_folder / "epoch_20.pt")],
+        "tensors": 26,
+        "differences": [],
+        "advice": "",
+        "skipped": [],
+        "notices": [],
+    }
+
+
+def test_check_of_misfits_fails(in_process: InProcess, misfits: list[Path]) -> None:
+    """A script that asks `check` first must be stopped by its exit code."""
+    code, out, err = in_process("check", *misfits)
+    assert code == 4
+    assert out == ""
+    assert "tensor 'w': shape: expected [3], got [4] in" in err
+    assert str(misfits[1]) in err
+
+
+def test_check_of_misfits_as_json_is_one_report(in_process: InProcess, misfits: list[Path]) -> None:
+    code, out, _ = in_process("check", *misfits, "--json")
+    assert code == 4
+    report = load_json(out)
+    assert report["compatible"] is False
+    assert report["differences"] == [
+        {
+            "tensor": "w",
+            "aspect": "shape",
+            "expected": "[3]",
+            "found": "[4]",
+            "checkpoints": [str(misfits[1])],
+        }
+    ]
+    assert report["advice"]
+
+
+def test_inspect_of_a_file_shows_its_tensors(in_process: InProcess, run_folder: Path) -> None:
+    code, out, err = in_process("inspect", run_folder / "epoch_9.pt")
+    assert (code, err) == (0, "")
+    assert "torch zip" in out
+    assert "state dict: under 'model'" in out
+    state = torch.load(run_folder / "epoch_9.pt", weights_only=False)["model"]
+    rows = [line.split() for line in out.splitlines()]
+    for name, tensor in state.items():
+        assert [
+            name,
+            "F32" if tensor.is_floating_point() else "I64",
+            "×".join(map(str, tensor.shape)) or "scalar",
+        ] in rows
+    assert "'features.bn1', 'features.bn2', 'features.bn3', 'classifier.bn'" in out
+
+
+def test_inspect_of_a_file_as_json(in_process: InProcess, run_folder: Path) -> None:
+    code, out, _ = in_process("inspect", run_folder / "epoch_9.pt", "--json")
+    assert code == 0
+    spec = load_json(out)
+    state = torch.load(run_folder / "epoch_9.pt", weights_only=False)["model"]
+    assert {tensor["name"]: tensor["shape"] for tensor in spec["tensors"]} == {
+        name: list(tensor.shape) for name, tensor in state.items()
+    }
+    assert spec["state_key"] == "model"
+    assert spec["metadata"]["epoch"] == 9
+    assert spec["batch_norm_layers"] == ["features.bn1", "features.bn2", "features.bn3", "classifier.bn"]
+
+
+def test_inspect_of_a_folder_lists_it_in_natural_order(in_process: InProcess, run_folder: Path) -> None:
+    code, out, _ = in_process("inspect", run_folder)
+    assert code == 0
+    rows = [line.split()[0] for line in out.splitlines()[1:13]]
+    assert rows == [f"epoch_{epoch}.pt" for epoch in range(9, 21)]
+
+
+def test_inspect_of_a_folder_as_json(in_process: InProcess, run_folder: Path) -> None:
+    code, out, _ = in_process("inspect", run_folder, "--json")
+    assert code == 0
+    folder = load_json(out)
+    assert [item["path"] for item in folder["checkpoints"]] == [
+        str(run_folder / f"epoch_{epoch}.pt") for epoch in range(9, 21)
+    ]
+    assert {item["tensors"] for item in folder["checkpoints"]} == {26}
+
+
+def test_inspect_shows_hostile_names_escaped(in_process: InProcess, tmp_path: Path) -> None:
+    """A tensor's name must not reach the terminal as control characters."""
+    save_file({"\x1b[2Jw\n": torch.zeros(2)}, tmp_path / "x.safetensors")
+    code, out, _ = in_process("inspect", tmp_path / "x.safetensors")
+    assert code == 0
+    assert "\x1b" not in out
+    assert "\\x1b[2Jw\\n" in out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exit codes, each with one JSON document
+
+
+def corrupt(path: Path) -> Path:
+    path.write_bytes(b"\xff" * 64)
+    return path
+
+
+# (what goes wrong, exit code, kind, what the message says)
+FAILURES: list[tuple[str, int, str, str]] = [
+    ("no command option", 2, "NoSuchOption", "--nonsense"),
+    ("no output", 2, "MissingParameter", "output"),
+    ("no number", 2, "BadParameter", "--last"),
+    ("no size", 2, "BadParameter", "expected a size such as 256MiB"),
+    ("no source", 2, "UsageError", "expected a checkpoint file or a run folder, got nothing there"),
+    ("no such choice", 2, "UsageError", "--dtype: expected one of"),
+    ("no reference", 2, "UsageError", "expected MODULE:NAME"),
+    ("no data", 2, "UsageError", "--data MODULE:FACTORY"),
+    ("corrupt", 3, "CheckpointFormatError", "bad.safetensors"),
+    ("misfits", 4, "IncompatibleError", "shape: expected [3], got [4]"),
+    ("empty folder", 4, "IncompatibleError", "expected checkpoint files"),
+    ("NaN", 4, "NonFiniteError", "NaN"),
+    ("exists", 5, "OutputError", "exists already"),
+    ("bad row", 7, "UserCodeError", "the dataloader raised at batch 2: LookupError: row 17 is bad"),
+]
+
+
+@pytest.mark.parametrize(("failure", "expected", "kind", "says"), FAILURES, ids=[item[0] for item in FAILURES])
+def test_each_failure_has_its_code_and_one_document(
+    in_process: InProcess,
+    tmp_path: Path,
+    pair: list[Path],
+    misfits: list[Path],
+    normed: Path,
+    app: str,
+    failure: str,
+    expected: int,
+    kind: str,
+    says: str,
+) -> None:
+    out_folder = tmp_path / "out"
+    out_folder.mkdir()
+    output: list[object] = ["-o", out_folder / "swa.safetensors"]
+    (tmp_path / "empty").mkdir()
+    nan = tmp_path / "nan.safetensors"
+    save_file({"w": torch.tensor([[1.0, 2, 3], [4, float("nan"), 6]])}, nan)
+    if failure == "exists":
+        (out_folder / "swa.safetensors").write_bytes(b"the old one")
+    arguments: list[object] = {
+        "no command option": [*pair, *output, "--nonsense"],
+        "no output": [*pair],
+        "no number": [*pair, *output, "--last", "few"],
+        "no size": [*pair, *output, "--memory", "much"],
+        "no source": [tmp_path / "nowhere", *output],
+        "no such choice": [*pair, *output, "--dtype", "int4"],
+        "no reference": [*pair, *output, "--model", "train"],
+        "no data": [normed, *output, "--model", f"{app}:make", "--app-dir", tmp_path / "app"],
+        "corrupt": [corrupt(tmp_path / "bad.safetensors"), pair[0], *output],
+        "misfits": [*misfits, *output],
+        "empty folder": [tmp_path / "empty", *output],
+        "NaN": [pair[0], nan, *output],
+        "exists": [*pair, *output],
+        "bad row": [normed, *output, *refresh_options(tmp_path, app, "data_that_fails")],
+    }[failure]
+    before = files(out_folder)
+
+    code, out, err = in_process("average", *arguments, "--json")
+
+    document = load_json(out)
+    assert code == expected
+    assert list(document) == ["error"]
+    assert document["error"]["exit_code"] == expected
+    assert document["error"]["kind"] == kind
+    assert says in document["error"]["message"]
+    assert "Error: " in err
+    assert says in err
+    assert ("Traceback" in err) == (failure == "bad row")
+    assert files(out_folder) == before
+    assert failure != "exists" or (out_folder / "swa.safetensors").read_bytes() == b"the old one"
+
+
+def test_without_json_a_failure_prints_nothing_on_stdout(in_process: InProcess, misfits: list[Path]) -> None:
+    code, out, err = in_process("average", *misfits, "-o", misfits[0].parent / "swa.safetensors")
+    assert code == 4
+    assert out == ""
+    assert err.startswith("Error: ")
+
+
+def test_an_error_in_the_users_code_keeps_its_traceback(
+    in_process: InProcess, normed: Path, tmp_path: Path, app: str
+) -> None:
+    """Their own line is what users need to see to mend it; the last line is ours."""
+    code, _, err = in_process(
+        "average", normed, "-o", tmp_path / "swa.safetensors", *refresh_options(tmp_path, app, "data_that_fails")
+    )
+    assert code == 7
+    assert f"{app}.py" in err
+    assert "data_that_fails" in err
+    assert err.splitlines()[-1].startswith("Error: the dataloader raised at batch 2: LookupError")
+
+
+@pytest.mark.parametrize("data", ["data_that_exits", "exit_at_once"])
+def test_user_code_that_exits_is_no_success(
+    in_process: InProcess, normed: Path, tmp_path: Path, app: str, data: str
+) -> None:
+    """sys.exit(0) in a loader or a factory must not end in exit code 0 without an output."""
+    code, _, err = in_process(
+        "average", normed, "-o", tmp_path / "swa.safetensors", *refresh_options(tmp_path, app, data)
+    )
+    assert code == 7
+    assert "SystemExit" in err
+    assert not (tmp_path / "swa.safetensors").exists()
+
+
+def test_out_of_memory_has_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    def greedy() -> None:
+        raise MemoryError
+
+    @click.command()
+    def greedy_on_the_device() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+    for command in (greedy, greedy_on_the_device):
+        assert run(command, []) == errors.ResourceError.exit_code == 6
+        message = capsys.readouterr().err
+        assert "out of memory" in message
+        assert "--memory" in message
+        assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), RuntimeError("ours")])
+def test_a_bug_of_ours_keeps_its_traceback(error: Exception) -> None:
+    @click.command()
+    def broken() -> None:
+        raise error
+
+    with pytest.raises(type(error), match="ours"):
+        run(broken, [])
+
+
+def unhandled(number: int, frame: object) -> None:
+    raise AssertionError(f"signal {number} was not handled")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)], ids=str)
+def test_a_signal_during_the_refresh_has_its_code(
+    in_process: InProcess,
+    normed: Path,
+    tmp_path: Path,
+    app: str,
+    name: str,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TEST_SIGNAL", name)
+    output = tmp_path / "out" / "swa.safetensors"
+    output.parent.mkdir()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, unhandled) for number in numbers]
+    try:
+        code, out, err = in_process(
+            "average", normed, "-o", output, "--json", *refresh_options(tmp_path, app, "data_that_is_killed")
+        )
+        handlers = [signal.getsignal(number) for number in numbers]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert code == expected
+    assert load_json(out)["error"]["exit_code"] == expected
+    assert "the output path is as it was" in err
+    assert "Traceback" not in err
+    assert files(output.parent) == []
+    assert handlers == [unhandled] * 3
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_from_outside_leaves_nothing_behind(
+    normed: Path, tmp_path: Path, app: str, number: int, expected: int
+) -> None:
+    output = tmp_path / "out" / "swa.safetensors"
+    output.parent.mkdir()
+    options = refresh_options(tmp_path, app, "data_that_waits")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckpt_avg", "average", str(normed), "-o", str(output), *map(str, options)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "ready").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == expected
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("Error: ")
+    assert files(output.parent) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams: stdout, stderr, terminals
+
+
+def test_notices_go_to_stderr_and_quiet_silences_them(in_process: InProcess, normed: Path, tmp_path: Path) -> None:
+    code, out, err = in_process("average", normed, "-o", tmp_path / "one.safetensors", "--bn", "keep")
+    assert code == 0
+    assert err.startswith("Notice: ")
+    assert "Notice" not in out
+    code, out, err = in_process("average", normed, "-o", tmp_path / "two.safetensors", "--bn", "keep", "-q")
+    assert code == 0
+    assert err == ""
+    assert "wrote" in out
+
+
+def on_a_terminal(arguments: list[object], folder: Path) -> tuple[int, str, str]:
+    """Runs the command with stderr on a pseudo-terminal: (exit code, stdout, what the terminal got)."""
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckpt_avg", *map(str, arguments)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        text=True,
+    )
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError):  # EIO: the last writer has closed
+        while part := os.read(master, 4096):
+            seen += part
+    os.close(master)
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out, seen.decode()
+
+
+def test_bars_appear_on_a_terminal(normed: Path, tmp_path: Path, app: str) -> None:
+    arguments = ["average", normed, "-o", "swa.safetensors", "--json", *refresh_options(tmp_path, app)]
+    code, out, terminal = on_a_terminal(arguments, tmp_path)
+    assert code == 0
+    assert load_json(out)["written"] is True
+    assert "averaging: 100%" in terminal
+    assert "BatchNorm refresh: 100%" in terminal
+    assert "12 samples" in terminal
+
+
+def test_quiet_draws_nothing_on_a_terminal(normed: Path, tmp_path: Path, app: str) -> None:
+    arguments = ["average", normed, "-o", "swa.safetensors", "-q", *refresh_options(tmp_path, app)]
+    code, out, terminal = on_a_terminal(arguments, tmp_path)
+    assert code == 0
+    assert terminal == ""
+    assert "wrote swa.safetensors" in out
+
+
+def test_no_bars_without_a_terminal(in_process: InProcess, normed: Path, tmp_path: Path, app: str) -> None:
+    code, out, err = in_process("average", normed, "-o", tmp_path / "swa.safetensors", *refresh_options(tmp_path, app))
+    assert code == 0
+    assert err == ""
+    assert "\r" not in out
+
+
+def with_reader_gone(arguments: list[object], folder: Path, stream: str) -> tuple[int, str]:
+    """Runs the command with stdout (or stderr) a pipe that nobody reads: (exit code, the other stream)."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    other = "stderr" if stream == "stdout" else "stdout"
+    streams: dict[str, Any] = {stream: writer, other: subprocess.PIPE}
+    command = [sys.executable, "-m", "ckpt_avg", *map(str, arguments)]
+    result = subprocess.run(command, cwd=folder, timeout=120, check=False, text=True, **streams)
+    os.close(writer)
+    return result.returncode, result.stderr if stream == "stdout" else result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["inspect", "step_1.safetensors"], 0),
+        (["inspect", "step_1.safetensors", "--json"], 0),
+        (["--help"], 0),
+        (["check", "step_1.safetensors", "one.safetensors", "--json"], 4),
+        (["inspect", "nowhere", "--json"], 2),
+    ],
+)
+def test_a_reader_that_has_gone_changes_neither_code_nor_calm(
+    tmp_path: Path, pair: list[Path], misfits: list[Path], arguments: list[object], expected: int
+) -> None:
+    """As in `ckpt-avg inspect … | head -0`."""
+    code, err = with_reader_gone(arguments, tmp_path, "stdout")
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+    assert code == expected
+
+
+def test_an_average_whose_reader_has_gone_is_published(tmp_path: Path, pair: list[Path]) -> None:
+    code, err = with_reader_gone(["average", *pair, "-o", "swa.safetensors"], tmp_path, "stdout")
+    assert err == ""
+    assert code == 0
+    assert torch.equal(load_file(tmp_path / "swa.safetensors")["w"], torch.arange(6.0).view(2, 3) + 0.5)
+
+
+def test_a_lost_notice_does_not_stop_the_averaging(tmp_path: Path, pair: list[Path]) -> None:
+    """Hours of work must not end because nobody reads stderr any more."""
+    code, out = with_reader_gone(["average", pair[0], "-o", "swa.safetensors", "--json"], tmp_path, "stderr")
+    assert (tmp_path / "swa.safetensors").exists() == (code == 0)
+    assert code == 0
+    assert load_json(out)["written"] is True
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "step_1.safetensors"]])
+def test_a_closed_stdout_gives_no_traceback(
+    tmp_path: Path, pair: list[Path], ckpt_avg: Command, arguments: list[str]
+) -> None:
+    result = ckpt_avg(*arguments, preexec_fn=lambda: os.close(1))
+    assert result.stderr == ""
+    assert result.returncode == 0
+
+
+def test_a_closed_stderr_keeps_stdout_clean(tmp_path: Path, pair: list[Path], ckpt_avg: Command) -> None:
+    """With stderr closed, Python's own fallback would print notices into the JSON document."""
+    result = ckpt_avg("average", pair[0], "-o", "swa.safetensors", "--json", preexec_fn=lambda: os.close(2))
+    assert result.returncode == 0
+    document = load_json(result.stdout)
+    assert document["written"] is True
+    assert len(document["notices"]) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Surroundings
+
+
+C_LOCALE = {"LANG": "C", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_the_c_locale_changes_nothing(tmp_path: Path, ckpt_avg: Command) -> None:
+    folder = tmp_path / "Läufe ✓"
+    folder.mkdir()
+    for number in range(2):
+        save_file({"größe": torch.full((2,), float(number))}, folder / f"schritt_{number}.safetensors")
+    outputs = []
+    for environment in (C_LOCALE, {"LC_ALL": "C.UTF-8"}):
+        output = tmp_path / f"schnitt_{len(outputs)}.safetensors"
+        result = ckpt_avg("average", folder, "-o", output, env=os.environ | environment)
+        assert "Traceback" not in result.stderr
+        assert result.returncode == 0, result.stderr
+        assert "averaged 2 checkpoints" in result.stdout
+        outputs.append(output.read_bytes())
+    assert outputs[0] == outputs[1]
+
+
+def test_inspect_in_the_c_locale_shows_what_it_can(tmp_path: Path, ckpt_avg: Command) -> None:
+    save_file({"größe": torch.zeros(2, 2)}, tmp_path / "schritt ✓.safetensors")
+    result = ckpt_avg("inspect", tmp_path / "schritt ✓.safetensors", env=os.environ | C_LOCALE)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "F32" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["with space", "quote's", "ünïcode ✓", "line\nbreak", "-dash", "%s{0}", os.fsdecode(b"byte\xff")]
+)
+def test_odd_paths_work_all_the_way(in_process: InProcess, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for number in range(2):
+        with (folder / f"{name}_{number}.pt").open("wb") as file:
+            torch.save({"w": torch.full((2,), float(number))}, file)
+    output = folder / f"{name} mean.safetensors"
+    code, out, _ = in_process("average", "--json", "-o", output, "--", folder)
+    assert code == 0
+    assert load_json(out)["output"] == str(output)
+    assert torch.equal(load_file_at(output)["w"], torch.tensor([0.5, 0.5]))
+    for command in (["inspect", "--", folder], ["inspect", "--json", "--", output], ["check", "--", folder]):
+        code, out, err = in_process(*command)
+        assert (code, err) == (0, "")
+        assert out
+
+
+def load_file_at(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    return load(path.read_bytes())
+
+
+def test_errors_name_odd_paths_without_a_traceback(in_process: InProcess, tmp_path: Path) -> None:
+    missing = tmp_path / os.fsdecode(b"byte\xff")
+    code, out, err = in_process("inspect", missing, "--json")
+    assert code == 2
+    assert load_json(out)["error"]["kind"] == "UsageError"
+    assert "Traceback" not in err
+
+
+def test_checks_hold_under_python_o(tmp_path: Path, misfits: list[Path]) -> None:
+    command = [sys.executable, "-O", "-m", "ckpt_avg", "average", *map(str, misfits), "-o", "swa.safetensors"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 4
+    assert "shape: expected [3], got [4]" in result.stderr
+    assert not (tmp_path / "swa.safetensors").exists()
+
+
+def test_no_check_is_an_assert() -> None:
+    """`python -O` drops assert statements."""
+    for path in SOURCE.rglob("*.py"):
+        asserts = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+        assert not asserts, f"{path}: line {asserts}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1048576", 2**20),
+        ("1048576B", 2**20),
+        ("64K", 64 * 2**10),
+        ("256M", 256 * 2**20),
+        ("256MiB", 256 * 2**20),
+        ("256mib", 256 * 2**20),
+        ("256 MiB", 256 * 2**20),
+        (" 2G ", 2 * 2**30),
+        ("1.5GiB", 3 * 2**29),
+        ("0.5GiB", 2**29),
+        ("200MB", 200_000_000),
+        ("2GB", 2_000_000_000),
+        ("3KB", 3_000),
+    ],
+)
+def test_sizes_are_read(text: str, expected: int) -> None:
+    context = average_command.make_context("average", ["x", "-o", "y", "--memory", text])
+    assert context.params["memory"] == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "MiB", "-5MiB", "5XB", "1.2.3", "1e9", "5 Mi B", "9" * 400])
+def test_other_sizes_are_refused(in_process: InProcess, text: str) -> None:
+    code, _, err = in_process("average", "x", "-o", "y", f"--memory={text}")
+    assert code == 2
+    assert "expected a size such as 256MiB" in err
+    assert "Traceback" not in err
+
+
+def test_too_little_memory_is_refused(in_process: InProcess, pair: list[Path], tmp_path: Path) -> None:
+    code, _, err = in_process("average", *pair, "-o", tmp_path / "swa.safetensors", "--memory", "1000")
+    assert code == 2
+    assert "--memory: expected 1,048,576 or more, got 1,000" in err
+
+
+def test_the_default_memory_is_the_apis() -> None:
+    from ckpt_avg.mean.stream import DEFAULT_MEMORY
+
+    assert average_command.make_context("average", ["x", "-o", "y"]).params["memory"] == DEFAULT_MEMORY
+
+
+@pytest.mark.parametrize("name", ["average", "check", "inspect"])
+def test_every_option_is_explained(in_process: InProcess, name: str) -> None:
+    command = cli.commands[name]
+    code, out, _ = in_process(name, "--help")
+    assert code == 0
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+            assert parameter.help.endswith("."), parameter.name
+            assert max(parameter.opts, key=len) in out
+
+
+def test_every_option_of_average_reaches_the_api() -> None:
+    """And the defaults agree, so that command and API do the same."""
+    import inspect
+
+    from ckpt_avg.commands.average import average
+
+    signature = inspect.signature(average).parameters
+    for parameter in average_command.params:
+        if parameter.name in {"app_dir", "as_json", "quiet", "report", "verbose"}:  # how results are shown
+            continue
+        assert parameter.name in signature, parameter.name
+        default = signature[parameter.name].default
+        if default is not inspect.Parameter.empty and parameter.name != "memory":
+            given = average_command.make_context("average", ["x", "-o", "y"]).params[parameter.name]
+            assert given == default, parameter.name
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["-h"], ["average", "--help"], ["check", "-h"], ["inspect", "--help"]]
+)
+def test_help_is_on_stdout(in_process: InProcess, arguments: list[str]) -> None:
+    code, out, err = in_process(*arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: ckpt-avg")
+
+
+def test_the_version_is_the_packages(in_process: InProcess) -> None:
+    assert in_process("--version")[:2] == (0, f"ckpt-avg, version {package.__version__}\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quick answers: no torch where none is needed
+
+
+def modules_after(code: str, *arguments: object) -> set[str]:
+    """The modules that a process has when it ends."""
+    program = f"import atexit, sys\natexit.register(lambda: print(*sys.modules, file=sys.stderr))\n{code}"
+    result = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=True
+    )
+    return set(result.stderr.split())
+
+
+@pytest.mark.parametrize("command", [["--help"], ["average", "--help"], ["--version"], ["inspect"], ["check"]])
+def test_torch_is_not_imported_for(command: list[object], run_folder: Path) -> None:
+    source = [run_folder] if command[0] in ("inspect", "check") else []
+    modules = modules_after("from ckpt_avg.cli.main import main\nmain()", *command, *source)
+    assert "ckpt_avg.cli.main" in modules
+    assert "torch" not in modules
+    assert "numpy" not in modules
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    assert modules_after("import ckpt_avg").isdisjoint({"torch", "numpy", "click", "ckpt_avg.commands.average"})
+    modules = modules_after("import ckpt_avg\nckpt_avg.UsageError, ckpt_avg.open_checkpoint, ckpt_avg.check")
+    assert "ckpt_avg.formats" in modules
+    assert "torch" not in modules
+    assert "torch" in modules_after("import ckpt_avg\nckpt_avg.average")
+
+
+def best_of_five(*arguments: str) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, timeout=60, check=True)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_help_answers_at_once() -> None:
+    """Within 0.3 s of what Python itself takes to start."""
+    assert best_of_five("-m", "ckpt_avg", "--help") < best_of_five("-c", "pass") + 0.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The package: its names, its layers
+
+
+def test_everything_public_can_be_imported() -> None:
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    namespace: dict[str, object] = {}
+    exec("from ckpt_avg import *", namespace)
+    assert set(package.__all__) <= set(namespace)
+    assert dir(package) == sorted(package.__all__)
+
+
+def test_public_names_are_declared_once_and_alike() -> None:
+    """For people (`__all__`), for type checkers (TYPE_CHECKING) and for the import itself (`_HOMES`)."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = {
+        (node.module, alias.name) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    homes = {(module, name) for module, names in package._HOMES.items() for name in names}
+    assert typed == homes
+    assert {name for _, name in homes} | {"__version__"} == set(package.__all__)
+    assert package.__all__ == sorted(package.__all__)
+    for module, name in homes:
+        value = getattr(importlib.import_module(module), name)
+        assert value is getattr(package, name)
+        assert value.__doc__
+
+
+def test_the_package_is_typed() -> None:
+    assert (SOURCE / "py.typed").exists()
+
+
+def test_every_error_is_public_and_has_its_code() -> None:
+    tree = [
+        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.CkptAvgError)
+    ]
+    assert {value.__name__ for value in tree} <= set(package.__all__)
+    assert {value.__name__: value.exit_code for value in tree} == {
+        "CkptAvgError": 1,
+        "UsageError": 2,
+        "CheckpointFormatError": 3,
+        "NoWeightsError": 3,
+        "ChangedWhileReadingError": 3,
+        "IncompatibleError": 4,
+        "NonFiniteError": 4,
+        "OutputError": 5,
+        "ResourceError": 6,
+        "UserCodeError": 7,
+        "RankError": 8,
+        "RequirementError": 9,
+        "VerificationError": 9,
+    }
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'ckpt_avg' has no attribute 'averge'"):
+        _ = package.averge
+
+
+def module_name(path: Path) -> str:
+    parts = ("ckpt_avg", *path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_only_the_command_and_its_exits_know_click() -> None:
+    """Using the package as a library must not need the command's parts."""
+    for path in SOURCE.rglob("*.py"):
+        names = {
+            alias.name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert "click" not in names or module_name(path) in (
+            "ckpt_avg.cli.main",
+            "ckpt_avg.cli.options",
+            "ckpt_avg.cli.exits",
+        )
+
+
+def test_the_documents_of_the_command_are_plain_json(in_process: InProcess, run_folder: Path) -> None:
+    """No NaN or Infinity, which are no JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    _, out, _ = in_process("inspect", run_folder / "epoch_20.pt", "--json")
+    json.loads(out, parse_constant=refuse)
+
+
+def test_what_the_users_code_prints_is_no_result(
+    tmp_path: Path, in_process: Callable[..., tuple[int, str, str]], run_folder: Path
+) -> None:
+    """Stdout must hold one document, whatever the user's module prints."""
+    (tmp_path / "noisy.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(run_folder)!r})\nfrom train import make_model\n"
+        "import torch\nprint('loading data...')\n"
+        "def batches():\n    print('making batches')\n    return [torch.randn(8, 1, 28, 28)]\n"
+    )
+    output = tmp_path / "o.safetensors"
+    options = ["--model", "noisy:make_model", "--data", "noisy:batches", "--app-dir", tmp_path, "--json"]
+    code, out, err = in_process("average", run_folder, "--last", 2, "-o", output, *options)
+    assert code == 0, err
+    assert json.loads(out)["batch_norm"]["batches"] == 1
+    assert "loading data..." in err
+    assert "making batches" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_stdout_that_is_full_is_said_and_the_output_stands(tmp_path: Path, pair: list[Path]) -> None:
+    output = tmp_path / "o.safetensors"
+    command = [sys.executable, "-m", "ckpt_avg", "average", *map(str, pair), "-o", str(output)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 5
+    assert "Error: stdout: cannot be written: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert output.exists()
+
+
+def test_inspect_of_a_folder_shows_the_others_beside_a_damaged_file(
+    tmp_path: Path, in_process: Callable[..., tuple[int, str, str]], run_folder: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "epoch_1.pt").write_bytes((run_folder / "epoch_9.pt").read_bytes())
+    (folder / "epoch_2.pt").write_bytes((run_folder / "epoch_9.pt").read_bytes()[:5000])
+    code, out, _ = in_process("inspect", folder)
+    assert code == 0
+    assert "epoch_1.pt  torch zip" in out
+    assert f"cannot be read: {folder / 'epoch_2.pt'}" in out
+    assert list(json.loads(in_process("inspect", folder, "--json")[1])["unreadable"]) == ["epoch_2.pt"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What --overwrite may replace
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A run: two checkpoint files, a checkpoint folder, an alias, a half-written file, and a final sharded model."""
+    folder = tmp_path / "run"
+    (folder / "checkpoint-3").mkdir(parents=True)
+    for step in (1, 2):
+        save_file({"w": torch.full((3,), float(step))}, folder / f"step_{step}.safetensors")
+    save_file({"w": torch.full((3,), 3.0)}, folder / "checkpoint-3" / "model.safetensors")
+    (folder / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    save_file({"w": torch.full((3,), 4.0)}, folder / "last.safetensors")
+    (folder / "step_4.safetensors.tmp").write_bytes(b"cut off")
+    return folder
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    "output",
+    ["step_1.safetensors", "step_2.safetensors", "last.safetensors", "step_4.safetensors.tmp",
+     "checkpoint-3/model.safetensors", "checkpoint-3/trainer_state.json", "../link.safetensors", "../hard.safetensors"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "selection",
+    [(), ("--exclude", "step_1*", "--exclude", "checkpoint*"), ("--last", "1"), ("--include", "step_2*")],
+    ids=["all", "excluded", "last", "included"],
+)
+def test_overwrite_replaces_no_file_of_any_checkpoint(
+    in_process: InProcess, trained: Path, tmp_path: Path, output: str, selection: tuple[str, ...], dry_run: bool
+) -> None:
+    """Chosen or not, excluded or left out: what training wrote is not to be had again."""
+    (tmp_path / "link.safetensors").symlink_to(trained / "step_1.safetensors")
+    (tmp_path / "hard.safetensors").hardlink_to(trained / "step_1.safetensors")
+    before = contents_of(tmp_path)
+    options = ("--dry-run",) if dry_run else ()
+    code, out, err = in_process("average", trained, "--output", trained / output, "--overwrite", *selection, *options)
+    assert (code, out) == (2, "")
+    assert "of the checkpoints" in err
+    assert err.rstrip().endswith("Choose another path.")
+    assert contents_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["average.safetensors", "mean.safetensors", "step_9.safetensors"])
+def test_overwrite_replaces_an_earlier_average_in_the_run_folder(
+    in_process: InProcess, trained: Path, name: str
+) -> None:
+    """Whether its name says what it is or not; without --overwrite it stays."""
+    output = trained / name
+    assert in_process("average", trained, "--last", 2, "--output", output)[0] == 0
+    first = output.read_bytes()
+    assert in_process("average", trained, "--output", output)[0] == 5
+    assert output.read_bytes() == first
+    assert in_process("average", trained, "--output", output, "--overwrite")[0] == 0
+    assert load_file(output)["w"].tolist() == [2.0] * 3
+
+
+def sharded(folder: Path, values: float = 9.0) -> Path:
+    """Writes a model in two shards; returns the index."""
+    folder.mkdir(exist_ok=True)
+    files = {"w": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    for name, file in files.items():
+        save_file({name: torch.full((3,), values)}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    return index
+
+
+def test_overwrite_replaces_no_shard_of_an_index_named_by_hand(in_process: InProcess, tmp_path: Path) -> None:
+    index = sharded(tmp_path / "model")
+    before = contents_of(tmp_path)
+    shard = index.with_name("model-00002-of-00002.safetensors")
+    assert in_process("average", index, "--output", shard, "--overwrite")[0] == 2
+    assert contents_of(tmp_path) == before
+
+
+def test_overwrite_replaces_no_shard_of_the_final_model(in_process: InProcess, tmp_path: Path, trained: Path) -> None:
+    """It is left out as the weights of the whole run; its shards are as precious as itself."""
+    sharded(trained)
+    before = contents_of(tmp_path)
+    shard = trained / "model-00001-of-00002.safetensors"
+    assert in_process("average", trained, "--output", shard, "--overwrite")[0] == 2
+    assert contents_of(tmp_path) == before
+
+
+def test_overwrite_replaces_no_file_that_a_checkpoint_folder_links_to(in_process: InProcess, tmp_path: Path) -> None:
+    """As in the hub's cache, where each file of a snapshot is a link to a blob."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots" / "rev1").mkdir(parents=True)
+    save_file({"w": torch.ones(3)}, tmp_path / "blobs" / "abc")
+    (tmp_path / "snapshots" / "rev1" / "model.safetensors").symlink_to("../../blobs/abc")
+    before = contents_of(tmp_path)
+    arguments = ("average", tmp_path / "snapshots" / "rev1", "--output", tmp_path / "blobs" / "abc", "--overwrite")
+    assert in_process(*arguments)[0] == 2
+    assert contents_of(tmp_path) == before
+
+
+def test_overwrite_replaces_an_earlier_average_beside_a_stray_shard(in_process: InProcess, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in (1, 2):
+        save_file({"w": torch.full((3,), float(step))}, folder / f"step_{step}.safetensors")
+    save_file({"w": torch.zeros(3)}, folder / "model-00001-of-00002.safetensors")
+    output = folder / "average.safetensors"
+    assert in_process("average", folder, "--output", output)[0] == 0
+    assert in_process("average", folder, "--output", output, "--overwrite")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of files on a terminal
+
+HOSTILE = "\x1b[31m\rstep"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A run whose folder and files have control characters in their names."""
+    folder = tmp_path / "\x1b[2J\rrun"
+    folder.mkdir()
+    for step in (1, 2):
+        save_file({"w": torch.full((3,), float(step))}, folder / f"{HOSTILE}_{step}.safetensors")
+    save_file({"w": torch.full((3,), 2.0)}, folder / f"{HOSTILE}_2_copy.safetensors")
+    (folder / f"{HOSTILE}_3.safetensors.tmp").write_bytes(b"x")
+    save_file({"w": torch.full((3,), 2.0)}, folder / f"ema_{HOSTILE}.safetensors")
+    return folder
+
+
+def assert_plain(out: str, err: str) -> None:
+    assert "\\rstep" in out + err, "the name is there"
+    assert not set("\x1b\r") & set(out + err)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--verbose",), ("--dry-run",)], ids="".join)
+def test_results_show_names_escaped(in_process: InProcess, hostile: Path, options: tuple[str, ...]) -> None:
+    """A name from a stranger's archive must not clear the screen or write over a line."""
+    output = hostile / f"{HOSTILE}_mean.bin"
+    code, out, err = in_process("average", hostile, "--output", output, *options)
+    assert code == 0
+    assert_plain(out, err)
+    if "--dry-run" not in options:
+        code, out, err = in_process("check", hostile / f"{HOSTILE}_1.safetensors", output, *options)
+        assert code == 0
+        assert not set("\x1b\r") & set(out + err)
+
+
+def broken(hostile: Path) -> None:
+    (hostile / f"{HOSTILE}_2.safetensors").write_bytes(b"junk")
+
+
+def misfit(hostile: Path) -> None:
+    save_file({"w": torch.zeros(4)}, hostile / f"{HOSTILE}_2.safetensors")
+
+
+def not_finite(hostile: Path) -> None:
+    save_file({"w": torch.full((3,), float("nan"))}, hostile / f"{HOSTILE}_2.safetensors")
+
+
+def doubled(hostile: Path) -> None:
+    save_file({"w": torch.full((3,), 7.0)}, hostile / f"b{HOSTILE}_1.safetensors")
+    save_file({"w": torch.full((3,), 8.0)}, hostile / f"b{HOSTILE}_2.safetensors")
+
+
+def integers(hostile: Path) -> None:
+    for step in (1, 2):
+        save_file({"w": torch.ones(3), "n": torch.tensor(step)}, hostile / f"{HOSTILE}_{step}.safetensors")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("command", ["average", "check"])
+@pytest.mark.parametrize("spoil", [broken, misfit, not_finite, doubled, integers])
+def test_errors_show_names_escaped(
+    in_process: InProcess, hostile: Path, tmp_path: Path, spoil: Callable[[Path], None], command: str, as_json: bool
+) -> None:
+    """Each error that names a checkpoint: unreadable, of another shape, NaN, several series, integers that differ."""
+    (hostile / f"{HOSTILE}_2_copy.safetensors").unlink()
+    spoil(hostile)
+    options: list[object] = ["--json"] if as_json else []
+    if command == "average":
+        options += ["--output", tmp_path / "out.safetensors"]
+    code, out, err = in_process(command, hostile, *options)
+    if command == "average" or spoil in (broken, misfit, doubled):
+        assert code in (3, 4)
+        assert_plain(out, err)
+    assert not set("\x1b\r") & set(out + err)
+
+
+@pytest.mark.parametrize("command", ["average", "check", "inspect"])
+def test_errors_about_paths_show_them_escaped(in_process: InProcess, hostile: Path, command: str) -> None:
+    """Of sources that are not there or twice there, of selections without any, and of outputs."""
+    (first,) = hostile.glob("*_1.safetensors")
+    output: list[object] = ["--output", hostile.parent / "out.safetensors"] if command == "average" else []
+    (hostile / "empty").mkdir()
+    sources: list[list[object]] = [[hostile / f"{HOSTILE}_9.pt"]]
+    if command != "inspect":
+        sources += [[first, first], [hostile, "--include", "x*"], [hostile, "--last", 9], [hostile, first]]
+    for source in sources:
+        code, out, err = in_process(command, *source, *output)
+        assert code in (2, 4)
+        assert_plain(out, err)
+    if command == "average":
+        for target in (first, hostile / f"{HOSTILE}_gone" / "x.safetensors", hostile / f"{HOSTILE}.tmp"):
+            target.mkdir() if target.suffix == ".tmp" else None
+            code, out, err = in_process("average", hostile, "--output", target)
+            assert code == 2
+            assert_plain(out, err)

@@ -1,0 +1,323 @@
+"""Before they begin, ranks compare what they were asked for, and what they see of the files."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from system.faults.rank_runs import in_threads
+
+import ckpt_avg.commands.agreement
+from ckpt_avg import CheckpointFormatError, average, open_checkpoint
+from ckpt_avg.checkpoint.spec import CheckpointSpec
+from ckpt_avg.commands.agreement import agree_on_files, agree_on_request
+from ckpt_avg.distributed.ranks import Ranks
+from ckpt_avg.errors import RankError
+from ckpt_avg.files.input_file import MappedFile
+
+# -- Arguments ------------------------------------------------------------------------------------------------------
+
+
+def defaults() -> dict[str, Any]:
+    """Returns every argument of `average`, with its default."""
+    parameters = inspect.signature(average).parameters.values()
+    given = {each.name: None if each.default is each.empty else each.default for each in parameters}
+    return given | {"sources": ["run"], "output": "swa.safetensors"}
+
+
+def compared(**others: Any) -> list[Any]:
+    """Lets three ranks agree, the last of which was given other arguments; returns how each ended."""
+
+    def work(ranks: Ranks) -> None:
+        agree_on_request(ranks, defaults() | (others if ranks.rank == 2 else {}))
+
+    return in_threads(3, work)
+
+
+OTHER: dict[str, Any] = {
+    "sources": ["another run"],
+    "output": "other.safetensors",
+    "last": 3,
+    "every": 2,
+    "from_step": 1,
+    "to_step": 1,
+    "best": 2,
+    "metric": "loss",
+    "mode": "min",
+    "include": ("*.pt",),
+    "exclude": ["*.pt"],
+    "at_lr_minima": True,
+    "state_key": "model",
+    "ema": True,
+    "strip_prefix": "model.",
+    "dtype": "bfloat16",
+    "non_float": "last",
+    "allow_nonfinite": True,
+    "model": torch.nn.Linear,
+    "data": list,
+    "forward_batch": print,
+    "bn": "keep",
+    "bn_batches": 3,
+    "bn_estimator": "batch-mean",
+    "amp": "bfloat16",
+    "evaluate": len,
+    "evaluate_all": True,
+    "require": ("loss<=last",),
+    "sha256": True,
+    "overwrite": True,
+    "dry_run": True,
+}
+HOW = {"device": "cpu", "io": "other", "threads": 7, "memory": 1 << 20, "progress": object(), "ranks": Ranks()}
+
+
+def test_every_argument_either_decides_bytes_or_does_not() -> None:
+    """If it failed, a new argument would be tried by none of the tests below."""
+    assert OTHER.keys() | HOW.keys() >= defaults().keys()
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_argument_on_one_rank_is_refused_on_all_and_named(name: str) -> None:
+    """If it failed, ranks would fill parts of one file with different averages."""
+    ends = compared(**{name: OTHER[name]})
+    assert all(isinstance(end, RankError) for end in ends)
+    for end in ends:
+        assert str(end).startswith(
+            f"expected the same arguments and versions on all ranks, got on rank 0 and on rank 2 {name}: "
+        )
+        assert str(end).endswith("Start all ranks with the same command.")
+
+
+def test_arguments_that_decide_no_byte_may_differ() -> None:
+    """If it failed, machines of different kinds could not work together."""
+    assert compared(**HOW) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"sources": [Path("run")]},
+        {"sources": ("run",)},
+        {"output": Path("swa.safetensors")},
+        {"model": None},
+        {"include": []},
+    ],
+    ids=str,
+)
+def test_other_spellings_of_the_same_arguments_agree(same: dict[str, Any]) -> None:
+    """If it failed, a script that builds its arguments in two ways would be refused."""
+    assert compared(**same) == [None] * 3
+
+
+def test_objects_are_compared_by_what_they_are_not_where_they_lie() -> None:
+    """If it failed, a model or a loader, which is another object in each process, would be refused."""
+
+    def work(ranks: Ranks) -> None:
+        mine = {"model": torch.nn.Linear(2, 2), "data": [torch.ones(2)], "evaluate": partial(max, ranks.rank)}
+        agree_on_request(ranks, mine | {"data": iter([1])})
+
+    assert in_threads(2, work) == [None, None]
+
+
+def test_batches_in_a_list_are_not_sent_one_by_one() -> None:
+    """If it failed, each rank's own list of batches would be refused for its length."""
+
+    def work(ranks: Ranks) -> None:
+        agree_on_request(ranks, defaults() | {"data": [torch.ones(2)] * (1 + ranks.rank)})
+
+    assert in_threads(2, work) == [None, None]
+
+
+@pytest.mark.parametrize("which", ["ckpt_avg", "torch"])
+def test_other_versions_are_refused(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it failed, an old installation on one machine would fill its part in another way."""
+    name = f"version of {which}"
+
+    class Altered(Ranks):
+        """Rank 1 says that it runs another version."""
+
+        def exchange(self, step: str, value: Any, answer: Callable[..., Any] = bool) -> Any:
+            return super().exchange(step, value | ({name: "0.0.1"} if self.rank == 1 else {}), answer)
+
+    monkeypatch.setattr("ckpt_avg.distributed.ranks.Ranks", Altered)
+    ends = in_threads(2, lambda ranks: agree_on_request(ranks, defaults()))
+    for end in ends:
+        assert isinstance(end, RankError)
+        assert (
+            f"got on rank 0 and on rank 1 {name}: {(ckpt_avg if which == 'ckpt_avg' else torch).__version__!r}"
+            in str(end)
+        )
+        assert "'0.0.1'" in str(end)
+
+
+def test_arguments_of_any_kind_can_be_sent() -> None:
+    """If it failed, an argument that is wrong on all ranks would be a crash, not an error that names it."""
+    odd = {"last": math.inf, "every": 2**70, "metric": "\udcff", "mode": b"min", "include": {"a"}, "bn": object}
+    assert in_threads(2, lambda ranks: agree_on_request(ranks, defaults() | odd)) == [None, None]
+
+
+# -- Files ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A checkpoint as another machine sees it: under a path of its own."""
+
+    spec: CheckpointSpec
+    files: tuple[MappedFile, ...]
+
+
+def see(folder: Path, names: list[str]) -> list[Seen]:
+    """Opens a machine's files, and says that they lie in /data."""
+    opened = [open_checkpoint(folder / name) for name in names]
+    return [Seen(replace(each.spec, path=Path("/data") / each.spec.path.name), tuple(each.files)) for each in opened]
+
+
+def agreed(first: list[Seen], other: list[Seen]) -> list[Any]:
+    """Lets three ranks agree on files, the second of which sees others."""
+    return in_threads(3, lambda ranks: agree_on_files(ranks, other if ranks.rank == 1 else first))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def views(tmp_path: Path, run_folder: Path) -> tuple[Path, Path]:
+    """Two machines' folders, with the same three checkpoints of the real run."""
+    for machine in ("one", "other"):
+        (tmp_path / machine).mkdir()
+        for epoch in (18, 19, 20):
+            shutil.copy(run_folder / f"epoch_{epoch}.pt", tmp_path / machine)
+    return tmp_path / "one", tmp_path / "other"
+
+
+NAMES = ["epoch_18.pt", "epoch_19.pt", "epoch_20.pt"]
+ADVICE = "Put the checkpoints on storage that all ranks share, or copy them."
+
+
+def test_copies_of_the_files_agree(views: tuple[Path, Path]) -> None:
+    """If it failed, checkpoints could not be copied to each machine."""
+    assert agreed(see(views[0], NAMES), see(views[1], NAMES)) == [None] * 3
+
+
+def test_another_file_of_the_same_shape_is_refused_and_named(views: tuple[Path, Path]) -> None:
+    """If it failed, the output would be made of two runs."""
+    shutil.copy(views[1] / "epoch_18.pt", views[1] / "epoch_19.pt")
+    ends = agreed(see(views[0], NAMES), see(views[1], NAMES))
+    for end in ends:
+        assert type(end) is CheckpointFormatError
+        assert str(end) == (
+            "/data/epoch_19.pt: expected the same files on all ranks, got on rank 1 other ones than on rank 0. "
+            f"{ADVICE}"
+        )
+
+
+@pytest.mark.parametrize("names", [NAMES[:2], NAMES[1:], NAMES[::-1]], ids=["fewer", "others", "order"])
+def test_another_selection_is_refused_and_listed(views: tuple[Path, Path], names: list[str]) -> None:
+    """If it failed, a folder that is still being copied would be averaged in part."""
+    ends = agreed(see(views[0], NAMES), see(views[1], names))
+    for end in ends:
+        assert type(end) is CheckpointFormatError
+        assert str(end).startswith("expected the same files on all ranks, got on rank 1 other ones than on rank 0: ")
+        assert all(f"/data/{name}" in str(end) for name in names)
+        assert " rather than '/data/epoch_18.pt', '/data/epoch_19.pt', '/data/epoch_20.pt'. " in str(end)
+
+
+@pytest.mark.parametrize(
+    ("elements", "where"),
+    [
+        *((elements, where) for elements in (0, 1, 100) for where in (0, 0.5, 1)),
+        *((elements, 0.5) for elements in (5000, 250_000)),
+        (5000, 0),
+        (5000, 1),
+        (250_000, 0),
+        (250_000, 1),
+    ],
+)
+def test_one_bit_in_a_file_of_up_to_a_megabyte_is_seen(tmp_path: Path, elements: int, where: float) -> None:
+    """If it failed, small checkpoints that differ would be taken for the same."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    save_file({"w": torch.arange(elements, dtype=torch.float32), "b": torch.ones(2)}, tmp_path / "one" / "a")
+    contents = bytearray((tmp_path / "one" / "a").read_bytes())
+    data = 8 + int.from_bytes(contents[:8], "little")
+    contents[data + int(where * (len(contents) - data - 1))] ^= 1
+    (tmp_path / "other" / "a").write_bytes(contents)
+    ends = agreed(see(tmp_path / "one", ["a"]), see(tmp_path / "other", ["a"]))
+    assert [type(end) for end in ends] == [CheckpointFormatError] * 3
+
+
+def test_of_very_many_files_the_data_of_each_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it failed, shards of two runs, whose headers are the same, would be taken for the same."""
+    monkeypatch.setattr("ckpt_avg.commands.agreement._SAMPLES", 1)
+    for machine, add in (("one", 0.0), ("other", 1e-3)):
+        (tmp_path / machine).mkdir()
+        tensors = {"w": torch.arange(3_000_000, dtype=torch.float64) + add}
+        save_file(tensors, tmp_path / machine / "a", metadata={"a": "long header" * 1000})
+    ends = agreed(see(tmp_path / "one", ["a"]), see(tmp_path / "other", ["a"]))
+    assert [type(end) for end in ends] == [CheckpointFormatError] * 3
+
+
+def test_another_training_step_of_a_large_file_is_seen(tmp_path: Path) -> None:
+    """If it failed, a large checkpoint of another step, all of whose values differ, would be taken for the same."""
+    for machine, add in (("one", 0.0), ("other", 1e-3)):
+        (tmp_path / machine).mkdir()
+        save_file({"w": torch.arange(3_000_000, dtype=torch.float64) + add}, tmp_path / machine / "a")
+    ends = agreed(see(tmp_path / "one", ["a"]), see(tmp_path / "other", ["a"]))
+    assert [type(end) for end in ends] == [CheckpointFormatError] * 3
+
+
+@pytest.mark.parametrize("what", ["name", "shape", "dtype", "order"])
+def test_another_header_is_refused(tmp_path: Path, what: str) -> None:
+    """If it failed, ranks would have different plans for one file."""
+    one = {"w": torch.zeros(4, 3), "x": torch.zeros(4)}
+    other = {
+        "name": {"w": torch.zeros(4, 3), "y": torch.zeros(4)},
+        "shape": {"w": torch.zeros(3, 4), "x": torch.zeros(4)},
+        "dtype": {"w": torch.zeros(4, 3), "x": torch.zeros(4, dtype=torch.int32)},
+        "order": {"w": torch.zeros(4, 3), "x": torch.zeros(2, 2)},
+    }[what]
+    for machine, tensors in (("one", one), ("other", other)):
+        (tmp_path / machine).mkdir()
+        save_file(tensors, tmp_path / machine / "a")
+    ends = agreed(see(tmp_path / "one", ["a"]), see(tmp_path / "other", ["a"]))
+    assert [type(end) for end in ends] == [CheckpointFormatError] * 3
+
+
+def test_every_shard_is_compared(tmp_path: Path) -> None:
+    """If it failed, one shard that is missing its last write would go unnoticed among hundreds."""
+    index: dict[str, str] = {}
+    for machine in ("one", "other"):
+        (tmp_path / machine / "c").mkdir(parents=True)
+        for shard in range(300):
+            name = f"model-{shard + 1:05}-of-00300.safetensors"
+            index[f"w{shard}"] = name
+            value = 7.0 if (machine, shard) == ("other", 280) else 1.0
+            save_file({f"w{shard}": torch.full((3,), value)}, tmp_path / machine / "c" / name)
+        (tmp_path / machine / "c" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    ends = agreed(see(tmp_path / "one", ["c"]), see(tmp_path / "other", ["c"]))
+    assert [type(end) for end in ends] == [CheckpointFormatError] * 3
+    assert str(ends[0]).startswith("/data/c: ")
+
+
+def test_a_single_rank_reads_nothing_for_it(monkeypatch: pytest.MonkeyPatch, run_folder: Path) -> None:
+    """If it failed, every run would read a megabyte of each checkpoint twice."""
+    with open_checkpoint(run_folder / "epoch_20.pt") as checkpoint:
+        monkeypatch.setattr(MappedFile, "read", lambda *_: pytest.fail("it was read"))
+        agree_on_files(Ranks(), [checkpoint])
+
+
+def test_names_that_are_no_text_agree(tmp_path: Path) -> None:
+    """If it failed, a file name in an old encoding could not be averaged by several ranks."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    save_file({"w": torch.ones(2)}, tmp_path / "a")
+    os.rename(tmp_path / "a", path)
+    seen = see(tmp_path, [path.name])
+    assert agreed(seen, seen) == [None] * 3

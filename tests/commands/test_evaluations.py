@@ -1,0 +1,1080 @@
+"""``--eval``, ``--require``, ``--report``: what is measured, of which weights, and what it must not do."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ckpt_avg import RequirementError, UsageError, UserCodeError, average
+from ckpt_avg.errors import CkptAvgError, IncompatibleError
+from ckpt_avg.user_code.evaluate import evaluate_weights
+
+InProcess = Callable[..., tuple[int, str, str]]
+CPU = torch.device("cpu")
+_numbers = itertools.count()
+
+
+def make() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(1, 4, 3),
+        nn.BatchNorm1d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+        nn.BatchNorm1d(5),
+        nn.Linear(5, 2),
+    )
+
+
+def batches(seed: int = 100) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 1, 6, generator=generator) for size in (6, 5, 4)]
+
+
+def score(model: nn.Module) -> dict[str, float]:
+    """Any change of a weight, a buffer or a mode changes these numbers."""
+    output = model(torch.cat(batches(7))).double()
+    return {"accuracy": (output[:, 0] > output[:, 1]).double().mean().item(), "loss": output.square().sum().item()}
+
+
+def write_run(folder: Path, count: int = 3) -> list[Path]:
+    folder.mkdir()
+    paths = []
+    for number in range(count):
+        torch.manual_seed(number)
+        model = make().train()
+        with torch.no_grad():
+            for batch in batches(number):
+                model(batch * (1 + number))
+        paths.append(folder / f"step_{number}.pt")
+        torch.save(model.state_dict(), paths[-1])
+    return paths
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> list[Path]:
+    return write_run(tmp_path / "run")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """In a folder of its own, whose listing shows all that is left there."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "swa.safetensors"
+
+
+def of(tensors: dict[str, Tensor], function: Callable[[nn.Module], Any] = score) -> Any:
+    """The oracle: the function, called by hand with a model that holds these weights."""
+    model = make()
+    model.load_state_dict(tensors)
+    with torch.no_grad():
+        return function(model.eval())
+
+
+def of_file(path: Path, function: Callable[[nn.Module], Any] = score) -> Any:
+    return of(load_file(path) if path.suffix == ".safetensors" else torch.load(path), function)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return make().state_dict()
+
+
+def evaluated(function: Callable[[nn.Module], Any], model: nn.Module | None = None) -> dict[str, float]:
+    return evaluate_weights(function, model or make(), weights(), name="step_7.pt", device=CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a function may return
+
+
+def named(model: nn.Module) -> Any:
+    return 0.25
+
+
+class Meter:
+    def __call__(self, model: nn.Module) -> float:
+        return 0.25
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(named, "named"), (lambda model: 0.25, "<lambda>"), (Meter(), "Meter"), (functools.partial(named), "partial")],
+)
+def test_a_lone_number_is_named_after_the_function(function: Callable[[nn.Module], Any], name: str) -> None:
+    assert evaluated(function) == {name: 0.25}
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (0.25, 0.25),
+        (3, 3.0),
+        (True, 1.0),
+        (Fraction(1, 4), 0.25),
+        (torch.tensor(0.25), 0.25),
+        (torch.tensor(0.25, dtype=torch.bfloat16), 0.25),
+        (torch.tensor([0.25]), 0.25),
+        (torch.tensor(3), 3.0),
+        (torch.tensor(True), 1.0),
+        (nn.Parameter(torch.tensor(0.25)), 0.25),
+        (numpy.float32(0.25), 0.25),
+        (numpy.float64(0.25), 0.25),
+        (numpy.float16(0.25), 0.25),
+        (numpy.int64(3), 3.0),
+        (numpy.bool_(True), 1.0),
+        (numpy.array(0.25), 0.25),
+        (numpy.array([0.25]), 0.25),
+        (math.inf, math.inf),
+        (torch.tensor(-math.inf), -math.inf),
+    ],
+    ids=lambda value: f"{type(value).__name__} {value}",
+)
+def test_numbers_of_all_kinds(value: Any, number: float) -> None:
+    """Alone, and in a dict; they come out as plain floats, which --json can print."""
+    for returned in (value, {"named": value}):
+        found = evaluated(lambda model, returned=returned: returned)
+        assert list(found.values()) == [number]
+        assert all(type(each) is float for each in found.values())
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, torch.tensor(math.nan), numpy.float32("nan")], ids=lambda v: type(v).__name__
+)
+def test_nan_is_a_number_here(value: Any) -> None:
+    assert math.isnan(evaluated(lambda model: {"loss": value})["loss"])
+
+
+def test_a_tensor_with_a_gradient_is_a_number() -> None:
+    assert evaluated(lambda model: torch.tensor(0.25, requires_grad=True)) == {"<lambda>": 0.25}
+
+
+def test_names_that_are_no_strings() -> None:
+    """A function may report by class: ``{0: …, 1: …}``."""
+    assert evaluated(lambda model: {0: 0.5, 1: 0.25}) == {"0": 0.5, "1": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ("0.93", "'bad' is a str"),
+        (None, "'bad' is None (is there a return?)"),
+        ({}, "an empty dict"),
+        ({"a": "x"}, "'a' is a str"),
+        ({"a": 1.0, "b": None, "c": [1]}, "'b' is None (is there a return?), 'c' is a list"),
+        ({"a": {"b": 1.0}}, "'a' is a dict"),
+        ((0.5, 0.6), "'bad' is a tuple"),
+        ([0.5], "'bad' is a list"),
+        (1j, "'bad' is a complex"),
+        (torch.tensor(1j), "'bad' is a Tensor"),
+        (torch.tensor([0.5, 0.6]), "'bad' is a Tensor of shape [2]"),
+        (torch.tensor([[0.5]]), "'bad' is a Tensor of shape [1, 1]"),
+        (numpy.array([0.5, 0.6]), "'bad' is a ndarray of shape [2]"),
+        (numpy.str_("0.5"), "'bad' is a str_"),
+        ({"a": b"1"}, "'a' is a bytes"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_number_is_named(value: Any, got: str) -> None:
+    def bad(model: nn.Module) -> Any:
+        return value
+
+    with pytest.raises(UserCodeError) as caught:
+        evaluated(bad)
+    assert str(caught.value) == (
+        f"the --eval function: expected a number or a dict of names to numbers, got {got}. Return for example "
+        "{'accuracy': 0.93}."
+    )
+
+
+@pytest.mark.parametrize("value", [10**400, {"count": 10**400}], ids=["alone", "in a dict"])
+def test_an_integer_beyond_float_is_the_function_s_fault(value: Any) -> None:
+    with pytest.raises(UserCodeError):
+        evaluated(lambda model: value)
+
+
+def test_a_number_that_cannot_be_taken_is_the_function_s_fault() -> None:
+    """A tensor without data, or one whose computation on the GPU failed: ``item()`` raises."""
+    with pytest.raises(UserCodeError):
+        evaluated(lambda model: torch.empty((), device="meta"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How the function is called
+
+
+def test_in_evaluation_mode_without_gradients_with_these_weights() -> None:
+    seen: list[Any] = []
+
+    def look(model: nn.Module) -> float:
+        seen.append((any(module.training for module in model.modules()), torch.is_grad_enabled()))
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return 0.0
+
+    evaluated(look, make().train())
+    assert seen[0] == (False, False)
+    assert all(torch.equal(seen[1][name], tensor) for name, tensor in weights().items())
+    assert torch.is_grad_enabled()
+
+
+def test_is_what_the_function_says_when_called_by_hand() -> None:
+    assert evaluated(score) == of(weights())
+
+
+def test_weights_are_copied_and_the_source_stays() -> None:
+    """The source may be a mapped checkpoint: writing to it would change the user's file, or crash."""
+    source = weights()
+    before = {name: tensor.clone() for name, tensor in source.items()}
+
+    def destroy(model: nn.Module) -> float:
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+        return 0.0
+
+    evaluate_weights(destroy, make(), source, name="x", device=CPU)
+    assert all(torch.equal(source[name], tensor) for name, tensor in before.items())
+
+
+def test_modes_and_gradients_are_as_before() -> None:
+    """Also where the function changes them, and where it fails."""
+    model = make()
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+
+    def disturb(model: nn.Module) -> float:
+        model.train()
+        torch.set_grad_enabled(True)
+        raise ValueError
+
+    with torch.no_grad():
+        with pytest.raises(UserCodeError):
+            evaluated(disturb, model)
+        assert not torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("no such file"), "ValueError: no such file"),
+        (SystemExit(0), "SystemExit: 0"),
+        (SystemExit("bye"), "SystemExit: bye"),
+        (StopIteration(), "StopIteration: "),
+        (AssertionError(), "AssertionError: "),
+    ],
+)
+def test_what_it_raises_names_the_weights(error: BaseException, text: str) -> None:
+    """Also sys.exit(0), which would end the command with success and without an output."""
+
+    def fail(model: nn.Module) -> float:
+        raise error
+
+    with pytest.raises(UserCodeError) as caught:
+        evaluated(fail)
+    assert str(caught.value) == f"the --eval function raised for step_7.pt: {text}"
+    assert caught.value.__cause__ is error, "the traceback is what helps"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), UsageError("x")])
+def test_what_is_not_its_fault_passes(error: BaseException) -> None:
+    def fail(model: nn.Module) -> float:
+        raise error
+
+    with pytest.raises(type(error)):
+        evaluated(fail)
+
+
+def test_weights_that_do_not_fit_the_model() -> None:
+    with pytest.raises(IncompatibleError):
+        evaluate_weights(score, nn.Linear(2, 2), weights(), name="x", device=CPU)
+
+
+def draws(model: nn.Module) -> dict[str, float]:
+    """What the random generators give now."""
+    return {"torch": torch.rand(1).item(), "python": random.random(), "numpy": float(numpy.random.rand())}
+
+
+def test_the_same_random_state_at_each_call(run: list[Path], out: Path) -> None:
+    """A metric that draws samples must not differ between two measurements for that alone.
+
+    In between lies a refresh over a loader that shuffles.
+    """
+    loader = torch.utils.data.DataLoader(torch.cat(batches()), batch_size=5, shuffle=True)
+    result = average(run, out, model=make, data=loader, evaluate=draws, evaluate_all=True, device="cpu")
+    assert len(result.evaluations) == 5
+    assert len({tuple(each.metrics.items()) for each in result.evaluations}) == 1
+
+
+def test_random_states_are_as_before(run: list[Path], out: Path) -> None:
+    """`average` in the middle of a training script changes nothing of what comes after."""
+    model = make()
+    for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+        seed(5)
+    expected = draws(model)
+    for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+        seed(5)
+    average(run, out, model=model, data=batches(), evaluate=draws, device="cpu")
+    assert draws(model) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured on the way of `average`
+
+
+def test_of_the_last_checkpoint_and_of_the_published_file(run: list[Path], out: Path, tmp_path: Path) -> None:
+    """Equal to loading the files by hand: the last checkpoint, the mean with the mean statistics, and the output."""
+    result = average(run, out, model=make, data=batches, evaluate=score, device="cpu")
+    average(run, tmp_path / "kept.safetensors", bn="keep", device="cpu")
+    assert [(each.name, each.path) for each in result.evaluations] == [
+        ("step_2.pt", run[2]),
+        ("average, statistics averaged", None),
+        ("average, statistics refreshed", None),
+    ]
+    expected = [of_file(run[2]), of_file(tmp_path / "kept.safetensors"), of_file(out)]
+    assert [each.metrics for each in result.evaluations] == expected
+    assert len({each["loss"] for each in expected}) == 3, "the test would notice a mix-up"
+
+
+def test_of_all_checkpoints_in_their_order(run: list[Path], out: Path) -> None:
+    result = average([run[2], run[0], run[1]], out, model=make, bn="keep", evaluate=score, evaluate_all=True)
+    assert [(each.name, each.metrics) for each in result.evaluations] == [
+        ("step_2.pt", of_file(run[2])),
+        ("step_0.pt", of_file(run[0])),
+        ("step_1.pt", of_file(run[1])),
+        ("average, statistics averaged", of_file(out)),
+    ]
+
+
+def test_checkpoints_of_the_same_name_are_told_apart(run: list[Path], out: Path, tmp_path: Path) -> None:
+    """Checkpoint folders often hold files of one name each, which may be named by hand."""
+    paths = []
+    for number, path in enumerate(run):
+        paths.append(tmp_path / f"checkpoint-{number}" / "weights.pt")
+        paths[-1].parent.mkdir()
+        path.rename(paths[-1])
+    result = average(paths, out, model=make, bn="keep", evaluate=score, evaluate_all=True)
+    assert [each.name for each in result.evaluations[:3]] == [f"checkpoint-{number}/weights.pt" for number in range(3)]
+
+
+@pytest.mark.parametrize("bn", ["auto", "keep"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_of_the_output_in_its_own_dtype(run: list[Path], out: Path, dtype: str, bn: str) -> None:
+    """What is rounded to half precision is measured so, and not as it was before."""
+    result = average(run, out, dtype=dtype, bn=bn, model=make, data=batches, evaluate=score, device="cpu")
+    assert load_file(out)["0.weight"].dtype is getattr(torch, dtype)
+    assert result.evaluations[-1].metrics == of_file(out)
+
+
+def test_without_batch_norm(tmp_path: Path, out: Path) -> None:
+    paths = [tmp_path / f"step_{number}.safetensors" for number in range(2)]
+    for number, path in enumerate(paths):
+        save_file({"weight": torch.full((2, 6), float(number)), "bias": torch.ones(2)}, path)
+    function = functools.partial(lambda model: model(torch.ones(6)).sum())
+    result = average(paths, out, model=lambda: nn.Linear(6, 2), evaluate=function)
+    assert [(each.name, dict(each.metrics)) for each in result.evaluations] == [
+        ("step_1.safetensors", {"partial": 14.0}),
+        ("average", {"partial": 8.0}),
+    ]
+
+
+def test_of_one_checkpoint_as_it_is(run: list[Path], out: Path) -> None:
+    """A copy: its numbers are those of the checkpoint."""
+    result = average(run, out, last=1, model=make, evaluate=score)
+    assert [each.name for each in result.evaluations] == ["step_2.pt", "these weights"]
+    assert [each.metrics for each in result.evaluations] == [of_file(run[2])] * 2
+
+
+def test_of_one_checkpoint_before_and_after_its_refresh(run: list[Path], out: Path) -> None:
+    result = average(run, out, last=1, model=make, data=batches, evaluate=score, device="cpu")
+    assert [each.name for each in result.evaluations] == ["step_2.pt", "these weights, statistics refreshed"]
+    assert [each.metrics for each in result.evaluations] == [of_file(run[2]), of_file(out)]
+
+
+def test_frozen_statistics_are_measured_once(run: list[Path], out: Path) -> None:
+    """Where nothing is refreshed there are no statistics that would be averaged."""
+    statistics = {name: tensor for name, tensor in torch.load(run[0]).items() if "running" in name or "num_b" in name}
+    for path in run:
+        torch.save({**torch.load(path), **statistics}, path)
+    result = average(run, out, model=make, data=batches, evaluate=score)
+    assert [each.name for each in result.evaluations] == ["step_2.pt", "average"]
+    assert result.evaluations[-1].metrics == of_file(out)
+
+
+def test_under_another_key_and_with_a_prefix(run: list[Path], out: Path, tmp_path: Path) -> None:
+    """Checkpoints are measured as they are read, not as they are stored."""
+    wrapped = [tmp_path / f"step_{number}.pt" for number in range(3)]
+    for plain, path in zip(run, wrapped, strict=True):
+        torch.save({"net": {"deep": {f"model.{name}": value for name, value in torch.load(plain).items()}}}, path)
+    result = average(
+        wrapped, out, state_key="net.deep", strip_prefix="model.", model=make, bn="keep", evaluate=score,
+        evaluate_all=True,
+    )  # fmt: skip
+    assert [each.metrics for each in result.evaluations] == [*map(of_file, run), of_file(out)]
+
+
+def test_a_dry_run_does_not_call_it(run: list[Path], out: Path) -> None:
+    def never(model: nn.Module) -> float:
+        pytest.fail("called")
+
+    result = average(run, out, model=make, data=batches, evaluate=never, require="never>=last", dry_run=True)
+    assert (result.evaluations, result.outcomes, result.written) == ((), (), False)
+    assert names(out.parent) == []
+
+
+def test_the_model_that_is_passed_in_stays_as_it_is(run: list[Path], out: Path) -> None:
+    torch.manual_seed(9)
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    average(run, out, model=model, bn="keep", evaluate=score)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert model.training
+
+
+def test_progress_says_what_is_measured(run: list[Path], out: Path) -> None:
+    from ckpt_avg.progress import Progress
+
+    told: list[str] = []
+    average(
+        run, out, model=make, data=batches, evaluate=score, evaluate_all=True, progress=Progress(evaluating=told.append)
+    )
+    assert told == [
+        "step_0.pt",
+        "step_1.pt",
+        "step_2.pt",
+        "average, statistics averaged",
+        "average, statistics refreshed",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a function does to the model, or to the process, stays without effect
+
+
+def trains(model: nn.Module) -> None:
+    model.train()
+    model(batches()[0] * 100)
+
+
+def changes_buffers(model: nn.Module) -> None:
+    for buffer in model.buffers():
+        buffer.fill_(77)
+
+
+def replaces_buffers(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.full_like(buffer, 5))
+
+
+def changes_weights(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.fill_(3.0)
+
+
+def draws_random_numbers(model: nn.Module) -> None:
+    draws(model)
+
+
+def changes_the_folder(model: nn.Module) -> None:
+    os.chdir("/")
+
+
+def prints(model: nn.Module) -> None:
+    print("epoch 1: 0.93")
+
+
+def freezes(model: nn.Module) -> None:
+    model.requires_grad_(False)
+
+
+def swaps_parameters(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter)
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        trains,
+        changes_buffers,
+        replaces_buffers,
+        changes_weights,
+        draws_random_numbers,
+        changes_the_folder,
+        prints,
+        freezes,
+        swaps_parameters,
+    ],
+)
+def test_a_function_that_disturbs(
+    disturb: Callable[[nn.Module], None], run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published bytes are those of a run without --eval, and each measurement is that of undisturbed weights."""
+
+    def disturbing(model: nn.Module) -> dict[str, float]:
+        found = score(model)
+        disturb(model)
+        return found
+
+    monkeypatch.chdir(tmp_path)
+    data = torch.utils.data.DataLoader(torch.cat(batches()), batch_size=5, shuffle=True)
+    torch.manual_seed(3)
+    average(run, "plain.safetensors", model=make, data=data, device="cpu")
+    torch.manual_seed(3)
+    found = average(run, "swa.safetensors", model=make, data=data, evaluate=disturbing, evaluate_all=True, device="cpu")
+    assert (tmp_path / "swa.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    assert [each.metrics for each in found.evaluations if each.path] == [of_file(path) for path in run]
+    assert found.evaluations[-1].metrics == of_file(tmp_path / "swa.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda model: model.half(), "parameter '0.weight'"),
+        (lambda model: model.double(), "parameter '7.bias'"),
+        (lambda model: setattr(model, "2", nn.GELU()), "module '2'"),
+        (lambda model: model.append(nn.ReLU()), "module '8'"),
+        (lambda model: model[5].register_forward_hook(lambda *_: None), "module '5'"),
+        (lambda model: setattr(model, "forward", lambda values: values), "module ''"),
+    ],
+    ids=["half", "double", "swaps a module", "adds a module", "leaves a hook", "replaces forward"],
+)
+def test_a_function_that_changes_the_model_itself_is_refused(
+    change: Callable[[nn.Module], Any], named: str, run: list[Path], out: Path
+) -> None:
+    """The refresh and the next measurement would run through another model than the user's."""
+
+    def changing(model: nn.Module) -> float:
+        change(model)
+        return 1.0
+
+    with pytest.raises(UserCodeError, match=r"copy\.deepcopy\(model\)") as caught:
+        average(run, out, model=make, data=batches, evaluate=changing, device="cpu")
+    assert named in str(caught.value)
+    assert names(out.parent) == []
+
+
+@pytest.mark.parametrize("value", [True, 2, "all"])
+def test_an_attribute_of_the_user_s_that_ends_in_hooks_is_no_hook(run: list[Path], out: Path, value: object) -> None:
+    def build() -> nn.Module:
+        model = make()
+        model.use_hooks = value
+        return model
+
+    assert average(run, out, model=build, bn="keep", evaluate=score).written
+
+
+def test_hooks_that_are_removed_again_are_no_change(run: list[Path], out: Path) -> None:
+    """A function may look at activations; and work on a copy, as the message advises."""
+
+    def looks(model: nn.Module) -> dict[str, float]:
+        handle = model[1].register_forward_hook(lambda *_: None)
+        score(copy.deepcopy(model).double().half().float())
+        found = score(model)
+        handle.remove()
+        return found
+
+    result = average(run, out, model=make, data=batches, evaluate=looks, device="cpu")
+    assert result.evaluations[-1].metrics == of_file(out)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3], ids=["the last checkpoint", "before the refresh", "after the refresh"])
+@pytest.mark.parametrize("kind", ["raises", "exits", "interrupt", "no number"])
+@pytest.mark.parametrize("old", [None, b"old"], ids=["absent", "old"])
+def test_nothing_is_published_where_it_fails(run: list[Path], out: Path, at: int, kind: str, old: bytes | None) -> None:
+    """Whichever call fails, the path is absent or what it was, and nothing is left beside it."""
+    if old is not None:
+        out.write_bytes(old)
+    calls = itertools.count(1)
+
+    def fails(model: nn.Module) -> Any:
+        if next(calls) < at:
+            return 0.5
+        if kind == "no number":
+            return "0.5"
+        raise {"raises": ValueError, "exits": SystemExit, "interrupt": KeyboardInterrupt}[kind]
+
+    with pytest.raises(KeyboardInterrupt if kind == "interrupt" else UserCodeError) as caught:
+        average(run, out, model=make, data=batches, evaluate=fails, overwrite=True, device="cpu")
+    if kind in ("raises", "exits"):
+        where = ["step_2.pt", "average, statistics averaged", "average, statistics refreshed"][at - 1]
+        assert f"raised for {where}:" in str(caught.value)
+    assert names(out.parent) == ([] if old is None else [out.name])
+    assert old is None or out.read_bytes() == old
+
+
+def test_other_metrics_at_another_call_name_the_weights(run: list[Path], out: Path) -> None:
+    replies = iter([{"a": 1.0, "b": 1.0}, {"a": 1.0, "c": 1.0}])
+    with pytest.raises(UserCodeError) as caught:
+        average(run, out, model=make, bn="keep", evaluate=lambda model: next(replies))
+    assert str(caught.value) == (
+        "the --eval function: expected the metrics 'a', 'b' each time, got 'a', 'c' for average, statistics averaged."
+    )
+    assert names(out.parent) == []
+
+
+def test_another_order_of_metrics_is_the_same(run: list[Path], out: Path) -> None:
+    replies = iter([{"a": 1.0, "b": 1.0}, {"b": 1.0, "a": 1.0}])
+    assert average(run, out, model=make, bn="keep", evaluate=lambda model: next(replies)).written
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gate
+
+
+def replies(*values: float) -> Callable[[nn.Module], dict[str, float]]:
+    """Returns a function that measures these, one after the other."""
+    each = iter(values)
+    return lambda model: {"m": next(each)}
+
+
+@pytest.mark.parametrize(
+    ("require", "values", "met"),
+    [
+        # the last checkpoint, before the refresh, after it
+        ("m>=last", (1.0, 0.0, 1.0), True),
+        ("m>=last", (1.0, 5.0, 0.9), False),
+        ("m>last", (1.0, 0.0, 1.0), False),
+        ("m<=0.5", (9.0, 9.0, 0.5), True),
+        ("m>=last-0.25", (1.0, 0.0, 0.75), True),
+        ("m>=last", (1.0, 1.0, math.nan), False),
+        ("m<=last", (math.nan, 1.0, 1.0), False),
+        # all three, before, after
+        ("m>=best", (3.0, 1.0, 2.0, 0.0, 3.0), True),
+        ("m>=best", (3.0, 1.0, 2.0, 9.0, 2.0), False),
+        ("m<=best", (3.0, 1.0, 2.0, 9.0, 1.0), True),
+        ("m<best", (3.0, 1.0, 2.0, 9.0, 1.0), False),
+        ("m>=mean", (3.0, 1.0, 2.0, 0.0, 2.0), True),
+        ("m>mean", (3.0, 1.0, 2.0, 0.0, 2.0), False),
+    ],
+)
+def test_the_gate_is_held_against_the_output(
+    run: list[Path], out: Path, require: str, values: tuple[float, ...], met: bool
+) -> None:
+    """Against the average after its refresh, and not before; ``best`` and ``mean`` measure all without being asked."""
+    function = replies(*values)
+    if met:
+        result = average(run, out, model=make, data=batches, evaluate=function, require=require, device="cpu")
+        assert (result.written, names(out.parent)) == (True, [out.name])
+    else:
+        with pytest.raises(RequirementError) as caught:
+            average(run, out, model=make, data=batches, evaluate=function, require=require, device="cpu")
+        result = caught.value.result
+        assert (result.written, names(out.parent)) == (False, [])
+    assert [each.metrics["m"] for each in result.evaluations] == pytest.approx(values, nan_ok=True)
+    assert [(each.requirement.text, each.met) for each in result.outcomes] == [(require, met)]
+
+
+def test_all_must_hold(run: list[Path], out: Path) -> None:
+    out.write_bytes(b"old")
+    with pytest.raises(RequirementError) as caught:
+        average(
+            run, out, model=make, bn="keep", evaluate=replies(1.0, 0.5), require=["m<=last", "m>=last", "m>0.75"],
+            overwrite=True,
+        )  # fmt: skip
+    assert str(caught.value) == (
+        f"{out}: not published, since 2 requirements of 3 are not met: m>=last: expected >= 1, got 0.5; m>0.75: "
+        "expected > 0.75, got 0.5. Average other checkpoints (ckpt-avg sweep shows which are best together), or ask "
+        "for less."
+    )
+    assert [each.met for each in caught.value.result.outcomes] == [True, False, False]
+    assert (out.read_bytes(), names(out.parent)) == (b"old", [out.name])
+
+
+@pytest.fixture
+def no_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where an output is begun: it has no name yet, so that no listing would show it."""
+    monkeypatch.setattr("ckpt_avg.commands.publish.shared_output", lambda *_: pytest.fail("an output was begun"))
+
+
+@pytest.mark.usefixtures("no_output")
+def test_an_unknown_metric_is_found_before_anything_is_made(run: list[Path], out: Path) -> None:
+    """After the first measurement, even if all are to be measured."""
+    calls: list[int] = []
+
+    def function(model: nn.Module) -> dict[str, float]:
+        calls.append(1)
+        return {"accuracy": 1.0}
+
+    with pytest.raises(UsageError, match="got 'acuracy'"):
+        average(run, out, model=make, bn="keep", evaluate=function, require=["accuracy>=best", "acuracy>=best"])
+    assert (len(calls), names(out.parent)) == (1, [])
+
+
+@pytest.mark.usefixtures("no_output")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"require": "m>=last"}, "--require: nothing is measured that it could be about. Add --eval MODULE:FUNCTION."),
+        ({"evaluate_all": True}, "--eval-all: nothing is measured that it could be about. Add --eval MODULE:FUNCTION."),
+        ({"evaluate": score}, "--eval: expected the model that is to be measured. Add --model MODULE:FACTORY."),
+        ({"evaluate": score, "model": make, "require": "loss"}, "--require 'loss': expected METRIC>=last, with"),
+        ({"require": ["m>=last", ""]}, "--require '': expected METRIC>=last, with"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_first(out: Path, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Before the sources are even looked at."""
+    with pytest.raises(UsageError) as caught:
+        average(tmp_path / "no such run", out, bn="keep", **options)
+    assert str(caught.value).startswith(message)
+    assert CkptAvgError.exit_code != caught.value.exit_code == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+APP = """
+import os, sys
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, 4, generator=generator) for size in (5, 4, 3)]
+
+def score(model):
+    print("printed by the function")
+    output = model(torch.cat(data())).double()
+    return {"accuracy": (output > 0).double().mean(), "loss": output.square().mean().item()}
+
+calls = 0
+
+def falls(model):
+    global calls
+    calls += 1
+    return {"m": 1.0 / calls}
+
+def nothing(model):
+    return {"m": float("nan"), "n": float("inf")}
+
+def text(model):
+    return "0.93"
+
+def raises(model):
+    raise LookupError("no test set")
+
+def exits(model):
+    sys.exit(0)
+
+def interrupts(model):
+    raise KeyboardInterrupt
+
+def signs(model):
+    return {"a\\x1b[31m": 1.0}
+"""
+
+
+class App:
+    """A module of the user's in a folder with spaces, and a run of its model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "my app"
+        self.folder.mkdir()
+        self.module = f"eval_app_{os.getpid()}_{next(_numbers)}"
+        (self.folder / f"{self.module}.py").write_text(APP)
+        self.run = folder / "a run"
+        self.run.mkdir()
+        self.out = folder / "out" / "swa.safetensors"
+        self.out.parent.mkdir()
+        namespace: dict[str, Any] = {}
+        exec(APP, namespace)
+        self.make, self.score = namespace["make"], namespace["score"]
+        for number in range(3):
+            torch.manual_seed(number)
+            model = self.make()
+            with torch.no_grad():
+                model(torch.randn(8, 4) + number)
+            torch.save(model.state_dict(), self.run / f"step_{number}.pt")
+
+    def arguments(self, function: str | None, *more: object, data: bool = False) -> list[object]:
+        words = ["average", self.run, "-o", self.out, "--app-dir", self.folder, "--model", f"{self.module}:make"]
+        words += ["--data", f"{self.module}:data"] if data else ["--bn", "keep"]
+        words += ["--eval", f"{self.module}:{function}"] if function else []
+        return [*words, "--device", "cpu", *more]
+
+    def of(self, path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
+        model = self.make()
+        model.load_state_dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path))
+        with torch.no_grad():
+            found = {name: float(value) for name, value in self.score(model.eval()).items()}
+        capsys.readouterr()
+        return found
+
+
+@pytest.fixture
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> App:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return App(tmp_path)
+
+
+def test_the_table(app: App, in_process: InProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    """On stdout, with what the function prints on stderr; the numbers are those of the files."""
+    code, stdout, stderr = in_process(*app.arguments("score", "--require", "loss<=last+1e9", data=True))
+    assert code == 0, stderr
+    last, published = (app.of(path, capsys) for path in (app.run / "step_2.pt", app.out))
+    lines = stdout.splitlines()
+    header = next(number for number, line in enumerate(lines) if line.split() == ["accuracy", "loss"])
+    assert lines[header + 1].split() == ["step_2.pt", "(last)", f"{last['accuracy']:.6g}", f"{last['loss']:.6g}"]
+    assert lines[header + 2].startswith("average, statistics averaged ")
+    assert lines[header + 3].startswith("average, statistics refreshed ")
+    difference = f"{published['loss']:.6g} ({published['loss'] - last['loss']:+.3g})"
+    assert lines[header + 3].endswith(difference)
+    assert lines[header + 4].startswith("met: loss<=last+1e9: expected <= ")
+    assert "printed by" not in stdout
+    assert stderr.count("printed by the function") == 3
+
+
+def test_json_and_report_say_the_same(app: App, in_process: InProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    report = app.out.parent / "swa.json"
+    code, stdout, _ = in_process(*app.arguments("score", "--eval-all", "--json", "--report", report, data=True))
+    assert code == 0
+    document = json.loads(stdout)
+    assert json.loads(report.read_text()) == document
+    expected = [app.of(app.run / f"step_{number}.pt", capsys) for number in range(3)]
+    assert [each["metrics"] for each in document["evaluations"][:3]] == expected
+    assert document["evaluations"][-1] == {
+        "name": "average, statistics refreshed",
+        "path": None,
+        "metrics": app.of(app.out, capsys),
+    }
+    assert (document["written"], document["requirements"]) == (True, [])
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["absent", "old"])
+def test_an_unmet_requirement(app: App, in_process: InProcess, old: bool) -> None:
+    """Exit 9, nothing published, the table on stdout, the reason on stderr, the report written."""
+    report = app.out.parent / "swa.json"
+    if old:
+        app.out.write_bytes(b"old")
+        report.write_bytes(b"old")
+    code, stdout, stderr = in_process(
+        *app.arguments("falls", "--require", "m>=last", "--require", "m>=0", "--report", report, "--overwrite")
+    )
+    assert code == 9
+    assert app.out.read_bytes() == b"old" if old else not app.out.exists()
+    lines = stdout.splitlines()
+    assert "step_2.pt (last)              1" in lines
+    assert "average, statistics averaged  0.5 (-0.5)" in lines
+    assert "NOT MET: m>=last: expected >= 1, got 0.5" in lines
+    assert "met: m>=0: expected >= 0, got 0.5" in lines
+    assert f"{app.out} is not written" in lines
+    assert not [line for line in lines if line.startswith(("wrote", "would"))]
+    assert stderr.splitlines()[-1].startswith(f"Error: {app.out}: not published, since 1 requirement of 2 is not met")
+    assert "Traceback" not in stderr
+    document = json.loads(report.read_text())
+    assert (document["written"], [each["met"] for each in document["requirements"]]) == (False, [False, True])
+
+
+def test_an_unmet_requirement_in_json(app: App, in_process: InProcess) -> None:
+    """One document, which has both what was measured and why nothing was published."""
+    report = app.out.parent / "swa.json"
+    code, stdout, stderr = in_process(
+        *app.arguments("falls", "--require", "m>=best", "--json", "--report", report, "-q")
+    )
+    document = json.loads(stdout)
+    assert code == 9
+    assert document["error"] == {
+        "kind": "RequirementError",
+        "message": stderr.strip().removeprefix("Error: "),
+        "exit_code": 9,
+    }
+    assert document["requirements"] == [{"requirement": "m>=best", "value": 0.25, "threshold": 1.0, "met": False}]
+    assert [each["metrics"]["m"] for each in document["evaluations"]] == [1.0, 1 / 2, 1 / 3, 1 / 4]
+    assert document["written"] is False
+    assert names(app.out.parent) == ["swa.json"]
+
+
+def test_the_report_of_an_unmet_requirement_is_what_json_prints(app: App, in_process: InProcess) -> None:
+    """A dashboard that reads reports must find the error there too."""
+    report = app.out.parent / "swa.json"
+    _, stdout, _ = in_process(*app.arguments("falls", "--require", "m>=last", "--json", "--report", report))
+    assert json.loads(report.read_text()) == json.loads(stdout)
+
+
+def test_json_stays_json_for_nan_and_infinity(app: App, in_process: InProcess) -> None:
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    code, stdout, _ = in_process(*app.arguments("nothing", "--require", "m<=last", "--eval-all", "--json"))
+    document = json.loads(stdout, parse_constant=refuse)
+    assert code == 9
+    assert [each["metrics"] for each in document["evaluations"]] == [{"m": None, "n": None}] * 4
+    assert document["requirements"] == [{"requirement": "m<=last", "value": None, "threshold": None, "met": False}]
+
+
+@pytest.mark.parametrize(
+    ("function", "exit_code", "message"),
+    [
+        ("raises", 7, "the --eval function raised for step_2.pt: LookupError: no test set"),
+        ("exits", 7, "the --eval function raised for step_2.pt: SystemExit: 0"),
+        ("text", 7, "the --eval function: expected a number or a dict of names to numbers, got 'text' is a str."),
+        ("interrupts", 130, "interrupted; "),
+        ("missing", 2, "has no 'missing'"),
+    ],
+)
+def test_exit_codes(app: App, in_process: InProcess, function: str, exit_code: int, message: str) -> None:
+    """And in JSON, of which there is one document, whatever fails."""
+    code, stdout, stderr = in_process(*app.arguments(function, "--json"))
+    assert code == exit_code
+    assert message in stderr
+    assert ("LookupError" in stderr and "Traceback" in stderr) or function != "raises"
+    assert json.loads(stdout)["error"]["exit_code"] == exit_code
+    assert names(app.out.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--require", "m>=last"], "--require: nothing is measured"),
+        (["--eval-all"], "--eval-all: nothing is measured"),
+        (["--eval", "MODULE:score", "--require", "nonsense"], "--require 'nonsense': expected METRIC>=last"),
+        (["--eval", "MODULE:score", "--require", "acuracy>=last"], "got 'acuracy'"),
+        (["--eval", "MODULE"], "--eval MODULE: expected MODULE:NAME"),
+        (["--eval", "no_such_module_here:score"], "there is no module"),
+    ],
+)
+def test_what_exits_with_2(app: App, in_process: InProcess, arguments: list[str], message: str) -> None:
+    given = [each.replace("MODULE", app.module) for each in arguments]
+    code, _, stderr = in_process(*app.arguments(None, *given))
+    assert code == 2
+    assert message.replace("MODULE:NAME", "\0").replace("MODULE", app.module).replace("\0", "MODULE:NAME") in stderr
+    assert names(app.out.parent) == []
+
+
+def test_eval_without_a_model(app: App, in_process: InProcess) -> None:
+    code, _, stderr = in_process(
+        "average", app.run, "-o", app.out, "--bn", "keep", "--eval", f"{app.module}:score", "--app-dir", app.folder
+    )
+    assert (code, names(app.out.parent)) == (2, [])
+    assert "--eval: expected the model that is to be measured. Add --model MODULE:FACTORY." in stderr
+
+
+def test_a_dry_run_with_everything(app: App, in_process: InProcess) -> None:
+    """The function fails if it is called; requirements are checked as far as words go."""
+    code, stdout, stderr = in_process(*app.arguments("raises", "--require", "m>=best", "--eval-all", "--dry-run"))
+    assert (code, names(app.out.parent)) == (0, []), stderr
+    assert "would write" in stdout
+    code, _, _ = in_process(*app.arguments("raises", "--require", "m>=", "--dry-run"))
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "exit_code"),
+    [("output", 2), ("checkpoint", 2), ("folder", 2), ("no folder", 2), ("exists", 5)],
+)
+def test_a_report_that_cannot_be_is_found_before_the_work(
+    app: App, in_process: InProcess, place: str, exit_code: int
+) -> None:
+    checkpoint = app.run / "step_1.pt"
+    (app.out.parent / "old.json").write_text("old")
+    report = {
+        "output": app.out,
+        "checkpoint": checkpoint,
+        "folder": app.run,
+        "no folder": app.out.parent / "x" / "y.json",
+        "exists": app.out.parent / "old.json",
+    }[place]
+    before = checkpoint.read_bytes()
+    more = [] if place == "exists" else ["--overwrite"]
+    code, _, stderr = in_process(*app.arguments("raises", "--report", report, *more))
+    assert code == exit_code
+    assert str(report) in stderr
+    assert "no test set" not in stderr, "the function was called"
+    assert (names(app.out.parent), checkpoint.read_bytes()) == (["old.json"], before)
+    assert (app.out.parent / "old.json").read_text() == "old"
+
+
+def test_control_characters_of_a_metric_do_not_reach_the_terminal(app: App, in_process: InProcess) -> None:
+    code, stdout, _ = in_process(*app.arguments("signs"))
+    assert code == 0
+    assert "\x1b" not in stdout
+
+
+def test_help_says_what_there_is(in_process: InProcess) -> None:
+    _, stdout, _ = in_process("average", "--help")
+    for option in ("--eval", "--eval-all", "--require", "--report"):
+        assert f"  {option} " in stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real run
+
+
+def test_the_real_run(run_folder: Path, train: Any, in_process: InProcess, tmp_path: Path) -> None:
+    """Digits: averaging the last four helps, the numbers are those of the file, and the gate lets it through."""
+    out, report = tmp_path / "swa.safetensors", tmp_path / "swa.json"
+    code, stdout, stderr = in_process(
+        "average", run_folder, "--last", "4", "-o", out, "--model", "train:make_model", "--data", "train:train_loader",
+        "--bn-batches", "6", "--app-dir", run_folder, "--device", "cpu", "--eval", "train:evaluate",
+        "--require", "loss<last", "--require", "accuracy>=mean", "--report", report,
+    )  # fmt: skip
+    assert code == 0, stderr
+    model = train.make_model()
+    last, averaged = json.loads(report.read_text())["evaluations"][3::2]
+    model.load_state_dict(torch.load(run_folder / "epoch_20.pt", weights_only=False)["model"])
+    assert last["metrics"] == train.evaluate(model)
+    model.load_state_dict(load_file(out))
+    assert averaged["metrics"] == train.evaluate(model)
+    assert stdout.count("\nmet: ") == 2
+
+
+def test_batch_norm_in_train_mode_is_said(run: list[Path], out: Path) -> None:
+    """The numbers would be the same whatever the statistics, and look like an answer."""
+
+    def forgetful(model: nn.Module) -> float:
+        model.train()
+        model(torch.randn(8, 1, 6))
+        return 1.0
+
+    def careful(model: nn.Module) -> float:
+        model(torch.randn(8, 1, 6))
+        model.train()
+        return 1.0
+
+    notices = [
+        [
+            text
+            for text in average(run, out, model=make, bn="keep", evaluate=function, overwrite=True).notices
+            if "train mode" in text
+        ]
+        for function in (forgetful, careful)
+    ]
+    assert "leave out model.train()" in notices[0][0]
+    assert notices[1] == []
+
+
+def test_a_dry_run_says_that_it_measures_nothing(run: list[Path], out: Path) -> None:
+    """Else a gate that was never tried would look passed."""
+    result = average(run, out, model=make, bn="keep", evaluate=lambda model: 1.0, require="a>=last", dry_run=True)
+    assert any("--require are not tried" in text for text in result.notices)
+
+
+def test_what_is_no_function_is_refused_at_once(run: list[Path], out: Path) -> None:
+    with pytest.raises(UsageError, match="expected a function of the model, got a Tensor"):
+        average(run, out, model=make, bn="keep", evaluate=torch.ones(2))  # type: ignore[arg-type]
+    with pytest.raises(UserCodeError, match="a function that returns one, got a str"):
+        average(run, out, model="train:make", bn="keep", evaluate=lambda model: 1.0)  # type: ignore[arg-type]

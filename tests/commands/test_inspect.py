@@ -1,0 +1,367 @@
+"""What a path holds, told even where nobody prepared it: a way out for each file, and no error for a folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ckpt_avg import inspect
+from ckpt_avg.checkpoint.spec import METHOD_KEY
+from ckpt_avg.cli.report_inspect import inspection_json, inspection_text
+from ckpt_avg.commands.inspect import Inspection
+from ckpt_avg.errors import CheckpointFormatError, UsageError
+
+InProcess = Callable[..., tuple[int, str, str]]
+
+
+def seen(found: Inspection) -> dict[str, str]:
+    made = dict(found.seen)
+    assert len(made) == len(found.seen)
+    return made
+
+
+def unprepared(folder: Path) -> Path:
+    """A folder as a download leaves it: nothing in it can be averaged."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.ckpt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
+    (folder / "page.pt").write_bytes(b"<!DOCTYPE html><html>404</html>")
+    (folder / "notes.bin").write_bytes(b"just some text, no weights")
+    (folder / "zipped.pth").write_bytes(b"\x1f\x8b\x08\x00" + b"\0" * 20)
+    with zipfile.ZipFile(folder / "other.pt", "w") as archive:
+        archive.writestr("a.txt", "hello")
+    return folder
+
+
+# --- one checkpoint ----------------------------------------------------------------------------------------
+
+
+def test_one_file(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    contents = {
+        "model": {f"module.{name}": value for name, value in net.state_dict().items()},
+        "epoch": 3, "global_step": 70, "val_loss": 0.5, "note": "x", "optimizer": {"param_groups": [{"lr": 0.1}]},
+    }  # fmt: skip
+    torch.save(contents, tmp_path / "a.pt")
+    found = inspect(tmp_path / "a.pt")
+    assert found.checkpoint is not None
+    assert (found.listed, found.seen, found.needed) == ((), (), "")
+    assert inspection_json(found) == {
+        "path": str(tmp_path / "a.pt"),
+        "format": "torch zip",
+        "kind": None,
+        "keys": ["model", "epoch", "global_step", "val_loss", "note", "optimizer"],
+        "state_key": "model",
+        "prefix": "module.",
+        "step": 70,
+        "epoch": 3,
+        "metrics": {"val_loss": 0.5},
+        "learning_rate": 0.1,
+        "averaged": None,
+        "bytes": 9 * 4 + 4 * 3 * 4 + 8,
+        "dtypes": ["F32", "I64"],
+        "metadata": {"epoch": 3, "global_step": 70, "val_loss": 0.5, "note": "x"},
+        "batch_norm_layers": ["1"],
+        "tied": [],
+        "notes": ["'module.' stripped from every name"],
+        "tensors": [
+            {
+                "name": name,
+                "dtype": {torch.float32: "F32", torch.int64: "I64"}[value.dtype],
+                "shape": list(value.shape),
+                "stride": list(value.stride()),
+                "offset": found.checkpoint.tensors[name].offset,
+                "parts": 1,
+            }
+            for name, value in net.state_dict().items()
+        ],
+    }
+    text = inspection_text(found)
+    for line in (
+        f"{tmp_path / 'a.pt'}: torch zip",
+        "keys: 'model', 'epoch', 'global_step', 'val_loss', 'note', 'optimizer'",
+        "state dict: under 'model'",
+        "prefix stripped: 'module.'",
+        "recorded: step 70, epoch 3, val_loss 0.5, learning rate 0.1",
+        "1 layer with running statistics: '1'",
+        "note: 'module.' stripped from every name",
+    ):
+        assert line in text.splitlines()
+
+
+def test_keys_are_told_of_every_file_that_has_some(tmp_path: Path) -> None:
+    """A tensor beside the state dict (the state of a generator) does not make the file a bare one."""
+    torch.save({"model": {"w": torch.ones(1)}, "rng_state": torch.get_rng_state(), "epoch": 1}, tmp_path / "a.pt")
+    found = inspect(tmp_path / "a.pt")
+    assert found.checkpoint is not None
+    assert found.checkpoint.keys == ("model", "rng_state", "epoch")
+    torch.save({"w": torch.ones(1)}, tmp_path / "b.pt")
+    bare = inspect(tmp_path / "b.pt").checkpoint
+    assert bare is not None
+    assert bare.keys == ()
+
+
+def test_an_average_and_tied_tensors_are_told(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "swa.safetensors", metadata={METHOD_KEY: "mean"})
+    assert "an average already: ckpt-avg made it" in inspection_text(inspect(tmp_path / "swa.safetensors"))
+    shared = torch.ones(2)
+    torch.save({"a": shared, "b": shared}, tmp_path / "tied.pt")
+    found = inspect(tmp_path / "tied.pt")
+    assert inspection_json(found)["tied"] == [["a", "b"]]
+    assert "tied: 'a' = 'b'" in inspection_text(found)
+
+
+def test_a_checkpoint_folder_is_one_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 5, "epoch": 1.5, "log_history": []}))
+    found = inspect(folder)
+    assert found.checkpoint is not None
+    document = inspection_json(found)
+    assert (document["path"], document["kind"], document["step"], document["epoch"]) == (
+        str(folder),
+        "HF Trainer",
+        5,
+        1,
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"<html>", b"version https://git-lfs"])
+def test_one_file_that_cannot_be_read_is_an_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(
+        CheckpointFormatError, match=r"a\.pt: expected a safetensors file or one written by torch\.save"
+    ):
+        inspect(tmp_path / "a.pt")
+
+
+def test_nothing_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="got nothing there"):
+        inspect(tmp_path / "gone")
+
+
+# --- a run folder ------------------------------------------------------------------------------------------
+
+
+def run(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    for epoch in (9, 10):
+        contents = {
+            "model": {"w": torch.full((2,), float(epoch)), "b": torch.ones(1)},
+            "epoch": epoch,
+            "loss": 1 / epoch,
+        }
+        torch.save(contents, folder / f"epoch_{epoch}.pt")
+    torch.save(torch.load(folder / "epoch_10.pt"), folder / "epoch_10_copy.pt")
+    (folder / "epoch_11.pt").write_bytes(b"PK\3\4 cut off")
+    (folder / "optimizer.pt").write_bytes(b"x")
+    return folder
+
+
+def test_a_run_folder_is_a_table(tmp_path: Path) -> None:
+    found = inspect(run(tmp_path / "run"))
+    assert found.checkpoint is None
+    assert [each.spec.path.name for each in found.listed] == ["epoch_9.pt", "epoch_10.pt"]
+    assert [each.record.epoch for each in found.listed] == [9, 10]
+    assert [name for name, _ in found.unreadable] == ["epoch_11.pt"]
+    assert {item.path.name: item.reason for item in found.skipped} == {
+        "optimizer.pt": "training state beside the weights, by its name",
+        "epoch_10_copy.pt": "the same weights as epoch_10.pt, as far as samples show",
+    }
+    assert (found.seen, found.needed) == ((), "")
+    lines = inspection_text(found).splitlines()
+    assert lines[0].split() == [
+        "checkpoint", "format", "kind", "state", "dict", "step", "epoch", "metrics", "prefix", "tensors",
+        "dtypes", "tied", "BatchNorm", "size",
+    ]  # fmt: skip
+    assert lines[1].split()[:7] == ["epoch_9.pt", "torch", "zip", "-", "model", "-", "9"]
+    assert any(line.startswith("cannot be read: ") and "epoch_11.pt" in line for line in lines)
+    assert "left out: 'epoch_10_copy.pt': the same weights as epoch_10.pt, as far as samples show" in lines
+
+
+def test_a_run_folder_as_json(tmp_path: Path, in_process: InProcess) -> None:
+    folder = run(tmp_path / "run")
+    code, out, err = in_process("inspect", folder, "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert set(document) == {"path", "checkpoints", "unreadable", "skipped", "seen", "needed", "notes"}
+    assert document == inspection_json(inspect(folder))
+    assert [each["tensors"] for each in document["checkpoints"]] == [2, 2]
+    assert document["checkpoints"][0]["metrics"] == {"loss": 1 / 9}
+    assert list(document["unreadable"]) == ["epoch_11.pt"]
+    assert {Path(item["path"]).name for item in document["skipped"]} == {"optimizer.pt", "epoch_10_copy.pt"}
+
+
+def test_what_a_copy_records_is_shown(tmp_path: Path) -> None:
+    """By the table the user chooses: it must show what the selection will see."""
+    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "a.pt")
+    torch.save({"model": {"w": torch.ones(2)}, "epoch": 4, "val_loss": 0.5}, tmp_path / "a_copy.pt")
+    (only,) = inspect(tmp_path).listed
+    assert (only.record.epoch, dict(only.record.metrics)) == (4, {"val_loss": 0.5})
+    (shown,) = inspection_json(inspect(tmp_path))["checkpoints"]
+    assert (shown["epoch"], shown["metrics"]) == (4, {"val_loss": 0.5})
+
+
+def test_checkpoints_in_a_folder_inside_are_said(tmp_path: Path) -> None:
+    run(tmp_path / "checkpoints")
+    found = inspect(tmp_path)
+    assert found.notes == (f"the checkpoints are in {tmp_path / 'checkpoints'}",)
+    assert inspection_text(found).startswith(f"note: the checkpoints are in {tmp_path / 'checkpoints'}\n")
+
+
+# --- folders that nobody prepared --------------------------------------------------------------------------
+
+
+def test_each_file_of_an_unprepared_folder_is_told_with_its_way_out(tmp_path: Path) -> None:
+    folder = unprepared(tmp_path / "download")
+    found = inspect(folder)
+    assert found.listed == ()
+    told = seen(found)
+    assert set(told) == {"model.ckpt", "page.pt", "notes.bin", "zipped.pth", "other.pt"}
+    assert "a Git LFS pointer. Fetch the file itself: git lfs pull." in told["model.ckpt"]
+    assert "an HTML or XML page, probably a failed download" in told["page.pt"]
+    assert "something else (first bytes b'just som')" in told["notes.bin"]
+    assert "a gzip file. Unpack it first." in told["zipped.pth"]
+    assert "expected a zip written by torch.save, got one with 'a.txt'" in told["other.pt"]
+    assert found.needed
+    text = inspection_text(found)
+    assert f"cannot be read: {folder / 'model.ckpt'}: expected" in text
+    assert "nothing to average here: " in text
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.jit")
+    with tarfile.open(tmp_path / "model.nemo", "w") as archive:
+        archive.addfile(tarfile.TarInfo("weights"), io.BytesIO())
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0" + b"\0" * 20)
+    (tmp_path / "model.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 20)
+    (tmp_path / "README.md").write_bytes(b"x" * 1234)
+    (tmp_path / "empty").mkdir()
+    told = seen(inspect(tmp_path))
+    assert "a TorchScript program" in told["model.jit"]
+    assert "a NeMo archive. Unpack it (tar xf model.nemo)" in told["model.nemo"]
+    assert "a GGUF file" in told["model.gguf"]
+    assert "an HDF5 file" in told["model.h5"]
+    assert told["README.md"] == "no checkpoint by its name, 1,234 bytes"
+    assert told["empty"] == "a folder with 0 entries"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_folder_of_torchscript_alone(tmp_path: Path) -> None:
+    """By its suffix a checkpoint, but without weights."""
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.pt")
+    found = inspect(tmp_path)
+    assert found.listed == ()
+    assert "expected weights, got a TorchScript program" in "\n".join(
+        [*seen(found).values(), *dict(found.unreadable).values()]
+    )
+    assert found.needed
+
+
+def test_an_empty_folder(tmp_path: Path, in_process: InProcess) -> None:
+    found = inspect(tmp_path)
+    assert found.seen == ()
+    assert "got none. Name a folder or files that hold some." in found.needed
+    code, out, err = in_process("inspect", tmp_path)
+    assert (code, err) == (4, "") or code == 0 or "nothing" in err
+    assert "Traceback" not in out + err
+
+
+def test_a_folder_of_several_runs(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run(tmp_path / name)
+    found = inspect(tmp_path)
+    assert "2 folders that hold some: 'one', 'two'" in found.needed
+    assert set(seen(found)) == {"one", "two"}
+
+
+def test_pipes_and_links_are_told_without_blocking(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "gone.pt").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    told = seen(inspect(tmp_path))
+    assert set(told) == {"pipe.pt", "gone.pt", "loop"}
+    assert all("pipe" in what or "link" in what for what in told.values())
+
+
+def test_a_folder_of_a_great_many_files_is_cut(tmp_path: Path) -> None:
+    for number in range(130):
+        (tmp_path / f"{number}.txt").touch()
+    found = inspect(tmp_path)
+    assert len(found.seen) == 101
+    assert found.seen[-1] == ("…", "and 30 more")
+
+
+def test_names_and_contents_are_shown_escaped(tmp_path: Path, in_process: InProcess) -> None:
+    """Nothing of a stranger's file reaches the terminal as a control character."""
+    red = "\x1b[31mred\n"
+    torch.save({"model": {red: torch.ones(1)}, red: red, "val\x1b": 0.5}, tmp_path / f"{red}.pt")
+    torch.save({"model": {red: torch.zeros(1)}}, tmp_path / "b.pt")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / f"{red}.pt").write_bytes(red.encode())
+    for path in (tmp_path, tmp_path / "b.pt", tmp_path / "sub"):
+        for arguments in ([path], [path, "--json"]):
+            _, out, err = in_process("inspect", *arguments)
+            assert "\x1b" not in out + err
+            assert "Traceback" not in err
+
+
+def test_reading_options_reach_each_checkpoint(tmp_path: Path) -> None:
+    for number in (1, 2):
+        contents = {"model": {"net.w": torch.ones(1) * number}, "ema": {"net.w": torch.ones(2) * number}}
+        torch.save(contents, tmp_path / f"{number}.pt")
+    options: list[tuple[dict[str, Any], str | None, list[str], tuple[int, ...]]] = [
+        ({}, "model", ["net.w"], (1,)),
+        ({"ema": True}, "ema", ["net.w"], (2,)),
+        ({"state_key": "ema"}, "ema", ["net.w"], (2,)),
+        ({"strip_prefix": "net."}, "model", ["w"], (1,)),
+    ]
+    for given, key, names, shape in options:
+        for spec in (inspect(tmp_path / "1.pt", **given).checkpoint, inspect(tmp_path, **given).listed[0].spec):
+            assert spec is not None
+            assert spec.state_key == key
+            assert list(spec.tensors) == names
+            assert next(iter(spec.tensors.values())).shape == shape
+    with pytest.raises(UsageError):
+        inspect(tmp_path, ema=True, state_key="model")
+
+
+HOSTILE = "\x1b[31m\rstep"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_names_of_files_are_shown_escaped_wherever_inspect_names_one(
+    tmp_path: Path, in_process: InProcess, as_json: bool
+) -> None:
+    """In the table, among what is left out, what cannot be read, and in the notes on where the checkpoints are."""
+    folder = tmp_path / "\x1b[2Jruns" / "\rinside"
+    folder.mkdir(parents=True)
+    for step in (1, 2):
+        torch.save({"model": {"w": torch.full((2,), float(step))}}, folder / f"{HOSTILE}_{step}.pt")
+    torch.save({"model": {"w": torch.full((2,), 2.0)}}, folder / f"{HOSTILE}_2_copy.pt")
+    (folder / f"{HOSTILE}_3.pt").write_bytes(b"junk")
+    (folder / f"{HOSTILE}_4.pt.tmp").write_bytes(b"junk")
+    (folder / f"{HOSTILE}_5").mkdir()
+    for path in (
+        folder,
+        folder.parent,
+        folder / f"{HOSTILE}_1.pt",
+        folder / f"{HOSTILE}_3.pt",
+        folder / f"{HOSTILE}_5",
+    ):
+        _, out, err = in_process("inspect", path, *(["--json"] if as_json else []))
+        assert "step" in out + err
+        assert not set("\x1b\r") & set(out + err)
+        assert "Traceback" not in err

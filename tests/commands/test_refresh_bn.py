@@ -1,0 +1,529 @@
+"""`refresh_weights` and ``ckpt-avg refresh-bn``: new statistics, and everything else as it was, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ckpt_avg import (
+    IncompatibleError,
+    OutputError,
+    RequirementError,
+    UsageError,
+    UserCodeError,
+    average,
+    inspect,
+    refresh_batch_norm,
+    refresh_weights,
+)
+
+InProcess = Callable[..., tuple[int, str, str]]
+_numbers = itertools.count()
+
+MODULE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5))
+        self.norm = nn.BatchNorm1d(5)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(5, 2)
+        self.register_buffer("steps", torch.tensor(17))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("empty", torch.zeros(0, 3))
+        self.register_buffer("scale", torch.tensor(-0.0))
+
+    def forward(self, x):
+        return self.head(self.drop(self.norm(self.body(x))))
+
+def make():
+    return Net()
+
+def data():
+    generator = torch.Generator().manual_seed(100)
+    return [torch.randn(size, 1, 6, generator=generator) for size in (6, 5, 4)]
+
+def score(model):
+    return {"loss": model(torch.cat(data())).double().square().sum().item()}
+
+def falls(model, calls=[]):
+    calls.append(1)
+    return {"m": 1.0 / len(calls)}
+
+def raises(model):
+    raise LookupError("no test set")
+"""
+APP: dict[str, Any] = {}
+exec(MODULE, APP)
+make, data, score = APP["make"], APP["data"], APP["score"]
+
+STATISTICS = {
+    f"{layer}.{buffer}"
+    for layer in ("body.1", "norm")
+    for buffer in ("running_mean", "running_var", "num_batches_tracked")
+}
+
+
+def trained(seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    model = make().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        for batch in data():
+            model(batch * (2 + seed))
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def raw(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, framework="pt") as reader:
+        return dict(reader.metadata() or {})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def by_hand(weights: dict[str, Tensor], batches: Any = None, **options: Any) -> dict[str, Tensor]:
+    """The oracle: these weights in a live model, refreshed there."""
+    model = make()
+    model.load_state_dict(weights)
+    refresh_batch_norm(model, data() if batches is None else batches, **options)
+    return dict(model.state_dict())
+
+
+@pytest.fixture
+def weights() -> dict[str, Tensor]:
+    return trained()
+
+
+@pytest.fixture
+def source(tmp_path: Path, weights: dict[str, Tensor]) -> Path:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "weights.safetensors"
+    save_file(weights, path, metadata={"format": "pt", "author": "me", "note": 'ünï\n"quoted"'})
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "refreshed.safetensors"
+
+
+def assert_refreshed(out: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    found = load_file(out)
+    assert found.keys() == weights.keys()
+    for name, tensor in found.items():
+        was = expected[name] if name in STATISTICS else weights[name]
+        assert (tensor.dtype, tensor.shape, raw(tensor)) == (was.dtype, was.shape, raw(was)), name
+    assert any(raw(found[name]) != raw(weights[name]) for name in STATISTICS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+def test_statistics_are_new_and_everything_else_is_bit_equal(
+    source: Path, weights: dict[str, Tensor], out: Path
+) -> None:
+    """Integers, bools, empty tensors and -0.0 included; the statistics are those of a live model's refresh."""
+    result = refresh_weights(source, out, model=make, data=data, device="cpu")
+    assert_refreshed(out, weights, by_hand(weights))
+    assert result.statistics == "refreshed"
+    assert result.batch_norm is not None
+    assert (result.batch_norm.batches, result.batch_norm.samples) == (3, 15)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bn_batches": 2}, {"bn_estimator": "batch-mean"}, {"amp": "bfloat16"}], ids=lambda o: next(iter(o))
+)
+def test_options_of_the_refresh(source: Path, weights: dict[str, Tensor], out: Path, options: dict[str, Any]) -> None:
+    refresh_weights(source, out, model=make, data=data, device="cpu", **options)
+    live = {{"bn_batches": "max_batches", "bn_estimator": "estimator", "amp": "amp"}[k]: v for k, v in options.items()}
+    assert_refreshed(out, weights, by_hand(weights, **live))
+    assert metadata(out)["ckpt_avg.batch_norm"]
+
+
+def test_forward_batch(source: Path, weights: dict[str, Tensor], out: Path) -> None:
+    refresh_weights(
+        source, out, model=make, data=[{"deep": batch} for batch in data()], device="cpu",
+        forward_batch=lambda model, batch: model(batch["deep"]),
+    )  # fmt: skip
+    assert_refreshed(out, weights, by_hand(weights))
+
+
+def test_refreshing_twice_changes_nothing(source: Path, out: Path, tmp_path: Path) -> None:
+    """The statistics depend on weights and data alone, and the metadata says the same."""
+    refresh_weights(source, out, model=make, data=data, device="cpu")
+    refresh_weights(out, tmp_path / "again.safetensors", model=make, data=data, device="cpu")
+    assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["zip", "stream", "nested", "wrapped", "a module's pickle of many things"])
+def test_torch_files(tmp_path: Path, weights: dict[str, Tensor], out: Path, kind: str) -> None:
+    path = tmp_path / "weights.pt"
+    if kind == "stream":
+        torch.save(weights, path, _use_new_zipfile_serialization=False)
+    elif kind == "nested":
+        torch.save({"model": weights, "optimizer": {"state": {}}, "epoch": 3}, path)
+    elif kind == "wrapped":
+        torch.save({f"module.{name}": tensor for name, tensor in weights.items()}, path)
+    elif kind == "zip":
+        torch.save(weights, path)
+    else:
+        torch.save({"a": {"net": weights}, "b": [torch.zeros(3)], "lr": 0.1}, path)
+    refresh_weights(path, out, model=make, data=data, device="cpu")
+    assert_refreshed(out, weights, by_hand(weights))
+    assert not {"epoch", "lr"} & metadata(out).keys(), "what lies beside the weights is no metadata of theirs"
+
+
+def test_state_key_prefix_and_ema(tmp_path: Path, weights: dict[str, Tensor], out: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"a": {f"net.{name}": tensor for name, tensor in weights.items()}, "b": trained(1)}, path)
+    refresh_weights(path, out, model=make, data=data, state_key="a", strip_prefix="net.", device="cpu")
+    assert_refreshed(out, weights, by_hand(weights))
+    torch.save({"state_dict": trained(1), "state_dict_ema": weights}, path)
+    refresh_weights(path, out, model=make, data=data, ema=True, device="cpu", overwrite=True)
+    assert_refreshed(out, weights, by_hand(weights))
+
+
+@pytest.mark.parametrize("named", ["folder", "index"])
+def test_a_sharded_checkpoint(tmp_path: Path, weights: dict[str, Tensor], out: Path, named: str) -> None:
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    halves = [dict(list(weights.items())[:6]), dict(list(weights.items())[6:])]
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for file, half in zip(files, halves, strict=True):
+        save_file(half, folder / file, metadata={"format": "pt"})
+    place = {name: file for file, half in zip(files, halves, strict=True) for name in half}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    refresh_weights(folder if named == "folder" else index, out, model=make, data=data, device="cpu")
+    assert_refreshed(out, weights, by_hand(weights))
+
+
+def test_a_run_folder_with_one_checkpoint(source: Path, weights: dict[str, Tensor], out: Path) -> None:
+    refresh_weights(source.parent, out, model=make, data=data, device="cpu")
+    assert_refreshed(out, weights, by_hand(weights))
+
+
+def test_another_dtype(source: Path, out: Path, weights: dict[str, Tensor]) -> None:
+    """``--dtype`` converts the weights; the statistics are those of the converted ones."""
+    refresh_weights(source, out, model=make, data=data, dtype="bfloat16", device="cpu")
+    narrow = {name: t.bfloat16() if t.is_floating_point() else t for name, t in weights.items()}
+    expected = by_hand({name: t.float() if t.is_floating_point() else t for name, t in narrow.items()})
+    assert_refreshed(out, narrow, {name: t.to(narrow[name].dtype) for name, t in expected.items()})
+
+
+def test_frozen_statistics_do_not_exist_for_one_checkpoint(source: Path, out: Path) -> None:
+    """One checkpoint says nothing of whether its statistics ever change: all layers are refreshed."""
+    result = refresh_weights(source, out, model=make, data=data, device="cpu")
+    assert result.batch_norm is not None
+    assert (set(result.batch_norm.statistics), result.batch_norm.frozen) == ({"body.1", "norm"}, ())
+
+
+def test_a_model_without_batch_norm_says_that_nothing_was_refreshed(
+    tmp_path: Path, out: Path, in_process: InProcess
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.ones(2, 6), "bias": torch.ones(2)}, path)
+    result = refresh_weights(path, out, model=lambda: nn.Linear(6, 2), data=data)
+    assert (result.batch_norm, result.statistics) == (None, "none")
+    assert [text for text in result.notices if "nothing to refresh" in text]
+    assert {name: raw(tensor) for name, tensor in load_file(out).items()} == {
+        name: raw(tensor) for name, tensor in load_file(path).items()
+    }
+
+
+def test_the_first_line_does_not_say_refreshed_where_nothing_was(tmp_path: Path, out: Path) -> None:
+    from ckpt_avg.cli.report import refreshed_text
+
+    path = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.ones(2, 6), "bias": torch.ones(2)}, path)
+    result = refresh_weights(path, out, model=lambda: nn.Linear(6, 2), data=data)
+    assert not refreshed_text(result).startswith("refreshed")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metadata
+
+
+def test_metadata_of_the_source_is_kept(source: Path, out: Path) -> None:
+    refresh_weights(source, out, model=make, data=data, device="cpu")
+    before, after = metadata(source), metadata(out)
+    assert {key: after[key] for key in before} == before
+    about = json.loads(after["ckpt_avg.batch_norm"])
+    assert (about["statistics"], about["samples"], about["estimator"]) == ("refreshed", 15, "pooled")
+
+
+def test_what_an_average_says_of_itself_is_kept(tmp_path: Path, out: Path) -> None:
+    """Of which checkpoints, and by which method: it stays an average. What it said of BatchNorm is no longer true."""
+    paths = [tmp_path / f"step_{number}.pt" for number in range(3)]
+    for number, path in enumerate(paths):
+        torch.save(trained(number), path)
+    kept = tmp_path / "kept.safetensors"
+    average(paths, kept, bn="keep", dtype="float64", device="cpu")
+    refresh_weights(kept, out, model=make, data=data, device="cpu")
+    before, after = metadata(kept), metadata(out)
+    assert after.keys() == before.keys()
+    assert {key for key in after if after[key] != before[key]} == {
+        "ckpt_avg.batch_norm",
+        "ckpt_avg.data_digest",
+        "ckpt_avg.header_digest",
+    }
+    assert [each["name"] for each in json.loads(after["ckpt_avg.sources"])] == ["step_0.pt", "step_1.pt", "step_2.pt"]
+    assert (after["ckpt_avg.method"], after["ckpt_avg.dtype"]) == ("mean", "float64")
+    assert json.loads(after["ckpt_avg.batch_norm"])["statistics"] == "refreshed"
+    found = inspect(out).checkpoint
+    assert found is not None
+    assert found.averaged
+
+
+def test_is_the_average_that_average_itself_would_have_refreshed(tmp_path: Path, out: Path) -> None:
+    """First averaged and then refreshed, or both at once: the same bytes."""
+    paths = [tmp_path / f"step_{number}.pt" for number in range(3)]
+    for number, path in enumerate(paths):
+        torch.save(trained(number), path)
+    average(paths, tmp_path / "kept.safetensors", bn="keep", device="cpu")
+    average(paths, tmp_path / "both.safetensors", model=make, data=data, device="cpu")
+    refresh_weights(tmp_path / "kept.safetensors", out, model=make, data=data, device="cpu")
+    assert out.read_bytes() == (tmp_path / "both.safetensors").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_several_checkpoints(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for number in range(2):
+        torch.save(trained(number), folder / f"step_{number}.pt")
+    with pytest.raises(UsageError) as caught:
+        refresh_weights(folder, out, model=make, data=data)
+    assert str(caught.value) == (
+        f"{folder}: expected one checkpoint, got 2: 'step_0.pt', 'step_1.pt'. Name one of them; ckpt-avg average is "
+        "for several."
+    )
+    assert names(out.parent) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("how", ["same path", "symbolic link", "hard link", "other spelling"])
+@pytest.mark.parametrize("made_here", [False, True], ids=["plain", "an average of ours"])
+@pytest.mark.parametrize("named", ["file", "folder"])
+def test_onto_itself(source: Path, tmp_path: Path, overwrite: bool, how: str, made_here: bool, named: str) -> None:
+    """The input is what the output is read from, also where it is an average that was made here."""
+    if made_here:
+        average([source], tmp_path / "copy.safetensors", device="cpu")
+        (tmp_path / "copy.safetensors").rename(source)
+    before = source.read_bytes()
+    out = tmp_path / "out.safetensors"
+    if how == "symbolic link":
+        out.symlink_to(source)
+    elif how == "hard link":
+        out.hardlink_to(source)
+    else:
+        out = source if how == "same path" else source.parent / ".." / "in" / source.name
+    with pytest.raises(UsageError, match="one of the checkpoints"):
+        refresh_weights(
+            source if named == "file" else source.parent, out, model=make, data=data, overwrite=overwrite, device="cpu"
+        )
+    assert source.read_bytes() == before
+
+
+def test_an_existing_output(source: Path, out: Path, weights: dict[str, Tensor]) -> None:
+    out.write_bytes(b"old")
+    with pytest.raises(OutputError):
+        refresh_weights(source, out, model=make, data=data)
+    assert out.read_bytes() == b"old"
+    refresh_weights(source, out, model=make, data=data, overwrite=True, device="cpu")
+    assert_refreshed(out, weights, by_hand(weights))
+
+
+def test_another_model(source: Path, out: Path) -> None:
+    with pytest.raises(IncompatibleError):
+        refresh_weights(source, out, model=lambda: nn.BatchNorm1d(3), data=data)
+
+
+@pytest.mark.parametrize("batches", [[], iter(()), [torch.randn(1, 1, 6)[:0]]], ids=["none", "used up", "empty"])
+def test_data_that_gives_nothing(source: Path, out: Path, batches: Any) -> None:
+    with pytest.raises(UserCodeError):
+        refresh_weights(source, out, model=make, data=batches, device="cpu")
+    assert names(out.parent) == []
+
+
+def test_one_pass_over_a_generator_is_enough(source: Path, out: Path, weights: dict[str, Tensor]) -> None:
+    refresh_weights(source, out, model=make, data=(batch for batch in data()), device="cpu")
+    assert_refreshed(out, weights, by_hand(weights))
+
+
+def test_a_dry_run(source: Path, out: Path) -> None:
+    result = refresh_weights(source, out, model=make, data=data, evaluate=score, dry_run=True)
+    assert (result.written, result.evaluations, names(out.parent)) == (False, (), [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measured before and after
+
+
+def test_measured_before_and_after(source: Path, out: Path) -> None:
+    result = refresh_weights(source, out, model=make, data=data, evaluate=score, device="cpu")
+    expected = []
+    for path in (source, out):
+        model = make()
+        model.load_state_dict(load_file(path))
+        with torch.no_grad():
+            expected.append(score(model.eval()))
+    assert [(each.name, each.metrics) for each in result.evaluations] == [
+        ("weights.safetensors", expected[0]),
+        ("these weights, statistics refreshed", expected[1]),
+    ]
+    assert expected[0] != expected[1]
+
+
+def test_a_gate(source: Path, out: Path) -> None:
+    values = iter([1.0, 0.5])
+    with pytest.raises(RequirementError) as caught:
+        refresh_weights(
+            source, out, model=make, data=data, evaluate=lambda model: {"m": next(values)}, require="m>=last",
+            device="cpu",
+        )  # fmt: skip
+    assert [each.metrics["m"] for each in caught.value.result.evaluations] == [1.0, 0.5]
+    assert names(out.parent) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The options that name the model and the data."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "my app"
+    folder.mkdir()
+    module = f"refresh_app_{os.getpid()}_{next(_numbers)}"
+    (folder / f"{module}.py").write_text(MODULE)
+    return ["--app-dir", str(folder), "--model", f"{module}:make", "--data", f"{module}:data", "--device", "cpu"]
+
+
+def test_the_command(
+    app: list[str], source: Path, out: Path, weights: dict[str, Tensor], in_process: InProcess
+) -> None:
+    code, stdout, stderr = in_process("refresh-bn", source, "-o", out, *app)
+    assert code == 0, stderr
+    assert_refreshed(out, weights, by_hand(weights))
+    size = out.stat().st_size / 1024
+    assert stdout.splitlines() == [
+        "refreshed weights.safetensors",
+        "BatchNorm statistics of 2 layers recomputed over 15 samples in 3 batches",
+        f"wrote {out} ({size:.1f} KiB)",
+    ]
+    assert "copied" not in stderr, "a single checkpoint is what this command is for"
+    code, stdout, _ = in_process("inspect", out)
+    assert code == 0
+
+
+def test_the_command_with_everything(app: list[str], source: Path, out: Path, in_process: InProcess) -> None:
+    module = app[3].partition(":")[0]
+    report = out.parent / "report.json"
+    code, stdout, stderr = in_process(
+        "refresh-bn", source, "-o", out, *app, "--eval", f"{module}:score", "--require", "loss>=0", "--report", report,
+        "--json", "--bn-batches", "2", "--bn-estimator", "batch-mean", "--dtype", "float64", "-q",
+    )  # fmt: skip
+    assert (code, stderr) == (0, "")
+    document = json.loads(stdout)
+    assert json.loads(report.read_text()) == document
+    assert [each["name"] for each in document["evaluations"]] == [
+        "weights.safetensors",
+        "these weights, statistics refreshed",
+    ]
+    assert document["batch_norm"]["estimator"] == "batch-mean"
+    assert document["batch_norm"]["batches"] == 2
+    assert document["requirements"][0]["met"] is True
+
+
+def test_the_command_with_an_unmet_requirement(app: list[str], source: Path, out: Path, in_process: InProcess) -> None:
+    module = app[3].partition(":")[0]
+    out.write_bytes(b"old")
+    code, stdout, stderr = in_process(
+        "refresh-bn", source, "-o", out, *app, "--eval", f"{module}:falls", "--require", "m>=last", "--overwrite"
+    )
+    assert (code, out.read_bytes(), names(out.parent)) == (9, b"old", [out.name])
+    assert "NOT MET: m>=last: expected >= 1, got 0.5" in stdout
+    assert "not published" in stderr
+
+
+def test_a_message_of_one_file_does_not_advise_a_sweep(
+    app: list[str], source: Path, out: Path, in_process: InProcess
+) -> None:
+    """There is one file, so no other checkpoints to average."""
+    module = app[3].partition(":")[0]
+    _, _, stderr = in_process(
+        "refresh-bn", source, "-o", out, *app, "--eval", f"{module}:falls", "--require", "m>=last"
+    )
+    assert "not published" in stderr
+    assert "sweep" not in stderr
+
+
+@pytest.mark.parametrize("missing", ["--model", "--data"])
+def test_a_missing_model_or_data(app: list[str], source: Path, out: Path, in_process: InProcess, missing: str) -> None:
+    at = app.index(missing)
+    code, _, stderr = in_process("refresh-bn", source, "-o", out, *app[:at], *app[at + 2 :])
+    assert code == 2
+    assert f"Error: {missing}: expected MODULE:FACTORY, got nothing." in stderr
+    assert names(out.parent) == []
+
+
+@pytest.mark.parametrize("case", ["several", "itself", "itself, overwritten", "nothing there", "requires nothing"])
+def test_what_exits_with_2(app: list[str], source: Path, out: Path, in_process: InProcess, case: str) -> None:
+    before = source.read_bytes()
+    what: dict[str, list[object]] = {
+        "several": [source.parent, "-o", out],
+        "itself": [source, "-o", source],
+        "itself, overwritten": [source, "-o", source, "--overwrite"],
+        "nothing there": [source.parent / "x.pt", "-o", out],
+        "requires nothing": [source, "-o", out, "--require", "m>=last"],
+    }
+    if case == "several":
+        torch.save(trained(1), source.parent / "other.pt")
+    code, _, stderr = in_process("refresh-bn", *what[case], *app)
+    assert code == 2, stderr
+    assert stderr.splitlines()[-1].startswith("Error: ")
+    assert (source.read_bytes(), names(out.parent)) == (before, [])
+
+
+def test_a_failing_metric(app: list[str], source: Path, out: Path, in_process: InProcess) -> None:
+    module = app[3].partition(":")[0]
+    code, _, stderr = in_process("refresh-bn", source, "-o", out, *app, "--eval", f"{module}:raises")
+    assert code == 7
+    assert "the --eval function raised for weights.safetensors: LookupError: no test set" in stderr
+    assert names(out.parent) == []
+
+
+def test_a_dry_run_of_the_command(app: list[str], source: Path, out: Path, in_process: InProcess) -> None:
+    code, stdout, _ = in_process("refresh-bn", source, "-o", out, *app, "--dry-run")
+    assert code == 0
+    assert stdout.splitlines()[0] == "would refresh weights.safetensors"
+    assert stdout.splitlines()[-1].startswith(f"would write {out}")
+    assert names(out.parent) == []

@@ -1,0 +1,878 @@
+"""`sweep`: each window's numbers are those of the file that `average` writes for these checkpoints, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ckpt_avg import IncompatibleError, UsageError, UserCodeError, average, sweep
+from ckpt_avg.commands.sweep import SweepResult
+from ckpt_avg.commands.windows import windows_of
+from ckpt_avg.progress import Progress
+
+InProcess = Callable[..., tuple[int, str, str]]
+_numbers = itertools.count()
+
+MODULE = """
+import itertools, os
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(
+        nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
+        nn.Linear(16, 5), nn.BatchNorm1d(5), nn.Linear(5, 2),
+    )
+
+def data():
+    generator = torch.Generator().manual_seed(100)
+    return [torch.randn(size, 1, 6, generator=generator) for size in (6, 5, 4)]
+
+def score(model):
+    return {"loss": model(torch.cat(data())).double().square().sum().item()}
+
+calls = itertools.count()
+
+def picked(model):
+    # The first call is for the last checkpoint as it is, then come the windows: one of them is the best.
+    return {**score(model), "picked": next(calls) == int(os.environ["PICKED"])}
+
+def nothing(model):
+    return {"loss": float("nan")}
+
+def raises(model):
+    raise LookupError("no test set")
+
+def prints(model):
+    print("printed by the function")
+    return score(model)
+"""
+APP: dict[str, Any] = {}
+exec(MODULE, APP)
+make, data, score = APP["make"], APP["data"], APP["score"]
+
+
+def trained(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    model = make().train()
+    with torch.no_grad():
+        for batch in data():
+            model(batch * (2 + seed))
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> list[Path]:
+    """Four checkpoints; the losses that they record are 4, 1, 3, 2."""
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    paths = []
+    for number, loss in enumerate((4.0, 1.0, 3.0, 2.0), start=1):
+        paths.append(folder / f"step_{number}.pt")
+        torch.save({"model": trained(number), "step": number, "loss": loss}, paths[-1])
+    return paths
+
+
+def of_file(path: Path, function: Callable[[nn.Module], Any] = score) -> Any:
+    model = make()
+    model.load_state_dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path)["model"])
+    with torch.no_grad():
+        return function(model.eval())
+
+
+def assert_as_average_writes(result: SweepResult, folder: Path, **options: Any) -> None:
+    """The oracle: really averages the checkpoints of each window, and measures the files."""
+    for number, window in enumerate(result.windows):
+        out = folder / f"{number}-{window.side}-{len(window.checkpoints)}.safetensors"
+        average(window.checkpoints, out, model=make, device="cpu", **options)
+        assert window.metrics == of_file(out), (window.side, len(window.checkpoints))
+
+
+def sizes(result: SweepResult) -> list[tuple[str, int]]:
+    return [(window.side, len(window.checkpoints)) for window in result.windows]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in folder.rglob("*")
+        if "__pycache__" not in path.parts
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The windows
+
+
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [
+        ("last", [("last", 3, 4), ("last", 2, 4), ("last", 1, 4), ("last", 0, 4)]),
+        ("first", [("first", 0, 1), ("first", 0, 2), ("first", 0, 3), ("first", 0, 4)]),
+        (
+            "both",
+            [("last", 3, 4), ("last", 2, 4), ("last", 1, 4), ("last", 0, 4), ("first", 0, 1), ("first", 0, 2),
+             ("first", 0, 3)],
+        ),
+    ],
+)  # fmt: skip
+def test_which_windows_there_are(sides: str, expected: list[tuple[str, int, int]]) -> None:
+    """The average of all is measured once."""
+    assert [(each.side, each.members.start, each.members.stop) for each in windows_of(4, sides)] == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": "float64"},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        {"bn": "keep"},
+        {"bn": "keep", "dtype": "bfloat16"},
+        {"bn_estimator": "batch-mean", "bn_batches": 2},
+        {"amp": "bfloat16"},
+        {"threads": 1},
+        {"non_float": "last"},
+    ],
+    ids=lambda options: ", ".join(map(str, options.values())) or "defaults",
+)
+def test_each_window_is_what_average_writes(run: list[Path], tmp_path: Path, options: dict[str, Any]) -> None:
+    """All of them, each with its own refresh; that of a single checkpoint too."""
+    given = options if "bn" in options else {**options, "data": data}
+    result = sweep(run, model=make, evaluate=score, minimize="loss", device="cpu", **given)
+    assert sizes(result) == [
+        ("last", 1),
+        ("last", 2),
+        ("last", 3),
+        ("last", 4),
+        ("first", 1),
+        ("first", 2),
+        ("first", 3),
+    ]
+    assert [window.checkpoints for window in result.windows[:4]] == [tuple(run[-size:]) for size in (1, 2, 3, 4)]
+    assert [window.checkpoints for window in result.windows[4:]] == [tuple(run[:size]) for size in (1, 2, 3)]
+    assert len({window.metrics["loss"] for window in result.windows}) == 7, "the test would notice a mix-up"
+    assert_as_average_writes(result, tmp_path, **given)
+    assert result.refreshed is ("bn" not in options)
+    assert result.best.metrics["loss"] == min(window.metrics["loss"] for window in result.windows)
+
+
+def test_the_last_checkpoint_as_it_is(run: list[Path]) -> None:
+    """Without a refresh: it is what the averages are compared with."""
+    result = sweep(run, model=make, data=data, evaluate=score, minimize="loss", device="cpu")
+    assert (result.last.name, result.last.path, result.last.metrics) == ("step_4.pt", run[-1], of_file(run[-1]))
+    assert result.last.metrics != result.windows[0].metrics
+
+
+def test_tensors_that_are_averaged_in_many_pieces(tmp_path: Path) -> None:
+    """Tasks are cut, shared by threads, and written at their place in each window's memory."""
+    paths = [tmp_path / f"step_{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(paths):
+        torch.manual_seed(number)
+        save_file({"weight": torch.randn(7, 30_011), "bias": torch.randn(7), "empty": torch.zeros(0)}, path)
+
+    def build() -> nn.Module:
+        model = nn.Linear(30_011, 7)
+        model.register_buffer("empty", torch.zeros(0))
+        return model
+
+    def digest(model: nn.Module) -> dict[str, float]:
+        """Of every bit of the weights."""
+        found = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in model.state_dict().values()))
+        return {"digest": float(int(found.hexdigest()[:13], 16))}
+
+    results = [
+        sweep(paths, model=build, evaluate=digest, minimize="digest", device="cpu", **options)  # type: ignore[arg-type]
+        for options in ({"threads": 3, "memory": 2**20}, {"threads": 1, "hold": 1}, {})
+    ]
+    assert results[0].windows == results[1].windows == results[2].windows
+    for number, window in enumerate(results[0].windows):
+        out = tmp_path / f"{number}.out.safetensors"
+        average(window.checkpoints, out, device="cpu")
+        model = build()
+        model.load_state_dict(load_file(out))
+        assert window.metrics == digest(model)
+
+
+def test_non_float_tensors_are_those_of_each_window_s_last(tmp_path: Path) -> None:
+    """With --non-float last; the first k do not take those of the run's last checkpoint."""
+    paths = [tmp_path / f"step_{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(paths):
+        save_file(
+            {"weight": torch.full((1, 2), float(number)), "bias": torch.ones(1), "seen": torch.tensor(number)}, path
+        )
+
+    def build() -> nn.Module:
+        model = nn.Linear(2, 1)
+        model.register_buffer("seen", torch.tensor(0))
+        return model
+
+    def read(model: nn.Module) -> dict[str, float]:
+        return {"seen": model.seen, "weight": model.weight[0, 0]}  # type: ignore[dict-item]
+
+    result = sweep(paths, model=build, evaluate=read, maximize="seen", non_float="last")
+    assert [tuple(window.metrics.values()) for window in result.windows] == [(2, 2), (2, 1.5), (2, 1), (0, 0), (1, 0.5)]
+    with pytest.raises(IncompatibleError):
+        sweep(paths, model=build, evaluate=read, maximize="seen")
+
+
+@pytest.mark.parametrize("sides", ["last", "first"])
+def test_one_side_alone(run: list[Path], sides: str) -> None:
+    both = sweep(run, model=make, data=data, evaluate=score, minimize="loss", device="cpu")
+    one = sweep(run, model=make, data=data, evaluate=score, minimize="loss", windows=sides, device="cpu")
+    assert sizes(one) == [(sides, size) for size in (1, 2, 3, 4)]
+    known = {window.checkpoints: window.metrics for window in both.windows}
+    assert [window.metrics for window in one.windows] == [known[window.checkpoints] for window in one.windows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen layers: which they are depends on the window
+
+
+def with_statistics(paths: Sequence[Path], statistics_of: Sequence[int], layers: Sequence[str]) -> None:
+    """Gives each checkpoint the running statistics of these layers of another one."""
+    states = [torch.load(path) for path in paths]
+    for path, state, index in zip(paths, states, statistics_of, strict=True):
+        taken = {
+            name: tensor
+            for name, tensor in states[index]["model"].items()
+            if name.rpartition(".")[0] in layers and ("running" in name or "tracked" in name)
+        }
+        torch.save({**state, "model": {**state["model"], **taken}}, path)
+
+
+@pytest.mark.parametrize("layers", [["1", "6"], ["1"]], ids=["all layers", "one layer"])
+@pytest.mark.parametrize("statistics_of", [[0, 0, 2, 3], [0, 1, 2, 2], [0, 0, 0, 3]], ids=str)
+def test_frozen_in_some_windows(run: list[Path], tmp_path: Path, statistics_of: list[int], layers: list[str]) -> None:
+    """Where a window's checkpoints have the same statistics, `average` leaves them, and so does the sweep."""
+    with_statistics(run, statistics_of, layers)
+    result = sweep(run, model=make, data=data, evaluate=score, minimize="loss", device="cpu")
+    assert_as_average_writes(result, tmp_path, data=data)
+
+
+@pytest.mark.parametrize("layers", [["1", "6"], ["1"]], ids=["all layers", "one layer"])
+def test_frozen_in_all(run: list[Path], tmp_path: Path, layers: list[str]) -> None:
+    """The command that is printed for a window must make what was measured, for a single checkpoint too."""
+    with_statistics(run, [0, 0, 0, 0], layers)
+    result = sweep(run, model=make, data=data, evaluate=score, minimize="loss", device="cpu")
+    assert_as_average_writes(result, tmp_path, data=data)
+
+
+def test_frozen_in_all_needs_no_data(run: list[Path], tmp_path: Path) -> None:
+    with_statistics(run, [0, 0, 0, 0], ["1", "6"])
+    result = sweep(run, model=make, evaluate=score, minimize="loss", device="cpu")
+    assert_as_average_writes(result, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Passes
+
+
+def bytes_of_one(run: list[Path]) -> int:
+    return sum(tensor.nbytes for tensor in torch.load(run[0])["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [(0, 7), (1, 7), (1.0, 7), (1.99, 7), (2.0, 4), (3.0, 3), (4.0, 2), (6.0, 2), (7.0, 1), (100.0, 1), (None, 1)],
+    ids=str,
+)
+def test_the_same_in_any_number_of_passes(run: list[Path], held: float | None, expected: int) -> None:
+    """How many averages wait in memory changes no number; ``passes`` says how often the checkpoints were read."""
+    hold = int(held * bytes_of_one(run)) if isinstance(held, float) else held
+    started: list[int] = []
+    result = sweep(
+        run, model=make, data=data, evaluate=score, minimize="loss", hold=hold, device="cpu",
+        progress=Progress(start=started.append),
+    )  # fmt: skip
+    assert (result.passes, len(started)) == (expected, expected)
+    reference = sweep(run, model=make, data=data, evaluate=score, minimize="loss", device="cpu", hold=10**9)
+    assert result.windows == reference.windows
+    assert result.best == reference.best
+
+
+def test_a_pass_reads_only_what_its_windows_need(run: list[Path]) -> None:
+    """With one window at a time, the last 1 reads one checkpoint; what is announced is what is read."""
+    started: list[int] = []
+    read: list[int] = []
+    sweep(
+        run, model=make, bn="keep", evaluate=score, minimize="loss", hold=1, device="cpu",
+        progress=Progress(start=started.append, read=read.append),
+    )  # fmt: skip
+    one = bytes_of_one(run)
+    assert started == [one * size for size in (1, 2, 3, 4, 1, 2, 3)]
+    assert sum(read) == sum(started)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing else changes
+
+
+def test_nothing_is_written(run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    sweep(run[0].parent, model=make, data=data, evaluate=score, minimize="loss", device="cpu", hold=1)
+    assert tree(tmp_path) == before
+
+
+def test_the_model_that_is_passed_in_stays_as_it_is(run: list[Path]) -> None:
+    torch.manual_seed(9)
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sweep(run, model=model, data=data, evaluate=score, minimize="loss", device="cpu")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        lambda model: model.train()(data()[0] * 50),
+        lambda model: [tensor.zero_() for tensor in model.state_dict().values()],
+        lambda model: torch.rand(5),
+    ],
+    ids=["trains", "zeroes", "draws"],
+)
+def test_a_function_that_disturbs(run: list[Path], disturb: Callable[[nn.Module], Any]) -> None:
+    """No window's number depends on what was measured before it."""
+
+    def disturbing(model: nn.Module) -> Any:
+        found = score(model)
+        disturb(model)
+        return found
+
+    one, other = (
+        sweep(run, model=make, data=data, evaluate=function, minimize="loss", device="cpu")
+        for function in (score, disturbing)
+    )
+    assert one.windows == other.windows
+
+
+def test_the_same_random_state_at_each_call(run: list[Path]) -> None:
+    """Over a loader that shuffles: each refresh sees the same order, and each metric draws the same numbers."""
+    loader = torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True)
+    result = sweep(
+        run, model=make, data=loader, evaluate=lambda model: {"r": torch.rand(1).item()}, maximize="r", device="cpu"
+    )
+    assert {window.metrics["r"] for window in result.windows} == {result.last.metrics["r"]}
+
+
+def test_a_data_factory_that_draws_random_numbers(run: list[Path]) -> None:
+    """It is called for each refresh; docs/usage.md promises that each measurement begins with the same state."""
+
+    def shuffled() -> Any:
+        batches = data()
+        return iter([batches[index] for index in torch.randperm(3)])
+
+    result = sweep(
+        run, model=make, data=shuffled, evaluate=lambda model: {"r": torch.rand(1).item()}, maximize="r", device="cpu"
+    )
+    assert {window.metrics["r"] for window in result.windows} == {result.last.metrics["r"]}
+
+
+def test_a_loader_with_a_generator_of_its_own(run: list[Path], tmp_path: Path) -> None:
+    """A factory that seeds its shuffling: `average` sees the first order, and so must each window of the sweep."""
+
+    def seeded() -> Any:
+        generator = torch.Generator().manual_seed(3)
+        return torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True, generator=generator)
+
+    result = sweep(run, model=make, data=seeded, evaluate=score, minimize="loss", device="cpu")
+    assert_as_average_writes(result, tmp_path, data=seeded)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The best
+
+
+def listed(run: list[Path], *values: float, mode: str = "max", last: float = 0.0) -> SweepResult:
+    """A sweep whose windows measure these numbers."""
+    replies = iter([last, *values])
+    options = {"maximize" if mode == "max" else "minimize": "m"}
+    return sweep(run, model=make, bn="keep", evaluate=lambda model: {"m": next(replies)}, device="cpu", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "best"),
+    [
+        ((1, 2, 3, 4, 5, 6, 7), "max", ("first", 3)),
+        ((1, 2, 3, 4, 5, 6, 7), "min", ("last", 1)),
+        ((1, 1, 1, 1, 1, 1, 1), "max", ("last", 1)),
+        ((1, 1, 1, 1, 1, 1, 1), "min", ("last", 1)),
+        ((0, 5, 5, 5, 0, 5, 5), "max", ("last", 2)),
+        ((0, 0, 5, 5, 0, 5, 0), "max", ("first", 2)),
+        ((0, 0, 0, 5, 0, 0, 5), "max", ("first", 3)),
+        ((0, 0, 5, 0, 5, 0, 5), "max", ("first", 1)),
+        ((math.nan, 2, math.nan, 3, 1, math.nan, math.nan), "max", ("last", 4)),
+        ((math.nan, 2, math.nan, 3, 1, math.nan, math.nan), "min", ("first", 1)),
+        ((math.nan,) * 6 + (-math.inf,), "max", ("first", 3)),
+        ((1, math.inf, 2, 3, 4, 5, 6), "max", ("last", 2)),
+        ((1, -math.inf, 2, 3, 4, 5, 6), "max", ("first", 3)),
+        ((1, -math.inf, 2, 3, 4, 5, 6), "min", ("last", 2)),
+    ],
+)
+def test_which_is_best(run: list[Path], values: tuple[float, ...], mode: str, best: tuple[str, int]) -> None:
+    """Of equals the one with the fewest checkpoints, and of these the last ones; NaN is never the best."""
+    result = listed(run, *values, mode=mode)
+    assert (result.best.side, len(result.best.checkpoints)) == best
+    assert (result.metric, result.mode) == ("m", mode)
+    assert any(window is result.best for window in result.windows)
+
+
+def test_nan_everywhere(run: list[Path]) -> None:
+    with pytest.raises(UserCodeError) as caught:
+        listed(run, *[math.nan] * 7)
+    assert str(caught.value) == "the --eval function: expected numbers for 'm', got NaN for every average."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_one_checkpoint(run: list[Path]) -> None:
+    with pytest.raises(IncompatibleError, match="expected at least two checkpoints"):
+        sweep(run[0], model=make, data=data, evaluate=score, minimize="loss")
+    with pytest.raises(IncompatibleError, match="expected at least two checkpoints"):
+        sweep(run, last=1, model=make, data=data, evaluate=score, minimize="loss")
+
+
+@pytest.mark.parametrize(("options", "got"), [({}, "neither"), ({"maximize": "a", "minimize": "b"}, "both")])
+def test_one_direction(run: list[Path], options: dict[str, str], got: str) -> None:
+    with pytest.raises(UsageError, match=f"--maximize METRIC .* and --minimize METRIC .*, got {got}"):
+        sweep(run, model=make, data=data, evaluate=score, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"windows": "middle"}, "--windows: expected one of last, first, both, got 'middle'."),
+        ({"minimize": "los"}, "--minimize los: expected one of the metrics that the --eval function returns ('loss')."),
+        ({"dtype": "int8"}, "--dtype"),
+        ({"bn": "no"}, "--bn: expected one of auto, refresh, keep"),
+        ({"memory": 1}, "--memory"),
+        ({"bn_estimator": "x"}, "--bn-estimator"),
+        ({"bn_batches": 0}, "--bn-batches"),
+        ({"last": 0}, "--last: expected 1 or more"),
+        ({"data": None}, "the checkpoints hold running statistics of 2 BatchNorm layers"),
+    ],
+)
+def test_what_makes_no_sense(run: list[Path], options: dict[str, Any], message: str) -> None:
+    given = {"model": make, "data": data, "evaluate": score, "minimize": "loss", **options}
+    with pytest.raises(UsageError) as caught:
+        sweep(run, **given)
+    assert str(caught.value).startswith(message)
+
+
+def test_batches_for_one_pass_only(run: list[Path]) -> None:
+    """They would be used up after the first window. Found before anything is measured."""
+    with pytest.raises(UsageError, match="used up after one"):
+        sweep(
+            run, model=make, data=(batch for batch in data()), minimize="loss",
+            evaluate=lambda model: pytest.fail("measured"),
+        )  # fmt: skip
+
+
+def test_batches_for_one_pass_where_none_is_needed(run: list[Path]) -> None:
+    assert sweep(run, model=make, data=iter(data()), bn="keep", evaluate=score, minimize="loss").refreshed is False
+
+
+@pytest.mark.parametrize("kind", ["a generator function", "a factory of iterators", "a list", "a loader"])
+def test_batches_for_many_passes(run: list[Path], tmp_path: Path, kind: str) -> None:
+    def generate() -> Any:
+        yield from data()
+
+    batches: Any = {
+        "a generator function": generate,
+        "a factory of iterators": lambda: iter(data()),
+        "a list": data(),
+        "a loader": torch.utils.data.DataLoader(data(), batch_size=None),
+    }[kind]
+    result = sweep(run, model=make, data=batches, evaluate=score, minimize="loss", device="cpu")
+    assert_as_average_writes(result, tmp_path, data=data)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 7])
+def test_a_function_that_fails_names_the_window(run: list[Path], at: int) -> None:
+    calls = itertools.count()
+
+    def fails(model: nn.Module) -> float:
+        if next(calls) == at:
+            raise LookupError("no test set")
+        return 1.0
+
+    name = {0: "step_4.pt", 1: "the last 1", 2: "the last 2", 7: "the first 3"}[at]
+    with pytest.raises(UserCodeError, match=f"raised for {name}: LookupError: no test set"):
+        sweep(run, model=make, data=data, evaluate=fails, maximize="fails", device="cpu")
+
+
+def test_an_interrupt_passes(run: list[Path]) -> None:
+    def interrupted(model: nn.Module) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(run, model=make, data=data, evaluate=interrupted, maximize="x")
+
+
+@pytest.mark.parametrize("other", [{"n": 1.0}, {"m": 1.0, "n": 2.0}], ids=["another", "one more"])
+def test_other_metrics_at_another_call(run: list[Path], other: dict[str, float]) -> None:
+    """As `average` says it; and not a KeyError after an hour's work."""
+    replies = iter([{"m": 1.0}, {"m": 2.0}, other])
+    with pytest.raises(UserCodeError, match="for the last 2"):
+        sweep(run, model=make, bn="keep", evaluate=lambda model: next(replies, {"m": 1.0}), maximize="m")
+
+
+def test_progress_says_what_is_measured(run: list[Path]) -> None:
+    told: list[str] = []
+    notices: list[str] = []
+    result = sweep(
+        run, model=make, data=data, evaluate=score, minimize="loss", device="cpu",
+        progress=Progress(evaluating=told.append, notice=notices.append),
+    )  # fmt: skip
+    assert told == [
+        "step_4.pt", "the last 1", "the last 2", "the last 3", "the last 4", "the first 1", "the first 2", "the first 3"
+    ]  # fmt: skip
+    assert tuple(notices) == result.notices
+    assert len(set(notices)) == len(notices)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+class App:
+    """A module of the user's, in a folder whose name has spaces."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "my app's folder"
+        self.folder.mkdir()
+        self.module = f"sweep_app_{os.getpid()}_{next(_numbers)}"
+        (self.folder / f"{self.module}.py").write_text(MODULE)
+
+    def words(
+        self, *more: object, function: str = "score", direction: object = "--minimize", data: bool = True
+    ) -> list[object]:
+        """The command's options, without the sources."""
+        words: list[object] = ["--app-dir", self.folder, "--model", f"{self.module}:make", "--device", "cpu"]
+        words += ["--data", f"{self.module}:data"] if data else ["--bn", "keep"]
+        words += ["--eval", f"{self.module}:{function}"]
+        metric = "picked" if function == "picked" else "loss"
+        return [*words, *([direction, metric] if direction else []), *more]
+
+
+@pytest.fixture
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> App:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    return App(tmp_path)
+
+
+def made_by(in_process: InProcess, command: Sequence[str]) -> dict[str, float]:
+    """Runs the command that a sweep printed, and measures its output, which is a new file."""
+    out = Path(command[list(command).index("-o") + 1])
+    assert not out.exists()
+    assert command[0] == "ckpt-avg"
+    code, _, stderr = in_process(*command[1:])
+    assert code == 0, stderr
+    return of_file(out)
+
+
+@pytest.mark.parametrize(
+    ("sources", "options", "picks"),
+    [
+        (["a run"], [], {1: ("last", 1), 2: ("last", 2), 4: ("last", 4), 5: ("first", 1), 7: ("first", 3)}),
+        (["a run"], ["--windows", "first"], {1: ("first", 1), 3: ("first", 3), 4: ("first", 4)}),
+        (["a run"], ["--last", "3"], {1: ("last", 1), 3: ("last", 3), 5: ("first", 2)}),
+        (["a run"], ["--every", "2"], {1: ("last", 1), 2: ("last", 2), 3: ("first", 1)}),
+        (["a run"], ["--every", "2", "--last", "2", "--windows", "first"], {1: ("first", 1), 2: ("first", 2)}),
+        (["a run"], ["--include", "step_[134].pt"], {2: ("last", 2), 3: ("last", 3), 5: ("first", 2)}),
+        (["a run"], ["--exclude", "step_3.pt", "--exclude", "step_9*"], {2: ("last", 2), 5: ("first", 2)}),
+        (["a run"], ["--from-step", "2", "--to-step", "3"], {1: ("last", 1), 2: ("last", 2), 3: ("first", 1)}),
+        (
+            ["a run"],
+            ["--best", "3", "--metric", "loss", "--mode", "min"],
+            {1: ("last", 1), 2: ("last", 2), 3: ("last", 3), 5: ("first", 2)},
+        ),
+        (
+            ["a run/step_3.pt", "a run/step_1.pt", "a run/step_4.pt"],
+            [],
+            {1: ("last", 1), 2: ("last", 2), 5: ("first", 2)},
+        ),
+        (["./a run/../a run"], ["--dtype", "bfloat16"], {2: ("last", 2), 6: ("first", 2)}),
+        (["a run"], ["--state-key", "model", "--threads", "1", "--memory", "2MiB"], {2: ("last", 2), 6: ("first", 2)}),
+        (
+            ["a run"],
+            ["--bn-estimator", "batch-mean", "--bn-batches", "2", "--amp", "bfloat16"],
+            {1: ("last", 1), 6: ("first", 2)},
+        ),
+        (["a run"], ["--hold", "1", "-q", "--overwrite", "--non-float", "last"], {2: ("last", 2), 6: ("first", 2)}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_the_command_makes_what_was_measured(
+    app: App,
+    run: list[Path],
+    in_process: InProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    sources: list[str],
+    options: list[str],
+    picks: dict[int, tuple[str, int]],
+) -> None:
+    """Whichever window is the best: the file's number is the sweep's, to the last bit."""
+    for pick, (side, size) in picks.items():
+        monkeypatch.setenv("PICKED", str(pick))
+        sys.modules.pop(app.module, None)
+        words = app.words("--json", *options, function="picked", direction="--maximize")
+        code, stdout, stderr = in_process("sweep", *sources, *words)
+        assert code == 0, stderr
+        document = json.loads(stdout)
+        best = document["best"]
+        assert (best["side"], best["size"]) == (side, size)
+        assert made_by(in_process, document["command"])["loss"] == best["metrics"]["loss"], document["command"]
+
+
+def test_the_command_without_a_refresh(app: App, run: list[Path], in_process: InProcess) -> None:
+    code, stdout, stderr = in_process("sweep", "a run", *app.words("--json", data=False))
+    assert code == 0, stderr
+    document = json.loads(stdout)
+    assert made_by(in_process, document["command"]) == document["best"]["metrics"]
+    assert document["refreshed"] is False
+
+
+def test_the_command_for_names_with_a_prefix(app: App, run: list[Path], in_process: InProcess) -> None:
+    for path in run:
+        state = torch.load(path)
+        torch.save({"deep": {"net": {f"model.{name}": value for name, value in state["model"].items()}}}, path)
+    words = app.words("--json", "--state-key", "deep.net", "--strip-prefix", "model.")
+    code, stdout, stderr = in_process("sweep", "a run", *words)
+    assert code == 0, stderr
+    document = json.loads(stdout)
+    assert made_by(in_process, document["command"]) == document["best"]["metrics"]
+
+
+def test_the_command_for_files_that_look_like_options(app: App, run: list[Path], in_process: InProcess) -> None:
+    """They were given behind ``--``, and so they must be again."""
+    files = [f"-{path.name}" for path in run[:2]]
+    for path, name in zip(run, files, strict=False):
+        path.rename(name)
+    code, stdout, stderr = in_process("sweep", *app.words("--json"), "--", *files)
+    assert code == 0, stderr
+    document = json.loads(stdout)
+    assert made_by(in_process, document["command"]) == document["best"]["metrics"]
+
+
+@pytest.mark.usefixtures("run")
+def test_what_is_printed(app: App, in_process: InProcess) -> None:
+    """The table and the command on stdout; pasted into a shell it is the command of --json."""
+    code, stdout, stderr = in_process("sweep", "a run", *app.words(function="prints"))
+    assert code == 0, stderr
+    _, text, _ = in_process("sweep", "a run", *app.words("--json", function="prints"))
+    document = json.loads(text)
+    lines = stdout.splitlines()
+    assert lines[0].split() == ["loss"]
+    assert lines[1].startswith("step_4.pt, as it is")
+    assert [line.split("  ")[0] for line in lines[2:9]] == [
+        "last 1", "last 2", "last 3", "all 4", "first 1", "first 2", "first 3"
+    ]  # fmt: skip
+    assert lines[10].startswith("best by loss: the average of ")
+    assert lines[11].startswith("to make it: ")
+    assert shlex.split(lines[11].removeprefix("to make it: ")) == document["command"]
+    assert len(lines) == 12
+    assert [line for line in lines if "← best" in line]
+    assert "printed by" not in stdout
+    assert stderr.count("printed by the function") == 8
+
+
+@pytest.mark.usefixtures("run")
+def test_without_plot_and_report_nothing_is_written(app: App, in_process: InProcess, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    code, _, _ = in_process("sweep", "a run", *app.words())
+    assert (code, tree(tmp_path)) == (0, before)
+
+
+@pytest.mark.usefixtures("run")
+def test_report_and_plot(app: App, in_process: InProcess, tmp_path: Path) -> None:
+    """Both are written, the report being what --json prints, and nothing else."""
+    before = tree(tmp_path)
+    for option in ("", "--json"):
+        more = ["--report", "sweep.json", "--plot", "sweep.svg", "--overwrite", option]
+        code, stdout, stderr = in_process("sweep", "a run", *app.words(*filter(None, more)))
+        assert code == 0, stderr
+    document = json.loads(stdout)
+    assert json.loads(Path("sweep.json").read_text()) == document
+    assert Path("sweep.svg").read_bytes().startswith(b"<?xml")
+    assert tree(tmp_path).keys() - before.keys() == {"sweep.json", "sweep.svg"}
+    assert not {"--report", "--plot", "--overwrite", "--json", "--eval", "--minimize"} & set(document["command"])
+
+
+@pytest.mark.usefixtures("run")
+def test_two_plots_have_the_same_bytes(app: App, in_process: InProcess) -> None:
+    for name in ("a.png", "b.png"):
+        assert in_process("sweep", "a run", *app.words("--plot", name, "--last", "2"))[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+@pytest.mark.parametrize("option", ["--plot", "--report"])
+def test_an_existing_file_is_kept(app: App, run: list[Path], in_process: InProcess, option: str) -> None:
+    """Found before the work: the function is not called."""
+    old = Path("old.png" if option == "--plot" else "old.json")
+    old.write_bytes(b"old")
+    code, _, stderr = in_process("sweep", "a run", *app.words(option, old, function="raises"))
+    assert (code, old.read_bytes()) == (5, b"old")
+    assert "--overwrite" in stderr
+    assert "no test set" not in stderr
+    code, _, _ = in_process("sweep", "a run", *app.words(option, old, "--overwrite", "--last", "2"))
+    assert code == 0
+    assert old.read_bytes() != b"old"
+
+
+@pytest.mark.parametrize("option", ["--plot", "--report"])
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["kept", "overwrite"])
+def test_a_checkpoint_is_never_replaced(
+    app: App, run: list[Path], in_process: InProcess, option: str, overwrite: list[str]
+) -> None:
+    """Whatever its suffix is."""
+    path = run[1].with_name("step_2.png" if option == "--plot" else "step_2.json")
+    run[1].rename(path)
+    before = path.read_bytes()
+    sources = [run[0], path]
+    code, _, stderr = in_process("sweep", *sources, *app.words(option, path, *overwrite, function="raises"))
+    assert (code, path.read_bytes()) == (2, before)
+    assert "one of the checkpoints" in stderr
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["new", "overwrite"])
+def test_plot_and_report_to_one_path(app: App, in_process: InProcess, overwrite: list[str]) -> None:
+    """One of the two would be lost, after all the work is done."""
+    words = app.words("--plot", "a.png", "--report", "./a.png", *overwrite, function="raises")
+    code, _, stderr = in_process("sweep", "a run", *words)
+    assert code == 2, stderr
+    assert "no test set" not in stderr
+    assert not Path("a.png").exists()
+
+
+@pytest.mark.usefixtures("run")
+def test_another_suffix(app: App, in_process: InProcess) -> None:
+    code, _, stderr = in_process("sweep", "a run", *app.words("--plot", "sweep.jpg", function="raises"))
+    assert (code, Path("sweep.jpg").exists()) == (2, False)
+    assert stderr == "Error: --plot sweep.jpg: expected a name that ends in .png or .svg or .pdf.\n"
+
+
+@pytest.mark.usefixtures("run")
+def test_without_matplotlib(app: App, in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before any work; without --plot nobody needs it."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else find_spec(name, *more)
+    )
+    code, _, stderr = in_process("sweep", "a run", *app.words("--plot", "sweep.png", function="raises"))
+    assert code == 2
+    assert "pip install 'ckpt-avg[plot]'" in stderr
+    assert "no test set" not in stderr
+    assert in_process("sweep", "a run", *app.words("--last", "2"))[0] == 0
+
+
+@pytest.mark.usefixtures("run")
+def test_a_picture_that_cannot_be_drawn_does_not_lose_the_numbers(
+    app: App, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep may have taken hours; whatever the drawing does, what was measured is printed or in the report."""
+    monkeypatch.setattr("ckpt_avg.cli.plots._draw", lambda *_: 1 / 0)
+    more = ["--plot", "sweep.png", "--report", "sweep.json", "--last", "2"]
+    code, stdout, stderr = in_process("sweep", "a run", *app.words(*more))
+    assert code == 5
+    assert "to make it" in stdout
+    assert "Error: --plot: matplotlib could not draw it: ZeroDivisionError" in stderr
+    assert "command" in json.loads(Path("sweep.json").read_text())
+    assert not Path("sweep.png").exists()
+    code, stdout, _ = in_process("sweep", "a run", *app.words(*more, "--json", "--overwrite"))
+    assert code == 5
+    document = json.loads(stdout)
+    assert document["error"]["exit_code"] == 5
+    assert document["command"][0] == "ckpt-avg"
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize(
+    ("change", "exit_code", "message"),
+    [
+        ({"direction": None}, 2, "got neither"),
+        ({"more": ["--maximize", "loss"]}, 2, "got both"),
+        ({"direction": "--maximise"}, 2, "No such option"),
+        ({"more": ["--windows", "all"]}, 2, "--windows: expected one of last, first, both"),
+        ({"more": ["--hold", "much"]}, 2, "expected a size such as 256MiB"),
+        ({"more": ["--last", "1"]}, 4, "expected at least two checkpoints"),
+        ({"more": ["--last", "9"]}, 4, "--last 9: expected at least that many checkpoints"),
+        ({"function": "nothing"}, 7, "got NaN for every average"),
+        ({"function": "raises"}, 7, "raised for step_4.pt: LookupError"),
+        ({"function": "missing"}, 2, "has no 'missing'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_exit_codes(app: App, in_process: InProcess, change: dict[str, Any], exit_code: int, message: str) -> None:
+    more = change.pop("more", [])
+    code, stdout, stderr = in_process("sweep", "a run", *app.words(*more, "--json", **change))
+    assert code == exit_code, stderr
+    assert message in stderr
+    assert json.loads(stdout)["error"]["exit_code"] == exit_code
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("missing", ["--model", "--eval"])
+def test_a_missing_model_or_function(app: App, in_process: InProcess, missing: str) -> None:
+    words = app.words()
+    at = words.index(missing)
+    code, _, stderr = in_process("sweep", "a run", *words[:at], *words[at + 2 :])
+    assert code == 2
+    assert f"{missing}: expected a name, MODULE:NAME, got nothing." in stderr
+
+
+@pytest.mark.usefixtures("run")
+def test_missing_data(app: App, in_process: InProcess) -> None:
+    words = app.words()
+    at = words.index("--data")
+    code, _, stderr = in_process("sweep", "a run", *words[:at], *words[at + 2 :])
+    assert code == 2
+    assert "Add --data MODULE:FACTORY, or accept the mean of the statistics with --bn keep." in stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real run
+
+
+def test_the_real_run(
+    run_folder: Path, train: Any, in_process: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digits: the printed command makes the file whose loss the sweep found to be the lowest."""
+    monkeypatch.chdir(tmp_path)
+    code, stdout, stderr = in_process(
+        "sweep", run_folder, "--last", "3", "--model", "train:make_model", "--data", "train:train_loader",
+        "--bn-batches", "3", "--app-dir", run_folder, "--device", "cpu", "--eval", "train:evaluate",
+        "--minimize", "loss", "--json",
+    )  # fmt: skip
+    assert code == 0, stderr
+    document = json.loads(stdout)
+    assert [(each["side"], each["size"]) for each in document["windows"]] == [
+        ("last", 1), ("last", 2), ("last", 3), ("first", 1), ("first", 2)
+    ]  # fmt: skip
+    code, _, stderr = in_process(*document["command"][1:])
+    assert code == 0, stderr
+    model = train.make_model()
+    model.load_state_dict(load_file("swa.safetensors"))
+    assert train.evaluate(model) == document["best"]["metrics"]
+    model.load_state_dict(torch.load(run_folder / "epoch_20.pt", weights_only=False)["model"])
+    assert train.evaluate(model) == document["last"]["metrics"]

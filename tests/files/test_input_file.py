@@ -1,0 +1,534 @@
+"""One input file, read at checked offsets: mapped or copied, the bytes are the same and nothing blocks or kills."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import mmap
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ckpt_avg.files.input_file
+from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError
+from ckpt_avg.files.descriptors import park_idle
+from ckpt_avg.files.input_file import MappedFile, Window
+
+PAGE = mmap.PAGESIZE
+SMALL = ckpt_avg.files.input_file._SMALL
+CONTENT = random.Random(1).randbytes(3 * SMALL + 777)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="windows are mapped on Linux alone")
+
+
+def in_threads(work: Callable[[int], None]) -> None:
+    """Calls a function in four threads, each with a seed of its own, and waits for them."""
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "data.bin"
+    path.write_bytes(CONTENT)
+    return path
+
+
+@pytest.fixture(params=["mapped", "copied"])
+def file(path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[MappedFile]:
+    """The same file through both ways of reading."""
+    if request.param == "copied":
+        monkeypatch.setattr("ckpt_avg.files.input_file._can_populate", lambda: False)
+    with MappedFile(path) as opened:
+        yield opened
+
+
+def content(window: Window, length: int) -> bytes:
+    return bytes(memoryview(window.buffer)[window.position : window.position + length])
+
+
+RANGES = [
+    (0, len(CONTENT)),
+    (0, SMALL),
+    (1, SMALL),
+    (0, SMALL - 1),
+    (PAGE, SMALL),
+    (PAGE - 1, SMALL + 2),
+    (PAGE + 1, 2 * SMALL),
+    (len(CONTENT) - SMALL, SMALL),
+    (len(CONTENT) - SMALL - 1, SMALL + 1),
+    (len(CONTENT) - 1, 1),
+    (len(CONTENT), 0),
+    (0, 0),
+    (17, 0),
+    (17, 5),
+    (12345, SMALL + 4321),
+]
+
+
+@pytest.mark.parametrize(("offset", "length"), RANGES)
+def test_each_range_gives_the_bytes_of_the_file(file: MappedFile, offset: int, length: int) -> None:
+    """Aligned or not, at the end of the file, empty, small and large, mapped and copied."""
+    window = file.window(offset, length)
+    assert window.offset == offset
+    assert content(window, length) == CONTENT[offset : offset + length]
+    assert file.read(offset, length) == CONTENT[offset : offset + length]
+
+
+@linux
+def test_both_ways_are_really_taken(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two runs of the tests above are two."""
+    with MappedFile(path) as opened:
+        assert isinstance(opened.window(1, SMALL).buffer, mmap.mmap)
+        assert isinstance(opened.window(1, SMALL - 1).buffer, bytearray)
+    monkeypatch.setattr("ckpt_avg.files.input_file._can_populate", lambda: False)
+    with MappedFile(path) as opened:
+        assert isinstance(opened.window(1, SMALL).buffer, bytearray)
+
+
+@pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM, errno.EACCES])
+def test_a_file_system_that_refuses_maps_is_read(path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(*_: object, **__: object) -> mmap.mmap:
+        raise OSError(code, os.strerror(code))
+
+    with MappedFile(path) as opened:
+        monkeypatch.setattr("ckpt_avg.files.input_file.mmap.mmap", refuse)
+        window = opened.window(3, SMALL)
+        assert isinstance(window.buffer, bytearray)
+        assert content(window, SMALL) == CONTENT[3 : 3 + SMALL]
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(-1, 1), (0, -1), (0, len(CONTENT) + 1), (len(CONTENT), 1), (2**63, 1), (1, 2**63), (2**64, 2**64)],
+)
+def test_no_read_leaves_the_file(file: MappedFile, offset: int, length: int) -> None:
+    with pytest.raises(CheckpointFormatError) as caught:
+        file.window(offset, length)
+    message = str(caught.value)
+    assert caught.value.exit_code == 3
+    assert type(caught.value) is CheckpointFormatError
+    assert message.startswith(f"{file.path}: expected {length:,} bytes at byte {offset:,}, got a file of ")
+    assert f"{len(CONTENT):,} bytes" in message
+    assert "truncated or damaged: copy it again" in message
+
+
+@pytest.mark.parametrize("length", [len(CONTENT) + 1, 2**40, 2**62])
+def test_a_read_beyond_the_file_allocates_nothing(file: MappedFile, length: int) -> None:
+    with pytest.raises(CheckpointFormatError, match="got a file of"):
+        file.read(0, length)
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with MappedFile(tmp_path / "empty") as opened:
+        assert opened.size == 0
+        assert opened.read(0, 0) == b""
+        assert content(opened.window(0, 0), 0) == b""
+
+
+def test_a_file_with_holes(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as target:
+        target.truncate(50_000_000)
+        target.seek(49_000_000)
+        target.write(b"x")
+    with MappedFile(path) as opened:
+        assert content(opened.window(48_999_999, SMALL), 3) == b"\0x\0"
+
+
+# --- what is no file ---------------------------------------------------------------------------------------
+
+
+def opening_fails(path: Path, kind: type[Exception] = CheckpointFormatError) -> str:
+    """Opens in a thread, so that blocking fails the test instead of hanging it."""
+    raised: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            MappedFile(path).close()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "opening blocks"
+    assert len(raised) == 1
+    assert type(raised[0]) is kind
+    assert str(raised[0]).startswith(f"{path}: ")
+    return str(raised[0])
+
+
+def test_a_pipe_never_blocks(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "expected a checkpoint file, got a device, pipe or socket" in opening_fails(tmp_path / "pipe")
+
+
+def test_a_device_is_refused() -> None:
+    assert "got a device, pipe or socket" in opening_fails(Path("/dev/zero"))
+
+
+def test_a_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        opening_fails(tmp_path / "socket")
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    assert "expected a checkpoint file, got a folder" in opening_fails(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gone", "link", "loop", "x" * 300])
+def test_what_cannot_be_opened_says_why(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to("gone")
+    (tmp_path / "loop").symlink_to("loop")
+    code = {"gone": errno.ENOENT, "link": errno.ENOENT, "loop": errno.ELOOP}.get(name, errno.ENAMETOOLONG)
+    assert f"cannot be opened: {os.strerror(code)}" in opening_fails(tmp_path / name)
+
+
+@linux
+def test_refused_files_are_closed(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        for path in (tmp_path, Path("/dev/null"), tmp_path / "gone"):
+            with pytest.raises(CheckpointFormatError):
+                MappedFile(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+LIMITED = """
+import os, resource, sys
+from pathlib import Path
+from ckpt_avg.errors import ResourceError
+from ckpt_avg.files.input_file import MappedFile
+
+path, kept = Path(sys.argv[1]), []
+resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
+"""
+
+
+@linux
+def test_more_files_than_may_be_open(path: Path) -> None:
+    """400 checkpoints of 1,000 shards: files rest while they are not read, and are opened again."""
+    done = run(
+        LIMITED
+        + """
+kept = [MappedFile(path) for _ in range(100)]
+for _ in range(2):
+    for file in kept:
+        window = file.window(70_000, 66_000)
+        assert bytes(memoryview(window.buffer)[window.position:][:66_000]) == path.read_bytes()[70_000:136_000]
+        assert file.read(5, 5) == path.read_bytes()[5:10]
+        file.check_unchanged()
+print(len(os.listdir("/proc/self/fd")) < 20)
+""",
+        path,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+@linux
+def test_no_descriptor_is_left_at_all(path: Path) -> None:
+    """Where the rest of the process has taken them all, the error says what to raise."""
+    done = run(
+        LIMITED
+        + """
+try:
+    while True:
+        kept.append(os.open(path, os.O_RDONLY))
+except OSError:
+    pass
+try:
+    MappedFile(path)
+except ResourceError as error:
+    print(error.exit_code, error)
+""",
+        path,
+    )
+    assert done.stdout == f"6 {path}: too many open files. Raise the limit (ulimit -n) or use fewer --threads.\n", (
+        done.stderr
+    )
+
+
+@pytest.mark.parametrize("change", ["replaced", "longer", "touched", "gone"])
+def test_a_file_that_changed_while_it_rested(file: MappedFile, change: str) -> None:
+    """Opened again by its name, it must be the same one: another run's file would be averaged in part."""
+    park_idle()
+    if change == "replaced":
+        copy = file.path.with_name("copy")
+        copy.write_bytes(CONTENT)
+        os.replace(copy, file.path)
+    elif change == "longer":
+        with file.path.open("ab") as target:
+            target.write(b"x")
+    elif change == "touched":
+        os.utime(file.path, ns=(1, 1))
+    else:
+        file.path.unlink()
+    with pytest.raises(CheckpointFormatError, match=r"changed while reading|cannot be opened: No such file") as caught:
+        file.window(0, SMALL)
+    assert isinstance(caught.value, ChangedWhileReadingError) == (change != "gone")
+
+
+def test_resting_files_are_opened_by_whoever_reads_them(file: MappedFile) -> None:
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        chooser = random.Random(seed)
+        for _ in range(100):
+            offset = chooser.randrange(len(CONTENT) - SMALL)
+            if content(file.window(offset, SMALL), SMALL) != CONTENT[offset : offset + SMALL]:
+                wrong.append(offset)
+            park_idle()
+
+    in_threads(work)
+    assert not wrong
+
+
+def test_a_closed_file_is_not_opened_again(file: MappedFile) -> None:
+    file.close()
+    with pytest.raises(ValueError, match="is closed"):
+        file.read(0, 1)
+
+
+# --- changes while reading ---------------------------------------------------------------------------------
+
+
+def test_an_unchanged_file_is_unchanged(file: MappedFile) -> None:
+    file.window(0, len(CONTENT))
+    file.check_unchanged()
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "same length", "touched"])
+def test_a_changed_file_is_noticed(file: MappedFile, change: str) -> None:
+    if change == "shorter":
+        os.truncate(file.path, 10)
+    elif change == "longer":
+        with file.path.open("ab") as target:
+            target.write(b"x")
+    elif change == "same length":
+        time.sleep(0.02)  # the clock of a file system may tick as slowly as that
+        with file.path.open("r+b") as target:
+            target.write(b"x")
+    else:
+        os.utime(file.path, ns=(1, 1))
+    with pytest.raises(ChangedWhileReadingError) as caught:
+        file.check_unchanged()
+    message = str(caught.value)
+    assert caught.value.exit_code == 3
+    assert message.startswith(f"{file.path}: changed while reading: expected {len(CONTENT):,} bytes")
+    assert f"got {file.path.stat().st_size:,} bytes" in message
+    assert "Wait until nothing writes to it, then run again." in message
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+def test_deleting_or_replacing_a_file_does_not_matter(file: MappedFile, change: str) -> None:
+    """What was opened stays readable."""
+    if change == "replaced":
+        other = file.path.with_name("other")
+        other.write_bytes(b"y" * len(CONTENT))
+        other.replace(file.path)
+    else:
+        file.path.unlink()
+    assert content(file.window(5, SMALL), SMALL) == CONTENT[5 : 5 + SMALL]
+    file.check_unchanged()
+
+
+@pytest.mark.parametrize("length", [0, 1, PAGE, SMALL, SMALL + 10])
+@pytest.mark.parametrize("offset", [0, 1, SMALL])
+def test_a_window_of_a_truncated_file(file: MappedFile, length: int, offset: int) -> None:
+    os.truncate(file.path, length)
+    with pytest.raises(ChangedWhileReadingError, match="changed while reading"):
+        file.window(offset, 2 * SMALL)
+    with pytest.raises(ChangedWhileReadingError, match="changed while reading"):
+        file.read(offset, 2 * SMALL)
+
+
+@linux
+@pytest.mark.parametrize("length", [0, PAGE, SMALL])
+def test_a_truncation_while_a_window_is_faulted_in(path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """The file shrinks after it was mapped and before its pages are there."""
+    populate = ckpt_avg.files.input_file._populate
+
+    def shrink_first(mapped: mmap.mmap) -> int:
+        os.truncate(path, length)
+        return populate(mapped)
+
+    with MappedFile(path) as opened:
+        monkeypatch.setattr("ckpt_avg.files.input_file._populate", shrink_first)
+        with pytest.raises(ChangedWhileReadingError, match="changed while reading"):
+            opened.window(3, len(CONTENT) - 3)
+
+
+_TRUNCATED_BETWEEN_WINDOWS = """
+import os, sys
+from pathlib import Path
+from typing import Any
+from ckpt_avg.errors import ChangedWhileReadingError
+from ckpt_avg.files.input_file import MappedFile
+file = MappedFile(Path(sys.argv[1]))
+half = file.size // 2
+first = bytes(memoryview(file.window(0, half).buffer)[:half])
+os.truncate(sys.argv[1], half + 5000)
+try:
+    file.window(half, file.size - half)
+except ChangedWhileReadingError as error:
+    print(error.exit_code)
+"""
+
+
+def test_a_truncation_between_two_windows(path: Path) -> None:
+    """Also within the pages of the next window: an error, no SIGBUS."""
+    done = run(_TRUNCATED_BETWEEN_WINDOWS, path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "3\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs MADV_POPULATE_READ")
+def test_bringing_pages_in_goes_on_after_a_signal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python repeats its own calls after EINTR; this one is made by hand."""
+    import ctypes
+
+    real, answers = ckpt_avg.files.input_file._LIBC.madvise, [errno.EINTR, errno.EINTR]
+
+    class Interrupted:
+        @staticmethod
+        def madvise(*arguments: Any) -> int:
+            if answers:
+                ctypes.set_errno(answers.pop())
+                return -1
+            return int(real(*arguments))
+
+    with MappedFile(path) as opened:
+        monkeypatch.setattr(ckpt_avg.files.input_file, "_LIBC", Interrupted)
+        window = opened.window(0, SMALL)
+        assert bytes(window.buffer[:SMALL]) == path.read_bytes()[:SMALL]
+    assert answers == []
+
+
+# --- lifetime ----------------------------------------------------------------------------------------------
+
+
+def test_a_window_outlives_the_file_object(path: Path) -> None:
+    opened = MappedFile(path)
+    window = opened.window(3, SMALL)
+    opened.close()
+    opened.close()
+    assert content(window, SMALL) == CONTENT[3 : 3 + SMALL]
+
+
+@linux
+def test_windows_are_unmapped_when_nothing_refers_to_them(path: Path) -> None:
+    """The resident set and the number of maps do not grow with what was read."""
+
+    def maps() -> int:
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count(path.name)
+
+    with MappedFile(path) as opened:
+        windows = [opened.window(0, SMALL) for _ in range(3)]
+        assert maps() >= 1
+        windows.clear()
+        assert maps() == 0
+
+
+def test_writing_to_a_window_never_reaches_the_file(path: Path) -> None:
+    """Windows are private: even a bug could not change an input."""
+    with MappedFile(path) as opened:
+        window = opened.window(0, len(CONTENT))
+        window.buffer[window.position] ^= 0xFF
+    assert path.read_bytes() == CONTENT
+
+
+def test_threads_share_a_file(file: MappedFile) -> None:
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        chooser = random.Random(seed)
+        for _ in range(50):
+            offset = chooser.randrange(len(CONTENT))
+            length = chooser.randrange(len(CONTENT) - offset + 1)
+            if content(file.window(offset, length), length) != CONTENT[offset : offset + length]:
+                wrong.append(offset)
+
+    in_threads(work)
+    assert not wrong
+
+
+def test_its_repr(file: MappedFile) -> None:
+    assert repr(file).startswith("MappedFile(")
+    assert repr(file).endswith("1.5 MiB)")
+
+
+# --- how windows come --------------------------------------------------------------------------------------
+
+
+@linux
+def test_the_way_to_read_is_chosen_by_hand(path: Path) -> None:
+    """``--io pread`` must not map, whatever the storage; ``mmap`` and ``auto`` map a local file."""
+    with MappedFile(path) as opened:
+        for way, kind in (("pread", bytearray), ("mmap", mmap.mmap), ("auto", mmap.mmap), ("pread", bytearray)):
+            opened.read_by(way)
+            window = opened.window(3, 2 * SMALL)
+            assert isinstance(window.buffer, kind), way
+            assert content(window, 2 * SMALL) == CONTENT[3 : 3 + 2 * SMALL]
+
+
+@linux
+def test_a_refused_map_is_an_error_only_where_maps_were_asked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network and FUSE file systems have no maps: by default they are read all the same."""
+
+    def refuse(*arguments: object, **options: object) -> mmap.mmap:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    with MappedFile(path) as opened:
+        monkeypatch.setattr("ckpt_avg.files.input_file.mmap.mmap", refuse)
+        opened.read_by("mmap")
+        with pytest.raises(ResourceError, match=r"--io mmap: the system refused to map it: No such device"):
+            opened.window(0, SMALL)
+        opened.read_by("auto")
+        assert content(opened.window(0, SMALL), SMALL) == CONTENT[:SMALL]
+
+
+def test_maps_need_a_kernel_that_can_fault_them_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without MADV_POPULATE_READ a truncated file would kill the process."""
+    monkeypatch.setattr("ckpt_avg.files.input_file._can_populate", lambda: False)
+    with MappedFile(path) as opened:
+        with pytest.raises(ResourceError, match=r"--io mmap: .*Linux 5.14"):
+            opened.read_by("mmap")
+        opened.read_by("auto")
+        assert isinstance(opened.window(0, SMALL).buffer, bytearray)
+
+
+@pytest.mark.parametrize("io", ["auto", "mmap", "pread"])
+def test_the_bytes_do_not_depend_on_it(tmp_path: Path, run_folder: Path, in_process: Any, io: str) -> None:
+    code, _, err = in_process("average", run_folder, "--bn", "keep", "-o", tmp_path / io, "--io", io)
+    assert code == 0, err
+    code, _, err = in_process("average", run_folder, "--bn", "keep", "-o", tmp_path / "plain")
+    assert (tmp_path / io).read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+def test_there_is_no_other_way(tmp_path: Path, run_folder: Path, in_process: Any) -> None:
+    code, _, err = in_process("average", run_folder, "-o", tmp_path / "o", "--io", "direct")
+    assert code == 2
+    assert "--io: expected one of auto, mmap, pread, got 'direct'" in err

@@ -1,0 +1,297 @@
+"""Which part of a torch file is taken as the state dict, and how a choice is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_avg.checkpoint.spec import DTYPES
+from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.formats.pickles.leaves import StorageRef, StoredTensor, UnreadableTensor
+from ckpt_avg.formats.pickles.stand_ins import Foreign, PlainDict
+from ckpt_avg.formats.state_dict import Reading, find_state_dict
+from ckpt_avg.formats.trainers.contents import plain_values
+
+PATH = Path("run/epoch_3.pt")
+F32 = DTYPES["F32"]
+W = StoredTensor(StorageRef("0", F32, 2), F32, 0, (2,), (1,))
+B = StoredTensor(StorageRef("1", F32, 2), F32, 0, (2,), (1,))
+SPARSE = UnreadableTensor("a sparse tensor")
+
+
+class Module(Foreign):
+    """Stands for a pickled module, as the reader makes it."""
+
+    __slots__ = ()
+    module, qualname = "models", "Net"
+
+
+def refusal(root: object, key: str | None = None) -> str:
+    with pytest.raises(CheckpointFormatError) as caught:
+        find_state_dict(root, PATH, Reading(key))
+    message = str(caught.value)
+    assert caught.value.exit_code == 3
+    assert message.startswith("run/epoch_3.pt: ")
+    assert message.isprintable()
+    return message
+
+
+@pytest.mark.parametrize(
+    ("root", "key", "names"),
+    [
+        ({"w": W}, None, ["w"]),
+        (PlainDict([("w", W), ("b", B)]), None, ["w", "b"]),
+        *(({key: {"w": W}}, key, ["w"]) for key in ("state_dict", "model", "model_state_dict")),
+        *(
+            ({"epoch": 1, key: PlainDict([("w", W)]), "optimizer": {"state": {}}}, key, ["w"])
+            for key in ("state_dict", "model", "model_state_dict")
+        ),
+        # a wrapper key wins over what stands beside it, tensors included
+        ({"model": {"w": W}, "ema": {"w": B}}, "model", ["w"]),
+        ({"model": {"w": W}, "mean": B}, "model", ["w"]),
+        ({"state_dict": {"w": W}, "optimizer": {"state": {0: {"exp_avg": B}}}}, "state_dict", ["w"]),
+        # but only where it holds tensors
+        ({"model": "resnet50", "net": {"w": W}}, "net", ["w"]),
+        ({"model": {}, "net": {"w": W}}, "net", ["w"]),
+        ({"state_dict": {"epoch": 3}, "model": {"w": W}}, "model", ["w"]),
+        # the only one, wherever it is
+        ({"a": {"b": {"c": {"w": W}}}}, "a.b.c", ["w"]),
+        ({"net": {"w": W}, "optimizer": {"state": {0: {"exp_avg": B}}}}, "net", ["w"]),
+        # names like the wrapper keys are tensors where they are tensors
+        ({"model": W, "state_dict": B}, None, ["model", "state_dict"]),
+    ],
+)
+def test_what_is_found_without_a_key(root: object, key: str | None, names: list[str]) -> None:
+    found = find_state_dict(root, PATH, Reading())
+    assert found.key == key
+    assert list(found.tensors) == names
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("model", "w1"),
+        ("model.ema", "w2"),
+        ("ema.module", "w3"),
+        ("ema", "w4"),
+        ("a.b.c", "w5"),
+        ("a.b", "w6"),
+        ("a..b", "w7"),
+    ],
+)
+def test_a_key_names_a_part(key: str, expected: str) -> None:
+    """Dots part the levels; a key that itself holds dots goes before levels, the longest first."""
+    root = {
+        "model": {"w1": W},
+        "model.ema": {"w2": W},
+        "ema.module": {"w3": W},
+        "ema": {"w4": W},
+        "a": {"b": {"c": {"w5": W}}},
+        "a.b": {"w6": W},
+        "a..b": {"w7": W},
+    }
+    if key == "a.b.c":
+        root.pop("a.b")
+    found = find_state_dict(root, PATH, Reading(key))
+    assert (found.key, list(found.tensors)) == (key, [expected])
+
+
+def test_a_key_may_name_what_would_not_be_taken_by_itself() -> None:
+    root = {"model": {"w": W}, "ema": {"w": B, "decay": 0.9}}
+    found = find_state_dict(root, PATH, Reading("ema"))
+    assert found.tensors == {"w": B}
+    assert found.others == ("decay",)
+
+
+@pytest.mark.parametrize("key", ["", "x", "model.x", "model.w.x", "epoch.x", ".model"])
+def test_a_key_that_names_nothing(key: str) -> None:
+    message = refusal({"model": {"w": W}, "epoch": 3}, key)
+    assert "expected" in message
+    assert "--state-key" in message
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(3, "int"), (W, "StoredTensor"), ([W], "list"), (None, "NoneType"), ("x", "str")]
+)
+def test_a_key_that_names_no_state_dict(value: object, what: str) -> None:
+    message = refusal({"model": {"w": W}, "part": value}, "part")
+    assert "key 'part': expected a state dict, got" in message
+    if what != "StoredTensor":
+        assert what in message
+    else:
+        assert "tensor" in message
+
+
+def test_nested_candidates_are_listed_and_none_is_taken() -> None:
+    message = refusal({"generator": {"w": W}, "nets": {"critic": {"w": W}}, "epoch": 3})
+    assert "expected one state dict, got several: 'generator', 'nets.critic'." in message
+    assert "Choose one with --state-key, for example --state-key generator." in message
+
+
+def test_several_wrapper_keys_are_not_guessed_between() -> None:
+    message = refusal({"state_dict": {"w": W}, "model": {"w": B}})
+    assert "got several: 'state_dict', 'model'" in message
+
+
+def test_many_candidates_are_cut() -> None:
+    message = refusal({f"net{number}": {"w": W} for number in range(50)})
+    assert "'net19', … and 30 more" in message
+    assert "net20" not in message
+
+
+def test_a_state_dict_with_a_dict_of_tensors_inside_is_ambiguous() -> None:
+    message = refusal({"model": {"w": W, "ema": {"w": B}}})
+    assert "key 'model': expected names and tensors, got another dict of tensors under 'ema'" in message
+    assert "--state-key model.ema" in message
+
+
+@pytest.mark.parametrize("key", ["model", None])
+def test_a_tensor_without_plain_elements_is_named(key: str | None) -> None:
+    message = refusal({"model": {"w": W, "layer.x": SPARSE}} if key else {"w": W, "layer.x": SPARSE})
+    assert "tensor 'layer.x': expected a plain tensor, got a sparse tensor" in message
+    assert "tensor.to_dense()" in message
+
+
+def test_a_state_dict_of_such_tensors_only_is_named_too() -> None:
+    assert "tensor 'w': expected a plain tensor, got a sparse tensor" in refusal({"w": SPARSE})
+
+
+@pytest.mark.parametrize("key", [None, "model"])
+def test_a_pickled_module(key: str | None) -> None:
+    message = refusal(Module() if key is None else {"model": Module()}, key)
+    assert "expected a state dict, got a pickled object of class 'models.Net'" in message
+    assert "save model.state_dict() instead" in message
+
+
+@pytest.mark.parametrize(
+    ("root", "what"),
+    [
+        ({}, "an empty dict"),
+        ({"epoch": 3}, "a dict with the keys 'epoch', which holds no named tensors"),
+        (W, "a single tensor without a name"),
+        (SPARSE, "a single tensor without a name"),
+        ([W], "type list"),
+        (3, "type int"),
+        (None, "type NoneType"),
+        ({0: W, 1: B}, "a dict with the keys 0, 1"),
+        ({f"k{number}": 0 for number in range(30)}, "'k19', … and 10 more"),
+    ],
+)
+def test_nothing_to_take(root: object, what: str) -> None:
+    message = refusal(root)
+    assert "expected a state dict, got" in message
+    assert what in message
+
+
+def test_keys_that_are_no_strings_beside_tensors() -> None:
+    assert "expected tensor names, got the key 0" in refusal({"w": W, 0: B})
+
+
+def test_other_values_are_kept_by_name() -> None:
+    """What is no tensor is left out and told, whatever its key."""
+    found = find_state_dict({"w": W, "_extra_state": None, "n": 3, 7: "x", "d": {}}, PATH, Reading())
+    assert list(found.tensors) == ["w"]
+    assert found.others == ("_extra_state", "n", "7", "d")
+
+
+def test_the_depth_of_the_search_is_bounded() -> None:
+    def nested(depth: int) -> dict[str, Any]:
+        return {"w": W} if depth == 0 else {"k": nested(depth - 1)}
+
+    assert find_state_dict(nested(4), PATH, Reading()).key == "k.k.k.k"
+    refusal(nested(5))
+    assert find_state_dict(nested(5), PATH, Reading("k.k.k.k.k")).key == "k.k.k.k.k"
+
+
+def test_a_dict_that_holds_itself() -> None:
+    root: dict[str, Any] = {"epoch": 1}
+    root["self"] = root
+    assert "expected a state dict" in refusal(root)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31m", "a\nb", "x" * 10_000])
+def test_names_are_shown_escaped_and_cut(name: str) -> None:
+    """Also where a message proposes an option."""
+    for root in (
+        {name: {"w": W}, "other": {"w": W}},
+        {"model": {"w": W, name: {"w": B}}},
+        {"w": W, name: SPARSE},
+        {name: 3},
+    ):
+        assert len(refusal(root)) < 1000
+
+
+def test_plain_values() -> None:
+    """Numbers, texts and flags at the top are what the file says of itself; nothing else is."""
+    root = {"epoch": 3, "lr": 0.5, "done": True, "name": "x", "best": None, "model": {"w": W}, "l": [1], 4: 5, "w": W}
+    assert plain_values(root) == {"epoch": 3, "lr": 0.5, "done": True, "name": "x", "best": None}
+    assert plain_values([1]) == {}
+    assert plain_values(None) == {}
+
+
+class Around(Foreign):
+    """Stands for an object that is no module, but may hold tensors."""
+
+    __slots__ = ()
+    module, qualname = "somewhere", "Thing"
+
+
+def around(*arguments: object, state: object = None) -> Around:
+    made = Around(*arguments)
+    assert isinstance(made, Around)
+    made.state = state
+    return made
+
+
+HIDING: dict[str, object] = {
+    "a list": [W],
+    "a tuple": ("x", W),
+    "a list in a list": [[3, [W]]],
+    "a dict in a list": [{"w": W}],
+    "an object around it": around(W),
+    "an object with it in its state": around(state={"value": W}),
+    "an object in an object": around([around(state=(None, {"value": [W]}))]),
+    "an unreadable tensor in a list": [SPARSE],
+    "a module": around(state={"_parameters": {"w": W}, "_buffers": {}, "_modules": {}}),
+}
+
+
+@pytest.mark.parametrize("hiding", HIDING)
+@pytest.mark.parametrize("key", [None, "model"])
+def test_tensors_hidden_in_an_entry_are_refused(hiding: str, key: str | None) -> None:
+    """Left out with a note they would be weights that the average lacks."""
+    state = {"w": W, "experts": HIDING[hiding]}
+    message = refusal(state if key is None else {key: state})
+    assert "'experts': expected a plain tensor, got tensors inside a " in message
+    assert message.endswith("Save model.state_dict(), whose values are plain tensors.")
+
+
+@pytest.mark.parametrize(
+    "name", ["_extra_state", "layer.1._extra_state", "optimizer", "optimizer_state_dict", "optimizers", "lr_scheduler",
+             "rng_state"],
+)  # fmt: skip
+@pytest.mark.parametrize("hiding", HIDING)
+def test_training_state_may_hold_tensors(name: str, hiding: str) -> None:
+    """Moments, generators and what a module keeps beside its weights are none of the weights."""
+    found = find_state_dict({"model": {"w": W, name: HIDING[hiding]}}, PATH, Reading())
+    assert (list(found.tensors), found.others) == (["w"], (name,))
+
+
+@pytest.mark.parametrize("item", [[1, 2], ("a", None), around("x", state={"n": 3}), around(), [], [[[]]], {"a": [1]}])
+def test_entries_that_hide_no_tensors_are_left_out_and_told(item: object) -> None:
+    found = find_state_dict({"w": W, "config": item}, PATH, Reading())
+    assert (list(found.tensors), found.others) == (["w"], ("config",))
+
+
+@pytest.mark.usefixtures("in_time")
+def test_looking_for_hidden_tensors_ends() -> None:
+    """An entry inside itself, and one that a few bytes of pickle make endless."""
+    itself: list[Any] = []
+    itself.append(itself)
+    shared: object = around()
+    for _ in range(60):
+        shared = around(shared, shared, state=[shared, shared])
+    state = {f"x{number}": item for number, item in enumerate((itself, shared) * 50)}
+    assert list(find_state_dict({"w": W, **state}, PATH, Reading()).tensors) == ["w"]

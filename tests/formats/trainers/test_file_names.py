@@ -1,0 +1,183 @@
+"""What the name of a checkpoint tells: where the run stood, how good it was, whether it is another's second name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckpt_avg.checkpoint.training_record import Record
+from ckpt_avg.formats.trainers.file_names import SUFFIXES, is_alias, is_average, kind_from_name, record_from_name, stem
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "epoch"),
+    [
+        # transformers, accelerate
+        ("checkpoint-500", 500, None),
+        ("checkpoint_3", 3, None),
+        # Lightning
+        ("epoch=3-step=100.ckpt", 100, 3),
+        ("epoch=3-step=100-v1.ckpt", 100, 3),
+        ("epoch=2-val_loss=0.12.ckpt", None, 2),
+        # timm, torchvision, fairseq
+        ("checkpoint-12.pth.tar", 12, None),
+        ("model_12.pth", 12, None),
+        ("checkpoint12.pt", 12, None),
+        ("checkpoint_12_5000.pt", 5000, 12),
+        # ESPnet2, WeNet, icefall, OpenNMT-py
+        ("12epoch.pth", None, 12),
+        ("12.pt", 12, None),
+        ("epoch_12.pt", None, 12),
+        ("epoch-12.pt", None, 12),
+        ("checkpoint-4000.pt", 4000, None),
+        ("run_step_4000.pt", 4000, None),
+        # Ultralytics, mmengine, detectron2, Composer
+        ("epoch3.pt", None, 3),
+        ("epoch_12.pth", None, 12),
+        ("iter_4000.pth", 4000, None),
+        ("model_0004999.pth", 4999, None),
+        ("ep1-ba100-rank0.pt", 100, 1),
+        # by hand
+        ("step_9.safetensors", 9, None),
+        ("global_step100", 100, None),
+        ("EPOCH_7.PT", None, 7),
+        ("snapshot7.pt", 7, None),
+        ("model_2k.pt", 2000, None),
+        ("ckpt-3M.pt", 3_000_000, None),
+        ("net_batch32_epoch_2.pth", None, 2),
+        ("batch=32.pt", 32, None),
+        # nothing
+        ("model.safetensors", None, None),
+        ("last.ckpt", None, None),
+        ("resnet50.pth", None, None),
+        ("resnet50-0676ba61.pth", None, None),
+        ("gpt_4k.pt", None, None),
+        ("net_batch32.pth", None, None),
+        ("wav2vec2.pt", None, None),
+        ("v1.9", None, None),
+        ("2024-05-01.pt", None, None),
+        ("run-2024-05-01_12-00-30.ckpt", None, None),
+        ("weights.12-0.34.pt", None, None),
+        ("", None, None),
+        (".pt", None, None),
+    ],
+)
+def test_step_and_epoch(name: str, step: int | None, epoch: int | None) -> None:
+    """A number that belongs to the model's own name (resnet50), a date, a version or a metric is no step."""
+    found = record_from_name(name)
+    assert (found.step, found.epoch) == (step, epoch)
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics"),
+    [
+        ("epoch=2-val_loss=0.12.ckpt", {"val_loss": 0.12}),
+        ("epoch=2-val_loss=0.12-v3.ckpt", {"val_loss": 0.12}),
+        ("epoch=2-step=7-val/acc=0.5.ckpt", {"val/acc": 0.5}),
+        ("epoch=2_val_loss=0.12.ckpt", {"val_loss": 0.12}),
+        ("model_epoch_10_val_loss=0.12.pt", {"val_loss": 0.12}),
+        ("step5_loss=0.5_acc=0.25.pt", {"loss": 0.5, "acc": 0.25}),
+        ("a=1-b=-2.5-c=1e-3.ckpt", {"a": 1.0, "b": -2.5, "c": 0.001}),
+        ("best-epoch=3-f1=0.9.pt", {"f1": 0.9}),
+        ("checkpoint.best_loss_3.2150.pt", {"loss": 3.215}),
+        ("checkpoint.best_wer_12.3450.pt", {"wer": 12.345}),
+        ("val_loss=inf.ckpt", {}),
+        ("val_loss=1e999.ckpt", {}),
+        ("step=3.ckpt", {}),
+        ("model.pt", {}),
+    ],
+)
+def test_metrics(name: str, metrics: dict[str, float]) -> None:
+    """As Lightning and fairseq write them; what is no finite number is no metric."""
+    assert dict(record_from_name(name).metrics) == metrics
+
+
+@given(st.integers(0, 10**17), st.integers(0, 10**6), st.sampled_from(SUFFIXES))
+def test_names_with_both_give_both_back(step: int, epoch: int, suffix: str) -> None:
+    assert record_from_name(f"epoch={epoch}-step={step}{suffix}") == Record(step, epoch)
+    assert record_from_name(f"step={step:08}{suffix}") == Record(step)
+
+
+@given(st.text(max_size=40))
+def test_any_name_is_looked_at_without_an_error(name: str) -> None:
+    """Names come from anywhere, digits of other scripts and endless numbers among them."""
+    found = record_from_name(name)
+    assert all(isinstance(value, float) for value in found.metrics.values())
+    assert isinstance(is_alias(name), bool)
+    assert isinstance(is_average(name), bool)
+    assert name.startswith(stem(name))
+
+
+@pytest.mark.parametrize("name", ["9" * 5000, "step_" + "9" * 5000, "loss=" + "9" * 5000, "epoch=" + "9" * 300 + ".pt"])
+def test_endless_numbers_tell_nothing(name: str) -> None:
+    """Python turns no text of more than 4,300 digits into an integer: that must be no crash."""
+    found = record_from_name(name)
+    assert (found.step, found.epoch, dict(found.metrics)) == (None, None, {})
+
+
+@pytest.mark.parametrize("name", ["٣.pt", "step_٣.pt", "²epoch.pth", "step_²"])
+def test_digits_of_other_scripts_are_no_crash(name: str) -> None:
+    assert record_from_name(name).epoch is None
+
+
+def test_stems() -> None:
+    assert [stem(f"a.b{suffix}") for suffix in SUFFIXES] == ["a.b"] * len(SUFFIXES)
+    assert stem("A.SAFETENSORS") == "A"
+    assert stem("a.tar") == "a.tar"
+    assert stem("a.pth.tar") == "a", "not a.pth"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["last.ckpt", "last-v1.ckpt", "latest.pt", "latest-rank0.pt", "best.pt", "model_best.pth.tar", "model_final.pth",
+     "checkpoint_best.pt", "checkpoint_last.pt", "checkpoint.pth", "checkpoint.pth.tar", "valid.acc.best.pth",
+     "Best.pt", "resnet50_best.pth", "unet3_last-v2.ckpt"],
+)  # fmt: skip
+def test_aliases(name: str) -> None:
+    """Second names, under which trainers keep some checkpoint once more."""
+    assert is_alias(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["best-epoch=3.ckpt", "checkpoint.best_loss_3.2150.pt", "model_12.pth", "lasting.pt", "bestiary.pt", "model.pt",
+     "checkpoint-1.pth.tar", "finalist_model.pt", "best_1.pt", "best_0.91.pt", "resnet50_best_0.91.pt",
+     "best-val_loss=0.5.ckpt"],
+)  # fmt: skip
+def test_no_aliases(name: str) -> None:
+    """A name with a number of its own may be the only one of that checkpoint."""
+    assert not is_alias(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["valid.acc.ave_10best.pth", "valid.acc.ave.pth", "avg_10.pt", "avg10.pt", "final_avg.pt", "swa.safetensors",
+     "model-swa.pt", "average.pt", "averaged.pt", "epoch-30-avg-9.pt", "SWA.BIN", "model_avg5.pt", "swa_model.pt"],
+)  # fmt: skip
+def test_averages(name: str) -> None:
+    """As WeNet, ESPnet2, icefall and people call them."""
+    assert is_average(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["wave_1.pt", "wavenet.pt", "swan.pt", "pavement.pt", "avgpool_resnet_1.pt", "savery.pt", "step_1.pt", "slave.pt",
+     "swag_1.pt", "octave.pt", "avg_val_loss=0.5.ckpt", "epoch=3-avg_val_loss=0.5.ckpt", "vit_avg_pool_epoch_3.pt",
+     "avg_meter_2.pt"],
+)  # fmt: skip
+def test_no_averages(name: str) -> None:
+    """Left out of a run for its name's sake alone, a checkpoint would be lost."""
+    assert not is_average(name)
+
+
+def test_kinds(tmp_path: Path) -> None:
+    (tmp_path / "3.yaml").touch()
+    (tmp_path / "epoch_4.yaml").touch()
+    assert kind_from_name(tmp_path / "12epoch.pth") == "ESPnet2"
+    assert kind_from_name(tmp_path / "3.pt") == "WeNet"
+    assert kind_from_name(tmp_path / "epoch_4.pt") == "WeNet"
+    for name in ("5.pt", "3.pth", "epoch_12.pth", "12epoch.pt", "model.pt"):
+        assert kind_from_name(tmp_path / name) is None, name

@@ -1,0 +1,89 @@
+"""The cores that control groups grant: a container's limit is no affinity, and threads beyond it only wait."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from ckpt_avg.distributed.launch import Launch
+from ckpt_avg.machine import control_groups, threads
+from ckpt_avg.machine.control_groups import cpu_quota
+from ckpt_avg.mean import devices
+
+
+@pytest.fixture
+def system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(control_groups, "Path", lambda text: tmp_path / str(text).lstrip("/"))
+    monkeypatch.setattr(control_groups, "_ROOT", tmp_path / "sys/fs/cgroup")
+    return tmp_path
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, math.inf),
+        ({"proc/self/cgroup": "0::/\n"}, math.inf),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, math.inf),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "150000 100000\n"}, 1.5),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+                "sys/fs/cgroup/a/cpu.max": "50000 100000\n",
+            },
+            0.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:cpuset:/x\n4:cpu,cpuacct:/j\n0::/\n",
+                "sys/fs/cgroup/cpu/j/cpu.cfs_quota_us": "300000\n",
+                "sys/fs/cgroup/cpu/j/cpu.cfs_period_us": "100000\n",
+            },
+            3.0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu:/j\n",
+                "sys/fs/cgroup/cpu/j/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/j/cpu.cfs_period_us": "100000\n",
+            },
+            math.inf,
+        ),
+    ],
+)
+def test_quotas(system: Path, files: dict[str, str], cores: float) -> None:
+    write(system, files)
+    assert cpu_quota() == cores
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(math.inf, 8), (2.5, 3), (0.2, 1), (100, 8)])
+def test_threads_follow_the_quota(monkeypatch: pytest.MonkeyPatch, quota: float, expected: int) -> None:
+    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert threads.choose_threads(None) == expected
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks with a worker for every core each would be four times too many."""
+    monkeypatch.setattr(threads, "usable_cores", lambda: 8)
+    assert threads.choose_threads(None, Launch(5, 8, 1, 4)) == 2
+    assert threads.choose_threads(None, Launch(5, 8, 1, 64)) == 1
+    assert threads.choose_threads(3, Launch(5, 8, 1, 4)) == 3
+
+
+def test_each_rank_has_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 4)
+    for asked in ("auto", "cuda"):
+        assert str(devices.choose_device(asked, Launch(9, 16, 5, 8))) == "cuda:1"
+    assert str(devices.choose_device("cuda:3", Launch(9, 16, 5, 8))) == "cuda:3"
+    assert str(devices.choose_device("auto")) == "cuda"

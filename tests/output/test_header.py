@@ -1,0 +1,120 @@
+"""The header, against files that safetensors itself writes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ckpt_avg import IncompatibleError, average, open_checkpoint
+from ckpt_avg.checkpoint.spec import DTYPES
+from ckpt_avg.limits import Limits
+from ckpt_avg.mean.plan import Plan, make_plan
+from ckpt_avg.output import header
+from ckpt_avg.output.header import encode_header, encode_tensors
+
+NAMES = [
+    *("", " ", "a", "A", "a.b", "a/b", "../../etc/passwd", 'quo"te', "back\\slash", "line\nfeed", "tab\t", "\r", "\b"),
+    *("\f", "\x01", "\x1f", "\x7f", "\x80", "é", "e\u0301", "ß", "中文", "😀", "\u2028", "\ufeff", "\uffff"),
+    *("\U0010ffff", "null", "x" * 300, "weight", "weight.", ".weight", "__metadata", "format", "</script>", "z" * 7),
+]
+SHAPES = [(), (0,), (1,), (3,), (2, 0, 3), (2, 3), (1, 1, 1, 1), (7, 5), (17,)]
+
+
+def random_state(seed: int) -> dict[str, torch.Tensor]:
+    """Awkward names, dtypes and shapes; finite numbers."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    state = {}
+    for name in rng.sample(NAMES, rng.randint(1, 9)):
+        dtype, shape = rng.choice(list(DTYPES.values())), rng.choice(SHAPES)
+        torch_dtype = getattr(torch, dtype.torch_name)
+        if dtype.kind in ("float", "complex"):
+            state[name] = torch.randn(shape, dtype=torch.complex64 if dtype.kind == "complex" else None).to(torch_dtype)
+        elif dtype.kind == "float8":
+            state[name] = torch.randn(shape).to(torch_dtype)
+        elif dtype.torch_name == "float8_e8m0fnu":
+            state[name] = torch.randint(0, 255, shape, dtype=torch.uint8).view(torch_dtype)
+        else:
+            state[name] = torch.randint(0, 2, shape).to(torch_dtype)
+    return state
+
+
+def data_of(state: dict[str, torch.Tensor], plan: Plan) -> bytes:
+    return b"".join(
+        state[tensor.name].flatten().view(torch.uint8).numpy().tobytes() for tensor in plan.tensors if tensor.numel
+    )
+
+
+def split(contents: bytes) -> tuple[bytes, bytes]:
+    length = 8 + int.from_bytes(contents[:8], "little")
+    return contents[:length], contents[length:]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_files_are_byte_for_byte_those_of_safetensors(tmp_path: Path, seed: int) -> None:
+    """Header and data of a file with no or one metadata key; and the data that `average` of it writes."""
+    state = random_state(seed)
+    key = random.Random(seed).choice(NAMES)
+    metadata = {} if seed % 2 else {key: random.Random(-seed).choice(NAMES)}
+    save_file(state, tmp_path / "reference.safetensors", metadata or None)
+    reference = (tmp_path / "reference.safetensors").read_bytes()
+    with open_checkpoint(tmp_path / "reference.safetensors") as checkpoint:
+        plan = make_plan([checkpoint.spec])
+    assert encode_header(encode_tensors(plan), metadata) + data_of(state, plan) == reference
+    average([tmp_path / "reference.safetensors"], tmp_path / "mean.safetensors")
+    head, data = split((tmp_path / "mean.safetensors").read_bytes())
+    assert data == split(reference)[1]
+    with safe_open(tmp_path / "mean.safetensors", framework="pt") as reader:
+        assert encode_header(encode_tensors(plan), reader.metadata()) == head
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """A plan of two tensors."""
+    save_file({"a": torch.ones(3), "b": torch.ones(2).half()}, tmp_path / "x.safetensors")
+    with open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
+        return make_plan([checkpoint.spec])
+
+
+def test_metadata_is_first_and_sorted_whatever_its_order(plan: Plan) -> None:
+    """safetensors itself writes several keys in another order in every process."""
+    metadata = {key: key.upper() for key in ["zebra", "apple", "mango", "Äpfel"]}
+    encoded = encode_header(encode_tensors(plan), metadata)
+    assert encoded == encode_header(encode_tensors(plan), dict(reversed(metadata.items())))
+    parsed = json.loads(encoded[8:])
+    assert next(iter(parsed)) == "__metadata__"
+    assert list(parsed["__metadata__"]) == sorted(metadata)
+
+
+def test_no_metadata_is_left_out(plan: Plan) -> None:
+    assert "__metadata__" not in json.loads(encode_header(encode_tensors(plan), {})[8:])
+
+
+@pytest.mark.parametrize("reserve", [0, 1, 150, 400, 401, 403, 1000, 4096])
+def test_a_reserve_is_filled_with_spaces_to_a_multiple_of_eight(plan: Plan, tmp_path: Path, reserve: int) -> None:
+    plain, reserved = (
+        encode_header(encode_tensors(plan), {"k": "v"}),
+        encode_header(encode_tensors(plan), {"k": "v"}, reserve=reserve),
+    )
+    assert max(len(plain), reserve) <= len(reserved) < max(len(plain), reserve) + 8
+    assert len(reserved) % 8 == 0
+    assert reserved[8:].rstrip(b" ") == plain[8:].rstrip(b" ")
+    assert int.from_bytes(reserved[:8], "little") == len(reserved) - 8
+    path = tmp_path / "reserved.safetensors"
+    path.write_bytes(reserved + data_of({"a": torch.ones(3), "b": torch.ones(2).half()}, plan))
+    assert load_file(path)["a"].tolist() == [1, 1, 1]
+
+
+def test_a_header_over_the_formats_limit_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    length = len(encode_header(encode_tensors(plan), {})) - 8
+    monkeypatch.setattr(header, "LIMITS", Limits(header=length))
+    assert len(encode_header(encode_tensors(plan), {})) == length + 8
+    monkeypatch.setattr(header, "LIMITS", Limits(header=length - 1))
+    with pytest.raises(IncompatibleError, match=rf"would take {length:,} bytes, and safetensors allows {length - 1:,}"):
+        encode_header(encode_tensors(plan), {})

@@ -1,0 +1,362 @@
+"""`atomic_output`, one failing system call at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckpt_avg import average
+from ckpt_avg.errors import OutputError, UsageError
+from ckpt_avg.output.target import check_target
+from ckpt_avg.output.unpublished_file import atomic_output
+
+CONTENTS = bytes(range(256)) * 40
+
+
+@pytest.fixture(params=["O_TMPFILE", "hidden name"])
+def named(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the unpublished file has a hidden name, as where the system has no O_TMPFILE."""
+    if request.param == "hidden name":
+        monkeypatch.delattr(os, "O_TMPFILE")
+    return bool(request.param == "hidden name")
+
+
+@pytest.fixture(params=[False, True], ids=["new", "overwrite"])
+def overwrite(request: pytest.FixtureRequest) -> bool:
+    """Whether an old output is replaced."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def target(tmp_path: Path, overwrite: bool) -> Path:
+    """The output, with an old one in place if it is to be replaced."""
+    path = tmp_path / "mean.safetensors"
+    if overwrite:
+        path.write_bytes(b"old")
+    return path
+
+
+def write(target: Path, *, overwrite: bool, contents: bytes = CONTENTS) -> None:
+    with atomic_output(target, len(contents)) as file:
+        file.write(contents, 0)
+        file.publish(overwrite=overwrite)
+
+
+def untouched(target: Path, overwrite: bool) -> bool:
+    """Whether the folder is as it was."""
+    names = os.listdir(target.parent)
+    return names == (["mean.safetensors"] if overwrite else []) and (not overwrite or target.read_bytes() == b"old")
+
+
+def failing(
+    real: Callable[..., Any], code: int, *, times: int = -1, when: Callable[..., bool] = lambda *a: True
+) -> Any:
+    """A system call that fails, the first times or always, with a record of how often it was called."""
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if not when(*arguments):
+            return real(*arguments, **keywords)
+        call.count += 1  # type: ignore[attr-defined]
+        if times < 0 or call.count <= times:  # type: ignore[attr-defined]
+            raise OSError(code, os.strerror(code))
+        return real(*arguments, **keywords)
+
+    call.count = 0  # type: ignore[attr-defined]
+    return call
+
+
+def is_folder(descriptor: int) -> bool:
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+def test_a_published_file_is_complete_and_alone(target: Path, overwrite: bool, named: bool) -> None:
+    write(target, overwrite=overwrite)
+    assert target.read_bytes() == CONTENTS
+    assert os.listdir(target.parent) == ["mean.safetensors"]
+    assert os.stat(target).st_nlink == 1
+
+
+def test_an_unpublished_file_vanishes(target: Path, overwrite: bool, named: bool) -> None:
+    with atomic_output(target, len(CONTENTS)) as file:
+        file.write(CONTENTS, 0)
+    assert untouched(target, overwrite)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
+def test_an_unpublished_file_vanishes_after_any_exception(
+    target: Path, overwrite: bool, named: bool, error: type[BaseException]
+) -> None:
+    with pytest.raises(error), atomic_output(target, len(CONTENTS)) as file:
+        file.write(CONTENTS, 0)
+        raise error
+    assert untouched(target, overwrite)
+
+
+def test_the_path_is_as_it_was_until_the_file_is_published(target: Path, overwrite: bool, named: bool) -> None:
+    with atomic_output(target, len(CONTENTS)) as file:
+        file.write(CONTENTS, 0)
+        assert target.exists() == overwrite
+        assert file.readable_path.read_bytes() == CONTENTS
+        file.publish(overwrite=overwrite)
+        assert target.read_bytes() == CONTENTS
+
+
+def test_threads_write_side_by_side(target: Path, overwrite: bool, named: bool) -> None:
+    step = 100
+    with atomic_output(target, len(CONTENTS)) as file:
+        threads = [
+            threading.Thread(
+                target=lambda first=first: [
+                    file.write(memoryview(CONTENTS)[at : at + step], at) for at in range(first, len(CONTENTS), 4 * step)
+                ]
+            )
+            for first in range(0, 4 * step, step)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        file.publish(overwrite=overwrite)
+    assert target.read_bytes() == CONTENTS
+
+
+@pytest.mark.parametrize("most", [1, 7])
+def test_short_writes_are_continued(
+    target: Path, overwrite: bool, named: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, contents, offset: pwrite(fd, contents[:most], offset))
+    write(target, overwrite=overwrite)
+    assert target.read_bytes() == CONTENTS
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_failed_write_is_an_error_and_leaves_nothing(
+    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pwrite", failing(os.pwrite, code))
+    with pytest.raises(OutputError) as error:
+        write(target, overwrite=overwrite)
+    assert error.value.exit_code == 5
+    for fact in (str(target), "writing failed", os.strerror(code), "run again"):
+        assert fact in str(error.value)
+    assert untouched(target, overwrite)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_failed_fsync_discards_the_file_and_is_never_tried_again(
+    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the failure the pages count as clean, so a second fsync would succeed without writing them."""
+    fsync = failing(os.fsync, code, times=1)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OutputError) as error:
+        write(target, overwrite=overwrite)
+    assert error.value.exit_code == 5
+    for fact in (str(target), "fsync failed, so the data is discarded", os.strerror(code)):
+        assert fact in str(error.value)
+    assert fsync.count == 1
+    assert untouched(target, overwrite)
+
+
+def test_a_file_system_that_cannot_sync_folders_is_accepted(
+    target: Path, overwrite: bool, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = failing(os.fsync, errno.EINVAL, when=is_folder)
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(target, overwrite=overwrite)
+    assert fsync.count == 1
+    assert target.read_bytes() == CONTENTS
+
+
+def test_that_a_folder_cannot_be_synced_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 0 promises more on other file systems."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, errno.EINVAL, when=is_folder))
+    result = average(tmp_path / "a.pt", tmp_path / "out.safetensors")
+    assert any("this file system cannot sync a folder" in notice for notice in result.notices)
+
+
+def test_a_folder_that_fails_to_sync_is_an_error(
+    target: Path, overwrite: bool, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 0 means that the output is durable, which it is not here."""
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, errno.EIO, when=is_folder))
+    with pytest.raises(OutputError) as error:
+        write(target, overwrite=overwrite)
+    assert error.value.exit_code == 5
+    for fact in (str(target), "syncing its folder failed", "a crash may lose it", os.strerror(errno.EIO)):
+        assert fact in str(error.value)
+    assert os.listdir(target.parent) == ["mean.safetensors"]
+
+
+@pytest.mark.parametrize("call", ["link", "replace", "rename"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ENOSPC, errno.EMLINK])
+def test_a_failed_publication_is_an_error_and_leaves_nothing(
+    target: Path, overwrite: bool, named: bool, call: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = failing(getattr(os, call), code)
+    monkeypatch.setattr(os, call, used)
+    if call == "rename" and named and not overwrite:
+        monkeypatch.setattr(os, "link", failing(os.link, errno.EPERM))  # rename stands in where there are no links
+    try:
+        write(target, overwrite=overwrite)
+    except OutputError as error:
+        assert error.exit_code == 5
+        for fact in (str(target), "publishing failed", os.strerror(code)):
+            assert fact in str(error)
+        assert untouched(target, overwrite)
+        assert used.count == 1
+    else:
+        # Not used here, or done another way.
+        assert used.count == 0 or (call == "link" and named)
+        assert target.read_bytes() == CONTENTS
+        assert os.listdir(target.parent) == ["mean.safetensors"]
+
+
+def test_where_there_are_no_hard_links_a_rename_publishes_and_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "O_TMPFILE")
+    monkeypatch.setattr(os, "link", failing(os.link, errno.EPERM))
+    target = tmp_path / "mean.safetensors"
+    write(target, overwrite=False)
+    assert target.read_bytes() == CONTENTS
+    with pytest.raises(OutputError, match="came to exist during the run and is kept"):
+        write(target, overwrite=False, contents=b"ours")
+    assert target.read_bytes() == CONTENTS
+    assert os.listdir(tmp_path) == ["mean.safetensors"]
+
+
+@pytest.mark.parametrize("other", ["file", "dangling link", "folder"])
+def test_whatever_appears_at_the_path_is_kept(tmp_path: Path, named: bool, other: str) -> None:
+    target = tmp_path / "mean.safetensors"
+    kept = pytest.raises(OutputError, match="came to exist during the run and is kept")
+    with kept as error, atomic_output(target, 4) as file:
+        file.write(b"ours", 0)
+        if other == "file":
+            target.write_bytes(b"theirs")
+        elif other == "folder":
+            target.mkdir()
+        else:
+            target.symlink_to("nowhere")
+        file.publish(overwrite=False)
+    assert error.value.exit_code == 5
+    assert os.listdir(tmp_path) == ["mean.safetensors"]
+    assert {"file": target.is_file, "folder": target.is_dir, "dangling link": target.is_symlink}[other]()
+    assert other != "file" or target.read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_that_cannot_reserve_is_accepted(
+    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", failing(os.posix_fallocate, code))
+    write(target, overwrite=overwrite)
+    assert target.read_bytes() == CONTENTS
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_says_how_much_is_needed_and_free(
+    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", failing(os.posix_fallocate, code))
+    with pytest.raises(OutputError, match=r"no room for it: expected 10\.0 KiB free, got .*iB\. Free some") as error:
+        write(target, overwrite=overwrite)
+    assert error.value.exit_code == 5
+    assert str(target) in str(error.value)
+    assert untouched(target, overwrite)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EFBIG])
+def test_a_failed_reservation_is_an_error(
+    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", failing(os.posix_fallocate, code))
+    with pytest.raises(OutputError, match=r"reserving 10\.0 KiB failed: ") as error:
+        write(target, overwrite=overwrite)
+    assert os.strerror(code) in str(error.value)
+    assert untouched(target, overwrite)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EMFILE, errno.EIO])
+def test_a_folder_that_takes_no_file_is_an_error(
+    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "open", failing(os.open, code))
+    with pytest.raises(OutputError, match="its folder cannot be written") as error:
+        write(target, overwrite=overwrite)
+    assert error.value.exit_code == 5
+    assert os.strerror(code) in str(error.value)
+    monkeypatch.undo()
+    assert untouched(target, overwrite)
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT])
+def test_a_file_system_without_unnamed_files_gets_a_hidden_one(
+    target: Path, overwrite: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How old kernels, NFS, FUSE and overlays answer O_TMPFILE."""
+    unnamed = os.O_TMPFILE & ~os.O_DIRECTORY
+    monkeypatch.setattr(os, "open", failing(os.open, code, when=lambda path, flags, *mode: bool(flags & unnamed)))
+    with atomic_output(target, 4) as file:
+        hidden = file.readable_path
+        assert hidden.parent == target.parent
+        assert hidden.name.startswith(".mean.safetensors.")
+        file.write(b"ours", 0)
+        file.publish(overwrite=overwrite)
+    assert target.read_bytes() == b"ours"
+    assert os.listdir(target.parent) == ["mean.safetensors"]
+
+
+def test_descriptors_are_closed(target: Path, overwrite: bool, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.listdir("/proc/self/fd")
+    write(target, overwrite=overwrite)
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, errno.EIO))
+    with pytest.raises(OutputError):
+        write(target, overwrite=True)
+    monkeypatch.setattr(os, "posix_fallocate", failing(os.posix_fallocate, errno.EIO))
+    with pytest.raises(OutputError):
+        write(target, overwrite=True)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_size_of_zero_is_an_empty_file(target: Path, overwrite: bool, named: bool) -> None:
+    write(target, overwrite=overwrite, contents=b"")
+    assert target.read_bytes() == b""
+
+
+# -- check_target ---------------------------------------------------------------------------------------------------
+
+
+def test_the_target_is_where_links_lead(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("folder/new")
+    (tmp_path / "folder").mkdir()
+    assert check_target(tmp_path / "link", overwrite=False) == tmp_path.resolve() / "folder" / "new"
+
+
+def test_a_link_into_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("missing/new")
+    with pytest.raises(UsageError, match=r"link: its folder .*missing does not exist\. Create it first") as error:
+        check_target(tmp_path / "link", overwrite=True)
+    assert error.value.exit_code == 2
+
+
+def test_a_relative_path_means_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check_target(Path("new"), overwrite=False) == tmp_path.resolve() / "new"
+
+
+def test_a_folder_that_is_not_writable_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OutputError, match=r"its folder .* is not writable\. Choose another path") as error:
+        check_target(tmp_path / "new", overwrite=False)
+    assert error.value.exit_code == 5

@@ -1,0 +1,530 @@
+"""The discovered checkpoints, opened: in order of the run, each once, with what they record."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckpt_avg import average, check
+from ckpt_avg.checkpoint.spec import METHOD_KEY
+from ckpt_avg.checkpoint.training_record import Record
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
+from ckpt_avg.formats.state_dict import Reading
+from ckpt_avg.runs.candidates import EARLIER_AVERAGE, Candidate, Survey, position, survey, unit_of
+from ckpt_avg.runs.copies import find_copies
+from ckpt_avg.runs.discover import discover
+from ckpt_avg.runs.inputs import open_inputs
+from ckpt_avg.runs.select import Selection
+
+
+def weights(seed: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((3,), float(seed)), "b": torch.full((1,), float(seed) / 2)}
+
+
+def put(path: Path, seed: float, **beside: Any) -> Path:
+    torch.save({"model": weights(seed), **beside} if beside else weights(seed), path)
+    return path
+
+
+def look(*sources: Path, options: dict[str, Any] | None = None) -> Survey:
+    """Surveys the sources and closes what was opened."""
+    with ExitStack() as stack:
+        return survey(discover(sources), Reading(), stack, **(options or {}))
+
+
+def names(found: Survey) -> list[str]:
+    return [each.path.name for each in found.candidates]
+
+
+def reasons(found: Survey) -> dict[str, str]:
+    made = {item.path.name: item.reason for item in found.skipped}
+    assert len(made) == len(found.skipped), "each is told once"
+    return made
+
+
+# --- order -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_in_order_of_its_steps(tmp_path: Path) -> None:
+    """What the checkpoints record goes before what their names look like."""
+    for name, step in (("c.pt", 5), ("a.pt", 100), ("b.pt", 20)):
+        put(tmp_path / name, step, step=step)
+    found = look(tmp_path)
+    assert names(found) == ["c.pt", "b.pt", "a.pt"]
+    assert [each.record.step for each in found.candidates] == [5, 20, 100]
+    assert unit_of(found.candidates) == "step"
+
+
+def test_without_steps_it_is_in_order_of_its_epochs(tmp_path: Path) -> None:
+    for name, epoch in (("c.pt", 5), ("a.pt", 100), ("b.pt", 20)):
+        put(tmp_path / name, epoch, epoch=epoch)
+    put(tmp_path / "d.pt", 7, epoch=6, step=1)
+    found = look(tmp_path)
+    assert names(found) == ["c.pt", "d.pt", "b.pt", "a.pt"]
+    assert unit_of(found.candidates) == "epoch"
+
+
+def test_without_either_it_is_in_natural_order(tmp_path: Path) -> None:
+    for seed, name in enumerate(("x10b.pt", "x9b.pt", "xa.pt")):
+        put(tmp_path / name, seed)
+    found = look(tmp_path)
+    assert names(found) == ["x9b.pt", "x10b.pt", "xa.pt"]
+    assert unit_of(found.candidates) is None
+
+
+def test_of_one_step_the_names_decide(tmp_path: Path) -> None:
+    for seed, name in enumerate(("b10.pt", "b9.pt")):
+        put(tmp_path / name, seed, step=3)
+    assert names(look(tmp_path)) == ["b9.pt", "b10.pt"]
+
+
+def test_the_step_of_the_name_serves_where_the_file_records_none(tmp_path: Path) -> None:
+    for step in (100, 20, 3):
+        save_file(weights(step), tmp_path / f"{'z' if step == 3 else 'a'}_step_{step}.safetensors")
+    assert names(look(tmp_path)) == ["z_step_3.safetensors", "a_step_20.safetensors", "a_step_100.safetensors"]
+
+
+def test_the_state_of_the_whole_run_is_not_that_of_each_checkpoint(tmp_path: Path) -> None:
+    """The Trainer leaves its last state in the run folder too: there it would give every file one step."""
+    for step in (1, 2, 10):
+        save_file(weights(step), tmp_path / f"step_{step}.safetensors")
+    state = {"global_step": 10, "epoch": 1.0, "log_history": [{"step": 10, "eval_loss": 0.5}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    found = look(tmp_path)
+    assert [each.record.step for each in found.candidates] == [1, 2, 10]
+    assert dict(found.candidates[0].record.metrics) == {}
+
+
+def test_checkpoints_named_by_hand_stay_in_their_order(tmp_path: Path) -> None:
+    paths = [put(tmp_path / f"step_{step}.pt", step, step=step) for step in (3, 1, 2)]
+    assert names(look(*paths)) == ["step_3.pt", "step_1.pt", "step_2.pt"]
+
+
+def test_each_source_is_ordered_by_itself(tmp_path: Path) -> None:
+    """Two runs one after the other: their steps are not mixed."""
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        for step in (2, 10):
+            put(tmp_path / run / f"{run}{step}.pt", step + ord(run), step=step)
+    (by_hand,) = [put(tmp_path / "first.pt", 0, step=99)]
+    assert names(look(by_hand, tmp_path / "b", tmp_path / "a")) == ["first.pt", "b2.pt", "b10.pt", "a2.pt", "a10.pt"]
+
+
+def test_the_position_of_a_checkpoint_without_one_is_the_beginning() -> None:
+    bare = Candidate(Path("x"), None, None, Record())
+    assert (position(bare, "step"), position(bare, "epoch")) == (0, 0)
+
+
+# --- copies ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copy", ["model_best.pth.tar", "last.pth", "epoch_2_copy.pt"])
+def test_a_copy_counts_once_under_the_plainest_name(tmp_path: Path, copy: str) -> None:
+    """torch.save writes the name of the file into the archive, so that no two copies are equal as files."""
+    put(tmp_path / "epoch_1.pt", 1, epoch=1)
+    put(tmp_path / "epoch_2.pt", 2, epoch=2)
+    put(tmp_path / copy, 2, epoch=2)
+    found = look(tmp_path)
+    assert (tmp_path / copy).read_bytes() != (tmp_path / "epoch_2.pt").read_bytes()
+    assert names(found) == ["epoch_1.pt", "epoch_2.pt"]
+    alias = "last, best or the like by its name, beside checkpoints with names of their own"
+    assert reasons(found) == {copy: "the same weights as epoch_2.pt" if "copy" in copy else alias}
+
+
+def test_copies_of_safetensors_and_of_both_formats(tmp_path: Path) -> None:
+    save_file(weights(1), tmp_path / "a.safetensors")
+    save_file(weights(1), tmp_path / "aa.safetensors", metadata={"format": "pt"})
+    put(tmp_path / "aaa.pt", 1)
+    put(tmp_path / "b.pt", 2)
+    found = look(tmp_path)
+    assert names(found) == ["a.safetensors", "b.pt"]
+    assert reasons(found) == {
+        "aa.safetensors": "the same weights as a.safetensors",
+        "aaa.pt": "the same weights as a.safetensors",
+    }
+
+
+def test_what_a_copy_records_is_kept(tmp_path: Path) -> None:
+    """The copy that a trainer keeps as its best may be the only one that has the metric."""
+    put(tmp_path / "epoch_1.pt", 1)
+    put(tmp_path / "epoch_1-best-acc=0.5.pt", 1, step=7, epoch=9)
+    put(tmp_path / "epoch_2.pt", 2)
+    found = look(tmp_path)
+    assert names(found) == ["epoch_1.pt", "epoch_2.pt"]
+    record = found.candidates[0].record
+    assert (record.step, record.epoch, dict(record.metrics)) == (7, 1, {"acc": 0.5})
+
+
+def test_a_weight_of_one_element_is_no_metric(tmp_path: Path) -> None:
+    """Nor a step or an epoch: in a bare state dict every tensor is a weight."""
+    for seed in (1, 2):
+        torch.save(
+            weights(seed) | {"temperature": torch.tensor(0.5), "step": torch.tensor(9)}, tmp_path / f"x{seed}.pt"
+        )
+        torch.save({"model": weights(seed + 10), "temperature": torch.tensor(0.5)}, tmp_path / f"y{seed}.pt")
+    found = look(tmp_path)
+    assert names(found) == ["x1.pt", "x2.pt", "y1.pt", "y2.pt"]
+    assert [dict(each.record.metrics) for each in found.candidates] == [
+        {},
+        {},
+        {"temperature": 0.5},
+        {"temperature": 0.5},
+    ]
+    assert [each.record.step for each in found.candidates] == [None] * 4
+
+
+def test_one_changed_element_is_no_copy(tmp_path: Path) -> None:
+    put(tmp_path / "epoch_1.pt", 1)
+    torch.save(weights(1) | {"b": torch.tensor([0.5000001])}, tmp_path / "epoch_2.pt")
+    assert names(look(tmp_path)) == ["epoch_1.pt", "epoch_2.pt"]
+
+
+def test_copies_named_by_hand_are_both_taken(tmp_path: Path) -> None:
+    """Who names files knows them: only the same file twice is refused."""
+    paths = [put(tmp_path / name, 1) for name in ("a.pt", "b.pt")]
+    found = look(*paths)
+    assert names(found) == ["a.pt", "b.pt"]
+    assert found.skipped == ()
+
+
+def test_a_folder_and_the_file_in_it_are_one_checkpoint(tmp_path: Path) -> None:
+    """Named both, it would count double."""
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    save_file(weights(1), folder / "model.safetensors")
+    (folder / "trainer_state.json").write_text("{}")
+    with pytest.raises(UsageError, match="named twice"), ExitStack() as stack:
+        open_inputs(discover([folder, folder / "model.safetensors"]), Selection(), Reading(), stack)
+
+
+def test_check_looks_at_the_checkpoints_that_average_takes(tmp_path: Path) -> None:
+    """With ``--last``, a copy that only one of them leaves out would move the choice of the other."""
+    for step in (1, 2, 3):
+        put(tmp_path / f"step_{step}.pt", step)
+    put(tmp_path / "step_3_copy.pt", 3)
+    averaged = average([tmp_path], tmp_path / "out.safetensors", last=2, dry_run=True).checkpoints
+    assert [path.name for path in averaged] == ["step_2.pt", "step_3.pt"]
+    assert check([tmp_path], last=2).checkpoints == tuple(map(str, averaged))
+
+
+def test_copies_are_looked_for_in_each_run_alone(tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        put(tmp_path / run / "x.pt", 1)
+        put(tmp_path / run / f"y{run}.pt", ord(run))
+    assert names(look(tmp_path / "a", tmp_path / "b")) == ["x.pt", "ya.pt", "x.pt", "yb.pt"]
+
+
+def test_an_alias_by_its_name_is_left_out_even_where_its_weights_differ(tmp_path: Path) -> None:
+    """``last.pt`` of a step of its own would count the end of the run double."""
+    for step in (1, 2):
+        put(tmp_path / f"step_{step}.pt", step)
+    put(tmp_path / "last.pt", 3)
+    found = look(tmp_path)
+    assert names(found) == ["step_1.pt", "step_2.pt"]
+    assert reasons(found) == {
+        "last.pt": "last, best or the like by its name, beside checkpoints with names of their own"
+    }
+
+
+def test_aliases_are_taken_where_there_is_nothing_else(tmp_path: Path) -> None:
+    put(tmp_path / "last.pt", 1)
+    put(tmp_path / "best.pt", 2)
+    assert set(names(look(tmp_path))) == {"last.pt", "best.pt"}
+    put(tmp_path / "best.pt", 1)
+    assert names(look(tmp_path)) == ["best.pt"]
+
+
+# --- earlier averages and files without weights ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mean.safetensors", "release.pt", "A.BIN"])
+def test_an_earlier_average_is_known_by_its_metadata_whatever_its_name(tmp_path: Path, name: str) -> None:
+    """An output of ours in the run folder must not enter the next average; one named by hand may."""
+    for step in (1, 2):
+        save_file(weights(step), tmp_path / f"step_{step}.safetensors", metadata={"format": "pt"})
+    save_file(weights(1.5), tmp_path / name, metadata={"format": "pt", METHOD_KEY: "mean"})
+    assert METHOD_KEY == "ckpt_avg.method"
+    assert EARLIER_AVERAGE == "an earlier average made by ckpt-avg"
+    found = look(tmp_path)
+    assert names(found) == ["step_1.safetensors", "step_2.safetensors"]
+    assert reasons(found) == {name: EARLIER_AVERAGE}
+    (by_hand,) = look(tmp_path / name).candidates
+    assert by_hand.opened().spec.averaged == "ckpt-avg made it"
+
+
+def test_a_run_of_earlier_averages_only(tmp_path: Path) -> None:
+    save_file(weights(1), tmp_path / "mean.safetensors", metadata={METHOD_KEY: "mean"})
+    with pytest.raises(IncompatibleError) as caught:
+        look(tmp_path)
+    assert str(caught.value) == (
+        f"nothing to average: each checkpoint is left out ('mean.safetensors': {EARLIER_AVERAGE}). Name others."
+    )
+
+
+def test_files_without_weights_are_left_out_of_a_run_and_said(tmp_path: Path) -> None:
+    put(tmp_path / "step_1.pt", 1)
+    torch.save({"loss": [0.5]}, tmp_path / "history.pt")
+    torch.save([torch.ones(1)], tmp_path / "samples.pt")
+    found = look(tmp_path)
+    assert names(found) == ["step_1.pt"]
+    assert set(reasons(found)) == {"history.pt", "samples.pt"}
+    assert reasons(found)["history.pt"].startswith("it holds no weights: ")
+
+
+def test_a_file_without_weights_named_by_hand_is_an_error(tmp_path: Path) -> None:
+    put(tmp_path / "step_1.pt", 1)
+    torch.save({"loss": [0.5]}, tmp_path / "history.pt")
+    found = look(tmp_path / "step_1.pt", tmp_path / "history.pt")
+    with pytest.raises(NoWeightsError):
+        found.candidates[1].opened()
+
+
+def test_a_run_of_files_without_weights_says_what_is_wrong_with_them(tmp_path: Path) -> None:
+    torch.save({"loss": [0.5]}, tmp_path / "history.pt")
+    (only,) = look(tmp_path).candidates
+    with pytest.raises(NoWeightsError, match="which holds no named tensors"):
+        only.opened()
+
+
+# --- files that cannot be read -----------------------------------------------------------------------------
+
+
+def test_an_unreadable_checkpoint_stays_a_candidate(tmp_path: Path) -> None:
+    """At its place by its name, so that it is an error only if it is chosen, and never lost without a word."""
+    for step in (1, 2, 3):
+        put(tmp_path / f"step_{step}.pt", step)
+    (tmp_path / "step_2.pt").write_bytes((tmp_path / "step_2.pt").read_bytes()[:-100])
+    found = look(tmp_path)
+    assert names(found) == ["step_1.pt", "step_2.pt", "step_3.pt"]
+    assert found.candidates[1].record.step == 2
+    with pytest.raises(CheckpointFormatError, match=r"step_2\.pt"):
+        found.candidates[1].opened()
+    with ExitStack() as stack:
+        inputs = open_inputs(discover([tmp_path]), Selection(last=1), Reading(), stack)
+        assert [each.spec.path.name for each in inputs.checkpoints] == ["step_3.pt"]
+        with pytest.raises(CheckpointFormatError, match=r"step_2\.pt"):
+            open_inputs(discover([tmp_path]), Selection(last=2), Reading(), stack)
+
+
+def test_one_that_is_left_out_by_name_is_not_even_opened(tmp_path: Path) -> None:
+    put(tmp_path / "step_1.pt", 1)
+    (tmp_path / "step_2.pt").write_bytes(b"junk")
+    found = look(tmp_path, options={"wanted": lambda name: name != "step_2.pt"})
+    assert names(found) == ["step_1.pt"]
+
+
+def test_no_name_is_wanted(tmp_path: Path) -> None:
+    for step in range(25):
+        (tmp_path / f"step_{step}.pt").write_bytes(b"x")
+    with pytest.raises(IncompatibleError) as caught:
+        look(tmp_path, options={"wanted": lambda name: False})
+    message = str(caught.value)
+    assert caught.value.exit_code == 4
+    assert message.startswith("nothing to average: --include and --exclude leave none of 25 checkpoints (step_0.pt, ")
+    assert "step_19.pt, … and 5 more" in message
+    assert "The patterns are matched with file names" in message
+
+
+# --- what stays open ---------------------------------------------------------------------------------------
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
+def test_only_what_is_chosen_stays_open(tmp_path: Path) -> None:
+    for step in range(10):
+        put(tmp_path / f"step_{step}.pt", step)
+    put(tmp_path / "copy_of_the_ninth.pt", 9)
+    before = open_descriptors()
+    with ExitStack() as stack:
+        inputs = open_inputs(discover([tmp_path]), Selection(last=2), Reading(), stack)
+        assert len(inputs.checkpoints) == 2
+        assert open_descriptors() == before + 2
+    assert open_descriptors() == before
+
+
+def test_a_run_of_more_checkpoints_than_files_may_be_open(tmp_path: Path) -> None:
+    """Long runs have thousands: choosing three of them must not need them all at once."""
+    import resource
+
+    for step in range(120):
+        put(tmp_path / f"step_{step}.pt", step)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_descriptors() + 60, hard))
+    try:
+        with ExitStack() as stack:
+            inputs = open_inputs(discover([tmp_path]), Selection(last=3), Reading(), stack)
+            assert [each.spec.path.name for each in inputs.checkpoints] == [
+                f"step_{step}.pt" for step in (117, 118, 119)
+            ]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_find_copies_is_what_the_survey_asks(tmp_path: Path) -> None:
+    paths = [put(tmp_path / f"{index}.pt", seed) for index, seed in enumerate((1, 2, 1, 3, 2, 1))]
+    with ExitStack() as stack:
+        found = survey(discover(paths), Reading(), stack)
+        assert find_copies([each.opened() for each in found.candidates]) == {2: 0, 4: 1, 5: 0}
+
+
+# --- several series in one folder --------------------------------------------------------------------------
+
+
+def refusal(*sources: Path, options: dict[str, Any] | None = None) -> str:
+    with pytest.raises(IncompatibleError) as caught:
+        look(*sources, options=options)
+    assert caught.value.exit_code == 4
+    return str(caught.value)
+
+
+def test_ema_files_beside_raw_ones_are_left_out_and_can_be_taken_alone(tmp_path: Path) -> None:
+    """As guided-diffusion saves them: mixed, the mean would be of both kinds."""
+    for step in (100, 200):
+        put(tmp_path / f"model{step:06}.pt", step)
+        put(tmp_path / f"ema_0.9999_{step:06}.pt", step + 0.5)
+    found = look(tmp_path)
+    assert names(found) == ["model000100.pt", "model000200.pt"]
+    assert reasons(found) == dict.fromkeys(
+        ("ema_0.9999_000100.pt", "ema_0.9999_000200.pt"), "EMA weights, by its name: --include takes them alone"
+    )
+    taken = average([tmp_path], tmp_path / "out.safetensors", include="ema*", dry_run=True)
+    assert [path.name for path in taken.checkpoints] == ["ema_0.9999_000100.pt", "ema_0.9999_000200.pt"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shown"),
+    [
+        (("G_1.pt", "G_2.pt"), ("D_1.pt", "D_2.pt"), ("'D_*'", "'G_*'", "--include 'D_*'")),
+        (
+            ("fold0_epoch_1.pt", "fold0_epoch_2.pt"),
+            ("fold1_epoch_1.pt", "fold1_epoch_2.pt"),
+            ("'fold0_epoch_1.pt'", "'fold1_epoch_1.pt'"),
+        ),
+    ],
+)
+def test_two_series_through_the_same_steps_are_refused(
+    tmp_path: Path, first: tuple[str, ...], second: tuple[str, ...], shown: tuple[str, ...]
+) -> None:
+    """Two networks of a GAN, two folds: their mean would be of nothing. Each can be chosen."""
+    for seed, name in enumerate((*first, *second)):
+        put(tmp_path / name, seed)
+    message = refusal(tmp_path)
+    assert "expected one series of checkpoints, got several that go through the same steps: " in message
+    assert all(text in message for text in shown), message
+    for series in (first, second):
+        assert names(look(tmp_path, options={"wanted": series.__contains__})) == list(series)
+
+
+def test_two_checkpoints_of_one_step_are_taken_and_said(tmp_path: Path) -> None:
+    """One step that stands twice is no second series."""
+    for seed, name in enumerate(("a_step_1.pt", "a_step_2.pt", "b_step_2.pt")):
+        put(tmp_path / name, seed)
+    found = look(tmp_path)
+    assert names(found) == ["a_step_1.pt", "a_step_2.pt", "b_step_2.pt"]
+    assert found.notes == ("several checkpoints of one step are taken: 'a_step_2.pt', 'b_step_2.pt'",)
+
+
+def test_the_parts_of_two_ranks_are_no_two_checkpoints(tmp_path: Path) -> None:
+    """One moment suffices here: the mean of two parts of one model is none of it."""
+    for rank in (0, 1):
+        put(tmp_path / f"ep1-ba100-rank{rank}.pt", rank)
+    message = refusal(tmp_path)
+    assert "got the parts of several ranks: 'ep1-ba100-rank0.pt', 'ep1-ba100-rank1.pt'" in message
+
+
+def test_the_parts_of_a_tensor_parallel_model_are_refused(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        put(tmp_path / f"consolidated.0{rank}.pth", rank)
+    for sources in ([tmp_path], [tmp_path / "consolidated.00.pth"]):
+        with pytest.raises(CheckpointFormatError, match="got the part of one of several ranks") as caught:
+            average(sources, tmp_path / "out.safetensors", dry_run=True)
+        assert caught.value.exit_code == 3
+    (tmp_path / "consolidated.01.pth").unlink()
+    assert average([tmp_path], tmp_path / "out.safetensors", dry_run=True).tensors == 2
+
+
+def test_raw_weights_of_one_and_only_an_ema_of_another_are_refused(tmp_path: Path) -> None:
+    """Both have the same names and shapes, so nothing else would tell."""
+    torch.save({"model": weights(1), "epoch": 1}, tmp_path / "epoch_1.pt")
+    torch.save({"ema": weights(2), "epoch": 2}, tmp_path / "epoch_2.pt")
+    with pytest.raises(
+        IncompatibleError, match=r"epoch_2\.pt: a running average .* while .*epoch_1\.pt holds raw"
+    ) as caught:
+        average([tmp_path], tmp_path / "out.safetensors")
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+# --- order within a step, or an epoch ----------------------------------------------------------------------
+
+
+def test_the_second_file_of_one_step_comes_behind_the_first(tmp_path: Path) -> None:
+    """Lightning's ``-v1`` is the later one, though its name sorts before the suffix."""
+    for seed, name in enumerate(("epoch=1-step=10-v1.ckpt", "epoch=1-step=10.ckpt", "epoch=0-step=5.ckpt")):
+        put(tmp_path / name, seed)
+    assert names(look(tmp_path)) == ["epoch=0-step=5.ckpt", "epoch=1-step=10.ckpt", "epoch=1-step=10-v1.ckpt"]
+
+
+def test_steps_that_start_anew_in_each_epoch_are_ordered_within_it(tmp_path: Path) -> None:
+    """By the step alone, checkpoints of different epochs would alternate, and the last would not be the last."""
+    moments = {"a.pt": (2, 100), "b.pt": (1, 900), "c.pt": (2, 50), "d.pt": (1, 100)}
+    for seed, (name, (epoch, step)) in enumerate(moments.items()):
+        put(tmp_path / name, seed, epoch=epoch, step=step)
+    found = look(tmp_path)
+    assert names(found) == ["d.pt", "b.pt", "c.pt", "a.pt"]
+    assert unit_of(found.candidates) == "epoch"
+
+
+# --- what does not disturb a run ---------------------------------------------------------------------------
+
+
+def test_an_unreadable_checkpoint_of_a_run_says_how_to_leave_it_out(tmp_path: Path) -> None:
+    """With the name quoted for what it is; of one named by hand there is nothing to leave out."""
+    for step in (1, 2):
+        put(tmp_path / f"step_{step}.pt", step)
+    (tmp_path / "step_2.pt").write_bytes(b"junk")
+    for source, advised in ((tmp_path, True), (tmp_path / "step_2.pt", False)):
+        with pytest.raises(CheckpointFormatError) as caught:
+            average([source], tmp_path / "out.safetensors")
+        assert str(caught.value).endswith(" To average the others, leave it out: --exclude 'step_2.pt'.") is advised
+        assert ("--exclude" in str(caught.value)) is advised
+    assert names(look(tmp_path, options={"wanted": Selection(exclude=("step_2.pt",)).wants})) == ["step_1.pt"]
+
+
+@pytest.mark.parametrize("stray", [".metadata", "model-00001-of-00002.safetensors"])
+def test_a_stray_part_of_another_checkpoint_does_not_disturb_a_run(tmp_path: Path, stray: str) -> None:
+    """One such file must make neither a DCP folder of the run nor a third checkpoint of it."""
+    for epoch in (1, 2):
+        put(tmp_path / f"epoch_{epoch}.pt", epoch, epoch=epoch)
+    if stray == ".metadata":
+        (tmp_path / stray).write_bytes(b"junk")
+    else:
+        save_file(weights(9), tmp_path / stray)
+    found = look(tmp_path)
+    assert names(found) == ["epoch_1.pt", "epoch_2.pt"]
+    if stray != ".metadata":
+        assert any(f"'{stray}'" in reason or name == stray for name, reason in reasons(found).items())
+
+
+def test_one_checkpoint_keeps_its_own_running_statistics(tmp_path: Path) -> None:
+    """They belong to these very weights: neither a model nor data may be asked for."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    net(torch.rand(8, 2))
+    torch.save(net.state_dict(), tmp_path / "epoch_1.pt")
+    result = average([tmp_path], tmp_path / "out.safetensors")
+    assert (result.statistics, result.batch_norm) == ("copied", None)
+    written = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in net.state_dict().items())
+    torch.save({name: value * 2 for name, value in net.state_dict().items()}, tmp_path / "epoch_2.pt")
+    with pytest.raises(UsageError, match="Add --model"):
+        average([tmp_path], tmp_path / "other.safetensors", non_float="last")

@@ -1,0 +1,442 @@
+"""Ranks for tests: threads that talk through queues, and processes that are killed or starved at chosen moments.
+
+The `RankServer` imports torch once and forks every group of ranks, so that a group takes well under a second. This file
+is also the server's own program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import errno
+import functools
+import gc
+import json
+import os
+import queue
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+HUNG = 9999  # in place of the exit code of a process that had to be killed
+NO_MOUNTS = 77  # the exit code of a rank that may not mount anything
+
+
+# -- Threads --------------------------------------------------------------------------------------------------------
+
+
+class Wires:
+    """What ranks in one process send each other. A rank that is cut off is gone for all others.
+
+    Args:
+        silence: seconds after which `ckpt_avg.distributed.ranks.Link.receive` gives up.
+    """
+
+    def __init__(self, silence: float = 10.0) -> None:
+        self.silence = silence
+        self._queues: dict[tuple[int, int], queue.Queue[str]] = {}
+        self._lock = threading.Lock()
+        self.gone: set[int] = set()
+
+    def cut(self, rank: int) -> None:
+        """From now on nobody hears of a rank, nor it of anybody."""
+        self.gone.add(rank)
+
+    def between(self, sender: int, receiver: int) -> queue.Queue[str]:
+        with self._lock:
+            return self._queues.setdefault((sender, receiver), queue.Queue())
+
+    def link(self, rank: int) -> QueueLink:
+        return QueueLink(self, rank)
+
+
+class QueueLink:
+    """One rank's end of `Wires`; messages pass as JSON, as they do between processes."""
+
+    def __init__(self, wires: Wires, rank: int) -> None:
+        self._wires, self._rank = wires, rank
+
+    def send(self, rank: int, message: dict[str, Any]) -> None:
+        self._refuse_gone(rank)
+        self._wires.between(self._rank, rank).put(json.dumps(message))
+
+    def receive(self, rank: int) -> dict[str, Any]:
+        deadline = time.monotonic() + self._wires.silence
+        while True:
+            is_gone = rank in self._wires.gone
+            try:
+                # What was sent before the end still arrives.
+                return json.loads(self._wires.between(rank, self._rank).get(timeout=0 if is_gone else 0.01))
+            except queue.Empty:
+                self._refuse_gone(rank)
+                if time.monotonic() > deadline:
+                    raise ConnectionError("it has been silent") from None
+
+    def _refuse_gone(self, rank: int) -> None:
+        if {rank, self._rank} & self._wires.gone:
+            raise ConnectionError("its connection was closed")
+
+
+def in_threads(
+    size: int, work: Callable[..., Any], *, timeout: float = 20.0, wires: Wires | None = None, pulse: float = 0.02
+) -> list[Any]:
+    """Calls ``work(ranks)`` on as many ranks, a thread each: what it returned or raised, by rank.
+
+    As `ckpt_avg.join_ranks` does, each rank leaves in the end, with its error if there is one. Fails where one does not
+    end in time.
+
+    Args:
+        size: how many.
+        work: what each does.
+        timeout: seconds for all of it.
+        wires: between them.
+        pulse: seconds between two messages of a rank, in place of `ckpt_avg.distributed.ranks`'s own.
+    """
+    from ckpt_avg.distributed.ranks import Ranks
+
+    wires = wires or Wires()
+    ends: list[Any] = [TimeoutError("this rank did not end")] * size
+
+    def one(rank: int) -> None:
+        ranks = Ranks(rank, size, wires.link(rank))
+        try:
+            ends[rank] = work(ranks)
+        except BaseException as error:
+            ends[rank] = error
+            try:
+                ranks.leave(error)
+            except BaseException as other:
+                ends[rank] = other
+        else:
+            ranks.leave(None)
+        wires.cut(rank)
+
+    threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(size)]
+    with mock.patch("ckpt_avg.distributed.ranks._PULSE", pulse):
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + timeout
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    stuck = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+    for rank in stuck:
+        wires.cut(rank)  # so that nothing goes on behind the tests that follow
+    assert not stuck, f"ranks that did not end: {stuck}; the others: {ends}"
+    return ends
+
+
+# -- Processes ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one rank ended: its exit code as `subprocess` gives it, what it printed, and when, from the beginning."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+@dataclass
+class Group:
+    """Ranks to be started.
+
+    Attributes:
+        size: how many.
+        arguments: of the command, on each of them.
+        script: run this Python file instead, with the arguments.
+        folder: the current one.
+        own_folders: rank → its own in its place.
+        own_arguments: rank → its own in their place.
+        environment: variables of all ranks.
+        own_environment: rank → variables of its own; None takes one away.
+        faults: rank → [point, action] pairs, see `_interfere`.
+        silence: seconds in place of `ckpt_avg.distributed.ranks.SILENCE`.
+        signal: sent, once the file ``marker`` exists, to the ranks in ``struck``.
+        terminates: whether the others get SIGTERM as soon as one has failed, as launchers do.
+        pulse: seconds in place of those between two messages of a rank.
+        finalises: whether the interpreters end as they do in processes of their own, which takes longer.
+        timeout: seconds after which those that are left are killed.
+    """
+
+    size: int
+    arguments: Sequence[object] = ()
+    script: Path | None = None
+    folder: Path = Path("/")
+    own_folders: Mapping[int, Path] = field(default_factory=dict)
+    own_arguments: Mapping[int, Sequence[object]] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    own_environment: Mapping[int, Mapping[str, str | None]] = field(default_factory=dict)
+    faults: Mapping[int, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    silence: float | None = None
+    signal: int = signal.SIGTERM
+    marker: Path | None = None
+    struck: Sequence[int] = ()
+    terminates: bool = False
+    pulse: float = 0.03
+    finalises: bool = False
+    timeout: float = 30.0
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens at now."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        number: int = listening.getsockname()[1]
+        return number
+
+
+class RankServer:
+    """Forks groups of ranks from a process that has already imported everything."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+        )
+
+    def run(self, group: Group) -> list[Ended]:
+        """Starts the ranks; returns how each of them ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({**vars(group), "struck": list(group.struck)}, default=str) + "\n")
+        self._process.stdin.flush()
+        return [Ended(**each) for each in json.loads(self._process.stdout.readline())]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+
+@functools.cache
+def rank_server() -> RankServer:
+    """Returns the one server of this test run; it ends with it."""
+    server = RankServer()
+    atexit.register(server.close)
+    return server
+
+
+# -- The server's side ----------------------------------------------------------------------------------------------
+
+
+def _serve() -> int:
+    """Answers groups until there are no more; returns the exit code of this process, which may be a rank by then."""
+    import torch.testing
+    import torch.utils.data.distributed  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    while line := sys.stdin.readline():
+        group = json.loads(line)
+        scratch = Path(tempfile.mkdtemp())
+        port = free_port()
+        begin = time.monotonic()
+        children = []
+        for rank in range(group["size"]):
+            child = os.fork()
+            if child == 0:
+                code = _be(group, rank, port, scratch)
+                if group["finalises"]:
+                    return code
+                sys.stderr.flush()
+                os._exit(code)
+            children.append(child)
+        answer = [
+            {
+                "code": code,
+                "seconds": seconds,
+                "out": (scratch / f"out.{rank}").read_text(errors="replace"),
+                "err": (scratch / f"err.{rank}").read_text(errors="replace"),
+            }
+            for rank, (code, seconds) in enumerate(_wait(group, children, begin))
+        ]
+        shutil.rmtree(scratch)
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+def _wait(group: dict[str, Any], children: list[int], begin: float) -> list[tuple[int, float]]:
+    ended: dict[int, tuple[int, float]] = {}
+    stopped: set[int] = set()
+    is_struck = is_told = False
+    while len(ended) < len(children):
+        for rank, child in enumerate(children):
+            if rank not in ended:
+                found, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+                if found and os.WIFSTOPPED(status):
+                    stopped.add(rank)
+                elif found:
+                    ended[rank] = (os.waitstatus_to_exitcode(status), time.monotonic() - begin)
+        left = [rank for rank in range(len(children)) if rank not in ended]
+        if group["marker"] and not is_struck and os.path.exists(group["marker"]):
+            is_struck = True
+            for rank in group["struck"]:
+                os.kill(children[rank], group["signal"])
+        if group["terminates"] and not is_told and any(code for code, _ in ended.values()):
+            is_told = True
+            for rank in left:
+                os.kill(children[rank], signal.SIGTERM)
+        if left and set(left) <= stopped:
+            for rank in left:
+                os.kill(children[rank], signal.SIGCONT)
+            stopped.clear()
+        if time.monotonic() - begin > group["timeout"]:
+            for rank in left:
+                os.kill(children[rank], signal.SIGKILL)
+                os.waitpid(children[rank], 0)
+                ended[rank] = (HUNG, time.monotonic() - begin)
+        time.sleep(0.005)
+    return [ended[rank] for rank in range(len(children))]
+
+
+def _be(group: dict[str, Any], rank: int, port: int, scratch: Path) -> int:
+    """Is one rank; returns its exit code."""
+    # Nothing of what it raises may reach the server's loop.
+    try:
+        return _start(group, rank, port, scratch)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def _start(group: dict[str, Any], rank: int, port: int, scratch: Path) -> int:
+    for number, path in enumerate((Path(os.devnull), scratch / f"out.{rank}", scratch / f"err.{rank}")):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), number)
+    os.chdir(group["own_folders"].get(str(rank), group["folder"]))
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(group["size"]), "LOCAL_RANK": str(rank)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(group["size"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= group["environment"]
+    for name, value in group["own_environment"].get(str(rank), {}).items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    import ckpt_avg.distributed.joining
+    import ckpt_avg.distributed.ranks
+
+    ckpt_avg.distributed.ranks._PULSE = group["pulse"]
+    if group["silence"] is not None:
+        ckpt_avg.distributed.ranks.SILENCE = group["silence"]
+    _interfere(group["faults"].get(str(rank), ()))
+    arguments = group["own_arguments"].get(str(rank), group["arguments"])
+    if group["script"] is not None:
+        sys.argv = [group["script"], *map(str, arguments)]
+        sys.path.insert(0, os.path.dirname(group["script"]))
+        runpy.run_path(group["script"], run_name="__main__")
+        sys.stdout.flush()
+        return 0
+    from ckpt_avg.cli.exits import run
+    from ckpt_avg.cli.main import cli
+
+    return run(cli, list(map(str, arguments)))
+
+
+def _act(action: str) -> None:
+    """Does what is asked for at a point: ``kill``, ``stop``, ``sleep SECONDS``, ``mark FILE``, or an errno's name."""
+    word, _, rest = action.partition(" ")
+    if word == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif word == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif word == "sleep":
+        time.sleep(float(rest))
+    elif word == "hold":  # the interpreter, so that no thread runs
+        ctypes.PyDLL(None).usleep(int(float(rest) * 1e6))
+    elif word == "mark":
+        Path(rest).touch()
+    elif word == "log":
+        with open(rest, "a") as log:
+            log.write(f"{time.monotonic_ns()} {os.environ['RANK']}\n")
+    elif word == "version":
+        import ckpt_avg.commands.agreement
+
+        ckpt_avg.commands.agreement.__version__ = "0.0.1"
+    elif word == "hide":
+        _mount_over(rest)
+    else:
+        raise OSError(getattr(errno, word), os.strerror(getattr(errno, word)))
+
+
+def _mount_over(folder: str) -> None:
+    """Gives this process alone an empty folder in place of one."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, private, recursive = 0x00020000, 1 << 18, 1 << 14
+    if (
+        libc.unshare(new_namespace)
+        or libc.mount(b"none", b"/", None, private | recursive, None)
+        or libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, None)
+    ):
+        os._exit(NO_MOUNTS)
+
+
+def _interfere(faults: Sequence[tuple[str, str]]) -> None:
+    """Makes this process act at points of its work.
+
+    These are ``start``; ``before STEP`` and ``after STEP`` of `Ranks.exchange`; ``before CALL`` and ``after CALL`` of a
+    function in `os`, and of ``destroy_process_group``; and ``in write``: when a piece of the data section is half
+    written.
+    """
+    from torch import distributed
+
+    from ckpt_avg.distributed.ranks import Ranks
+
+    lock = threading.Lock()
+    done: set[tuple[str, str]] = set()
+
+    def at(point: str) -> None:
+        for where, action in faults:
+            with lock:
+                if where != point or (where, action) in done:
+                    continue
+                if not action.startswith("log"):
+                    done.add((where, action))
+            _act(action)
+
+    def around(owner: Any, name: str, what: Callable[..., str | None]) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            point = what(*arguments)
+            at(f"before {point}")
+            result = real(*arguments, **keywords)
+            at(f"after {point}")
+            return result
+
+        setattr(owner, name, call)
+
+    if not faults:
+        return
+    around(Ranks, "exchange", lambda ranks, step, *rest: step)
+    around(distributed, "destroy_process_group", lambda *arguments: "destroy_process_group")
+    for name in ("fsync", "link", "replace", "unlink", "posix_fallocate"):
+        around(os, name, lambda *arguments, name=name: name)
+    pwrite = os.pwrite
+
+    def half(descriptor: int, contents: memoryview, offset: int) -> int:
+        if offset and any(where == "in write" for where, _ in faults):
+            pwrite(descriptor, contents[: len(contents) // 2], offset)
+            at("in write")
+        return pwrite(descriptor, contents, offset)
+
+    os.pwrite = half  # type: ignore[assignment]
+    at("start")
+
+
+if __name__ == "__main__":
+    sys.exit(_serve())

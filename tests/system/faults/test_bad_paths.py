@@ -1,0 +1,658 @@
+"""Paths, links, indexes and folders that mislead: what is reached, what is refused, and what the user is told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from formats.pickles.test_unpickler import named, proto, sequence, text, whole
+from formats.test_safetensors_header import lay_out, one
+from safetensors.torch import load_file
+from system.faults.test_bad_safetensors import Command, refusal, refusal_of
+from system.faults.test_bad_torch_files import Member, archive, state, tensor, write
+
+from ckpt_avg import open_checkpoint
+from ckpt_avg.errors import CheckpointFormatError, UsageError
+from ckpt_avg.limits import LIMITS, Limits
+from ckpt_avg.runs.run_folder import entries_of
+
+AGAIN = "Save or copy the checkpoint again."
+INDEX = "model.safetensors.index.json"
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+MAP = f'{{"weight_map":{{"a":"{A}","b":"{B}"}}}}'
+
+
+def double(name: str, value: int) -> bytes:
+    """A safetensors file of one float64 element; its bytes, written out."""
+    data = (value * 2**52).to_bytes(8, "little")  # the bits of 2.0 ** (value − 1023)
+    return one('"F64"', "[1]", "[0,8]", name, data)
+
+
+def sharded(folder: Path, index: str | bytes = MAP) -> Path:
+    """A checkpoint folder of two shards, and its index as given; returns the folder."""
+    folder.mkdir()
+    (folder / A).write_bytes(double("a", 1023))
+    (folder / B).write_bytes(double("b", 1024))
+    (folder / INDEX).write_bytes(index.encode() if isinstance(index, str) else index)
+    return folder
+
+
+def mean(command: Command, *sources: object, folder: Path) -> tuple[dict[str, list[float]], str]:
+    """Averages what must be accepted: the values of the output, and all that was printed."""
+    output = folder / "mean.safetensors"
+    code, out, err = command("average", *sources, "--output", output)
+    assert code == 0, err
+    found = {name: value.tolist() for name, value in load_file(output).items()}
+    output.unlink()
+    return found, out + err
+
+
+# --- names in an index -------------------------------------------------------------------------------------
+
+OUTSIDE = "expected the name of a file beside it, got "
+NAMES = {
+    "a folder up": ("../secret.safetensors", OUTSIDE + "'../secret.safetensors'"),
+    "down and up": ("x/../../secret.safetensors", OUTSIDE),
+    "a folder down": ("x/secret.safetensors", OUTSIDE),
+    "absolute": ("/secret.safetensors", OUTSIDE + "'/secret.safetensors'"),
+    "a drive": ("C:secret.safetensors", OUTSIDE + "'C:secret.safetensors'"),
+    "a drive's root": ("C:\\\\secret.safetensors", OUTSIDE + r"'C:\\secret.safetensors'"),
+    "a share": ("\\\\\\\\host\\\\secret.safetensors", OUTSIDE + r"'\\\\host\\secret.safetensors'"),
+    "a backslash": ("..\\\\secret.safetensors", OUTSIDE),
+    "NUL": ("secret.safetensors\\u0000", OUTSIDE + r"'secret.safetensors\x00'"),
+    "nothing": ("", OUTSIDE + "''"),
+    "this folder": (".", OUTSIDE + "'.'"),
+    "the folder above": ("..", OUTSIDE + "'..'"),
+    "a name without end": ("x" * 300 + ".safetensors", "cannot be the name of a file"),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_an_index_names_files_beside_it_alone(in_process: Command, tmp_path: Path, case: str) -> None:
+    """A stranger's index must not read a file of the user's; there is one wherever the name could lead."""
+    name, fact = NAMES[case]
+    folder = sharded(tmp_path / "model", MAP.replace(B, name))
+    (folder / "x").mkdir()
+    for place in (tmp_path, folder / "x"):
+        (place / "secret.safetensors").write_bytes(double("b", 1025))
+    message = refusal_of(in_process, folder / INDEX, folder=tmp_path)
+    assert fact in message
+    assert message.endswith("Don't trust it.")
+
+
+def test_the_folder_is_sound_before_its_index_is_spoilt(in_process: Command, tmp_path: Path) -> None:
+    """By its folder and by its index."""
+    folder = sharded(tmp_path / "model")
+    for source in (folder, folder / INDEX):
+        assert mean(in_process, source, folder=tmp_path)[0] == {"a": [1.0], "b": [2.0]}
+
+
+INDEXES: dict[str, tuple[str | bytes, str]] = {
+    "nothing": ("", "expected a shard index in JSON, got other text: Expecting value"),
+    "no JSON": ("{'weight_map': {}}", "expected a shard index in JSON, got other text: Expecting property name"),
+    "not UTF-8": (b'{"weight_map":{"\xff":"a"}}', "expected a shard index in JSON, got other text: 'utf-8' codec"),
+    "cut off": (MAP[:-5], "expected a shard index in JSON, got other text: "),
+    "nested without end": ("[" * 100_000, "expected a shard index in JSON, got other text: "),
+    "a number without end": ("9" * 5000, "expected a shard index in JSON, got other text: Exceeds the limit"),
+    "a list": ("[]", 'expected a shard index {"weight_map": {tensor: file}}, got other JSON'),
+    "no map": ("{}", 'expected a shard index {"weight_map": {tensor: file}}, got other JSON'),
+    "an empty map": ('{"weight_map":{}}', 'expected a shard index {"weight_map": {tensor: file}}, got other JSON'),
+    "a list as map": ('{"weight_map":["a"]}', 'expected a shard index {"weight_map": {tensor: file}}, got other JSON'),
+    "a number as file": ('{"weight_map":{"a":1}}', "expected file names in weight_map, got other values"),
+    "null as file": ('{"weight_map":{"a":null}}', "expected file names in weight_map, got other values"),
+    "a shard of torch": (
+        MAP.replace(B, "model.bin"), "expected safetensors shards, as its own name says, got 'model.bin'"),
+    "a tensor that its shard lacks": (
+        MAP.replace('"b"', f'"c":"{B}","b"'), f"the shard '{B}' lacks 'c', which the index places there"),
+    "a tensor of another shard": (
+        MAP.replace(B, A), f"the shard '{A}' lacks 'b', which the index places there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_an_index_that_is_damaged_or_lies_is_refused(in_process: Command, tmp_path: Path, case: str) -> None:
+    """Or a tensor would be missing from the average without a word."""
+    content, fact = INDEXES[case]
+    folder = sharded(tmp_path / "model", content)
+    (folder / "model.bin").write_bytes(double("b", 1024))
+    message = refusal(in_process, folder, folder=tmp_path)
+    assert message.startswith(f"{folder / INDEX}: {fact}")
+    assert message.endswith(AGAIN)
+
+
+def test_an_index_over_the_limit_is_not_read(in_process: Command, tmp_path: Path) -> None:
+    """16 MiB are a hundred times the largest that there is; sparse."""
+    folder = sharded(tmp_path / "model")
+    os.truncate(folder / INDEX, LIMITS.index + 1)
+    assert f"expected a shard index of at most {LIMITS.index:,} bytes, got {LIMITS.index + 1:,}. {AGAIN}" in refusal(
+        in_process, folder, folder=tmp_path
+    )
+
+
+def two_floats(first: str, second: str) -> bytes:
+    """A safetensors file of two float64 elements."""
+    entry = '"%s":{"dtype":"F64","shape":[1],"data_offsets":[%s]}'
+    return lay_out(f"{{{entry % (first, '0,8')},{entry % (second, '8,16')}}}", bytes(16))
+
+
+@pytest.mark.parametrize("index", [MAP, MAP.replace('"a"', f'"b":"{A}","a"')], ids=["index", "named twice in it"])
+def test_a_tensor_in_two_shards_is_refused(in_process: Command, tmp_path: Path, index: str) -> None:
+    """Nothing says which of the two is meant."""
+    folder = sharded(tmp_path / "model", index)
+    (folder / A).write_bytes(two_floats("a", "b"))
+    message = refusal(in_process, folder, folder=tmp_path)
+    assert message == f"{folder / INDEX}: in two shards, '{A}' and another: 'b'. {AGAIN}"
+
+
+def test_a_tensor_that_the_index_does_not_name_is_refused(in_process: Command, tmp_path: Path) -> None:
+    """The model has it, and the average would not."""
+    folder = sharded(tmp_path / "model")
+    (folder / A).write_bytes(two_floats("a", "c"))
+    message = refusal(in_process, folder, folder=tmp_path)
+    assert message == f"{folder / INDEX}: the shard '{A}' holds 'c', which the index does not name. {AGAIN}"
+
+
+def test_missing_shards_are_all_named_and_a_long_list_is_cut(in_process: Command, tmp_path: Path) -> None:
+    """A download that stopped: one by one they would take thirty attempts."""
+    files = [f"model-{number:05}-of-00030.safetensors" for number in range(1, 31)]
+    folder = sharded(tmp_path / "model", json.dumps({"weight_map": {name: name for name in files}}))
+    message = refusal(in_process, folder, folder=tmp_path)
+    assert message.startswith(f"{folder / INDEX}: 30 shards of 30 missing: '{files[0]}', '{files[1]}', ")
+    assert message.endswith(f"'{files[19]}', … and 10 more. Copy them beside the index.")
+
+
+# --- links -------------------------------------------------------------------------------------------------
+
+
+def linked(folder: Path, target: str) -> Path:
+    """A sharded folder whose second shard is a link."""
+    (sharded(folder) / B).unlink()
+    (folder / B).symlink_to(target)
+    return folder
+
+
+@pytest.mark.parametrize("through", ["a link", "two links", "a folder beside", "blobs of no cache"])
+def test_a_shard_that_links_out_of_its_folder_is_refused(in_process: Command, tmp_path: Path, through: str) -> None:
+    """A stranger's folder must not read the user's files through a link either."""
+    secret = tmp_path / ("blobs" if through == "blobs of no cache" else "model too") / "secret"
+    secret.parent.mkdir()
+    secret.write_bytes(double("b", 1024))
+    folder = linked(tmp_path / "model", "again" if through == "two links" else f"../{secret.parent.name}/secret")
+    (folder / "again").symlink_to(secret)
+    message = refusal(in_process, folder, folder=tmp_path)
+    assert message.startswith(f"{folder / INDEX}: '{B}' is a symbolic link out of the folder, to ")
+    assert message.endswith("secret'. Copy the file.")
+
+
+def test_the_links_of_the_hubs_cache_are_followed(in_process: Command, tmp_path: Path) -> None:
+    """``snapshots/<revision>/<file>`` leads into ``blobs`` beside ``snapshots``, and nowhere else."""
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    (tmp_path / "hub" / "blobs" / "0123").write_bytes(double("b", 1024))
+    (tmp_path / "hub" / "snapshots").mkdir()
+    folder = linked(tmp_path / "hub" / "snapshots" / "revision", "../../blobs/0123")
+    assert mean(in_process, folder, folder=tmp_path)[0] == {"a": [1.0], "b": [2.0]}
+    (tmp_path / "hub" / "blobs" / "sub").mkdir()
+    (tmp_path / "hub" / "blobs" / "0123").rename(tmp_path / "hub" / "blobs" / "sub" / "0123")
+    (folder / B).unlink()
+    (folder / B).symlink_to("../../blobs/sub/0123")
+    assert "is a symbolic link out of the folder" in refusal(in_process, folder, folder=tmp_path)
+
+
+def test_links_in_a_circle_end(in_process: Command, tmp_path: Path) -> None:
+    """As a shard, as the weights of a folder, and as the checkpoint itself."""
+    folder = linked(tmp_path / "model", B)
+    message = refusal(in_process, folder, folder=tmp_path)
+    assert message.startswith(f"{folder / INDEX}: '{B}' is a symbolic link that cannot be followed: ")
+    assert message.endswith(". Copy the file.")
+    (tmp_path / "one").symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+    message = refusal_of(in_process, tmp_path / "one", folder=tmp_path, code=2)
+    assert message.endswith("got nothing there. It is a symbolic link to nothing.")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "model.safetensors").symlink_to("model.safetensors")
+    message = refusal_of(in_process, weights, folder=tmp_path)
+    assert message.startswith(f"{weights / 'model.safetensors'}: cannot be opened: ")
+
+
+# --- what is no file ---------------------------------------------------------------------------------------
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def listening(path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(path.parent)  # the path of a socket must be short
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def in_place_of(path: Path) -> Path:
+    path.unlink(missing_ok=True)
+    return path
+
+
+# What stands where a file belongs → how it is called.
+NO_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a FIFO": (fifo, "expected a checkpoint file, got a device, pipe or socket."),
+    "a socket": (listening, "cannot be opened: "),
+    "a device": (device, "expected a checkpoint file, got a device, pipe or socket."),
+    "a folder": (Path.mkdir, "expected a checkpoint file, got a folder."),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="FIFOs, sockets and devices have no path on this system")
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("where", ["checkpoint", "weights", "shard", "index"])
+def test_what_is_no_file_is_refused_without_waiting(in_process: Command, tmp_path: Path, kind: str, where: str) -> None:
+    """A FIFO without a writer blocks whoever opens it; a device has no end."""
+    make, fact = NO_FILES[kind]
+    folder = sharded(tmp_path / "model")
+    if where == "checkpoint":
+        path = tmp_path / "step_1.safetensors"
+        make(path)
+        if kind == "a folder":
+            message = refusal_of(in_process, path, folder=tmp_path, code=4)
+            assert "or checkpoint folders, got none. Name a folder or files that hold some." in message
+        else:
+            assert fact in refusal_of(in_process, path, folder=tmp_path)
+        return
+    if where == "weights":
+        (folder / INDEX).unlink()
+    path = folder / {"weights": "model.safetensors", "shard": B, "index": INDEX}[where]
+    make(in_place_of(path))
+    message = refusal(in_process, folder, folder=tmp_path)
+    if kind == "a device" and where == "shard":
+        assert "is a symbolic link out of the folder, to '/dev/zero'. Copy the file." in message
+    else:
+        assert message.startswith(f"{path}: {fact}")
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Gives up root's right to read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that anybody may enter, with one for the output that anybody may write to."""
+    with tempfile.TemporaryDirectory(prefix="ckpt-avg-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "place of the output").mkdir()
+        (folder / "place of the output").chmod(0o777)
+        yield folder
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="this system keeps no rights as Unix does")
+def test_what_may_not_be_read_is_named_with_the_systems_reason(in_process: Command, open_folder: Path) -> None:
+    """A file, a shard, a folder of checkpoints, and what lies in such a folder."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        with as_nobody():
+            return in_process(*arguments)
+
+    path = write(open_folder, double("w", 1023), "step_1.safetensors")
+    model = sharded(open_folder / "model")
+    closed = open_folder / "run"
+    closed.mkdir()
+    write(closed, double("w", 1023), "step_2.safetensors")
+    in_process("check", path, path)  # what is imported late is imported now
+    assert mean(in_process, path, folder=open_folder)[0] == {"w": [1.0]}
+    for each in (path, model / B, closed):
+        each.chmod(0)
+    for source, file in ((path, path), (model, model / B)):
+        assert refusal(command, source, folder=open_folder).startswith(f"{file}: cannot be opened: Permission denied.")
+    message = refusal(command, closed, folder=open_folder, code=2)
+    assert message == f"{closed}: cannot be listed: Permission denied. Check its permissions."
+    inside = closed / "step_2.safetensors"
+    message = refusal(command, inside, folder=open_folder, code=2)
+    assert str(inside) in message
+    assert "cannot be looked at: " in message
+    assert "Permission denied" in message
+    assert message.endswith("Check the path.")
+    closed.chmod(0o755)
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_line_break_in_a_file_name_makes_no_line_of_its_own(
+    in_process: Command, tmp_path: Path, by_hand: bool
+) -> None:
+    """A stranger's folder could write lines that look like the command's."""
+    run = run_of(tmp_path / "run", 9, 10)
+    bad = write(run, b"junk", "step_11\nError: all is well.pt")
+    message = refusal(in_process, bad if by_hand else run, folder=tmp_path)
+    assert "step_11\\nError: all is well.pt" in message
+
+
+def test_a_path_that_is_too_long_is_shown_once_and_cut(in_process: Command, tmp_path: Path) -> None:
+    """Six thousand characters, twice, hide what is said of them."""
+    message = refusal(in_process, "x/" * 3000, folder=tmp_path, code=2)
+    assert "File name too long" in message
+    assert len(message) < 500
+
+
+def test_a_file_that_goes_while_folders_are_listed_is_said(
+    in_process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer removes its old checkpoints meanwhile: no traceback, and what to do."""
+    path = write(tmp_path, double("w", 1023), "step_1.safetensors")
+
+    def gone(path: Path) -> tuple[int, int]:
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr("ckpt_avg.runs.discover.identity_of", gone)
+    message = refusal(in_process, path, folder=tmp_path, code=2)
+    assert message == f"'{path}': No such file or directory. If the run goes on, try again."
+
+
+def test_a_folder_that_goes_while_it_is_listed_is_said(tmp_path: Path) -> None:
+    """Between the look at its form and the look at its files."""
+    with pytest.raises(UsageError) as caught:
+        entries_of(tmp_path / "gone")
+    assert str(caught.value) == (
+        f"{tmp_path / 'gone'}: cannot be listed: No such file or directory. Check its permissions."
+    )
+
+
+# --- which checkpoints a folder holds ----------------------------------------------------------------------
+
+
+def run_of(folder: Path, *steps: int) -> Path:
+    """A run folder: step N holds the value 2 ** (N − 9)."""
+    folder.mkdir()
+    for step in steps:
+        write(folder, double("w", 1014 + step), f"step_{step}.safetensors")
+    return folder
+
+
+def test_one_checkpoint_under_several_names_of_a_run_counts_once(in_process: Command, tmp_path: Path) -> None:
+    """Links of both kinds and a copy: the mean of 1 and 2 is 1.5 however often 2 stands there."""
+    run = run_of(tmp_path / "run", 9, 10)
+    (run / "last.safetensors").symlink_to("step_10.safetensors")
+    (run / "best.safetensors").hardlink_to(run / "step_10.safetensors")
+    write(run, double("w", 1024), "model_best.safetensors")
+    found, said = mean(in_process, run, "--verbose", folder=tmp_path)
+    assert found == {"w": [1.5]}
+    assert "averaged 2 checkpoints: step_9.safetensors, step_10.safetensors" in said
+    assert "left out: 'last.safetensors': the same file as step_10.safetensors" in said
+    assert "left out: 'best.safetensors': the same file as step_10.safetensors" in said
+    assert "left out: 'model_best.safetensors': " in said
+    assert "3 entries left out (-v says why)" in mean(in_process, run, folder=tmp_path)[1]
+
+
+@pytest.mark.parametrize("how", ["path", "spelling", "symbolic link", "hard link", "its run", "its folder"])
+def test_one_checkpoint_named_twice_by_hand_is_refused(in_process: Command, tmp_path: Path, how: str) -> None:
+    """It would count double, and nobody means that."""
+    run = run_of(tmp_path / "run", 9, 10)
+    path, again = run / "step_9.safetensors", tmp_path / "again.safetensors"
+    if how == "symbolic link":
+        again.symlink_to(path)
+    elif how == "hard link":
+        again.hardlink_to(path)
+    elif how == "its folder":
+        (tmp_path / "model").mkdir()
+        path = path.rename(tmp_path / "model" / "model.safetensors")
+        again = path.parent
+    else:
+        again = {"path": path, "spelling": run / ".." / "run" / path.name, "its run": run}[how]
+    message = refusal(in_process, path, again, folder=tmp_path, code=2)
+    assert ": the same checkpoint is named twice (also as " in message
+    assert str(path) in message
+    assert message.endswith("), so it would count double. Name it once.")
+
+
+def test_nothing_there_and_too_few_are_refused(in_process: Command, tmp_path: Path) -> None:
+    """What was asked for, what is there, and what to ask for instead."""
+    run = run_of(tmp_path / "run", 9, 10)
+    gone, empty = tmp_path / "gone", tmp_path / "empty"
+    empty.mkdir()
+    for source, options, code, says in (
+        (gone, (), 2, f"{gone}: expected a checkpoint file or a run folder, got nothing there. Check the path."),
+        (empty, (), 4, f"{empty}: expected checkpoint files (.safetensors, .pt, .pth, .bin, .ckpt, .pth.tar) or "
+                       "checkpoint folders, got none. Name a folder or files that hold some."),
+        (run, ("--last", 3), 4, "--last 3: expected at least that many checkpoints, got 2 (step_9.safetensors, "
+                                "step_10.safetensors). Ask for --last 2 or name more."),
+        (run, ("--from-step", 11), 4, "nothing to average: none of 2 checkpoints lies in steps 11 to …"),
+        (run, ("--include", "epoch*"), 4, "nothing to average: --include and --exclude leave none of 2 checkpoints"),
+    ):  # fmt: skip
+        assert refusal(in_process, source, *options, folder=tmp_path, code=code).startswith(says)
+
+
+def test_natural_order_is_printed_and_taken(in_process: Command, tmp_path: Path) -> None:
+    """Of step_9, step_10 and step_11 the last two are not step_9 and step_11, as the alphabet has it."""
+    run = run_of(tmp_path / "run", 11, 9, 10)
+    found, said = mean(in_process, run, "--last", 2, folder=tmp_path)
+    assert found == {"w": [3.0]}
+    assert "averaged 2 checkpoints: step_10.safetensors, step_11.safetensors" in said
+    code, out, _ = in_process("inspect", run)
+    lines = [line.split()[0] for line in out.splitlines() if line.startswith("step_")]
+    assert (code, lines) == (0, [f"step_{step}.safetensors" for step in (9, 10, 11)])
+
+
+PREFERRED = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def test_of_several_forms_of_weights_the_first_of_a_fixed_order_is_taken_and_said(
+    in_process: Command, tmp_path: Path
+) -> None:
+    """One safetensors file, shards of them, one torch file, shards of these: as transformers loads them."""
+    folder = sharded(tmp_path / "model")
+    write(folder, double("w", 1023), PREFERRED[0])
+    write(folder, archive(Member(b"a/data.pkl", proto(2, state((text("t"), tensor())))), Member(b"a/data/0", bytes(8))),
+          PREFERRED[2])  # fmt: skip
+    write(folder, f'{{"weight_map":{{"t":"{PREFERRED[2]}"}}}}'.encode(), PREFERRED[3])
+    expected = ({"w": [1.0]}, {"a": [1.0], "b": [2.0]}, {"t": [0.0, 0.0]})
+    for taken, values in enumerate(expected):
+        found, said = mean(in_process, folder, folder=tmp_path)
+        others = ", ".join(map(repr, PREFERRED[taken + 1 :]))
+        assert found == values
+        assert f"Notice: {folder}: of several forms of weights '{PREFERRED[taken]}' is taken, not {others}" in said
+        (folder / PREFERRED[taken]).unlink()
+
+
+LAST = "which is saved last, got none. Leave it out."
+NO_METADATA = f"half-written: expected .metadata beside the *.distcp files, {LAST}"
+NO_INDEX = f"half-written: expected a shard index (*.index.json) beside '{A}', {LAST}"
+# What a writer that was stopped leaves: paths and contents, then why it is left out of a run, and what is said of it
+# where it is named by hand.
+HALF_WRITTEN: dict[str, tuple[dict[str, bytes], str, str]] = {
+    "an empty file": (
+        {"step_11.safetensors": b""}, "half-written: it is empty", "got an empty file. Copy or save it again."),
+    "a file for the time being": (
+        {"step_11.safetensors.tmp": double("w", 1025)[:-4]}, "half-written, by its name",
+        "4 bytes missing. It is truncated: copy it again."),
+    "parts without their metadata": (
+        {"step_11/__0_0.distcp": b"PK"},
+        NO_METADATA, NO_METADATA,
+    ),
+    "shards without their index": (
+        {f"step_11/{A}": double("w", 1025)},
+        NO_INDEX, NO_INDEX,
+    ),
+    "a folder for the time being": (
+        {"tmp-step_11/model.safetensors": double("w", 1025)[:-1]}, "half-written, by its name",
+        "1 byte missing. It is truncated: copy it again."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HALF_WRITTEN)
+def test_a_half_written_checkpoint_is_left_out_of_a_run_and_refused_by_name(
+    in_process: Command, tmp_path: Path, case: str
+) -> None:
+    """The run that is still going on can be averaged; its unfinished checkpoint cannot."""
+    files, reason, fact = HALF_WRITTEN[case]
+    run = run_of(tmp_path / "run", 9, 10)
+    (name,) = {path.split("/")[0] for path in files}
+    for path, content in files.items():
+        (run / path).parent.mkdir(exist_ok=True)
+        (run / path).write_bytes(content)
+    found, said = mean(in_process, run, "--verbose", folder=tmp_path)
+    assert found == {"w": [1.5]}
+    assert f"left out: '{name}': {reason}" in said
+    assert "1 entry left out (-v says why)" in mean(in_process, run, folder=tmp_path)[1]
+    message = refusal_of(in_process, run / name, folder=tmp_path)
+    assert message.endswith(fact)
+
+
+def test_a_truncated_checkpoint_of_a_run_is_refused_with_the_way_to_leave_it_out(
+    in_process: Command, tmp_path: Path
+) -> None:
+    """By its name alone it looks whole, so that leaving it out would be a guess."""
+    run = run_of(tmp_path / "run", 9, 10)
+    bad = write(run, double("w", 1025)[:-1], "step_11.safetensors")
+    message = refusal(in_process, run, folder=tmp_path)
+    assert message.startswith(f"{bad}: ")
+    assert message.endswith("To average the others, leave it out: --exclude 'step_11.safetensors'.")
+    assert mean(in_process, run, "--exclude", bad.name, folder=tmp_path)[0] == {"w": [1.5]}
+
+
+def test_the_search_for_checkpoints_is_bounded(
+    in_process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home folder named by mistake is not walked through to its end."""
+    for number in range(4):
+        (tmp_path / "home" / str(number)).mkdir(parents=True)
+    monkeypatch.setattr("ckpt_avg.runs.discover.LIMITS", Limits(folders=3))
+    message = refusal(in_process, tmp_path / "home", folder=tmp_path, code=4)
+    assert message.endswith("expected checkpoints in the first 3 folders, got none. Name the run folder.")
+    assert LIMITS.folders >= 1_000
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_opened_as_one(tmp_path: Path) -> None:
+    """By the API, where nothing has looked for checkpoints before."""
+    write(tmp_path, b"x", "notes.txt")
+    with pytest.raises(CheckpointFormatError) as caught:
+        open_checkpoint(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: expected a checkpoint folder (with model.safetensors, pytorch_model.bin, an index of shards, or "
+        ".metadata), got one with 'notes.txt'. Name the checkpoint in it."
+    )
+
+
+# --- the metadata of torch.distributed.checkpoint ----------------------------------------------------------
+
+METADATA = "torch.distributed.checkpoint.metadata"
+PART = archive(Member(b"a/data.pkl", proto(2, tensor())), Member(b"a/data/0", bytes(8)))
+
+
+def made(name: str, **attributes: bytes) -> bytes:
+    """A pickled object with its attributes."""
+    return named(METADATA, name) + b")\x81" + state(*((text(key), value) for key, value in attributes.items())) + b"b"
+
+
+def described(shape: int = 2, start: int = 0) -> bytes:
+    """A float32 tensor of two elements, as the metadata describes it."""
+    properties = named(METADATA, "TensorProperties") + b")\x81" + named("torch", "float32") + b"\x85b"
+    chunk = made("ChunkStorageMetadata", offsets=whole(start) + b"\x85", sizes=whole(2) + b"\x85")
+    return made("TensorStorageMetadata", properties=properties, size=whole(shape) + b"\x85", chunks=b"]" + chunk + b"a")
+
+
+def metadata(*names: str, file: str = "__0_0.distcp", entry: bytes | None = None, **more: bytes) -> bytes:
+    """The metadata of tensors that all lie in one part of a file."""
+    stored = made("_StorageInfo", relative_path=text(file), offset=whole(0), length=whole(len(PART)))
+    indexes = [made("MetadataIndex", fqn=text(name), offset=whole(0) + b"\x85") for name in names]
+    tensors = state(*((text(name), entry or described()) for name in names))
+    return proto(2, made("Metadata", state_dict_metadata=tensors,
+                         storage_data=state(*((index, stored) for index in indexes)), **more))  # fmt: skip
+
+
+def paths(**keys: tuple[str, ...]) -> bytes:
+    """The planner's data: name → the keys that lead to it."""
+    return state(*((text(name), sequence(*map(text, path))) for name, path in keys.items()))
+
+
+SOUND = metadata("w")
+MISLEADING: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "{}/.metadata: the pickle is cut. Save or copy it again."),
+    "another pickle": (
+        b"\x80\2}.", "{}/.metadata: expected the metadata of torch.distributed.checkpoint, got another pickle. "),
+    "a file above": (
+        metadata("w", file="../__0_0.distcp"), f"{{}}/.metadata: {OUTSIDE}'../__0_0.distcp'. Don't trust it."),
+    "a file that is missing": (
+        metadata("w", file="__1_0.distcp"), "{}: 1 file of 1 missing: '__1_0.distcp'. Copy those of every rank."),
+    "a name that is a number": (
+        SOUND.replace(text("w"), b"K\3", 1), "{}/.metadata: expected names, got 3. "),
+    "a tensor without a shape": (
+        metadata("w", entry=made("TensorStorageMetadata", chunks=b"]")),
+        "{}/.metadata: tensor 'w': expected a shape and chunks with offsets and sizes. ",
+    ),
+    "a tensor that is stored nowhere": (
+        metadata("w", entry=described(start=1)), "{}: tensor 'w': the part at (1,) is stored nowhere. Save it again."),
+    "a hole": (
+        metadata("w", entry=described(shape=3)),
+        "{}: tensor 'w': expected parts that hold each of 3 elements once, got 1 parts with 2 elements. Is a shard",
+    ),
+    "two names of one place": (
+        metadata("a", "b", planner_data=paths(a=("x",), b=("x",))),
+        "{}/.metadata: 'b': expected a name of its own, got that of another tensor. ",
+    ),
+    "a tensor inside a tensor": (
+        metadata("a", "b", planner_data=paths(a=("x",), b=("x", "y"))),
+        "{}/.metadata: 'b': expected a name of its own, got one inside another tensor. ",
+    ),
+}  # fmt: skip
+
+
+def distributed(folder: Path, content: bytes) -> Path:
+    """A folder of torch.distributed.checkpoint with one part."""
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(content)
+    (folder / "__0_0.distcp").write_bytes(PART)
+    return folder
+
+
+@pytest.mark.parametrize("case", MISLEADING)
+def test_metadata_that_is_damaged_or_lies_is_refused(in_process: Command, tmp_path: Path, case: str) -> None:
+    """Each is the smallest sound metadata, written out, with one thing changed."""
+    folder = distributed(tmp_path / "step_1", SOUND)
+    assert mean(in_process, folder, folder=tmp_path)[0] == {"w": [0.0, 0.0]}
+    content, fact = MISLEADING[case]
+    (folder / ".metadata").write_bytes(content)
+    assert refusal(in_process, folder, folder=tmp_path).startswith(fact.format(folder))
+
+
+def test_a_part_that_lies_is_refused_by_its_tensors_name(in_process: Command, tmp_path: Path) -> None:
+    """Each part is an archive of its own, without a name; a model has thousands of them."""
+    folder = distributed(tmp_path / "step_1", SOUND)
+    part = archive(Member(b"a/data.pkl", proto(2, tensor(offset=1))), Member(b"a/data/0", bytes(8)))
+    assert len(part) == len(PART)
+    (folder / "__0_0.distcp").write_bytes(part)
+    message = refusal(in_process, folder, folder=tmp_path)
+    assert message.startswith(f"{folder / '__0_0.distcp'}: ")
+    assert "expected its elements inside a record of 8 bytes, got a view that ends at byte 12." in message
+    assert "'w'" in message
+
+
+def test_metadata_over_the_limit_is_not_read(in_process: Command, tmp_path: Path) -> None:
+    """Sparse, so that nothing of it is on the disk."""
+    folder = distributed(tmp_path / "step_1", SOUND)
+    os.truncate(folder / ".metadata", LIMITS.pickle + 1)
+    message = refusal(in_process, folder, folder=tmp_path)
+    assert message == (
+        f"{folder}/.metadata: expected metadata of at most {LIMITS.pickle:,} bytes, got {LIMITS.pickle + 1:,}. {AGAIN}"
+    )

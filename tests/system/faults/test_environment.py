@@ -1,0 +1,394 @@
+"""What surrounds a run: memory, streams, signals, loader workers and names. They end it cleanly, or change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from system.faults.rank_runs import HUNG, Group, rank_server
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from inputs import layout, write_sparse
+from measure import run as measured
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and peaks as Linux counts them")
+long = pytest.mark.campaign
+
+USER = """
+import os, signal, subprocess, sys, time
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+def make():
+    return nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300))
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(6, 300, generator=generator) for _ in range(4)]
+
+def writes_to_raw_descriptors():
+    for batch in batches():
+        for descriptor in (1, 2):
+            try:
+                os.write(descriptor, b"said by a library " * 300)
+            except OSError:
+                pass
+        yield batch
+
+def takes_its_time_to_stop():
+    yield batches()[0]
+    try:
+        open("ready", "w").close()
+        time.sleep(60)
+    finally:
+        open("stopping", "w").close()
+        time.sleep(60)
+
+class Rows(Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        trouble = os.environ.get("TEST_TROUBLE", "")
+        with open(f"worker.{os.getpid()}", "w"):
+            pass
+        if index == 13 and trouble == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 13 and trouble == "raises":
+            raise LookupError("row 13 is bad")
+        if index == 13 and trouble == "waits":
+            open("ready", "w").close()
+            time.sleep(60)
+        return torch.cat(batches())[index]
+
+def in_workers():
+    return DataLoader(Rows(), batch_size=6, num_workers=2, multiprocessing_context="fork")
+"""
+
+
+@pytest.fixture
+def normed(tmp_path: Path) -> list[object]:
+    """Arguments for a refreshed average of two checkpoints into `out/mean.safetensors`, but for the data."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "user.py").write_text(USER)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.BatchNorm1d(300))
+        model(torch.randn(8, 300))
+        save_file(model.state_dict(), tmp_path / f"{seed}.safetensors")
+    return ["average", "0.safetensors", "1.safetensors", "-o", "out/mean.safetensors", "-q", "--device", "cpu",
+            "--model", "user:make", "--data"]  # fmt: skip
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the command in a process group of its own, in the test's folder; what is left of it is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def call(*arguments: object, trouble: str = "") -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ckpt_avg", *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | {"TEST_TROUBLE": trouble},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield call
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Returns once a file is there."""
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# -- Signals and workers --------------------------------------------------------------------------------------------
+
+
+def test_a_second_ctrl_c_ends_at_once(
+    start: Callable[..., subprocess.Popen[str]], normed: list[object], tmp_path: Path
+) -> None:
+    """If it failed, code that stops slowly could not be interrupted but by kill -9."""
+    (tmp_path / "out" / "mean.safetensors").write_bytes(b"the old one")
+    process = start(*normed, "user:takes_its_time_to_stop", "--overwrite")
+    for moment in ("ready", "stopping"):
+        wait_for(tmp_path / moment, process)
+        process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    process.communicate(timeout=30)
+    assert time.monotonic() - begin < 5
+    assert process.returncode == -signal.SIGINT  # which a shell shows as 130
+    assert os.listdir(tmp_path / "out") == ["mean.safetensors"]
+    assert (tmp_path / "out" / "mean.safetensors").read_bytes() == b"the old one"
+
+
+def test_forked_loader_workers_change_nothing(ckpt_avg: Command, normed: list[object], tmp_path: Path) -> None:
+    """If it failed, users of `num_workers` would get other statistics, or workers that fail behind the signals."""
+    made = []
+    for data in ("user:batches", "user:in_workers"):
+        ended = ckpt_avg(*normed, data, "--overwrite")
+        assert (ended.returncode, ended.stderr) == (0, "")
+        made.append(load_file(tmp_path / "out" / "mean.safetensors"))
+    assert all(made[0][name].equal(made[1][name]) for name in made[0])
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [("dies", "DataLoader worker"), pytest.param("raises", "LookupError: row 13 is bad", marks=long)],
+    ids=["dies", "raises"],
+)
+def test_a_loader_worker_that_fails_is_exit_7(
+    start: Callable[..., subprocess.Popen[str]], normed: list[object], tmp_path: Path, trouble: str, says: str
+) -> None:
+    """If it failed, a lost worker would hang the run, or statistics of some of the batches be published."""
+    process = start(*normed, "user:in_workers", trouble=trouble)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 7, err
+    last = err[err.rindex("Error: the dataloader raised at batch") :]
+    assert says in last
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group", "expected"),
+    [
+        (signal.SIGINT, True, 130),
+        pytest.param(signal.SIGTERM, True, 143, marks=long),
+        pytest.param(signal.SIGTERM, False, 143, marks=long),  # torch waits some seconds for its workers
+    ],
+    ids=["Ctrl-C", "scheduler", "kill"],
+)
+def test_a_signal_ends_the_loader_workers_too(
+    start: Callable[..., subprocess.Popen[str]],
+    normed: list[object],
+    tmp_path: Path,
+    number: int,
+    to_group: bool,
+    expected: int,
+) -> None:
+    """If it failed, workers would stay behind, or take the signal for the main process's and remove its files."""
+    process = start(*normed, "user:in_workers", trouble="waits")
+    wait_for(tmp_path / "ready", process)
+    os.killpg(process.pid, number) if to_group else process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == expected, err
+    (said,) = (line for line in err.splitlines() if line.startswith("Error: "))  # torch may speak of its workers too
+    assert "the output path is as it was" in said
+    assert os.listdir(tmp_path / "out") == []
+    workers = [int(path.suffix[1:]) for path in tmp_path.glob("worker.*")]
+    assert workers
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not [worker for worker in workers if os.path.exists(f"/proc/{worker}")]
+
+
+# -- Streams --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closed", [(0, 1, 2), pytest.param((0, 1), marks=long)], ids=str)
+def test_what_is_written_to_closed_streams_does_not_reach_the_output(
+    ckpt_avg: Command, normed: list[object], tmp_path: Path, closed: Sequence[int]
+) -> None:
+    """If it failed, the output would be opened as descriptor 1, and a library that prints would write into it."""
+
+    def close() -> None:
+        for descriptor in closed:
+            os.close(descriptor)
+
+    arguments = ["refresh-bn", *normed[1:2], *normed[3:], "user:writes_to_raw_descriptors", "--overwrite"]
+    assert ckpt_avg(*arguments).returncode == 0
+    expected = (tmp_path / "out" / "mean.safetensors").read_bytes()
+    ended = ckpt_avg(*arguments, preexec_fn=close)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "out" / "mean.safetensors").read_bytes() == expected
+
+
+def test_names_of_any_bytes_work_in_the_c_locale(ckpt_avg: Command, tmp_path: Path) -> None:
+    """If it failed, a run on a machine without a locale would end in UnicodeEncodeError after hours."""
+    odd = os.fsdecode(b"-r \xff\n\xc3\xbc")
+    (tmp_path / odd).mkdir()
+    for step in range(2):
+        contents = tmp_path / "w.safetensors"
+        save_file({"w": torch.full((3,), float(step))}, contents)
+        contents.rename(tmp_path / odd / f"{odd}_{step}.safetensors")
+    c_locale = os.environ | {"LANG": "C", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    output = f"{odd}/{odd} mean.safetensors"
+    ended = ckpt_avg("average", "-o", output, "--report", f"{odd}/report.json", "--", odd, env=c_locale)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
+    (tmp_path / odd / f"{odd} mean.safetensors").rename(tmp_path / "plain.safetensors")
+    assert load_file(tmp_path / "plain.safetensors")["w"].tolist() == [0.5] * 3
+    assert json.loads((tmp_path / odd / "report.json").read_text())["written"] is True
+    (tmp_path / "plain.safetensors").rename(tmp_path / odd / f"{odd} mean.safetensors")
+    again = ckpt_avg("average", "-o", output, "--", odd, env=c_locale)
+    assert again.returncode == 5
+    assert "exists already" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+# -- Memory ---------------------------------------------------------------------------------------------------------
+
+_STARVED = """
+import json, os, resource, sys
+import torch
+import ckpt_avg.commands.average, ckpt_avg.cli.progress_bars, ckpt_avg.cli.report
+from ckpt_avg.cli.main import cli
+from ckpt_avg.cli.exits import run
+
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+*command, output = sys.argv[2:]
+for extra in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            log = os.open("log", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1), os.dup2(log, 2)
+            resource.setrlimit(resource.RLIMIT_AS, (size + extra * 2**20,) * 2)
+            code = run(cli, [*command, output])
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    complete = os.path.exists(output) and open(output, "rb").read() == open(output + ".expected", "rb").read()
+    left = os.listdir(os.path.dirname(output))
+    if os.path.exists(output):
+        os.unlink(output)
+    print(json.dumps([extra, code, complete, sorted(left), open("log").read()]), flush=True)
+"""
+
+
+def starve(folder: Path, limits: Sequence[int]) -> list[tuple[int, str]]:
+    """Averages two checkpoints of 32 MB with so many MiB of address space to spare: (exit code, what it said)."""
+    (folder / "out").mkdir()
+    sources = []
+    for seed in range(2):
+        sources.append(folder / f"{seed}.safetensors")
+        values = torch.rand(8_000_000, generator=torch.Generator().manual_seed(seed))
+        save_file({"w": values, **{f"{number}": values[:9].clone() for number in range(500)}}, sources[-1])
+    output = folder / "out" / "mean.safetensors"
+    command = ["average", *map(str, sources), "-q", "--threads", "2", "-o"]
+    subprocess.run(
+        [sys.executable, "-m", "ckpt_avg", *command, f"{output}.expected"], check=True, stdout=subprocess.DEVNULL
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", _STARVED, json.dumps(list(limits)), *command, str(output)],
+        cwd=folder, capture_output=True, text=True, timeout=500, check=True,
+    )  # fmt: skip
+    found = []
+    for extra, code, complete, left, said in map(json.loads, ended.stdout.splitlines()):
+        present = [output.name] if code == 0 else []
+        assert (complete, left) == (code == 0, [*present, f"{output.name}.expected"]), (extra, code, said)
+        assert "Traceback" not in said, (extra, code, said)
+        found.append((code, said))
+    return found
+
+
+def assert_calm(found: Sequence[tuple[int, str]]) -> None:
+    """Asserts that a run that lacked memory said so, whatever lacked it."""
+    for code, said in found:
+        assert code in (0, 6), (code, said)
+        assert code == 0 or "out of memory: " in said
+    assert found[0][0] == 6
+    assert found[-1][0] == 0
+
+
+@linux
+def test_a_limit_on_memory_is_exit_6_wherever_it_strikes(tmp_path: Path) -> None:
+    """If it failed, a job with too little memory would leave a traceback, or half an output."""
+    assert_calm(starve(tmp_path, [0, 60, 250, 258, 266, 1000]))
+
+
+@linux
+@long
+def test_many_limits_on_memory(tmp_path: Path) -> None:
+    found = starve(tmp_path, [*range(0, 400, 2), 1000])
+    print({code: [code for code, _ in found].count(code) for code in sorted({code for code, _ in found})})
+    assert_calm(found)
+
+
+_KEEPS = """
+from ckpt_avg.files.input_file import MappedFile
+kept, make = [], MappedFile.window
+def window(self, *where):
+    kept.append(make(self, *where))
+    return kept[-1]
+MappedFile.window = window
+"""
+
+
+def peak(folder: Path, nbytes: int, count: int, keeps: bool = False) -> float:
+    """Returns the peak resident set, in MiB, of an average of sparse checkpoints."""
+    inputs = folder / f"{nbytes}-{count}-{keeps}"
+    inputs.mkdir()
+    (inputs / "sitecustomize.py").write_text(_KEEPS if keeps else "")
+    paths = [inputs / f"{index}.safetensors" for index in range(count)]
+    for path in paths:
+        write_sparse(path, layout(nbytes))
+    output = inputs / "mean.safetensors"
+    path = f"PYTHONPATH={inputs}"
+    command = [sys.executable, "-m", "ckpt_avg", "average", "-q", *map(str, paths), "-o", str(output), "--threads", "2"]
+    found = measured(["/usr/bin/env", path, *command]).peak
+    output.unlink()
+    return found
+
+
+def is_flat(peaks: Sequence[float]) -> bool:
+    """Whether memory depends neither on the size nor on the number of checkpoints."""
+    return max(peaks) < 1.08 * min(peaks)
+
+
+@linux
+def test_the_measure_of_memory_catches_a_reader_that_keeps_what_it_read(tmp_path: Path) -> None:
+    """A control of `test_memory`: windows that stay mapped show in the peak."""
+    assert not is_flat([peak(tmp_path, 64 * 2**20, count, keeps=True) for count in (2, 6)])
+
+
+@linux
+@long
+def test_memory_is_flat_up_to_large_models_and_many_checkpoints(tmp_path: Path) -> None:
+    """If it failed, some model would be too large for a machine on which a smaller one is averaged."""
+    cases = [(256, 2), (256, 8), (256, 32), (1024, 2), (1024, 8), (4096, 2)]
+    peaks = {(size, count): peak(tmp_path, size * 2**20, count) for size, count in cases}
+    print(peaks)
+    assert is_flat(list(peaks.values())), peaks
+
+
+# -- No hang --------------------------------------------------------------------------------------------------------
+
+
+def test_the_harness_of_ranks_catches_a_hang(tmp_path: Path) -> None:
+    """A control: of a rank that stops, with nobody to notice in time, it says that all had to be killed."""
+    save_file({"w": torch.ones(3)}, tmp_path / "0.safetensors")
+    save_file({"w": torch.zeros(3)}, tmp_path / "1.safetensors")
+    command = ["average", "0.safetensors", "1.safetensors", "-o", "mean.safetensors", "-q"]
+    group = Group(2, command, folder=tmp_path, faults={1: [("after request", "sleep 60")]}, timeout=1.0)
+    ended = rank_server().run(group)
+    assert [each.code for each in ended] == [HUNG, HUNG]
+    assert not (tmp_path / "mean.safetensors").exists()

@@ -1,0 +1,561 @@
+"""The output path is absent, what it was, or complete: whatever is killed, interrupted, full or in the way."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from system.faults.harness import Outcome, Server, litter, state, tmpfs
+
+from ckpt_avg import OutputError, UsageError, average
+
+OLD = b"what stood here before" * 1000
+
+
+@dataclass(frozen=True)
+class Run:
+    """Checkpoints, and the bytes of their average."""
+
+    sources: list[Path]
+    new: bytes
+
+
+def make_run(folder: Path, count: int, elements: int) -> Run:
+    sources = []
+    for index in range(count):
+        sources.append(folder / f"{index}.safetensors")
+        generator = torch.Generator().manual_seed(index)
+        save_file({"w": torch.rand(elements, generator=generator), "b": torch.ones(5)}, sources[-1])
+    average(sources, folder / "mean.safetensors")
+    new = (folder / "mean.safetensors").read_bytes()
+    (folder / "mean.safetensors").unlink()
+    return Run(sources, new)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Averaged in a few writes with 1 MiB of working memory."""
+    return make_run(tmp_path_factory.mktemp("small"), 3, 100_000)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """8 checkpoints of 40 MB."""
+    return make_run(tmp_path_factory.mktemp("large"), 8, 10_000_000)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Forks runs."""
+    with Server(tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+TIGHT = ("--memory", "1MiB", "--threads", "1")
+naming = pytest.mark.parametrize("unnamed", [True, False], ids=["O_TMPFILE", "hidden name"])
+replacing = pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+
+
+def begin(output: Path, overwrite: bool) -> tuple[str, ...]:
+    """Prepares the output's folder; returns the options."""
+    for name in os.listdir(output.parent):
+        (output.parent / name).unlink()
+    if overwrite:
+        output.write_bytes(OLD)
+    return ("--overwrite",) if overwrite else ()
+
+
+# -- kill -9 --------------------------------------------------------------------------------------------------------
+
+
+def kill_everywhere(
+    server: Server,
+    run: Run,
+    output: Path,
+    *,
+    overwrite: bool,
+    moment: str,
+    number: int = signal.SIGKILL,
+    **settings: object,
+) -> list[tuple[str, str, list[str], Outcome]]:
+    """Kills a run at each of its system calls: (the call, state of the output, litter, outcome), in order."""
+    options = begin(output, overwrite)
+    calls = output.parent.parent / "calls"
+    assert server.run(run.sources, output, *options, *TIGHT, calls=calls, **settings).code == 0
+    names = calls.read_text().splitlines()
+    found = []
+    for at, name in enumerate(names):
+        begin(output, overwrite)
+        outcome = server.run(run.sources, output, *options, *TIGHT, at=at, moment=moment, number=number, **settings)
+        found.append((name, state(output, run.new, OLD), litter(output), outcome))
+    return found
+
+
+@naming
+@replacing
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+def test_a_kill_at_any_system_call_leaves_the_old_output_or_the_new(
+    server: Server, small: Run, output: Path, unnamed: bool, overwrite: bool, moment: str
+) -> None:
+    deaths = kill_everywhere(server, small, output, overwrite=overwrite, moment=moment, unnamed=unnamed)
+    if moment == "during":
+        deaths = [death for death in deaths if death[0] == "pwrite"]
+    assert len(deaths) >= (2 if moment == "during" else 6)
+    before = "old" if overwrite else "absent"
+    named = ("rename", "replace") if overwrite else ("link",)
+    published = False
+    for name, left, others, outcome in deaths:
+        assert outcome.code == -signal.SIGKILL
+        at_name = name in named
+        published |= at_name and moment == "after"
+        assert left == ("new" if published else before), f"killed {moment} {name}"
+        if at_name:
+            published = True
+        if unnamed:
+            # Only --overwrite needs a second name, for the moment between a link and a rename.
+            between = overwrite and (name, moment) in (("link", "after"), ("replace", "before"), ("rename", "before"))
+            assert len(others) == between, f"killed {moment} {name}: {others}"
+        else:
+            assert len(others) <= 1
+        for other in others:
+            assert other.startswith(".mean.safetensors.")
+            assert other.endswith(".tmp")
+
+
+@naming
+@replacing
+def test_bytes_are_synced_before_they_get_a_name_and_the_folder_after(
+    server: Server, small: Run, output: Path, unnamed: bool, overwrite: bool
+) -> None:
+    """A power cut keeps what was synced: the data must be before the name refers to it, the name before success."""
+    calls = output.parent.parent / "calls"
+    options = begin(output, overwrite)
+    assert server.run(small.sources, output, *options, *TIGHT, unnamed=unnamed, calls=calls).code == 0
+    names = calls.read_text().splitlines()
+    last_write = max(index for index, name in enumerate(names) if name == "pwrite")
+    assert names.index("posix_fallocate") < names.index("pwrite")
+    publishing = ["link"] * (unnamed or not overwrite) + ["replace"] * overwrite
+    assert names[last_write + 1 :] == ["fsync", *publishing, "fsync of the folder"]
+    assert (state(output, small.new), litter(output)) == ("new", [])
+
+
+def test_the_harness_catches_a_writer_that_opens_the_output_itself(server: Server, small: Run, output: Path) -> None:
+    """A control: killed at its system calls, a naive writer leaves partial files, and overwriting loses the old one."""
+    run = Run(small.sources, small.sources[0].read_bytes())
+    for overwrite in (False, True):
+        deaths = kill_everywhere(server, run, output, overwrite=overwrite, moment="during", writer="naive")
+        assert [left for _, left, _, _ in deaths].count("partial") >= 10
+
+
+def kill_at_random(
+    server: Server, run: Run, output: Path, kills: int, *, seed: int, writer: str = "command"
+) -> dict[str, int]:
+    """Kills runs at moments spread over their duration, until so many were killed; counts the states of the output.
+
+    A run that is killed between the two system calls of --overwrite leaves a complete file under a hidden name.
+    """
+    durations = []
+    for _ in range(3):
+        begin(output, overwrite=False)
+        outcome = server.run(run.sources, output, writer=writer)
+        assert outcome.code == 0
+        durations.append(outcome.seconds)
+    rng = random.Random(seed)
+    found = {"absent": 0, "old": 0, "new": 0, "partial": 0, "lost": 0, "litter": 0, "runs": 0, "killed": 0}
+    while found["killed"] < kills and found["runs"] < 4 * kills:
+        overwrite = found["runs"] % 2 == 1
+        options = begin(output, overwrite)
+        # In turn from tenths of the duration, so that no part of it is left out.
+        moment = (found["runs"] // 2 % 10 + rng.random()) / 10 * 1.05 * sorted(durations)[1]
+        outcome = server.run(run.sources, output, *options, kill_after=moment, writer=writer)
+        assert outcome.code in (0, -signal.SIGKILL)
+        left = state(output, run.new, OLD)
+        assert outcome.code != 0 or left == "new"
+        found["lost" if left == "absent" and overwrite else left] += 1
+        found["runs"] += 1
+        found["killed"] += outcome.code != 0
+        for name in litter(output):
+            assert overwrite
+            assert (output.parent / name).read_bytes() == run.new
+            found["litter"] += 1
+    assert found["killed"] >= kills
+    return found
+
+
+def test_a_kill_at_a_random_moment_leaves_the_old_output_or_the_new(server: Server, large: Run, output: Path) -> None:
+    found = kill_at_random(server, large, output, 40, seed=1)
+    assert (found["partial"], found["lost"]) == (0, 0), found
+    print(found)
+    assert found["litter"] <= 1, found
+
+
+@pytest.mark.campaign
+def test_a_thousand_random_kills_leave_the_old_output_or_the_new(server: Server, large: Run, output: Path) -> None:
+    found = kill_at_random(server, large, output, 1000, seed=2)
+    print(found)
+    assert (found["partial"], found["lost"]) == (0, 0), found
+    assert found["litter"] <= 10, found
+
+
+def test_random_kills_catch_a_writer_that_opens_the_output_itself(server: Server, large: Run, output: Path) -> None:
+    """A control of the two tests above."""
+    run = Run(large.sources, large.sources[0].read_bytes())
+    found = kill_at_random(server, run, output, 20, seed=1, writer="naive")
+    assert found["partial"] + found["lost"] >= 3, found
+    print(found)
+
+
+# -- Signals --------------------------------------------------------------------------------------------------------
+
+
+@naming
+@replacing
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGTERM, "before"),
+        (signal.SIGTERM, "after"),
+        (signal.SIGINT, "after"),
+        (signal.SIGHUP, "after"),
+    ],
+)
+def test_a_signal_at_any_system_call_leaves_no_litter(
+    server: Server, small: Run, output: Path, unnamed: bool, overwrite: bool, number: int, moment: str
+) -> None:
+    ends = kill_everywhere(server, small, output, overwrite=overwrite, moment=moment, number=number, unnamed=unnamed)
+    assert len(ends) >= 6
+    for name, left, others, outcome in ends:
+        assert left in ("new", "old" if overwrite else "absent"), f"{number} {moment} {name}"
+        assert outcome.code == 128 + number, f"{number} {moment} {name}: {outcome.error}"
+        assert others == [], f"{number} {moment} {name}"
+        assert "Traceback" not in outcome.error
+
+
+def output_is_open(process: subprocess.Popen[str], folder: Path) -> bool:
+    """Whether the process holds an unpublished file of the folder."""
+    try:
+        links = [os.readlink(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")]
+    except OSError:
+        return False
+    return any(link.startswith(f"{folder}/") for link in links)
+
+
+def torch_is_loading(process: subprocess.Popen[str], folder: Path) -> bool:
+    """Whether the process has come to import torch."""
+    try:
+        return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("reached", "pause"), [(torch_is_loading, 0.0), (output_is_open, 0.0), (output_is_open, 0.05)],
+    ids=["importing", "opened", "averaging"],
+)  # fmt: skip
+def test_a_signal_from_outside_ends_the_command_with_its_code(
+    large: Run, output: Path, reached: Callable[[subprocess.Popen[str], Path], bool], pause: float
+) -> None:
+    """The whole command, as a user runs it, interrupted from another process."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    command = [sys.executable, "-m", "ckpt_avg", "average", *map(str, large.sources), *TIGHT, "-o"]
+    processes = [
+        subprocess.Popen([*command, str(output.with_name(f"{number}.safetensors"))], stderr=subprocess.PIPE, text=True)
+        for number in numbers
+    ]
+    waiting = dict(zip(processes, numbers, strict=True))
+    deadline = time.monotonic() + 60
+    while waiting and time.monotonic() < deadline:
+        for process in [process for process in waiting if reached(process, output.parent)]:
+            time.sleep(pause)
+            process.send_signal(waiting.pop(process))
+        time.sleep(0.001)
+    assert not waiting
+    for process, number in zip(processes, numbers, strict=True):
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, error
+        assert "Traceback" not in error
+        assert "the output path is as it was" in error
+    assert os.listdir(output.parent) == []
+
+
+# -- Racing runs ----------------------------------------------------------------------------------------------------
+
+
+def race(server: Server, run: Run, output: Path, count: int, **settings: object) -> None:
+    begin(output, overwrite=False)
+    outcome = server.run(run.sources, output, *TIGHT, count=count, **settings)
+    others = {error for code, error in zip(outcome.codes, outcome.errors, strict=True) if code not in (0, 5)}
+    assert sorted(outcome.codes) == [0] + [5] * (count - 1), others
+    for code, error in zip(outcome.codes, outcome.errors, strict=True):
+        assert code == 0 or "came to exist during the run and is kept" in error or "exists already" in error
+    assert (state(output, run.new), litter(output)) == ("new", [])
+
+
+@naming
+def test_of_racing_runs_exactly_one_succeeds(server: Server, small: Run, output: Path, unnamed: bool) -> None:
+    for _ in range(3):
+        race(server, small, output, 10, unnamed=unnamed)
+
+
+@pytest.mark.campaign
+@naming
+def test_of_many_racing_runs_exactly_one_succeeds(server: Server, small: Run, output: Path, unnamed: bool) -> None:
+    for _ in range(20):
+        race(server, small, output, 50, unnamed=unnamed)
+
+
+@naming
+def test_racing_runs_that_overwrite_leave_a_complete_output(
+    server: Server, small: Run, output: Path, unnamed: bool
+) -> None:
+    options = begin(output, overwrite=True)
+    outcome = server.run(small.sources, output, *options, *TIGHT, count=10, unnamed=unnamed)
+    assert outcome.codes == [0] * 10
+    assert (state(output, small.new), litter(output)) == ("new", [])
+
+
+# -- What stands in the way -----------------------------------------------------------------------------------------
+
+
+def test_an_existing_output_is_refused_and_not_touched(small: Run, output: Path) -> None:
+    begin(output, overwrite=True)
+    before = os.stat(output)
+    with pytest.raises(
+        OutputError, match=r"mean\.safetensors: exists already\. Choose another path, .*--overwrite"
+    ) as error:
+        average(small.sources, output)
+    assert error.value.exit_code == 5
+    assert (output.read_bytes(), os.stat(output).st_mtime_ns) == (OLD, before.st_mtime_ns)
+    assert litter(output) == []
+
+
+@naming
+def test_an_output_that_appears_during_the_run_is_kept(
+    small: Run, output: Path, unnamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not unnamed:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    fsync = os.fsync
+
+    def appear(descriptor: int) -> None:
+        fsync(descriptor)
+        output.write_bytes(b"theirs")
+
+    monkeypatch.setattr(os, "fsync", appear)
+    with pytest.raises(OutputError, match=r"came to exist during the run and is kept\..*--overwrite") as error:
+        average(small.sources, output)
+    assert error.value.exit_code == 5
+    assert output.read_bytes() == b"theirs"
+    assert litter(output) == []
+
+
+@pytest.mark.parametrize("kind", ["same file", "hard link", "symbolic link", "link to a source"])
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path, kind: str) -> None:
+    sources = make_run(tmp_path, 2, 10).sources
+    output = tmp_path / "other.safetensors"
+    before = [source.read_bytes() for source in sources]
+    if kind == "same file":
+        output = sources[1]
+    elif kind == "hard link":
+        os.link(sources[1], output)
+    elif kind == "symbolic link":
+        output.symlink_to(sources[1])
+    else:
+        real = tmp_path / "real"
+        sources[1].rename(real)
+        sources[1].symlink_to(real)
+        output = real
+    names = sorted(os.listdir(tmp_path))
+    with pytest.raises(
+        UsageError, match=r"got one of the checkpoints, .*1\.safetensors\. Choose another path"
+    ) as error:
+        average(sources, output, overwrite=True)
+    assert error.value.exit_code == 2
+    with pytest.raises((UsageError, OutputError)):
+        average(sources, output)
+    assert [source.read_bytes() for source in sources] == before
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "device", "fifo", "no parent", "file as parent", "loop", "too long"])
+def test_an_output_that_can_be_no_file_is_refused(small: Run, tmp_path: Path, kind: str, overwrite: bool) -> None:
+    output, fact = {
+        "folder": (tmp_path, r"expected a path for a new file, got a folder\. Name a file"),
+        "device": (Path("/dev/null"), r"expected a path for a new file, got a device"),
+        "fifo": (tmp_path / "fifo", r"expected a path for a new file, got a device, pipe or socket"),
+        "no parent": (tmp_path / "no" / "x.safetensors", r"its folder .*no does not exist\. Create it first"),
+        "file as parent": (tmp_path / "file" / "x", r"file.*(Not a directory|does not exist)"),
+        "loop": (tmp_path / "loop", r"cannot be used as output: Too many levels of symbolic links"),
+        "too long": (tmp_path / ("x" * 256), r"cannot be used as output: File name too long"),
+    }[kind]
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    names = sorted(os.listdir(tmp_path))
+    with pytest.raises(UsageError, match=fact) as error:
+        average(small.sources, output, overwrite=overwrite)
+    assert error.value.exit_code == 2
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+@naming
+@replacing
+def test_a_symbolic_link_is_followed(
+    small: Run, output: Path, tmp_path: Path, unnamed: bool, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file it points to is written, in that file's folder, and the link stays."""
+    if not unnamed:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    begin(output, overwrite)
+    link = tmp_path / "link"
+    link.symlink_to("out/mean.safetensors")
+    average(small.sources, link, overwrite=overwrite)
+    assert link.is_symlink()
+    assert (state(output, small.new), litter(output)) == ("new", [])
+
+
+@naming
+@replacing
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000, 0o027])
+def test_the_mode_is_what_any_new_file_gets(
+    small: Run, output: Path, unnamed: bool, overwrite: bool, umask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not unnamed:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    begin(output, overwrite)
+    before = os.umask(umask)
+    try:
+        average(small.sources, output, overwrite=overwrite)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(output).st_mode) == 0o666 & ~umask
+
+
+@naming
+@replacing
+@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "-o", " ", "a\nb", "x.safetensors.tmp", ".hidden"])
+def test_names_of_any_kind_work(
+    small: Run, output: Path, unnamed: bool, overwrite: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the system's limit of 255 bytes too, where a hidden name has no room for the whole of it."""
+    if not unnamed:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    output = output.with_name(name)
+    begin(output, overwrite)
+    average(small.sources, output, overwrite=overwrite)
+    assert (state(output, small.new), litter(output)) == ("new", [])
+
+
+def test_the_output_is_what_safetensors_reads(small: Run, output: Path) -> None:
+    average(small.sources, output)
+    mean = sum(load_file(source)["w"].double() for source in small.sources) / len(small.sources)
+    assert load_file(output)["w"].equal(mean.float())
+
+
+# -- Full, read-only and limited file systems -----------------------------------------------------------------------
+
+
+@naming
+@replacing
+def test_a_full_disk_is_found_before_anything_is_read(
+    small: Run, tmp_path: Path, unnamed: bool, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not unnamed:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    monkeypatch.setattr(
+        "ckpt_avg.commands.publish.write_mean", lambda *arguments, **options: pytest.fail("read the inputs")
+    )
+    with tmpfs(tmp_path / "full", "256k") as folder:
+        output = folder / "mean.safetensors"
+        begin(output, overwrite)
+        with pytest.raises(OutputError, match=r"no room for it: expected 391\.\d KiB free, got 2\d\d\.\d KiB") as error:
+            average(small.sources, output, overwrite=overwrite)
+        assert error.value.exit_code == 5
+        assert "Free some space or write elsewhere" in str(error.value)
+        assert (state(output, small.new, OLD), litter(output)) == ("old" if overwrite else "absent", [])
+
+
+@naming
+def test_a_disk_that_cannot_reserve_and_fills_up_leaves_nothing(
+    small: Run, tmp_path: Path, unnamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not unnamed:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    monkeypatch.delattr(os, "posix_fallocate")
+    with tmpfs(tmp_path / "full", "256k") as folder:
+        with pytest.raises(OutputError, match=r"mean\.safetensors: writing failed: No space left on device") as error:
+            average(small.sources, folder / "mean.safetensors", memory=2**20)
+        assert error.value.exit_code == 5
+        assert os.listdir(folder) == []
+
+
+def test_a_disk_with_just_enough_room_is_used(small: Run, tmp_path: Path) -> None:
+    """The old output, the new one and nothing else fit."""
+    with tmpfs(tmp_path / "tight", "840k") as folder:
+        for overwrite in (False, True):
+            average(small.sources, folder / "mean.safetensors", overwrite=overwrite)
+            assert state(folder / "mean.safetensors", small.new) == "new"
+        assert os.listdir(folder) == ["mean.safetensors"]
+
+
+def test_a_read_only_file_system_is_refused_before_anything_is_read(
+    small: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening = "ckpt_avg.commands.prepare.open_inputs"
+    monkeypatch.setattr(opening, lambda *arguments, **options: pytest.fail("opened an input"))
+    with tmpfs(tmp_path / "read-only", "1m") as folder:
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        with pytest.raises(OutputError, match=r"read-only is not writable\. Choose another path") as error:
+            average(small.sources, folder / "mean.safetensors")
+        assert error.value.exit_code == 5
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a folder whatever its mode")
+def test_a_folder_without_permission_is_refused(small: Run, output: Path) -> None:
+    output.parent.chmod(0o555)
+    try:
+        with pytest.raises(OutputError, match=r"out is not writable\. Choose another path") as error:
+            average(small.sources, output)
+    finally:
+        output.parent.chmod(0o755)
+    assert error.value.exit_code == 5
+
+
+@naming
+def test_a_limit_on_file_sizes_is_an_error(server: Server, small: Run, output: Path, unnamed: bool) -> None:
+    outcome = server.run(small.sources, output, file_size=100_000, unnamed=unnamed)
+    assert outcome.code == 5
+    assert "reserving 391." in outcome.error
+    assert "File too large" in outcome.error
+    assert os.listdir(output.parent) == []
+
+
+def test_a_checkpoint_that_is_not_selected_is_no_output_either(tmp_path: Path, small: Run) -> None:
+    """Replacing it would destroy a part of the run."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for source in small.sources:
+        (run / source.name).write_bytes(source.read_bytes())
+    first = run / small.sources[0].name
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="got one of the checkpoints"):
+            average(run, first, last=1, overwrite=overwrite)
+    assert first.read_bytes() == small.sources[0].read_bytes()
+
+
+def test_a_path_that_names_a_folder_is_no_output(tmp_path: Path, small: Run) -> None:
+    with pytest.raises(UsageError, match=r"expected (the path of a file|a path for a new file)"):
+        average(small.sources, f"{tmp_path}/new/")
+    assert not (tmp_path / "new").exists()

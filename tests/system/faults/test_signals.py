@@ -1,0 +1,171 @@
+"""A signal at any moment ends a run with its code and without litter; of runs that race for one name, one gets it.
+
+`test_output` sends signals at chosen system calls, and to whole commands; here they come at moments spread over a run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from system.faults.forked_runs import Ended, Runs
+from system.faults.harness import Server, litter, state
+
+from ckpt_avg import average
+
+OLD = b"what stood here before" * 1000
+TIGHT = ("-q", "--memory", "1MiB", "--threads", "1")
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three small checkpoints."""
+    folder = tmp_path_factory.mktemp("sources")
+    paths = [folder / f"{seed}.safetensors" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(seed)
+        save_file({"w": torch.rand(300_000, generator=generator), "b": torch.ones(5)}, path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def new(sources: list[Path]) -> bytes:
+    """The bytes of their average."""
+    output = sources[0].with_name("mean.safetensors")
+    average(sources, output)
+    return output.read_bytes()
+
+
+def begin(output: Path, *, overwrite: bool) -> tuple[str, ...]:
+    """Prepares the output's folder; returns the options."""
+    for name in os.listdir(output.parent):
+        (output.parent / name).unlink()
+    if overwrite:
+        output.write_bytes(OLD)
+    return ("--overwrite",) if overwrite else ()
+
+
+def interrupt(
+    runs: Runs,
+    sources: list[Path],
+    output: Path,
+    new: bytes,
+    number: int,
+    hits: int,
+    *,
+    unnamed: bool | None = None,
+    wrong: tuple[str, ...] = (),
+) -> tuple[Counter[str], list[str]]:
+    """Sends a signal at moments spread over runs, until so many were hit.
+
+    Over an old output and not, and with `O_TMPFILE` and without if nothing else is said, in turn. Returns the counts of
+    what stands at the output's path, and what was wrong.
+    """
+    wrong = (*wrong, "writing_slowly")
+    usual = []
+    for _ in range(1 if hits < 10 else 3):
+        options = begin(output, overwrite=True)
+        usual.append(runs.run("average", *sources, "-o", output, *TIGHT, *options, wrong=wrong).seconds)
+    rng = random.Random(number)
+    found: Counter[str] = Counter()
+    complaints = []
+    while found["hit"] < hits and found["runs"] < 4 * hits:
+        overwrite = found["runs"] % 2 == 1
+        can_be_unnamed = found["runs"] // 2 % 2 == 0 if unnamed is None else unnamed
+        # In turn from equal parts of the duration, so that none is left out.
+        moment = (found["runs"] % hits + rng.random()) / hits * sorted(usual)[len(usual) // 2]
+        arguments = ("average", *sources, "-o", output, *TIGHT, *begin(output, overwrite=overwrite))
+        ended = runs.run(*arguments, signalled=(number, moment), unnamed=can_be_unnamed, wrong=wrong)
+        left = state(output, new, OLD)
+        found["lost" if left == "absent" and overwrite else left] += 1
+        found["runs"] += 1
+        found["hit"] += ended.code != 0
+        found["litter"] += len(litter(output))
+        fact = complaint(ended, number, left)
+        complaints += [f"{signal.Signals(number).name} after {moment:.3f} s: {fact}\n{ended.error}"] if fact else []
+    return found, complaints
+
+
+def complaint(ended: Ended, number: int, left: str) -> str | None:
+    """Returns what is wrong with the exit."""
+    if ended.code == 0:
+        return None if left == "new" else f"exit 0, and the output is {left}"
+    if number == signal.SIGKILL:
+        return None if ended.code == -number else f"exit {ended.code}"
+    if ended.code != 128 + number:
+        return f"exit {ended.code}"
+    return "a traceback" if "Traceback" in ended.error or "Error: " not in ended.error else None
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_at_a_random_moment_ends_the_run_cleanly(
+    runs: Runs, sources: list[Path], output: Path, new: bytes, number: int
+) -> None:
+    found, complaints = interrupt(runs, sources, output, new, number, 6)
+    assert complaints == []
+    assert (found["partial"], found["lost"], found["litter"]) == (0, 0, 0), found
+    assert found["hit"] == 6
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signals_at_many_random_moments_end_runs_cleanly(
+    runs: Runs, sources: list[Path], output: Path, new: bytes, number: int
+) -> None:
+    found, complaints = interrupt(runs, sources, output, new, number, 200)
+    print(found)
+    assert complaints == []
+    assert (found["partial"], found["lost"], found["litter"]) == (0, 0, 0), found
+    assert found["hit"] == 200
+
+
+@pytest.mark.campaign
+def test_kills_at_many_random_moments_leave_the_old_output_or_the_new_without_unnamed_files(
+    runs: Runs, sources: list[Path], output: Path, new: bytes
+) -> None:
+    """Where the system has no O_TMPFILE; a file under a hidden name may be left then."""
+    found, complaints = interrupt(runs, sources, output, new, signal.SIGKILL, 200, unnamed=False)
+    print(found)
+    assert complaints == []
+    assert (found["partial"], found["lost"]) == (0, 0), found
+    assert found["hit"] == 200
+
+
+def test_signals_catch_a_writer_that_leaves_its_hidden_file(
+    runs: Runs, sources: list[Path], output: Path, new: bytes
+) -> None:
+    """A control of what counts as litter."""
+    found, _ = interrupt(runs, sources, output, new, signal.SIGTERM, 6, unnamed=False, wrong=("keeping_hidden_files",))
+    assert found["litter"] >= 1, found
+
+
+def test_signals_catch_a_writer_that_opens_the_output_itself(
+    runs: Runs, sources: list[Path], output: Path, new: bytes
+) -> None:
+    """A control of what counts as partial."""
+    found, _ = interrupt(runs, sources, output, new, signal.SIGINT, 6, wrong=("in_place",))
+    assert found["partial"] + found["lost"] >= 1, found
+
+
+def test_signals_catch_a_command_that_ends_with_another_code(
+    runs: Runs, sources: list[Path], output: Path, new: bytes
+) -> None:
+    """A control of the exit code, with a command that takes every signal for Ctrl-C."""
+    _, complaints = interrupt(runs, sources, output, new, signal.SIGTERM, 2, wrong=("taking_signals_for_one",))
+    assert len(complaints) == 2
+    assert all("exit 130" in fact for fact in complaints), complaints
+
+
+@pytest.mark.campaign
+def test_a_race_catches_writers_that_all_believe_to_have_won(tmp_path: Path, sources: list[Path], output: Path) -> None:
+    """A control of the races in `test_output`: writers that open the output themselves all end with 0."""
+    with Server(tmp_path) as server:
+        outcome = server.run(sources, output, count=10, writer="naive")
+    assert outcome.codes.count(0) > 1

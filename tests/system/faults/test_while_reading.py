@@ -1,0 +1,376 @@
+"""Inputs that change, vanish or fail while the command reads them: exit 3 and no output, or what stood there before."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from system.faults.harness import Outcome, Server, litter
+
+from ckpt_avg import average
+
+InProcess = Callable[..., tuple[int, str, str]]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="windows are mapped on Linux alone")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Three checkpoints, the second of which will change.
+
+    Attributes:
+        sources: the files.
+        before, after: the second one's bytes, and those of another checkpoint of the same size.
+        old, new: the average's bytes with either.
+    """
+
+    sources: list[Path]
+    before: bytes = field(repr=False)
+    after: bytes = field(repr=False)
+    old: bytes = field(repr=False)
+    new: bytes = field(repr=False)
+
+    @property
+    def victim(self) -> Path:
+        """The file that changes."""
+        return self.sources[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Checkpoints of 8 MB, whose windows are mapped."""
+    folder = tmp_path_factory.mktemp("inputs")
+    paths = []
+    for seed in range(4):
+        paths.append(folder / f"{seed}.safetensors")
+        save_file({"w": torch.rand(2_000_000, generator=torch.Generator().manual_seed(seed))}, paths[-1])
+    contents = [paths[index].read_bytes() for index in (1, 3)]
+    outputs = []
+    for content in contents:
+        paths[1].write_bytes(content)
+        average(paths[:3], folder / "mean.safetensors", overwrite=True)
+        outputs.append((folder / "mean.safetensors").read_bytes())
+    return Inputs(paths[:3], *contents, *outputs)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Forks runs."""
+    with Server(tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+def altered(folder: Path, text: str) -> dict[str, str]:
+    """Returns variables with which every Python process runs some lines first."""
+    (folder / "sitecustomize.py").write_text(text)
+    return {"PYTHONPATH": str(folder)}
+
+
+# -- Changes at random moments --------------------------------------------------------------------------------------
+
+
+def cut(inputs: Inputs, rng: random.Random) -> None:
+    os.truncate(inputs.victim, rng.choice([0, len(inputs.before) // 2, len(inputs.before) - 100]))
+
+
+def overwrite(inputs: Inputs, rng: random.Random) -> None:
+    with inputs.victim.open("r+b") as file:
+        file.write(inputs.after)
+
+
+def append(inputs: Inputs, rng: random.Random) -> None:
+    with inputs.victim.open("ab") as file:
+        file.write(b"more")
+
+
+def replace(inputs: Inputs, rng: random.Random) -> None:
+    other = inputs.victim.with_name("other")
+    other.write_bytes(inputs.after)
+    os.replace(other, inputs.victim)
+
+
+def delete(inputs: Inputs, rng: random.Random) -> None:
+    inputs.victim.unlink()
+
+
+Change = Callable[[Inputs, random.Random], None]
+CHANGES: dict[str, Change] = {each.__name__: each for each in (cut, overwrite, append, replace, delete)}
+
+
+def run_and_change(
+    server: Server, inputs: Inputs, output: Path, *options: str, after: float, change: Change
+) -> Outcome:
+    """Averages, and changes an input meanwhile."""
+    ended: list[Outcome] = []
+    thread = threading.Thread(target=lambda: ended.append(server.run(inputs.sources, output, *options)))
+    thread.start()
+    time.sleep(after)
+    change(inputs, random.Random(after))
+    thread.join()
+    return ended[0]
+
+
+def judge(inputs: Inputs, output: Path, outcome: Outcome, change: str) -> str:
+    """Returns what became of a run: ``old`` or ``new`` output, ``refused``, ``absent``, or what must never be."""
+    if outcome.code == 0:
+        contents = output.read_bytes()
+        known = {inputs.old: "old"} | ({inputs.new: "new"} if change in ("overwrite", "replace") else {})
+        return known.get(contents, "mixed output")
+    if output.exists() or litter(output):
+        return "litter"
+    if "Traceback" in outcome.error or str(inputs.victim) not in outcome.error:
+        return f"exit {outcome.code}: {outcome.error or 'no message'}"
+    if outcome.code == 2 and change == "delete":
+        return "absent"  # it had not been looked at yet
+    is_clear = re.search(r"changed while reading|missing|empty file|too many|(?i:no such file)", outcome.error)
+    return "refused" if outcome.code == 3 and is_clear else f"exit {outcome.code}: {outcome.error}"
+
+
+def change_at_random(
+    server: Server, inputs: Inputs, output: Path, change: str, *options: str, runs: int, seed: int
+) -> Counter[str]:
+    """Changes an input at moments spread over the duration of runs; counts what became of them."""
+
+    def prepare() -> None:
+        output.unlink(missing_ok=True)
+        inputs.victim.write_bytes(inputs.before)
+
+    durations = []
+    for _ in range(3):
+        prepare()
+        outcome = server.run(inputs.sources, output, *options)
+        assert (outcome.code, output.read_bytes()) == (0, inputs.old)
+        durations.append(outcome.seconds)
+    rng = random.Random(seed)
+    found: Counter[str] = Counter()
+    for number in range(runs):
+        prepare()
+        after = (number % 10 + rng.random()) / 10 * sorted(durations)[1]
+        outcome = run_and_change(server, inputs, output, *options, after=after, change=CHANGES[change])
+        found[judge(inputs, output, outcome, change)] += 1
+    prepare()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "io"),
+    [("cut", "pread"), ("overwrite", "auto"), ("append", "auto"), ("replace", "auto"), ("delete", "auto")],
+)
+def test_an_input_that_changes_at_any_moment_never_reaches_the_output_in_part(
+    server: Server, inputs: Inputs, output: Path, change: str, io: str
+) -> None:
+    """If it failed, an average of halves of two checkpoints would be published, or a crash would say nothing."""
+    found = change_at_random(server, inputs, output, change, "--io", io, runs=10, seed=1)
+    assert found.keys() <= {"old", "new", "refused", "absent"}, found
+    if change == "replace":
+        assert "refused" not in found, found
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("io", ["auto", "pread"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_many_changes_at_random_moments(server: Server, inputs: Inputs, output: Path, change: str, io: str) -> None:
+    """The same, 200 times for each change and each way of reading."""
+    found = change_at_random(server, inputs, output, change, "--io", io, runs=200, seed=2)
+    print(change, io, dict(found))
+    assert found.keys() <= {"old", "new", "refused", "absent"}, found
+    assert change in ("replace", "delete") or found["refused"] >= 20, found
+
+
+def test_the_harness_catches_a_reader_that_does_not_look_again(
+    inputs: Inputs, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A control: without the look at the end, files that were overwritten meanwhile give outputs of both."""
+    lines = "import ckpt_avg.files.descriptors as d\nd.Descriptor.check_unchanged = lambda self: None\n"
+    for name, value in altered(tmp_path, lines).items():
+        monkeypatch.setenv(name, value)
+    with Server(tmp_path) as careless:
+        found = change_at_random(careless, inputs, output, "overwrite", "--io", "pread", runs=12, seed=3)
+    assert found["mixed output"] >= 1, found
+
+
+_CUT_BETWEEN = """
+import mmap, os
+import ckpt_avg.files.input_file as mapped
+bring = mapped._populate
+def bring_and_cut(window):
+    code = bring(window)
+    if len(window) > mmap.PAGESIZE:  # no trial whether it works at all
+        os.truncate(os.environ["TEST_VICTIM"], 0)
+    return code
+mapped._populate = bring_and_cut
+"""
+
+
+@linux
+def test_a_file_that_is_cut_while_its_window_is_in_use_is_an_error(
+    ckpt_avg: Command, inputs: Inputs, output: Path, tmp_path: Path
+) -> None:
+    """If it failed, the process would die of SIGBUS: no message, no cause, and an exit code that no script knows."""
+    variables = altered(tmp_path, _CUT_BETWEEN) | {"TEST_VICTIM": str(inputs.victim)}
+    try:
+        ended = ckpt_avg("average", *inputs.sources, "-o", output, "--io", "mmap", env=os.environ | variables)
+    finally:
+        inputs.victim.write_bytes(inputs.before)
+    assert os.listdir(output.parent) == []
+    assert ended.returncode == 3, ended
+    assert f"{inputs.victim}: changed while reading" in ended.stderr
+
+
+# -- Disks that fail, and file systems without maps -----------------------------------------------------------------
+
+
+def in_worker() -> bool:
+    """Whether tensors, not headers, are being read."""
+    return threading.current_thread().name.startswith("mean")
+
+
+@pytest.fixture
+def fail_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets tensors, not headers, fail to be read from the fifth read on."""
+
+    def fail(code: int) -> None:
+        calls: list[int] = []
+        preadv = os.preadv
+
+        def fails() -> bool:
+            calls.append(1)
+            return len(calls) > 4 and threading.current_thread().name.startswith("mean")
+
+        def read(fd: int, buffers: Any, offset: int, *flags: int) -> int:
+            if not flags and fails():  # with flags it is a hint to the system
+                raise OSError(code, os.strerror(code))
+            return preadv(fd, buffers, offset, *flags)
+
+        monkeypatch.setattr(os, "preadv", read)
+        monkeypatch.setattr("ckpt_avg.files.input_file._populate", lambda window: code if fails() else 0)
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("io", [pytest.param("mmap", marks=linux), "pread"])
+def test_a_disk_that_fails_in_the_middle_is_an_error_that_names_file_and_place(
+    in_process: InProcess, inputs: Inputs, output: Path, io: str, code: int, fail_reads: Callable[[int], None]
+) -> None:
+    """If it failed, a bad block or a stale handle would give zeros in the output, or a traceback."""
+    fail_reads(code)
+    output.write_bytes(b"the old one")
+    ended, out, err = in_process("average", *inputs.sources, "-o", output, "--io", io, "-q", "--overwrite")
+    assert (ended, out) == (3, "")
+    named = re.escape(str(inputs.victim.parent))
+    assert re.search(rf"Error: {named}/\d\.safetensors: reading at byte [\d,]+ failed: {os.strerror(code)}\.", err)
+    assert "Traceback" not in err
+    assert (litter(output), output.read_bytes()) == ([], b"the old one")
+
+
+def test_a_disk_that_fails_says_what_to_do(
+    in_process: InProcess, inputs: Inputs, output: Path, fail_reads: Callable[[int], None]
+) -> None:
+    """If it failed, the message would end where the user begins to ask."""
+    fail_reads(errno.EIO)
+    _, _, err = in_process("average", *inputs.sources, "-o", output, "-q")
+    assert re.search(r"Input/output error\. [A-Z].*\.$", err.strip()), err
+
+
+@linux
+@pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM])
+def test_a_file_system_without_maps_gives_the_same_average(
+    in_process: InProcess, inputs: Inputs, output: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it failed, checkpoints on such a file system, or in a process at its limit of maps, could not be read."""
+    real = mmap.mmap
+    refused: list[int] = []
+
+    def refuse(descriptor: int, *arguments: Any, **keywords: Any) -> mmap.mmap:
+        if descriptor == -1:
+            return real(descriptor, *arguments, **keywords)
+        refused.append(descriptor)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("ckpt_avg.files.input_file.mmap.mmap", refuse)
+    ended, _, err = in_process("average", *inputs.sources, "-o", output)
+    assert (ended, err) == (0, "")
+    assert output.read_bytes() == inputs.old
+    assert refused
+    ended, _, err = in_process("average", *inputs.sources, "-o", f"{output}.2", "--io", "mmap")
+    assert ended == 6
+    assert f"--io mmap: the system refused to map it: {os.strerror(code)}. Use --io auto." in err
+    assert os.listdir(output.parent) == [output.name]
+
+
+def test_a_file_with_holes_gives_the_average_of_a_full_one(in_process: InProcess, output: Path, tmp_path: Path) -> None:
+    """If it failed, checkpoints copied with `cp --sparse` would be averaged as something else."""
+    values = torch.zeros(3_000_000)
+    values[::1_000_000] = 5.0
+    save_file({"w": values}, tmp_path / "full.safetensors")
+    save_file({"w": values + 1}, tmp_path / "other.safetensors")
+    subprocess.run(["cp", "--sparse=always", tmp_path / "full.safetensors", tmp_path / "holes.safetensors"], check=True)
+    made = []
+    for first in ("full", "holes"):
+        (tmp_path / first).mkdir()
+        os.rename(tmp_path / f"{first}.safetensors", tmp_path / first / "first.safetensors")
+        sources = [tmp_path / first / "first.safetensors", tmp_path / "other.safetensors"]
+        assert in_process("average", *sources, "-o", output, "--overwrite")[0] == 0
+        made.append(output.read_bytes())
+    assert (tmp_path / "holes" / "first.safetensors").stat().st_blocks * 512 < 1_000_000
+    assert made[0] == made[1]
+
+
+# -- Limits on open files -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """12 checkpoints of 12 shards."""
+    run = tmp_path_factory.mktemp("shards")
+    folders = []
+    for step in range(12):
+        folders.append(run / f"checkpoint-{step}")
+        folders[-1].mkdir()
+        names = [f"model-{number + 1:05}-of-00012.safetensors" for number in range(12)]
+        for number, name in enumerate(names):
+            save_file({f"w{number}": torch.full((100,), float(step * number))}, folders[-1] / name)
+        index = ", ".join(f'"w{number}": "{name}"' for number, name in enumerate(names))
+        (folders[-1] / "model.safetensors.index.json").write_text(f'{{"metadata": {{}}, "weight_map": {{{index}}}}}')
+    return folders
+
+
+def with_descriptors(count: int) -> Callable[[], None]:
+    """Returns what limits a new process to so many open files."""
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+
+
+def test_more_shards_than_files_may_be_open_are_averaged(ckpt_avg: Command, shards: list[Path], output: Path) -> None:
+    """If it failed, long runs of sharded checkpoints would need a higher `ulimit -n`, or end in a traceback."""
+    ended = ckpt_avg("average", *shards, "-o", output, "-q", preexec_fn=with_descriptors(40))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    average(shards, output.with_name("without a limit"))
+    assert output.read_bytes() == output.with_name("without a limit").read_bytes()
+
+
+def test_too_few_descriptors_for_anything_is_an_error(ckpt_avg: Command, shards: list[Path], output: Path) -> None:
+    """If it failed, the user would get a traceback, and not the limit that is in the way."""
+    ended = ckpt_avg("average", *shards, "-o", output, "-q", preexec_fn=with_descriptors(6))
+    assert ended.returncode in (3, 5, 6), ended  # the folder, the output or a checkpoint could not be opened
+    assert ended.stderr.startswith("Error: ")
+    assert "too many open files" in ended.stderr.lower()
+    assert len(ended.stderr.splitlines()) == 1
+    assert os.listdir(output.parent) == []

@@ -1,0 +1,158 @@
+"""What the README and the docs say is run and compared."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+
+import ckpt_avg
+from ckpt_avg.cli.main import cli
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+USAGE = (ROOT / "docs" / "usage.md").read_text()
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def _block(text: str, marker: str) -> str:
+    found = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", text, re.DOTALL)
+    assert found, marker
+    return found[1]
+
+
+def _readme_average() -> list[str]:
+    command = _block(README, "command: average").replace("\\\n>", " ").removeprefix("$ ")
+    return shlex.split(command.partition("&&")[2])[1:]
+
+
+def test_readme_command_prints_what_the_readme_shows(
+    in_process: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments = [str(tmp_path / word) if word == "swa.safetensors" else word for word in _readme_average()]
+    code, out, err = in_process(*arguments)
+    assert (code, err) == (0, "")
+    assert out.replace(f"{tmp_path}/", "") == _block(README, "output: average")
+
+
+def test_readme_command_output_loads_into_the_model(
+    in_process: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: object
+) -> None:
+    from safetensors.torch import load_file
+
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "swa.safetensors"
+    in_process(*[str(output) if word == "swa.safetensors" else word for word in _readme_average()])
+    model = train.make_model()  # type: ignore[attr-defined]
+    model.load_state_dict(load_file(output), strict=True)
+    assert train.evaluate(model.eval())["accuracy"] > 0.98  # type: ignore[attr-defined]
+
+
+def test_readme_evaluation_prints_what_the_readme_shows(
+    in_process: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The words to the letter, the metrics to two digits: other processors round otherwise."""
+    monkeypatch.chdir(ROOT)
+    command = _block(README, "command: eval").replace("\\\n>", " ").removeprefix("$ ")
+    arguments = [str(tmp_path / word) if word == "best.safetensors" else word for word in shlex.split(command)[1:]]
+    code, out, err = in_process(*arguments)
+    assert (code, err) == (0, "")
+    shown = _block(README, "output: eval")
+    number = r"[-+]?\d[\d.]*(?:e[-+]\d+)?"
+    words, found = (re.sub(rf"{number}|  +", " ", text.replace(f"{tmp_path}/", "")) for text in (shown, out))
+    assert found == words
+    metrics, measured = (
+        [
+            [float(value) for value in re.findall(number, line)[-4::2]]
+            for line in text.splitlines()
+            if "average," in line
+        ]
+        for text in (shown, out)
+    )
+    assert len(metrics) == 2
+    for expected, got in zip(metrics, measured, strict=True):
+        assert got == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\$ (ckpt-avg [^\\\n]*?)(?:  +#.*)?$", README, re.MULTILINE))
+def test_other_commands_of_the_readme_work(
+    line: str, in_process: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's RUN and a.pt, b.pt, … stand for the reader's own; the fixture run takes their place."""
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RUN").symlink_to(run_folder)
+    tensors = {"weight": torch.ones(3)}
+    torch.save(tensors, "a.pt")
+    torch.save(tensors, "b.pt")
+    from safetensors.torch import save_file
+
+    save_file(tensors, "c.safetensors")
+    (tmp_path / "weights.pt").symlink_to(run_folder / "epoch_20.pt")
+    arguments = shlex.split(line)[1:]
+    if "--model" in arguments:
+        arguments += ["--app-dir", str(run_folder)]
+    if arguments[0] == "sweep":
+        arguments += ["--last", "2"]
+    if arguments[0] == "average" and "RUN" in arguments:
+        arguments += ["--bn", "keep"]
+    if arguments[0] == "verify":
+        ckpt_avg.average("RUN", "swa.safetensors", last=8, bn="keep")
+    code, _, err = in_process(*arguments)
+    assert code == 0, err
+
+
+def test_every_command_and_option_is_documented() -> None:
+    commands = cli.commands.values()
+    assert {command.name for command in commands} == set(re.findall(r"^\| `ckpt-avg ([\w-]+)", USAGE, re.MULTILINE))
+    for command in commands:
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                name = max(parameter.opts, key=len)
+                assert parameter.help, (command.name, name)
+                assert name in USAGE or name in ("--output", "--quiet"), (command.name, name)
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.walk_packages(ckpt_avg.__path__, "ckpt_avg.")])
+def test_examples_in_docstrings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name.endswith("__main__"):
+        return
+    monkeypatch.chdir(ROOT)
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_example_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = doctest.testmod(ckpt_avg)
+    assert (result.failed, result.attempted > 0) == (0, True)
+
+
+def test_the_tests_that_the_guarantees_name_exist() -> None:
+    """A promise that names a test which is gone, or never was, is shown by nothing."""
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    source, named = "", 0
+    for file, test in re.findall(r"`([\w/]+\.py)`|`(test_\w+)`", page):
+        if file:
+            source = (ROOT / "tests" / file).read_text()
+        else:
+            assert f"def {test}(" in source, test
+            named += 1
+    assert named > 200
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("**/*.md")), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    if ".venv" in page.parts:
+        return
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target

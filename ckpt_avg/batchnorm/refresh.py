@@ -26,6 +26,7 @@ from ckpt_avg.mean.rounding import round_to
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import ForwardBatch, count_samples, fetch, run_batch, to_device
 from ckpt_avg.user_code.load import blaming
+from ckpt_avg.user_code.model import batch_norm_modules
 
 ESTIMATORS = ("pooled", "batch-mean")
 AMP = ("off", "bfloat16", "float16")
@@ -58,15 +59,6 @@ class BatchNormReport:
     def used_twice(self) -> tuple[str, ...]:
         """The layers that each batch passed more than once; their statistics cover all passes."""
         return tuple(name for name, layer in self.statistics.items() if layer.calls_per_batch > 1)
-
-
-def batch_norm_modules(model: torch.nn.Module) -> dict[str, _BatchNorm]:
-    """Returns the BatchNorm layers that keep running statistics, by their name in the model."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
-    }
 
 
 def check_options(estimator: str, amp: str, max_batches: int | None) -> None:

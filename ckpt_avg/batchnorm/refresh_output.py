@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckpt_avg.batchnorm.refresh import BatchNormReport, batch_norm_modules, refresh_batch_norm, rounded_statistic
+from ckpt_avg.batchnorm.refresh import BatchNormReport, refresh_batch_norm, rounded_statistic
 from ckpt_avg.checkpoint.spec import batch_norm_buffer
 from ckpt_avg.checkpoint.tensor_reads import torch_dtype
 from ckpt_avg.distributed.ranks import Ranks
@@ -21,7 +21,7 @@ from ckpt_avg.progress import Progress
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import ForwardBatch, expected_batches
 from ckpt_avg.user_code.isolation import seeded
-from ckpt_avg.user_code.model import Passes, load_weights, place
+from ckpt_avg.user_code.model import Passes, batch_norm_modules, load_weights, place
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ def average(
         launch = launch_of() if ranks.size > 1 else None
         target_device = choose_device(device, launch)
         options = RefreshOptions(target_device, bn_estimator, bn_batches, amp, forward_batch)
-        workers = choose_threads(threads, launch)
+        workers = choose_threads(threads, launch.local_size if launch else 1)
         discovery = discover(sources)
         target = _check_output(output, discovery, overwrite=overwrite, notice=notice)
         checksum = check_checksum(output, discovery, wanted=sha256, overwrite=overwrite, notice=notice)

@@ -127,7 +127,7 @@ def _user_code(
     measures = needs_refresh(plan, frozen, bn=rules.bn, has_model=has_model, has_data=has_data, notice=notice)
     if rules.model is None or not (measures or rules.evaluates):
         return None, None
-    model = build_model(rules.model, plan)
+    model = build_model(rules.model, {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors})
     if not measures or rules.data is None:
         return model, None
     return model, choose_refresh(plan, frozen, model, Passes(rules.data), notice)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 
-from ckpt_avg.distributed.launch import Launch
 from ckpt_avg.errors import UsageError
 from ckpt_avg.machine.control_groups import cpu_quota
 
@@ -18,14 +17,14 @@ def usable_cores() -> int:
     return max(1, math.ceil(min(cores, cpu_quota())))
 
 
-def choose_threads(threads: int | None, launch: Launch | None = None) -> int:
-    """Returns the number of workers: as asked for, or one for each usable core, shared with the ranks beside this one.
+def choose_threads(threads: int | None, processes: int = 1) -> int:
+    """Returns the number of workers: as asked for, or one for each usable core, shared among that many processes.
 
     Raises:
         UsageError: it is out of range.
     """
     if threads is None:
-        return max(1, usable_cores() // (launch.local_size if launch else 1))
+        return max(1, usable_cores() // processes)
     if not 1 <= threads <= _MOST:
         raise UsageError(f"--threads: expected from 1 to {_MOST:,}, got {threads:,}.")
     return threads

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ckpt_avg.batchnorm.refresh import batch_norm_modules
 from ckpt_avg.errors import UserCodeError
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.isolation import seeded, undisturbed
 from ckpt_avg.user_code.load import blaming
-from ckpt_avg.user_code.model import load_weights, place
+from ckpt_avg.user_code.model import batch_norm_modules, load_weights, place
 
 Evaluate = Callable[[torch.nn.Module], object]
 

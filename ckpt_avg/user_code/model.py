@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import DType
 from ckpt_avg.checkpoint.tensor_reads import read_ranges, torch_dtype
 from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.formats.open import open_checkpoint
-from ckpt_avg.mean.plan import Plan
 from ckpt_avg.text import listing
 from ckpt_avg.user_code.isolation import seeded
 from ckpt_avg.user_code.load import blaming
@@ -22,8 +23,12 @@ Model = torch.nn.Module | Callable[[], torch.nn.Module]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
-def build_model(model: Model, plan: Plan) -> torch.nn.Module:
-    """Builds the model, or copies the one that was passed in, and checks that it takes the tensors of the plan.
+def build_model(model: Model, tensors: Mapping[str, tuple[DType, tuple[int, ...]]]) -> torch.nn.Module:
+    """Builds the model, or copies the one that was passed in, and checks that it takes these tensors.
+
+    Args:
+        model: the user's.
+        tensors: the dtype and shape of each tensor that will be loaded.
 
     Raises:
         UserCodeError: the factory raised, or returned something else.
@@ -40,9 +45,18 @@ def build_model(model: Model, plan: Plan) -> torch.nn.Module:
     # One zero per tensor, expanded: it tells whether names and shapes fit, hooks of the model included.
     load_weights(
         built,
-        {tensor.name: torch.zeros((), dtype=torch_dtype(tensor.dtype)).expand(tensor.shape) for tensor in plan.tensors},
+        {name: torch.zeros((), dtype=torch_dtype(dtype)).expand(shape) for name, (dtype, shape) in tensors.items()},
     )
     return built
+
+
+def batch_norm_modules(model: torch.nn.Module) -> dict[str, _BatchNorm]:
+    """Returns the BatchNorm layers that keep running statistics, by their name in the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+    }
 
 
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg.distributed.launch import Launch
 from ckpt_avg.machine import control_groups, threads
 from ckpt_avg.machine.control_groups import cpu_quota
 from ckpt_avg.mean import devices
@@ -75,9 +74,9 @@ def test_threads_follow_the_quota(monkeypatch: pytest.MonkeyPatch, quota: float,
 def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four ranks with a worker for every core each would be four times too many."""
     monkeypatch.setattr(threads, "usable_cores", lambda: 8)
-    assert threads.choose_threads(None, Launch(5, 8, 1, 4)) == 2
-    assert threads.choose_threads(None, Launch(5, 8, 1, 64)) == 1
-    assert threads.choose_threads(3, Launch(5, 8, 1, 4)) == 3
+    assert threads.choose_threads(None, 4) == 2
+    assert threads.choose_threads(None, 64) == 1
+    assert threads.choose_threads(3, 4) == 3
 
 
 def test_each_rank_has_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ckpt_avg.distributed.launch import Launch
 from ckpt_avg.machine import control_groups, threads
 from ckpt_avg.machine.control_groups import cpu_quota
 from ckpt_avg.mean import devices

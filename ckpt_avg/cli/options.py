@@ -111,7 +111,11 @@ work = together(
 )
 mean = together(
     click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to sum and refresh."
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda|cuda:N",
+        help="Where to sum and to run the model (auto: sum on the CPU, run the model on CUDA).",
     ),
     dtype,
     work,

@@ -21,9 +21,8 @@ from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.files.input_file import check_io
 from ckpt_avg.formats.open import make_reading
 from ckpt_avg.machine.threads import choose_threads
-from ckpt_avg.mean.devices import choose_device
+from ckpt_avg.mean.devices import choose_devices
 from ckpt_avg.mean.plan import check_rules
-from ckpt_avg.mean.race import choose_by_race
 from ckpt_avg.mean.stream import DEFAULT_MEMORY, check_memory
 from ckpt_avg.output.checksum import check_checksum, write_checksum
 from ckpt_avg.output.digests import digest_files
@@ -97,8 +96,8 @@ def average(
         state_key: the dotted key of the state dict inside torch files, where it isn't a common one.
         ema: average the running averages that some trainers keep beside the weights.
         strip_prefix: take this prefix off the names that carry it.
-        device: ``cpu``, ``cuda`` or ``cuda:N``, for the sums and the refresh. ``auto`` refreshes on CUDA where there is
-            one, and sums there if that is worth it and measured to be faster.
+        device: ``cpu``, ``cuda`` or ``cuda:N``, for the sums and the model. ``auto`` sums on the CPU, and runs the
+            model on CUDA if torch finds a CUDA device.
         dtype: ``keep``, ``float64``, ``float32``, ``bfloat16`` or ``float16``, for floating-point tensors.
         threads: workers; as many as this process may use cores if not given.
         memory: bytes of working memory, shared by the workers.
@@ -168,8 +167,8 @@ def average(
         )
         reading = make_reading(state_key, ema, strip_prefix)
         launch = launch_of() if ranks.size > 1 else None
-        target_device = choose_device(device, launch)
-        options = RefreshOptions(target_device, bn_estimator, bn_batches, amp, forward_batch)
+        mean_device, model_device = choose_devices(device, launch)
+        options = RefreshOptions(model_device, bn_estimator, bn_batches, amp, forward_batch)
         workers = choose_threads(threads, launch.local_size if launch else 1)
         discovery = discover(sources)
         target = _check_output(output, discovery, overwrite=overwrite, notice=notice)
@@ -177,9 +176,7 @@ def average(
         rules = Rules(dtype, non_float, bn, model, data, assessment.is_wanted)
         ready = prepare(discovery, selection, reading, rules, stack, io=way, notice=notice)
         agree_on_files(ranks, ready.checkpoints)
-        assessment.use(ready.model, target_device, replace(progress, notice=notice))
-        nbytes = ready.nbytes
-        mean_device = choose_by_race(device, target_device, nbytes, threads=workers, memory=memory, notice=notice)
+        assessment.use(ready.model, model_device, replace(progress, notice=notice))
         job = Job(
             ready=ready,
             target=target,

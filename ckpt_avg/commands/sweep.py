@@ -18,9 +18,8 @@ from ckpt_avg.files.input_file import check_io
 from ckpt_avg.formats.open import make_reading
 from ckpt_avg.machine.free_memory import free_memory
 from ckpt_avg.machine.threads import choose_threads
-from ckpt_avg.mean.devices import choose_device
+from ckpt_avg.mean.devices import choose_devices
 from ckpt_avg.mean.plan import check_rules
-from ckpt_avg.mean.race import choose_by_race
 from ckpt_avg.mean.stream import DEFAULT_MEMORY, check_memory
 from ckpt_avg.progress import Progress
 from ckpt_avg.runs.discover import Sources, discover
@@ -164,7 +163,8 @@ def sweep(
     names = patterns(include), patterns(exclude)
     selection = check_selection(Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode))
     reading = make_reading(state_key, ema, strip_prefix)
-    options = RefreshOptions(choose_device(device), bn_estimator, bn_batches, amp, forward_batch)
+    mean_device, model_device = choose_devices(device)
+    options = RefreshOptions(model_device, bn_estimator, bn_batches, amp, forward_batch)
     workers = choose_threads(threads)
     with ExitStack() as stack:
         rules = Rules(dtype, non_float, bn, model, data, evaluates=True, in_windows=True)
@@ -191,8 +191,6 @@ def sweep(
             )
         held = free_memory() // 2 if hold is None else hold
         once = replace(progress, notice=_once(notice))
-        nbytes = ready.nbytes
-        mean_device = choose_by_race(device, options.device, nbytes, threads=workers, memory=memory, notice=notice)
         work = Work(evaluate, ready.model, options, mean_device, workers, memory, held, allow_nonfinite, once)
         chosen = windows_of(len(ready.checkpoints), windows)
         paths = tuple(spec.path for spec in ready.specs)

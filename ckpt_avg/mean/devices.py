@@ -14,14 +14,22 @@ from ckpt_avg.distributed.launch import Launch
 from ckpt_avg.errors import UsageError
 
 
-def choose_device(name: str, launch: Launch | None = None) -> torch.device:
-    """Returns the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here; of several ranks each has its own.
+def choose_devices(name: str, launch: Launch | None = None) -> tuple[torch.device, torch.device]:
+    """Returns the devices that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means: for the sums, and for the model.
+
+    ``auto`` sums on the CPU: each input byte is used once, so a GPU gains little there. If several ranks share a
+    machine, ``cuda`` is a GPU for each of them.
 
     Raises:
         UsageError: there is no such device, or it has no float64.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("cpu"), _device("cuda" if torch.cuda.is_available() else "cpu", launch)
+    device = _device(name, launch)
+    return device, device
+
+
+def _device(name: str, launch: Launch | None) -> torch.device:
     if name == "cuda" and launch is not None and torch.cuda.is_available():
         name = f"cuda:{launch.local_rank % torch.cuda.device_count()}"
     try:

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg.distributed.launch import Launch
 from ckpt_avg.machine import control_groups, threads
 from ckpt_avg.machine.control_groups import cpu_quota
-from ckpt_avg.mean import devices
 
 
 @pytest.fixture
@@ -78,12 +76,3 @@ def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -
     assert threads.choose_threads(None, 4) == 2
     assert threads.choose_threads(None, 64) == 1
     assert threads.choose_threads(3, 4) == 3
-
-
-def test_each_rank_has_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 4)
-    for asked in ("auto", "cuda"):
-        assert str(devices.choose_device(asked, Launch(9, 16, 5, 8))) == "cuda:1"
-    assert str(devices.choose_device("cuda:3", Launch(9, 16, 5, 8))) == "cuda:3"
-    assert str(devices.choose_device("auto")) == "cuda"

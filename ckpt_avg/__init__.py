@@ -18,8 +18,7 @@ from ckpt_avg.version import __version__
 if TYPE_CHECKING:
     from ckpt_avg.batchnorm.hooks import LayerStatistics
     from ckpt_avg.batchnorm.refresh import BatchNormReport, refresh_batch_norm
-    from ckpt_avg.checkpoint.checkpoint import Checkpoint
-    from ckpt_avg.checkpoint.spec import CheckpointSpec, DType, Part, TensorSpec
+    from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, DType, Part, TensorSpec
     from ckpt_avg.checkpoint.training_record import Record
     from ckpt_avg.commands.average import average
     from ckpt_avg.commands.inspect import Inspection, Listed, inspect
@@ -75,12 +74,12 @@ _HOMES = {
     "ckpt_avg.batchnorm.hooks": ("LayerStatistics",),
     "ckpt_avg.progress": ("Progress",),
     "ckpt_avg.distributed.ranks": ("Ranks",),
-    "ckpt_avg.formats.open": ("Checkpoint", "open_checkpoint"),
+    "ckpt_avg.formats.open": ("open_checkpoint",),
     "ckpt_avg.checkpoint.training_record": ("Record",),
     "ckpt_avg.commands.refresh_bn": ("refresh_weights",),
     "ckpt_avg.user_code.gate": ("Outcome", "Requirement"),
     "ckpt_avg.commands.results": ("AverageResult",),
-    "ckpt_avg.checkpoint.spec": ("CheckpointSpec", "DType", "Part", "TensorSpec"),
+    "ckpt_avg.checkpoint.spec": ("Checkpoint", "CheckpointSpec", "DType", "Part", "TensorSpec"),
     "ckpt_avg.commands.sweep": ("Measured", "SweepResult", "sweep"),
     "ckpt_avg.commands.verify": ("VerifyReport", "verify"),
 }

@@ -9,8 +9,7 @@ import torch
 
 from ckpt_avg.batchnorm.refresh import BatchNormReport
 from ckpt_avg.batchnorm.refresh_output import PreparedRefresh, RefreshOptions, prepare_refresh
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import batch_norm_buffer
+from ckpt_avg.checkpoint.spec import Checkpoint, batch_norm_buffer
 from ckpt_avg.errors import UsageError
 from ckpt_avg.mean.equal_tensors import differing
 from ckpt_avg.mean.plan import Plan

@@ -1,18 +1,22 @@
-"""What a checkpoint holds, read from its header alone: names, dtypes, shapes and where the bytes lie.
+"""What a checkpoint is: its tensors (name, dtype, shape and where their bytes are stored), and its open files.
 
-Nothing here imports torch, so that ``inspect`` and ``check`` answer at once.
+A reader of `formats` makes the specs from the header alone. Nothing here imports torch, so `inspect` and `check` start
+fast.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 from ckpt_avg.checkpoint.training_record import Record
+from ckpt_avg.files.in_memory import MemoryFile
+from ckpt_avg.files.input_file import MappedFile
 
 Kind = Literal["float", "float8", "complex", "exact"]
 
@@ -22,11 +26,11 @@ class DType:
     """One dtype of the safetensors format.
 
     Attributes:
-        name: as a safetensors header spells it.
+        name: the name in a safetensors header.
         itemsize: bytes of one element.
         torch_name: the attribute of ``torch``.
-        kind: ``float`` and ``complex`` are averaged; ``float8`` is too, unless scale tensors sit beside
-            it; ``exact`` (integers, bool, bare exponents) never is.
+        kind: ``float`` and ``complex`` are averaged; ``float8`` too, unless other tensors contain its scales;
+            ``exact`` (integers, bool, exponents without a mantissa) never.
     """
 
     name: str
@@ -35,7 +39,7 @@ class DType:
     kind: Kind
 
 
-# In the order of the data section of a file that safetensors writes: larger items first.
+# In the order in which safetensors writes tensors: larger items first.
 DTYPES: Mapping[str, DType] = {
     dtype.name: dtype
     for dtype in (
@@ -60,20 +64,19 @@ DTYPES: Mapping[str, DType] = {
         DType("BOOL", 1, "bool", "exact"),
     )
 }
-# The metadata key that marks a safetensors file as an average made here.
-METHOD_KEY = "ckpt_avg.method"
-ORIGIN = "ckpt_avg.origin"  # of a changed copy of an average: what that was the mean of
+METHOD_KEY = "ckpt_avg.method"  # the metadata key of a safetensors file that this tool wrote
+ORIGIN_KEY = "ckpt_avg.origin"  # the same of a file that was made from such a file
 SUB_BYTE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
 BY_TORCH_NAME: Mapping[str, DType] = {dtype.torch_name: dtype for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A box of a tensor, stored apart from the rest (a shard).
+    """A box of a tensor that is stored on its own, as in a sharded checkpoint.
 
     Attributes:
-        starts: the index of its first element along each dimension of the whole tensor.
-        tensor: the box itself: its shape, and where it lies.
+        starts: the index of its first element along each dimension of the complete tensor.
+        tensor: its shape, and where it is stored.
     """
 
     starts: tuple[int, ...]
@@ -85,16 +88,14 @@ class TensorSpec:
     """One stored tensor.
 
     Attributes:
-        name: its name in the state dict.
-        dtype: its dtype.
-        shape: its dimensions; ``()`` for a scalar.
+        name: the name in the state dict.
+        shape: the dimensions; ``()`` for a scalar.
         stride: steps between neighbours along each dimension, in elements, never negative.
         file: the index of its file in ``Checkpoint.files``.
-        offset: where its first element lies in that file, in bytes.
-        storage: (first byte, bytes) of the storage that it is a view of. Equal storages with equal
-            offset, shape and stride are tied tensors.
-        parts: where the tensor is stored in several boxes, these; its own stride, file, offset and storage then
-            say nothing of where elements lie.
+        offset: of its first element in that file, in bytes.
+        storage: (first byte, bytes) of the storage that it is a view of. Tensors with equal storage, offset, shape and
+            stride are tied.
+        parts: the boxes, if the tensor is stored in several; then stride, file, offset and storage have no meaning.
     """
 
     name: str
@@ -113,12 +114,12 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all elements, side by side."""
+        """Bytes of all elements."""
         return self.numel * self.dtype.itemsize
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the elements lie in row-major order without gaps."""
+        """Whether the elements are stored in row-major order without gaps."""
         if self.parts:
             return False
         expected = 1
@@ -144,22 +145,21 @@ class CheckpointSpec:
     """One checkpoint, as its header describes it.
 
     Attributes:
-        path: where it was opened: a file or a folder.
-        format: how it is stored: ``safetensors``, ``torch zip``, ``torch stream``, ``pickle``, ``torch DCP``, …
+        path: the file or folder that was opened.
+        format: ``safetensors``, ``torch zip``, ``torch stream``, ``pickle``, ``torch DCP``, …
         tensors: name → spec, in the order of the file.
-        kind: the trainer or library that left it, where that shows.
-        keys: the keys at the top of a torch file.
-        state_key: the dotted key under which a torch file holds the state dict; None where the file is
-            the state dict itself.
-        prefix: what was stripped from the front of every name, such as ``module.``; empty if nothing was.
-        lacks_prefix: whether no name carried the prefix that was to be stripped.
+        kind: the trainer or library that wrote it, if known.
+        keys: the top-level keys of a torch file.
+        state_key: the dotted key of the state dict in a torch file; None if the file is the state dict itself.
+        prefix: what was stripped from the front of the names, such as ``module.``; empty if nothing was.
+        lacks_prefix: whether no name has the prefix that was to be stripped.
         record: step, epoch, metrics and learning rate.
-        averaged: how it shows that the weights are an average already; empty if it does not.
-        metadata: what the file says of itself: ``__metadata__`` of a safetensors file; plain values
-            (epoch, step, metric, …) beside the state dict of a torch file.
-        notes: what a user should know of how it was read.
-        digest: SHA-256, in hex, of what says where the tensors lie: the JSON of a safetensors header, the pickle of a
-            torch file; of a checkpoint in several files, of the index and the digests of its parts.
+        averaged: what shows that the weights are already an average; empty if nothing does.
+        metadata: ``__metadata__`` of a safetensors file; the plain values (epoch, step, metric, …) next to the state dict
+            of a torch file.
+        notes: what a user should know about how it was read.
+        digest: SHA-256, in hex, of what says where the tensors are stored: the JSON of a safetensors header, the pickle
+            of a torch file; of several files, of the index and the digests of the files.
     """
 
     path: Path
@@ -188,29 +188,54 @@ class CheckpointSpec:
 
     def tied(self) -> list[tuple[str, ...]]:
         """Returns the groups of names that share one stored tensor (zero-size tensors never do)."""
-        places = Counter((tensor.file, tensor.offset) for tensor in self.tensors.values())
+        offsets = Counter((tensor.file, tensor.offset) for tensor in self.tensors.values())
         groups: dict[tuple[object, ...], list[str]] = {}
         for tensor in self.tensors.values():
-            # Nearly every tensor begins where no other does, and is done with here.
-            if tensor.parts or (places[tensor.file, tensor.offset] > 1 and tensor.numel):
+            # Nearly every tensor has an offset of its own and needs no more than this check.
+            if tensor.numel and (tensor.parts or offsets[tensor.file, tensor.offset] > 1):
                 where: tuple[object, ...] = (tensor.dtype, tensor.shape, tensor.parts)
                 if not tensor.parts:
                     where += (tensor.file, tensor.storage, tensor.offset, tensor.stride)
-                if tensor.numel:
-                    groups.setdefault(where, []).append(tensor.name)
+                groups.setdefault(where, []).append(tensor.name)
         return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An open checkpoint: its spec and the files that contain its tensors. Use it as a context manager."""
+
+    spec: CheckpointSpec
+    files: Sequence[MappedFile | MemoryFile]
+
+    def check_unchanged(self) -> None:
+        """Raises ChangedWhileReadingError if a file was truncated or modified since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 def name_of(path: Path) -> str:
-    """Returns the last part of a path: also of ``.``, which has none of its own."""
+    """Returns the last part of a path; for ``.`` the name of that folder."""
     return path.name if path.name not in ("", "..") else path.resolve().name
 
 
 def batch_norm_layers(names: Mapping[str, object]) -> list[str]:
     """Returns the layers whose running statistics are among ``names``, in order.
 
-    A layer is a prefix with both ``running_mean`` and ``running_var``; the empty prefix is a model that
-    is itself one layer.
+    A layer is a prefix with both ``running_mean`` and ``running_var``. If the model is itself one layer, its prefix is
+    empty.
     """
     suffix = "running_mean"
     layers = []

@@ -13,8 +13,7 @@ from math import prod
 
 import torch
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import DType, Part, TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, DType, Part, TensorSpec
 from ckpt_avg.files.input_file import Window
 
 _WASTE = 4 * 1024  # bytes that a window may hold, beyond as many again as are asked for, to serve neighbours too

@@ -1,4 +1,4 @@
-"""What a trainer recorded of the moment at which a checkpoint was saved."""
+"""What a trainer recorded when it saved a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from math import isfinite
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where in the run a checkpoint lies, and how good it was.
+    """Where in the run a checkpoint was saved, and how good it was.
 
     Attributes:
         step: optimizer steps (updates, iterations, batches) done.
         epoch: the epoch, as the trainer counts it.
-        metrics: what was measured at this checkpoint, by the trainer's names; finite values only.
-        learning_rate: of the first parameter group, as saved.
-        rates: (step, learning rate) as logged over the run up to this checkpoint, in order; empty where the
-            trainer keeps no log.
+        metrics: the metrics of this checkpoint under the trainer's names; finite values only.
+        learning_rate: of the first parameter group.
+        rates: (step, learning rate) as logged up to this checkpoint, in order; empty if the trainer keeps no log.
     """
 
     step: int | None = None
@@ -27,7 +26,7 @@ class Record:
     rates: tuple[tuple[int, float], ...] = ()
 
     def or_else(self, other: Record) -> Record:
-        """Returns this record, what it leaves open taken from ``other``."""
+        """Returns this record, with missing values filled in from ``other``."""
         return Record(
             self.step if self.step is not None else other.step,
             self.epoch if self.epoch is not None else other.epoch,
@@ -38,14 +37,14 @@ class Record:
 
 
 def count(value: object) -> int | None:
-    """Returns a step or epoch, or None where ``value`` cannot be one."""
+    """Returns ``value`` as a step or epoch, or None if it cannot be one."""
     if isinstance(value, float) and isfinite(value) and value == int(value):
         value = int(value)
     return value if type(value) is int and 0 <= value < 2**63 else None
 
 
 def measure(value: object) -> float | None:
-    """Returns a metric or a rate, or None where ``value`` is no finite number."""
+    """Returns ``value`` as a metric or learning rate, or None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) >= 2.0**1000:
         return None
     return float(value) if isfinite(value) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.distributed.ranks import Ranks, first_difference
 from ckpt_avg.errors import CheckpointFormatError, RankError
 from ckpt_avg.text import listing, quote

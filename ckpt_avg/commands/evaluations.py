@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ckpt_avg.batchnorm.policy import Statistics
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import UsageError
 from ckpt_avg.progress import Progress

@@ -10,8 +10,7 @@ import torch
 
 from ckpt_avg.batchnorm.policy import Statistics, choose_refresh, frozen_buffers, needs_refresh, source_of_statistics
 from ckpt_avg.batchnorm.refresh_output import PreparedRefresh
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import CheckpointSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.files.input_file import IO
 from ckpt_avg.formats.state_dict import Reading
 from ckpt_avg.machine.collector import collector_paused

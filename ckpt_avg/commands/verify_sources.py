@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import TensorSpec, batch_norm_buffer
+from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec, batch_norm_buffer
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, VerificationError
 from ckpt_avg.files.input_file import IO, MappedFile
 from ckpt_avg.formats.open import open_with

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import CheckpointSpec, DType, Part, TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, DType, Part, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.input_file import MappedFile
 from ckpt_avg.files.region import Region

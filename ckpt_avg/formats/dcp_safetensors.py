@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import CheckpointSpec, Part, TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, Part, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.input_file import MappedFile
 from ckpt_avg.formats.dcp_parts import join_parts

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.dcp import METADATA, open_dcp
 from ckpt_avg.formats.dcp_safetensors import open_dcp_safetensors

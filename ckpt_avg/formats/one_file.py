@@ -9,8 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN, CheckpointSpec, TensorSpec
+from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN_KEY, Checkpoint, CheckpointSpec, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.input_file import MappedFile
 from ckpt_avg.formats import safetensors_header as safetensors
@@ -101,7 +100,7 @@ def _open_safetensors(file: MappedFile, reading: Reading, *, strip: bool) -> Che
         kind=names.kind or ("torch DCP" if DCP_SHARDING in metadata else None),
         prefix=names.stripped.prefix,
         lacks_prefix=names.stripped.lacking,
-        averaged="ckpt-avg made it" if metadata.get(METHOD_KEY) == "mean" or ORIGIN in metadata else names.averaged,
+        averaged="ckpt-avg made it" if metadata.get(METHOD_KEY) == "mean" or ORIGIN_KEY in metadata else names.averaged,
         metadata=metadata,
         notes=notes,
         digest=table.digest,

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import CheckpointSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.errors import CheckpointFormatError, UsageError
 from ckpt_avg.files.status import is_folder
 from ckpt_avg.formats.folder import open_folder, refuse_part

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import CheckpointSpec, TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.in_memory import MemoryFile
 from ckpt_avg.files.input_file import MappedFile

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import CheckpointSpec, TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.in_memory import MemoryFile
 from ckpt_avg.files.input_file import MappedFile

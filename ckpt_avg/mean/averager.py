@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.errors import NonFiniteError
 from ckpt_avg.mean.blocks import Run
 from ckpt_avg.mean.devices import Staging

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import DType, TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
 from ckpt_avg.checkpoint.tensor_reads import Stretch
 from ckpt_avg.mean.plan import OutputTensor, Piece
 

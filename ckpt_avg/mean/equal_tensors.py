@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import stream
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.text import listing, one_line, plural, quote

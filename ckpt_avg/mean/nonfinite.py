@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import stream
 from ckpt_avg.errors import NonFiniteError
 from ckpt_avg.mean.plan import OutputTensor

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import prefetch, read_stretch, torch_dtype
 from ckpt_avg.errors import UsageError
 from ckpt_avg.machine.collector import collector_paused

@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecut
 from pathlib import Path
 from typing import TypeVar
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.files.input_file import MappedFile
 from ckpt_avg.formats.torch_zip import MAGIC
 from ckpt_avg.formats.zip_directory import refuse_damaged

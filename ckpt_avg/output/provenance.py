@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN, CheckpointSpec, name_of
+from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN_KEY, Checkpoint, CheckpointSpec, name_of
 from ckpt_avg.errors import CheckpointFormatError, UsageError
 from ckpt_avg.files.input_file import MappedFile
 from ckpt_avg.formats.open import make_reading
@@ -217,9 +216,9 @@ def _own_words(spec: CheckpointSpec, options: Options) -> dict[str, str]:
     own = {key: value for key, value in spec.metadata.items() if isinstance(value, str)}
     if options.dtype in ("keep", own.get(DTYPE)) and not spec.prefix and options.strip_prefix is None:
         return own
-    origin = own.get(ORIGIN, own.get(SOURCES))
+    origin = own.get(ORIGIN_KEY, own.get(SOURCES))
     kept = {key: value for key, value in own.items() if not key.startswith("ckpt_avg.")}
-    return kept if origin is None else {**kept, ORIGIN: origin}
+    return kept if origin is None else {**kept, ORIGIN_KEY: origin}
 
 
 def _as_json(value: object) -> str:

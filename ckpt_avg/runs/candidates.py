@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import METHOD_KEY
+from ckpt_avg.checkpoint.spec import METHOD_KEY, Checkpoint
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
 from ckpt_avg.files.input_file import MappedFile

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec
 
 _SAMPLES = 64  # tensors of which a few bytes are compared first
 _BYTES = 64

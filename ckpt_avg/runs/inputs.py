@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import METHOD_KEY
+from ckpt_avg.checkpoint.spec import METHOD_KEY, Checkpoint
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, UsageError
 from ckpt_avg.files.status import is_folder, look, status_of
 from ckpt_avg.formats.open import open_checkpoint, refuse_missing_prefix

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import DType
+from ckpt_avg.checkpoint.spec import Checkpoint, DType
 from ckpt_avg.checkpoint.tensor_reads import read_ranges, torch_dtype
 from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.formats.open import open_checkpoint

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, CheckpointSpec, TensorSpec
+from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, Checkpoint, CheckpointSpec, TensorSpec
 from ckpt_avg.checkpoint.tensor_reads import read_ranges
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.in_memory import MemoryFile

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckpt_avg.checkpoint import tensor_reads as elements
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, CheckpointSpec, Part, TensorSpec, contiguous_stride
+from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, Checkpoint, CheckpointSpec, Part, TensorSpec, contiguous_stride
 from ckpt_avg.checkpoint.tensor_reads import read_ranges, stream
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.input_file import MappedFile

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import read_ranges
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.open import open_checkpoint

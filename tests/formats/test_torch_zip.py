@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import read_ranges, stream
 from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
 from ckpt_avg.files.input_file import MappedFile

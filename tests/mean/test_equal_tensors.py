@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.mean.equal_tensors import Unequal, differing
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from system.fuzz.corpus import write_companions
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
-from ckpt_avg.checkpoint.spec import TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.pickles.unpickler import read_pickle

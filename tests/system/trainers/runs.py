@@ -17,7 +17,7 @@ import torch
 from system.faults.exact import BFLOAT16, FLOAT16, exact_mean
 from system.faults.harness import REQUIRE
 
-from ckpt_avg.checkpoint.checkpoint import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import stream, torch_dtype
 
 PRODUCERS = Path(__file__).parent / "producers"

@@ -487,6 +487,7 @@ def test_a_signal_during_the_refresh_has_its_code(
     assert handlers == [unhandled] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_from_outside_leaves_nothing_behind(
     normed: Path, tmp_path: Path, app: str, number: int, expected: int
@@ -550,6 +551,7 @@ def on_a_terminal(arguments: list[object], folder: Path) -> tuple[int, str, str]
     return process.returncode, out, seen.decode()
 
 
+@pytest.mark.slow
 def test_bars_appear_on_a_terminal(normed: Path, tmp_path: Path, app: str) -> None:
     arguments = ["average", normed, "-o", "swa.safetensors", "--json", *refresh_options(tmp_path, app)]
     code, out, terminal = on_a_terminal(arguments, tmp_path)
@@ -560,6 +562,7 @@ def test_bars_appear_on_a_terminal(normed: Path, tmp_path: Path, app: str) -> No
     assert "12 samples" in terminal
 
 
+@pytest.mark.slow
 def test_quiet_draws_nothing_on_a_terminal(normed: Path, tmp_path: Path, app: str) -> None:
     arguments = ["average", normed, "-o", "swa.safetensors", "-q", *refresh_options(tmp_path, app)]
     code, out, terminal = on_a_terminal(arguments, tmp_path)
@@ -607,6 +610,7 @@ def test_a_reader_that_has_gone_changes_neither_code_nor_calm(
     assert code == expected
 
 
+@pytest.mark.slow
 def test_an_average_whose_reader_has_gone_is_published(tmp_path: Path, pair: list[Path]) -> None:
     code, err = with_reader_gone(["average", *pair, "-o", "swa.safetensors"], tmp_path, "stdout")
     assert err == ""
@@ -614,6 +618,7 @@ def test_an_average_whose_reader_has_gone_is_published(tmp_path: Path, pair: lis
     assert torch.equal(load_file(tmp_path / "swa.safetensors")["w"], torch.arange(6.0).view(2, 3) + 0.5)
 
 
+@pytest.mark.slow
 def test_a_lost_notice_does_not_stop_the_averaging(tmp_path: Path, pair: list[Path]) -> None:
     """Hours of work must not end because nobody reads stderr any more."""
     code, out = with_reader_gone(["average", pair[0], "-o", "swa.safetensors", "--json"], tmp_path, "stderr")
@@ -631,6 +636,7 @@ def test_a_closed_stdout_gives_no_traceback(
     assert result.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_closed_stderr_keeps_stdout_clean(tmp_path: Path, pair: list[Path], ckpt_avg: Command) -> None:
     """With stderr closed, Python's own fallback would print notices into the JSON document."""
     result = ckpt_avg("average", pair[0], "-o", "swa.safetensors", "--json", preexec_fn=lambda: os.close(2))
@@ -647,6 +653,7 @@ def test_a_closed_stderr_keeps_stdout_clean(tmp_path: Path, pair: list[Path], ck
 C_LOCALE = {"LANG": "C", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 
+@pytest.mark.slow
 def test_the_c_locale_changes_nothing(tmp_path: Path, ckpt_avg: Command) -> None:
     folder = tmp_path / "Läufe ✓"
     folder.mkdir()

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from inputs import layout, write_sparse
 from measure import run as measured
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and peaks as Linux counts them")

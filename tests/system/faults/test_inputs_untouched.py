@@ -16,6 +16,8 @@ from system.faults.checkpoints import FORMS, run_folder, safetensors_files
 from system.faults.forked_runs import Ended, Runs
 from system.faults.tracing import OPENS, TRACE, changes
 
+pytestmark = pytest.mark.slow
+
 MODULE = """
 import torch
 from torch import nn

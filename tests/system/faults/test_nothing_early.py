@@ -17,6 +17,8 @@ from system.faults.checkpoints import safetensors_files, sharded_folders, zip_fi
 from system.faults.forked_runs import Runs
 from system.faults.tracing import TRACE, changes
 
+pytestmark = pytest.mark.slow
+
 
 def named_twice(inputs: Path) -> list[object]:
     first, *_ = safetensors_files(inputs)

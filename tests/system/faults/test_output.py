@@ -102,6 +102,7 @@ def kill_everywhere(
     return found
 
 
+@pytest.mark.slow
 @naming
 @replacing
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
@@ -150,6 +151,7 @@ def test_bytes_are_synced_before_they_get_a_name_and_the_folder_after(
     assert (state(output, small.new), litter(output)) == ("new", [])
 
 
+@pytest.mark.slow
 def test_the_harness_catches_a_writer_that_opens_the_output_itself(server: Server, small: Run, output: Path) -> None:
     """A control: killed at its system calls, a naive writer leaves partial files, and overwriting loses the old one."""
     run = Run(small.sources, small.sources[0].read_bytes())
@@ -193,6 +195,7 @@ def kill_at_random(
     return found
 
 
+@pytest.mark.slow
 def test_a_kill_at_a_random_moment_leaves_the_old_output_or_the_new(server: Server, large: Run, output: Path) -> None:
     found = kill_at_random(server, large, output, 40, seed=1)
     assert (found["partial"], found["lost"]) == (0, 0), found
@@ -208,6 +211,7 @@ def test_a_thousand_random_kills_leave_the_old_output_or_the_new(server: Server,
     assert found["litter"] <= 10, found
 
 
+@pytest.mark.slow
 def test_random_kills_catch_a_writer_that_opens_the_output_itself(server: Server, large: Run, output: Path) -> None:
     """A control of the two tests above."""
     run = Run(large.sources, large.sources[0].read_bytes())
@@ -219,6 +223,7 @@ def test_random_kills_catch_a_writer_that_opens_the_output_itself(server: Server
 # -- Signals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @naming
 @replacing
 @pytest.mark.parametrize(
@@ -302,6 +307,7 @@ def race(server: Server, run: Run, output: Path, count: int, **settings: object)
     assert (state(output, run.new), litter(output)) == ("new", [])
 
 
+@pytest.mark.slow
 @naming
 def test_of_racing_runs_exactly_one_succeeds(server: Server, small: Run, output: Path, unnamed: bool) -> None:
     for _ in range(3):
@@ -315,6 +321,7 @@ def test_of_many_racing_runs_exactly_one_succeeds(server: Server, small: Run, ou
         race(server, small, output, 50, unnamed=unnamed)
 
 
+@pytest.mark.slow
 @naming
 def test_racing_runs_that_overwrite_leave_a_complete_output(
     server: Server, small: Run, output: Path, unnamed: bool
@@ -533,6 +540,7 @@ def test_a_folder_without_permission_is_refused(small: Run, output: Path) -> Non
     assert error.value.exit_code == 5
 
 
+@pytest.mark.slow
 @naming
 def test_a_limit_on_file_sizes_is_an_error(server: Server, small: Run, output: Path, unnamed: bool) -> None:
     outcome = server.run(small.sources, output, file_size=100_000, unnamed=unnamed)

@@ -26,6 +26,8 @@ from system.faults.tracing import refuse_or_skip
 
 from ckpt_avg import average
 
+pytestmark = pytest.mark.slow
+
 FS_IOC_SHUTDOWN = 0x8004587D
 WITHOUT_LOG_FLUSH = 2
 ELEMENTS = 250_000

@@ -20,6 +20,8 @@ from system.faults.rank_runs import NO_MOUNTS, Ended, Group, RankServer, free_po
 
 from ckpt_avg import average
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED_OR_NOT = "The output path is as it was, or complete if it had been published."
 CLOSED = "was lost: its connection was closed"
 long = pytest.mark.campaign

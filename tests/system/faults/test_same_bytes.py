@@ -23,6 +23,8 @@ from system.faults.rank_runs import Group, rank_server
 
 from ckpt_avg import average
 
+pytestmark = pytest.mark.slow
+
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -19,6 +19,8 @@ from system.faults.harness import Server, litter, state
 
 from ckpt_avg import average
 
+pytestmark = pytest.mark.slow
+
 OLD = b"what stood here before" * 1000
 TIGHT = ("-q", "--memory", "1MiB", "--threads", "1")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

@@ -21,6 +21,8 @@ from system.faults.tracing import Call
 
 from ckpt_avg import average
 
+pytestmark = pytest.mark.slow
+
 # Names differ between architectures and C libraries; those that a run does not make are left out.
 OPENS = ("open", "openat")
 CALLS = (

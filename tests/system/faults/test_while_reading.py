@@ -169,6 +169,7 @@ def change_at_random(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "io"),
     [("cut", "pread"), ("overwrite", "auto"), ("append", "auto"), ("replace", "auto"), ("delete", "auto")],
@@ -194,6 +195,7 @@ def test_many_changes_at_random_moments(server: Server, inputs: Inputs, output: 
     assert change in ("replace", "delete") or found["refused"] >= 20, found
 
 
+@pytest.mark.slow
 def test_the_harness_catches_a_reader_that_does_not_look_again(
     inputs: Inputs, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +221,7 @@ mapped._populate = bring_and_cut
 """
 
 
+@pytest.mark.slow
 @linux
 def test_a_file_that_is_cut_while_its_window_is_in_use_is_an_error(
     ckpt_avg: Command, inputs: Inputs, output: Path, tmp_path: Path
@@ -358,6 +361,7 @@ def with_descriptors(count: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
 
 
+@pytest.mark.slow
 def test_more_shards_than_files_may_be_open_are_averaged(ckpt_avg: Command, shards: list[Path], output: Path) -> None:
     """If it failed, long runs of sharded checkpoints would need a higher `ulimit -n`, or end in a traceback."""
     ended = ckpt_avg("average", *shards, "-o", output, "-q", preexec_fn=with_descriptors(40))
@@ -366,6 +370,7 @@ def test_more_shards_than_files_may_be_open_are_averaged(ckpt_avg: Command, shar
     assert output.read_bytes() == output.with_name("without a limit").read_bytes()
 
 
+@pytest.mark.slow
 def test_too_few_descriptors_for_anything_is_an_error(ckpt_avg: Command, shards: list[Path], output: Path) -> None:
     """If it failed, the user would get a traceback, and not the limit that is in the way."""
     ended = ckpt_avg("average", *shards, "-o", output, "-q", preexec_fn=with_descriptors(6))

@@ -50,6 +50,7 @@ BODIES = {
 }
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_an_index_of_very_many_values_stays_in_memory_bounds(tmp_path: Path, body: bytes) -> None:
@@ -59,6 +60,7 @@ def test_an_index_of_very_many_values_stays_in_memory_bounds(tmp_path: Path, bod
     assert "expected " in refused(index, index.stat().st_size)
 
 
+@pytest.mark.slow
 @linux
 def test_metadata_whose_tensors_share_their_parts_is_read_in_bounded_time(tmp_path: Path) -> None:
     """16 KB name 1,000 tensors, all of the same 3,000 parts: looking at each part of each is three million steps."""

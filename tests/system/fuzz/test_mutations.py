@@ -25,11 +25,13 @@ def assert_nothing_found(found: Findings, count: int) -> None:
     assert found.worst_bytes <= MEMORY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parser", PARSERS)
 def test_only_our_exceptions_in_bounded_time_and_memory(parser: str) -> None:
     assert_nothing_found(run(parser, 1_000), 1_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parser", PARSERS)
 def test_the_peak_memory_of_each_input(parser: str) -> None:
     assert_nothing_found(run(parser, 100, seed=1, trace=True), 100)
@@ -83,6 +85,7 @@ def _plain(pieces: tuple[bytes, ...]) -> bool:
     return b"numpy" not in body and b"nn.modules" not in body and not body.startswith(b"\x80\x05")
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize(
     ("reader", "what"),
@@ -100,12 +103,14 @@ def test_a_planted_bug_is_caught(reader: str, what: str) -> None:
     assert all(bytes.fromhex(content) for content in found.finds.values())
 
 
+@pytest.mark.slow
 def test_a_planted_allocation_is_measured() -> None:
     found = run("trusted length", 40, trace=True)
     assert found.worst_bytes > MEMORY
     assert any("bytes of memory" in kind for kind in found.finds)
 
 
+@pytest.mark.slow
 def test_a_silent_child_is_caught(tmp_path: Path) -> None:
     found = run("safetensors", 10_000_000, timeout=1)
     assert list(found.finds) == ["no answer in 1 s"]

@@ -18,6 +18,8 @@ from system.fuzz.bypasses import BYPASSES, INDIRECT, PARSED_OTHERWISE, SYSTEM, T
 from system.fuzz.corpus import FLOATS, array, checkpoint_pickle, stored_zip, torch_zip
 from system.fuzz.opcodes import MAGIC, called, large, listed, mapping, proto, tensor, text, whole
 
+pytestmark = pytest.mark.slow
+
 EVIL = called(SYSTEM, TOUCH)
 LIVE = proto(EVIL)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, DType, Part, TensorSpec
     from ckpt_avg.checkpoint.training_record import Record
     from ckpt_avg.commands.average import average
+    from ckpt_avg.commands.check import check
     from ckpt_avg.commands.inspect import Inspection, Listed, inspect
     from ckpt_avg.commands.refresh_bn import refresh_weights
     from ckpt_avg.commands.results import AverageResult
@@ -45,14 +46,15 @@ if TYPE_CHECKING:
     )
     from ckpt_avg.formats.open import open_checkpoint
     from ckpt_avg.progress import Progress
-    from ckpt_avg.runs.compatibility import CompatibilityReport, Difference, check
+    from ckpt_avg.runs.compatibility import CompatibilityReport, Difference
     from ckpt_avg.user_code.evaluate import Evaluation
     from ckpt_avg.user_code.gate import Outcome, Requirement
 
 _HOMES = {
     "ckpt_avg.commands.average": ("average",),
     "ckpt_avg.batchnorm.refresh": ("BatchNormReport", "refresh_batch_norm"),
-    "ckpt_avg.runs.compatibility": ("CompatibilityReport", "Difference", "check"),
+    "ckpt_avg.runs.compatibility": ("CompatibilityReport", "Difference"),
+    "ckpt_avg.commands.check": ("check",),
     "ckpt_avg.errors": (
         "ChangedWhileReadingError",
         "CheckpointFormatError",

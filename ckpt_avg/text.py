@@ -17,13 +17,25 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def quote(name: object) -> str:
-    """Returns ``repr(name)``, so that control characters show escaped, cut to a readable length."""
+    """Returns ``repr(name)``, which escapes control characters, cut to a readable length."""
+    return _cut(_repr(name))
+
+
+def escaped(name: str | os.PathLike[str]) -> str:
+    """Returns a name as `quote` does, without the quotes."""
+    return _cut(_repr(name)[1:-1])
+
+
+def _repr(name: object) -> str:
     try:
         name = os.fspath(name) if isinstance(name, os.PathLike) else name
-        # Few objects can stand for very many where they are shared: of containers only the top is looked at.
-        text = repr(name) if isinstance(name, (str, bytes, int, float)) else _SHORT.repr(name)
+        # A few objects that are shared can expand to very many: show only the top level of containers.
+        return repr(name) if isinstance(name, (str, bytes, int, float)) else _SHORT.repr(name)
     except ValueError:  # Python prints no integer of more than 4,300 digits
         return f"<{type(name).__name__} too long to print>"
+
+
+def _cut(text: str) -> str:
     if len(text) <= _LONGEST_NAME:
         return text
     return f"{text[: _LONGEST_NAME - 20]}…{text[-16:]} ({len(text)} characters)"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg.text import listing, plural, quote, safe_text, size
+from ckpt_avg.text import escaped, listing, plural, quote, safe_text, size
 
 
 @pytest.mark.parametrize("name", ["w", "", "é", "日本語", "it's", 'a"b', 3, None, (1, 2), [1], b"x", 1.5])
@@ -36,6 +36,12 @@ def test_long_names_are_cut_and_counted(length: int) -> None:
         assert "…" in text
         assert text.endswith(f"end' ({length + 2} characters)")
         assert len(text) <= 150
+
+
+def test_names_can_be_shown_without_quotes() -> None:
+    assert escaped("it's") == "it's"
+    assert escaped(Path("a\nb")) == "a\\nb"
+    assert escaped("begin" + "x" * 200 + "end").endswith("xend (208 characters)")
 
 
 def test_a_number_too_long_to_print_is_described() -> None:

@@ -188,7 +188,7 @@ def sweep_command(
 def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **options: Any) -> None:
     """Say whether the checkpoints fit together, from their headers alone."""
     from ckpt_avg.cli.report import compatibility_json, compatibility_text
-    from ckpt_avg.runs.compatibility import check
+    from ckpt_avg.commands.check import check
 
     report = check(sources, **options)
     for text in () if as_json else report.notices:

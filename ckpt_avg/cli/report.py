@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.cli.report_evaluation import evaluation_lines, evaluations_json
 from ckpt_avg.runs.compatibility import CompatibilityReport
-from ckpt_avg.text import plural, quote, size, told_apart
+from ckpt_avg.text import escaped, plural, quote, size, told_apart
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.results import AverageResult
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def refreshed_text(result: AverageResult) -> str:
     """Says which weights were refreshed, over what, and where they went."""
-    name = quote(result.checkpoints[0].name or str(result.checkpoints[0]))[1:-1]
+    name = escaped(result.checkpoints[0].name or str(result.checkpoints[0]))
     done, would_be = ("copied", "would copy") if result.statistics == "none" else ("refreshed", "would refresh")
     lines = [f"{done if _is_done(result) else would_be} {name}"]
     lines += _statistics(result)
@@ -24,7 +24,7 @@ def refreshed_text(result: AverageResult) -> str:
 
 def average_text(result: AverageResult, *, verbose: bool = False) -> str:
     """Says what was averaged, how, and where it went; with ``verbose`` also what was left out."""
-    names = [quote(name)[1:-1] for name in told_apart(result.checkpoints)]
+    names = [escaped(name) for name in told_apart(result.checkpoints)]
     shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, …, {names[-1]}"
     lines = [
         f"{'averaged' if _is_done(result) else 'would average'} {plural(len(names), 'checkpoint')}: {shown}",

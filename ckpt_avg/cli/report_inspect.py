@@ -8,7 +8,7 @@ from typing import Any
 from ckpt_avg.checkpoint.spec import CheckpointSpec, batch_norm_layers
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.commands.inspect import Inspection, Listed
-from ckpt_avg.text import listing, plural, quote, size
+from ckpt_avg.text import escaped, listing, plural, quote, size
 
 _ROWS = 60
 
@@ -33,7 +33,7 @@ def inspection_text(found: Inspection) -> str:
     told = {name for name, _ in found.unreadable}
     if seen := [(name, what) for name, what in found.seen if name not in told]:
         lines.append(f"{found.path} holds{' also' if told else ''}:")
-        lines += [f"  {quote(name)[1:-1]}: {what}" for name, what in seen]
+        lines += [f"  {escaped(name)}: {what}" for name, what in seen]
     if found.needed:
         lines.append(f"nothing to average here: {found.needed}")
     return "\n".join(lines)
@@ -80,7 +80,7 @@ def checkpoint_text(spec: CheckpointSpec) -> str:
         lines.append("says of itself:")
         lines += [f"  {quote(key)}: {quote(value)}" for key, value in list(spec.metadata.items())[:_ROWS]]
     lines += [f"note: {note}" for note in spec.notes]
-    rows = [(quote(t.name)[1:-1], t.dtype.name, "×".join(map(str, t.shape)) or "scalar") for t in spec.tensors.values()]
+    rows = [(escaped(t.name), t.dtype.name, "×".join(map(str, t.shape)) or "scalar") for t in spec.tensors.values()]
     lines += _table(("tensor", "dtype", "shape"), rows[:_ROWS])
     if len(rows) > _ROWS:
         lines.append(f"… and {len(rows) - _ROWS:,} more (--json lists all)")
@@ -125,14 +125,14 @@ def checkpoint_json(spec: CheckpointSpec, record: Record | None = None) -> dict[
 def _run_table(listed: Sequence[Listed]) -> list[str]:
     rows = [
         (
-            quote(each.spec.path.name)[1:-1],
+            escaped(each.spec.path.name),
             each.spec.format,
             each.spec.kind or "-",
-            quote(each.spec.state_key)[1:-1] if each.spec.state_key else "-",
+            escaped(each.spec.state_key) if each.spec.state_key else "-",
             "-" if each.record.step is None else str(each.record.step),
             "-" if each.record.epoch is None else str(each.record.epoch),
             _metrics(each.record) or "-",
-            quote(each.spec.prefix)[1:-1] or "-",
+            escaped(each.spec.prefix) or "-",
             str(len(each.spec.tensors)),
             ", ".join(sorted({tensor.dtype.name for tensor in each.spec.tensors.values()})),
             str(len(each.spec.tied())),
@@ -154,7 +154,7 @@ def _recorded(record: Record) -> str:
 
 
 def _metrics(record: Record, most: int = 3) -> str:
-    shown = [f"{quote(name)[1:-1]} {value:.6g}" for name, value in list(record.metrics.items())[:most]]
+    shown = [f"{escaped(name)} {value:.6g}" for name, value in list(record.metrics.items())[:most]]
     return ", ".join(shown) + (", …" if len(record.metrics) > most else "")
 
 

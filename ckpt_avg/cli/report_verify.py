@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckpt_avg.commands.verify import VerifyReport
-from ckpt_avg.text import one_line, plural, quote, size, told_apart
+from ckpt_avg.text import escaped, one_line, plural, size, told_apart
 
 
 def verify_text(report: VerifyReport) -> str:
@@ -16,7 +16,7 @@ def verify_text(report: VerifyReport) -> str:
         f"digest of the data: {report.data_digest}",
     ]
     if report.checkpoints is not None:
-        names = [quote(name)[1:-1] for name in told_apart(report.checkpoints)]
+        names = [escaped(name) for name in told_apart(report.checkpoints)]
         shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, …, {names[-1]}"
         what = "the mean of" if len(names) > 1 else "a copy of"
         lines.append(f"it is {what} {plural(len(names), 'checkpoint')}, bit for bit: {shown}")

@@ -26,12 +26,12 @@ from ckpt_avg.mean.plan import check_rules
 from ckpt_avg.mean.stream import DEFAULT_MEMORY, check_memory
 from ckpt_avg.output.checksum import check_checksum, write_checksum
 from ckpt_avg.output.digests import digest_files
+from ckpt_avg.output.paths import refuse_output_among
 from ckpt_avg.output.provenance import Options
 from ckpt_avg.output.target import check_target
 from ckpt_avg.progress import Progress
 from ckpt_avg.runs.discover import Discovery, Sources, discover
-from ckpt_avg.runs.inputs import refuse_output_among
-from ckpt_avg.runs.select import Selection, check_selection, patterns
+from ckpt_avg.runs.select import Selection
 from ckpt_avg.user_code.batches import ForwardBatch
 from ckpt_avg.user_code.evaluate import Evaluate
 from ckpt_avg.user_code.model import Batches, Model
@@ -161,10 +161,7 @@ def average(
         assessment = Assessment(
             evaluate, measure_all=evaluate_all, require=require, has_model=model is not None, measures=ranks.is_first
         )
-        names = patterns(include), patterns(exclude)
-        selection = check_selection(
-            Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode)
-        )
+        selection = Selection(include, exclude, from_step, to_step, at_lr_minima, every, last, best, metric, mode)
         reading = make_reading(state_key, ema, strip_prefix)
         launch = launch_of() if ranks.size > 1 else None
         mean_device, model_device = choose_devices(device, launch)

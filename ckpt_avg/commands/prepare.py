@@ -11,6 +11,7 @@ import torch
 from ckpt_avg.batchnorm.policy import Statistics, choose_refresh, frozen_buffers, needs_refresh, source_of_statistics
 from ckpt_avg.batchnorm.refresh_output import PreparedRefresh
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
+from ckpt_avg.commands.check import notice_what_is_read
 from ckpt_avg.files.input_file import IO
 from ckpt_avg.formats.state_dict import Reading
 from ckpt_avg.machine.collector import collector_paused
@@ -18,9 +19,8 @@ from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import Plan, make_plan
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
-from ckpt_avg.runs.inputs import notice_what_is_read, open_inputs
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.runs.select import Selection
+from ckpt_avg.runs.select import Selection, open_selected
 from ckpt_avg.user_code.model import Batches, Model, Passes, build_model
 
 
@@ -103,8 +103,7 @@ def prepare(
         CkptAvgError: of any kind but OutputError.
     """
     with collector_paused():
-        inputs = open_inputs(discovery, selection, reading, stack, notice)
-        checkpoints = inputs.checkpoints
+        checkpoints, skipped = open_selected(discovery, selection, reading, stack, notice)
         for file in (file for checkpoint in checkpoints for file in checkpoint.files):
             file.read_by(io)
         specs = [checkpoint.spec for checkpoint in checkpoints]
@@ -116,7 +115,7 @@ def prepare(
     model, refresh = _user_code(plan, frozen, rules, notice)
     refuse_unequal(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
     statistics = source_of_statistics(plan, frozen, refresh)
-    return Prepared(checkpoints, inputs.survey.skipped, plan, frozen, model, refresh, statistics)
+    return Prepared(checkpoints, skipped, plan, frozen, model, refresh, statistics)
 
 
 def _user_code(

@@ -24,7 +24,7 @@ from ckpt_avg.mean.stream import DEFAULT_MEMORY, check_memory
 from ckpt_avg.progress import Progress
 from ckpt_avg.runs.discover import Sources, discover
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.runs.select import Selection, check_selection, patterns
+from ckpt_avg.runs.select import Selection
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import ForwardBatch
 from ckpt_avg.user_code.evaluate import Evaluate, Evaluation, evaluate_weights, refuse_other_metrics
@@ -160,8 +160,7 @@ def sweep(
     target, highest = _target(maximize, minimize)
     if hold is not None and hold < 0:
         raise UsageError(f"--hold: expected 0 or more, got {hold:,}.")
-    names = patterns(include), patterns(exclude)
-    selection = check_selection(Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode))
+    selection = Selection(include, exclude, from_step, to_step, at_lr_minima, every, last, best, metric, mode)
     reading = make_reading(state_key, ema, strip_prefix)
     mean_device, model_device = choose_devices(device)
     options = RefreshOptions(model_device, bn_estimator, bn_batches, amp, forward_batch)

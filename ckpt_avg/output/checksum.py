@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ckpt_avg.errors import OutputError, UsageError
+from ckpt_avg.output.paths import refuse_output_among
 from ckpt_avg.output.target import check_target
 from ckpt_avg.output.unpublished_file import atomic_output
 from ckpt_avg.runs.discover import Discovery
-from ckpt_avg.runs.inputs import refuse_output_among
 
 SUFFIX = ".sha256"
 

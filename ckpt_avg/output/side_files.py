@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ckpt_avg.errors import OutputError, UsageError
 from ckpt_avg.formats.sharded import SUFFIX as INDEX_SUFFIX
+from ckpt_avg.output.paths import refuse_output_among
 from ckpt_avg.output.target import check_target
 from ckpt_avg.output.unpublished_file import atomic_output
 from ckpt_avg.runs.discover import Sources, discover
-from ckpt_avg.runs.inputs import refuse_output_among
 
 
 class SideFiles:

@@ -21,7 +21,7 @@ from ckpt_avg.formats.trainers.file_names import record_from_name, stem
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.run_folder import Skipped, in_order, natural_key
-from ckpt_avg.text import listing, quote
+from ckpt_avg.text import escaped, listing, quote
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
 Unit = Literal["step", "epoch"]
@@ -89,7 +89,7 @@ def survey(
     if not any(wanted(path.name) for path in paths):
         raise IncompatibleError(
             f"nothing to average: --include and --exclude leave none of {len(paths):,} checkpoints "
-            f"({listing(quote(path.name)[1:-1] for path in paths)}). The patterns are matched with file names; change "
+            f"({listing(escaped(path.name) for path in paths)}). The patterns are matched with file names; change "
             "them." + _left_out_before(discovery, wanted)
         )
     candidates: list[Candidate] = []

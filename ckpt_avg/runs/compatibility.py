@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec, TensorSpec
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.formats.open import make_reading
-from ckpt_avg.runs.discover import Sources, discover
-from ckpt_avg.runs.inputs import notice_what_is_read, open_inputs
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.runs.select import Selection, check_selection, patterns
 from ckpt_avg.text import listing, one_line, plural, quote
 
 Aspect = Literal["missing", "unexpected", "shape", "dtype", "tied"]
@@ -80,52 +75,6 @@ class CompatibilityReport:
             f"the checkpoints don't fit together: {plural(len(self.differences), 'difference')} from "
             f"{one_line(self.checkpoints[0])}\n{lines}\n{self.advice}"
         )
-
-
-def check(
-    sources: Sources,
-    *,
-    last: int | None = None,
-    every: int | None = None,
-    from_step: int | None = None,
-    to_step: int | None = None,
-    best: int | None = None,
-    metric: str | None = None,
-    mode: str | None = None,
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-    at_lr_minima: bool = False,
-    state_key: str | None = None,
-    ema: bool = False,
-    strip_prefix: str | None = None,
-) -> CompatibilityReport:
-    """Says whether checkpoints can be averaged, from their headers alone.
-
-    Args:
-        sources: checkpoint files, checkpoint folders and run folders.
-        last, every, from_step, to_step, best, metric, mode, include, exclude, at_lr_minima: which of them, as for
-            `average`.
-        state_key, ema, strip_prefix: how to read each, as for `open_checkpoint`.
-
-    Returns:
-        The report; ``report.compatible`` is the answer.
-
-    Raises:
-        CkptAvgError: a checkpoint cannot be opened, or there is none.
-
-    Example:
-        >>> check(["fixtures/mnist_cnn"]).compatible
-        True
-    """
-    names = patterns(include), patterns(exclude)
-    selection = check_selection(Selection(*names, from_step, to_step, at_lr_minima, every, last, best, metric, mode))
-    reading = make_reading(state_key, ema, strip_prefix)
-    with ExitStack() as stack:
-        notices: list[str] = []
-        inputs = open_inputs(discover(sources), selection, reading, stack, notices.append, compare="same step")
-        notice_what_is_read(inputs.checkpoints, notices.append)
-        report = compare([checkpoint.spec for checkpoint in inputs.checkpoints])
-        return replace(report, skipped=inputs.survey.skipped, notices=tuple(notices))
 
 
 def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:

@@ -1,40 +1,46 @@
-"""Which of the candidates to average."""
+"""Which checkpoints to average."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.errors import IncompatibleError, UsageError
-from ckpt_avg.runs.candidates import Candidate, Unit, position, unit_of
-from ckpt_avg.runs.cycles import bottoms
-from ckpt_avg.text import listing, plural, quote
+from ckpt_avg.formats.open import refuse_missing_prefix
+from ckpt_avg.formats.state_dict import Reading
+from ckpt_avg.runs.candidates import Candidate, Compare, Unit, position, survey, unit_of
+from ckpt_avg.runs.discover import Discovery
+from ckpt_avg.runs.run_folder import Skipped
+from ckpt_avg.text import escaped, listing, plural, quote
 
-_MODES = ("min", "max")
-_FAR = 0.25  # of the distance between bottoms: a checkpoint further away from one was not saved at it
+_NEAR = 0.05  # of the amplitude: how far the first or last minimum of a run may be from its neighbour
+_FAR = 0.25  # of the distance between minima: a checkpoint further from one was not saved at it
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What to take. The rules apply in this order.
+    """Which checkpoints to use. The rules apply in this order.
 
     Attributes:
-        include: glob patterns for file names; a checkpoint that matches none is left out.
-        exclude: glob patterns for file names; a checkpoint that matches one is left out.
-        from_step: steps, or epochs where the run records no steps: earlier checkpoints are left out.
-        to_step: the same: later ones are left out.
-        at_lr_minima: only those at the bottom of a cycle of the learning rate.
-        every: of what is left, each K-th, counted back from the last, which is always taken.
-        last: of what is left, the last N.
-        best: of what is left, the N best by ``metric``, in their order.
-        metric: the name of a recorded metric; may be left out where only one is recorded.
+        include: glob patterns for file names; checkpoints that match none are skipped.
+        exclude: glob patterns for file names; checkpoints that match one are skipped.
+        from_step: skip checkpoints before this step, or epoch where the run records no steps.
+        to_step: skip checkpoints after this step or epoch.
+        at_lr_minima: use the checkpoints at the minima of a cyclic learning rate.
+        every: use each K-th, counted back from the last, which is always used.
+        last: use the last N.
+        best: use the N best by ``metric``, in the order of the run.
+        metric: a recorded metric; needed only if several are recorded.
         mode: ``min`` or ``max``: which is better.
     """
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: str | Iterable[str] = ()
+    exclude: str | Iterable[str] = ()
     from_step: int | None = None
     to_step: int | None = None
     at_lr_minima: bool = False
@@ -44,38 +50,68 @@ class Selection:
     metric: str | None = None
     mode: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises UsageError where a rule is out of range, or two contradict each other."""
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+        for option, number in (("--last", self.last), ("--every", self.every), ("--best", self.best)):
+            if number is not None and number < 1:
+                raise UsageError(f"{option}: expected 1 or more, got {number}.")
+        if self.best is None:
+            for option, given in (("--metric", self.metric), ("--mode", self.mode)):
+                if given is not None:
+                    raise UsageError(f"{option} {given} needs --best. Add --best N.")
+        elif self.mode not in ("min", "max"):
+            got = "nothing" if self.mode is None else repr(self.mode)
+            raise UsageError(
+                f"--best {self.best}: expected --mode min (a loss, an error rate) or --mode max (an accuracy), got "
+                f"{got}."
+            )
+        if self.from_step is not None and self.to_step is not None and self.from_step > self.to_step:
+            raise UsageError(f"--from-step {self.from_step} is greater than --to-step {self.to_step}.")
+
     def wants(self, name: str) -> bool:
-        """Whether ``include`` and ``exclude`` let a file name through."""
+        """Whether a file name passes ``include`` and ``exclude``."""
         return (not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)) and not any(
             fnmatchcase(name, pattern) for pattern in self.exclude
         )
 
 
-def patterns(given: str | Iterable[str]) -> tuple[str, ...]:
-    """Returns glob patterns as a tuple; a single one may be given as it is."""
-    return (given,) if isinstance(given, str) else tuple(given)
+def open_selected(
+    discovery: Discovery,
+    selection: Selection,
+    reading: Reading,
+    stack: ExitStack,
+    notice: Callable[[str], None] = lambda text: None,
+    *,
+    compare: Compare = "all",
+) -> tuple[tuple[Checkpoint, ...], tuple[Skipped, ...]]:
+    """Returns the selected checkpoints, open and in order, and what was skipped.
 
+    Args:
+        discovery: what the sources contain.
+        selection: which checkpoints to use.
+        reading: how to read them.
+        stack: closes them.
+        notice: called with what the user should know.
+        compare: how copies in run folders are recognised.
 
-def check_selection(selection: Selection) -> Selection:
-    """Returns the selection; raises UsageError where the rules make no sense as they are worded."""
-    for option, number in (("--last", selection.last), ("--every", selection.every), ("--best", selection.best)):
-        if number is not None and number < 1:
-            raise UsageError(f"{option}: expected 1 or more, got {number}.")
-    if selection.best is None:
-        for option, given in (("--metric", selection.metric), ("--mode", selection.mode)):
-            if given is not None:
-                raise UsageError(f"{option} {given}: says what is best, but nothing asks for the best. Add --best N.")
-    elif selection.mode not in _MODES:
-        got = "nothing" if selection.mode is None else repr(selection.mode)
-        raise UsageError(
-            f"--best {selection.best}: expected --mode min (a loss, an error rate) or --mode max (an accuracy), got "
-            f"{got}."
-        )
-    if selection.from_step is not None and selection.to_step is not None and selection.from_step > selection.to_step:
-        raise UsageError(
-            f"--from-step {selection.from_step} lies behind --to-step {selection.to_step}: expected it before."
-        )
-    return selection
+    Raises:
+        CkptAvgError: a selected checkpoint cannot be opened, or there is none.
+    """
+    for note in discovery.notes:
+        notice(note)
+    found = survey(discovery, reading, stack, selection.wants, compare=compare)
+    for note in found.notes:
+        notice(note)
+    checkpoints = tuple(candidate.opened() for candidate in select(found.candidates, selection, notice))
+    refuse_missing_prefix([checkpoint.spec for checkpoint in checkpoints], reading)
+    chosen = set(map(id, checkpoints))
+    for candidate in found.candidates:
+        if candidate.checkpoint is not None and id(candidate.checkpoint) not in chosen:
+            candidate.checkpoint.close()
+    return checkpoints, found.skipped
 
 
 def select(
@@ -84,10 +120,8 @@ def select(
     """Applies a selection to candidates in order; ``include`` and ``exclude`` have been applied to their names.
 
     Raises:
-        UsageError: the selection makes no sense.
-        IncompatibleError: nothing is left, fewer than are asked for, or the run does not record what a rule needs.
+        IncompatibleError: too few are left, or the run does not record what a rule needs.
     """
-    check_selection(selection)
     kept = list(candidates)
     if selection.from_step is not None or selection.to_step is not None:
         kept = _between(kept, selection, notice)
@@ -103,52 +137,52 @@ def select(
 
 
 def _names(candidates: Sequence[Candidate]) -> str:
-    return listing(quote(candidate.path.name)[1:-1] for candidate in candidates)
+    return listing(escaped(candidate.path.name) for candidate in candidates)
 
 
 def _enough(kept: list[Candidate], number: int, option: str) -> list[Candidate]:
     if len(kept) < number:
         raise IncompatibleError(
-            f"{option} {number}: expected at least that many checkpoints, got {len(kept)} ({_names(kept)}). "
-            f"Ask for {option} {len(kept)} or name more."
+            f"{option} {number}: expected at least {plural(number, 'checkpoint')}, got {len(kept)} ({_names(kept)}). "
+            f"Use {option} {len(kept)}, or name more checkpoints."
         )
     return kept
 
 
 def _unit(candidates: Sequence[Candidate], option: str) -> Unit:
     unit = unit_of(candidates)
-    if unit is None:
-        lacking = [candidate for candidate in candidates if candidate.record.step is None]
-        if not [each for each in lacking if each.record.epoch is None]:
-            raise IncompatibleError(
-                f"{option}: expected steps for every checkpoint, or epochs, got only epochs for {_names(lacking)} and "
-                "only steps for others. Choose with --include and --exclude."
-            )
+    if unit is not None:
+        return unit
+    without_step = [candidate for candidate in candidates if candidate.record.step is None]
+    if all(candidate.record.epoch is not None for candidate in without_step):
         raise IncompatibleError(
-            f"{option}: expected a step or an epoch for every checkpoint, got none for {_names(lacking)}. Leave these "
-            "out with --exclude, or choose with --include."
+            f"{option}: expected a step in every checkpoint, or an epoch in every one, got only epochs in "
+            f"{_names(without_step)} and only steps in others. Select one kind with --include or --exclude."
         )
-    return unit
+    raise IncompatibleError(
+        f"{option}: expected a step or an epoch in every checkpoint, got none in {_names(without_step)}. Skip these "
+        "with --exclude, or select others with --include."
+    )
 
 
 def _between(kept: list[Candidate], selection: Selection, notice: Callable[[str], None]) -> list[Candidate]:
-    unit = _unit(kept, "--from-step" if selection.from_step is not None else "--to-step")
-    first = selection.from_step if selection.from_step is not None else 0
+    first, last = selection.from_step, selection.to_step
+    unit = _unit(kept, "--from-step" if first is not None else "--to-step")
+    positions = [position(candidate, unit) for candidate in kept]
     found = [
         candidate
-        for candidate in kept
-        if first <= position(candidate, unit)
-        and (selection.to_step is None or position(candidate, unit) <= selection.to_step)
+        for candidate, at in zip(kept, positions, strict=True)
+        if (first is None or first <= at) and (last is None or at <= last)
     ]
-    last = selection.to_step if selection.to_step is not None else "…"
+    given = [f"--{name}-step {bound}" for name, bound in (("from", first), ("to", last)) if bound is not None]
+    bounds, ending, them = " and ".join(given), "" if len(given) > 1 else "s", "it" if len(given) < 2 else "them"
     if not found:
-        positions = [position(candidate, unit) for candidate in kept]
         raise IncompatibleError(
-            f"nothing to average: none of {plural(len(kept), 'checkpoint')} lies in {unit}s {first} to {last}; they "
-            f"lie in {min(positions)} to {max(positions)}. Change --from-step or --to-step."
+            f"nothing to average: {bounds} skip{ending} all {plural(len(kept), 'checkpoint')}, whose {unit}s are "
+            f"{min(positions)} to {max(positions)}. Change {them}."
         )
     if unit == "epoch":
-        notice(f"the run records no steps, so {first} to {last} are epochs")
+        notice(f"the run records no steps, so {bounds} count{ending} epochs")
     return found
 
 
@@ -158,19 +192,25 @@ def _best(
     recorded = sorted({name for candidate in kept for name in candidate.record.metrics})
     if metric is None and len(recorded) == 1:
         metric = recorded[0]
-    if metric not in recorded:
-        wanted = "a name for --metric" if metric is None else f"--metric {metric}"
-        found = listing(map(quote, recorded)) if recorded else "no metric at all"
-        advice = "Name one of these." if recorded else "Choose with --include or --last instead."
-        raise IncompatibleError(f"--best {number}: expected {wanted}, got checkpoints that record {found}. {advice}")
+    if metric is None or metric not in recorded:
+        if not recorded:
+            raise IncompatibleError(
+                f"--best {number}: the checkpoints record no metrics. Use --last or --include instead."
+            )
+        found = f"the checkpoints record {listing(map(quote, recorded))}"
+        if metric is None:
+            raise IncompatibleError(f"--best {number}: {found}. Choose one of them with --metric.")
+        close = get_close_matches(metric, recorded, n=1)
+        advice = f"Did you mean {quote(close[0])}?" if close else "Use one of these."
+        raise IncompatibleError(f"--metric {metric}: {found}. {advice}")
     measured = [candidate for candidate in kept if metric in candidate.record.metrics]
     if len(measured) < len(kept):
         lacking = [candidate for candidate in kept if metric not in candidate.record.metrics]
-        notice(f"left out, since they record no {quote(metric)}: {_names(lacking)}")
+        notice(f"skipped, because they record no {quote(metric)}: {_names(lacking)}")
     _enough(measured, number, "--best")
     sign = -1.0 if highest else 1.0
-    # sorted keeps the order of equals, so of these the later one is taken.
     newest_first = measured[::-1]
+    # sorted keeps the order of ties, so the later checkpoint is used.
     ranked = sorted(newest_first, key=lambda candidate: sign * candidate.record.metrics[metric])
     chosen = {id(candidate) for candidate in ranked[:number]}
     return [candidate for candidate in kept if id(candidate) in chosen]
@@ -178,39 +218,36 @@ def _best(
 
 def _at_minima(kept: list[Candidate], notice: Callable[[str], None]) -> list[Candidate]:
     option = "--at-lr-minima"
-    unit = unit_of(kept)
     log = max((candidate.record.rates for candidate in kept), key=len)
-    if log and unit == "step":
-        steps = [log[index][0] for index in bottoms([rate for _, rate in log])]
-        found = _nearest(kept, steps)
+    if log and unit_of(kept) == "step":
+        found = _nearest(kept, [log[index][0] for index in minima_of([rate for _, rate in log])])
     else:
         lacking = [candidate for candidate in kept if candidate.record.learning_rate is None]
         if lacking:
             raise IncompatibleError(
-                f"{option}: expected a learning rate in every checkpoint, got none in {_names(lacking)}. Choose with "
-                "--every or --include instead."
+                f"{option}: expected a learning rate in every checkpoint, got none in {_names(lacking)}. Use --every "
+                "or --include instead."
             )
-        found = [kept[index] for index in bottoms([candidate.record.learning_rate or 0.0 for candidate in kept])]
+        found = [kept[index] for index in minima_of([candidate.record.learning_rate or 0.0 for candidate in kept])]
     if len(found) < 2:
         rates = [candidate.record.learning_rate for candidate in kept if candidate.record.learning_rate is not None]
-        shown = listing(f"{rate:g}" for rate in rates)
         raise IncompatibleError(
-            f"{option}: expected a learning rate that falls and rises again at least twice, got {shown} in the "
-            "checkpoints. If each was saved at the end of a cycle, leave the option out; else choose with --every or "
-            "--include."
+            f"{option}: expected a learning rate that falls and rises again at least twice, got "
+            f"{listing(f'{rate:g}' for rate in rates)} in the checkpoints. If each was saved at the end of a cycle, "
+            "remove the option. Otherwise use --every or --include."
         )
     chosen = [
-        f"{quote(each.path.name)[1:-1]} ({each.record.learning_rate:g})"
+        f"{escaped(each.path.name)} ({each.record.learning_rate:g})"
         for each in found
         if each.record.learning_rate is not None
     ]
-    notice(f"at the bottom of the learning rate's cycles: {listing(chosen)}")
+    notice(f"learning rate minima: {listing(chosen)}")
     rates = [each.record.learning_rate or 0.0 for each in kept]
-    behind = [rates[kept.index(each) + 1] for each in found if kept.index(each) + 1 < len(kept)]
-    if not log and behind and min(behind) >= 0.95 * max(rates):
+    following = [rates[kept.index(each) + 1] for each in found if kept.index(each) + 1 < len(kept)]
+    if not log and following and min(following) >= 0.95 * max(rates):
         notice(
-            "each is followed by a checkpoint that records the highest rate: if the scheduler stepped before the "
-            "checkpoint was saved, those are the ends of the cycles; choose them with --include or --every"
+            "each of these is followed by a checkpoint with the highest rate. If the scheduler stepped before the "
+            "checkpoint was saved, you may want the next checkpoint instead: use --include or --every"
         )
     return found
 
@@ -226,3 +263,33 @@ def _nearest(kept: list[Candidate], steps: Sequence[int]) -> list[Candidate]:
         if abs(position(candidate, "step") - step) <= far:
             chosen.add(id(candidate))
     return [candidate for candidate in kept if id(candidate) in chosen]
+
+
+def minima_of(rates: Sequence[float]) -> list[int]:
+    """Returns the indices of the local minima of a series of learning rates.
+
+    SWA with a cyclic rate averages the weights at the end of each cycle, where the rate is lowest (Izmailov et al.
+    2018, section 3.2). Equal rates in a row count once, by the last index. The first rate is a minimum only if it is as
+    low as the next minimum, within 5 % of the amplitude, because a warmup starts low; the last only if it is no higher
+    than the minimum before, because a run may end anywhere.
+
+    Example:
+        >>> minima_of([0.1, 0.05, 0.01, 0.1, 0.05, 0.01, 0.1, 0.05])
+        [2, 5]
+    """
+    levels = [list(same)[-1] for _, same in itertools.groupby(enumerate(rates), key=lambda level: level[1])]
+    inner = [
+        (index, rate)
+        for (_, before), (index, rate), (_, after) in zip(levels, levels[1:], levels[2:], strict=False)
+        if before > rate < after
+    ]
+    if not inner:
+        return []
+    near = _NEAR * (max(rates) - min(rates))
+    found = [index for index, _ in inner]
+    first, last = levels[0], levels[-1]
+    if first[1] < levels[1][1] and abs(first[1] - inner[0][1]) <= near:
+        found.insert(0, first[0])
+    if last[1] < levels[-2][1] and last[1] <= inner[-1][1] + near:
+        found.append(last[0])
+    return found

@@ -816,7 +816,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_lose_the_numbers(
         ({"more": ["--windows", "all"]}, 2, "--windows: expected one of last, first, both"),
         ({"more": ["--hold", "much"]}, 2, "expected a size such as 256MiB"),
         ({"more": ["--last", "1"]}, 4, "expected at least two checkpoints"),
-        ({"more": ["--last", "9"]}, 4, "--last 9: expected at least that many checkpoints"),
+        ({"more": ["--last", "9"]}, 4, "--last 9: expected at least 9 checkpoints"),
         ({"function": "nothing"}, 7, "got NaN for every average"),
         ({"function": "raises"}, 7, "raised for step_4.pt: LookupError"),
         ({"function": "missing"}, 2, "has no 'missing'"),

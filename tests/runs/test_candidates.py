@@ -19,8 +19,7 @@ from ckpt_avg.formats.state_dict import Reading
 from ckpt_avg.runs.candidates import EARLIER_AVERAGE, Candidate, Survey, position, survey, unit_of
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import discover
-from ckpt_avg.runs.inputs import open_inputs
-from ckpt_avg.runs.select import Selection
+from ckpt_avg.runs.select import Selection, open_selected
 
 
 def weights(seed: float) -> dict[str, torch.Tensor]:
@@ -200,7 +199,7 @@ def test_a_folder_and_the_file_in_it_are_one_checkpoint(tmp_path: Path) -> None:
     save_file(weights(1), folder / "model.safetensors")
     (folder / "trainer_state.json").write_text("{}")
     with pytest.raises(UsageError, match="named twice"), ExitStack() as stack:
-        open_inputs(discover([folder, folder / "model.safetensors"]), Selection(), Reading(), stack)
+        open_selected(discover([folder, folder / "model.safetensors"]), Selection(), Reading(), stack)
 
 
 def test_check_looks_at_the_checkpoints_that_average_takes(tmp_path: Path) -> None:
@@ -307,10 +306,10 @@ def test_an_unreadable_checkpoint_stays_a_candidate(tmp_path: Path) -> None:
     with pytest.raises(CheckpointFormatError, match=r"step_2\.pt"):
         found.candidates[1].opened()
     with ExitStack() as stack:
-        inputs = open_inputs(discover([tmp_path]), Selection(last=1), Reading(), stack)
-        assert [each.spec.path.name for each in inputs.checkpoints] == ["step_3.pt"]
+        checkpoints, _ = open_selected(discover([tmp_path]), Selection(last=1), Reading(), stack)
+        assert [each.spec.path.name for each in checkpoints] == ["step_3.pt"]
         with pytest.raises(CheckpointFormatError, match=r"step_2\.pt"):
-            open_inputs(discover([tmp_path]), Selection(last=2), Reading(), stack)
+            open_selected(discover([tmp_path]), Selection(last=2), Reading(), stack)
 
 
 def test_one_that_is_left_out_by_name_is_not_even_opened(tmp_path: Path) -> None:
@@ -346,8 +345,8 @@ def test_only_what_is_chosen_stays_open(tmp_path: Path) -> None:
     put(tmp_path / "copy_of_the_ninth.pt", 9)
     before = open_descriptors()
     with ExitStack() as stack:
-        inputs = open_inputs(discover([tmp_path]), Selection(last=2), Reading(), stack)
-        assert len(inputs.checkpoints) == 2
+        checkpoints, _ = open_selected(discover([tmp_path]), Selection(last=2), Reading(), stack)
+        assert len(checkpoints) == 2
         assert open_descriptors() == before + 2
     assert open_descriptors() == before
 
@@ -362,10 +361,8 @@ def test_a_run_of_more_checkpoints_than_files_may_be_open(tmp_path: Path) -> Non
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_descriptors() + 60, hard))
     try:
         with ExitStack() as stack:
-            inputs = open_inputs(discover([tmp_path]), Selection(last=3), Reading(), stack)
-            assert [each.spec.path.name for each in inputs.checkpoints] == [
-                f"step_{step}.pt" for step in (117, 118, 119)
-            ]
+            checkpoints, _ = open_selected(discover([tmp_path]), Selection(last=3), Reading(), stack)
+            assert [each.spec.path.name for each in checkpoints] == [f"step_{step}.pt" for step in (117, 118, 119)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ckpt_avg.commands.check import check
 from ckpt_avg.errors import CheckpointFormatError, CkptAvgError, IncompatibleError, UsageError
 from ckpt_avg.formats.open import open_checkpoint
-from ckpt_avg.runs.compatibility import CompatibilityReport, check, compare
+from ckpt_avg.runs.compatibility import CompatibilityReport, compare
 
 Tensors = dict[str, torch.Tensor]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +16,7 @@ from ckpt_avg import check
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, CkptAvgError, IncompatibleError, UsageError
 from ckpt_avg.runs.candidates import Candidate
-from ckpt_avg.runs.select import Selection, check_selection, patterns, select
+from ckpt_avg.runs.select import Selection, minima_of, select
 
 Rates = tuple[tuple[int, float], ...]
 
@@ -132,14 +134,14 @@ def test_numbers_below_one_are_refused(option: str, number: int) -> None:
 
 def test_more_than_there_are() -> None:
     assert refusal(IncompatibleError, TEN[:2], last=3) == (
-        "--last 3: expected at least that many checkpoints, got 2 (step_1.pt, step_2.pt). "
-        "Ask for --last 2 or name more."
+        "--last 3: expected at least 3 checkpoints, got 2 (step_1.pt, step_2.pt). "
+        "Use --last 2, or name more checkpoints."
     )
 
 
 def test_more_than_every_leaves() -> None:
     message = refusal(IncompatibleError, TEN, every=3, last=5)
-    assert message.startswith("--last 5: expected at least that many checkpoints, got 4 (step_1.pt, step_4.pt, ")
+    assert message.startswith("--last 5: expected at least 5 checkpoints, got 4 (step_1.pt, step_4.pt, ")
 
 
 # --- include and exclude -----------------------------------------------------------------------------------
@@ -168,8 +170,8 @@ def test_patterns_let_names_through(selection: Selection, expected: list[int]) -
 
 def test_a_single_pattern_may_be_given_as_it_is(run_folder: Path) -> None:
     """Taken letter by letter, its star would match every checkpoint."""
-    assert patterns("a*") == ("a*",)
-    assert patterns(["a*", "b"]) == ("a*", "b")
+    assert Selection(include="a*").include == ("a*",)
+    assert Selection(exclude=["a*", "b"]).exclude == ("a*", "b")
     report = check(run_folder, include="epoch_1[0-3]*")
     assert [Path(path).name for path in report.checkpoints] == [f"epoch_{number}.pt" for number in (10, 11, 12, 13)]
 
@@ -193,9 +195,11 @@ def test_steps_go_before_epochs() -> None:
 
 def test_epochs_serve_where_there_are_no_steps_and_that_is_said() -> None:
     assert chosen(Selection(from_step=4, to_step=6), EPOCHS) == [4, 5, 6]
-    assert notices(EPOCHS, from_step=4, to_step=6) == ["the run records no steps, so 4 to 6 are epochs"]
-    assert notices(EPOCHS, to_step=6) == ["the run records no steps, so 0 to 6 are epochs"]
-    assert notices(EPOCHS, from_step=4) == ["the run records no steps, so 4 to … are epochs"]
+    assert notices(EPOCHS, from_step=4, to_step=6) == [
+        "the run records no steps, so --from-step 4 and --to-step 6 count epochs"
+    ]
+    assert notices(EPOCHS, to_step=6) == ["the run records no steps, so --to-step 6 counts epochs"]
+    assert notices(EPOCHS, from_step=4) == ["the run records no steps, so --from-step 4 counts epochs"]
 
 
 def test_one_checkpoint_without_a_step_makes_them_epochs() -> None:
@@ -215,25 +219,26 @@ def test_neither_steps_nor_epochs(option: str) -> None:
     lacking = [*TEN[:2], candidate("final.pt"), candidate("extra.pt", epoch=3)]
     message = refusal(IncompatibleError, lacking, **{option: 1})
     assert message.startswith(
-        f"--{option.replace('_', '-')}: expected a step or an epoch for every checkpoint, got none"
+        f"--{option.replace('_', '-')}: expected a step or an epoch in every checkpoint, got none"
     )
     assert "final.pt" in message
     assert "step_1.pt" not in message
-    assert message.endswith("Leave these out with --exclude, or choose with --include.")
+    assert message.endswith("Skip these with --exclude, or select others with --include.")
 
 
 def test_nothing_between() -> None:
     message = refusal(IncompatibleError, TEN, from_step=11)
     assert message == (
-        "nothing to average: none of 10 checkpoints lies in steps 11 to …; they lie in 1 to 10. "
-        "Change --from-step or --to-step."
+        "nothing to average: --from-step 11 skips all 10 checkpoints, whose steps are 1 to 10. Change it."
     )
-    assert "epochs 0 to 2; they lie in 3 to 7" in refusal(IncompatibleError, EPOCHS, to_step=2)
+    assert "--to-step 2 skips all 5 checkpoints, whose epochs are 3 to 7. Change it." in refusal(
+        IncompatibleError, EPOCHS, to_step=2
+    )
 
 
 def test_bounds_in_the_wrong_order() -> None:
     message = refusal(UsageError, TEN, from_step=5, to_step=4)
-    assert message == "--from-step 5 lies behind --to-step 4: expected it before."
+    assert message == "--from-step 5 is greater than --to-step 4."
 
 
 # --- best --------------------------------------------------------------------------------------------------
@@ -259,7 +264,7 @@ def test_the_best_in_the_order_of_the_run(best: int, mode: str, expected: list[i
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_of_equals_the_later_ones_are_taken(mode: str) -> None:
+def test_ties_go_to_the_later_checkpoint(mode: str) -> None:
     equal = measured(dict.fromkeys(range(1, 6), 0.5))
     assert chosen(Selection(best=2, mode=mode), equal) == [4, 5]
 
@@ -286,27 +291,27 @@ def test_the_only_metric_needs_no_name() -> None:
 def test_several_metrics_must_be_told_apart() -> None:
     two = [candidate("step_1.pt", metrics={"loss": 0.1}), candidate("step_2.pt", metrics={"acc": 0.9})]
     message = refusal(IncompatibleError, two, best=1, mode="min")
-    assert message == (
-        "--best 1: expected a name for --metric, got checkpoints that record 'acc', 'loss'. Name one of these."
-    )
+    assert message == ("--best 1: the checkpoints record 'acc', 'loss'. Choose one of them with --metric.")
 
 
 def test_a_metric_that_no_checkpoint_records() -> None:
     message = refusal(IncompatibleError, LOSSES, best=1, mode="min", metric="los")
-    assert "expected --metric los, got checkpoints that record 'loss'" in message
+    assert message == "--metric los: the checkpoints record 'loss'. Did you mean 'loss'?"
+    message = refusal(IncompatibleError, LOSSES, best=1, mode="min", metric="f1")
+    assert message == "--metric f1: the checkpoints record 'loss'. Use one of these."
     for metric in (None, "loss"):
         message = refusal(IncompatibleError, TEN, best=1, mode="min", metric=metric)
-        assert "got checkpoints that record no metric at all" in message
+        assert "the checkpoints record no metrics. Use --last or --include instead." in message
 
 
 def test_checkpoints_that_lack_the_metric_are_left_out_and_said() -> None:
     some = measured({1: 0.5, 2: None, 3: 0.9, 4: None})
     assert chosen(Selection(best=2, mode="max"), some) == [1, 3]
-    assert notices(some, best=1, mode="max") == ["left out, since they record no 'loss': step_2.pt, step_4.pt"]
+    assert notices(some, best=1, mode="max") == ["skipped, because they record no 'loss': step_2.pt, step_4.pt"]
     message = refusal(IncompatibleError, some, best=3, mode="max")
     assert message == (
-        "--best 3: expected at least that many checkpoints, got 2 (step_1.pt, step_3.pt). "
-        "Ask for --best 2 or name more."
+        "--best 3: expected at least 3 checkpoints, got 2 (step_1.pt, step_3.pt). "
+        "Use --best 2, or name more checkpoints."
     )
 
 
@@ -325,13 +330,14 @@ def test_what_is_better_must_be_said(mode: str | None) -> None:
 @pytest.mark.parametrize(("option", "value"), [("metric", "loss"), ("mode", "min")])
 def test_a_metric_without_best(option: str, value: str) -> None:
     message = refusal(UsageError, LOSSES, **{option: value})
-    assert message == f"--{option} {value}: says what is best, but nothing asks for the best. Add --best N."
+    assert message == f"--{option} {value} needs --best. Add --best N."
 
 
-def test_the_wording_can_be_checked_before_any_file_is_looked_at() -> None:
-    check_selection(Selection(best=1, mode="max", last=3, every=2, from_step=3, to_step=3, at_lr_minima=True))
+def test_a_selection_is_validated_when_it_is_made() -> None:
+    """Before any file is opened."""
+    Selection(best=1, mode="max", last=3, every=2, from_step=3, to_step=3, at_lr_minima=True)
     with pytest.raises(UsageError):
-        check_selection(Selection(best=1))
+        Selection(best=1)
 
 
 # --- the bottoms of the learning rate's cycles -------------------------------------------------------------
@@ -407,7 +413,7 @@ def test_of_two_as_near_to_a_bottom_the_later_is_taken() -> None:
     assert chosen(Selection(at_lr_minima=True), logged(8, 10, 18, 20, 28, 30)) == [10, 20, 30]
 
 
-BEHIND = "each is followed by a checkpoint that records the highest rate"
+FOLLOWED = "each of these is followed by a checkpoint with the highest rate"
 
 
 @pytest.mark.parametrize(
@@ -422,9 +428,109 @@ BEHIND = "each is followed by a checkpoint that records the highest rate"
 def test_bottoms_before_the_highest_rate_are_doubted(rates: list[float], told: bool) -> None:
     """A scheduler that stepped before the checkpoint was saved shows the next rate: then the tops are the ends."""
     bare = [candidate(f"x_{index}.pt", learning_rate=rate) for index, rate in enumerate(rates)]
-    assert any(BEHIND in text for text in notices(bare, at_lr_minima=True)) is told
+    assert any(FOLLOWED in text for text in notices(bare, at_lr_minima=True)) is told
 
 
 def test_bottoms_by_the_log_are_not_doubted() -> None:
     """A log says at which step each rate was."""
-    assert not any(BEHIND in text for text in notices(logged(9, 10, 19, 20, 29, 30), at_lr_minima=True))
+    assert not any(FOLLOWED in text for text in notices(logged(9, 10, 19, 20, 29, 30), at_lr_minima=True))
+
+
+# --- the minima of a series of rates ------------------------------------------------------------------------
+
+RATES = st.lists(st.sampled_from([0.01, 0.02, 0.05, 0.1]), max_size=30)
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([], []),
+        ([0.1], []),
+        ([0.1, 0.1, 0.1], []),
+        ([0.3, 0.2, 0.1], []),
+        ([0.1, 0.2, 0.3], []),
+        ([0.1, 0.2, 0.1], []),
+        ([0.2, 0.1, 0.2], [1]),
+        ([0.1, 0.05, 0.01, 0.1, 0.05, 0.01, 0.1, 0.05], [2, 5]),
+        # As low as the bottom beside them, the first and the last count too.
+        ([0.01, 0.1, 0.01, 0.1, 0.01], [0, 2, 4]),
+        ([0.01, 0.1, 0.01], []),
+        ([0.1, 0.01, 0.1, 0.01], [1, 3]),
+        ([0.01, 0.1, 0.01, 0.1], [0, 2]),
+        # However much lower the last is: a run may end at a new bottom, as SGDR with falling minima does.
+        ([0.1, 0.05, 0.1, 0.01], [1, 3]),
+        ([0.1, 0.05, 0.1, 0.06], [1]),
+        # A warmup begins lower than any cycle; a run may end on the way down.
+        ([0.0, 0.1, 0.01, 0.1, 0.01, 0.1, 0.05], [2, 4]),
+        # A plateau counts once, by its last.
+        ([0.1, 0.01, 0.01, 0.01, 0.1, 0.01, 0.1], [3, 5]),
+        ([0.1, 0.01, 0.01, 0.1, 0.1, 0.01, 0.01], [2, 6]),
+    ],
+)
+def test_minima_of(rates: list[float], expected: list[int]) -> None:
+    assert minima_of(rates) == expected
+
+
+@given(RATES)
+def test_each_bottom_is_below_what_surrounds_it(rates: list[float]) -> None:
+    """Whatever the rates: indices in order, each a local minimum, none twice."""
+    found = minima_of(rates)
+    assert found == sorted(set(found))
+    for index in found:
+        before = next((rate for rate in reversed(rates[:index]) if rate != rates[index]), math.inf)
+        assert before > rates[index]
+        assert index + 1 == len(rates) or rates[index + 1] > rates[index]
+
+
+@given(RATES)
+def test_every_inner_minimum_is_found(rates: list[float]) -> None:
+    found = minima_of(rates)
+    for index in range(1, len(rates) - 1):
+        if rates[index - 1] > rates[index] < rates[index + 1]:
+            assert index in found
+
+
+@given(RATES, st.sampled_from([2.0, 0.5, 1024.0]))
+def test_the_scale_of_the_rate_does_not_matter(rates: list[float], factor: float) -> None:
+    assert minima_of([rate * factor for rate in rates]) == minima_of(rates)
+
+
+@given(st.lists(st.sampled_from([0.01, 0.05, 0.1]), min_size=1, max_size=10), st.integers(1, 4))
+def test_how_often_a_rate_is_logged_does_not_matter(rates: list[float], times: int) -> None:
+    """Logged per batch or per epoch: the bottoms are the same, each by its last entry."""
+    often = [rate for rate in rates for _ in range(times)]
+    assert minima_of(often) == [index * times + times - 1 for index in minima_of(rates)]
+
+
+def schedule(make: str, steps: int) -> list[float]:
+    """The rates at which each step is made, by torch's own schedulers."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+    scheduler = {
+        "cosine restarts": lambda: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 10, eta_min=0.001),
+        "triangles": lambda: torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=5),
+        "one cycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps + 1),
+        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        "steps": lambda: torch.optim.lr_scheduler.StepLR(optimizer, 10),
+    }[make]()
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        ("cosine restarts", [9, 19, 29, 39]),
+        ("triangles", [0, 10, 20, 30, 40]),
+        ("one cycle", []),
+        ("cosine", []),
+        ("steps", []),
+    ],
+)
+def test_the_schedules_of_torch(make: str, expected: list[int]) -> None:
+    """Restarts end a cycle at the lowest rate; triangles turn there; what only falls has no cycles."""
+    found = minima_of(schedule(make, 41))
+    assert found == expected

@@ -435,9 +435,9 @@ def test_nothing_there_and_too_few_are_refused(in_process: Command, tmp_path: Pa
         (gone, (), 2, f"{gone}: expected a checkpoint file or a run folder, got nothing there. Check the path."),
         (empty, (), 4, f"{empty}: expected checkpoint files (.safetensors, .pt, .pth, .bin, .ckpt, .pth.tar) or "
                        "checkpoint folders, got none. Name a folder or files that hold some."),
-        (run, ("--last", 3), 4, "--last 3: expected at least that many checkpoints, got 2 (step_9.safetensors, "
-                                "step_10.safetensors). Ask for --last 2 or name more."),
-        (run, ("--from-step", 11), 4, "nothing to average: none of 2 checkpoints lies in steps 11 to …"),
+        (run, ("--last", 3), 4, "--last 3: expected at least 3 checkpoints, got 2 (step_9.safetensors, "
+                                "step_10.safetensors). Use --last 2, or name more checkpoints."),
+        (run, ("--from-step", 11), 4, "nothing to average: --from-step 11 skips all 2 checkpoints, whose steps"),
         (run, ("--include", "epoch*"), 4, "nothing to average: --include and --exclude leave none of 2 checkpoints"),
     ):  # fmt: skip
         assert refusal(in_process, source, *options, folder=tmp_path, code=code).startswith(says)

@@ -520,7 +520,7 @@ def test_a_disk_with_just_enough_room_is_used(small: Run, tmp_path: Path) -> Non
 def test_a_read_only_file_system_is_refused_before_anything_is_read(
     small: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opening = "ckpt_avg.commands.prepare.open_inputs"
+    opening = "ckpt_avg.commands.prepare.open_selected"
     monkeypatch.setattr(opening, lambda *arguments, **options: pytest.fail("opened an input"))
     with tmpfs(tmp_path / "read-only", "1m") as folder:
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)

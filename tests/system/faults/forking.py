@@ -40,7 +40,8 @@ class _Gate:
             pass
 
 
-def _serve(scratch: Path) -> None:
+def import_everything() -> None:
+    """Imports torch and all of this package, so that a fork has nothing left to import."""
     import torch
 
     import ckpt_avg
@@ -50,6 +51,10 @@ def _serve(scratch: Path) -> None:
             with contextlib.suppress(ImportError):  # of an optional package
                 importlib.import_module(module.name)
     torch.ones(2).double().sum()  # at its first one torch looks at the processor, and dies itself if that fails
+
+
+def _serve(scratch: Path) -> None:
+    import_everything()
     for line in sys.stdin:
         job = json.loads(line)
         answer = _answer(job, scratch)

@@ -148,7 +148,9 @@ def tmpfs(folder: Path, size: str) -> Iterator[Path]:
 
 
 def _serve() -> None:
+    from forking import import_everything
 
+    import_everything()
     for line in sys.stdin:
         job = json.loads(line)
         begin = time.monotonic()

@@ -56,7 +56,7 @@ def check(
     with ExitStack() as stack:
         notices: list[str] = []
         checkpoints, skipped = open_selected(
-            discover(sources), selection, reading, stack, notices.append, compare="same step"
+            discover(sources), selection, reading, stack, notices.append, copy_test="same step"
         )
         notice_what_is_read(checkpoints, notices.append)
         report = compare([checkpoint.spec for checkpoint in checkpoints])

@@ -80,12 +80,12 @@ def inspect(
         discovery = discover([path])
     except IncompatibleError as error:
         return Inspection(path, seen=_look_around(path), needed=str(error))
-    if not any(group.is_run for group in discovery.groups) and discovery.paths == (path,):
+    if discovery.named == (path,):
         with open_checkpoint(path, state_key=state_key, ema=ema, strip_prefix=strip_prefix) as checkpoint:
             return Inspection(path, checkpoint.spec)
     with ExitStack() as stack:
         try:
-            found = survey(discovery, reading, stack, compare="samples")
+            found = survey(discovery, reading, stack, copy_test="samples")
         except IncompatibleError as error:
             return Inspection(path, skipped=discovery.skipped, seen=_look_around(path), needed=str(error))
         listed = [
@@ -95,9 +95,8 @@ def inspect(
         ]
         unreadable = [(each.path.name, str(each.error)) for each in found.candidates if each.checkpoint is None]
         needed = "" if listed else "no checkpoint can be read, and it is said above why"
-        notes = (*discovery.notes, *found.notes)
         seen = () if listed else _look_around(path)
-        return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, notes)
+        return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, found.notes)
 
 
 def _look_around(folder: Path) -> tuple[tuple[str, str], ...]:

@@ -128,9 +128,8 @@ def _recorded_among(
             )
         chosen.append(match)
         left.remove(match)
-    named = {each for group in discovery.groups if not group.is_run for each in group.paths}
     taken = {checkpoint.spec.path for checkpoint in chosen}
-    if extra := [str(each) for each in found if each in named and each not in taken]:
+    if extra := [str(each) for each in found if each in discovery.named and each not in taken]:
         raise VerificationError(
             f"{path}: it is the mean of {plural(len(chosen), 'checkpoint')}, and these are not among them: "
             f"{listing(map(quote, extra))}. Name only those, or their folder."

@@ -30,11 +30,9 @@ def refuse_output_among(output: str | os.PathLike[str], discovery: Discovery) ->
         raise UsageError(f"{output}: cannot be used as output: {error.strerror}. Choose another path.") from error
     if status is None:
         return
-    named = [path for group in discovery.groups if not group.is_run for path in group.paths]
-    found = [path for group in discovery.groups if group.is_run for path in group.paths]
-    for path in (*named, *found, *(each.path for each in discovery.skipped)):
+    for path in (*discovery.paths, *(each.path for each in discovery.skipped)):
         for file in itertools.islice(_files_of(path), LIMITS.files):
-            if _is(file, status) and not (path not in named and _made_here(file)):
+            if _is(file, status) and not (path not in discovery.named and _made_here(file)):
                 raise UsageError(
                     f"{output}: expected a new file, got one of the checkpoints, {path}. Choose another path."
                 )

@@ -1,4 +1,4 @@
-"""The discovered checkpoints, opened: in order of their steps, copies counted once, with what each records."""
+"""The discovered checkpoints, opened: in the order of their steps, copies counted once, with what each records."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import Literal
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, Checkpoint
 from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError
 from ckpt_avg.files.input_file import MappedFile
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.formats.state_dict import Reading
 from ckpt_avg.formats.trainers.file_names import record_from_name, stem
 from ckpt_avg.runs.copies import find_copies
-from ckpt_avg.runs.discover import Discovery
+from ckpt_avg.runs.discover import Discovery, refuse_repeated
 from ckpt_avg.runs.run_folder import Skipped, in_order, natural_key
 from ckpt_avg.text import escaped, listing, quote
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
 Unit = Literal["step", "epoch"]
-# How copies are recognised: by all bytes; by a few of each tensor; or by these only among those of one step.
-Compare = Literal["all", "samples", "same step"]
+# How copies are recognised: by all bytes, by a few of each tensor, or by a few where two have the same step.
+CopyTest = Literal["full", "samples", "same step"]
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One checkpoint that could be averaged.
+    """A checkpoint that could be averaged.
 
     Attributes:
         path: where it is.
-        checkpoint: it, open; None where it could not be opened.
+        checkpoint: the open checkpoint; None if it could not be opened.
         error: why not.
         record: step, epoch and metrics.
     """
@@ -58,7 +58,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The candidates in order, what was left out, and what the user should know."""
+    """The candidates in order, what is not averaged, and what the user should know."""
 
     candidates: tuple[Candidate, ...]
     skipped: tuple[Skipped, ...]
@@ -71,33 +71,31 @@ def survey(
     stack: ExitStack,
     wanted: Callable[[str], bool] = lambda name: True,
     *,
-    compare: Compare = "all",
+    copy_test: CopyTest = "full",
 ) -> Survey:
-    """Opens every discovered checkpoint whose name is wanted.
-
-    Args:
-        discovery: the checkpoints.
-        reading: how to read them.
-        stack: closes them.
-        wanted: takes a file name.
-        compare: how copies in a run folder are recognised.
+    """Opens every discovered checkpoint whose file name is wanted; ``stack`` closes them.
 
     Raises:
-        IncompatibleError: no name is wanted.
+        IncompatibleError: nothing is wanted, or a run folder contains several series of checkpoints.
+        UsageError: a checkpoint is named twice.
     """
     paths = discovery.paths
     if not any(wanted(path.name) for path in paths):
-        raise IncompatibleError(
-            f"nothing to average: --include and --exclude leave none of {len(paths):,} checkpoints "
-            f"({listing(escaped(path.name) for path in paths)}). The patterns are matched with file names; change "
-            "them." + _left_out_before(discovery, wanted)
+        message = (
+            f"nothing to average: --include and --exclude skip all {len(paths):,} checkpoints "
+            f"({listing(escaped(path.name) for path in paths)}). The patterns match file names."
         )
+        others = [quote(each.path.name) for each in discovery.skipped if wanted(each.path.name)]
+        if others:
+            message += f" These match, but run folders skip them: {listing(others)}. Name their paths to use them."
+        raise IncompatibleError(message)
     candidates: list[Candidate] = []
-    skipped, notes = list(discovery.skipped), list[str]()
-    for group in discovery.groups:
-        found = [_open(path, reading, stack, group.is_run) for path in group.paths if wanted(path.name)]
-        if group.is_run:
-            kept = _one_series(_in_order(_leave_out(found, skipped, compare)), skipped, notes)
+    skipped = list(discovery.skipped)
+    notes = [note for source in discovery.sources for note in source.notes]
+    for source in discovery.sources:
+        found = [_open(path, reading, stack, source.is_run) for path in source.paths if wanted(path.name)]
+        if source.is_run:
+            kept = _one_series(_in_order(_without_others(found, skipped, copy_test)), skipped, notes)
             paths_kept = {candidate.path for candidate in kept}
             for candidate in found:
                 if candidate.checkpoint is not None and candidate.path not in paths_kept:
@@ -106,23 +104,18 @@ def survey(
         candidates += found
     if not candidates:
         reasons = listing((f"{quote(item.path.name)}: {item.reason}" for item in skipped), separator="; ")
-        raise IncompatibleError(f"nothing to average: each checkpoint is left out ({reasons}). Name others.")
-    _refuse_same(candidates)
+        raise IncompatibleError(f"nothing to average: all checkpoints are skipped ({reasons}). Name others.")
+    refuse_repeated((each.path, _identity(each)) for each in candidates)  # a folder, and the file in it
     return Survey(tuple(candidates), tuple(skipped), tuple(notes))
 
 
-def _left_out_before(discovery: Discovery, wanted: Callable[[str], bool]) -> str:
-    names = [quote(each.path.name) for each in discovery.skipped if wanted(each.path.name)]
-    return f" Left out before, and to be named by hand: {listing(names)}." if names else ""
-
-
 def unit_of(candidates: Sequence[Candidate]) -> Unit | None:
-    """Returns what all checkpoints can be ordered by: steps, unless they start anew in each epoch; epochs; nothing."""
+    """Returns what orders all candidates: steps, unless they start again in each epoch; epochs; or nothing."""
     moments = sorted((each.record.epoch or 0, each.record.step or 0) for each in candidates)
-    starts_anew = any(after[1] < before[1] for before, after in itertools.pairwise(moments))
+    starts_again = any(after[1] < before[1] for before, after in itertools.pairwise(moments))
     all_steps = all(candidate.record.step is not None for candidate in candidates)
     all_epochs = all(candidate.record.epoch is not None for candidate in candidates)
-    if all_steps and not (all_epochs and starts_anew):
+    if all_steps and not (all_epochs and starts_again):
         return "step"
     return "epoch" if all_epochs else None
 
@@ -132,19 +125,9 @@ def position(candidate: Candidate, unit: Unit) -> int:
     return (candidate.record.step if unit == "step" else candidate.record.epoch) or 0
 
 
-def _refuse_same(candidates: Sequence[Candidate]) -> None:
-    """Raises UsageError where two sources led to the same files: a checkpoint folder and the file in it."""
-    seen: dict[frozenset[tuple[int, int]], Path] = {}
-    for candidate in candidates:
-        files = candidate.checkpoint.files if candidate.checkpoint else ()
-        identity = frozenset(file.identity for file in files if isinstance(file, MappedFile))
-        if identity in seen:
-            raise UsageError(
-                f"{candidate.path}: the same checkpoint is named twice (also as {seen[identity]}), so it would count "
-                "double. Name it once."
-            )
-        if identity:
-            seen[identity] = candidate.path
+def _identity(candidate: Candidate) -> frozenset[tuple[int, int]]:
+    files = candidate.checkpoint.files if candidate.checkpoint else ()
+    return frozenset(file.identity for file in files if isinstance(file, MappedFile))
 
 
 def _open(path: Path, reading: Reading, stack: ExitStack, is_run: bool) -> Candidate:
@@ -152,13 +135,13 @@ def _open(path: Path, reading: Reading, stack: ExitStack, is_run: bool) -> Candi
         checkpoint = stack.enter_context(open_with(path, reading))
     except CheckpointFormatError as error:
         if is_run and not isinstance(error, NoWeightsError):
-            error.args = (f"{error} To average the others, leave it out: --exclude {quote(path.name)}.",)
+            error.args = (f"{error} To average the others, add --exclude {quote(path.name)}.",)
         return Candidate(path, None, error, record_from_name(path.name))
     return Candidate(path, checkpoint, None, checkpoint.spec.record)
 
 
-def _leave_out(found: list[Candidate], skipped: list[Skipped], compare: Compare) -> list[Candidate]:
-    """Leaves out of a run what is no checkpoint of it: earlier averages, files without weights, copies."""
+def _without_others(found: list[Candidate], skipped: list[Skipped], copy_test: CopyTest) -> list[Candidate]:
+    """Skips what is no checkpoint of a run: earlier averages, files without weights, copies, exports."""
     kept: list[Candidate] = []
     weightless: list[Candidate] = []
     for candidate in found:
@@ -170,47 +153,43 @@ def _leave_out(found: list[Candidate], skipped: list[Skipped], compare: Compare)
             kept.append(candidate)
     if not kept:
         return weightless  # so that the first of them says what is wrong
-    skipped += [Skipped(each.path, f"it holds no weights: {_without_path(each)}") for each in weightless]
-    # Of copies the one with the plainest name stays.
-    readable = sorted(
-        (candidate for candidate in kept if candidate.checkpoint is not None), key=lambda each: _plainness(each.path)
-    )
-    if compare == "same step":
+    for each in weightless:
+        why = str(each.error).removeprefix(f"{each.path}: ").rstrip(".")
+        skipped.append(Skipped(each.path, f"it contains no weights: {why}"))
+    kept = _without_copies(kept, skipped, copy_test)
+    strays = [each for each in kept if each.checkpoint and each.record.step is None and each.record.epoch is None]
+    if 2 * len(strays) >= len(kept):
+        return kept
+    skipped += [Skipped(each.path, "it records no step or epoch, unlike the others") for each in strays]
+    return [each for each in kept if each not in strays]
+
+
+def _without_copies(found: list[Candidate], skipped: list[Skipped], copy_test: CopyTest) -> list[Candidate]:
+    """Keeps the plainest name of each checkpoint; it inherits what its copies record."""
+    readable = sorted((each for each in found if each.checkpoint is not None), key=lambda each: _plainness(each.path))
+    if copy_test == "same step":
         moments = Counter((each.record.step, each.record.epoch) for each in readable)
         readable = [each for each in readable if moments[each.record.step, each.record.epoch] > 1]
-    copies = find_copies([candidate.opened() for candidate in readable], in_full=compare == "all")
-    merged = {id(candidate): candidate for candidate in kept}
+    kept = {each.path: each for each in found}
+    copies = find_copies([each.opened() for each in readable], in_full=copy_test == "full")
     for index, original in copies.items():
-        copy, first = readable[index], readable[original]
-        merged.pop(id(copy))
-        merged[id(first)] = replace(first, record=merged[id(first)].record.or_else(copy.record))
-        sampled = "" if compare == "all" else ", as far as samples show"
+        copy, first = readable[index], kept[readable[original].path]
+        del kept[copy.path]
+        kept[first.path] = replace(first, record=first.record.or_else(copy.record))
+        sampled = "" if copy_test == "full" else ", judging by samples"
         skipped.append(Skipped(copy.path, f"the same weights as {first.path.name}{sampled}"))
-    return _without_strays(list(merged.values()), skipped)
-
-
-def _without_strays(found: list[Candidate], skipped: list[Skipped]) -> list[Candidate]:
-    """Leaves out what records neither step nor epoch where most do: exports, pretrained weights."""
-    strays = [each for each in found if each.checkpoint and each.record.step is None and each.record.epoch is None]
-    if 2 * len(strays) >= len(found):
-        return found
-    skipped += [Skipped(each.path, "it records neither step nor epoch, as the others do") for each in strays]
-    return [each for each in found if each not in strays]
-
-
-def _without_path(candidate: Candidate) -> str:
-    return str(candidate.error).removeprefix(f"{candidate.path}: ").rstrip(".")
+    return list(kept.values())
 
 
 def _one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str]) -> list[Candidate]:
-    """Keeps one series of checkpoints of a run that holds several: raw weights and their EMA, two networks of a GAN.
+    """Keeps one series of checkpoints of a run that has several, such as raw weights and their EMA.
 
     Raises:
-        IncompatibleError: several series go through the same steps, and nothing tells which is meant.
+        IncompatibleError: several series have the same steps, such as the two networks of a GAN.
     """
     averages = [each for each in found if "ema" in re.split(r"[^a-z]+", stem(each.path.name).lower())]
     if averages and len(averages) < len(found):
-        skipped += [Skipped(each.path, "EMA weights, by its name: --include takes them alone") for each in averages]
+        skipped += [Skipped(each.path, "EMA weights, by its name; --include selects them") for each in averages]
         found = [each for each in found if each not in averages]
     series: dict[tuple[int | None, int | None], list[str]] = {}
     for each in found:
@@ -218,23 +197,24 @@ def _one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str]
         if moment != (None, None):
             series.setdefault(moment, []).append(each.path.name)
     shared = [names for names in series.values() if len(names) > 1]
-    are_parts = any(re.search(r"(rank|shard|part)[-_]?\d", name) for names in shared for name in names)
-    if are_parts:
+    if any(re.search(r"(rank|shard|part)[-_]?\d", name) for names in shared for name in names):
         raise IncompatibleError(
-            f"{found[0].path.parent}: expected whole weights, got the parts of several ranks: "
+            f"{found[0].path.parent}: expected complete checkpoints, got the parts of several ranks: "
             f"{listing(map(quote, shared[0]))}. Join them with the tool of the framework that trained it, then average "
             "the results."
         )
     if len(shared) > 1:
         kinds = sorted({re.sub(r"\d+(\.\d+)?", "*", stem(name)) for names in shared for name in names})
-        kinds = kinds if len(kinds) > 1 else shared[0]
+        pattern = kinds[0].rstrip("*") + "*" if len(kinds) > 1 else shared[0][0]
         raise IncompatibleError(
-            f"{found[0].path.parent}: expected one series of checkpoints, got several that go through the same steps: "
-            f"{listing(map(quote, kinds))}. Choose one with --include and --exclude, for example --include "
-            f"{quote(kinds[0] if kinds is shared[0] else kinds[0].rstrip('*') + '*')}."
+            f"{found[0].path.parent}: expected one series of checkpoints, got several with the same steps: "
+            f"{listing(map(quote, kinds if len(kinds) > 1 else shared[0]))}. Select one with --include or --exclude, "
+            f"for example --include {quote(pattern)}."
         )
     if shared:
-        notes.append(f"several checkpoints of one step are taken: {listing(map(quote, sorted(shared[0])))}")
+        notes.append(
+            f"several checkpoints have the same step, and all are used: {listing(map(quote, sorted(shared[0])))}"
+        )
     return found
 
 

@@ -32,17 +32,19 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What one folder holds.
+    """The checkpoints of one source.
 
     Attributes:
-        paths: its checkpoints in natural order; the folder itself where it is one.
-        is_run: whether they are checkpoints of a run.
-        skipped: what was left out.
+        paths: in natural order; the source itself if it is a checkpoint.
+        is_run: whether it is a run folder, not a checkpoint that was named.
+        skipped: what is not averaged, and why.
+        notes: what the user should know.
     """
 
     paths: tuple[Path, ...]
     is_run: bool
     skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

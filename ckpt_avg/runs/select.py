@@ -13,7 +13,7 @@ from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.formats.open import refuse_missing_prefix
 from ckpt_avg.formats.state_dict import Reading
-from ckpt_avg.runs.candidates import Candidate, Compare, Unit, position, survey, unit_of
+from ckpt_avg.runs.candidates import Candidate, CopyTest, Unit, position, survey, unit_of
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import escaped, listing, plural, quote
@@ -85,7 +85,7 @@ def open_selected(
     stack: ExitStack,
     notice: Callable[[str], None] = lambda text: None,
     *,
-    compare: Compare = "all",
+    copy_test: CopyTest = "full",
 ) -> tuple[tuple[Checkpoint, ...], tuple[Skipped, ...]]:
     """Returns the selected checkpoints, open and in order, and what was skipped.
 
@@ -95,14 +95,12 @@ def open_selected(
         reading: how to read them.
         stack: closes them.
         notice: called with what the user should know.
-        compare: how copies in run folders are recognised.
+        copy_test: how copies in run folders are recognised.
 
     Raises:
         CkptAvgError: a selected checkpoint cannot be opened, or there is none.
     """
-    for note in discovery.notes:
-        notice(note)
-    found = survey(discovery, reading, stack, selection.wants, compare=compare)
+    found = survey(discovery, reading, stack, selection.wants, copy_test=copy_test)
     for note in found.notes:
         notice(note)
     checkpoints = tuple(candidate.opened() for candidate in select(found.candidates, selection, notice))

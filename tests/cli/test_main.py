@@ -325,7 +325,7 @@ FAILURES: list[tuple[str, int, str, str]] = [
     ("no output", 2, "MissingParameter", "output"),
     ("no number", 2, "BadParameter", "--last"),
     ("no size", 2, "BadParameter", "expected a size such as 256MiB"),
-    ("no source", 2, "UsageError", "expected a checkpoint file or a run folder, got nothing there"),
+    ("no source", 2, "UsageError", "no such file or folder. Check the path."),
     ("no such choice", 2, "UsageError", "--dtype: expected one of"),
     ("no reference", 2, "UsageError", "expected MODULE:NAME"),
     ("no data", 2, "UsageError", "--data MODULE:FACTORY"),

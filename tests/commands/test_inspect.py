@@ -147,7 +147,7 @@ def test_one_file_that_cannot_be_read_is_an_error(tmp_path: Path, content: bytes
 
 
 def test_nothing_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="got nothing there"):
+    with pytest.raises(UsageError, match="no such file or folder"):
         inspect(tmp_path / "gone")
 
 
@@ -177,7 +177,7 @@ def test_a_run_folder_is_a_table(tmp_path: Path) -> None:
     assert [name for name, _ in found.unreadable] == ["epoch_11.pt"]
     assert {item.path.name: item.reason for item in found.skipped} == {
         "optimizer.pt": "training state beside the weights, by its name",
-        "epoch_10_copy.pt": "the same weights as epoch_10.pt, as far as samples show",
+        "epoch_10_copy.pt": "the same weights as epoch_10.pt, judging by samples",
     }
     assert (found.seen, found.needed) == ((), "")
     lines = inspection_text(found).splitlines()
@@ -187,7 +187,7 @@ def test_a_run_folder_is_a_table(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert lines[1].split()[:7] == ["epoch_9.pt", "torch", "zip", "-", "model", "-", "9"]
     assert any(line.startswith("cannot be read: ") and "epoch_11.pt" in line for line in lines)
-    assert "left out: 'epoch_10_copy.pt': the same weights as epoch_10.pt, as far as samples show" in lines
+    assert "left out: 'epoch_10_copy.pt': the same weights as epoch_10.pt, judging by samples" in lines
 
 
 def test_a_run_folder_as_json(tmp_path: Path, in_process: InProcess) -> None:
@@ -273,7 +273,7 @@ def test_a_folder_of_torchscript_alone(tmp_path: Path) -> None:
 def test_an_empty_folder(tmp_path: Path, in_process: InProcess) -> None:
     found = inspect(tmp_path)
     assert found.seen == ()
-    assert "got none. Name a folder or files that hold some." in found.needed
+    assert "got none. Name a folder or files with checkpoints." in found.needed
     code, out, err = in_process("inspect", tmp_path)
     assert (code, err) == (4, "") or code == 0 or "nothing" in err
     assert "Traceback" not in out + err
@@ -283,7 +283,7 @@ def test_a_folder_of_several_runs(tmp_path: Path) -> None:
     for name in ("one", "two"):
         run(tmp_path / name)
     found = inspect(tmp_path)
-    assert "2 folders that hold some: 'one', 'two'" in found.needed
+    assert "2 folders with checkpoints: 'one', 'two'" in found.needed
     assert set(seen(found)) == {"one", "two"}
 
 

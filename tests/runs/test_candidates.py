@@ -263,7 +263,7 @@ def test_a_run_of_earlier_averages_only(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError) as caught:
         look(tmp_path)
     assert str(caught.value) == (
-        f"nothing to average: each checkpoint is left out ('mean.safetensors': {EARLIER_AVERAGE}). Name others."
+        f"nothing to average: all checkpoints are skipped ('mean.safetensors': {EARLIER_AVERAGE}). Name others."
     )
 
 
@@ -274,7 +274,7 @@ def test_files_without_weights_are_left_out_of_a_run_and_said(tmp_path: Path) ->
     found = look(tmp_path)
     assert names(found) == ["step_1.pt"]
     assert set(reasons(found)) == {"history.pt", "samples.pt"}
-    assert reasons(found)["history.pt"].startswith("it holds no weights: ")
+    assert reasons(found)["history.pt"].startswith("it contains no weights: ")
 
 
 def test_a_file_without_weights_named_by_hand_is_an_error(tmp_path: Path) -> None:
@@ -326,9 +326,9 @@ def test_no_name_is_wanted(tmp_path: Path) -> None:
         look(tmp_path, options={"wanted": lambda name: False})
     message = str(caught.value)
     assert caught.value.exit_code == 4
-    assert message.startswith("nothing to average: --include and --exclude leave none of 25 checkpoints (step_0.pt, ")
+    assert message.startswith("nothing to average: --include and --exclude skip all 25 checkpoints (step_0.pt, ")
     assert "step_19.pt, … and 5 more" in message
-    assert "The patterns are matched with file names" in message
+    assert "The patterns match file names." in message
 
 
 # --- what stays open ---------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_ema_files_beside_raw_ones_are_left_out_and_can_be_taken_alone(tmp_path:
     found = look(tmp_path)
     assert names(found) == ["model000100.pt", "model000200.pt"]
     assert reasons(found) == dict.fromkeys(
-        ("ema_0.9999_000100.pt", "ema_0.9999_000200.pt"), "EMA weights, by its name: --include takes them alone"
+        ("ema_0.9999_000100.pt", "ema_0.9999_000200.pt"), "EMA weights, by its name; --include selects them"
     )
     taken = average([tmp_path], tmp_path / "out.safetensors", include="ema*", dry_run=True)
     assert [path.name for path in taken.checkpoints] == ["ema_0.9999_000100.pt", "ema_0.9999_000200.pt"]
@@ -416,7 +416,7 @@ def test_two_series_through_the_same_steps_are_refused(
     for seed, name in enumerate((*first, *second)):
         put(tmp_path / name, seed)
     message = refusal(tmp_path)
-    assert "expected one series of checkpoints, got several that go through the same steps: " in message
+    assert "expected one series of checkpoints, got several with the same steps: " in message
     assert all(text in message for text in shown), message
     for series in (first, second):
         assert names(look(tmp_path, options={"wanted": series.__contains__})) == list(series)
@@ -428,7 +428,7 @@ def test_two_checkpoints_of_one_step_are_taken_and_said(tmp_path: Path) -> None:
         put(tmp_path / name, seed)
     found = look(tmp_path)
     assert names(found) == ["a_step_1.pt", "a_step_2.pt", "b_step_2.pt"]
-    assert found.notes == ("several checkpoints of one step are taken: 'a_step_2.pt', 'b_step_2.pt'",)
+    assert found.notes == ("several checkpoints have the same step, and all are used: 'a_step_2.pt', 'b_step_2.pt'",)
 
 
 def test_the_parts_of_two_ranks_are_no_two_checkpoints(tmp_path: Path) -> None:
@@ -493,7 +493,7 @@ def test_an_unreadable_checkpoint_of_a_run_says_how_to_leave_it_out(tmp_path: Pa
     for source, advised in ((tmp_path, True), (tmp_path / "step_2.pt", False)):
         with pytest.raises(CheckpointFormatError) as caught:
             average([source], tmp_path / "out.safetensors")
-        assert str(caught.value).endswith(" To average the others, leave it out: --exclude 'step_2.pt'.") is advised
+        assert str(caught.value).endswith(" To average the others, add --exclude 'step_2.pt'.") is advised
         assert ("--exclude" in str(caught.value)) is advised
     assert names(look(tmp_path, options={"wanted": Selection(exclude=("step_2.pt",)).wants})) == ["step_1.pt"]
 

@@ -259,25 +259,25 @@ def test_the_same_checkpoint_named_twice_by_hand_is_refused(tmp_path: Path, how:
 
 def test_a_source_that_does_not_exist(tmp_path: Path) -> None:
     message = refusal(UsageError, tmp_path / "gone.pt")
-    assert message.startswith(f"{tmp_path / 'gone.pt'}: expected a checkpoint file or a run folder, got nothing there")
+    assert message.startswith(f"{tmp_path / 'gone.pt'}: no such file or folder")
     assert message.endswith("Check the path.")
 
 
 @pytest.mark.parametrize("target", ["gone.pt", "link.pt"])
 def test_a_link_to_nothing_or_itself(tmp_path: Path, target: str) -> None:
     (tmp_path / "link.pt").symlink_to(target)
-    assert "It is a symbolic link to nothing." in refusal(UsageError, tmp_path / "link.pt")
+    assert "link.pt: broken symbolic link. Check the path." in refusal(UsageError, tmp_path / "link.pt")
 
 
 def test_a_name_longer_than_the_file_system_allows() -> None:
     """The system answers with another error than "not found"; the user gets the same kind of answer."""
-    assert refusal(UsageError, "x" * 300).endswith("cannot be looked at: File name too long. Check the path.")
+    assert refusal(UsageError, "x" * 300).endswith("cannot be accessed: File name too long. Check the path.")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     message = refusal(IncompatibleError, tmp_path)
     assert message.startswith(f"{tmp_path}: expected checkpoint files (.safetensors, .pt, ")
-    assert message.endswith("got none. Name a folder or files that hold some.")
+    assert message.endswith("got none. Name a folder or files with checkpoints.")
 
 
 def test_a_folder_of_left_out_files_says_why(tmp_path: Path) -> None:
@@ -292,10 +292,7 @@ def test_a_folder_of_folders_without_a_checkpoint_names_them(tmp_path: Path) -> 
     for number in (1, 2, 10):
         (tmp_path / f"checkpoint-{number}").mkdir()
     message = refusal(IncompatibleError, tmp_path)
-    assert (
-        "It holds the folders 'checkpoint-1', 'checkpoint-2', 'checkpoint-10', with none in the first 3 levels"
-        in message
-    )
+    assert "Its folders 'checkpoint-1', 'checkpoint-2', 'checkpoint-10' have none in the first 3 levels" in message
 
 
 def test_no_sources() -> None:
@@ -312,7 +309,7 @@ def test_hidden_files_are_left_out(tmp_path: Path) -> None:
 
 def test_an_empty_path_is_refused() -> None:
     """It would mean the current folder, where a shell variable was not set."""
-    with pytest.raises(UsageError, match="got an empty one"):
+    with pytest.raises(UsageError, match="got an empty path"):
         discover([""])
 
 
@@ -356,10 +353,10 @@ def test_a_checkpoint_folder_is_one_checkpoint(tmp_path: Path, form: str) -> Non
         tree(tmp_path / "run" / f"checkpoint-{step}", *CHECKPOINT_FOLDERS[form])
     (itself,) = discover([tmp_path / "run" / "checkpoint-9"]).paths
     assert itself == tmp_path / "run" / "checkpoint-9"
-    assert not discover([itself]).groups[0].is_run
+    assert not discover([itself]).sources[0].is_run
     found = discover([tmp_path / "run"])
     assert names(found.paths) == ["checkpoint-9", "checkpoint-10"]
-    assert found.groups[0].is_run
+    assert found.sources[0].is_run
     assert found.skipped == ()
 
 
@@ -457,20 +454,20 @@ def test_checkpoints_in_a_folder_inside_are_found_and_that_is_said(tmp_path: Pat
     tree(tmp_path, f"{inner}/step_9.pt", f"{inner}/step_10.pt", "config.yaml", "logs/events.out", "optimizer.pt")
     found = discover([tmp_path])
     assert names(found.paths) == ["step_9.pt", "step_10.pt"]
-    assert found.notes == (f"the checkpoints are in {tmp_path / inner}",)
+    assert found.sources[0].notes == (f"the checkpoints are in {tmp_path / inner}",)
     assert reasons(found) == {"optimizer.pt": "training state beside the weights, by its name"}
 
 
 def test_checkpoints_too_deep_are_not_looked_for(tmp_path: Path) -> None:
     tree(tmp_path, "a/b/c/d/step_1.pt")
-    assert "It holds the folders 'a'" in refusal(IncompatibleError, tmp_path)
+    assert "Its folders 'a' have none" in refusal(IncompatibleError, tmp_path)
 
 
 def test_several_runs_are_listed_and_none_is_taken(tmp_path: Path) -> None:
     """Two runs are never mixed."""
     tree(tmp_path, "version_0/checkpoints/a.pt", "version_1/checkpoints/a.pt", "version_10/checkpoints/a.pt")
     message = refusal(IncompatibleError, tmp_path)
-    assert "expected the checkpoints of one run, got 3 folders that hold some" in message
+    assert "expected the checkpoints of one run, got 3 folders with checkpoints" in message
     assert "'version_0', 'version_1', 'version_10'" in message
     assert message.endswith("Name one of them.")
 
@@ -557,12 +554,12 @@ def test_the_parent_of_a_run_with_a_final_model_leads_to_its_checkpoints(tmp_pat
     for source in (tmp_path, tmp_path / "out"):
         found = discover([source])
         assert found.paths == (tmp_path / "out" / "checkpoint-500", tmp_path / "out" / "checkpoint-1000")
-        assert found.groups[0].is_run
+        assert found.sources[0].is_run
         assert "beside its checkpoints" in reasons(found)["model.safetensors"]
     for step in (500, 1000):
         tree(tmp_path / "other" / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
     tree(tmp_path / "other", "model.safetensors", "config.json")
-    assert "got 2 folders that hold some: 'other', 'out'. Name one of them." in refusal(IncompatibleError, tmp_path)
+    assert "got 2 folders with checkpoints: 'other', 'out'. Name one of them." in refusal(IncompatibleError, tmp_path)
 
 
 @pytest.mark.parametrize("folders", [("bert", "gpt"), ("snapshots/rev1", "snapshots/rev2")])
@@ -573,7 +570,7 @@ def test_models_without_a_step_in_their_names_are_no_run(tmp_path: Path, folders
         tree(tmp_path / folder, *CHECKPOINT_FOLDERS[form])
     source = (tmp_path / folders[0]).parent
     message = refusal(IncompatibleError, source)
-    assert message.startswith(f"{source}: expected the checkpoints of one run, got 2 folders that hold some: ")
+    assert message.startswith(f"{source}: expected the checkpoints of one run, got 2 folders with checkpoints: ")
     assert all(repr(Path(folder).name) in message for folder in folders)
     refusal(IncompatibleError, tmp_path)
 
@@ -583,8 +580,8 @@ def test_an_alias_beside_a_folder_of_checkpoints_is_not_the_run(tmp_path: Path) 
     tree(tmp_path, "run/best.pt", "run/checkpoints/epoch_1.pt", "run/checkpoints/epoch_2.pt")
     found = discover([tmp_path / "run"])
     assert names(found.paths) == ["epoch_1.pt", "epoch_2.pt"]
-    assert reasons(found) == {"best.pt": "last, best or the like by its name, beside the run in checkpoints"}
-    assert found.notes == (f"the checkpoints are in {tmp_path / 'run' / 'checkpoints'}",)
+    assert reasons(found) == {"best.pt": "last, best or the like, by its name; the run is in checkpoints"}
+    assert found.sources[0].notes == (f"the checkpoints are in {tmp_path / 'run' / 'checkpoints'}",)
 
 
 def test_an_alias_beside_averages_alone_is_not_taken(tmp_path: Path) -> None:
@@ -636,7 +633,7 @@ def test_a_folder_that_may_not_be_looked_into_is_left_out(
 def test_a_junk_file_of_metadata_beside_checkpoints_makes_no_checkpoint_of_their_folder(tmp_path: Path) -> None:
     touch(tmp_path, ".metadata", "epoch_1.pt", "epoch_2.pt")
     found = discover([tmp_path])
-    assert (names(found.paths), found.groups[0].is_run) == (["epoch_1.pt", "epoch_2.pt"], True)
+    assert (names(found.paths), found.sources[0].is_run) == (["epoch_1.pt", "epoch_2.pt"], True)
     tree(tmp_path, "__0_0.distcp")
     assert discover([tmp_path / "epoch_1.pt"]).paths == (tmp_path / "epoch_1.pt",)
 

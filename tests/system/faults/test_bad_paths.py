@@ -213,7 +213,7 @@ def test_links_in_a_circle_end(in_process: Command, tmp_path: Path) -> None:
     (tmp_path / "one").symlink_to("other")
     (tmp_path / "other").symlink_to("one")
     message = refusal_of(in_process, tmp_path / "one", folder=tmp_path, code=2)
-    assert message.endswith("got nothing there. It is a symbolic link to nothing.")
+    assert message.endswith("broken symbolic link. Check the path.")
     weights = tmp_path / "weights"
     weights.mkdir()
     (weights / "model.safetensors").symlink_to("model.safetensors")
@@ -269,7 +269,7 @@ def test_what_is_no_file_is_refused_without_waiting(in_process: Command, tmp_pat
         make(path)
         if kind == "a folder":
             message = refusal_of(in_process, path, folder=tmp_path, code=4)
-            assert "or checkpoint folders, got none. Name a folder or files that hold some." in message
+            assert "or checkpoint folders, got none. Name a folder or files with checkpoints." in message
         else:
             assert fact in refusal_of(in_process, path, folder=tmp_path)
         return
@@ -332,7 +332,7 @@ def test_what_may_not_be_read_is_named_with_the_systems_reason(in_process: Comma
     inside = closed / "step_2.safetensors"
     message = refusal(command, inside, folder=open_folder, code=2)
     assert str(inside) in message
-    assert "cannot be looked at: " in message
+    assert "cannot be accessed: " in message
     assert "Permission denied" in message
     assert message.endswith("Check the path.")
     closed.chmod(0o755)
@@ -432,13 +432,13 @@ def test_nothing_there_and_too_few_are_refused(in_process: Command, tmp_path: Pa
     gone, empty = tmp_path / "gone", tmp_path / "empty"
     empty.mkdir()
     for source, options, code, says in (
-        (gone, (), 2, f"{gone}: expected a checkpoint file or a run folder, got nothing there. Check the path."),
+        (gone, (), 2, f"{gone}: no such file or folder. Check the path."),
         (empty, (), 4, f"{empty}: expected checkpoint files (.safetensors, .pt, .pth, .bin, .ckpt, .pth.tar) or "
-                       "checkpoint folders, got none. Name a folder or files that hold some."),
+                       "checkpoint folders, got none. Name a folder or files with checkpoints."),
         (run, ("--last", 3), 4, "--last 3: expected at least 3 checkpoints, got 2 (step_9.safetensors, "
                                 "step_10.safetensors). Use --last 2, or name more checkpoints."),
         (run, ("--from-step", 11), 4, "nothing to average: --from-step 11 skips all 2 checkpoints, whose steps"),
-        (run, ("--include", "epoch*"), 4, "nothing to average: --include and --exclude leave none of 2 checkpoints"),
+        (run, ("--include", "epoch*"), 4, "nothing to average: --include and --exclude skip all 2 checkpoints"),
     ):  # fmt: skip
         assert refusal(in_process, source, *options, folder=tmp_path, code=code).startswith(says)
 
@@ -527,7 +527,7 @@ def test_a_truncated_checkpoint_of_a_run_is_refused_with_the_way_to_leave_it_out
     bad = write(run, double("w", 1025)[:-1], "step_11.safetensors")
     message = refusal(in_process, run, folder=tmp_path)
     assert message.startswith(f"{bad}: ")
-    assert message.endswith("To average the others, leave it out: --exclude 'step_11.safetensors'.")
+    assert message.endswith("To average the others, add --exclude 'step_11.safetensors'.")
     assert mean(in_process, run, "--exclude", bad.name, folder=tmp_path)[0] == {"w": [1.5]}
 
 

@@ -152,7 +152,7 @@ def test_code_of_the_user_that_fails_on_one_rank_only(
 @pytest.mark.parametrize(
     ("what", "cause", "code"),
     [
-        ("missing", "got nothing there", 2),
+        ("missing", "no such file or folder", 2),
         pytest.param("cut off", "1.safetensors: ", 3, marks=long),
         pytest.param("not a checkpoint", "1.safetensors: ", 3, marks=long),
         pytest.param("another shape", "don't fit together", 4, marks=long),

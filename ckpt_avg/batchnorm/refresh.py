@@ -22,7 +22,7 @@ from ckpt_avg.batchnorm.batch_share import BatchShare, refuse_other_batches
 from ckpt_avg.batchnorm.hooks import LayerStatistics, Pool, measuring
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import UsageError, UserCodeError
-from ckpt_avg.mean.rounding import round_to
+from ckpt_avg.mean.arithmetic import round_to
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import ForwardBatch, count_samples, fetch, run_batch, to_device
 from ckpt_avg.user_code.load import blaming

@@ -155,8 +155,8 @@ class CheckpointSpec:
         lacks_prefix: whether no name has the prefix that was to be stripped.
         record: step, epoch, metrics and learning rate.
         averaged: what shows that the weights are already an average; empty if nothing does.
-        metadata: ``__metadata__`` of a safetensors file; the plain values (epoch, step, metric, …) next to the state dict
-            of a torch file.
+        metadata: ``__metadata__`` of a safetensors file; plain values (epoch, step, metric, …) next to the state
+            dict of a torch file.
         notes: what a user should know about how it was read.
         digest: SHA-256, in hex, of what says where the tensors are stored: the JSON of a safetensors header, the pickle
             of a torch file; of several files, of the index and the digests of the files.

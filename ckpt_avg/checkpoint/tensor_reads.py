@@ -1,14 +1,14 @@
-"""Ranges of stored tensors' elements, in row-major order, as flat torch tensors.
+"""Elements of stored tensors, in row-major order, as flat torch tensors.
 
-Where the bytes lie side by side, which is nearly always, the result is a view of a mapped window and nothing is copied.
-Strided tensors (channels-last, transposed) and tensors that are stored in parts are gathered box by box through
-windows of bounded size.
+If their bytes are consecutive in the file, as they nearly always are, the result is a view of a window of the file and
+nothing is copied. Strided tensors (channels-last, transposed) and tensors that are stored in parts are gathered box by
+box, through windows of limited size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -16,38 +16,38 @@ import torch
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, Part, TensorSpec
 from ckpt_avg.files.input_file import Window
 
-_WASTE = 4 * 1024  # bytes that a window may hold, beyond as many again as are asked for, to serve neighbours too
+_WASTE = 4 * 1024  # bytes of a window that no range needs; as many as the ranges need are allowed, too
 _SPAN = 4 * 1024 * 1024  # bytes of a window through which strided elements are gathered
 
+# (tensor, first element, element after the last), counted in row-major order.
 Range = tuple[TensorSpec, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Ranges of one dtype, to be read one after the other.
+def join_ranges(ranges: Sequence[Range]) -> list[Range]:
+    """Joins ranges of one dtype, none of them empty, if their bytes are consecutive in a file.
 
-    Attributes:
-        ranges: (tensor, first element, element after the last), none of them empty.
-        together: where they lie side by side in one file, a tensor of them, the first byte and the byte after the
-            last; else None.
+    A joined range is read as if it were one tensor, so that many small tensors cost no more than a large one.
     """
+    groups: list[list[Range]] = []
+    file = end = -1
+    for tensor, start, stop in ranges:
+        begin = _offset(tensor, start)
+        if tensor.is_contiguous and (tensor.file, begin) == (file, end):
+            groups[-1].append((tensor, start, stop))
+        else:
+            groups.append([(tensor, start, stop)])
+        file, end = (tensor.file, _offset(tensor, stop)) if tensor.is_contiguous else (-1, -1)
+    return [group[0] if len(group) == 1 else _joined(group) for group in groups]
 
-    ranges: tuple[Range, ...]
-    together: tuple[TensorSpec, int, int] | None
 
-    @staticmethod
-    def of(ranges: Sequence[Range]) -> Stretch:
-        """Returns the stretch of these ranges."""
-        return Stretch(tuple(ranges), _side_by_side(ranges))
+def _joined(ranges: Sequence[Range]) -> Range:
+    tensor, start, _ = ranges[0]
+    numel = sum(stop - start for _, start, stop in ranges)
+    return replace(tensor, shape=(numel,), stride=(1,), offset=_offset(tensor, start)), 0, numel
 
 
 def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.Tensor]:
-    """Returns the elements of each range, flat, in the tensor's own dtype. They must not be written to.
-
-    Args:
-        checkpoint: an open checkpoint.
-        ranges: (tensor, first element, element after the last), counted in row-major order. Neighbours in the file
-            share one window.
+    """Returns the elements of each range: flat, in the dtype of the tensor, read-only.
 
     Raises:
         ChangedWhileReadingError: the file was truncated meanwhile.
@@ -59,91 +59,63 @@ def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.T
             found[index] = torch.empty(0, dtype=torch_dtype(tensor.dtype))
         elif not tensor.is_contiguous:
             found[index] = _gather(checkpoint, tensor, start, stop)
-    for file, begin, end, members in _coalesce(_contiguous(ranges)):
+    for file, begin, end, inside in _windows(ranges):
         window = checkpoint.files[file].window(begin, end - begin)
-        for offset, index in members:
+        for offset, index in inside:
             tensor, start, stop = ranges[index]
             found[index] = _view(window, tensor, offset, stop - start)
     return [found[index] for index in range(len(ranges))]
 
 
-def read_stretch(checkpoint: Checkpoint, stretch: Stretch) -> torch.Tensor:
-    """Returns the elements of a stretch as one flat tensor.
-
-    Where they lie side by side in the file, as in most files of one layout, it is a view of one window, so that many
-    small tensors cost no more than a large one.
-
-    Raises:
-        ChangedWhileReadingError, CheckpointFormatError: as `read_ranges`.
-    """
-    if stretch.together is not None:
-        tensor, begin, end = stretch.together
-        window = checkpoint.files[tensor.file].window(begin, end - begin)
-        return _view(window, tensor, begin, (end - begin) // tensor.dtype.itemsize)
-    parts = read_ranges(checkpoint, stretch.ranges)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def prefetch(checkpoint: Checkpoint, stretch: Stretch) -> None:
-    """Asks the system to bring in what `read_stretch` will want."""
-    if stretch.together is not None:
-        tensor, begin, end = stretch.together
-        checkpoint.files[tensor.file].prefetch(begin, end - begin)
-        return
-    for file, begin, end, _ in _coalesce(_contiguous(stretch.ranges)):
+def prefetch(checkpoint: Checkpoint, ranges: Sequence[Range]) -> None:
+    """Asks the system to read ahead what `read_ranges` will need."""
+    for file, begin, end, _ in _windows(ranges):
         checkpoint.files[file].prefetch(begin, end - begin)
 
 
 def stream(
     checkpoint: Checkpoint, tensor: TensorSpec, elements: int = 1024 * 1024
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields (index of the first element, elements) over a whole tensor."""
+    """Yields (index of the first element, elements) until the end of a tensor."""
     for start in range(0, tensor.numel, elements):
         yield start, read_ranges(checkpoint, [(tensor, start, min(tensor.numel, start + elements))])[0]
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """Returns torch's name for a dtype."""
+    """Returns torch's dtype."""
     named: torch.dtype = getattr(torch, dtype.torch_name)
     return named
 
 
-def _side_by_side(ranges: Sequence[Range]) -> tuple[TensorSpec, int, int] | None:
-    first, end = ranges[0][0], -1
-    begin = first.offset + ranges[0][1] * first.dtype.itemsize
-    for tensor, start, stop in ranges:
-        offset = tensor.offset + start * tensor.dtype.itemsize
-        if end not in (-1, offset) or tensor.file != first.file or start == stop or not tensor.is_contiguous:
-            return None
-        end = offset + (stop - start) * tensor.dtype.itemsize
-    return first, begin, end
+def _offset(tensor: TensorSpec, element: int) -> int:
+    """Returns the first byte of an element of a contiguous tensor."""
+    return tensor.offset + element * tensor.dtype.itemsize
 
 
-def _contiguous(ranges: Sequence[Range]) -> list[tuple[int, int, int, int]]:
-    """Returns (file, first byte, bytes, index) of each range, not empty, whose bytes lie side by side."""
-    return [
-        (tensor.file, tensor.offset + start * tensor.dtype.itemsize, (stop - start) * tensor.dtype.itemsize, index)
+def _windows(ranges: Sequence[Range]) -> list[tuple[int, int, int, list[tuple[int, int]]]]:
+    """Returns the windows through which the contiguous ranges are read; ranges that are close to each other share one.
+
+    A window is (file, first byte, byte after the last, [(first byte, index), … of the ranges in it]).
+    """
+    stored = sorted(
+        (tensor.file, _offset(tensor, start), _offset(tensor, stop), index)
         for index, (tensor, start, stop) in enumerate(ranges)
         if start < stop and tensor.is_contiguous
-    ]
-
-
-def _coalesce(ranges: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, list[tuple[int, int]]]]:
-    """Joins (file, first byte, bytes, index) that lie close: (file, first byte, end, [(first byte, index), …])."""
-    joined: list[tuple[int, int, int, list[tuple[int, int]]]] = []
-    useful = 0
-    for file, first, length, index in sorted(ranges):
-        if joined and joined[-1][0] == file:
-            _, begin, end, members = joined[-1]
-            end = max(end, first + length)
-            if end - begin <= 2 * (useful + length) + _WASTE:
-                members.append((first, index))
-                joined[-1] = (file, begin, end, members)
-                useful += length
+    )
+    windows: list[tuple[int, int, int, list[tuple[int, int]]]] = []
+    needed = 0  # bytes of the last window that its ranges need
+    for file, first, last, index in stored:
+        needed += last - first
+        if windows and windows[-1][0] == file:
+            _, begin, end, inside = windows[-1]
+            end = max(end, last)
+            if end - begin <= 2 * needed + _WASTE:
+                inside.append((first, index))
+                windows[-1] = (file, begin, end, inside)
                 continue
-        joined.append((file, first, first + length, [(first, index)]))
-        useful = length
-    return joined
+        windows.append((file, first, last, [(first, index)]))
+        needed = last - first
+    return windows
 
 
 def _view(window: Window, tensor: TensorSpec, offset: int, count: int) -> torch.Tensor:
@@ -178,7 +150,7 @@ def _gather(checkpoint: Checkpoint, tensor: TensorSpec, start: int, stop: int) -
 
 
 def _copy(checkpoint: Checkpoint, tensor: TensorSpec, box: _Box, target: torch.Tensor) -> None:
-    """Copies a box of a tensor that is stored as one."""
+    """Copies a box of a tensor that is not stored in parts."""
     file = checkpoint.files[tensor.file]
     for part in _split(tensor, box):
         begin, end = _span(tensor, part)
@@ -189,7 +161,7 @@ def _copy(checkpoint: Checkpoint, tensor: TensorSpec, box: _Box, target: torch.T
 
 
 def _shared(box: _Box, part: Part) -> _Box | None:
-    """Returns what a box shares with a part of the tensor, in indices of the whole."""
+    """Returns the box that a box and a part of the tensor have in common, in indices of the complete tensor."""
     shared = tuple(
         (max(first, begin), min(end, begin + extent))
         for (first, end), begin, extent in zip(box, part.starts, part.tensor.shape, strict=True)
@@ -220,13 +192,13 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Box]:
 
 
 def _split(tensor: TensorSpec, box: _Box) -> Iterator[_Box]:
-    """Halves a box along its longest way through the file until its bytes span no more than a window."""
+    """Halves a box, along the dimension that spans the most bytes of the file, until each half fits in a window."""
     begin, end = _span(tensor, box)
-    ways = [(last - first - 1) * step for (first, last), step in zip(box, tensor.stride, strict=True)]
-    if end - begin <= _SPAN or max(ways) == 0:
+    spans = [(last - first - 1) * step for (first, last), step in zip(box, tensor.stride, strict=True)]
+    if end - begin <= _SPAN or max(spans) == 0:
         yield box
         return
-    longest = ways.index(max(ways))
+    longest = spans.index(max(spans))
     first, last = box[longest]
     middle = (first + last) // 2
     for part in ((first, middle), (middle, last)):
@@ -234,7 +206,7 @@ def _split(tensor: TensorSpec, box: _Box) -> Iterator[_Box]:
 
 
 def _span(tensor: TensorSpec, box: _Box) -> tuple[int, int]:
-    """Returns the first byte of a box and the byte after its last."""
+    """Returns the first byte of a box and the byte after the last."""
     first = sum(begin * step for (begin, _), step in zip(box, tensor.stride, strict=True))
     last = sum((end - 1) * step for (_, end), step in zip(box, tensor.stride, strict=True))
     itemsize = tensor.dtype.itemsize

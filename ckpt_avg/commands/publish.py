@@ -19,7 +19,7 @@ from ckpt_avg.commands.prepare import Prepared
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import RankError
 from ckpt_avg.machine.collector import collector_paused
-from ckpt_avg.mean.stream import divide_memory, write_mean
+from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.output.digests import TreeDigest, digest_stream
 from ckpt_avg.output.header import encode_header, encode_tensors, refuse_unreadable
 from ckpt_avg.output.provenance import Options, make_metadata, seal
@@ -179,19 +179,13 @@ def _write_mean(job: Job, unpublished: UnpublishedFile, digest: TreeDigest) -> N
     if ranks.is_first:
         unpublished.write(job.header, 0)
     job.progress.start(total * len(share) // max(1, plan.nbytes))
-    write_mean(
+    write_means(
         job.ready.checkpoints,
         plan,
-        write,
-        budget=divide_memory(
-            job.memory,
-            plan,
-            parts=ranks.size,
-            threads=job.threads,
-            checkpoints=len(job.ready.checkpoints),
-            device=job.device,
-        ),
+        [Mean(range(len(job.ready.checkpoints)), write)],
         device=job.device,
+        threads=job.threads,
+        memory=job.memory,
         allow_nonfinite=job.asked.allow_nonfinite,
         within=share,
         progress=read,

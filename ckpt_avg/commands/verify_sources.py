@@ -17,7 +17,7 @@ from ckpt_avg.files.input_file import IO, MappedFile
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import OutputTensor, Plan, make_plan
-from ckpt_avg.mean.stream import DEFAULT_MEMORY, check_memory, divide_memory, write_mean
+from ckpt_avg.mean.stream import DEFAULT_MEMORY, Mean, check_memory, write_means
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.provenance import (
     Options,
@@ -80,12 +80,13 @@ def compare_with_mean(
             may_differ = _measured(plan) if recorded_statistics(metadata) == "refreshed" else frozenset()
             comparison = _Comparison(file, tensors, plan, may_differ)
             progress.start(len(specs) * specs[0].nbytes)
-            write_mean(
+            write_means(
                 checkpoints,
                 plan,
-                comparison.compare,
-                budget=divide_memory(memory, plan, threads=threads, checkpoints=len(specs), device=torch.device("cpu")),
+                [Mean(range(len(checkpoints)), comparison.compare)],
                 device=torch.device("cpu"),
+                threads=threads,
+                memory=memory,
                 allow_nonfinite=options.allow_nonfinite,
                 progress=progress.read,
             )

@@ -11,8 +11,7 @@ import torch
 from ckpt_avg.batchnorm.policy import frozen_buffers, moving_layers
 from ckpt_avg.batchnorm.refresh_output import RefreshOptions, frozen_layers, refresh_output
 from ckpt_avg.commands.prepare import Prepared
-from ckpt_avg.mean.memory_output import MemoryOutput
-from ckpt_avg.mean.stream import Target, divide_memory, write_means
+from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
 from ckpt_avg.progress import Progress
 from ckpt_avg.user_code.evaluate import Evaluate, evaluate_weights
 
@@ -96,18 +95,18 @@ def _average(ready: Prepared, windows: Sequence[Window], work: Work) -> list[Mem
     stop = max(window.members.stop for window in windows)
     needed = ready.checkpoints[first:stop]
     outputs = [MemoryOutput(ready.plan) for _ in windows]
-    targets = [
-        Target(range(window.members.start - first, window.members.stop - first), output.write)
+    means = [
+        Mean(range(window.members.start - first, window.members.stop - first), output.write)
         for window, output in zip(windows, outputs, strict=True)
     ]
-    budget = divide_memory(work.memory, ready.plan, threads=work.threads, checkpoints=len(needed), device=work.device)
     work.progress.start(sum(checkpoint.spec.nbytes for checkpoint in needed))
     write_means(
         needed,
         ready.plan,
-        targets,
-        budget=budget,
+        means,
         device=work.device,
+        threads=work.threads,
+        memory=work.memory,
         allow_nonfinite=work.allow_nonfinite,
         progress=work.progress.read,
     )

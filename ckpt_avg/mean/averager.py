@@ -1,4 +1,4 @@
-"""`Averager`: one worker's arithmetic, chunk by chunk, on the CPU or on a CUDA device."""
+"""`Averager`: computes the mean of a block in chunks, on the CPU or a CUDA device, and finds NaN and Inf."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from collections.abc import Sequence
 import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.checkpoint.tensor_reads import stream
 from ckpt_avg.errors import NonFiniteError
-from ckpt_avg.mean.blocks import Run
+from ckpt_avg.mean.arithmetic import as_real, mean_of_float64, mean_of_narrower, round_to
+from ckpt_avg.mean.blocks import Block
 from ckpt_avg.mean.devices import Staging
-from ckpt_avg.mean.nonfinite import describe_nonfinite, refuse_overflow
-from ckpt_avg.mean.rounding import round_to
-from ckpt_avg.mean.sums import as_real, mean_of_float64, mean_of_narrower
+from ckpt_avg.mean.plan import OutputTensor
+from ckpt_avg.text import listing, one_line, quote
 
 LEAST_CHUNK = 1024  # elements
 
 
 class Averager:
-    """Averages runs of elements. Not shared between threads.
+    """Averages blocks. Not shared between threads.
 
-    Where the device's memory does not suffice, chunks get smaller.
+    If the device runs out of memory, chunks get smaller.
 
     Args:
-        device: where sums are kept.
+        device: where sums are computed.
         chunk: elements summed at a time.
-        checkpoints: what is averaged, to name those with NaN or Inf.
-        allow_nonfinite: let NaN and Inf of the inputs through.
+        checkpoints: the inputs, to name those with NaN or Inf.
+        allow_nonfinite: accept NaN and Inf in the inputs.
     """
 
     def __init__(
@@ -38,72 +39,79 @@ class Averager:
         self._allow_nonfinite = allow_nonfinite
         self._buffers: _Buffers | None = None
 
-    def average(self, run: Run, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
-        """Computes the mean of a run.
+    def average(self, block: Block, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        """Computes the mean of a block.
 
         Args:
-            run: which elements these are.
-            inputs: the values of each checkpoint, flat, in the dtype of the source, on the CPU.
-            output: takes the mean: flat, in the dtype of the output, on the CPU.
+            block: which elements these are.
+            inputs: the values of each checkpoint: flat, in the source dtype, on the CPU.
+            output: receives the mean: flat, in the output dtype, on the CPU.
 
         Raises:
-            NonFiniteError: an input holds NaN or Inf, or the mean overflows the output dtype.
-            torch.OutOfMemoryError: the device has no room for even the smallest chunk.
+            NonFiniteError: an input contains NaN or Inf, or the mean overflows the output dtype.
+            torch.OutOfMemoryError: the device has no memory even for the smallest chunk.
         """
-        while not self._has_averaged(run, inputs, output):
+        while not self._has_averaged(block, inputs, output):
             if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # a copy into the buffers may be on its way
+                torch.cuda.synchronize(self._device)  # a copy into the buffers may not be finished
             self._buffers = None
             self._chunk = max(LEAST_CHUNK, self._chunk // 8)
             torch.cuda.empty_cache()
 
-    def _has_averaged(self, run: Run, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> bool:
+    def _has_averaged(self, block: Block, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> bool:
         try:
             if self._buffers is None:
                 self._buffers = _Buffers(self._device, self._chunk)
             with self._buffers.staging.context():
                 count = torch.tensor(float(len(inputs)), dtype=torch.float64, device=self._device)
-                for start in range(0, run.numel, self._chunk):
-                    stop = min(run.numel, start + self._chunk)
-                    parts = [values[start:stop] for values in inputs]
-                    self._average(self._buffers, run, start, parts, count, output[start:stop])
+                for start in range(0, block.numel, self._chunk):
+                    stop = min(block.numel, start + self._chunk)
+                    chunks = [values[start:stop] for values in inputs]
+                    self._average_chunk(self._buffers, block, start, chunks, count, output[start:stop])
         except torch.OutOfMemoryError:
             if self._chunk <= LEAST_CHUNK:
                 raise
             return False
         return True
 
-    def _average(
+    def _average_chunk(
         self,
         buffers: _Buffers,
-        run: Run,
+        block: Block,
         start: int,
         inputs: Sequence[torch.Tensor],
         count: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        def chunk(index: int) -> torch.Tensor:
-            return as_real(buffers.staging.bring(inputs[index]))
+        def values(index: int) -> torch.Tensor:
+            return as_real(buffers.staging.copy_in(inputs[index]))
 
-        if run.source_dtype.torch_name == "float64":
-            mean = mean_of_float64(chunk, count)
+        if block.source_dtype.torch_name == "float64":
+            mean = mean_of_float64(values, count)
         else:
-            mean = mean_of_narrower(chunk, count, len(inputs), buffers.total, buffers.wide, buffers.single)
-        # One number tells of any NaN or Inf: it costs 1/N of looking at every input.
+            mean = mean_of_narrower(values, count, len(inputs), buffers.total, buffers.wide, buffers.single)
+        # One sum shows any NaN or Inf, at 1/N of the cost of checking every input.
         if not self._allow_nonfinite and not math.isfinite(mean.sum().item()):
             bad = mean.isfinite().logical_not_()
             if bad.any():
-                parts = mean.numel() // output.numel()  # two of a complex element
-                tensor, _ = run.locate(start + int(bad.to(torch.uint8).argmax()) // parts)
-                raise NonFiniteError(describe_nonfinite(self._checkpoints, tensor), lines=True)
+                width = mean.numel() // output.numel()  # a complex element is two real ones
+                tensor, _ = block.locate(start + _first(bad) // width)
+                raise NonFiniteError(_describe_nonfinite(self._checkpoints, tensor), lines=True)
         rounded = round_to(mean, as_real(output).dtype, (buffers.wide, buffers.single))
-        if run.dtype is not run.source_dtype and not self._allow_nonfinite:
-            refuse_overflow(lambda index: run.locate(start + index), mean, rounded)
+        if block.dtype is not block.source_dtype and not self._allow_nonfinite:
+            overflowed = rounded.isfinite().logical_not_().logical_and_(mean.isfinite())
+            if overflowed.any():
+                first = _first(overflowed)
+                tensor, index = block.locate(start + first)
+                raise NonFiniteError(
+                    f"tensor {quote(tensor.name)}: expected a mean within the range of {tensor.dtype.torch_name}, got "
+                    f"{mean[first].item():g} at index {index:,}. Choose a wider --dtype."
+                )
         as_real(output).copy_(rounded)
 
 
 class _Buffers:
-    """What lies on the device: the way there, the accumulator and an input widened once or twice, for one chunk."""
+    """The staging buffers, the accumulator and an input widened once or twice, for one chunk."""
 
     def __init__(self, device: torch.device, chunk: int) -> None:
         self.staging = Staging(device, chunk * 8)
@@ -111,3 +119,30 @@ class _Buffers:
             self.total = torch.empty(2 * chunk, dtype=torch.float64, device=device)
             self.wide = torch.empty(2 * chunk, dtype=torch.float64, device=device)
             self.single = torch.empty(2 * chunk, dtype=torch.float32, device=device)
+
+
+def _first(found: torch.Tensor) -> int:
+    """Returns the index of the first true element."""
+    return int(found.to(torch.uint8).argmax())
+
+
+def _describe_nonfinite(checkpoints: Sequence[Checkpoint], tensor: OutputTensor) -> str:
+    """Returns which checkpoints have NaN or Inf in a tensor, how many and where."""
+    found: list[str] = []
+    for checkpoint in checkpoints:
+        count, first = 0, -1
+        for start, values in stream(checkpoint, checkpoint.spec.tensors[tensor.name]):
+            bad = values.to(torch.complex128 if values.is_complex() else torch.float64).isfinite().logical_not_()
+            if bad.any():
+                first = start + _first(bad) if first < 0 else first
+                count += int(bad.sum())
+        if count:
+            found.append(
+                f"{one_line(str(checkpoint.spec.path))}: {count:,} of {tensor.numel:,} elements, the first at index "
+                f"{first:,}"
+            )
+    return (
+        f"tensor {quote(tensor.name)}: expected finite numbers, got NaN or Inf:\n  "
+        + listing(found, separator="\n  ")
+        + "\nSkip these checkpoints with --exclude, or accept NaN and Inf with --allow-nonfinite."
+    )

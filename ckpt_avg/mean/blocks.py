@@ -1,63 +1,97 @@
-"""`Run`: pieces of one kind that lie side by side in the output, computed as if they were one tensor."""
+"""`Block`: consecutive elements of the output that are computed together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
-from ckpt_avg.checkpoint.tensor_reads import Stretch
-from ckpt_avg.mean.plan import OutputTensor, Piece
+from ckpt_avg.checkpoint.tensor_reads import Range, join_ranges
+from ckpt_avg.mean.plan import OutputTensor, Plan
+
+_MOST_TENSORS = 4096  # of one block
+
+OutputRange = tuple[OutputTensor, int, int]  # tensor, first element, element after the last
 
 
-class Run:
-    """Pieces that lie side by side in the output and are treated alike.
+class Block:
+    """Consecutive elements of the output, all of one source dtype and one output dtype, and all means or all copies.
+
+    A block is a slice of a large tensor, or several small tensors.
 
     Attributes:
         source_dtype, dtype: of the inputs, and of the output.
-        is_mean: whether they are averaged, or copied.
-        offset: where they begin in the data section, in bytes.
-        numel: elements of all of them.
+        is_mean: whether the elements are averaged; otherwise they are copied.
+        ranges: (tensor, first element, element after the last) of each tensor in the block.
+        offset: of the first byte in the output's data section.
+        numel, nbytes: elements, and their bytes in the output.
     """
 
-    def __init__(self, pieces: tuple[Piece, ...]) -> None:
-        first = pieces[0].tensor
-        self.source_dtype, self.dtype, self.is_mean = first.source_dtype, first.dtype, first.rule == "mean"
-        self.offset = first.offset + pieces[0].start * first.dtype.itemsize
-        self.numel = sum(piece.stop - piece.start for piece in pieces)
-        self._pieces = pieces
-        # Checkpoints whose headers are the same share their table, and what follows from it.
-        self._stretches: dict[int, tuple[Mapping[str, TensorSpec], Stretch]] = {}
+    def __init__(self, ranges: Sequence[OutputRange]) -> None:
+        tensor, start, _ = ranges[0]
+        self.source_dtype, self.dtype, self.is_mean = _kind(tensor)
+        self.offset = tensor.offset + start * self.dtype.itemsize
+        self.numel = sum(stop - start for _, start, stop in ranges)
+        self.nbytes = self.numel * self.dtype.itemsize
+        self.ranges = ranges
+        # Checkpoints with equal headers share one table of tensors, by which this is known.
+        self._stored: dict[int, tuple[Mapping[str, TensorSpec], list[Range]]] = {}
 
-    @staticmethod
-    def kind(piece: Piece) -> tuple[DType, DType, bool]:
-        """Returns what the pieces of one run have in common."""
-        return piece.tensor.source_dtype, piece.tensor.dtype, piece.tensor.rule == "mean"
-
-    def stretch(self, checkpoint: Checkpoint) -> Stretch:
-        """Returns where a checkpoint has the elements."""
+    def stored_in(self, checkpoint: Checkpoint) -> list[Range]:
+        """Returns where a checkpoint stores the elements: one range if they are consecutive there, too."""
         tensors = checkpoint.spec.tensors
-        if id(tensors) not in self._stretches:
-            ranges = [(tensors[piece.tensor.name], piece.start, piece.stop) for piece in self._pieces]
-            self._stretches[id(tensors)] = tensors, Stretch.of(ranges)
-        return self._stretches[id(tensors)][1]
+        if id(tensors) not in self._stored:
+            ranges = [(tensors[tensor.name], start, stop) for tensor, start, stop in self.ranges]
+            self._stored[id(tensors)] = tensors, join_ranges(ranges)
+        return self._stored[id(tensors)][1]
 
-    def split(self, elements: int) -> list[Run]:
-        """Returns runs of no more than so many elements, but for a piece that is larger by itself."""
-        groups: list[list[Piece]] = []
+    def split(self, elements: int) -> list[Block]:
+        """Returns smaller blocks: each has at most ``elements`` elements, or is a part of one tensor."""
+        groups: list[list[OutputRange]] = []
         room = 0
-        for piece in self._pieces:
-            numel = piece.stop - piece.start
-            if numel > room:
+        for tensor, start, stop in self.ranges:
+            if stop - start > room:
                 groups.append([])
                 room = elements
-            groups[-1].append(piece)
-            room -= numel
-        return [Run(tuple(group)) for group in groups]
+            groups[-1].append((tensor, start, stop))
+            room -= stop - start
+        return [Block(group) for group in groups]
 
     def locate(self, index: int) -> tuple[OutputTensor, int]:
-        """Returns the tensor that an element of the run belongs to, and its index there."""
-        for piece in self._pieces:
-            if index < piece.stop - piece.start:
-                return piece.tensor, piece.start + index
-            index -= piece.stop - piece.start
+        """Returns the tensor that an element of the block belongs to, and its index in that tensor."""
+        for tensor, start, stop in self.ranges:
+            if index < stop - start:
+                return tensor, start + index
+            index -= stop - start
         raise IndexError(index)
+
+
+def cut_into_blocks(plan: Plan, elements: int, within: range | None = None) -> Iterator[Block]:
+    """Yields the blocks of the output in order, each of at most ``elements`` elements.
+
+    Args:
+        plan: the tensors of the output.
+        elements: of one block.
+        within: the bytes of the data section to cover; all by default. Both ends are ends of elements.
+    """
+    within = range(plan.nbytes) if within is None else within
+    ranges: list[OutputRange] = []
+    room = elements
+    for tensor in plan.tensors:
+        itemsize = tensor.dtype.itemsize
+        start = max(0, within.start - tensor.offset) // itemsize
+        end = min(tensor.numel, max(0, within.stop - tensor.offset) // itemsize)
+        while start < end:
+            if ranges and (room == 0 or len(ranges) == _MOST_TENSORS or _kind(tensor) != _kind(ranges[0][0])):
+                yield Block(ranges)
+                ranges, room = [], elements
+            stop = min(end, start + room)
+            ranges.append((tensor, start, stop))
+            room -= stop - start
+            start = stop
+    if ranges:
+        yield Block(ranges)
+
+
+def _kind(tensor: OutputTensor) -> tuple[DType, DType, bool]:
+    """Returns what all tensors of one block have in common."""
+    return tensor.source_dtype, tensor.dtype, tensor.rule == "mean"

@@ -1,7 +1,7 @@
-"""Where the mean is computed, and how a chunk gets there.
+"""The devices of the sums and of the model, and the staging buffers through which chunks reach a CUDA device.
 
-On the CPU a chunk is used where it lies. To a CUDA device it is copied through page-locked buffers, while the one
-before it is being summed.
+On the CPU a chunk is used without a copy. A CUDA device receives it through page-locked buffers, while the chunk before
+it is being summed.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def _device(name: str, launch: Launch | None) -> torch.device:
 
 
 class Staging:
-    """One worker's way of bringing chunks to a device. Not shared between threads.
+    """The staging buffers of one worker. Not shared between threads.
 
-    For a CUDA device there are two slots, each a page-locked buffer here and one of the same size there. A chunk is
-    copied into one slot while the other's is still on its way or in use, by a stream of copies beside the stream of
-    computation; events keep a buffer from being filled again before the other side is done with it.
+    For a CUDA device there are two slots, each a page-locked buffer on the host and a buffer of the same size on the
+    device. A chunk is copied into one slot, on a stream of its own, while the chunk in the other is still in use.
+    Events prevent a buffer from being filled again before its last use is complete.
 
     Args:
-        device: where chunks go.
-        nbytes: the largest chunk, in bytes.
+        device: where chunks are copied to.
+        nbytes: bytes of the largest chunk.
     """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
@@ -65,17 +65,17 @@ class Staging:
         if device.type == "cuda":
             self._compute, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
             self._slots = [_Slot(device, nbytes) for _ in range(2)]
-            for stream in (self._compute, self._copies):  # the buffers' memory may still be in use there
+            for stream in (self._compute, self._copies):  # the memory of the buffers may still be in use on it
                 stream.wait_stream(torch.cuda.current_stream(device))
 
     def context(self) -> contextlib.AbstractContextManager[object]:
-        """Makes the worker's stream of computation current, where there is one."""
+        """Returns a context in which the worker's stream for computation is current; on the CPU it does nothing."""
         return torch.cuda.stream(self._compute) if self._slots else contextlib.nullcontext()
 
-    def bring(self, chunk: torch.Tensor) -> torch.Tensor:
-        """Returns the chunk on the device; on the CPU the chunk itself. It stands until the next call.
+    def copy_in(self, chunk: torch.Tensor) -> torch.Tensor:
+        """Returns the chunk on the device; on the CPU the chunk itself. Valid until the next call.
 
-        What is to be done with it must be queued before the next call, on the stream of `context`.
+        Queue everything that uses it before the next call, on the stream of `context`.
         """
         if not self._slots:
             return chunk
@@ -83,19 +83,19 @@ class Staging:
         self._turn ^= 1
         slot = self._slots[self._turn]
         slot.copied.synchronize()  # the page-locked buffer has been read
-        here = slot.pinned[: chunk.nbytes].view(chunk.dtype)
-        there = slot.on_device[: chunk.nbytes].view(chunk.dtype)
-        here.copy_(chunk)
-        self._copies.wait_event(slot.used)  # the device's buffer has been computed with
+        pinned = slot.pinned[: chunk.nbytes].view(chunk.dtype)
+        on_device = slot.on_device[: chunk.nbytes].view(chunk.dtype)
+        pinned.copy_(chunk)
+        self._copies.wait_event(slot.used)  # the device's buffer has been used
         with torch.cuda.stream(self._copies):
-            there.copy_(here, non_blocking=True)
+            on_device.copy_(pinned, non_blocking=True)
             slot.copied.record(self._copies)
         self._compute.wait_event(slot.copied)
-        return there
+        return on_device
 
 
 class _Slot:
-    """A pair of buffers, and when each of them is free again."""
+    """A pair of buffers, and the events after which each can be filled again."""
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)

@@ -12,7 +12,6 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +19,7 @@ from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.files.input_file import MappedFile
 from ckpt_avg.formats.torch_zip import MAGIC
 from ckpt_avg.formats.zip_directory import refuse_damaged
+from ckpt_avg.mean.workers import SharedItems, run_workers
 
 LEAF = 2**20
 _DIGEST = 32  # bytes
@@ -138,7 +138,7 @@ def digest_data(
         digest.add(memoryview(read(begin + offset, min(LEAF, nbytes - offset))), offset)
 
     leaves = ((offset, file) for offset in range(0, nbytes, LEAF))  # a million of them in a terabyte
-    _share_out(leaves, one, threads=threads, progress=progress)
+    _for_each(leaves, one, threads=threads, progress=progress)
     return digest.finish(lambda offset, length: file.read(begin + offset, length))
 
 
@@ -167,7 +167,7 @@ def digest_files(
         digests[id(file)] = digest_stream(read, file.size)
 
     files = [(file, file) for each in named for file in each.values()]
-    _share_out(files, one, threads=threads, progress=progress)
+    _for_each(files, one, threads=threads, progress=progress)
     for checkpoint in checkpoints:
         if "torch zip" in checkpoint.spec.format:
             for file in checkpoint.files:
@@ -176,7 +176,7 @@ def digest_files(
     return [{name: digests[id(file)] for name, file in each.items()} for each in named]
 
 
-def _share_out(
+def _for_each(
     items: Iterable[tuple[Item, MappedFile]],
     do: Callable[[Item, ReadAt], None],
     *,
@@ -184,33 +184,20 @@ def _share_out(
     progress: Callable[[int], None],
 ) -> None:
     """Calls ``do(item, read)`` for each item, with what reads its file, by so many threads, until one fails."""
-    iterator, lock, stop = iter(items), threading.Lock(), threading.Event()
+    lock = threading.Lock()
 
-    def work() -> None:
-        while not stop.is_set():
-            with lock:
-                item, file = next(iterator, (None, None))
-            if item is None or file is None:
-                return
-            do(item, functools.partial(read, file))
+    def work(shared: SharedItems[tuple[Item, MappedFile]]) -> None:
+        for item, file in shared:
+            do(item, functools.partial(read, shared, file))
 
-    def read(file: MappedFile, offset: int, length: int) -> bytes:
-        if stop.is_set():
-            raise CancelledError
+    def read(shared: SharedItems[tuple[Item, MappedFile]], file: MappedFile, offset: int, length: int) -> bytes:
+        shared.check()
         found = file.read(offset, length)
         with lock:
             progress(length)
         return found
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="digest") as pool:
-        futures = [pool.submit(work) for _ in range(threads)]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()
-    for error in filter(None, (future.exception() for future in futures)):
-        if not isinstance(error, CancelledError):
-            raise error
+    run_workers(threads, items, work)
 
 
 def name_in(checkpoint: Checkpoint, path: Path) -> str:

@@ -34,6 +34,7 @@ import json, sys, time
 from pathlib import Path
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.output.header import encode_header, encode_tensors
+from ckpt_avg.mean.blocks import cut_into_blocks
 from ckpt_avg.mean.plan import make_plan
 from ckpt_avg.formats.open import make_reading, open_with
 import gc; gc.disable()
@@ -52,7 +53,7 @@ plan = make_plan(specs)
 mark()
 encode_header(encode_tensors(plan), {})
 mark()
-for _ in plan.tasks(1 << 20):
+for _ in cut_into_blocks(plan, 1 << 20):
     pass
 mark()
 print(json.dumps(found))
@@ -129,7 +130,7 @@ class Case:
     def terms(self) -> list[float]:
         """Returns what multiplies each coefficient of the wall time."""
         elements = self.mebibytes * 2**18
-        each = 128 * 2**20 // _WORKERS  # as `divide_memory` does
+        each = 128 * 2**20 // _WORKERS  # as `mean.stream` does
         window = max(1024, min(4 * 2**20, (each - 2 * 2**20) // (8 * (self.checkpoints + 1))))
         windows = self.checkpoints * max(-(-elements // window), self.shards)
         nbytes = self.mebibytes * 2**20

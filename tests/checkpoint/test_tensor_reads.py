@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckpt_avg.checkpoint import tensor_reads as elements
+from ckpt_avg.checkpoint import tensor_reads as reads
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, Checkpoint, CheckpointSpec, TensorSpec, contiguous_stride
-from ckpt_avg.checkpoint.tensor_reads import read_ranges, stream, torch_dtype
+from ckpt_avg.checkpoint.tensor_reads import join_ranges, prefetch, read_ranges, stream, torch_dtype
 from ckpt_avg.files.input_file import MappedFile
 
 View = tuple[str, tuple[int, ...], tuple[int, ...], int]  # dtype, shape, stride, offset
@@ -70,7 +70,7 @@ def test_any_range_of_any_view_equals_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, view: View, data: st.DataObject
 ) -> None:
     """Any strides (repeated, overlapping, none), any offset, through windows of any size."""
-    monkeypatch.setattr(elements, "_SPAN", window)
+    monkeypatch.setattr(reads, "_SPAN", window)
     tensor = make("w", *view)
     start = data.draw(st.integers(0, tensor.numel))
     stop = data.draw(st.integers(start, tensor.numel))
@@ -91,13 +91,37 @@ def test_ranges_are_returned_in_the_order_asked_for(
     data: st.DataObject,
 ) -> None:
     """Whatever lies beside, inside or over what in the file, and however windows are joined."""
-    monkeypatch.setattr(elements, "_WASTE", gap)
+    monkeypatch.setattr(reads, "_WASTE", gap)
     tensors = [make(str(i), *view[:3], view[3] + data.draw(st.integers(0, 3000))) for i, view in enumerate(chosen)]
     ranges = [(tensor, 0, tensor.numel) for tensor in tensors]
     with checkpoint_of(tmp_path / "raw", NOISE) as checkpoint:
         found = read_ranges(checkpoint, ranges)
     for tensor, values in zip(tensors, found, strict=True):
         assert same(values, expected(NOISE, tensor))
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8), data=st.data())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_joined_ranges_have_the_elements_of_all(tmp_path: Path, lengths: list[int], data: st.DataObject) -> None:
+    """Tensors that are consecutive, apart, in another order, strided or cut off are joined only where it is right."""
+    ranges, offset = [], 0
+    for length in lengths:
+        offset += data.draw(st.sampled_from([0, 0, 4, 100]))
+        tensor = make("w", "int32", (length,), (data.draw(st.sampled_from([1, 1, 1, 2])),), offset)
+        start = data.draw(st.sampled_from([0, 0, length - 1]))
+        ranges.append((tensor, start, data.draw(st.sampled_from([length, length, start + 1]))))
+        offset += 4 * length
+    ranges = data.draw(st.sampled_from([ranges, ranges[::-1]]))
+    with checkpoint_of(tmp_path / "raw", NOISE) as checkpoint:
+        found = torch.cat(read_ranges(checkpoint, join_ranges(ranges)))
+    assert same(found, torch.cat([expected(NOISE, tensor)[start:stop] for tensor, start, stop in ranges]))
+
+
+def test_consecutive_tensors_are_one_range_and_one_window() -> None:
+    """Otherwise many small tensors would cost a call each."""
+    tensors = [make("w", "int32", (10,), (1,), 8 + 40 * index) for index in range(100)]
+    (joined,) = join_ranges([(tensor, 0, 10) for tensor in tensors])
+    assert (joined[0].offset, joined[1:]) == (8, (0, 1000))
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3, 4, 4095, 4096, 4097])
@@ -153,11 +177,19 @@ def test_a_view_far_wider_than_its_elements_is_read_through_small_windows(
     assert max(asked) <= 4 * 2**20
 
 
-def test_small_tensors_far_apart_do_not_share_a_window() -> None:
-    """One window over all of them would hold what lies between, however much that is."""
-    scattered = [(0, index * 7_000, 4, index) for index in range(1_000)]
-    joined = elements._coalesce(scattered)
-    assert sum(len(members) for *_, members in joined) == 1_000
-    assert sum(end - begin for _, begin, end, _ in joined) < 1_000 * elements._WASTE
-    close = [(0, index * 1_100, 1_000, index) for index in range(1_000)]
-    assert len(elements._coalesce(close)) == 1
+def test_small_tensors_far_apart_do_not_share_a_window(tmp_path: Path) -> None:
+    """One window over all of them would hold all the bytes between them."""
+
+    class Recorded:
+        def prefetch(self, offset: int, length: int) -> None:
+            asked.append(length)
+
+    def windows(step: int, nbytes: int) -> list[int]:
+        ranges = [(make("w", "int8", (nbytes,), (1,), index * step), 0, nbytes) for index in range(1_000)]
+        asked.clear()
+        prefetch(Checkpoint(CheckpointSpec(tmp_path, "raw", {}), (Recorded(),)), ranges)
+        return asked
+
+    asked: list[int] = []
+    assert sum(windows(7_000, 4)) < 1_000 * reads._WASTE
+    assert len(windows(1_100, 1_000)) == 1

@@ -1,4 +1,4 @@
-"""Runs of many small tensors, and a device whose memory is short."""
+"""Blocks of many small tensors, and a device that runs out of memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ckpt_avg import NonFiniteError, average
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME
 from ckpt_avg.mean import averager
 from ckpt_avg.mean.averager import Averager
-from ckpt_avg.mean.blocks import Run
-from ckpt_avg.mean.plan import OutputTensor, Piece
+from ckpt_avg.mean.blocks import Block
+from ckpt_avg.mean.plan import OutputTensor
 
 SHAPES = [(3,), (), (0, 5), (7, 11), (1,), (130,), (2, 2, 2)]
 
@@ -82,9 +82,9 @@ def test_overflow_is_found_in_the_tensor_that_has_it(tmp_path: Path) -> None:
         average(sorted(tmp_path.iterdir()), tmp_path / "out", dtype="float16")
 
 
-def run_of(numel: int) -> Run:
+def block_of(numel: int) -> Block:
     dtype = BY_TORCH_NAME["float32"]
-    return Run((Piece(OutputTensor("w", (numel,), dtype, dtype, "mean", 0, numel), 0, numel),))
+    return Block([(OutputTensor("w", (numel,), dtype, dtype, "mean", 0, numel), 0, numel)])
 
 
 @pytest.mark.parametrize("room", [1024, 5000, 70_000])
@@ -104,7 +104,7 @@ def test_smaller_chunks_where_the_device_is_full(monkeypatch: pytest.MonkeyPatch
     outputs = [torch.empty(200_001) for _ in range(2)]
     one = Averager(torch.device("cpu"), 65_536, (), allow_nonfinite=False)
     for output in outputs:
-        one.average(run_of(200_001), inputs, output)
+        one.average(block_of(200_001), inputs, output)
     expected = (sum(each.double() for each in inputs) / 3).float()
     assert all(torch.equal(output, expected) for output in outputs)
     assert made[-1] <= room
@@ -125,7 +125,7 @@ def test_it_fails_in_the_middle_and_begins_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(averager, "mean_of_narrower", sometimes)
     inputs = [torch.randn(40_000) for _ in range(2)]
     output = torch.empty(40_000)
-    Averager(torch.device("cpu"), 16_384, (), allow_nonfinite=False).average(run_of(40_000), inputs, output)
+    Averager(torch.device("cpu"), 16_384, (), allow_nonfinite=False).average(block_of(40_000), inputs, output)
     assert torch.equal(output, (sum(each.double() for each in inputs) / 2).float())
 
 
@@ -138,24 +138,5 @@ def test_no_room_for_the_smallest_chunk(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(averager, "_Buffers", full)
     with pytest.raises(torch.OutOfMemoryError):
         Averager(torch.device("cpu"), 65_536, (), allow_nonfinite=False).average(
-            run_of(10), [torch.ones(10)], torch.empty(10)
+            block_of(10), [torch.ones(10)], torch.empty(10)
         )
-
-
-def test_a_run_knows_where_its_elements_belong() -> None:
-    dtype = BY_TORCH_NAME["float32"]
-    a, b, c = (OutputTensor(name, (10,), dtype, dtype, "mean", 40 * i, 10) for i, name in enumerate("abc"))
-    run = Run((Piece(a, 7, 10), Piece(b, 0, 10), Piece(c, 0, 2)))
-    assert (run.numel, run.offset) == (15, 28)
-    assert [(tensor.name, index) for tensor, index in map(run.locate, (0, 2, 3, 12, 13, 14))] == [
-        ("a", 7),
-        ("a", 9),
-        ("b", 0),
-        ("b", 9),
-        ("c", 0),
-        ("c", 1),
-    ]
-    with pytest.raises(IndexError):
-        run.locate(15)
-    assert [[piece.tensor.name for piece in part._pieces] for part in run.split(4)] == [["a"], ["b"], ["c"]]
-    assert [[piece.tensor.name for piece in part._pieces] for part in run.split(13)] == [["a", "b"], ["c"]]

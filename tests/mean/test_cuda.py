@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ckpt_avg import NonFiniteError, average
-from ckpt_avg.mean.rounding import round_to
+from ckpt_avg.mean.arithmetic import round_to
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 

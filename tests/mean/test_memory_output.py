@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from ckpt_avg import average
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, CheckpointSpec, TensorSpec, contiguous_stride
 from ckpt_avg.formats.open import open_checkpoint
-from ckpt_avg.mean.memory_output import MemoryOutput
 from ckpt_avg.mean.plan import Plan, make_plan
-from ckpt_avg.mean.stream import Target, divide_memory, write_means
+from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
 
 CPU = torch.device("cpu")
 AWKWARD = {
@@ -161,9 +160,10 @@ def test_holds_the_tensors_of_the_file_that_average_writes(tmp_path: Path, dtype
     write_means(
         opened,
         plan,
-        [Target(window, output.write) for window, output in zip(windows, outputs, strict=True)],
-        budget=divide_memory(2**20, plan, threads=2, checkpoints=3, device=CPU),
+        [Mean(window, output.write) for window, output in zip(windows, outputs, strict=True)],
         device=CPU,
+        threads=2,
+        memory=2**20,
     )
     for checkpoint in opened:
         checkpoint.close()

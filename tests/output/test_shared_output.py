@@ -21,6 +21,7 @@ from system.faults.rank_runs import in_threads
 from ckpt_avg import OutputError, UserCodeError, average, open_checkpoint
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import NonFiniteError, RankError
+from ckpt_avg.mean.blocks import cut_into_blocks
 from ckpt_avg.mean.plan import Plan, make_plan
 from ckpt_avg.output.shared_output import shared_output
 from ckpt_avg.output.unpublished_file import UnpublishedFile
@@ -222,11 +223,11 @@ def test_shares_cover_every_element_once_and_meet_at_pages(
     found: dict[str, list[tuple[int, int]]] = {tensor.name: [] for tensor in plan.tensors}
     for share in shares:
         covered = 0
-        for task in plan.tasks(elements, share):
-            assert sum(piece.stop - piece.start for piece in task) <= elements
-            for piece in task:
-                found[piece.tensor.name].append((piece.start, piece.stop))
-                covered += (piece.stop - piece.start) * piece.tensor.dtype.itemsize
+        for block in cut_into_blocks(plan, elements, share):
+            assert block.numel <= elements
+            for tensor, start, stop in block.ranges:
+                found[tensor.name].append((start, stop))
+                covered += (stop - start) * tensor.dtype.itemsize
         assert covered == len(share)
     for tensor in plan.tensors:
         edges = sorted(found[tensor.name])

@@ -482,7 +482,7 @@ def test_a_full_disk_is_found_before_anything_is_read(
     if not unnamed:
         monkeypatch.delattr(os, "O_TMPFILE")
     monkeypatch.setattr(
-        "ckpt_avg.commands.publish.write_mean", lambda *arguments, **options: pytest.fail("read the inputs")
+        "ckpt_avg.commands.publish.write_means", lambda *arguments, **options: pytest.fail("read the inputs")
     )
     with tmpfs(tmp_path / "full", "256k") as folder:
         output = folder / "mean.safetensors"

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from system.faults.exact import BFLOAT16, E5M2, FLOAT8, FLOAT16, FLOAT32, Format
 
-from ckpt_avg.mean.rounding import _round_to_odd_subnormal_float32 as round_to_odd
-from ckpt_avg.mean.rounding import round_to
+from ckpt_avg.mean.arithmetic import _round_to_odd_subnormal_float32 as round_to_odd
+from ckpt_avg.mean.arithmetic import round_to
 
 FORMATS = (FLOAT32, BFLOAT16, FLOAT16, *FLOAT8)
 WITH_INFINITY = (FLOAT32, BFLOAT16, FLOAT16, E5M2)

@@ -10,9 +10,9 @@ from pathlib import Path
 from ckpt_avg.checkpoint.spec import CheckpointSpec
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CkptAvgError, IncompatibleError
-from ckpt_avg.formats.folder import form_of
+from ckpt_avg.formats.folder import find_weights
 from ckpt_avg.formats.open import make_reading, open_checkpoint
-from ckpt_avg.formats.trainers.file_names import SUFFIXES
+from ckpt_avg.formats.trainers.any_script import SUFFIXES
 from ckpt_avg.runs.candidates import survey
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.run_folder import Skipped, entries_of
@@ -113,10 +113,10 @@ def _look_around(folder: Path) -> tuple[tuple[str, str], ...]:
 def _look_at(path: Path) -> str:
     try:
         if path.is_dir():
-            form = form_of(path)
-            if form is None:
+            weights = find_weights(path)
+            if weights is None:
                 return f"a folder with {plural(len(entries_of(path)), 'entry')}"
-            return form.problem or "a checkpoint folder" + (f" ({form.kind})" if form.kind else "")
+            return weights.problem or "a checkpoint folder" + (f" ({weights.kind})" if weights.kind else "")
         if not path.is_file():
             return "a link to nothing, a device, pipe or socket"
         if not path.name.lower().endswith(

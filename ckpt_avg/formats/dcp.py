@@ -71,7 +71,7 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
     contents = _nested(metadata, tensors, folder)
     found = find_state_dict(contents, path, reading)
     chosen = {name: leaf for name, leaf in found.tensors.items() if isinstance(leaf, _Distributed)}
-    names = settle_names({name: leaf.shape == () for name, leaf in chosen.items()}, reading, path, found.kind)
+    names = settle_names({name: leaf.shape == () for name, leaf in chosen.items()}, reading, path, found.trainer)
     files: dict[str, tuple[int, MappedFile]] = {}
     archives: dict[_Stored, TensorSpec] = {}  # each is read once, however often the metadata names it
     with ExitStack() as on_error:

@@ -18,7 +18,7 @@ from ckpt_avg.formats.one_file import open_file
 from ckpt_avg.formats.sharded import is_index, open_sharded
 from ckpt_avg.formats.sidecars import record_beside
 from ckpt_avg.formats.state_dict import Reading
-from ckpt_avg.formats.trainers.file_names import kind_from_name, record_from_name
+from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_name
 from ckpt_avg.text import listing, quote
 
 __all__ = ["Checkpoint", "Reading", "make_reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
@@ -77,7 +77,8 @@ def open_with(path: Path, reading: Reading) -> Checkpoint:
     spec = checkpoint.spec
     record = spec.record.or_else(record_beside(path, spec.record.epoch))
     record = record.or_else(record_from_name(path.name, bare_number=record.step is None and record.epoch is None))
-    return replace(checkpoint, spec=replace(spec, record=record, kind=spec.kind or kind_from_name(path)))
+    named = trainer_from_name(path) if spec.kind is None and spec.state_key is None else None
+    return replace(checkpoint, spec=replace(spec, record=record, kind=named.name if named else spec.kind))
 
 
 def refuse_missing_prefix(specs: Sequence[CheckpointSpec], reading: Reading) -> None:

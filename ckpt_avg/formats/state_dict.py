@@ -1,25 +1,29 @@
 """Which part of a torch file is the state dict.
 
-In order: the key that the user names; the place of the trainer that wrote the file (`layouts`); one of the keys that
-many scripts use; the file itself, if its values are tensors; the only other mapping of names to tensors. Where
-several remain, they are listed and none is taken. A pickled module counts as its state dict.
+In order: the key that the user names; the place where the file's trainer keeps it (`Trainer.layouts`); a key that many
+scripts use; the file itself, if its values are tensors; the only other dict of named tensors. If several remain, the
+error lists them. A pickled module counts as its state dict.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
-from ckpt_avg.formats.hidden import hides_tensors, is_training_state
 from ckpt_avg.formats.pickles.leaves import Leaf, UnreadableTensor
 from ckpt_avg.formats.pickles.nn_modules import is_module, module_tensors
 from ckpt_avg.formats.pickles.stand_ins import Foreign
-from ckpt_avg.formats.trainers.layouts import EMA_KEYS, LAYOUTS, RAW_KEYS, Layout
+from ckpt_avg.formats.trainers.any_script import EMA_KEYS, RAW_KEYS, TRAINING_STATE
+from ckpt_avg.formats.trainers.records import recognise
+from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, quote
+
+_MOST_VALUES = 1000  # of one entry of a state dict that are searched for tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,76 +42,87 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The state dict.
+class StateDict:
+    """The state dict of a torch file.
 
     Attributes:
         key: its dotted key; None: the file itself.
         tensors: its tensors by name.
-        others: its names that lead to no tensor.
-        notes: how it was chosen.
-        kind: the trainer whose layout it is.
+        others: its names without a tensor.
+        trainer: the trainer whose layout the file has.
         ema: whether it is a running average of weights.
+        notes: how it was chosen.
     """
 
     key: str | None
     tensors: Mapping[str, Leaf]
     others: tuple[str, ...]
-    notes: tuple[str, ...]
-    kind: str | None = None
+    trainer: Trainer | None = None
     ema: bool = False
+    notes: tuple[str, ...] = ()
 
 
-def find_state_dict(root: object, path: Path, reading: Reading) -> Found:
-    """Picks the state dict out of what a torch file holds.
+def find_state_dict(root: object, path: Path, reading: Reading) -> StateDict:
+    """Returns the state dict of what a torch file contains.
 
     Raises:
         CheckpointFormatError: there is none, or several candidates, or it holds tensors without plain elements.
     """
-    layout = next((each for each in LAYOUTS if all(_lookup(root, mark) is not None for mark in each.marks)), None)
-    kind = layout.kind if layout else None
-    if reading.state_key is not None:
-        key = reading.state_key
+    contents = Contents(root)
+    trainer, layout = recognise(contents) or (None, None)
+    if (key := reading.state_key) is not None:
         is_ema = key == layout.ema if layout else key in EMA_KEYS
-        return _found(_walk(root, path, key), path, key, kind, ema=is_ema)
+        found = replace(_state_dict(_walk(root, path, key), path, key), ema=is_ema)
+    else:
+        found = _search(contents, path, reading, trainer, layout)
+    return replace(found, trainer=trainer)
+
+
+def _search(
+    contents: Contents, path: Path, reading: Reading, trainer: Trainer | None, layout: Layout | None
+) -> StateDict:
+    root = contents.root
     if layout is not None:
-        raw = [layout.raw] if _holds(root, layout.raw) else []
-        ema = [layout.ema] if layout.ema and _holds(root, layout.ema) else []
-        if layout.kind == "Composer" and _composer_ema(root):
-            raw, ema = [], raw
+        raw, ema = (_those_that_hold(contents, [key] if key else []) for key in (layout.raw, layout.ema))
         if raw or ema:
-            return _choose(root, path, reading, raw, ema, layout)
+            return _choose(contents, path, reading, raw, ema, trainer, layout)
     if is_module(root) and not reading.ema:
-        return _found(root, path, None, kind, ("a whole pickled module: its tensors are named as state_dict() would",))
+        note = "a whole pickled module: its tensors are named as state_dict() would"
+        return replace(_state_dict(root, path, None), notes=(note,))
     if isinstance(root, Foreign) and not is_module(root):
         raise NoWeightsError(f"{path}: {_pickled(root)}")
-    raw, ema = _those_that_hold(root, RAW_KEYS), _those_that_hold(root, EMA_KEYS)
-    ema = ema or _those_that_hold(root, [key for key in _top(root) if "ema" in key.lower().split("_")])
+    raw, ema = _those_that_hold(contents, RAW_KEYS), _those_that_hold(contents, EMA_KEYS)
+    ema = ema or _those_that_hold(contents, [key for key in _top(root) if "ema" in key.lower().split("_")])
     if len(raw) <= 1 and len(ema) <= 1 and (raw or ema):
-        return _choose(root, path, reading, raw, ema, None)
+        return _choose(contents, path, reading, raw, ema)
     candidates = _candidates(root)
     if not raw and not ema:
         if reading.ema:
             raise CheckpointFormatError(f"{path}: {_no_ema(root)}")
         if candidates[:1] == [()]:
-            return _found(root, path, None, kind)
+            return _state_dict(root, path, None)
         if len(candidates) == 1:
             key = ".".join(candidates[0])
             note = f"the weights were found under {quote(key)}, the only mapping of names to tensors"
-            return _found(_walk(root, path, key), path, key, kind, (note,))
+            return replace(_state_dict(_walk(root, path, key), path, key), notes=(note,))
     if not raw and not ema and not candidates:
-        raise NoWeightsError(f"{path}: {_no_choice(root, ())}")
+        raise NoWeightsError(f"{path}: {_no_choice(contents, ())}")
     several = ema if reading.ema else raw or ema
-    raise CheckpointFormatError(f"{path}: {_no_choice(root, [(key,) for key in several] or candidates)}")
+    raise CheckpointFormatError(f"{path}: {_no_choice(contents, [(key,) for key in several] or candidates)}")
 
 
 def _choose(
-    root: object, path: Path, reading: Reading, raw: Sequence[str], ema: Sequence[str], layout: Layout | None
-) -> Found:
-    """Takes the raw weights or their running average, as asked, and says which where both are there."""
-    kind = layout.kind if layout else None
+    contents: Contents,
+    path: Path,
+    reading: Reading,
+    raw: Sequence[str],
+    ema: Sequence[str],
+    trainer: Trainer | None = None,
+    layout: Layout | None = None,
+) -> StateDict:
+    """Takes the raw weights or their running average, as asked, and notes which, if there are both."""
     if reading.ema and not ema:
-        raise CheckpointFormatError(f"{path}: {_no_ema(root)}")
+        raise CheckpointFormatError(f"{path}: {_no_ema(contents.root)}")
     notes: list[str] = []
     key = ema[0] if reading.ema or not raw else raw[0]
     if raw and ema:
@@ -116,51 +131,36 @@ def _choose(
         notes.append(f"the {what} weights under {quote(key)} are taken; the {rest} under {quote(other)} {option}")
     elif not raw:
         notes.append(f"only EMA weights are here, under {quote(key)}: they are taken")
-    found = _found(_walk(root, path, key), path, key, kind, ema=key not in raw)
+    found = _state_dict(contents.get(key), path, key)
     tensors = dict(found.tensors)
-    for inner, prefix in layout.beside.items() if layout else ():
-        beside = _found(_walk(root, path, inner), path, inner, kind)
-        tensors.update({f"{prefix}{name}": tensor for name, tensor in beside.tensors.items()})
+    beside = layout.beside if layout else {}
+    for inner, prefix in beside.items():
+        part = _state_dict(contents.get(inner), path, inner)
+        tensors.update({f"{prefix}{name}": tensor for name, tensor in part.tensors.items()})
         notes.append(f"the tensors under {quote(inner)} are named {prefix}…, as in the whole model")
-    taken = {key, *raw, *ema, *(layout.beside if layout else ())}
-    others = [name for name in _top(root) if name not in taken and _holds(root, name)]
-    if others:
+    taken = {key, *raw, *ema, *beside}
+    if others := [name for name in _top(contents.root) if name not in taken and _holds(contents, name)]:
         notes.append(f"other state dicts beside {quote(key)}: {listing(map(quote, others))} (--state-key takes one)")
-    if layout and layout.note:
-        notes.append(layout.note)
-    return Found(key, tensors, found.others, (*notes, *found.notes), kind, found.ema)
-
-
-def _composer_ema(root: object) -> bool:
-    """Whether Composer's EMA algorithm had put the average in the model's place when it was saved."""
-    algorithms = _lookup(root, "state.algorithms")
-    states = (
-        [pair[-1] for pair in algorithms if isinstance(pair, tuple) and pair] if isinstance(algorithms, list) else []
-    )
-    return any(isinstance(state, dict) and state.get("ema_weights_active") is True for state in states)
+    if trainer and trainer.note:
+        notes.append(trainer.note)
+    return StateDict(key, tensors, found.others, ema=key not in raw, notes=tuple(notes))
 
 
 def _top(root: object) -> list[str]:
+    """Returns the keys at the top that may lead to weights."""
     keys = root if isinstance(root, dict) else ()
-    return [key for key in keys if isinstance(key, str) and not is_training_state(key)]
+    return [key for key in keys if isinstance(key, str) and not TRAINING_STATE.search(key)]
 
 
-def _lookup(root: object, path: str) -> object:
-    value: Any = root
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _holds(root: object, path: str) -> bool:
-    value = _lookup(root, path)
+def _holds(contents: Contents, key: str) -> bool:
+    value = contents.get(key)
     return _is_state_dict(value) or is_module(value)
 
 
-def _those_that_hold(root: object, keys: Sequence[str]) -> list[str]:
-    """Returns the keys with weights; a whole module does not count where a state dict stands beside it."""
-    found = [key for key in keys if _holds(root, key)]
-    return [key for key in found if _is_state_dict(_lookup(root, key))] or found
+def _those_that_hold(contents: Contents, keys: Sequence[str]) -> list[str]:
+    """Returns the keys with weights; without whole modules, if there is a state dict."""
+    found = [key for key in keys if _holds(contents, key)]
+    return [key for key in found if _is_state_dict(contents.get(key))] or found
 
 
 def _is_state_dict(value: object) -> bool:
@@ -211,9 +211,12 @@ def _ends(text: str) -> list[int]:
     return [len(text), *(position for position in range(len(text) - 1, 0, -1) if text[position] == ".")]
 
 
-def _found(
-    value: object, path: Path, key: str | None, kind: str | None, notes: tuple[str, ...] = (), *, ema: bool = False
-) -> Found:
+def _state_dict(value: object, path: Path, key: str | None) -> StateDict:
+    """Separates a state dict's tensors from its other entries.
+
+    Raises:
+        CheckpointFormatError: it is none, or an entry holds tensors that would be lost.
+    """
     where = f"{path}: {'the file' if key is None else f'key {quote(key)}'}"
     if isinstance(value, Foreign):
         if not is_module(value):
@@ -238,7 +241,8 @@ def _found(
                 f"{where}: expected names and tensors, got another dict of tensors under {quote(name)}. "
                 f"Choose one part with --state-key {_as_argument(f'{key}.{name}' if key else str(name))}."
             )
-        if not isinstance(item, Leaf) and not is_training_state(name) and hides_tensors(item):
+        is_training_state = isinstance(name, str) and TRAINING_STATE.search(name)
+        if not isinstance(item, Leaf) and not is_training_state and _hides_tensors(item):
             kind = item.described() if isinstance(item, Foreign) else type(item).__name__
             raise CheckpointFormatError(
                 f"{where}: {quote(name)}: expected a plain tensor, got tensors inside a {kind}. Save "
@@ -252,7 +256,22 @@ def _found(
             )
         else:
             tensors[name] = item
-    return Found(key, tensors, tuple(others), notes, kind, ema)
+    return StateDict(key, tensors, tuple(others))
+
+
+def _hides_tensors(item: object) -> bool:
+    """Whether a list, a tuple or an object holds a tensor, near its top."""
+    found: list[object] = [item]
+    for value in itertools.islice(found, _MOST_VALUES):  # it grows meanwhile
+        if isinstance(value, Leaf):
+            return True
+        if isinstance(value, Foreign):
+            found += [value.state, *value.arguments[:100]]
+        elif isinstance(value, (list, tuple)):
+            found += value[:100]
+        elif isinstance(value, dict) and value is not item:
+            found += itertools.islice(value.values(), 100)
+    return False
 
 
 def _as_argument(key: str) -> str:
@@ -270,16 +289,18 @@ def _no_ema(root: object) -> str:
     return f"--ema: expected EMA weights (under {', '.join(EMA_KEYS[:5])}, …), got {_contents(root)}. Leave --ema out."
 
 
-def _no_choice(root: object, candidates: Sequence[tuple[str, ...]]) -> str:
+def _no_choice(contents: Contents, candidates: Sequence[tuple[str, ...]]) -> str:
     if candidates:
         return (
             f"expected one state dict, got several: {listing(quote('.'.join(keys)) for keys in candidates)}. "
             f"Choose one with --state-key, for example --state-key {_as_argument('.'.join(candidates[0]))}."
         )
     for key in RAW_KEYS:
-        if isinstance(inner := _lookup(root, key), Foreign):
+        if isinstance(inner := contents.get(key), Foreign):
             return f"key {quote(key)}: {_pickled(inner)}"
-    return f"expected a state dict, got {_contents(root)}, which holds no named tensors. Save model.state_dict()."
+    return (
+        f"expected a state dict, got {_contents(contents.root)}, which holds no named tensors. Save model.state_dict()."
+    )
 
 
 def _contents(root: object) -> str:

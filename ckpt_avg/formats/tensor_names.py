@@ -11,13 +11,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.text import listing, plural, quote
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
 # torch's own clean_tensor_name takes these out of the middle of names too (torch/distributed/fsdp/_common_utils.py).
 _ANYWHERE = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# Of torch.optim.swa_utils.AveragedModel, and of mmengine's averaged models.
-_COUNTERS = ("n_averaged", "steps")
+_COUNTERS = tuple(trainer.counter for trainer in TRAINERS if trainer.counter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec
+from ckpt_avg.checkpoint.training_record import measure
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.in_memory import MemoryFile
 from ckpt_avg.files.input_file import MappedFile
@@ -14,15 +16,12 @@ from ckpt_avg.formats.names import check_name
 from ckpt_avg.formats.pickles.leaves import Leaf, StoredTensor
 from ckpt_avg.formats.pickles.numpy_arrays import StoredArray
 from ckpt_avg.formats.place import FileContents, Place, place
-from ckpt_avg.formats.state_dict import Found, Reading, find_state_dict
+from ckpt_avg.formats.state_dict import Reading, StateDict, find_state_dict
 from ckpt_avg.formats.tensor_names import Stripped, strip_prefixes
-from ckpt_avg.formats.trainers.contents import element, plain_values, record_of
+from ckpt_avg.formats.trainers.records import element, plain_values, record_of
+from ckpt_avg.formats.trainers.registry import TRAINERS
+from ckpt_avg.formats.trainers.trainer import Contents, Trainer
 from ckpt_avg.text import listing, plural, quote, size
-
-LORA = (
-    "these are LoRA factors: the mean of the products is not the product of the means, so the average of adapters is "
-    "only near the average of the models. To average the models, merge each adapter first (merge_and_unload)"
-)
 
 RUNNING_AVERAGE = "a running average of weights"
 
@@ -38,7 +37,7 @@ class Names:
 
 
 def settle_names(
-    tensors: Mapping[str, bool], reading: Reading, path: Path, kind: str | None = None, *, strip: bool = True
+    tensors: Mapping[str, bool], reading: Reading, path: Path, trainer: Trainer | None = None, *, strip: bool = True
 ) -> Names:
     """Strips the names of a state dict and says what they tell.
 
@@ -46,7 +45,7 @@ def settle_names(
         tensors: name → whether the tensor has one element without dimensions.
         reading: may name one more prefix.
         path: what to name in errors.
-        kind: the trainer, where it is known.
+        trainer: the trainer of the file, if it is known.
         strip: whether to take prefixes off.
 
     Raises:
@@ -58,14 +57,14 @@ def settle_names(
         stripped = strip_prefixes(tensors, scalars, reading.strip_prefix, str(path))
     for name in stripped.names.values():
         check_name(name, path)
-    averaged = ""
-    notes = stripped.notes
-    if "n_averaged" in stripped.counters:
-        averaged = "it holds n_averaged, the counter of torch's AveragedModel"
-        kind = kind or "torch AveragedModel"
-    if any(".lora_A." in name or ".lora_B." in name for name in stripped.names.values()):
-        kind = kind or "PEFT adapter"
-        notes += (LORA,)
+    kind, averaged, notes = trainer.name if trainer else None, "", stripped.notes
+    for each in TRAINERS:
+        if each.counter in stripped.counters and each is not trainer:
+            averaged = f"it holds {each.counter}, the counter of {each.name}"
+            kind = kind or each.name
+        if each.tensor_names and any(map(re.compile(each.tensor_names).search, stripped.names.values())):
+            kind = kind or each.name
+            notes += (each.note,)
     return Names(stripped, kind, averaged, notes)
 
 
@@ -98,7 +97,7 @@ def assemble(
         },
         reading,
         file.path,
-        found.kind,
+        found.trainer,
         strip=strip,
     )
     memory = MemoryFile(file.path)
@@ -106,7 +105,7 @@ def assemble(
         new: _spec(file.path, new, found.tensors[old], place_of, memory) for old, new in names.stripped.names.items()
     }
 
-    def scalar(leaf: Leaf) -> float | None:
+    def scalar(leaf: object) -> float | None:
         if isinstance(leaf, StoredTensor) and leaf.shape in ((), (1,)):
             try:
                 spec = place(file.path, "(recorded)", leaf, place_of(leaf.storage.key))
@@ -115,7 +114,7 @@ def assemble(
             return element(spec.dtype, file.read(spec.offset, spec.dtype.itemsize))
         if isinstance(leaf, StoredArray) and leaf.dtype is not None and leaf.shape in ((), (1,)):
             return element(leaf.dtype, bytes(leaf.contents))
-        return None
+        return measure(leaf)
 
     notes = (*found.notes, *names.notes)
     if memory.size:
@@ -131,7 +130,7 @@ def assemble(
         state_key=found.key,
         prefix=names.stripped.prefix,
         lacks_prefix=names.stripped.lacking,
-        record=record_of(_beside(contents, found), scalar),
+        record=record_of(Contents(_beside(contents, found), scalar), found.trainer),
         averaged=averaged,
         metadata=plain_values(contents),
         notes=notes,
@@ -147,7 +146,7 @@ def without_tensor(names: Sequence[str]) -> tuple[str, ...]:
     return (f"{plural(len(names), 'entry')} without a tensor left out: {listing(map(quote, names))}",)
 
 
-def _beside(contents: object, found: Found) -> object:
+def _beside(contents: object, found: StateDict) -> object:
     """Returns what a file holds beside the weights: in a bare state dict a scalar is a weight, not a metric."""
     if found.key is None and isinstance(contents, dict):
         return {key: value for key, value in contents.items() if key not in found.tensors}

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_avg.errors import IncompatibleError, UsageError
-from ckpt_avg.formats.trainers.file_names import SUFFIXES, is_alias
+from ckpt_avg.formats.trainers.any_script import SUFFIXES
+from ckpt_avg.formats.trainers.file_names import is_alias
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.runs.run_folder import Listing, Skipped, entries_of, identity_of, list_folder
 from ckpt_avg.text import listing, quote

@@ -1003,7 +1003,7 @@ def test_inspect_of_a_folder_shows_the_others_beside_a_damaged_file(
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """A run: two checkpoint files, a checkpoint folder, an alias, a half-written file, and a final sharded model."""
+    """A run: two checkpoint files, a checkpoint folder, an alias, a incomplete file, and a final sharded model."""
     folder = tmp_path / "run"
     (folder / "checkpoint-3").mkdir(parents=True)
     for step in (1, 2):

@@ -184,10 +184,10 @@ def saved(tmp_path: Path) -> Path:
     return save({"model": {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}, "step": 3}, tmp_path / "c")
 
 
-def test_without_metadata_it_is_half_written(tmp_path: Path) -> None:
+def test_without_metadata_it_is_incomplete(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     (folder / ".metadata").unlink()
-    assert "half-written: expected .metadata beside the *.distcp files" in refusal(folder)
+    assert "incomplete: there is no .metadata next to the *.distcp files" in refusal(folder)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.pickles.leaves import StorageRef, StoredTensor, UnreadableTensor
 from ckpt_avg.formats.pickles.stand_ins import Foreign, PlainDict
 from ckpt_avg.formats.state_dict import Reading, find_state_dict
-from ckpt_avg.formats.trainers.contents import plain_values
+from ckpt_avg.formats.trainers.records import plain_values
 
 PATH = Path("run/epoch_3.pt")
 F32 = DTYPES["F32"]

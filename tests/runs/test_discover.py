@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_avg.errors import IncompatibleError, UsageError
-from ckpt_avg.formats.trainers.file_names import SUFFIXES
+from ckpt_avg.formats.trainers.any_script import SUFFIXES
 from ckpt_avg.runs.discover import Discovery, discover
 from ckpt_avg.runs.run_folder import natural_key
 
@@ -132,11 +132,11 @@ def test_weights_whose_name_begins_alike_are_kept(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["step_3.pt.tmp", "step_3.safetensors.part", "x.incomplete"])
-def test_half_written_files_are_left_out_and_said(tmp_path: Path, name: str) -> None:
+def test_incomplete_files_are_left_out_and_said(tmp_path: Path, name: str) -> None:
     touch(tmp_path, name, "step_2.pt")
     found = discover([tmp_path])
     assert names(found.paths) == ["step_2.pt"]
-    assert [(item.path.name, item.reason) for item in found.skipped] == [(name, "half-written, by its name")]
+    assert [(item.path.name, item.reason) for item in found.skipped] == [(name, "incomplete, by its name")]
 
 
 def test_folders_inside_are_not_searched(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_folder_of_left_out_files_says_why(tmp_path: Path) -> None:
     touch(tmp_path, "optimizer.pt", "step_1.pt.tmp", "notes.txt")
     message = refusal(IncompatibleError, tmp_path)
     assert "'optimizer.pt' is training state beside the weights, by its name" in message
-    assert "'step_1.pt.tmp' is half-written, by its name" in message
+    assert "'step_1.pt.tmp' is incomplete, by its name" in message
     assert "notes.txt" not in message
 
 
@@ -411,7 +411,7 @@ def test_checkpoint_folders_that_were_not_finished(tmp_path: Path) -> None:
     assert names(found.paths) == ["checkpoint-1", "checkpoint-2"]
     told = reasons(found)
     assert set(told) == {f"checkpoint-{rest}" for rest in ("4.tmp", "5", "6", "7")} | {"tmp-checkpoint-3"}
-    assert all(reason.startswith("half-written") for reason in told.values())
+    assert all(reason.startswith("incomplete") for reason in told.values())
     assert "trainer_state.json" in told["checkpoint-5"]
     assert ".metadata" in told["checkpoint-6"]
     assert "'model-00001-of-00002.safetensors'" in told["checkpoint-7"]
@@ -424,18 +424,18 @@ def test_folders_without_trainer_state_are_whole_where_none_has_it(tmp_path: Pat
     assert names(discover([tmp_path]).paths) == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_only_half_written_checkpoints(tmp_path: Path) -> None:
+def test_only_incomplete_checkpoints(tmp_path: Path) -> None:
     tree(tmp_path, "step_1/__0_0.distcp", "step_2.pt.tmp")
     message = refusal(IncompatibleError, tmp_path)
-    assert "'step_1' is half-written: expected .metadata beside the *.distcp files" in message
-    assert "'step_2.pt.tmp' is half-written, by its name" in message
+    assert "'step_1' is incomplete: there is no .metadata next to the *.distcp files" in message
+    assert "'step_2.pt.tmp' is incomplete, by its name" in message
 
 
 @pytest.mark.parametrize("folder", ["tmp-checkpoint-3", "checkpoint-3.tmp", "checkpoint-3.incomplete"])
-def test_a_half_written_folder_is_not_searched_for_checkpoints(tmp_path: Path, folder: str) -> None:
+def test_a_incomplete_folder_is_not_searched_for_checkpoints(tmp_path: Path, folder: str) -> None:
     """The only one of a run that has just begun: what is in it is no checkpoint yet."""
     tree(tmp_path / folder, *CHECKPOINT_FOLDERS["transformers"])
-    assert f"'{folder}' is half-written, by its name" in refusal(IncompatibleError, tmp_path)
+    assert f"'{folder}' is incomplete, by its name" in refusal(IncompatibleError, tmp_path)
 
 
 def test_a_refused_folder_is_kept_so_that_it_is_reported(tmp_path: Path) -> None:
@@ -527,10 +527,10 @@ def test_aliases_that_are_files_of_their_own(tmp_path: Path) -> None:
     assert names(discover([tmp_path]).paths) == ["best.pt", "last.pt"]
 
 
-def test_an_empty_file_is_half_written(tmp_path: Path) -> None:
+def test_an_empty_file_is_incomplete(tmp_path: Path) -> None:
     touch(tmp_path, "step_1.pt")
     (tmp_path / "step_2.pt").touch()
-    assert reasons(discover([tmp_path])) == {"step_2.pt": "half-written: it is empty"}
+    assert reasons(discover([tmp_path])) == {"step_2.pt": "incomplete: it is empty"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list any folder")

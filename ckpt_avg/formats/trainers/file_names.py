@@ -1,4 +1,7 @@
-"""What the name of a checkpoint tells: step, epoch, metrics, whether it is an average or an alias."""
+"""What the name of a checkpoint tells: step, epoch, metrics, its trainer, and whether it is an average or an alias.
+
+The patterns are the trainers' (`TRAINERS`), and those of `any_script`.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt_avg.checkpoint.training_record import Record, measure
+from ckpt_avg.formats.trainers import any_script
+from ckpt_avg.formats.trainers.any_script import ANY_SCRIPT, SUFFIXES
+from ckpt_avg.formats.trainers.registry import TRAINERS
+from ckpt_avg.formats.trainers.trainer import INCOMPLETE, Trainer
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
-_NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
-_EPOCH = re.compile(r"(?:epoch|(?<![a-z0-9])ep)[-_=]?(\d+)|(?<![\d.])(\d+)epoch", re.I)
-_STEP = re.compile(r"(?:step|iter|iteration|(?<![a-z0-9])ba|batch[-_=]|update)s?[-_=]?(\d+)", re.I)
-_METRIC = re.compile(rf"(?:^|[-_.]|(?<=\d))([A-Za-z][\w/@]*?)={_NUMBER}(?=$|[-_.]|[A-Za-z])")
-_BEFORE_METRIC = re.compile(r"^.*?(epoch|step|iter)\D?\d+[-_]")  # epoch_3_val_loss → val_loss
-_FAIRSEQ_UPDATES = re.compile(r"checkpoint_(\d+)_(\d+)")
-_FAIRSEQ_BEST = re.compile(r"checkpoint\.best_(.+)_(-?\d+\.\d{3})\d?")  # fairseq appends a random digit against ties
-# At the end, behind a sign or a word that comes before a step: checkpoint-500, 12, model_7; no date or version.
-_LONE_NUMBER = re.compile(r"(?:^|(?<!\d)[-_=.]|checkpoint|ckpt|model|snapshot)(\d+)()$", re.I)
-_THOUSANDS = re.compile(r"(?:checkpoint|ckpt|model|snapshot)[-_=.]?(\d+)([km])$", re.I)
-_LEADING_NUMBER = re.compile(r"(\d+)()(?=[-_]\D)")
-_ALIAS = {"last", "latest", "best", "final"}
-_AVERAGE = re.compile(
-    r"(^|[-_.])(ave|avg|average|averaged|swa)(?=$|[-_.\d])(?![-_.]?(pool|meter))|(^|[-_.])avg\d+$", re.I
+_ALL = (*TRAINERS, ANY_SCRIPT)
+_WITH_GROUPS = [each for trainer in TRAINERS for each in map(re.compile, trainer.file_names) if each.groupindex]
+_SKIPPED = [(re.compile(pattern, re.IGNORECASE), each.skip[pattern]) for each in _ALL for pattern in each.skip]
+_TRAINING_STATE = re.compile(
+    rf"({'|'.join(name for each in _ALL for name in each.training_state)})[\d_]*\..*", re.IGNORECASE
 )
+EARLIER_AVERAGE = "an earlier average, by its name"
 
 
 def stem(name: str) -> str:
@@ -35,68 +33,80 @@ def stem(name: str) -> str:
 
 
 def record_from_name(name: str, *, bare_number: bool = True) -> Record:
-    """Returns the step, epoch and metrics that a name tells.
+    """Returns the step, epoch and metrics in the name of a file or folder.
 
     Args:
-        name: of a file or folder.
-        bare_number: whether a number that nothing explains is taken for the step.
+        name: the name.
+        bare_number: whether a number without a word is a step.
 
     Example:
         >>> record_from_name("epoch=2-val_loss=0.12.ckpt")
         Record(step=None, epoch=2, metrics={'val_loss': 0.12}, learning_rate=None, rates=())
     """
+    for pattern in _WITH_GROUPS:
+        if match := pattern.fullmatch(name):
+            found = match.groupdict()
+            metrics = _metrics([(found["metric"], found["value"])]) if "metric" in found else {}
+            return Record(_count(found.get("step")), _count(found.get("epoch")), metrics)
     text = stem(name)
-    if best := _FAIRSEQ_BEST.fullmatch(text):
-        return Record(metrics=_metrics([(best[1], best[2])]))
-    if updates := _FAIRSEQ_UPDATES.fullmatch(text):
-        return Record(step=int(updates[2]), epoch=int(updates[1]))
-    step, epoch = _STEP.search(text), _EPOCH.search(text)
-    metrics = _metrics((key, value) for key, value in _METRIC.findall(text) if key.lower() not in ("epoch", "step"))
-    found = Record(_plain(step[1]) if step else None, _plain(epoch[1] or epoch[2]) if epoch else None, metrics)
-    bare = re.sub(r"-v\d+$|[-_.]?rank\d+$", "", text)
-    number = _LONE_NUMBER.search(bare) or _THOUSANDS.search(bare) or _LEADING_NUMBER.match(bare)
-    if found.step is None and found.epoch is None and number and bare_number and not metrics:
-        step_in_name = _plain(number[1])
-        return Record(
-            step=step_in_name and step_in_name * {"k": 1_000, "m": 1_000_000}.get((number[2] or "").lower(), 1)
-        )
-    return found
+    step, epoch = any_script.STEP.search(text), any_script.EPOCH.search(text)
+    pairs = [(key, value) for key, value in any_script.METRIC.findall(text) if key.lower() not in ("epoch", "step")]
+    record = Record(step and _count(step[1]), epoch and _count(epoch[1] or epoch[2]), _metrics(pairs))
+    if record == Record() and bare_number:
+        numbers = (pattern.search(any_script.VERSION.sub("", text)) for pattern in any_script.LONE_NUMBERS)
+        if (number := next(filter(None, numbers), None)) and (count := _count(number["step"])) is not None:
+            return Record(count * {"k": 1_000, "m": 1_000_000}.get(number["unit"].lower(), 1))
+    return record
 
 
-def kind_from_name(path: Path) -> str | None:
-    """Returns the trainer whose way of naming bare state dicts this is."""
-    if re.fullmatch(r"\d+epoch\.pth", path.name):
-        return "ESPnet2"
-    if path.suffix == ".pt" and re.fullmatch(r"(epoch_|step_)?\d+", path.stem) and path.with_suffix(".yaml").is_file():
-        return "WeNet"
+def trainer_from_name(path: Path) -> Trainer | None:
+    """Returns the trainer that gives a bare state dict such a name."""
+    for trainer in TRAINERS:
+        if any(re.fullmatch(pattern, path.name) for pattern in trainer.file_names):
+            beside = trainer.sidecar and trainer.sidecar.path_for(path)
+            if beside or not trainer.sidecar:
+                return trainer
     return None
 
 
 def is_alias(name: str) -> bool:
-    """Whether a name says that it is another name of some checkpoint: ``last.ckpt``, ``model_best.pth.tar``.
+    """Whether a name is a second name of some checkpoint: ``last.ckpt``, ``model_best.pth.tar``.
 
-    A name that tells a step, an epoch or a metric (``best-epoch=3.ckpt``, ``best_0.91.pt``) is that of a checkpoint.
+    A name with a step, an epoch or a metric (``best-epoch=3.ckpt``, ``best_0.91.pt``) is a checkpoint's own.
     """
-    text = re.sub(r"-v\d+$|[-_.]?rank\d+", "", stem(name))
-    if text == "checkpoint":  # torchvision's references and ESPnet2: what the run resumes from
+    text = any_script.VERSION.sub("", stem(name))
+    if any(re.fullmatch(alias, text) for trainer in TRAINERS for alias in trainer.aliases):
         return True
+    after = re.split("|".join(any_script.ALIASES), text.lower())[-1]
     words = set(re.split(r"[-_.]", text.lower()))
-    behind = re.split("|".join(_ALIAS), text.lower())[-1]
-    return bool(words & _ALIAS) and not re.search(r"\d", behind) and record_from_name(name) == Record()
+    return bool(words & any_script.ALIASES) and not re.search(r"\d", after) and record_from_name(name) == Record()
 
 
 def is_average(name: str) -> bool:
     """Whether a name says that the file is an average of checkpoints: ``valid.acc.ave_10best.pth``, ``avg_10.pt``."""
-    return bool(_AVERAGE.search(re.sub(r"[A-Za-z][\w/@]*=[^-]*", "", stem(name))))  # avg_val_loss=0.1 is a metric
+    return bool(any_script.AVERAGE.search(re.sub(r"[A-Za-z][\w/@]*=[^-]*", "", stem(name))))  # avg_loss=0.1 is a metric
 
 
-def _plain(digits: str) -> int | None:
-    return int(digits) if len(digits) <= 18 else None
+def reason_to_skip(name: str) -> str | None:
+    """Returns why a file in a run folder is not a checkpoint, by its name; None if nothing says so."""
+    if name.endswith(any_script.UNFINISHED):
+        return INCOMPLETE
+    for pattern, reason in _SKIPPED:
+        if pattern.fullmatch(name):
+            return reason
+    if not name.lower().endswith(SUFFIXES):
+        return None
+    if _TRAINING_STATE.fullmatch(name):
+        return "training state beside the weights, by its name"
+    if name.startswith("."):
+        return "hidden, by its name"
+    return EARLIER_AVERAGE if is_average(name) else None
+
+
+def _count(digits: str | None) -> int | None:
+    return int(digits) if digits and len(digits) <= 18 else None
 
 
 def _metrics(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
-    found = {}
-    for key, value in pairs:
-        if (number := measure(float(value))) is not None:
-            found[_BEFORE_METRIC.sub("", key)] = number
-    return found
+    values = {any_script.BEFORE_METRIC.sub("", name): measure(float(value)) for name, value in pairs}
+    return {name: value for name, value in values.items() if value is not None}

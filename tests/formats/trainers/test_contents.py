@@ -14,7 +14,8 @@ from ckpt_avg import inspect
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME
 from ckpt_avg.checkpoint.training_record import Record, count, measure
 from ckpt_avg.formats.open import open_checkpoint
-from ckpt_avg.formats.trainers.contents import element, follow, record_of
+from ckpt_avg.formats.trainers.records import element, record_of
+from ckpt_avg.formats.trainers.trainer import Contents
 
 W = {"w": torch.ones(2)}
 
@@ -140,16 +141,16 @@ def test_lists_and_dicts_inside_themselves_end(tmp_path: Path, key: str) -> None
                                          "state", "timestamp", "Timestamp", "batch", "extra_state", "val_loss"])
                         | st.integers(), inner, max_size=4), max_leaves=12))  # fmt: skip
 def test_any_contents_are_looked_at_without_an_error(contents: object) -> None:
-    found = record_of(contents, lambda leaf: None)
+    found = record_of(Contents(contents))
     assert found.step is None or (type(found.step) is int and 0 <= found.step < 2**63)
     assert all(type(value) is float for value in found.metrics.values())
 
 
 def test_paths_through_dicts_and_first_elements() -> None:
-    contents = {"a": [{"b": ({"c": 3},)}, {"b": 4}], "empty": [], "n": 3}
-    assert follow(contents, "a.b.c") == 3
+    contents = Contents({"a": [{"b": ({"c": 3},)}, {"b": 4}], "empty": [], "n": 3})
+    assert contents.get("a.b.c") == 3
     for path in ("a.x", "empty.x", "n.x", "x", "a.b.c.d"):
-        assert follow(contents, path) is None
+        assert contents.get(path) is None
 
 
 @given(

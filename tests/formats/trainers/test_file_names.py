@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.formats.trainers.file_names import SUFFIXES, is_alias, is_average, kind_from_name, record_from_name, stem
+from ckpt_avg.formats.trainers.any_script import SUFFIXES
+from ckpt_avg.formats.trainers.file_names import is_alias, is_average, record_from_name, stem, trainer_from_name
 
 
 @pytest.mark.parametrize(
@@ -173,11 +174,15 @@ def test_no_averages(name: str) -> None:
     assert not is_average(name)
 
 
-def test_kinds(tmp_path: Path) -> None:
+def test_trainers_of_bare_state_dicts(tmp_path: Path) -> None:
+    def trainer(name: str) -> str | None:
+        found = trainer_from_name(tmp_path / name)
+        return found and found.name
+
     (tmp_path / "3.yaml").touch()
     (tmp_path / "epoch_4.yaml").touch()
-    assert kind_from_name(tmp_path / "12epoch.pth") == "ESPnet2"
-    assert kind_from_name(tmp_path / "3.pt") == "WeNet"
-    assert kind_from_name(tmp_path / "epoch_4.pt") == "WeNet"
+    assert trainer("12epoch.pth") == "ESPnet2"
+    assert trainer("3.pt") == "WeNet"
+    assert trainer("epoch_4.pt") == "WeNet"
     for name in ("5.pt", "3.pth", "epoch_12.pth", "12epoch.pt", "model.pt"):
-        assert kind_from_name(tmp_path / name) is None, name
+        assert trainer(name) is None, name

@@ -475,16 +475,16 @@ def test_of_several_forms_of_weights_the_first_of_a_fixed_order_is_taken_and_sai
         (folder / PREFERRED[taken]).unlink()
 
 
-LAST = "which is saved last, got none. Leave it out."
-NO_METADATA = f"half-written: expected .metadata beside the *.distcp files, {LAST}"
-NO_INDEX = f"half-written: expected a shard index (*.index.json) beside '{A}', {LAST}"
+LAST = "which is saved last. Copy it again or leave it out."
+NO_METADATA = f"incomplete: there is no .metadata next to the *.distcp files, {LAST}"
+NO_INDEX = f"incomplete: there is no shard index (*.index.json) next to '{A}', {LAST}"
 # What a writer that was stopped leaves: paths and contents, then why it is left out of a run, and what is said of it
 # where it is named by hand.
-HALF_WRITTEN: dict[str, tuple[dict[str, bytes], str, str]] = {
+INCOMPLETE: dict[str, tuple[dict[str, bytes], str, str]] = {
     "an empty file": (
-        {"step_11.safetensors": b""}, "half-written: it is empty", "got an empty file. Copy or save it again."),
+        {"step_11.safetensors": b""}, "incomplete: it is empty", "got an empty file. Copy or save it again."),
     "a file for the time being": (
-        {"step_11.safetensors.tmp": double("w", 1025)[:-4]}, "half-written, by its name",
+        {"step_11.safetensors.tmp": double("w", 1025)[:-4]}, "incomplete, by its name",
         "4 bytes missing. It is truncated: copy it again."),
     "parts without their metadata": (
         {"step_11/__0_0.distcp": b"PK"},
@@ -495,17 +495,17 @@ HALF_WRITTEN: dict[str, tuple[dict[str, bytes], str, str]] = {
         NO_INDEX, NO_INDEX,
     ),
     "a folder for the time being": (
-        {"tmp-step_11/model.safetensors": double("w", 1025)[:-1]}, "half-written, by its name",
+        {"tmp-step_11/model.safetensors": double("w", 1025)[:-1]}, "incomplete, by its name",
         "1 byte missing. It is truncated: copy it again."),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", HALF_WRITTEN)
-def test_a_half_written_checkpoint_is_left_out_of_a_run_and_refused_by_name(
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_a_incomplete_checkpoint_is_left_out_of_a_run_and_refused_by_name(
     in_process: Command, tmp_path: Path, case: str
 ) -> None:
     """The run that is still going on can be averaged; its unfinished checkpoint cannot."""
-    files, reason, fact = HALF_WRITTEN[case]
+    files, reason, fact = INCOMPLETE[case]
     run = run_of(tmp_path / "run", 9, 10)
     (name,) = {path.split("/")[0] for path in files}
     for path, content in files.items():

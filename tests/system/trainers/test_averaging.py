@@ -193,7 +193,7 @@ def test_a_checkpoint_that_was_cut_short_is_left_out_and_named(
     kept = [copy / saved.path.relative_to(run.folder) for saved in run.checkpoints[:-1]]
     assert said["checkpoints"] == list(map(str, kept))
     (reason,) = (each["reason"] for each in said["skipped"] if Path(each["path"]) == cut)
-    assert "half-written" in reason
+    assert "incomplete" in reason
 
 
 @pytest.mark.parametrize(

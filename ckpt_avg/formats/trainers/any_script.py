@@ -1,0 +1,91 @@
+"""What any script may write: keys and names that belong to no trainer, such as those of PyTorch's tutorials."""
+
+from __future__ import annotations
+
+import re
+
+from ckpt_avg.checkpoint.training_record import Record
+from ckpt_avg.formats.trainers.trainer import Contents, Trainer
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
+UNFINISHED = (".tmp", ".part", ".incomplete")
+UNFINISHED_FOLDERS = "tmp-"  # what their names begin with
+
+RAW_KEYS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "module",
+    "net",
+    "network",
+    "params",
+    "weights",
+    "state.model",
+)
+EMA_KEYS = (
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+    "ema_state_dict",
+    "ema_model",
+    "model_ema_state_dict",
+    "ema_model_state_dict",
+    "params_ema",
+    "model_avg",
+    "averaged_model",
+)
+# Tensors under keys with these words are not weights: moments of optimizers, states of generators, counters.
+TRAINING_STATE = re.compile(
+    "optim|sched|scaler|rng|random|sampler|callback|loops|averaging_state|_extra_state$", re.IGNORECASE
+)
+# Words in names of settings and counts, or of the best value so far, which another checkpoint may have.
+_NO_METRIC = {"epoch", "step", "iter", "version", "time", "seed", "lr", "rate", "size", "num", "n", "best", "decay"}
+
+
+def _numbers_at_the_top(contents: Contents) -> Record:
+    """Returns the numbers next to the weights, such as `loss`. Integers are counts."""
+    items = contents.root.items() if isinstance(contents.root, dict) else ()
+    return Record(
+        metrics=contents.numbers(
+            (name, value)
+            for name, value in items
+            if isinstance(name, str)
+            and not isinstance(value, int)
+            and not _NO_METRIC & set(re.split(r"[^a-z]+", name.lower()))
+        )
+    )
+
+
+ANY_SCRIPT = Trainer(
+    name="",
+    step=("global_step", "step", "steps", "iteration", "iter", "num_updates"),
+    epoch=("epoch",),
+    metrics=("metrics", "train_metrics", "val_metrics", "eval_metrics"),
+    optimizer=("optimizer", "optimizer_state_dict", "optimizer_state", "optim"),
+    scheduler=("lr_scheduler", "scheduler", "scheduler_state_dict", "lr_scheduler_state_dict"),
+    record=_numbers_at_the_top,
+    training_state=("optimizer", "scheduler", "scaler"),
+    skip={rf"init(ial)?({'|'.join(map(re.escape, SUFFIXES))})": "the weights before training, by its name"},
+)
+
+# --- names of files and folders: step_500.pt, epoch=3-val_loss=0.12.ckpt, model_2k.pth ---
+
+_VALUE = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+EPOCH = re.compile(r"(?:epoch|(?<![a-z0-9])ep)[-_=]?(\d+)|(?<![\d.])(\d+)epoch", re.IGNORECASE)
+STEP = re.compile(r"(?:step|iter|iteration|batch[-_=]|update)s?[-_=]?(\d+)", re.IGNORECASE)
+METRIC = re.compile(rf"(?:^|[-_.]|(?<=\d))([A-Za-z][\w/@]*?)={_VALUE}(?=$|[-_.]|[A-Za-z])")
+BEFORE_METRIC = re.compile(r"^.*?(epoch|step|iter)\D?\d+[-_]")  # epoch_3_val_loss → val_loss
+# A number that no word explains is the step: at the end, after a sign or a word that comes before a step
+# (checkpoint-500, 12, model_7, but no date or version); the same in thousands or millions; at the start.
+LONE_NUMBERS = (
+    re.compile(r"(?:^|(?<!\d)[-_=.]|checkpoint|ckpt|model|snapshot)(?P<step>\d+)(?P<unit>)$", re.IGNORECASE),
+    re.compile(r"(?:checkpoint|ckpt|model|snapshot)[-_=.]?(?P<step>\d+)(?P<unit>[km])$", re.IGNORECASE),
+    re.compile(r"^(?P<step>\d+)(?P<unit>)(?=[-_]\D)"),
+)
+# Suffixes of second versions and of ranks, which say nothing about step and epoch.
+VERSION = re.compile(r"([-_.]?rank\d+)?(-v\d+)?$")
+ALIASES = {"last", "latest", "best", "final"}
+AVERAGE = re.compile(
+    r"(^|[-_.])(ave|avg|average|averaged|swa)(?=$|[-_.\d])(?![-_.]?(pool|meter))|(^|[-_.])avg\d+$", re.IGNORECASE
+)

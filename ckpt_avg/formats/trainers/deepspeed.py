@@ -1,0 +1,71 @@
+"""DeepSpeed: global_step100/mp_rank_00_model_states.pt (deepspeed/runtime/engine.py)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ckpt_avg.formats.trainers.trainer import Folder, Layout, Stored, Trainer, WeightFiles
+from ckpt_avg.text import quote
+
+_WEIGHTS = "mp_rank_00_model_states.pt"
+_ZERO3 = r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"
+
+
+def _refuse(file: Path) -> str:
+    return _zero3(file.parent) if re.fullmatch(_ZERO3, file.name) else ""
+
+
+def _zero3(folder: Path) -> str:
+    return (
+        "expected whole weights, got DeepSpeed ZeRO stage 3, which cuts each across the ranks. Join them first: "
+        f"python {quote(folder.parent / 'zero_to_fp32.py')[1:-1]} {quote(folder.parent)[1:-1]} OUT_FOLDER "
+        f"--tag {quote(folder.name)[1:-1]}. Then average the results."
+    )
+
+
+def _weights(folder: Folder) -> WeightFiles | None:
+    ranks = folder.matching(r"mp_rank_\d+_model_states\.pt")
+    if _WEIGHTS in ranks and len(ranks) > 1:
+        problem = (
+            f"expected the model in one file, got its parts on {len(ranks)} ranks of DeepSpeed model parallelism. "
+            "Convert it with the tool of the framework that trained it (Megatron-DeepSpeed: tools/convert_checkpoint), "
+            "then average the results."
+        )
+        return WeightFiles(folder.path, problem=problem, nested=True)
+    if folder.matching(_ZERO3):
+        return WeightFiles(folder.path, problem=_zero3(folder.path), nested=True)
+    if _WEIGHTS in ranks:
+        return WeightFiles(folder.path / _WEIGHTS, nested=True)
+    return _last_step(folder)
+
+
+def _last_step(folder: Folder) -> WeightFiles | None:
+    """Finds the one folder of a step, next to the file `latest` that names it."""
+    if "latest" not in folder.names or not (folder.path / "latest").is_file():
+        return None
+    steps = [name for name in folder.folders(".*") if is_deepspeed(folder.path / name)]
+    return WeightFiles(folder.path / steps[0], Stored.FOLDER, nested=True) if len(steps) == 1 else None
+
+
+def is_deepspeed(path: Path) -> bool:
+    """Whether a folder has the weights of one step."""
+    try:
+        folder = Folder.of(path)
+    except OSError:
+        return False
+    return _WEIGHTS in folder.names or bool(folder.matching(_ZERO3))
+
+
+TRAINER = Trainer(
+    name="DeepSpeed",
+    layouts=(Layout(("module", "ds_version"), raw="module"),),
+    step=("global_steps",),
+    optimizer=("optimizer",),
+    weights=_weights,
+    training_state=(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states",),
+    rank_files=(r"mp_rank_(\d\d)_model_states\.pt",),
+    refuse=_refuse,
+    note="these are the weights in the dtype of training; the float32 masters are in the optimizer's shards "
+    "(zero_to_fp32.py in the run's folder rebuilds them)",
+)

@@ -549,7 +549,7 @@ def test_a_folder_that_is_no_checkpoint_is_not_opened_as_one(tmp_path: Path) -> 
     with pytest.raises(CheckpointFormatError) as caught:
         open_checkpoint(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}: expected a checkpoint folder (with model.safetensors, pytorch_model.bin, an index of shards, or "
+        f"{tmp_path}: expected a checkpoint folder (with model.safetensors, pytorch_model.bin, a shard index, or "
         ".metadata), got one with 'notes.txt'. Name the checkpoint in it."
     )
 

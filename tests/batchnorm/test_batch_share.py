@@ -113,6 +113,7 @@ def test_all_ranks_store_the_very_same_statistics() -> None:
         assert all(torch.equal(buffers[name], first[name]) for name in first)
 
 
+@pytest.mark.guarantee("uneven-ranks")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_fewer_batches_than_ranks_are_enough(count: int) -> None:
     """If it failed, ranks without a batch would hang, fail, or leave the layers unreached."""
@@ -258,6 +259,7 @@ def test_loaders_that_begin_alike_and_then_differ_are_refused_on_every_rank(size
         )
 
 
+@pytest.mark.guarantee("uneven-ranks")
 def test_loaders_that_begin_alike_and_end_at_different_batches_are_refused() -> None:
     """If it failed, a rank would wait for a batch that never comes."""
     batches = some(3, 4, 5, 6)

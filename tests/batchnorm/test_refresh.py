@@ -116,6 +116,7 @@ def test_a_bfloat16_model_stores_the_nearest_bfloat16() -> None:
         assert (buffer.double() - exact).abs().le(half_a_step).all()
 
 
+@pytest.mark.guarantee("no-negative-variance")
 @pytest.mark.parametrize("offset", [1e4, 1e6, -1e6])
 @pytest.mark.parametrize("size", [2, 100, 1000])
 def test_cancellation_never_eats_the_variance(offset: float, size: int) -> None:
@@ -170,6 +171,7 @@ def test_deeper_layers_see_what_training_shows_them(train: Any) -> None:
         assert report.statistics[name].count == count
 
 
+@pytest.mark.guarantee("layer-used-twice")
 def test_a_layer_used_twice_covers_both_uses() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -267,6 +269,7 @@ def test_equal_batches_give_the_running_means_of_update_bn() -> None:
         assert mine.num_batches_tracked == other.num_batches_tracked == 5
 
 
+@pytest.mark.guarantee("small-last-batch")
 def test_a_small_last_batch_counts_by_its_samples() -> None:
     """update_bn weights both batches alike: 5 where 20/66 is true."""
     batches = [torch.zeros(64, 1) + 1e-3 * randn(64, 1), torch.full((2, 1), 10.0) + 1e-3 * randn(2, 1, seed=1)]
@@ -625,6 +628,7 @@ def test_one_value_per_channel_names_layer_and_batch(shape: tuple[int, int]) -> 
     assert "drop_last=True" in message
 
 
+@pytest.mark.guarantee("refresh-fails")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_first_layer_that_sees_nonfinite_values_is_named(value: float) -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))

@@ -384,6 +384,7 @@ def freeze(states: list[dict[str, Tensor]], layer: str) -> list[dict[str, Tensor
     ]
 
 
+@pytest.mark.guarantee("frozen-layers")
 def test_frozen_layers_keep_their_bytes_and_are_named(tmp_path: Path) -> None:
     states = freeze(trained(Small), "first")
     run = save(states, tmp_path / "run")
@@ -435,6 +436,7 @@ def test_one_checkpoint_alone_is_refreshed(tmp_path: Path) -> None:
     assert result.statistics == "refreshed"
 
 
+@pytest.mark.guarantee("refresh-fails")
 def test_a_model_with_other_names_is_refused_before_averaging(small: Path) -> None:
     class Other(Small):
         def __init__(self) -> None:
@@ -714,6 +716,7 @@ def test_a_model_whose_statistics_the_checkpoints_lack_is_refused(tmp_path: Path
     assert "model.state_dict()" in message
 
 
+@pytest.mark.guarantee("batch-kinds")
 def test_forward_batch_reaches_the_model_during_averaging(small: Path, tmp_path: Path) -> None:
     def forward_batch(model: nn.Module, batch: dict[str, Any]) -> None:
         model(batch["inputs"]["x"])

@@ -229,6 +229,7 @@ def test_check_as_json(in_process: InProcess, run_folder: Path) -> None:
     }
 
 
+@pytest.mark.guarantee("differences")
 def test_check_of_misfits_fails(in_process: InProcess, misfits: list[Path]) -> None:
     """A script that asks `check` first must be stopped by its exit code."""
     code, out, err = in_process("check", *misfits)
@@ -338,6 +339,7 @@ FAILURES: list[tuple[str, int, str, str]] = [
 ]
 
 
+@pytest.mark.guarantee("differences", "existing-output", "nonfinite")
 @pytest.mark.parametrize(("failure", "expected", "kind", "says"), FAILURES, ids=[item[0] for item in FAILURES])
 def test_each_failure_has_its_code_and_one_document(
     in_process: InProcess,
@@ -425,6 +427,7 @@ def test_user_code_that_exits_is_no_success(
     assert not (tmp_path / "swa.safetensors").exists()
 
 
+@pytest.mark.guarantee("out-of-memory")
 def test_out_of_memory_has_its_code(capsys: pytest.CaptureFixture[str]) -> None:
     @click.command()
     def greedy() -> None:
@@ -456,6 +459,7 @@ def unhandled(number: int, frame: object) -> None:
     raise AssertionError(f"signal {number} was not handled")
 
 
+@pytest.mark.guarantee("signals")
 @pytest.mark.parametrize(("name", "expected"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)], ids=str)
 def test_a_signal_during_the_refresh_has_its_code(
     in_process: InProcess,
@@ -571,6 +575,7 @@ def test_quiet_draws_nothing_on_a_terminal(normed: Path, tmp_path: Path, app: st
     assert "wrote swa.safetensors" in out
 
 
+@pytest.mark.guarantee("closed-streams")
 def test_no_bars_without_a_terminal(in_process: InProcess, normed: Path, tmp_path: Path, app: str) -> None:
     code, out, err = in_process("average", normed, "-o", tmp_path / "swa.safetensors", *refresh_options(tmp_path, app))
     assert code == 0
@@ -610,6 +615,7 @@ def test_a_reader_that_has_gone_changes_neither_code_nor_calm(
     assert code == expected
 
 
+@pytest.mark.guarantee("closed-streams")
 @pytest.mark.slow
 def test_an_average_whose_reader_has_gone_is_published(tmp_path: Path, pair: list[Path]) -> None:
     code, err = with_reader_gone(["average", *pair, "-o", "swa.safetensors"], tmp_path, "stdout")
@@ -627,6 +633,7 @@ def test_a_lost_notice_does_not_stop_the_averaging(tmp_path: Path, pair: list[Pa
     assert load_json(out)["written"] is True
 
 
+@pytest.mark.guarantee("closed-streams")
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "step_1.safetensors"]])
 def test_a_closed_stdout_gives_no_traceback(
     tmp_path: Path, pair: list[Path], ckpt_avg: Command, arguments: list[str]
@@ -653,6 +660,7 @@ def test_a_closed_stderr_keeps_stdout_clean(tmp_path: Path, pair: list[Path], ck
 C_LOCALE = {"LANG": "C", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 
+@pytest.mark.guarantee("odd-paths")
 @pytest.mark.slow
 def test_the_c_locale_changes_nothing(tmp_path: Path, ckpt_avg: Command) -> None:
     folder = tmp_path / "Läufe ✓"
@@ -678,6 +686,7 @@ def test_inspect_in_the_c_locale_shows_what_it_can(tmp_path: Path, ckpt_avg: Com
     assert "F32" in result.stdout
 
 
+@pytest.mark.guarantee("odd-paths")
 @pytest.mark.parametrize(
     "name", ["with space", "quote's", "ünïcode ✓", "line\nbreak", "-dash", "%s{0}", os.fsdecode(b"byte\xff")]
 )
@@ -712,6 +721,7 @@ def test_errors_name_odd_paths_without_a_traceback(in_process: InProcess, tmp_pa
     assert "Traceback" not in err
 
 
+@pytest.mark.guarantee("python-O")
 def test_checks_hold_under_python_o(tmp_path: Path, misfits: list[Path]) -> None:
     command = [sys.executable, "-O", "-m", "ckpt_avg", "average", *map(str, misfits), "-o", "swa.safetensors"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
@@ -720,6 +730,7 @@ def test_checks_hold_under_python_o(tmp_path: Path, misfits: list[Path]) -> None
     assert not (tmp_path / "swa.safetensors").exists()
 
 
+@pytest.mark.guarantee("python-O")
 def test_no_check_is_an_assert() -> None:
     """`python -O` drops assert statements."""
     for path in SOURCE.rglob("*.py"):

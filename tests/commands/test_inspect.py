@@ -240,6 +240,7 @@ def test_each_file_of_an_unprepared_folder_is_told_with_its_way_out(tmp_path: Pa
     assert "nothing to average here: " in text
 
 
+@pytest.mark.guarantee("torchscript")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.jit")
@@ -258,6 +259,7 @@ def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
     assert told["empty"] == "a folder with 0 entries"
 
 
+@pytest.mark.guarantee("torchscript")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_folder_of_torchscript_alone(tmp_path: Path) -> None:
     """By its suffix a checkpoint, but without weights."""

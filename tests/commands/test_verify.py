@@ -103,12 +103,14 @@ def test_flipped_bits_are_found(output: Path) -> None:
     assert ckpt_avg.verify(output)
 
 
+@pytest.mark.guarantee("verify-damage")
 @pytest.mark.campaign
 def test_ten_thousand_flipped_bits_are_found(tmp_path: Path, run_folder: Path) -> None:
     ckpt_avg.average(run_folder, tmp_path / "swa.safetensors", bn="keep")
     assert list(bit_flips(tmp_path / "swa.safetensors", 10_000)) == []
 
 
+@pytest.mark.guarantee("verify-damage")
 def test_flipped_bits_catch_a_check_that_skips_the_header(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the same harness finds out that a part of the file is not looked at."""
     monkeypatch.setattr(verifying, "header_digest", lambda header: ckpt_avg.open_checkpoint(output).spec.digest)
@@ -131,6 +133,7 @@ def test_truncations_are_found(output: Path) -> None:
     assert list(truncations(output, range(0, output.stat().st_size, 7))) == []
 
 
+@pytest.mark.guarantee("verify-damage")
 @pytest.mark.campaign
 def test_every_truncation_of_the_header_is_found(output: Path) -> None:
     (length,) = struct.unpack("<Q", output.read_bytes()[:8])

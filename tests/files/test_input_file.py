@@ -98,6 +98,7 @@ def test_both_ways_are_really_taken(path: Path, monkeypatch: pytest.MonkeyPatch)
         assert isinstance(opened.window(1, SMALL).buffer, bytearray)
 
 
+@pytest.mark.guarantee("no-mmap")
 @pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM, errno.EACCES])
 def test_a_file_system_that_refuses_maps_is_read(path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def refuse(*_: object, **__: object) -> mmap.mmap:
@@ -139,6 +140,7 @@ def test_an_empty_file(tmp_path: Path) -> None:
         assert content(opened.window(0, 0), 0) == b""
 
 
+@pytest.mark.guarantee("sparse-inputs")
 def test_a_file_with_holes(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as target:
@@ -172,6 +174,7 @@ def opening_fails(path: Path, kind: type[Exception] = CheckpointFormatError) -> 
     return str(raised[0])
 
 
+@pytest.mark.guarantee("not-a-file")
 def test_a_pipe_never_blocks(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert "expected a checkpoint file, got a device, pipe or socket" in opening_fails(tmp_path / "pipe")
@@ -247,6 +250,7 @@ print(len(os.listdir("/proc/self/fd")) < 20)
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.guarantee("open-files")
 @linux
 def test_no_descriptor_is_left_at_all(path: Path) -> None:
     """Where the rest of the process has taken them all, the error says what to raise."""
@@ -270,6 +274,7 @@ except ResourceError as error:
     )
 
 
+@pytest.mark.guarantee("changing-inputs")
 @pytest.mark.parametrize("change", ["replaced", "longer", "touched", "gone"])
 def test_a_file_that_changed_while_it_rested(file: MappedFile, change: str) -> None:
     """Opened again by its name, it must be the same one: another run's file would be averaged in part."""
@@ -341,6 +346,7 @@ def test_a_changed_file_is_noticed(file: MappedFile, change: str) -> None:
     assert "Wait until nothing writes to it, then run again." in message
 
 
+@pytest.mark.guarantee("changing-inputs")
 @pytest.mark.parametrize("change", ["deleted", "replaced"])
 def test_deleting_or_replacing_a_file_does_not_matter(file: MappedFile, change: str) -> None:
     """What was opened stays readable."""
@@ -397,6 +403,7 @@ except ChangedWhileReadingError as error:
 """
 
 
+@pytest.mark.guarantee("changing-inputs")
 def test_a_truncation_between_two_windows(path: Path) -> None:
     """Also within the pages of the next window: an error, no SIGBUS."""
     done = run(_TRUNCATED_BETWEEN_WINDOWS, path)
@@ -404,6 +411,7 @@ def test_a_truncation_between_two_windows(path: Path) -> None:
     assert done.stdout == "3\n"
 
 
+@pytest.mark.guarantee("interrupted-calls")
 @pytest.mark.skipif(sys.platform != "linux", reason="needs MADV_POPULATE_READ")
 def test_bringing_pages_in_goes_on_after_a_signal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python repeats its own calls after EINTR; this one is made by hand."""

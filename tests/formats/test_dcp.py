@@ -190,6 +190,7 @@ def test_without_metadata_it_is_incomplete(tmp_path: Path) -> None:
     assert "incomplete: there is no .metadata next to the *.distcp files" in refusal(folder)
 
 
+@pytest.mark.guarantee("missing-shards")
 def test_missing_files_are_named(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     (shard,) = folder.glob("*.distcp")
@@ -248,6 +249,7 @@ def test_the_metadata_that_is_changed_here_is_real(tmp_path: Path) -> None:
     assert_same(read(folder), {"w": torch.arange(6.0).view(2, 3)})
 
 
+@pytest.mark.guarantee("no-file-outside")
 @pytest.mark.parametrize(
     "name", ["../__0_0.distcp", "/etc/passwd", "..", ".", "", "sub/__0_0.distcp", "a\0b", "C:\\x", "..\\x", "\ud800"]
 )
@@ -259,6 +261,7 @@ def test_no_file_outside_the_folder_is_reached(tmp_path: Path, name: str) -> Non
     assert "expected the name of a file beside it" in message or "missing" in message
 
 
+@pytest.mark.guarantee("shard-links")
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     folder = save({"w": torch.ones(2)}, tmp_path / "c")
     (folder / "__0_0.distcp").rename(tmp_path / "elsewhere")
@@ -523,6 +526,7 @@ def test_the_same_part_in_two_shards_counts_once(tmp_path: Path) -> None:
     assert_same(read(folder), {"w": WHOLE, "b": WHOLE[0]})
 
 
+@pytest.mark.guarantee("missing-shards")
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "c", *({"w": (WHOLE[row : row + 1], (row, 0))} for row in range(6)))
     (folder / "shard-00003-model-00001-of-00001.safetensors").unlink()

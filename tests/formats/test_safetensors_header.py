@@ -117,6 +117,7 @@ def test_all_dtypes_side_by_side(tmp_path: Path) -> None:
     assert spec.nbytes == sum(3 * dtype.itemsize for dtype in DTYPES.values())
 
 
+@pytest.mark.guarantee("empty-tensors")
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 5), (5, 0, 2), (1, 1, 1, 1), (2, 3, 4), (1,) * LIMITS.rank])
 def test_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """0-d and zero-size tensors lie at valid offsets between others."""
@@ -141,6 +142,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.guarantee("tensor-names")
 def test_names_are_data(tmp_path: Path) -> None:
     """Unicode, escapes, control characters and paths in names come through as they are."""
     path = tmp_path / "names.safetensors"
@@ -392,6 +394,7 @@ def test_the_smallest_file_is_valid_before_it_is_spoilt(tmp_path: Path) -> None:
         assert_same_as_safetensors(write(tmp_path, content))
 
 
+@pytest.mark.guarantee("safetensors-limits")
 @pytest.mark.parametrize("length", [100_000_001, 2**40, 2**63, 2**64 - 1])
 def test_a_lying_length_allocates_nothing(tmp_path: Path, length: int) -> None:
     path = write(tmp_path, lay_out("{}", length=length))
@@ -403,6 +406,7 @@ def test_a_lying_length_allocates_nothing(tmp_path: Path, length: int) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.guarantee("safetensors-cut")
 def test_the_truncation_of_a_real_file_is_refused_everywhere(tmp_path: Path) -> None:
     path = tmp_path / "whole.safetensors"
     save_file({"a": torch.ones(3), "b": torch.ones(2, 2)}, path, metadata={"format": "pt"})
@@ -425,6 +429,7 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Any:
     return set_limits
 
 
+@pytest.mark.guarantee("safetensors-limits")
 def test_header_limit(tmp_path: Path, limit: Any) -> None:
     content = one()
     path, length = write(tmp_path, content), len(content) - 9
@@ -435,6 +440,7 @@ def test_header_limit(tmp_path: Path, limit: Any) -> None:
     assert f"expected a header of at most {length - 1} bytes, got {length}" in message
 
 
+@pytest.mark.guarantee("safetensors-limits")
 def test_tensor_limit(tmp_path: Path, limit: Any) -> None:
     """Tensors are counted before objects are built of them."""
     path = tmp_path / "many.safetensors"
@@ -445,6 +451,7 @@ def test_tensor_limit(tmp_path: Path, limit: Any) -> None:
     assert "expected at most 11 tensors in the header, got more" in refusal(path)
 
 
+@pytest.mark.guarantee("safetensors-limits")
 def test_a_million_and_more_empty_tensors_are_refused_before_parsing(tmp_path: Path) -> None:
     entry = '"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     count = LIMITS.tensors + 3
@@ -460,6 +467,7 @@ def test_a_million_and_more_empty_tensors_are_refused_before_parsing(tmp_path: P
     assert peak < 2.5 * len(body)
 
 
+@pytest.mark.guarantee("safetensors-limits")
 @pytest.mark.parametrize(
     ("first", "item", "last"),
     [

@@ -154,6 +154,7 @@ def test_shards_with_arrays_in_memory(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.guarantee("missing-shards")
 def test_every_missing_shard_is_named_at_once(tmp_path: Path) -> None:
     index = write(tmp_path, *({f"w{number}": torch.ones(1)} for number in range(5)))
     for number in (2, 4):

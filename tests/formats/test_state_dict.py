@@ -38,6 +38,7 @@ def refusal(root: object, key: str | None = None) -> str:
     return message
 
 
+@pytest.mark.guarantee("nested-state-dicts")
 @pytest.mark.parametrize(
     ("root", "key", "names"),
     [
@@ -124,6 +125,7 @@ def test_a_key_that_names_no_state_dict(value: object, what: str) -> None:
         assert "tensor" in message
 
 
+@pytest.mark.guarantee("nested-state-dicts")
 def test_nested_candidates_are_listed_and_none_is_taken() -> None:
     message = refusal({"generator": {"w": W}, "nets": {"critic": {"w": W}}, "epoch": 3})
     assert "expected one state dict, got several: 'generator', 'nets.critic'." in message

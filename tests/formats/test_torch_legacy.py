@@ -82,6 +82,7 @@ class Block(nn.Module):
 # --- what torch writes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("old-torch-files")
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_a_checkpoint_at_each_protocol(tmp_path: Path, protocol: int) -> None:
     contents = {"model": nn.Linear(3, 2).state_dict(), "epoch": 3, "loss": 0.5, "名": [1, None]}
@@ -174,6 +175,7 @@ def test_a_pickle_longer_than_a_block_of_the_reader(tmp_path: Path, monkeypatch:
 # --- damage ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("old-torch-files")
 def test_truncated_anywhere(tmp_path: Path) -> None:
     """A clean refusal at every length; none of them may be read as a smaller checkpoint."""
     path = saved(tmp_path, {"model": {"w": torch.arange(20.0), "b": torch.ones(3)}, "epoch": 2})
@@ -330,6 +332,7 @@ class Runs:
         return os.system, (self.command,)
 
 
+@pytest.mark.guarantee("old-torch-files")
 @pytest.mark.parametrize("part", ["version", "machine", "contents", "keys"])
 def test_nothing_in_any_of_its_pickles_runs(tmp_path: Path, layout: Stream, part: str) -> None:
     mark = tmp_path / "ran"
@@ -396,6 +399,7 @@ def test_empty_containers_count_for_many_operations(
         assert "expected at most 30,000,000 operations in the pickle, got more" in message
 
 
+@pytest.mark.guarantee("pickle-bombs")
 def test_millions_of_empty_sets_hit_the_limit(layout: Stream) -> None:
     """At the real limit: a file of 1.6 MB is refused before it has taken half a gigabyte."""
     message = refusal(layout.write(contents=b"\x80\x04](" + pickle.EMPTY_SET * 1_600_000 + b"e."))

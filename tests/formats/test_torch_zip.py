@@ -196,6 +196,7 @@ def test_entries_without_a_tensor_are_left_out_and_said(tmp_path: Path) -> None:
     assert checkpoint.spec.notes == ("2 entries without a tensor left out: 'extra_state', 'n'",)
 
 
+@pytest.mark.guarantee("tied-tensors")
 def test_tied_tensors_keep_both_names(tmp_path: Path) -> None:
     """Two names of one tensor are both read and reported as tied; a mere view of it is not."""
     weight = torch.arange(6.0).view(2, 3)
@@ -206,6 +207,7 @@ def test_tied_tensors_keep_both_names(tmp_path: Path) -> None:
     assert tensors["embedding"].storage == tensors["row"].storage != tensors["other"].storage
 
 
+@pytest.mark.guarantee("expanded-views")
 def test_views_and_strides(tmp_path: Path) -> None:
     base = torch.arange(2.0 * 3 * 4 * 5).view(2, 3, 4, 5)
     contents = {
@@ -262,6 +264,7 @@ def test_each_dtype(tmp_path: Path, protocol: int) -> None:
     assert_as_torch_loads(saved(tmp_path, contents, pickle_protocol=protocol))
 
 
+@pytest.mark.guarantee("empty-tensors")
 def test_scalar_and_zero_size(tmp_path: Path) -> None:
     contents = {"scalar": torch.tensor(3.5), "none": torch.empty(0), "thin": torch.empty(4, 0, 2), "n": torch.tensor(2)}
     checkpoint = assert_as_torch_loads(saved(tmp_path, contents))
@@ -322,6 +325,7 @@ def unusual(kind: str) -> torch.Tensor:
         return makers[kind]()
 
 
+@pytest.mark.guarantee("odd-tensors")
 @pytest.mark.parametrize(
     ("kind", "named"),
     [
@@ -384,6 +388,7 @@ def test_tensors_under_numbers_are_refused(tmp_path: Path) -> None:
     assert "key 0" in message
 
 
+@pytest.mark.guarantee("pickled-modules")
 @pytest.mark.parametrize("key", [None, "model", "net"])
 def test_a_whole_module_opens_as_its_state_dict(tmp_path: Path, key: str | None) -> None:
     """Names, order and bits are those that ``state_dict()`` gives, and nothing of the module is imported or run."""
@@ -426,6 +431,7 @@ def test_names_that_safetensors_cannot_hold_are_refused(tmp_path: Path, name: st
     assert "Rename the tensor." in message
 
 
+@pytest.mark.guarantee("torchscript")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_torchscript_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "script.pt"
@@ -562,6 +568,7 @@ def test_an_archive_made_by_hand_is_read_before_it_is_spoilt(tmp_path: Path) -> 
         assert bits(elements(checkpoint, "w", 4)) == DATA
 
 
+@pytest.mark.guarantee("storage-bounds")
 @pytest.mark.parametrize(
     ("contents", "facts"),
     [
@@ -628,6 +635,7 @@ def test_names_from_the_pickle_are_shown_escaped(tmp_path: Path) -> None:
     refusal(tmp_path / "b.pt")
 
 
+@pytest.mark.guarantee("byte-order")
 @pytest.mark.parametrize(
     ("order", "accepted"), [(b"little", True), (b"big", False), (b"", False), (b"littlest", False), (b"x" * 99, False)]
 )
@@ -641,6 +649,7 @@ def test_byte_order(tmp_path: Path, order: bytes, accepted: bool) -> None:
         assert "Save it again" in message
 
 
+@pytest.mark.guarantee("byte-order")
 def test_a_torch_file_of_big_endian_tensors(tmp_path: Path) -> None:
     """The record as torch itself writes it, not as this file imagines it."""
     before = torch.serialization.get_default_load_endianness()
@@ -724,6 +733,7 @@ def layout(tmp_path: Path) -> Layout:
 DAMAGED = "The file is damaged or was not written by torch.save: save or copy it again."
 
 
+@pytest.mark.guarantee("zip-structure")
 @pytest.mark.parametrize(
     ("part", "field", "value", "facts"),
     [
@@ -787,6 +797,7 @@ def test_a_member_larger_than_the_file(layout: Layout, size: int) -> None:
     assert "member 'a/data/0' lies outside the archive" in message
 
 
+@pytest.mark.guarantee("zip-cut")
 def test_truncated_anywhere(layout: Layout) -> None:
     whole = bytes(layout.content)
     for end in range(len(whole)):
@@ -797,6 +808,7 @@ def test_truncated_anywhere(layout: Layout) -> None:
             assert "probably cut" in message
 
 
+@pytest.mark.guarantee("zip-cut")
 def test_a_real_file_truncated(tmp_path: Path, run_folder: Path) -> None:
     whole = (run_folder / "epoch_20.pt").read_bytes()
     path = tmp_path / "cut.pt"
@@ -818,6 +830,7 @@ def test_a_comment_is_refused(layout: Layout) -> None:
     assert "directory" in message
 
 
+@pytest.mark.guarantee("zip-structure")
 @pytest.mark.parametrize("prefix", [b"junk", b"PK\3\4junk", b"PK\3\4" + b"\0" * 60])
 @pytest.mark.parametrize("adjusted", [False, True])
 def test_bytes_before_the_archive(layout: Layout, prefix: bytes, adjusted: bool) -> None:
@@ -835,6 +848,7 @@ def test_bytes_before_the_archive(layout: Layout, prefix: bytes, adjusted: bool)
         assert "something else (first bytes b'junkPK" in message
 
 
+@pytest.mark.guarantee("zip-structure")
 def test_duplicate_members(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     archive(path, {"a/data.pkl": pickled(view()), "a/data/0": DATA, "a/data/1": DATA})
@@ -844,6 +858,7 @@ def test_duplicate_members(tmp_path: Path) -> None:
     assert message.endswith(DAMAGED)
 
 
+@pytest.mark.guarantee("zip-structure")
 def test_one_member_listed_twice(tmp_path: Path) -> None:
     """Two directory entries for one place: the same bytes under two names or one."""
     path = tmp_path / "a.pt"
@@ -853,6 +868,7 @@ def test_one_member_listed_twice(tmp_path: Path) -> None:
     assert "contradicts" in refusal(layout.write())
 
 
+@pytest.mark.guarantee("zip-structure")
 def test_a_member_inside_another(tmp_path: Path) -> None:
     """A complete local header hidden in another member's bytes."""
     path = tmp_path / "a.pt"
@@ -871,6 +887,7 @@ def test_a_compressed_archive(tmp_path: Path) -> None:
     assert "is compressed, which torch.save never does" in refusal(path)
 
 
+@pytest.mark.guarantee("zip-structure")
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     bomb = b"\0" * 50_000_000
@@ -913,6 +930,7 @@ def zip64(path: Path, members: dict[str, tuple[int, dict[int, bytes]]]) -> None:
         file.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, *[2**32 - 1] * 2, 0))
 
 
+@pytest.mark.guarantee("zip64")
 def test_over_four_gib(tmp_path: Path) -> None:
     """A record over 4 GiB, and a pickle whose offset needs 64 bits; torch reads the same bytes."""
     path, numel = tmp_path / "big.pt", 2**32 + 10
@@ -948,6 +966,7 @@ def small_zip64(path: Path) -> bytearray:
     return bytearray(path.read_bytes())
 
 
+@pytest.mark.guarantee("zip64")
 def test_zip64_fields_are_read(tmp_path: Path) -> None:
     """The archive that the next test spoils is sound."""
     path = tmp_path / "a.pt"
@@ -986,6 +1005,7 @@ def test_zip64_counts_over_the_limit(tmp_path: Path) -> None:
     assert "1,099,511,627,776 members" in refusal(path)
 
 
+@pytest.mark.guarantee("zip-structure")
 @pytest.mark.parametrize("size", [25, 2**40, 2**63, 2**64 - 1])
 def test_zip64_sizes_that_lie(tmp_path: Path, size: int) -> None:
     path = tmp_path / "a.pt"

@@ -102,6 +102,7 @@ def test_the_grid_catches_a_cast_that_rounds_twice(fmt: Format) -> None:
     assert (np.array(fmt.codes(twice)) != codes + 1).any()
 
 
+@pytest.mark.guarantee("extreme-values")
 @all_formats
 def test_zeros_keep_their_sign_and_underflow_keeps_it_too(fmt: Format) -> None:
     negative = 1 << (fmt.bits - 1) if fmt.negative_zero else 0

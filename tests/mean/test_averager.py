@@ -87,6 +87,7 @@ def block_of(numel: int) -> Block:
     return Block([(OutputTensor("w", (numel,), dtype, dtype, "mean", 0, numel), 0, numel)])
 
 
+@pytest.mark.guarantee("cuda-memory")
 @pytest.mark.parametrize("room", [1024, 5000, 70_000])
 def test_smaller_chunks_where_the_device_is_full(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """A run must not fail, nor change, because another program has taken the GPU's memory."""
@@ -129,6 +130,7 @@ def test_it_fails_in_the_middle_and_begins_again(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(output, (sum(each.double() for each in inputs) / 2).float())
 
 
+@pytest.mark.guarantee("cuda-memory")
 def test_no_room_for_the_smallest_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """It must end, with torch's error, not try for ever."""
 

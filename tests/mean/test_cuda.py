@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 from ckpt_avg import NonFiniteError, average
 from ckpt_avg.mean.arithmetic import round_to
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+pytestmark = [
+    pytest.mark.guarantee("same-bytes"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
 
 DTYPES = [
     torch.float64,
@@ -58,6 +61,7 @@ def test_casts_round_as_on_the_cpu() -> None:
         assert torch.equal(on_device.view(torch.uint8), round_to(values, dtype).view(torch.uint8)), dtype
 
 
+@pytest.mark.guarantee("cuda-memory")
 @pytest.mark.parametrize("mebibytes", [4, 40])
 def test_a_full_device_gives_the_same_bytes(tmp_path: Path, mebibytes: int) -> None:
     """Another program may have the GPU's memory: chunks get smaller, and nothing else changes."""

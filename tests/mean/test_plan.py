@@ -35,6 +35,7 @@ def test_tensors_lie_side_by_side_in_the_references_order(tensors: Tensors, dtyp
     assert keys == sorted(keys)
 
 
+@pytest.mark.guarantee("tensor-order")
 @given(tensors=tensors)
 @settings(max_examples=50, deadline=None)
 def test_the_order_of_the_checkpoint_does_not_matter(tensors: Tensors) -> None:

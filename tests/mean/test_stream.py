@@ -107,6 +107,7 @@ cases = pytest.mark.parametrize("number", [2, 3, 8, 100])
 narrow = pytest.mark.parametrize("fmt", [FLOAT32, BFLOAT16, FLOAT16], ids=lambda fmt: str(fmt.dtype))
 
 
+@pytest.mark.guarantee("accurate", "extreme-values", "float8")
 @cases
 @narrow
 def test_each_element_is_the_exact_mean_rounded_once(tmp_path: Path, number: int, fmt: Format) -> None:
@@ -117,6 +118,7 @@ def test_each_element_is_the_exact_mean_rounded_once(tmp_path: Path, number: int
     assert not wrong, f"{len(wrong)} differ, the first at {wrong[0]}: {[values[wrong[0]].item() for values in inputs]}"
 
 
+@pytest.mark.guarantee("accurate")
 @pytest.mark.parametrize(
     ("wrong", "number", "fmt"),
     [
@@ -174,6 +176,7 @@ def any_bits(fmt: Format, number: int, count: int, seed: int) -> list[torch.Tens
     return [torch.from_numpy(row.view({16: np.int16, 32: np.int32}[fmt.bits])).view(fmt.dtype) for row in signed]
 
 
+@pytest.mark.guarantee("accurate")
 @pytest.mark.parametrize("number", [3, 8, 100])
 @narrow
 def test_inputs_of_any_bits_stay_within_the_error_of_a_float64_sum(tmp_path: Path, number: int, fmt: Format) -> None:
@@ -233,6 +236,7 @@ def _bound(values: Sequence[float], roundings: int) -> Fraction:
 TOP = 1.7976931348623157e308
 
 
+@pytest.mark.guarantee("extreme-values")
 @given(
     rows=st.lists(
         st.lists(
@@ -286,6 +290,7 @@ AWKWARD = {
 }
 
 
+@pytest.mark.guarantee("equal-inputs")
 @pytest.mark.parametrize("number", [1, 2, 3, 10])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_equal_inputs_come_out_bit_for_bit(tmp_path: Path, number: int, suffix: str) -> None:
@@ -297,6 +302,7 @@ def test_equal_inputs_come_out_bit_for_bit(tmp_path: Path, number: int, suffix: 
         assert (got[name].dtype, got[name].shape, bits(got[name])) == (values.dtype, values.shape, bits(values)), name
 
 
+@pytest.mark.guarantee("complex")
 def test_complex64_is_averaged_as_two_planes(tmp_path: Path) -> None:
     planes = awkward_case(3, FLOAT32)[0]
     inputs = [torch.complex(plane, plane.flip(0)) for plane in planes]
@@ -306,6 +312,7 @@ def test_complex64_is_averaged_as_two_planes(tmp_path: Path) -> None:
         assert FLOAT32.codes(got[:, plane].contiguous()) == expected
 
 
+@pytest.mark.guarantee("float8")
 @pytest.mark.parametrize("fmt", FLOAT8, ids=lambda fmt: str(fmt.dtype))
 @pytest.mark.parametrize("number", [2, 3, 7])
 def test_float8_without_scales_is_the_exact_mean_rounded_once(tmp_path: Path, fmt: Format, number: int) -> None:
@@ -318,6 +325,7 @@ def test_float8_without_scales_is_the_exact_mean_rounded_once(tmp_path: Path, fm
     assert fmt.codes(got) == exact_mean(inputs, fmt)
 
 
+@pytest.mark.guarantee("float8")
 @pytest.mark.parametrize("scale", ["layer.weight_scale", "layer.scale", "layer.weight_scale_inv", "layer.input_scale"])
 def test_float8_with_scales_beside_it_is_refused(tmp_path: Path, scale: str) -> None:
     state = {"layer.weight": torch.ones(4).to(torch.float8_e4m3fn), scale: torch.ones(1), "other.weight": torch.ones(2)}
@@ -359,6 +367,7 @@ def test_a_narrower_dtype_would_be_wrong_if_rounded_twice(tmp_path: Path) -> Non
     assert mean_of(tmp_path, [{"w": values} for values in inputs], dtype="bfloat16")["w"].item() == 1.0078125
 
 
+@pytest.mark.guarantee("overflow")
 @pytest.mark.parametrize(("value", "fits"), [(65519.996, True), (65520.0, False), (-1e5, False), (1e300, False)])
 def test_overflow_of_a_narrower_dtype_is_refused_not_clamped(tmp_path: Path, value: float, fits: bool) -> None:
     index = 70_000  # past the first window
@@ -435,6 +444,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, found
 
 
+@pytest.mark.guarantee("same-bytes")
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("memory", [MiB, 8 * MiB, 1024 * MiB])
 def test_threads_and_memory_do_not_change_the_bytes(
@@ -444,6 +454,7 @@ def test_threads_and_memory_do_not_change_the_bytes(
     assert digest(tmp_path / "mean.safetensors") == mixed[1]
 
 
+@pytest.mark.guarantee("same-bytes")
 def test_the_environment_does_not_change_the_bytes(mixed: tuple[Path, str], tmp_path: Path) -> None:
     """Hash seed, locale, umask, time zone and -O: processes that differ in all of them write the same file."""
     environments = [
@@ -549,6 +560,7 @@ def test_inputs_are_not_changed(tmp_path: Path) -> None:
         assert [(path.read_bytes(), os.stat(path).st_mtime_ns, os.stat(path).st_mode) for path in names] == before
 
 
+@pytest.mark.guarantee("differences")
 @pytest.mark.parametrize("shapes", [((1,), (5,)), ((5,), (1,)), ((1, 5), (5, 1)), ((), (1,)), ((2, 3), (6,))])
 def test_shapes_are_never_broadcast(tmp_path: Path, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     with pytest.raises(IncompatibleError) as error:
@@ -587,6 +599,7 @@ def test_sums_follow_the_order_of_the_checkpoints(tmp_path: Path) -> None:
         assert [source["name"] for source in sources] == [f"{index}.safetensors" for index in order]
 
 
+@pytest.mark.guarantee("many-checkpoints")
 def test_a_thousand_checkpoints(tmp_path: Path) -> None:
     """More than may be open at once on many systems, each read in the order of its step."""
     values = [[(step * 37 % 101) / 8 - step, float(step)] for step in range(1000)]
@@ -601,6 +614,7 @@ def test_a_thousand_checkpoints(tmp_path: Path) -> None:
 # -- NaN and Inf ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("nonfinite")
 def test_nan_and_inf_are_refused_with_every_place(tmp_path: Path) -> None:
     """All files that hold some, each with the first index and the count, windows and chunks apart."""
     states = [{"fine": torch.ones(10), "layer.w": torch.ones(100_000)} for _ in range(4)]
@@ -653,6 +667,7 @@ def test_infinities_that_cancel_are_found(tmp_path: Path) -> None:
         mean_of(tmp_path, states)
 
 
+@pytest.mark.guarantee("nonfinite")
 def test_allowed_nan_and_inf_touch_only_their_own_elements(tmp_path: Path) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         columns = [[1.0, math.nan, math.inf, math.inf, -math.inf, 4.0], [3.0, 1.0, 1.0, -math.inf, -math.inf, 5.0]]
@@ -673,6 +688,7 @@ def test_finite_values_whose_sum_is_not_are_no_false_alarm(tmp_path: Path) -> No
 # -- Integers, bools and BatchNorm counters -------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("integers")
 def test_equal_integers_are_copied(tmp_path: Path) -> None:
     exact = {name: AWKWARD[name] for name in ("bool", "uint64", "int64", "uint8", "int8", "exponents")}
     states = [exact | {"w": torch.tensor([value])} for value in (1.0, 2.0)]
@@ -680,6 +696,7 @@ def test_equal_integers_are_copied(tmp_path: Path) -> None:
     assert {name: bits(got[name]) for name in exact} == {name: bits(values) for name, values in exact.items()}
 
 
+@pytest.mark.guarantee("integers")
 def test_different_integers_are_refused_all_at_once(tmp_path: Path) -> None:
     states = [
         {f"count.{i}": torch.arange(5) for i in range(3)} | {"mask": torch.zeros(4, dtype=torch.bool)} for _ in "abc"
@@ -702,12 +719,14 @@ def test_different_integers_are_refused_all_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "mean.safetensors").exists()
 
 
+@pytest.mark.guarantee("integers")
 def test_different_integers_may_be_the_last_checkpoints(tmp_path: Path) -> None:
     states = [{"count": torch.tensor([200 + i]), "mask": torch.tensor([i == 1])} for i in range(3)]
     got = mean_of(tmp_path, states, non_float="last")
     assert (got["count"].item(), got["mask"].item()) == (202, False)
 
 
+@pytest.mark.guarantee("integers")
 def test_the_batch_counter_is_the_lasts(tmp_path: Path) -> None:
     """Not an error, not a sum, not a float; and only beside running statistics."""
     states = []
@@ -729,6 +748,7 @@ def test_the_batch_counter_is_the_lasts(tmp_path: Path) -> None:
 # -- Options --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("no-float64", "no-gpu")
 @pytest.mark.parametrize(
     ("options", "fact"),
     [

@@ -128,6 +128,7 @@ def test_threads_write_side_by_side(target: Path, overwrite: bool, named: bool) 
     assert target.read_bytes() == CONTENTS
 
 
+@pytest.mark.guarantee("interrupted-calls")
 @pytest.mark.parametrize("most", [1, 7])
 def test_short_writes_are_continued(
     target: Path, overwrite: bool, named: bool, most: int, monkeypatch: pytest.MonkeyPatch
@@ -138,6 +139,7 @@ def test_short_writes_are_continued(
     assert target.read_bytes() == CONTENTS
 
 
+@pytest.mark.guarantee("write-errors")
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_failed_write_is_an_error_and_leaves_nothing(
     target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +153,7 @@ def test_a_failed_write_is_an_error_and_leaves_nothing(
     assert untouched(target, overwrite)
 
 
+@pytest.mark.guarantee("fsync-errors")
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
 def test_a_failed_fsync_discards_the_file_and_is_never_tried_again(
     target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +170,7 @@ def test_a_failed_fsync_discards_the_file_and_is_never_tried_again(
     assert untouched(target, overwrite)
 
 
+@pytest.mark.guarantee("fsync-errors")
 def test_a_file_system_that_cannot_sync_folders_is_accepted(
     target: Path, overwrite: bool, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +181,7 @@ def test_a_file_system_that_cannot_sync_folders_is_accepted(
     assert target.read_bytes() == CONTENTS
 
 
+@pytest.mark.guarantee("fsync-errors")
 def test_that_a_folder_cannot_be_synced_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit 0 promises more on other file systems."""
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
@@ -185,6 +190,7 @@ def test_that_a_folder_cannot_be_synced_is_said(tmp_path: Path, monkeypatch: pyt
     assert any("this file system cannot sync a folder" in notice for notice in result.notices)
 
 
+@pytest.mark.guarantee("fsync-errors")
 def test_a_folder_that_fails_to_sync_is_an_error(
     target: Path, overwrite: bool, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +270,7 @@ def test_a_file_system_that_cannot_reserve_is_accepted(
     assert target.read_bytes() == CONTENTS
 
 
+@pytest.mark.guarantee("file-size-limit")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_no_room_says_how_much_is_needed_and_free(
     target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
@@ -300,6 +307,7 @@ def test_a_folder_that_takes_no_file_is_an_error(
     assert untouched(target, overwrite)
 
 
+@pytest.mark.guarantee("hidden-name")
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT])
 def test_a_file_system_without_unnamed_files_gets_a_hidden_one(
     target: Path, overwrite: bool, code: int, monkeypatch: pytest.MonkeyPatch
@@ -355,6 +363,7 @@ def test_a_relative_path_means_the_working_folder(tmp_path: Path, monkeypatch: p
     assert check_target(Path("new"), overwrite=False) == tmp_path.resolve() / "new"
 
 
+@pytest.mark.guarantee("read-only-folder")
 def test_a_folder_that_is_not_writable_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OutputError, match=r"its folder .* is not writable\. Choose another path") as error:

@@ -50,6 +50,7 @@ def reasons(found: Survey) -> dict[str, str]:
 # --- order -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("natural-order")
 def test_a_run_is_in_order_of_its_steps(tmp_path: Path) -> None:
     """What the checkpoints record goes before what their names look like."""
     for name, step in (("c.pt", 5), ("a.pt", 100), ("b.pt", 20)):
@@ -123,6 +124,7 @@ def test_the_position_of_a_checkpoint_without_one_is_the_beginning() -> None:
 # --- copies ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("same-checkpoint-twice")
 @pytest.mark.parametrize("copy", ["model_best.pth.tar", "last.pth", "epoch_2_copy.pt"])
 def test_a_copy_counts_once_under_the_plainest_name(tmp_path: Path, copy: str) -> None:
     """torch.save writes the name of the file into the archive, so that no two copies are equal as files."""
@@ -351,6 +353,7 @@ def test_only_what_is_chosen_stays_open(tmp_path: Path) -> None:
     assert open_descriptors() == before
 
 
+@pytest.mark.guarantee("many-checkpoints")
 def test_a_run_of_more_checkpoints_than_files_may_be_open(tmp_path: Path) -> None:
     """Long runs have thousands: choosing three of them must not need them all at once."""
     import resource
@@ -485,6 +488,7 @@ def test_steps_that_start_anew_in_each_epoch_are_ordered_within_it(tmp_path: Pat
 # --- what does not disturb a run ---------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("half-written")
 def test_an_unreadable_checkpoint_of_a_run_says_how_to_leave_it_out(tmp_path: Path) -> None:
     """With the name quoted for what it is; of one named by hand there is nothing to leave out."""
     for step in (1, 2):

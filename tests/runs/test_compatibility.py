@@ -48,6 +48,7 @@ def test_one_checkpoint_fits_itself(tmp_path: Path) -> None:
     assert str(report) == "1 checkpoint of 1 tensor each: names, shapes and dtypes agree"
 
 
+@pytest.mark.guarantee("tensor-order")
 def test_the_order_and_the_values_do_not_matter(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2), "b": torch.zeros(3)}, tmp_path / "1.pt")
     torch.save({"b": torch.ones(3), "w": torch.zeros(2)}, tmp_path / "2.pt")
@@ -60,6 +61,7 @@ def test_the_format_and_the_strides_do_not_matter(tmp_path: Path) -> None:
     assert check([tmp_path]).compatible
 
 
+@pytest.mark.guarantee("differences")
 def test_every_difference_is_in_one_report(tmp_path: Path) -> None:
     paths = write(
         tmp_path,
@@ -88,6 +90,7 @@ def test_every_difference_is_in_one_report(tmp_path: Path) -> None:
     assert text.endswith("Average checkpoints of one architecture and one run; leave others out with --exclude.")
 
 
+@pytest.mark.guarantee("differences")
 def test_shapes_of_one_size_differ(tmp_path: Path) -> None:
     """(1,) would broadcast into (N,), and () into anything, if shapes were not compared."""
     shapes = [(4,), (1,), (), (2, 2), (4, 1), (0,)]
@@ -105,6 +108,7 @@ def under(prefix: str, tensors: Tensors) -> Tensors:
     return {f"{prefix}{name}": value for name, value in tensors.items()}
 
 
+@pytest.mark.guarantee("prefixes")
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module.module."])
 def test_a_wrapped_model_fits_the_bare_one(tmp_path: Path, prefix: str) -> None:
     """A run of which a part was trained on several devices, or compiled, is one run."""
@@ -114,6 +118,7 @@ def test_a_wrapped_model_fits_the_bare_one(tmp_path: Path, prefix: str) -> None:
         assert report.tensors == 2
 
 
+@pytest.mark.guarantee("prefixes")
 @pytest.mark.parametrize("prefix", ["model.", "net.", "encoder.model."])
 def test_a_prefix_of_some_checkpoints_is_advised_to_be_stripped(tmp_path: Path, prefix: str) -> None:
     """And the advice leads out of it."""
@@ -184,6 +189,7 @@ def test_views_that_share_a_storage_without_being_equal_are_not_tied(tmp_path: P
     assert check(tmp_path).compatible
 
 
+@pytest.mark.guarantee("differences")
 def test_dtypes_alone_have_their_own_advice(tmp_path: Path) -> None:
     paths = write(tmp_path, {"w": torch.ones(2)}, {"w": torch.ones(2).bfloat16()})
     text = str(check(paths))

@@ -55,6 +55,7 @@ def test_the_real_run_is_in_order_of_epochs(run_folder: Path) -> None:
     assert names(found.paths) == [f"epoch_{number}.pt" for number in range(9, 21)]
 
 
+@pytest.mark.guarantee("natural-order")
 @pytest.mark.parametrize(
     "ordered",
     [
@@ -164,6 +165,7 @@ def test_a_damaged_file_is_kept_so_that_it_is_reported(tmp_path: Path) -> None:
     assert names(discover([tmp_path]).paths) == ["step_1.safetensors", "step_2.pt"]
 
 
+@pytest.mark.guarantee("not-a-file")
 def test_a_pipe_or_socket_in_the_folder_never_blocks(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     touch(tmp_path, "step_1.pt")
@@ -220,6 +222,7 @@ def test_links_to_files_outside_are_checkpoints(tmp_path: Path) -> None:
     assert [item.reason for item in found.skipped] == ["the same file as a.safetensors"]
 
 
+@pytest.mark.guarantee("link-loops")
 def test_links_to_nothing_are_left_out(tmp_path: Path) -> None:
     touch(tmp_path, "step_1.pt")
     (tmp_path / "last.pt").symlink_to("gone.pt")
@@ -397,6 +400,7 @@ def test_a_sharded_final_model_beside_the_checkpoints(tmp_path: Path) -> None:
     assert "model.safetensors.index.json" in reasons(found)
 
 
+@pytest.mark.guarantee("half-written")
 def test_checkpoint_folders_that_were_not_finished(tmp_path: Path) -> None:
     """Each way in which trainers leave one: under a name for the time being, or without what is written last."""
     for step in (1, 2):
@@ -477,6 +481,7 @@ def test_folders_of_the_first_level_go_before_those_inside(tmp_path: Path) -> No
     assert names(discover([tmp_path]).paths) == ["step_1.pt"]
 
 
+@pytest.mark.guarantee("link-loops")
 def test_hidden_folders_and_links_are_not_searched(tmp_path: Path) -> None:
     """A link may lead back up: the search must end, and find nothing twice."""
     tree(tmp_path, "run/checkpoints/step_1.pt", "run/.cache/old.pt")
@@ -616,6 +621,7 @@ def deny(monkeypatch: pytest.MonkeyPatch, method: str, folder: Path) -> None:
         monkeypatch.setattr(os, "listdir", listed)
 
 
+@pytest.mark.guarantee("unreadable")
 @pytest.mark.parametrize("method", ["is_dir", "listdir"])
 @pytest.mark.parametrize("below", [False, True])
 def test_a_folder_that_may_not_be_looked_into_is_left_out(

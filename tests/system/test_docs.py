@@ -137,19 +137,6 @@ def test_example_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.failed, result.attempted > 0) == (0, True)
 
 
-def test_the_tests_that_the_guarantees_name_exist() -> None:
-    """A promise that names a test which is gone, or never was, is shown by nothing."""
-    page = (ROOT / "docs" / "guarantees.md").read_text()
-    source, named = "", 0
-    for file, test in re.findall(r"`([\w/]+\.py)`|`(test_\w+)`", page):
-        if file:
-            source = (ROOT / "tests" / file).read_text()
-        else:
-            assert f"def {test}(" in source, test
-            named += 1
-    assert named > 200
-
-
 @pytest.mark.parametrize("page", sorted(ROOT.glob("**/*.md")), ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     if ".venv" in page.parts:

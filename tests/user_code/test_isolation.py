@@ -185,6 +185,7 @@ def expected(error: BaseException) -> type[BaseException]:
     return type(error)
 
 
+@pytest.mark.guarantee("refresh-fails")
 @pytest.mark.parametrize("at", range(1, BATCHES + 1))
 @pytest.mark.parametrize(
     "error",
@@ -390,6 +391,7 @@ def test_parameters_keep_their_gradients_and_what_they_require() -> None:
 # Random states
 
 
+@pytest.mark.guarantee("refresh-only")
 @pytest.mark.parametrize("at", [None, 1, 2, 3])
 def test_all_three_random_states_are_as_before(at: int | None) -> None:
     random.seed(1), np.random.seed(2), torch.manual_seed(3)

@@ -121,6 +121,7 @@ def test_modules_that_share_modules_without_end_are_refused(tmp_path: Path, made
         open_checkpoint(save(thing, tmp_path / "a.pt"))
 
 
+@pytest.mark.guarantee("pickled-modules")
 @pytest.mark.parametrize("state", [{"_parameters": [torch.ones(1)]}, {"_buffers": None}, {"_modules": 3}])
 @pytest.mark.parametrize("key", [None, "model"])
 def test_a_submodule_whose_state_is_no_modules_is_refused(

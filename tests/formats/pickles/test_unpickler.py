@@ -232,6 +232,7 @@ def audit(folder: Path, mode: str) -> tuple[set[str], str]:
     return set(json.loads(done.stdout.replace("'", '"'))), done.stderr
 
 
+@pytest.mark.guarantee("no-code-runs")
 def test_no_audited_event_happens(tmp_path: Path) -> None:
     """No import, exec, subprocess, socket, write, nor any other event that Python can report."""
     events, details = audit(tmp_path, "ours")
@@ -240,6 +241,7 @@ def test_no_audited_event_happens(tmp_path: Path) -> None:
     assert details.endswith("[]\n")
 
 
+@pytest.mark.guarantee("no-code-runs")
 def test_the_audit_sees_what_the_standard_unpickler_does(tmp_path: Path) -> None:
     """The same hook over the same pickles, with a reader that does run them: the test above can fail."""
     events, _ = audit(tmp_path, "control")
@@ -259,6 +261,7 @@ def extension() -> Iterator[None]:
         copyreg.remove_extension("os", "system", 0x7F)
 
 
+@pytest.mark.guarantee("no-code-runs")
 @pytest.mark.usefixtures("extension")
 @pytest.mark.parametrize("code", [b"\x82\x7f", b"\x83\x7f\0", b"\x84\x7f\0\0\0"], ids=["EXT1", "EXT2", "EXT4"])
 def test_extension_codes_are_refused_though_registered(code: bytes) -> None:
@@ -384,6 +387,7 @@ def test_rebuilding_from_junk(key: tuple[str, str], arguments: bytes) -> None:
 # --- damaged pickles ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("damaged-pickles")
 @pytest.mark.parametrize(
     "stream",
     [
@@ -494,6 +498,7 @@ def test_what_is_said_of_damage(stream: bytes, fact: str) -> None:
     assert fact in refused(stream)
 
 
+@pytest.mark.guarantee("damaged-pickles")
 def test_truncation_of_a_real_pickle_anywhere() -> None:
     stream = beside_weights(EVIL["OBJ"])
     for end in range(len(stream)):
@@ -603,6 +608,7 @@ BOMBS: dict[str, bytes] = {
 }  # fmt: skip
 
 
+@pytest.mark.guarantee("no-code-runs", "pickle-bombs")
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_soon_and_small(name: str) -> None:
     """At most what a harmless pickle of all allowed operations takes, 64 MiB and 4 × the pickle; never a crash."""
@@ -618,6 +624,7 @@ def test_bombs_end_soon_and_small(name: str) -> None:
     assert memory < 64 * 2**20 + 4 * len(stream)
 
 
+@pytest.mark.guarantee("pickle-bombs")
 def test_the_limit_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle_specs._Counted, "left", 100)
     assert read_pickle(proto(2, b"N0" * 48 + b"N"), "file.pt") is None
@@ -632,6 +639,7 @@ def test_the_limit_counts_each_pickle_alone(monkeypatch: pytest.MonkeyPatch) -> 
         assert read_pickle(proto(2, b"N0" * 40 + b"N"), "file.pt") is None
 
 
+@pytest.mark.guarantee("pickle-bombs")
 def test_the_limit_of_globals() -> None:
     enough = b"".join(named("m", f"n{number}") + b"0" for number in range(LIMITS.pickle_globals))
     assert read_pickle(proto(2, enough + named("m", "n0") + b"0N"), "file.pt") is None

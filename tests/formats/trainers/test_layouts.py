@@ -372,6 +372,7 @@ def test_a_second_state_dict_named_generator_is_no_part_of_the_model(tmp_path: P
     assert_same(read(path, state_key="discriminator"), state(2))
 
 
+@pytest.mark.guarantee("nested-state-dicts")
 @pytest.mark.parametrize("keys", [("model", "state_dict"), ("net_g", "net_d"), ("encoder", "decoder")])
 def test_several_state_dicts_are_listed_and_none_is_taken(tmp_path: Path, keys: tuple[str, str]) -> None:
     path = save({keys[0]: state(1), keys[1]: state(2), "step": 3}, tmp_path / "two.pt")
@@ -800,6 +801,7 @@ OUTSIDE = ["../secret.safetensors", "{absolute}", "..\\secret.safetensors", "a/.
            "file://{absolute}", "~/secret.safetensors", "-", "nul\n.safetensors"]  # fmt: skip
 
 
+@pytest.mark.guarantee("no-file-outside")
 @pytest.mark.parametrize("shard", OUTSIDE)
 def test_an_index_reaches_no_file_outside_its_folder(
     shards: tuple[Path, dict[str, Any]], tmp_path: Path, shard: str
@@ -931,6 +933,7 @@ def test_shards_that_link_elsewhere_are_refused(shards: tuple[Path, dict[str, An
     assert name in refusal(folder)
 
 
+@pytest.mark.guarantee("shard-links")
 def test_links_inside_the_folder_are_followed(shards: tuple[Path, dict[str, Any]]) -> None:
     folder, index = shards
     name = index["weight_map"]["lm_head.weight"]

@@ -73,6 +73,7 @@ NAMES = {
 }
 
 
+@pytest.mark.guarantee("no-file-outside")
 @pytest.mark.parametrize("case", NAMES)
 def test_an_index_names_files_beside_it_alone(in_process: Command, tmp_path: Path, case: str) -> None:
     """A stranger's index must not read a file of the user's; there is one wherever the name could lead."""
@@ -115,6 +116,7 @@ INDEXES: dict[str, tuple[str | bytes, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.guarantee("index-damage")
 @pytest.mark.parametrize("case", INDEXES)
 def test_an_index_that_is_damaged_or_lies_is_refused(in_process: Command, tmp_path: Path, case: str) -> None:
     """Or a tensor would be missing from the average without a word."""
@@ -126,6 +128,7 @@ def test_an_index_that_is_damaged_or_lies_is_refused(in_process: Command, tmp_pa
     assert message.endswith(AGAIN)
 
 
+@pytest.mark.guarantee("index-damage")
 def test_an_index_over_the_limit_is_not_read(in_process: Command, tmp_path: Path) -> None:
     """16 MiB are a hundred times the largest that there is; sparse."""
     folder = sharded(tmp_path / "model")
@@ -141,6 +144,7 @@ def two_floats(first: str, second: str) -> bytes:
     return lay_out(f"{{{entry % (first, '0,8')},{entry % (second, '8,16')}}}", bytes(16))
 
 
+@pytest.mark.guarantee("index-damage")
 @pytest.mark.parametrize("index", [MAP, MAP.replace('"a"', f'"b":"{A}","a"')], ids=["index", "named twice in it"])
 def test_a_tensor_in_two_shards_is_refused(in_process: Command, tmp_path: Path, index: str) -> None:
     """Nothing says which of the two is meant."""
@@ -150,6 +154,7 @@ def test_a_tensor_in_two_shards_is_refused(in_process: Command, tmp_path: Path, 
     assert message == f"{folder / INDEX}: in two shards, '{A}' and another: 'b'. {AGAIN}"
 
 
+@pytest.mark.guarantee("index-damage")
 def test_a_tensor_that_the_index_does_not_name_is_refused(in_process: Command, tmp_path: Path) -> None:
     """The model has it, and the average would not."""
     folder = sharded(tmp_path / "model")
@@ -158,6 +163,7 @@ def test_a_tensor_that_the_index_does_not_name_is_refused(in_process: Command, t
     assert message == f"{folder / INDEX}: the shard '{A}' holds 'c', which the index does not name. {AGAIN}"
 
 
+@pytest.mark.guarantee("missing-shards")
 def test_missing_shards_are_all_named_and_a_long_list_is_cut(in_process: Command, tmp_path: Path) -> None:
     """A download that stopped: one by one they would take thirty attempts."""
     files = [f"model-{number:05}-of-00030.safetensors" for number in range(1, 31)]
@@ -177,6 +183,7 @@ def linked(folder: Path, target: str) -> Path:
     return folder
 
 
+@pytest.mark.guarantee("shard-links")
 @pytest.mark.parametrize("through", ["a link", "two links", "a folder beside", "blobs of no cache"])
 def test_a_shard_that_links_out_of_its_folder_is_refused(in_process: Command, tmp_path: Path, through: str) -> None:
     """A stranger's folder must not read the user's files through a link either."""
@@ -190,6 +197,7 @@ def test_a_shard_that_links_out_of_its_folder_is_refused(in_process: Command, tm
     assert message.endswith("secret'. Copy the file.")
 
 
+@pytest.mark.guarantee("shard-links")
 def test_the_links_of_the_hubs_cache_are_followed(in_process: Command, tmp_path: Path) -> None:
     """``snapshots/<revision>/<file>`` leads into ``blobs`` beside ``snapshots``, and nowhere else."""
     (tmp_path / "hub" / "blobs").mkdir(parents=True)
@@ -204,6 +212,7 @@ def test_the_links_of_the_hubs_cache_are_followed(in_process: Command, tmp_path:
     assert "is a symbolic link out of the folder" in refusal(in_process, folder, folder=tmp_path)
 
 
+@pytest.mark.guarantee("link-loops")
 def test_links_in_a_circle_end(in_process: Command, tmp_path: Path) -> None:
     """As a shard, as the weights of a folder, and as the checkpoint itself."""
     folder = linked(tmp_path / "model", B)
@@ -256,6 +265,7 @@ NO_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.guarantee("not-a-file")
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="FIFOs, sockets and devices have no path on this system")
 @pytest.mark.usefixtures("in_time")
 @pytest.mark.parametrize("kind", NO_FILES)
@@ -308,6 +318,7 @@ def open_folder() -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.guarantee("unreadable")
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="this system keeps no rights as Unix does")
 def test_what_may_not_be_read_is_named_with_the_systems_reason(in_process: Command, open_folder: Path) -> None:
     """A file, a shard, a folder of checkpoints, and what lies in such a folder."""
@@ -356,6 +367,7 @@ def test_a_path_that_is_too_long_is_shown_once_and_cut(in_process: Command, tmp_
     assert len(message) < 500
 
 
+@pytest.mark.guarantee("too-few-checkpoints")
 def test_a_file_that_goes_while_folders_are_listed_is_said(
     in_process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,6 +402,7 @@ def run_of(folder: Path, *steps: int) -> Path:
     return folder
 
 
+@pytest.mark.guarantee("same-checkpoint-twice")
 def test_one_checkpoint_under_several_names_of_a_run_counts_once(in_process: Command, tmp_path: Path) -> None:
     """Links of both kinds and a copy: the mean of 1 and 2 is 1.5 however often 2 stands there."""
     run = run_of(tmp_path / "run", 9, 10)
@@ -405,6 +418,7 @@ def test_one_checkpoint_under_several_names_of_a_run_counts_once(in_process: Com
     assert "3 entries left out (-v says why)" in mean(in_process, run, folder=tmp_path)[1]
 
 
+@pytest.mark.guarantee("same-checkpoint-twice")
 @pytest.mark.parametrize("how", ["path", "spelling", "symbolic link", "hard link", "its run", "its folder"])
 def test_one_checkpoint_named_twice_by_hand_is_refused(in_process: Command, tmp_path: Path, how: str) -> None:
     """It would count double, and nobody means that."""
@@ -426,6 +440,7 @@ def test_one_checkpoint_named_twice_by_hand_is_refused(in_process: Command, tmp_
     assert message.endswith("), so it would count double. Name it once.")
 
 
+@pytest.mark.guarantee("too-few-checkpoints")
 def test_nothing_there_and_too_few_are_refused(in_process: Command, tmp_path: Path) -> None:
     """What was asked for, what is there, and what to ask for instead."""
     run = run_of(tmp_path / "run", 9, 10)
@@ -443,6 +458,7 @@ def test_nothing_there_and_too_few_are_refused(in_process: Command, tmp_path: Pa
         assert refusal(in_process, source, *options, folder=tmp_path, code=code).startswith(says)
 
 
+@pytest.mark.guarantee("natural-order")
 def test_natural_order_is_printed_and_taken(in_process: Command, tmp_path: Path) -> None:
     """Of step_9, step_10 and step_11 the last two are not step_9 and step_11, as the alphabet has it."""
     run = run_of(tmp_path / "run", 11, 9, 10)
@@ -457,6 +473,7 @@ def test_natural_order_is_printed_and_taken(in_process: Command, tmp_path: Path)
 PREFERRED = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
+@pytest.mark.guarantee("several-formats")
 def test_of_several_forms_of_weights_the_first_of_a_fixed_order_is_taken_and_said(
     in_process: Command, tmp_path: Path
 ) -> None:
@@ -519,6 +536,7 @@ def test_a_incomplete_checkpoint_is_left_out_of_a_run_and_refused_by_name(
     assert message.endswith(fact)
 
 
+@pytest.mark.guarantee("half-written")
 def test_a_truncated_checkpoint_of_a_run_is_refused_with_the_way_to_leave_it_out(
     in_process: Command, tmp_path: Path
 ) -> None:
@@ -531,6 +549,7 @@ def test_a_truncated_checkpoint_of_a_run_is_refused_with_the_way_to_leave_it_out
     assert mean(in_process, run, "--exclude", bad.name, folder=tmp_path)[0] == {"w": [1.5]}
 
 
+@pytest.mark.guarantee("too-few-checkpoints")
 def test_the_search_for_checkpoints_is_bounded(
     in_process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -626,6 +645,7 @@ def distributed(folder: Path, content: bytes) -> Path:
     return folder
 
 
+@pytest.mark.guarantee("index-damage")
 @pytest.mark.parametrize("case", MISLEADING)
 def test_metadata_that_is_damaged_or_lies_is_refused(in_process: Command, tmp_path: Path, case: str) -> None:
     """Each is the smallest sound metadata, written out, with one thing changed."""
@@ -648,6 +668,7 @@ def test_a_part_that_lies_is_refused_by_its_tensors_name(in_process: Command, tm
     assert "'w'" in message
 
 
+@pytest.mark.guarantee("index-damage")
 def test_metadata_over_the_limit_is_not_read(in_process: Command, tmp_path: Path) -> None:
     """Sparse, so that nothing of it is on the disk."""
     folder = distributed(tmp_path / "step_1", SOUND)

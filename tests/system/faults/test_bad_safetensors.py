@@ -114,6 +114,7 @@ def test_the_harness_catches_a_command_that(tmp_path: Path, wrong: str) -> None:
 # --- each rejection ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("safetensors-bytes", "safetensors-cut", "safetensors-limits", "tensor-names")
 @pytest.mark.parametrize("case", REJECTED)
 def test_a_violation_ends_the_command_with_one_line(in_process: Command, tmp_path: Path, case: str) -> None:
     """Exit 3, the file, the tensor, what was expected and found; the output is absent or what it was."""
@@ -142,6 +143,7 @@ def test_a_length_that_looks_like_a_tag_makes_no_html_page(in_process: Command, 
     assert "HTML" not in refusal_of(in_process, bad, folder=tmp_path)
 
 
+@pytest.mark.guarantee("nothing-to-average")
 def test_files_without_a_tensor_are_nothing_to_average(in_process: Command, tmp_path: Path) -> None:
     """They are valid, so that it is no corrupt input: exit 4."""
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
@@ -159,6 +161,7 @@ EMPTY_AND_SCALAR = (
 )
 
 
+@pytest.mark.guarantee("empty-tensors")
 def test_tensors_without_elements_or_dimensions_are_averaged(in_process: Command, tmp_path: Path) -> None:
     """They lie at odd offsets beside others, which a strict reader must not refuse."""
     for number in (1, 2):
@@ -172,6 +175,7 @@ def test_tensors_without_elements_or_dimensions_are_averaged(in_process: Command
     assert torch.equal(found["two"], torch.tensor([15.0, -1.5], dtype=torch.float64))
 
 
+@pytest.mark.guarantee("tensor-names")
 @pytest.mark.parametrize("name", ["../../etc/passwd", "\x1b[31mred", "a\nb", "é" * 2048])
 def test_odd_names_reach_the_output_and_are_shown_escaped(in_process: Command, tmp_path: Path, name: str) -> None:
     """A name is data: nothing but the output is written, whatever it says."""
@@ -226,6 +230,7 @@ def test_the_shard_is_valid_before_it_is_spoilt(in_process: Command, tmp_path: P
     assert in_process("inspect", shard.parent)[0] == 0
 
 
+@pytest.mark.guarantee("safetensors-bytes")
 @pytest.mark.parametrize("case", SPOILT_SHARDS)
 def test_a_shard_of_a_distributed_checkpoint_is_held_to_the_same_rules(
     in_process: Command, tmp_path: Path, case: str

@@ -258,6 +258,7 @@ def test_the_archive_by_hand_is_read_before_it_is_spoilt(in_process: Command, tm
     assert loaded["w"].tolist() == [1, 2]
 
 
+@pytest.mark.guarantee("zip-cut", "zip-structure")
 @pytest.mark.parametrize("case", ZIPS)
 def test_a_zip_that_lies_is_refused(in_process: Command, tmp_path: Path, case: str) -> None:
     """Read in spite of it, the weights would be other bytes than the writer's."""
@@ -407,6 +408,16 @@ HELD: dict[str, tuple[bytes, str]] = {
 OPTIONS = {"two names that become one": ("--strip-prefix", "model.")}
 
 
+@pytest.mark.guarantee(
+    "byte-order",
+    "expanded-views",
+    "nested-state-dicts",
+    "odd-tensors",
+    "pickled-modules",
+    "storage-bounds",
+    "tensor-keys",
+    "torchscript",
+)
 @pytest.mark.parametrize("case", HELD)
 def test_contents_that_cannot_be_averaged_are_refused(in_process: Command, tmp_path: Path, case: str) -> None:
     """The tensor is named, and what to do about it said."""
@@ -414,6 +425,7 @@ def test_contents_that_cannot_be_averaged_are_refused(in_process: Command, tmp_p
     assert fact in refusal_of(in_process, write(tmp_path, content), *OPTIONS.get(case, ()), folder=tmp_path)
 
 
+@pytest.mark.guarantee("odd-tensors")
 @pytest.mark.parametrize("case", KINDS)
 def test_tensors_of_odd_kinds_beside_the_weights_do_no_harm(in_process: Command, tmp_path: Path, case: str) -> None:
     """Only what is averaged must be plain."""
@@ -421,6 +433,7 @@ def test_tensors_of_odd_kinds_beside_the_weights_do_no_harm(in_process: Command,
     assert average_of(in_process, write(tmp_path, content))["w"].tolist() == [1, 2]
 
 
+@pytest.mark.guarantee("tensor-keys")
 def test_of_one_name_twice_in_a_dict_the_last_counts(in_process: Command, tmp_path: Path) -> None:
     """As Python itself reads it, and torch.load."""
     twice = state((text("w"), tensor(shape=(1,))), (text("w"), tensor(offset=1, shape=(1,))))
@@ -429,6 +442,7 @@ def test_of_one_name_twice_in_a_dict_the_last_counts(in_process: Command, tmp_pa
     assert average_of(in_process, path)["w"].tolist() == [2]
 
 
+@pytest.mark.guarantee("tied-tensors")
 def test_two_names_of_one_tensor_are_both_written_and_said(in_process: Command, tmp_path: Path) -> None:
     """The output holds each, so that it loads into any model; the user is told that they were one."""
     both = state((text("a"), tensor() + b"q\7"), (text("b"), b"h\7"))
@@ -445,6 +459,7 @@ def test_two_names_of_one_tensor_are_both_written_and_said(in_process: Command, 
 # --- hostile pickles ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("no-code-runs")
 @pytest.mark.parametrize("name", EVIL)
 def test_a_hostile_pickle_is_averaged_without_its_code_or_refused(
     in_process: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -546,6 +561,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.guarantee("damaged-pickles", "pickle-bombs", "pickled-modules")
 @pytest.mark.parametrize("case", PICKLES)
 def test_a_damaged_or_hostile_pickle_is_refused(in_process: Command, tmp_path: Path, case: str) -> None:
     """Never a traceback, and never a smaller checkpoint than the writer's."""
@@ -554,6 +570,7 @@ def test_a_damaged_or_hostile_pickle_is_refused(in_process: Command, tmp_path: P
     assert fact in refusal_of(in_process, path, folder=tmp_path)
 
 
+@pytest.mark.guarantee("pickle-bombs")
 @pytest.mark.usefixtures("in_time")
 def test_modules_nested_too_deeply_are_refused(in_process: Command, tmp_path: Path) -> None:
     """A hundred and one, one in the other; a hundred are a module like any other."""
@@ -570,6 +587,7 @@ def test_modules_nested_too_deeply_are_refused(in_process: Command, tmp_path: Pa
             assert list(average_of(in_process, path)) == ["m." * 99 + "w"]
 
 
+@pytest.mark.guarantee("weights-crc")
 def test_damaged_weights_are_found_where_all_bytes_are_read(in_process: Command, tmp_path: Path) -> None:
     """With --sha256: a flipped bit of a weight, which no header shows, contradicts the CRC-32 beside it."""
     path = write(tmp_path, WHOLE)
@@ -590,6 +608,7 @@ def foreign_pickles() -> list[bytes]:
                    and isinstance(node.value, bytes)})  # fmt: skip
 
 
+@pytest.mark.guarantee("damaged-pickles")
 def test_the_pickles_of_pythons_own_tests_hold_no_weights(tmp_path: Path) -> None:
     """Streams of every protocol, sound, damaged and hostile: the documented exception and nothing else."""
     streams = foreign_pickles()
@@ -609,6 +628,7 @@ def test_the_pickles_of_pythons_own_tests_hold_no_weights(tmp_path: Path) -> Non
 # --- sizes over a limit ------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("pickle-bombs")
 def test_a_pickle_over_the_limit_is_not_read(in_process: Command, tmp_path: Path) -> None:
     """256 MiB and a byte, in an archive and on its own; sparse, so that nothing of it is on the disk."""
     size = LIMITS.pickle + 1
@@ -712,6 +732,7 @@ STREAMS: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.guarantee("old-torch-files")
 def test_the_stream_by_hand_is_read_before_it_is_spoilt(in_process: Command, tmp_path: Path) -> None:
     """As torch itself reads it."""
     path = write(tmp_path, stream())
@@ -720,6 +741,7 @@ def test_the_stream_by_hand_is_read_before_it_is_spoilt(in_process: Command, tmp
     assert pickle.loads(MAGIC) == 0x1950A86A20F9469CFC6C
 
 
+@pytest.mark.guarantee("byte-order", "old-torch-files")
 @pytest.mark.parametrize("case", STREAMS)
 def test_an_old_file_that_lies_is_refused(in_process: Command, tmp_path: Path, case: str) -> None:
     """There each storage follows the one before it: one wrong length would shift all that follow."""
@@ -727,6 +749,7 @@ def test_an_old_file_that_lies_is_refused(in_process: Command, tmp_path: Path, c
     assert fact in refusal_of(in_process, write(tmp_path, content), folder=tmp_path)
 
 
+@pytest.mark.guarantee("nested-state-dicts")
 def test_a_choice_that_a_file_does_not_have_is_refused(in_process: Command, tmp_path: Path) -> None:
     """Another key than the file's, none that holds a state dict, two choices at once."""
     path = write(tmp_path, holding(state((text("epoch"), whole(3)), (text("model"), weights(tensor())))))

@@ -131,6 +131,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 # -- Signals and workers --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("second-ctrl-c")
 def test_a_second_ctrl_c_ends_at_once(
     start: Callable[..., subprocess.Popen[str]], normed: list[object], tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_a_second_ctrl_c_ends_at_once(
     assert (tmp_path / "out" / "mean.safetensors").read_bytes() == b"the old one"
 
 
+@pytest.mark.guarantee("loader-workers")
 def test_forked_loader_workers_change_nothing(ckpt_avg: Command, normed: list[object], tmp_path: Path) -> None:
     """If it failed, users of `num_workers` would get other statistics, or workers that fail behind the signals."""
     made = []
@@ -158,6 +160,7 @@ def test_forked_loader_workers_change_nothing(ckpt_avg: Command, normed: list[ob
     assert all(made[0][name].equal(made[1][name]) for name in made[0])
 
 
+@pytest.mark.guarantee("loader-workers")
 @pytest.mark.parametrize(
     ("trouble", "says"),
     [("dies", "DataLoader worker"), pytest.param("raises", "LookupError: row 13 is bad", marks=long)],
@@ -175,6 +178,7 @@ def test_a_loader_worker_that_fails_is_exit_7(
     assert os.listdir(tmp_path / "out") == []
 
 
+@pytest.mark.guarantee("loader-workers")
 @pytest.mark.parametrize(
     ("number", "to_group", "expected"),
     [
@@ -212,6 +216,7 @@ def test_a_signal_ends_the_loader_workers_too(
 # -- Streams --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("closed-streams")
 @pytest.mark.parametrize("closed", [(0, 1, 2), pytest.param((0, 1), marks=long)], ids=str)
 def test_what_is_written_to_closed_streams_does_not_reach_the_output(
     ckpt_avg: Command, normed: list[object], tmp_path: Path, closed: Sequence[int]
@@ -230,6 +235,7 @@ def test_what_is_written_to_closed_streams_does_not_reach_the_output(
     assert (tmp_path / "out" / "mean.safetensors").read_bytes() == expected
 
 
+@pytest.mark.guarantee("odd-paths")
 def test_names_of_any_bytes_work_in_the_c_locale(ckpt_avg: Command, tmp_path: Path) -> None:
     """If it failed, a run on a machine without a locale would end in UnicodeEncodeError after hours."""
     odd = os.fsdecode(b"-r \xff\n\xc3\xbc")
@@ -321,6 +327,7 @@ def assert_calm(found: Sequence[tuple[int, str]]) -> None:
     assert found[-1][0] == 0
 
 
+@pytest.mark.guarantee("out-of-memory")
 @linux
 def test_a_limit_on_memory_is_exit_6_wherever_it_strikes(tmp_path: Path) -> None:
     """If it failed, a job with too little memory would leave a traceback, or half an output."""
@@ -366,12 +373,14 @@ def is_flat(peaks: Sequence[float]) -> bool:
     return max(peaks) < 1.08 * min(peaks)
 
 
+@pytest.mark.guarantee("flat-memory")
 @linux
 def test_the_measure_of_memory_catches_a_reader_that_keeps_what_it_read(tmp_path: Path) -> None:
     """A control of `test_memory`: windows that stay mapped show in the peak."""
     assert not is_flat([peak(tmp_path, 64 * 2**20, count, keeps=True) for count in (2, 6)])
 
 
+@pytest.mark.guarantee("flat-memory")
 @linux
 @long
 def test_memory_is_flat_up_to_large_models_and_many_checkpoints(tmp_path: Path) -> None:
@@ -385,6 +394,7 @@ def test_memory_is_flat_up_to_large_models_and_many_checkpoints(tmp_path: Path) 
 # -- No hang --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("no-hang")
 def test_the_harness_of_ranks_catches_a_hang(tmp_path: Path) -> None:
     """A control: of a rank that stops, with nobody to notice in time, it says that all had to be killed."""
     save_file({"w": torch.ones(3)}, tmp_path / "0.safetensors")

@@ -83,6 +83,7 @@ def assert_untouched(runs: Runs, inputs: Path, commands: Sequence[tuple[object, 
         assert contents(inputs) == before, command
 
 
+@pytest.mark.guarantee("inputs-untouched")
 @pytest.mark.parametrize("write", FORMS)
 def test_no_kind_of_input_is_written_to(
     runs: Runs, inputs: Path, output: Path, tmp_path: Path, write: Callable[[Path], list[Path]]
@@ -96,6 +97,7 @@ def test_no_command_writes_to_its_inputs(runs: Runs, inputs: Path, output: Path,
     assert_untouched(runs, inputs, commands(run_folder(inputs), output, app(tmp_path / "app"))[4:])
 
 
+@pytest.mark.guarantee("inputs-untouched")
 @pytest.mark.campaign
 @pytest.mark.parametrize("write", FORMS)
 def test_no_command_writes_to_any_kind_of_input(
@@ -112,6 +114,7 @@ def opened(ended: Ended, folder: Path) -> bool:
     return any(call.name in OPENS and f"{folder}" in call.text for call in ended.calls)
 
 
+@pytest.mark.guarantee("inputs-untouched")
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [("opening_inputs_for_writing", "openat"), ("touching_inputs", "utimensat"), ("leaving_a_note", "openat")],

@@ -93,6 +93,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.guarantee("nothing-early")
 @pytest.mark.parametrize(("code", "make"), REFUSED)
 def test_what_is_refused_makes_nothing_in_the_outputs_folder(
     runs: Runs,
@@ -110,6 +111,7 @@ def test_what_is_refused_makes_nothing_in_the_outputs_folder(
     assert os.listdir(output.parent) == []
 
 
+@pytest.mark.guarantee("nothing-early")
 @pytest.mark.parametrize("code", [2, 3, 4])
 def test_the_trace_catches_a_writer_that_creates_before_the_checks(
     runs: Runs, inputs: Path, output: Path, code: int

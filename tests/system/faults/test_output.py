@@ -102,6 +102,7 @@ def kill_everywhere(
     return found
 
 
+@pytest.mark.guarantee("all-or-nothing")
 @pytest.mark.slow
 @naming
 @replacing
@@ -134,6 +135,7 @@ def test_a_kill_at_any_system_call_leaves_the_old_output_or_the_new(
             assert other.endswith(".tmp")
 
 
+@pytest.mark.guarantee("durable")
 @naming
 @replacing
 def test_bytes_are_synced_before_they_get_a_name_and_the_folder_after(
@@ -195,6 +197,7 @@ def kill_at_random(
     return found
 
 
+@pytest.mark.guarantee("all-or-nothing")
 @pytest.mark.slow
 def test_a_kill_at_a_random_moment_leaves_the_old_output_or_the_new(server: Server, large: Run, output: Path) -> None:
     found = kill_at_random(server, large, output, 40, seed=1)
@@ -203,6 +206,7 @@ def test_a_kill_at_a_random_moment_leaves_the_old_output_or_the_new(server: Serv
     assert found["litter"] <= 1, found
 
 
+@pytest.mark.guarantee("all-or-nothing")
 @pytest.mark.campaign
 def test_a_thousand_random_kills_leave_the_old_output_or_the_new(server: Server, large: Run, output: Path) -> None:
     found = kill_at_random(server, large, output, 1000, seed=2)
@@ -223,6 +227,7 @@ def test_random_kills_catch_a_writer_that_opens_the_output_itself(server: Server
 # -- Signals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("signals")
 @pytest.mark.slow
 @naming
 @replacing
@@ -264,6 +269,7 @@ def torch_is_loading(process: subprocess.Popen[str], folder: Path) -> bool:
         return False
 
 
+@pytest.mark.guarantee("signals")
 @pytest.mark.parametrize(
     ("reached", "pause"), [(torch_is_loading, 0.0), (output_is_open, 0.0), (output_is_open, 0.05)],
     ids=["importing", "opened", "averaging"],
@@ -307,6 +313,7 @@ def race(server: Server, run: Run, output: Path, count: int, **settings: object)
     assert (state(output, run.new), litter(output)) == ("new", [])
 
 
+@pytest.mark.guarantee("no-clobber")
 @pytest.mark.slow
 @naming
 def test_of_racing_runs_exactly_one_succeeds(server: Server, small: Run, output: Path, unnamed: bool) -> None:
@@ -314,6 +321,7 @@ def test_of_racing_runs_exactly_one_succeeds(server: Server, small: Run, output:
         race(server, small, output, 10, unnamed=unnamed)
 
 
+@pytest.mark.guarantee("no-clobber")
 @pytest.mark.campaign
 @naming
 def test_of_many_racing_runs_exactly_one_succeeds(server: Server, small: Run, output: Path, unnamed: bool) -> None:
@@ -321,6 +329,7 @@ def test_of_many_racing_runs_exactly_one_succeeds(server: Server, small: Run, ou
         race(server, small, output, 50, unnamed=unnamed)
 
 
+@pytest.mark.guarantee("no-clobber")
 @pytest.mark.slow
 @naming
 def test_racing_runs_that_overwrite_leave_a_complete_output(
@@ -335,6 +344,7 @@ def test_racing_runs_that_overwrite_leave_a_complete_output(
 # -- What stands in the way -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("existing-output")
 def test_an_existing_output_is_refused_and_not_touched(small: Run, output: Path) -> None:
     begin(output, overwrite=True)
     before = os.stat(output)
@@ -347,6 +357,7 @@ def test_an_existing_output_is_refused_and_not_touched(small: Run, output: Path)
     assert litter(output) == []
 
 
+@pytest.mark.guarantee("no-clobber")
 @naming
 def test_an_output_that_appears_during_the_run_is_kept(
     small: Run, output: Path, unnamed: bool, monkeypatch: pytest.MonkeyPatch
@@ -367,6 +378,7 @@ def test_an_output_that_appears_during_the_run_is_kept(
     assert litter(output) == []
 
 
+@pytest.mark.guarantee("output-is-input")
 @pytest.mark.parametrize("kind", ["same file", "hard link", "symbolic link", "link to a source"])
 def test_an_output_that_is_an_input_is_refused(tmp_path: Path, kind: str) -> None:
     sources = make_run(tmp_path, 2, 10).sources
@@ -395,6 +407,7 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path, kind: str) -> Non
     assert sorted(os.listdir(tmp_path)) == names
 
 
+@pytest.mark.guarantee("impossible-output", "output-names")
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("kind", ["folder", "device", "fifo", "no parent", "file as parent", "loop", "too long"])
 def test_an_output_that_can_be_no_file_is_refused(small: Run, tmp_path: Path, kind: str, overwrite: bool) -> None:
@@ -417,6 +430,7 @@ def test_an_output_that_can_be_no_file_is_refused(small: Run, tmp_path: Path, ki
     assert sorted(os.listdir(tmp_path)) == names
 
 
+@pytest.mark.guarantee("output-link")
 @naming
 @replacing
 def test_a_symbolic_link_is_followed(
@@ -433,6 +447,7 @@ def test_a_symbolic_link_is_followed(
     assert (state(output, small.new), litter(output)) == ("new", [])
 
 
+@pytest.mark.guarantee("output-mode")
 @naming
 @replacing
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o000, 0o027])
@@ -450,6 +465,7 @@ def test_the_mode_is_what_any_new_file_gets(
     assert stat.S_IMODE(os.stat(output).st_mode) == 0o666 & ~umask
 
 
+@pytest.mark.guarantee("output-names")
 @naming
 @replacing
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "-o", " ", "a\nb", "x.safetensors.tmp", ".hidden"])
@@ -474,6 +490,7 @@ def test_the_output_is_what_safetensors_reads(small: Run, output: Path) -> None:
 # -- Full, read-only and limited file systems -----------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("disk-full")
 @naming
 @replacing
 def test_a_full_disk_is_found_before_anything_is_read(
@@ -494,6 +511,7 @@ def test_a_full_disk_is_found_before_anything_is_read(
         assert (state(output, small.new, OLD), litter(output)) == ("old" if overwrite else "absent", [])
 
 
+@pytest.mark.guarantee("disk-full")
 @naming
 def test_a_disk_that_cannot_reserve_and_fills_up_leaves_nothing(
     small: Run, tmp_path: Path, unnamed: bool, monkeypatch: pytest.MonkeyPatch
@@ -517,6 +535,7 @@ def test_a_disk_with_just_enough_room_is_used(small: Run, tmp_path: Path) -> Non
         assert os.listdir(folder) == ["mean.safetensors"]
 
 
+@pytest.mark.guarantee("read-only-folder")
 def test_a_read_only_file_system_is_refused_before_anything_is_read(
     small: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -540,6 +559,7 @@ def test_a_folder_without_permission_is_refused(small: Run, output: Path) -> Non
     assert error.value.exit_code == 5
 
 
+@pytest.mark.guarantee("file-size-limit")
 @pytest.mark.slow
 @naming
 def test_a_limit_on_file_sizes_is_an_error(server: Server, small: Run, output: Path, unnamed: bool) -> None:
@@ -550,6 +570,7 @@ def test_a_limit_on_file_sizes_is_an_error(server: Server, small: Run, output: P
     assert os.listdir(output.parent) == []
 
 
+@pytest.mark.guarantee("output-is-input")
 def test_a_checkpoint_that_is_not_selected_is_no_output_either(tmp_path: Path, small: Run) -> None:
     """Replacing it would destroy a part of the run."""
     run = tmp_path / "run"

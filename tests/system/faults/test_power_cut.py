@@ -143,6 +143,7 @@ def assert_readable(output: Path) -> None:
         assert bool(reader.get_tensor("w").isfinite().all())
 
 
+@pytest.mark.guarantee("durable")
 @naming
 def test_what_succeeded_is_there_after_a_power_cut(
     disk: Disk, runs: Runs, sources: list[Path], new: bytes, unnamed: bool
@@ -151,6 +152,7 @@ def test_what_succeeded_is_there_after_a_power_cut(
     assert_readable(disk.folder / "mean.safetensors")
 
 
+@pytest.mark.guarantee("durable")
 @pytest.mark.campaign
 @naming
 def test_what_succeeded_is_there_after_many_power_cuts(
@@ -219,6 +221,7 @@ def test_a_power_cut_during_a_run_leaves_the_old_output_or_the_new(
     assert found["absent"] + found["old"] >= 1, found
 
 
+@pytest.mark.guarantee("durable")
 @pytest.mark.campaign
 @naming
 def test_many_power_cuts_during_runs_leave_the_old_output_or_the_new(

@@ -127,6 +127,7 @@ def assert_stopped(ended: Sequence[Ended], failed: int, cause: str, output: Path
 # -- A rank that fails ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("rank-fails")
 @pytest.mark.parametrize(
     ("where", "cause"),
     [
@@ -149,6 +150,7 @@ def test_code_of_the_user_that_fails_on_one_rank_only(
     assert_stopped(server.run(group), 1, cause, output, code=7)
 
 
+@pytest.mark.guarantee("rank-fails")
 @pytest.mark.parametrize(
     ("what", "cause", "code"),
     [
@@ -265,6 +267,7 @@ def kill(server: RankServer, inputs: Path, output: Path, killed: int, point: str
     return server.run(Group(3, arguments, faults={killed: [(point, "kill")]}, **options))
 
 
+@pytest.mark.guarantee("no-hang")
 @pytest.mark.parametrize("point", ["after request", "after output", "in write"])
 def test_a_rank_that_is_killed_stops_the_others(server: RankServer, inputs: Path, output: Path, point: str) -> None:
     """If it failed, the others would hang, or leave a hidden file as large as the output."""
@@ -272,6 +275,7 @@ def test_a_rank_that_is_killed_stops_the_others(server: RankServer, inputs: Path
     assert os.listdir(output.parent) == []
 
 
+@pytest.mark.guarantee("no-hang")
 @pytest.mark.parametrize(
     "point",
     ["in write", "before link", *(pytest.param(each, marks=long) for each in ("after output opened", "after mean"))],
@@ -393,6 +397,7 @@ def test_a_rank_that_never_comes_is_noticed_where_the_launcher_says_so(
     assert all(ended[rank].code in (8, 143) for rank in (0, 2)), ended
 
 
+@pytest.mark.guarantee("no-hang")
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("killed", [0, 1, 2])
 @pytest.mark.parametrize("round_", range(3))
@@ -412,6 +417,7 @@ def test_a_kill_at_any_step_leaves_nothing_or_all(
 # -- A rank that freezes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("no-hang")
 @pytest.mark.parametrize("frozen", [1, pytest.param(0, marks=long)])
 def test_a_frozen_rank_is_noticed(server: RankServer, inputs: Path, output: Path, frozen: int) -> None:
     """If it failed, one process that hangs would hang all of them for ever."""
@@ -520,6 +526,7 @@ def test_a_launchers_sigterm_that_comes_while_a_rank_stops_gives_that_cause(
 # -- Ranks that were started differently ----------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("ranks-agree")
 def test_other_arguments_on_one_rank_are_named_on_all(server: RankServer, inputs: Path, output: Path) -> None:
     """If it failed, the output would be of two kinds."""
     group = Group(2, command(inputs, output), own_arguments={1: command(inputs, output, "--dtype", "bfloat16")})
@@ -533,6 +540,7 @@ def test_other_arguments_on_one_rank_are_named_on_all(server: RankServer, inputs
     assert os.listdir(output.parent) == []
 
 
+@pytest.mark.guarantee("ranks-agree")
 def test_another_version_on_one_rank_is_named_on_all(server: RankServer, inputs: Path, output: Path) -> None:
     """If it failed, one machine's older rules would decide a part of the bytes."""
     ended = server.run(Group(2, command(inputs, output), faults={1: [("start", "version")]}))
@@ -550,6 +558,7 @@ def test_another_command_on_one_rank_is_refused_on_all(server: RankServer, input
     assert os.listdir(output.parent) == []
 
 
+@pytest.mark.guarantee("ranks-agree")
 @pytest.mark.parametrize(
     ("what", "named"), [("bytes", "run/1.safetensors: "), pytest.param("selection", "'run/1.safetensors'", marks=long)]
 )
@@ -726,6 +735,7 @@ def test_an_unknown_option_is_an_error_of_a_rank_too(server: RankServer, inputs:
 # -- Order of things ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("rank-0-publishes")
 def test_rank_0_publishes_after_every_rank_has_synced(
     server: RankServer, inputs: Path, output: Path, tmp_path: Path
 ) -> None:
@@ -770,6 +780,7 @@ main()
 """
 
 
+@pytest.mark.guarantee("restarted-group")
 @long
 def test_a_group_that_torchrun_restarts_begins_afresh(inputs: Path, output: Path, tmp_path: Path) -> None:
     """If it failed, one machine that breaks down would need a human."""

@@ -146,6 +146,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.guarantee("batch-kinds", "out-of-memory", "refresh-fails")
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refresh_that_cannot_be_done_leaves_the_old_output_and_says_why(
     refresh: Any, tmp_path: Path, case: str
@@ -177,6 +178,7 @@ def activations(tmp_path: Path, module: str, data: str = "one_batch") -> torch.T
     return nn.functional.linear(samples, tensors["inner.weight"], tensors["inner.bias"]).double()
 
 
+@pytest.mark.guarantee("endless-loader")
 def test_an_endless_loader_ends_where_bn_batches_says(refresh: Any, tmp_path: Path) -> None:
     code, out, _ = refresh("make", "endless", "--bn-batches", 4)
     assert code == 0
@@ -184,6 +186,7 @@ def test_an_endless_loader_ends_where_bn_batches_says(refresh: Any, tmp_path: Pa
     assert published(tmp_path)["first.num_batches_tracked"].item() == 4
 
 
+@pytest.mark.guarantee("small-last-batch")
 def test_a_small_last_batch_counts_by_its_samples(refresh: Any, tmp_path: Path, module: str) -> None:
     """If it failed, 3 samples would weigh as much as 7."""
     assert refresh("make", "good")[0] == 0
@@ -195,6 +198,7 @@ def test_a_small_last_batch_counts_by_its_samples(refresh: Any, tmp_path: Path, 
     assert not torch.allclose(published(tmp_path)["first.running_mean"].double(), seen.mean(0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.guarantee("no-negative-variance")
 @pytest.mark.parametrize("data", ["far_away", "constant"])
 def test_no_variance_is_negative(refresh: Any, tmp_path: Path, module: str, data: str) -> None:
     """If it failed, the layer would give NaN: E[x²] − E[x]² is negative for such activations."""
@@ -207,6 +211,7 @@ def test_no_variance_is_negative(refresh: Any, tmp_path: Path, module: str, data
     assert data == "constant" or ((narrow.square().mean(0) - narrow.mean(0).square()) < 0).any()  # the control
 
 
+@pytest.mark.guarantee("no-batchnorm")
 def test_a_model_without_batch_norm_is_a_notice(refresh: Any, tmp_path: Path) -> None:
     code, out, err = refresh("make_plain", "good")
     assert code == 0
@@ -215,6 +220,7 @@ def test_a_model_without_batch_norm_is_a_notice(refresh: Any, tmp_path: Path) ->
     assert "recomputed" not in out
 
 
+@pytest.mark.guarantee("layer-used-twice")
 def test_a_layer_that_is_used_twice_is_said(refresh: Any, tmp_path: Path) -> None:
     code, out, err = refresh("Twice", "good")
     assert code == 0
@@ -222,6 +228,7 @@ def test_a_layer_that_is_used_twice_is_said(refresh: Any, tmp_path: Path) -> Non
     assert "more than once" in out + err or "twice" in out + err
 
 
+@pytest.mark.guarantee("frozen-layers")
 def test_untracked_and_frozen_layers_are_said_and_left(refresh: Any, tmp_path: Path) -> None:
     code, out, err = refresh("make_untracked", "good", "-v", frozen="first")
     assert code == 0
@@ -231,6 +238,7 @@ def test_untracked_and_frozen_layers_are_said_and_left(refresh: Any, tmp_path: P
     assert not published(tmp_path)["second.running_mean"].equal(torch.ones(3))
 
 
+@pytest.mark.guarantee("refresh-only")
 def test_everything_but_the_statistics_is_the_plain_mean(refresh: Any, tmp_path: Path) -> None:
     """If it failed, dropout or a buffer that learns in train mode would leave a trace in the published weights."""
     assert refresh("make", "good")[0] == 0
@@ -242,6 +250,7 @@ def test_everything_but_the_statistics_is_the_plain_mean(refresh: Any, tmp_path:
     assert changed == {f"{layer}.{kind}" for layer in ("first", "second") for kind in kinds}
 
 
+@pytest.mark.guarantee("batch-kinds")
 def test_each_kind_of_batch_gives_the_same_output(refresh: Any, tmp_path: Path, module: str) -> None:
     """If it failed, a loader of (input, label) pairs would be refused, or the label be taken for the input."""
     outputs = set()
@@ -265,6 +274,7 @@ def fail_after(number: int, measure: Callable[..., object] = refresh_batch_norm,
     return moved(before, snapshot(model))
 
 
+@pytest.mark.guarantee("refresh-undisturbed")
 @pytest.mark.parametrize("forgets", ["a hook", "modes and buffers", "the random states", "momenta"])
 def test_the_snapshot_catches_a_refresh_that_forgets(forgets: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A control: each thing that must be put back is seen where it is not."""
@@ -309,6 +319,7 @@ def test_the_split_of_the_samples_does_not_matter() -> None:
     assert spread(20, 0, "batch-mean") > 1e-3
 
 
+@pytest.mark.guarantee("refresh-undisturbed")
 @pytest.mark.campaign
 def test_many_splits_of_the_samples() -> None:
     worst = max(spread(100, seed, "pooled") for seed in range(20))
@@ -316,6 +327,7 @@ def test_many_splits_of_the_samples() -> None:
     assert worst <= 1e-12
 
 
+@pytest.mark.guarantee("refresh-undisturbed")
 @pytest.mark.campaign
 def test_whatever_is_raised_wherever_nothing_has_moved() -> None:
     """1,000 models in random modes, each broken by some error of some layer or of the loader at some batch."""

@@ -126,6 +126,7 @@ def digests(run: Path, folder: Path, several: Sequence[Circumstances], *, more: 
     return {digest(output) for output in outputs}
 
 
+@pytest.mark.guarantee("python-O", "same-bytes")
 def test_neither_clock_nor_seed_nor_folder_nor_flags_change_a_byte(run: Path, expected: str, tmp_path: Path) -> None:
     """If it failed, nobody could tell by its digest whether a release holds the weights that it should."""
     assert digests(run, tmp_path / "right", [PLAIN, STRANGE]) == {expected}
@@ -151,12 +152,14 @@ def by_ranks(run: Path, output: Path, size: int, *options: object) -> str:
     return digest(output)
 
 
+@pytest.mark.guarantee("same-bytes", "uneven-ranks")
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_number_of_ranks_does_not_change_a_byte(run: Path, expected: str, tmp_path: Path, size: int) -> None:
     """If it failed, the weights would depend on how many machines happened to be free."""
     assert by_ranks(run, tmp_path / "mean.safetensors", size) == expected
 
 
+@pytest.mark.guarantee("same-bytes")
 @pytest.mark.campaign
 def test_many_circumstances_and_ranks_give_one_digest(run: Path, expected: str, tmp_path: Path) -> None:
     rng = random.Random(0)
@@ -194,6 +197,7 @@ def test_many_circumstances_and_ranks_give_one_digest(run: Path, expected: str, 
 # -- The exact mean -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("accurate")
 @pytest.mark.campaign
 @pytest.mark.parametrize("fmt", [FLOAT32, BFLOAT16, FLOAT16], ids=lambda fmt: str(fmt.dtype))
 def test_each_of_many_elements_is_the_exact_mean_rounded_once(tmp_path: Path, fmt: Format) -> None:

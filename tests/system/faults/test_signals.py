@@ -116,6 +116,7 @@ def test_a_signal_at_a_random_moment_ends_the_run_cleanly(
     assert found["hit"] == 6
 
 
+@pytest.mark.guarantee("signals")
 @pytest.mark.campaign
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signals_at_many_random_moments_end_runs_cleanly(
@@ -128,6 +129,7 @@ def test_signals_at_many_random_moments_end_runs_cleanly(
     assert found["hit"] == 200
 
 
+@pytest.mark.guarantee("all-or-nothing")
 @pytest.mark.campaign
 def test_kills_at_many_random_moments_leave_the_old_output_or_the_new_without_unnamed_files(
     runs: Runs, sources: list[Path], output: Path, new: bytes
@@ -140,6 +142,7 @@ def test_kills_at_many_random_moments_leave_the_old_output_or_the_new_without_un
     assert found["hit"] == 200
 
 
+@pytest.mark.guarantee("signals")
 def test_signals_catch_a_writer_that_leaves_its_hidden_file(
     runs: Runs, sources: list[Path], output: Path, new: bytes
 ) -> None:
@@ -165,6 +168,7 @@ def test_signals_catch_a_command_that_ends_with_another_code(
     assert all("exit 130" in fact for fact in complaints), complaints
 
 
+@pytest.mark.guarantee("no-clobber")
 @pytest.mark.campaign
 def test_a_race_catches_writers_that_all_believe_to_have_won(tmp_path: Path, sources: list[Path], output: Path) -> None:
     """A control of the races in `test_output`: writers that open the output themselves all end with 0."""

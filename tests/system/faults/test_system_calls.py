@@ -192,6 +192,7 @@ def spread(faults: Sequence[Fault], positions: int = 4) -> list[Fault]:
     return [fault for fault in faults if errors.get((fault.thread, fault.name, fault.number)) == fault.error]
 
 
+@pytest.mark.guarantee("interrupted-calls", "system-calls")
 @pytest.mark.parametrize(("unnamed", "overwrite", "half"), [(True, False, 0), (False, True, 1)])
 def test_a_failed_system_call_is_a_clean_error(
     runs: Runs, small: Inputs, output: Path, unnamed: bool, overwrite: bool, half: int
@@ -202,6 +203,7 @@ def test_a_failed_system_call_is_a_clean_error(
     assert counts["struck"] >= 0.9 * len(faults) >= 10
 
 
+@pytest.mark.guarantee("system-calls")
 @pytest.mark.campaign
 @pytest.mark.parametrize("form", ["small", "zipped"])
 @pytest.mark.parametrize(("unnamed", "overwrite"), WAYS)
@@ -238,6 +240,7 @@ def test_the_harness_catches_a_writer_that_opens_the_output_itself(runs: Runs, s
     assert "exit 5, and the output is partial" in complaint
 
 
+@pytest.mark.guarantee("system-calls")
 def test_no_failed_look_lets_an_input_be_replaced(runs: Runs, small: Inputs, output: Path) -> None:
     """The output is one of the checkpoints and ``--overwrite`` is given: refused, also where looking at it fails."""
     output.write_bytes(small.sources[0].read_bytes())

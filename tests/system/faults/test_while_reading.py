@@ -169,6 +169,7 @@ def change_at_random(
     return found
 
 
+@pytest.mark.guarantee("changing-inputs")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "io"),
@@ -195,6 +196,7 @@ def test_many_changes_at_random_moments(server: Server, inputs: Inputs, output: 
     assert change in ("replace", "delete") or found["refused"] >= 20, found
 
 
+@pytest.mark.guarantee("changing-inputs")
 @pytest.mark.slow
 def test_the_harness_catches_a_reader_that_does_not_look_again(
     inputs: Inputs, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -221,6 +223,7 @@ mapped._populate = bring_and_cut
 """
 
 
+@pytest.mark.guarantee("changing-inputs")
 @pytest.mark.slow
 @linux
 def test_a_file_that_is_cut_while_its_window_is_in_use_is_an_error(
@@ -268,6 +271,7 @@ def fail_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return fail
 
 
+@pytest.mark.guarantee("read-errors")
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("io", [pytest.param("mmap", marks=linux), "pread"])
 def test_a_disk_that_fails_in_the_middle_is_an_error_that_names_file_and_place(
@@ -284,6 +288,7 @@ def test_a_disk_that_fails_in_the_middle_is_an_error_that_names_file_and_place(
     assert (litter(output), output.read_bytes()) == ([], b"the old one")
 
 
+@pytest.mark.guarantee("read-errors")
 def test_a_disk_that_fails_says_what_to_do(
     in_process: InProcess, inputs: Inputs, output: Path, fail_reads: Callable[[int], None]
 ) -> None:
@@ -293,6 +298,7 @@ def test_a_disk_that_fails_says_what_to_do(
     assert re.search(r"Input/output error\. [A-Z].*\.$", err.strip()), err
 
 
+@pytest.mark.guarantee("no-mmap")
 @linux
 @pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM])
 def test_a_file_system_without_maps_gives_the_same_average(
@@ -319,6 +325,7 @@ def test_a_file_system_without_maps_gives_the_same_average(
     assert os.listdir(output.parent) == [output.name]
 
 
+@pytest.mark.guarantee("sparse-inputs")
 def test_a_file_with_holes_gives_the_average_of_a_full_one(in_process: InProcess, output: Path, tmp_path: Path) -> None:
     """If it failed, checkpoints copied with `cp --sparse` would be averaged as something else."""
     values = torch.zeros(3_000_000)
@@ -361,6 +368,7 @@ def with_descriptors(count: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
 
 
+@pytest.mark.guarantee("open-files")
 @pytest.mark.slow
 def test_more_shards_than_files_may_be_open_are_averaged(ckpt_avg: Command, shards: list[Path], output: Path) -> None:
     """If it failed, long runs of sharded checkpoints would need a higher `ulimit -n`, or end in a traceback."""
@@ -370,6 +378,7 @@ def test_more_shards_than_files_may_be_open_are_averaged(ckpt_avg: Command, shar
     assert output.read_bytes() == output.with_name("without a limit").read_bytes()
 
 
+@pytest.mark.guarantee("open-files")
 @pytest.mark.slow
 def test_too_few_descriptors_for_anything_is_an_error(ckpt_avg: Command, shards: list[Path], output: Path) -> None:
     """If it failed, the user would get a traceback, and not the limit that is in the way."""

@@ -29,6 +29,7 @@ except CheckpointFormatError as error:
     print(error)
 """
 
+pytestmark = pytest.mark.guarantee("hostile-bytes")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processor time and memory are limited by Linux's means")
 
 

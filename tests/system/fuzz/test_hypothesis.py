@@ -50,6 +50,7 @@ def check(parser: str, target: Target) -> None:
     run()
 
 
+@pytest.mark.guarantee("hostile-bytes")
 @pytest.mark.parametrize("parser", PARSERS)
 def test_only_our_exceptions(parser: str) -> None:
     with tempfile.TemporaryDirectory(dir=memory_folder(), prefix="fuzz-") as folder:

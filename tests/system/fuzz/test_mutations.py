@@ -25,6 +25,7 @@ def assert_nothing_found(found: Findings, count: int) -> None:
     assert found.worst_bytes <= MEMORY
 
 
+@pytest.mark.guarantee("hostile-bytes")
 @pytest.mark.slow
 @pytest.mark.parametrize("parser", PARSERS)
 def test_only_our_exceptions_in_bounded_time_and_memory(parser: str) -> None:
@@ -37,6 +38,7 @@ def test_the_peak_memory_of_each_input(parser: str) -> None:
     assert_nothing_found(run(parser, 100, seed=1, trace=True), 100)
 
 
+@pytest.mark.guarantee("hostile-bytes")
 @pytest.mark.campaign
 @pytest.mark.parametrize("parser", PARSERS)
 def test_a_million_inputs(parser: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +87,7 @@ def _plain(pieces: tuple[bytes, ...]) -> bool:
     return b"numpy" not in body and b"nn.modules" not in body and not body.startswith(b"\x80\x05")
 
 
+@pytest.mark.guarantee("hostile-bytes")
 @pytest.mark.slow
 @linux
 @pytest.mark.parametrize(

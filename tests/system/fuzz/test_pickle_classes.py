@@ -96,6 +96,7 @@ def written(folder: Path, files: Mapping[str, bytes], suffix: str = "") -> dict[
     return names
 
 
+@pytest.mark.guarantee("no-code-runs")
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_is_heard_of_a_published_bypass(tmp_path: Path, form: str) -> None:
     """No import, exec, process, socket, write, nor another event, and the weights beside the payload open."""
@@ -108,6 +109,7 @@ def test_nothing_is_heard_of_a_published_bypass(tmp_path: Path, form: str) -> No
     assert len(opened & PARSED_OTHERWISE.keys()) > 20
 
 
+@pytest.mark.guarantee("no-code-runs")
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".txt", ".safetensors", ""])
 def test_nothing_is_heard_of_a_misleading_file(tmp_path: Path, suffix: str) -> None:
     """A scanner chooses what to look at by names, flags and checksums; here none of them starts anything."""
@@ -133,6 +135,7 @@ def test_the_standard_unpickler_does_what_some_of_them_ask(tmp_path: Path) -> No
     assert {"os.system", "exec", "compile", "import", "open", "pickle.find_class"} <= kinds
 
 
+@pytest.mark.guarantee("no-code-runs")
 @pytest.mark.campaign
 def test_the_standard_unpickler_does_what_they_ask(tmp_path: Path) -> None:
     silent, touched, kinds = let_loose(tmp_path, list(BYPASSES))
@@ -147,6 +150,7 @@ def test_nothing_is_heard_of_generated_pickles() -> None:
     assert answer["accepted"] > 20
 
 
+@pytest.mark.guarantee("no-code-runs")
 @pytest.mark.campaign
 def test_nothing_is_heard_of_a_hundred_thousand_generated_pickles(capsys: pytest.CaptureFixture[str]) -> None:
     answer = audited("grammar", 1, 100_000, timeout=3600)

@@ -1,7 +1,5 @@
 """detectron2 (fvcore): model_0004999.pth and model_final.pth; pickles of numpy arrays in its model zoo."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.trainer import Layout, Trainer
 
 TRAINER = Trainer(

@@ -1,7 +1,5 @@
 """ESPnet2: 12epoch.pth, a bare state dict, and links such as latest.pth (espnet2/train/trainer.py)."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.trainer import Trainer
 
 TRAINER = Trainer(

@@ -1,7 +1,5 @@
 """icefall: epoch-12.pt and checkpoint-4000.pt, with all parameters of the run at the top (icefall/checkpoint.py)."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.trainer import Layout, Trainer
 
 TRAINER = Trainer(

@@ -1,7 +1,5 @@
 """Meta's Llama: consolidated.00.pth, the slices of one tensor-parallel rank."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.trainer import Trainer
 
 TRAINER = Trainer(name="Meta Llama", rank_files=(r"consolidated\.(\d\d)\.(pth|pt|safetensors)",))

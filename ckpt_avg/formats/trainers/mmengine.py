@@ -1,7 +1,5 @@
 """mmengine (and mmcv): epoch_12.pth or iter_4000.pth."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.trainer import Layout, Trainer
 
 TRAINER = Trainer(

@@ -1,7 +1,5 @@
 """NeMo: archives of a configuration and weights."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.trainer import Trainer
 
 TRAINER = Trainer(

@@ -1,7 +1,5 @@
 """PEFT: adapter_model.safetensors with adapter_config.json, the factors of a change without the model."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.trainer import Trainer
 
 TRAINER = Trainer(

@@ -1,7 +1,5 @@
 """All trainers, in the order in which they are asked: a file is that of the first whose layout fits."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers import (
     accelerate,
     composer,

@@ -1,7 +1,5 @@
 """torchvision's reference scripts: model_12.pth, and checkpoint.pth with the same contents as the last one."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.trainer import Layout, Trainer
 
 TRAINER = Trainer(

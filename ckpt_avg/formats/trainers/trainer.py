@@ -55,20 +55,12 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a torch file has its weights.
+    """Where a torch file has its weights."""
 
-    Attributes:
-        keys: dotted keys. A file that contains all of them is recognised as the trainer's.
-        raw: the dotted key of the weights that the optimizer updates.
-        ema: the dotted key of their running average.
-        beside: further state dicts of the same model: key → prefix of their names in the whole model.
-        only_if: a condition that keys cannot express.
-    """
-
-    keys: tuple[str, ...]
-    raw: str = ""
-    ema: str = ""
-    beside: Mapping[str, str] = field(default_factory=dict)
+    keys: tuple[str, ...]  # dotted keys; a file that contains all of them is recognised
+    raw: str = ""  # the dotted key of the weights that the optimizer updates
+    ema: str = ""  # the dotted key of their running average
+    beside: Mapping[str, str] = field(default_factory=dict)  # further state dicts of the model: key → prefix of names
     only_if: Callable[[Contents], bool] = lambda contents: True
 
 
@@ -76,16 +68,13 @@ class Layout:
 class Sidecar:
     """A file in a checkpoint folder, or next to a checkpoint file, that records step, epoch, metrics or rates.
 
-    Attributes:
-        name: its name; ``{stem}`` stands for the checkpoint's name without its suffix.
-        read: returns what its text records of the checkpoint of an epoch. None: the sidecar is a torch file with the
-            trainer's keys.
-        files: pattern of the checkpoint files that it may be next to. In a checkpoint folder it is always read.
+    In a checkpoint folder it is always read.
     """
 
-    name: str
+    name: str  # {stem} in it stands for the checkpoint's name without its suffix
+    # Its text and the checkpoint's epoch → what it records. None: it is a torch file with the trainer's keys.
     read: Callable[[str, int | None], Record] | None = None
-    files: str = ""
+    files: str = ""  # pattern of the checkpoint files that it may be next to
 
     def path_for(self, checkpoint: Path) -> Path | None:
         """Returns the sidecar of a checkpoint, if it exists."""
@@ -109,25 +98,15 @@ class Stored(Enum):
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """Which part of a checkpoint folder has the weights.
+    """Which part of a checkpoint folder has the weights."""
 
-    Attributes:
-        path: the file or folder with the weights.
-        stored: what opens it.
-        problem: why it cannot be opened, and what to do; empty if it can.
-        incomplete: whether the problem is that saving was interrupted.
-        others: names of other weights in the folder, which are not read.
-        kind: the trainer's name.
-        nested: whether the folder may be inside a checkpoint folder of another trainer, as a part of it.
-    """
-
-    path: Path
+    path: Path  # the file or folder with the weights
     stored: Stored = Stored.FILE
-    problem: str = ""
-    incomplete: bool = False
-    others: tuple[str, ...] = ()
-    kind: str | None = None
-    nested: bool = False
+    problem: str = ""  # why it cannot be opened, and what to do
+    incomplete: bool = False  # whether the problem is that saving was interrupted
+    others: tuple[str, ...] = ()  # names of other weights in the folder, which are not read
+    kind: str | None = None  # the trainer's name
+    nested: bool = False  # whether the folder may be a part of another trainer's checkpoint folder
 
     def is_inside(self, folder: Path) -> bool:
         """Whether the weights are in a folder inside ``folder``."""
@@ -157,55 +136,37 @@ class Folder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
-    """What one trainer writes, and what users should know of it.
+    """What one trainer writes, and what users should know of it."""
 
-    Attributes:
-        name: what ``inspect`` calls it.
+    name: str  # as inspect shows it
 
-        layouts: where its torch files have the weights. The first that fits is used.
-        step, epoch: dotted keys of its torch files. The first that leads to a number is used.
-        metrics: dotted keys of a number or of a dict of numbers, which were measured at this checkpoint.
-        optimizer, scheduler: dotted keys of the states of the (first) optimizer and learning-rate scheduler.
-        record: what these keys cannot express.
-        counter: the scalar that it stores among averaged weights; it is not a weight.
-        tensor_names: pattern of tensor names that only its checkpoints contain.
-
-        folder_files: patterns of files. A checkpoint folder that contains all of them is recognised as the trainer's.
-        weight_files: names of the file with the weights in a checkpoint folder, the preferred one first.
-        weights: finds the weights in a checkpoint folder that has no such file.
-        written_last: the file that is written last into a checkpoint folder.
-        sidecar: a file that records what the weights' own file does not.
-
-        file_names: patterns of names of its checkpoint files, with the groups ``step``, ``epoch``, or ``metric`` and
-            ``value``. A bare state dict with such a name, and with the sidecar if there is one, is recognised.
-        aliases: patterns of second names of a checkpoint, without suffix.
-        training_state: patterns of names of files without weights, up to the first dot.
-        skip: patterns of names of other files and folders in a run folder that are not averaged → why.
-        rank_files: patterns of files with one rank's part of each tensor; the group is the rank.
-
-        note: what users should know of its weights.
-        refuse: returns why a file, by its name, cannot be opened, and what to do.
-    """
-
-    name: str
-    layouts: tuple[Layout, ...] = ()
-    step: tuple[str, ...] = ()
+    # --- its torch files ---
+    layouts: tuple[Layout, ...] = ()  # the first that fits is used
+    step: tuple[str, ...] = ()  # dotted keys; the first that leads to a number is used
     epoch: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ()
-    optimizer: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()  # dotted keys of numbers, or of dicts of numbers, measured at this checkpoint
+    optimizer: tuple[str, ...] = ()  # dotted keys of the state of the optimizer, or of several in a list or dict
     scheduler: tuple[str, ...] = ()
-    record: Callable[[Contents], Record] = lambda contents: Record()
-    counter: str = ""
-    tensor_names: str = ""
-    folder_files: tuple[str, ...] = ()
-    weight_files: tuple[str, ...] = ()
-    weights: Callable[[Folder], WeightFiles | None] = lambda folder: None
-    written_last: str = ""
+    record: Callable[[Contents], Record] = lambda contents: Record()  # what these keys cannot express
+    counter: str = ""  # a scalar among averaged weights, which is no weight
+    tensor_names: str = ""  # pattern of a part of tensor names that only its checkpoints contain
+
+    # --- its checkpoint folders ---
+    folder_files: tuple[str, ...] = ()  # patterns; a folder that contains all of them is recognised
+    weight_files: tuple[str, ...] = ()  # names, the preferred one first; each may be sharded, with an index
+    weights: Callable[[Folder], WeightFiles | None] = lambda folder: None  # finds them in any other folder
+    written_last: str = ""  # the name of the last file: without it the folder is incomplete
     sidecar: Sidecar | None = None
+
+    # --- other names ---
+    # Patterns of checkpoint files, with the groups step, epoch, or metric and value. A bare state dict with such a
+    # name, and with the sidecar if there is one, is recognised.
     file_names: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    training_state: tuple[str, ...] = ()
-    skip: Mapping[str, str] = field(default_factory=dict)
-    rank_files: tuple[str, ...] = ()
-    note: str = ""
-    refuse: Callable[[Path], str] = lambda path: ""
+    aliases: tuple[str, ...] = ()  # patterns of second names of a checkpoint, without suffix
+    training_state: tuple[str, ...] = ()  # patterns of files without weights, up to the first dot or number
+    skip: Mapping[str, str] = field(default_factory=dict)  # pattern of another file that is not averaged → why
+    rank_files: tuple[str, ...] = ()  # patterns of files with one rank's part of each tensor; the group is the rank
+
+    # --- what to say ---
+    note: str = ""  # on its weights
+    refuse: Callable[[Path], str] = lambda path: ""  # why a file cannot be opened, by its name, and what to do

@@ -1,7 +1,5 @@
 """Ultralytics YOLO: epoch3.pt, last.pt and best.pt, with a whole pickled model (ultralytics/engine/trainer.py)."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.trainer import Layout, Trainer
 
 TRAINER = Trainer(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from ckpt_avg.text import one_line
 
@@ -87,6 +87,23 @@ class ResourceError(CkptAvgError):
     exit_code = 6
 
 
+class TooManyFilesError(ResourceError):
+    """More files have to be open at once than the system allows.
+
+    Args:
+        where: what needs them.
+        needed: how many files, at least.
+        limit: the hard limit of open files.
+    """
+
+    def __init__(self, where: str, needed: int, limit: int) -> None:
+        super().__init__(
+            f"{where}: at least {needed:,} files have to be open at once, but the limit is {limit:,}. Allow more with "
+            f"`ulimit -n {needed + 100}` (as root), or average fewer checkpoints."
+        )
+        self.limit = limit
+
+
 class UserCodeError(CkptAvgError):
     """The user's model, dataloader or metric failed, or the BatchNorm refresh could not be done."""
 
@@ -119,6 +136,11 @@ class VerificationError(CkptAvgError):
     """A file is damaged, was not written here, or is not the mean of the checkpoints that it is held against."""
 
     exit_code = 9
+
+
+def fail(where: object, problem: str, advice: str = "The file is damaged: save or copy it again") -> NoReturn:
+    """Raises CheckpointFormatError with a message that says where, what is wrong and what to do."""
+    raise CheckpointFormatError(f"{where}: {problem}. {advice}.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from math import prod
 import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, Part, TensorSpec
-from ckpt_avg.files.input_file import Window
+from ckpt_avg.files.input_file import FileMapping
 
 _WASTE = 4 * 1024  # bytes of a window that no range needs; as many as the ranges need are allowed, too
 _SPAN = 4 * 1024 * 1024  # bytes of a window through which strided elements are gathered
@@ -60,7 +60,7 @@ def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.T
         elif not tensor.is_contiguous:
             found[index] = _gather(checkpoint, tensor, start, stop)
     for file, begin, end, inside in _windows(ranges):
-        window = checkpoint.files[file].window(begin, end - begin)
+        window = checkpoint.files[file].map(begin, end - begin)
         for offset, index in inside:
             tensor, start, stop = ranges[index]
             found[index] = _view(window, tensor, offset, stop - start)
@@ -118,13 +118,13 @@ def _windows(ranges: Sequence[Range]) -> list[tuple[int, int, int, list[tuple[in
     return windows
 
 
-def _view(window: Window, tensor: TensorSpec, offset: int, count: int) -> torch.Tensor:
+def _view(mapping: FileMapping, tensor: TensorSpec, offset: int, count: int) -> torch.Tensor:
     itemsize = tensor.dtype.itemsize
-    position = window.position + offset - window.offset
+    position = mapping.position + offset - mapping.offset
     if position % itemsize:
-        unaligned = torch.frombuffer(window.buffer, dtype=torch.uint8, count=count * itemsize, offset=position)
+        unaligned = torch.frombuffer(mapping.buffer, dtype=torch.uint8, count=count * itemsize, offset=position)
         return unaligned.clone().view(torch_dtype(tensor.dtype))
-    return torch.frombuffer(window.buffer, dtype=torch_dtype(tensor.dtype), count=count, offset=position)
+    return torch.frombuffer(mapping.buffer, dtype=torch_dtype(tensor.dtype), count=count, offset=position)
 
 
 # A box is a range of indices along each dimension: (first, end) pairs.
@@ -155,7 +155,7 @@ def _copy(checkpoint: Checkpoint, tensor: TensorSpec, box: _Box, target: torch.T
     for part in _split(tensor, box):
         begin, end = _span(tensor, part)
         count = (end - begin) // tensor.dtype.itemsize
-        storage = _view(file.window(begin, end - begin), tensor, begin, count)
+        storage = _view(file.map(begin, end - begin), tensor, begin, count)
         inside = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(part, box, strict=True))
         target[inside] = torch.as_strided(storage, [b - a for a, b in part], tensor.stride)
 

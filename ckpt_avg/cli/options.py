@@ -89,7 +89,7 @@ hold = click.option(
     "--hold",
     callback=_parse_size,
     metavar="SIZE",
-    help="Memory for averages that wait to be measured; by default half of what is free.",
+    help="Memory for averages that wait to be measured (default: 2GiB).",
 )
 work = together(
     click.option("--threads", type=int, metavar="N", help="Workers; by default one for each usable core."),

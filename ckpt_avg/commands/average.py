@@ -20,7 +20,7 @@ from ckpt_avg.distributed.launch import launch_of
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.files.input_file import check_io
 from ckpt_avg.formats.open import make_reading
-from ckpt_avg.machine.threads import choose_threads
+from ckpt_avg.machine import choose_threads
 from ckpt_avg.mean.devices import choose_devices
 from ckpt_avg.mean.plan import check_rules
 from ckpt_avg.mean.stream import DEFAULT_MEMORY, check_memory

@@ -14,7 +14,7 @@ from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.commands.check import notice_what_is_read
 from ckpt_avg.files.input_file import IO
 from ckpt_avg.formats.state_dict import Reading
-from ckpt_avg.machine.collector import collector_paused
+from ckpt_avg.machine import gc_paused
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import Plan, make_plan
 from ckpt_avg.runs.compatibility import refuse_differences
@@ -102,10 +102,10 @@ def prepare(
     Raises:
         CkptAvgError: of any kind but OutputError.
     """
-    with collector_paused():
+    with gc_paused():
         checkpoints, skipped = open_selected(discovery, selection, reading, stack, notice)
         for file in (file for checkpoint in checkpoints for file in checkpoint.files):
-            file.read_by(io)
+            file.use_io(io)
         specs = [checkpoint.spec for checkpoint in checkpoints]
         refuse_differences(specs)
         plan = make_plan(specs, dtype=rules.dtype, non_float=rules.non_float)

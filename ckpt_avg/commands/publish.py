@@ -18,7 +18,7 @@ from ckpt_avg.commands.evaluations import Assessment, name_of_average
 from ckpt_avg.commands.prepare import Prepared
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import RankError
-from ckpt_avg.machine.collector import collector_paused
+from ckpt_avg.machine import gc_paused
 from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.output.digests import TreeDigest, digest_stream
 from ckpt_avg.output.header import encode_header, encode_tensors, refuse_unreadable
@@ -69,7 +69,7 @@ class Job:
 
     @functools.cached_property
     def _tensors(self) -> str:
-        with collector_paused():
+        with gc_paused():
             return encode_tensors(self.ready.plan)
 
     def final_header(self, report: BatchNormReport | None, data_digest: str) -> bytes:
@@ -77,7 +77,7 @@ class Job:
         return seal(self._encode(report, data_digest, reserve=len(self.header)))
 
     def _encode(self, report: BatchNormReport | None, data_digest: str | None = None, reserve: int = 0) -> bytes:
-        with collector_paused():
+        with gc_paused():
             metadata = make_metadata(
                 self.ready.checkpoints,
                 self.asked,

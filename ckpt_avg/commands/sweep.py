@@ -16,8 +16,7 @@ from ckpt_avg.commands.windows import SIDES, Side, Work, measure_windows, passes
 from ckpt_avg.errors import IncompatibleError, UsageError, UserCodeError
 from ckpt_avg.files.input_file import check_io
 from ckpt_avg.formats.open import make_reading
-from ckpt_avg.machine.free_memory import free_memory
-from ckpt_avg.machine.threads import choose_threads
+from ckpt_avg.machine import choose_threads
 from ckpt_avg.mean.devices import choose_devices
 from ckpt_avg.mean.plan import check_rules
 from ckpt_avg.mean.stream import DEFAULT_MEMORY, check_memory
@@ -29,6 +28,8 @@ from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import ForwardBatch
 from ckpt_avg.user_code.evaluate import Evaluate, Evaluation, evaluate_weights, refuse_other_metrics
 from ckpt_avg.user_code.model import Batches, Model, weights_of
+
+DEFAULT_HOLD = 2 * 2**30  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,8 @@ def sweep(
         evaluate: called with the model in evaluation mode; it returns a number or a dict of them.
         maximize, minimize: the metric that says which average is best; one of the two.
         windows: ``last``, ``first`` or ``both``.
-        hold: bytes of averages that may be held in memory at once; half of what is free if not given. The more, the
-            fewer passes over the checkpoints.
+        hold: bytes of averages that may wait in memory at once; 2 GiB if not given. More memory means fewer passes over
+            the checkpoints.
         model, data, forward_batch, bn, bn_batches, bn_estimator, amp: for the refresh, as for `average`.
         device, dtype, threads, memory, io, non_float, allow_nonfinite: for the mean, as for `average`.
         progress: callbacks.
@@ -188,7 +189,7 @@ def sweep(
                 f"--{'maximize' if highest else 'minimize'} {target}: expected one of the metrics that the --eval "
                 f"function returns ({listing(map(quote, as_it_is))})."
             )
-        held = free_memory() // 2 if hold is None else hold
+        held = DEFAULT_HOLD if hold is None else hold
         once = replace(progress, notice=_once(notice))
         work = Work(evaluate, ready.model, options, mean_device, workers, memory, held, allow_nonfinite, once)
         chosen = windows_of(len(ready.checkpoints), windows)

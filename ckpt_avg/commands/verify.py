@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError, VerificationError
-from ckpt_avg.files.input_file import MappedFile, check_io
+from ckpt_avg.files.input_file import InputFile, check_io
 from ckpt_avg.formats.safetensors_header import looks_like, parse_header, read_header
-from ckpt_avg.machine.threads import choose_threads
+from ckpt_avg.machine import choose_threads
 from ckpt_avg.output.digests import digest_data
 from ckpt_avg.output.provenance import Digests, header_digest, recorded_digests
 from ckpt_avg.progress import Progress
@@ -84,7 +84,7 @@ def verify(
     """
     workers, way = choose_threads(threads), check_io(io)
     progress = progress or Progress()
-    with MappedFile(Path(path)) as file:
+    with InputFile(Path(path)) as file:
         try:
             tensors, metadata, recorded = _check_header(file)
             begin = file.size - sum(tensor.nbytes for tensor in tensors.values())
@@ -106,7 +106,7 @@ def verify(
         return replace(report, checkpoints=checkpoints, measured=measured)
 
 
-def _check_header(file: MappedFile) -> tuple[dict[str, TensorSpec], dict[str, str], Digests]:
+def _check_header(file: InputFile) -> tuple[dict[str, TensorSpec], dict[str, str], Digests]:
     """Returns the tensors, the metadata and the digests that a file records, once its header is as it was written."""
     if not looks_like(file.read(0, min(file.size, 9))):
         raise VerificationError(
@@ -124,7 +124,7 @@ def _check_header(file: MappedFile) -> tuple[dict[str, TensorSpec], dict[str, st
     return tensors, metadata, recorded
 
 
-def _refuse_other(file: MappedFile, what: str, expected: str, found: str) -> None:
+def _refuse_other(file: InputFile, what: str, expected: str, found: str) -> None:
     if found != expected:
         raise VerificationError(
             f"{file.path}: the {what} was changed or is damaged: expected the digest {expected}, got {found}. {_ADVICE}"

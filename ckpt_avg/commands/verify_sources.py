@@ -13,7 +13,7 @@ import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec, batch_norm_buffer
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, VerificationError
-from ckpt_avg.files.input_file import IO, MappedFile
+from ckpt_avg.files.input_file import IO, InputFile
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import OutputTensor, Plan, make_plan
@@ -36,7 +36,7 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def compare_with_mean(
-    file: MappedFile,
+    file: InputFile,
     tensors: Mapping[str, TensorSpec],
     metadata: Mapping[str, str],
     sources: Sources,
@@ -72,7 +72,7 @@ def compare_with_mean(
         try:
             checkpoints = _recorded_among(discover(sources), recorded, options, stack, file.path)
             for source in (source for checkpoint in checkpoints for source in checkpoint.files):
-                source.read_by(io)
+                source.use_io(io)
             specs = [checkpoint.spec for checkpoint in checkpoints]
             refuse_differences(specs)
             plan = make_plan(specs, dtype=options.dtype, non_float=options.non_float)
@@ -193,7 +193,7 @@ class _Comparison:
     """
 
     def __init__(
-        self, file: MappedFile, tensors: Mapping[str, TensorSpec], plan: Plan, may_differ: frozenset[str]
+        self, file: InputFile, tensors: Mapping[str, TensorSpec], plan: Plan, may_differ: frozenset[str]
     ) -> None:
         expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}

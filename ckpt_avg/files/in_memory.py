@@ -1,11 +1,11 @@
-"""`MemoryFile`: tensors that a pickle holds itself, behind the interface of `MappedFile`."""
+"""`MemoryFile`: tensors that a pickle holds itself, behind the interface of `InputFile`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.input_file import IO, Window
+from ckpt_avg.files.input_file import IO, FileMapping
 
 
 class MemoryFile:
@@ -39,13 +39,13 @@ class MemoryFile:
             raise CheckpointFormatError(f"{self.path}: expected {length:,} bytes at byte {offset:,} of what it holds.")
         return bytes(memoryview(self._contents)[offset : offset + length])
 
-    def window(self, offset: int, length: int) -> Window:
+    def map(self, offset: int, length: int) -> FileMapping:
         """Returns a range without copying it."""
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointFormatError(f"{self.path}: expected {length:,} bytes at byte {offset:,} of what it holds.")
-        return Window(self._contents, offset, offset)
+        return FileMapping(self._contents, offset, offset)
 
-    def read_by(self, io: IO) -> None:
+    def use_io(self, io: IO) -> None:
         """Does nothing: the bytes are in memory."""
 
     def prefetch(self, offset: int, length: int) -> None:

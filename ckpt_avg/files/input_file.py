@@ -1,57 +1,60 @@
-"""`MappedFile`: one input file, opened once, read at checked offsets.
+"""`InputFile`: one input file, opened once and read at checked offsets.
 
-It promises that
-- opening never blocks on a FIFO or a device, and nothing but a regular file is read;
-- no read goes past the end of the file as it was when opened;
-- a file that shrinks while mapped gives `ChangedWhileReadingError` instead of SIGBUS: each window is faulted in by
-  ``madvise(MADV_POPULATE_READ)``, which answers EFAULT where a plain access would kill the process. A truncation
-  between that and the last use of the window is caught by the command (`bus_errors`); in a program that calls this
-  package it still kills.
-- a window is unmapped as soon as nothing refers to it, so the resident set does not grow with the file. One map of
-  the whole file, with MADV_DONTNEED behind the reader, does not achieve that: the kernel maps whole folios, up to
-  2 MiB, and what lies outside the range that is given back stays resident.
+It promises:
+- Opening never blocks on a FIFO or a device, and only regular files are read.
+- No read goes past the end that the file had when it was opened.
+- A file that shrinks while it is mapped gives `ChangedWhileReadingError` instead of SIGBUS: each mapping is faulted in
+  with ``madvise(MADV_POPULATE_READ)``, which returns EFAULT where a plain access would end the process. The command
+  also catches a truncation between that call and the last use of the mapping (`sigbus`); a program that calls this
+  package is ended by it.
+- A mapping is unmapped as soon as nothing refers to it, so the resident set does not grow with the file. One mapping
+  of the whole file with MADV_DONTNEED after each range does not achieve that: the kernel maps whole folios of up to
+  2 MiB, and what is outside the range that is given back stays resident.
 
-Where the kernel lacks MADV_POPULATE_READ (Linux before 5.14, macOS, Windows) or refuses the map, on storage across a
-network, where each page fault is a round trip, and for windows too small to be worth a map, bytes are read with
-``pread`` behind the same interface.
+Bytes are read with ``pread`` behind the same interface where the kernel lacks MADV_POPULATE_READ (Linux before 5.14,
+macOS, Windows) or refuses the mapping, on network storage, where each page fault is a round trip, and for ranges too
+small to be worth a mapping.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import errno
-import functools
 import mmap
 import os
-import sys
-import threading
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
-from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError, UsageError
-from ckpt_avg.files.descriptors import Descriptor, park_idle
-from ckpt_avg.files.hints import prefetch, remote_kind
-from ckpt_avg.files.sigbus import watch
+from ckpt_avg.errors import (
+    ChangedWhileReadingError,
+    CheckpointFormatError,
+    ResourceError,
+    TooManyFilesError,
+    UsageError,
+    fail,
+)
+from ckpt_avg.files import platform
 from ckpt_avg.text import quote, size
 
 IO = Literal["auto", "mmap", "pread"]
 
-_WAYS: dict[str, IO] = {"auto": "auto", "mmap": "mmap", "pread": "pread"}
-
-_MADV_POPULATE_READ = 22
+_IO: dict[str, IO] = {"auto": "auto", "mmap": "mmap", "pread": "pread"}
 _SMALL = 512 * 1024  # bytes below which copying is cheaper than mapping, faulting in and unmapping
+_RESERVE = 64  # descriptors that inputs leave to the output, mappings and the rest of the process
+_TRUNCATED = "It is truncated or damaged: copy it again"
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
-    """A range of a file, in memory while this object or a view of its buffer lives. It must not be written to.
+class FileMapping:
+    """A range of a file in memory, as long as this object or a view of its buffer exists. It must not be written to.
 
     Attributes:
-        buffer: holds the bytes.
-        position: where in the buffer the range begins.
-        offset: where in the file the range begins.
+        buffer: contains the bytes.
+        position: the index in the buffer at which the range begins.
+        offset: the byte of the file at which the range begins.
     """
 
     buffer: mmap.mmap | bytearray
@@ -59,41 +62,42 @@ class Window:
     offset: int
 
 
-class MappedFile:
+class InputFile:
     """A regular file, opened for reading. Threads may share it.
 
-    Args:
+    Attributes:
         path: the file.
+        size: its bytes when it was opened.
+        identity: its device and inode.
 
     Raises:
-        CheckpointFormatError: it cannot be opened, or is no regular file.
+        CheckpointFormatError: it cannot be opened, or is not a regular file.
         ResourceError: too many files are open.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = Descriptor(path)
-        self.size = self._descriptor.size
-        self.identity = self._descriptor.identity
-        self._lock = threading.Lock()
-        self.read_by("auto")
+        self._fd, status = _open(path)
+        self.size = status.st_size
+        self.identity = (status.st_dev, status.st_ino)
+        self._modified = status.st_mtime_ns
+        self.use_io("auto")
 
-    def read_by(self, io: IO) -> None:
-        """Says how windows come: by maps, by ``pread``, or as suits the storage, which is what they do at first.
+    def use_io(self, io: IO) -> None:
+        """Chooses how `map` reads the file: `mmap`, `pread`, or `auto` (the default), which depends on the file system.
 
         Raises:
-            ResourceError: this system has no maps that can be faulted in safely.
+            ResourceError: this system has no mappings that can be faulted in safely.
         """
-        if io == "mmap" and not _can_populate():
-            raise ResourceError("--io mmap: expected a kernel with MADV_POPULATE_READ (Linux 5.14). Use --io auto.")
+        if io == "mmap" and not platform.can_populate():
+            raise ResourceError("--io mmap: needs a kernel with MADV_POPULATE_READ (Linux 5.14). Use --io auto.")
         self._must_map = io == "mmap"
-        self._can_map = self._must_map or (io == "auto" and _can_populate())
+        self._can_map = self._must_map or (io == "auto" and platform.can_populate())
         self._is_known_local = io != "auto"
 
     def prefetch(self, offset: int, length: int) -> None:
-        """Asks the system to bring a range into memory meanwhile. A window of it may then be had without waiting."""
-        with self._descriptor.use() as fd:
-            prefetch(fd, offset, length)
+        """Asks the system to load a range into memory in the background."""
+        platform.prefetch(self._descriptor(), offset, length)
 
     def read(self, offset: int, length: int) -> bytes:
         """Returns exactly ``length`` bytes from ``offset``.
@@ -101,34 +105,37 @@ class MappedFile:
         Raises:
             CheckpointFormatError: the range is not inside the file, or reading fails.
         """
-        self._check_range(offset, length)
-        buffer = bytearray(length)
-        self._pread(offset, memoryview(buffer))
-        return bytes(buffer)
+        return bytes(self._copy(offset, length))
 
-    def window(self, offset: int, length: int) -> Window:
-        """Returns a range of the file, faulted in, so that reading it cannot fail any more.
+    def map(self, offset: int, length: int) -> FileMapping:
+        """Returns a range of the file in memory, faulted in, so that using it cannot fail.
 
         Raises:
             ChangedWhileReadingError: the file was truncated.
-            CheckpointFormatError: the range is not inside the file, or the storage cannot be read.
+            CheckpointFormatError: the range is not inside the file, or reading fails.
         """
         self._check_range(offset, length)
         if self._can_map and length >= _SMALL and (mapped := self._map(offset, length)) is not None:
             return mapped
-        copy = bytearray(length)
-        self._pread(offset, memoryview(copy))
-        return Window(copy, 0, offset)
+        return FileMapping(self._copy(offset, length), 0, offset)
 
     def check_unchanged(self) -> None:
-        """Raises ChangedWhileReadingError if the file's size or modification time is not what it was."""
-        self._descriptor.check_unchanged()
+        """Raises ChangedWhileReadingError if the size or the modification time of the file has changed."""
+        status = _status(self._descriptor(), self.path)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
+            raise ChangedWhileReadingError(
+                f"{self.path}: changed while reading: expected {self.size:,} bytes, unmodified, got "
+                f"{status.st_size:,} bytes, modified. Wait until nothing writes to it, then run again."
+            )
 
     def close(self) -> None:
-        """Closes the file. Windows stay valid as long as they are referenced."""
-        self._descriptor.close()
+        """Closes the file. Mappings stay valid as long as they are referenced."""
+        if self._fd >= 0:
+            descriptor, self._fd = self._fd, -1
+            with contextlib.suppress(OSError):  # nothing was written, and the descriptor is gone either way
+                os.close(descriptor)
 
-    def __enter__(self) -> MappedFile:
+    def __enter__(self) -> InputFile:
         return self
 
     def __exit__(
@@ -136,19 +143,26 @@ class MappedFile:
     ) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"InputFile({quote(self.path)}, {size(self.size)})"
+
+    def _descriptor(self) -> int:
+        if self._fd < 0:
+            raise ValueError(f"{self.path} is closed")
+        return self._fd
+
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise CheckpointFormatError(
-                f"{self.path}: expected {length:,} bytes at byte {offset:,}, got a file of {self.size:,} bytes. "
-                "It is truncated or damaged: copy it again."
-            )
+            got = f"got a file of {self.size:,} bytes"
+            fail(self.path, f"expected {length:,} bytes at byte {offset:,}, {got}", _TRUNCATED)
 
-    def _pread(self, offset: int, target: memoryview) -> None:
-        self._check_range(offset, len(target))
-        done = 0
-        while done < len(target):
+    def _copy(self, offset: int, length: int) -> bytearray:
+        self._check_range(offset, length)
+        copy = bytearray(length)
+        target, done = memoryview(copy), 0
+        while done < length:
             try:
-                count = self._read_some(target[done:], offset + done)
+                count = platform.read_into(self._descriptor(), target[done:], offset + done)
             except OSError as error:
                 raise CheckpointFormatError(
                     f"{self.path}: reading at byte {offset + done:,} failed: {error.strerror}. Check the disk."
@@ -159,95 +173,91 @@ class MappedFile:
                     f"{self.path}: ended at byte {offset + done:,} while reading. Run again once nothing writes to it."
                 )
             done += count
+        return copy
 
-    def _read_some(self, target: memoryview, offset: int) -> int:
-        with self._descriptor.use() as fd:
-            if hasattr(os, "preadv"):
-                return os.preadv(fd, [target], offset)
-            with self._lock:  # Windows: no read at an offset
-                os.lseek(fd, offset, os.SEEK_SET)
-                chunk = os.read(fd, len(target))
-        target[: len(chunk)] = chunk
-        return len(chunk)
-
-    def _map(self, offset: int, length: int) -> Window | None:
+    def _map(self, offset: int, length: int) -> FileMapping | None:
         begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+        if not self._is_known_local:
+            self._is_known_local = True
+            if platform.remote_kind(self._descriptor()) is not None:
+                self._can_map = False
+                return None
         try:
-            with self._descriptor.use() as fd:
-                if not self._is_known_local:
-                    self._is_known_local = True
-                    if remote_kind(fd) is not None:
-                        self._can_map = False
-                        return None
-                mapped = _mapped(fd, begin, offset + length - begin)
+            mapped = platform.map_range(self._descriptor(), begin, offset + length - begin)
         except ValueError:
-            self.check_unchanged()  # the map was found to reach past the end of the file
+            self.check_unchanged()  # Python found that the mapping would go past the end of the file
             raise
         except OSError as error:
             if self._must_map:
                 raise ResourceError(
-                    f"{self.path}: --io mmap: the system refused to map it: {error.strerror}. Use --io auto."
+                    f"{self.path}: --io mmap: the system refused the mapping: {error.strerror}. Use --io auto."
                 ) from error
-            self._can_map = False  # some network and FUSE file systems refuse maps: pread serves them
+            self._can_map = False  # some network and FUSE file systems refuse mappings: pread serves them
             return None
-        if code := _populate(mapped):
+        if code := platform.populate(mapped):
             self.check_unchanged()
-            raise CheckpointFormatError(
-                f"{self.path}: reading at byte {offset:,} failed: {os.strerror(code)}. Check the storage."
-            )
-        return Window(mapped, offset - begin, offset)
+            fail(self.path, f"reading at byte {offset:,} failed: {os.strerror(code)}", "Check the disk")
+        return FileMapping(mapped, offset - begin, offset)
 
-    def __repr__(self) -> str:
-        return f"MappedFile({quote(self.path)}, {size(self.size)})"
+
+class FileRange:
+    """The bytes [begin, begin + size) of a file, read like a file: one archive among others.
+
+    Raises:
+        CheckpointFormatError: they are not all inside the file.
+    """
+
+    def __init__(self, file: InputFile, begin: int, size: int) -> None:
+        if begin < 0 or size < 0 or begin + size > file.size:
+            got = f"got a file of {file.size:,} bytes"
+            fail(file.path, f"expected {size:,} bytes at byte {begin:,}, {got}", _TRUNCATED)
+        self._file, self.begin, self.size, self.path = file, begin, size, file.path
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Returns exactly ``length`` bytes from ``offset``."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            fail(self.path, f"expected {length:,} bytes at byte {self.begin + offset:,}", _TRUNCATED)
+        return self._file.read(self.begin + offset, length)
+
+
+# What a reader of headers takes: path, size and `read`.
+Readable = InputFile | FileRange
 
 
 def check_io(io: str) -> IO:
-    """Returns how to read.
-
-    Raises:
-        UsageError: there is no such way.
-    """
-    if io not in _WAYS:
-        raise UsageError(f"--io: expected one of {', '.join(_WAYS)}, got {io!r}.")
-    return _WAYS[io]
+    """Returns how to read; raises UsageError if there is no such way."""
+    if io not in _IO:
+        raise UsageError(f"--io: expected one of {', '.join(_IO)}, got {io!r}.")
+    return _IO[io]
 
 
-def _mapped(fd: int, begin: int, length: int) -> mmap.mmap:
-    """Returns a map, private and writable only because torch takes no read-only buffer; nothing here writes to it."""
-    while True:
-        try:
-            flags, access = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
-            return mmap.mmap(fd, length, flags=flags, prot=access, offset=begin, **_WITHOUT_DESCRIPTOR)
-        except OSError as error:  # noqa: PERF203 (it goes round only while files can be closed)
-            if error.errno != errno.EMFILE or not park_idle():
-                raise
+def _open(path: Path) -> tuple[int, os.stat_result]:
+    limit = platform.raise_open_file_limit()
+    try:
+        fd = os.open(path, platform.READ_FLAGS)
+    except OSError as error:
+        if error.errno == errno.EMFILE and limit is not None:
+            raise TooManyFilesError(str(path), limit + 1, limit) from error
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise ResourceError(f"{path}: cannot be opened: {error.strerror}. Close other programs.") from error
+        raise CheckpointFormatError(
+            f"{path}: cannot be opened: {error.strerror}. Check its permissions and kind."
+        ) from error
+    try:
+        if limit is not None and fd >= limit - min(_RESERVE, limit // 4):  # the system hands out the lowest free number
+            raise TooManyFilesError(str(path), limit + 1, limit)
+        status = _status(fd, path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
+            fail(path, f"expected a checkpoint file, got {kind}", "Name a file, or a folder of checkpoints")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, status
 
 
-# A map needs no descriptor of its own; Python can be told so from 3.13 on.
-_WITHOUT_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-
-
-if sys.platform == "linux":
-    _LIBC = ctypes.CDLL(None, use_errno=True)
-    _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-    def _populate(mapped: mmap.mmap) -> int:
-        # mmap.madvise keeps the interpreter lock while pages come from the disk; a ctypes call does not.
-        first = ctypes.c_char.from_buffer(mapped)
-        watch(mapped, ctypes.addressof(first))
-        while _LIBC.madvise(ctypes.addressof(first), len(mapped), _MADV_POPULATE_READ) != 0:
-            if (code := ctypes.get_errno()) != errno.EINTR:
-                return code
-        return 0
-
-    @functools.cache
-    def _can_populate() -> bool:
-        return _populate(mmap.mmap(-1, mmap.PAGESIZE)) == 0
-
-else:
-
-    def _populate(mapped: mmap.mmap) -> int:
-        return errno.ENOSYS
-
-    def _can_populate() -> bool:
-        return False
+def _status(fd: int, path: Path) -> os.stat_result:
+    try:
+        return os.fstat(fd)
+    except OSError as error:
+        raise CheckpointFormatError(f"{path}: cannot be checked: {error.strerror}. Check its disk.") from error

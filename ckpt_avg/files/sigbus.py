@@ -1,8 +1,8 @@
-"""A mapped file that is cut while its window is being read: an error instead of a killed process.
+"""An input that is truncated while a mapping of it is read: an error instead of a killed process.
 
-Reading a page behind the end of a file that has shrunk raises SIGBUS, whose default action is to kill. The handler here
-maps zeros where a window of ours has lost its pages, so that the computation goes on; the look at every input that ends
-it says that the file was changed, and nothing is published. A fault anywhere else kills as it would without.
+Reading a page after the end of a file that has shrunk raises SIGBUS, which ends a process by default. The handler here
+maps zeros where one of our mappings has lost its pages, so that the computation continues. The check of every input at
+the end then reports the change, and nothing is published. A fault anywhere else ends the process as usual.
 
 A handler of Python's signal module would run much too late, hence ctypes: the faulting thread itself runs it, at a read
 of memory during which it holds no lock that the handler needs.
@@ -17,17 +17,17 @@ import signal
 import sys
 import weakref
 
-_WINDOWS: dict[int, tuple[int, int]] = {}  # token → (first address, address behind the last)
+_MAPPINGS: dict[int, tuple[int, int]] = {}  # token → (first address, address after the last)
 _TOKENS = itertools.count()
 
 _RESTART, _WITH_ADDRESS = 0x10000000, 4  # SA_RESTART, SA_SIGINFO
 
 
-def watch(window: mmap.mmap, address: int) -> None:
-    """Says that a window lies at an address, for as long as it lives."""
+def watch(mapping: mmap.mmap, address: int) -> None:
+    """Tells the handler the address of a mapping, until the mapping is gone."""
     token = next(_TOKENS)
-    _WINDOWS[token] = (address, address + len(window))
-    weakref.finalize(window, _WINDOWS.pop, token, None).atexit = False
+    _MAPPINGS[token] = (address, address + len(mapping))
+    weakref.finalize(mapping, _MAPPINGS.pop, token, None).atexit = False
 
 
 if sys.platform == "linux" and sys.maxsize > 2**32:
@@ -56,25 +56,25 @@ if sys.platform == "linux" and sys.maxsize > 2**32:
 
     def _on_fault(number: int, info: ctypes._Pointer[_Info], context: int) -> None:
         address = info.contents.address or 0
-        for begin, end in reversed(list(_WINDOWS.values())):  # the newest first: an older one may just be going
+        for begin, end in reversed(list(_MAPPINGS.values())):  # the newest first: an older one may just be going
             if begin <= address < end:
-                # The file ends before this page, so nothing behind it is there either.
+                # The file ends before this page, so nothing after it is there either.
                 page = address - address % mmap.PAGESIZE
                 length = end - page
                 flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _FIXED
                 if _LIBC.mmap(page, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == page:
                     return
-        # Back to the default: the same read faults again, and kills.
+        # Back to the default: the same read faults again and ends the process.
         _LIBC.sigaction(signal.SIGBUS, ctypes.byref(_Action()), None)
 
     _HANDLER = _Handler(_on_fault)  # must live as long as the process
 
     def catch_bus_errors() -> None:
-        """Installs the handler. For a process of our own only: it takes the place of any other."""
+        """Installs the handler in place of any other: for the command's own process only."""
         action = _Action(handler=_HANDLER, flags=_WITH_ADDRESS | _RESTART)
         _LIBC.sigaction(signal.SIGBUS, ctypes.byref(action), None)
 
 else:
 
     def catch_bus_errors() -> None:
-        """There are no maps here that could be cut: bytes are read with ``pread``."""
+        """Does nothing: no input is mapped here."""

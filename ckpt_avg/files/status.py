@@ -1,4 +1,4 @@
-"""Looks at the file system that tell "there is none" from "the system could not say"."""
+"""`stat` helpers that distinguish a missing file from one that could not be checked."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _NONE = (errno.ENOENT, errno.ENOTDIR)
 _NO_NAME = (errno.ELOOP, errno.ENAMETOOLONG)  # no file can have it
 
 
-def look(path: str | os.PathLike[str]) -> os.stat_result | None:
-    """Returns the status of what a path leads to; None where it leads to nothing.
+def stat_or_none(path: str | os.PathLike[str]) -> os.stat_result | None:
+    """Returns the status of what a path leads to, or None if there is nothing.
 
     Raises:
-        OSError: the system could not say. A file that is taken for missing then might be replaced, or left out.
+        OSError: the system cannot tell. A file that was taken for missing then might be replaced or skipped.
     """
     try:
         return os.stat(path)
@@ -27,38 +27,27 @@ def look(path: str | os.PathLike[str]) -> os.stat_result | None:
         raise
 
 
-def is_folder(path: Path) -> bool:
-    """Whether there is a folder.
+def input_status(path: Path) -> os.stat_result | None:
+    """Returns the status of an input, or None if there is nothing.
 
     Raises:
-        CheckpointFormatError: the system could not say.
-    """
-    return stat.S_ISDIR(_mode(path))
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is a regular file.
-
-    Raises:
-        CheckpointFormatError: the system could not say.
-    """
-    return stat.S_ISREG(_mode(path))
-
-
-def status_of(path: Path) -> os.stat_result | None:
-    """Returns the status of what an input's path leads to; None where it leads to nothing.
-
-    Raises:
-        CheckpointFormatError: the system could not say.
+        CheckpointFormatError: the system cannot tell.
     """
     try:
-        return look(path)
+        return stat_or_none(path)
     except OSError as error:
         if error.errno in _NO_NAME:
             return None
-        raise CheckpointFormatError(f"{path}: cannot be looked at: {error.strerror}. Check its disk.") from error
+        raise CheckpointFormatError(f"{path}: cannot be checked: {error.strerror}. Check its disk.") from error
 
 
-def _mode(path: Path) -> int:
-    status = status_of(path)
-    return 0 if status is None else status.st_mode
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; raises CheckpointFormatError if the system cannot tell."""
+    status = input_status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file; raises CheckpointFormatError if the system cannot tell."""
+    status = input_status(path)
+    return status is not None and stat.S_ISREG(status.st_mode)

@@ -17,8 +17,7 @@ from typing import Any, NoReturn
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, DType, Part, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.input_file import MappedFile
-from ckpt_avg.files.region import Region
+from ckpt_avg.files.input_file import FileRange, InputFile
 from ckpt_avg.formats import torch_zip
 from ckpt_avg.formats.dcp_parts import join_parts
 from ckpt_avg.formats.members import member_of
@@ -72,14 +71,14 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
     found = find_state_dict(contents, path, reading)
     chosen = {name: leaf for name, leaf in found.tensors.items() if isinstance(leaf, _Distributed)}
     names = settle_names({name: leaf.shape == () for name, leaf in chosen.items()}, reading, path, found.trainer)
-    files: dict[str, tuple[int, MappedFile]] = {}
+    files: dict[str, tuple[int, InputFile]] = {}
     archives: dict[_Stored, TensorSpec] = {}  # each is read once, however often the metadata names it
     with ExitStack() as on_error:
 
         def archive_of(stored: _Stored, name: str) -> TensorSpec:
             if stored.file not in files:
                 member = member_of(folder, stored.file, str(folder / METADATA))
-                files[stored.file] = (len(files), on_error.enter_context(MappedFile(member)))
+                files[stored.file] = (len(files), on_error.enter_context(InputFile(member)))
             if stored not in archives:
                 archives[stored] = _read_archive(*files[stored.file], stored, name)
             return archives[stored]
@@ -111,7 +110,7 @@ def _fail(folder: Path, what: str) -> NoReturn:
 
 
 def _read_metadata(path: Path) -> tuple[Mapping[str, Any], str]:
-    with MappedFile(path) as file:
+    with InputFile(path) as file:
         if file.size > LIMITS.pickle:
             _fail(path.parent, f"expected metadata of at most {LIMITS.pickle:,} bytes, got {file.size:,}")
         pickle = file.read(0, file.size)
@@ -221,9 +220,9 @@ def _check_present(
         )
 
 
-def _read_archive(index: int, file: MappedFile, stored: _Stored, name: str) -> TensorSpec:
+def _read_archive(index: int, file: InputFile, stored: _Stored, name: str) -> TensorSpec:
     """Returns where the one tensor of an archive inside a file lies: a part of the tensor of that name."""
-    region = Region(file, stored.offset, stored.length)
+    region = FileRange(file, stored.offset, stored.length)
     held = torch_zip.read_contents(region, is_part=True)
     contents = held.objects
     if not isinstance(contents, StoredTensor):

@@ -17,7 +17,7 @@ from typing import Any
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, Part, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.dcp_parts import join_parts
 from ckpt_avg.formats.one_file import DCP_SHARDING, refuse_choice
 from ckpt_avg.formats.safetensors_header import parse_header, read_header
@@ -41,11 +41,11 @@ def open_dcp_safetensors(shards: Sequence[Path], path: Path, reading: Reading) -
     refuse_choice(reading, path)
     parts: dict[str, list[Part]] = {}
     first: dict[str, TensorSpec] = {}
-    files: list[MappedFile] = []
+    files: list[InputFile] = []
     digest = hashlib.sha256()
     with ExitStack() as on_error:
         for shard in shards:
-            files.append(on_error.enter_context(MappedFile(shard)))
+            files.append(on_error.enter_context(InputFile(shard)))
             header = read_header(files[-1])
             digest.update(hashlib.sha256(header).digest())
             tensors, metadata = parse_header(files[-1], header)

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN_KEY, Checkpoint, CheckpointSpec, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats import safetensors_header as safetensors
 from ckpt_avg.formats import torch_legacy as torch_stream
 from ckpt_avg.formats import torch_zip
@@ -21,7 +21,7 @@ from ckpt_avg.formats.state_dict import Reading
 from ckpt_avg.formats.torch_file import Names, assemble, rename, settle_names
 from ckpt_avg.formats.unknown import explain
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.machine.collector import collector_paused
+from ckpt_avg.machine import gc_paused
 
 DCP_SHARDING = "DCP_SHARDING_INFO"
 
@@ -38,7 +38,7 @@ def open_file(path: Path, reading: Reading, *, strip: bool = True) -> Checkpoint
         CheckpointFormatError: the file is corrupt, unsafe, or of an unknown kind.
     """
     with ExitStack() as on_error:
-        file = on_error.enter_context(MappedFile(path))
+        file = on_error.enter_context(InputFile(path))
         head = file.read(0, min(file.size, 512))
         if head.startswith(torch_zip.MAGIC):
             checkpoint = assemble(file, "torch zip", torch_zip.read_contents(file), reading, strip=strip)
@@ -66,14 +66,14 @@ class _Table(dict[str, TensorSpec]):
 _TABLES: WeakValueDictionary[tuple[str, int, str | None, bool], _Table] = WeakValueDictionary()
 
 
-def _read_table(file: MappedFile, reading: Reading, *, strip: bool) -> _Table:
+def _read_table(file: InputFile, reading: Reading, *, strip: bool) -> _Table:
     header = safetensors.read_header(file)
     # All that the table follows from. Only what passed every check is kept, and no path is in it.
     digest = hashlib.sha256(header).hexdigest()
     key = (digest, file.size, reading.strip_prefix, strip)
     table = _TABLES.get(key)
     if table is None:
-        with collector_paused():
+        with gc_paused():
             tensors, metadata = safetensors.parse_header(file, header)
             scalars = {name: tensor.shape == () for name, tensor in tensors.items()}
             names = settle_names(scalars, reading, file.path, strip=strip)
@@ -81,7 +81,7 @@ def _read_table(file: MappedFile, reading: Reading, *, strip: bool) -> _Table:
     return table
 
 
-def _open_safetensors(file: MappedFile, reading: Reading, *, strip: bool) -> Checkpoint:
+def _open_safetensors(file: InputFile, reading: Reading, *, strip: bool) -> Checkpoint:
     refuse_choice(reading, file.path)
     table = _read_table(file, reading, strip=strip)
     names, metadata = table.names, table.metadata
@@ -117,7 +117,7 @@ def refuse_choice(reading: Reading, path: Path) -> None:
         )
 
 
-def _pickled(file: MappedFile) -> FileContents:
+def _pickled(file: InputFile) -> FileContents:
     """Returns what a bare pickle holds, whose arrays are in it: detectron2's model zoo has such files."""
     if file.size > LIMITS.pickle:
         raise CheckpointFormatError(

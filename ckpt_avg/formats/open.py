@@ -1,4 +1,4 @@
-"""Readers: each turns one format's header into a table of `TensorSpec`; `MappedFile` serves the bytes.
+"""Readers: each turns one format's header into a table of `TensorSpec`; `InputFile` serves the bytes.
 
 `open_checkpoint` looks at the first bytes of a file, never at its suffix alone, and at the names in a folder.
 """

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from ckpt_avg.checkpoint.spec import DTYPES, SUB_BYTE_DTYPES, TensorSpec, contiguous_stride
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.names import check_name, is_text
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, plural, quote
@@ -28,7 +28,7 @@ def looks_like(head: bytes) -> bool:
     return len(head) >= 9 and head[8:9] == b"{"
 
 
-def read_header(file: MappedFile) -> bytes:
+def read_header(file: InputFile) -> bytes:
     """Returns the JSON of the header, unparsed.
 
     Raises:
@@ -52,7 +52,7 @@ def read_header(file: MappedFile) -> bytes:
     return header
 
 
-def parse_header(file: MappedFile, header: bytes) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+def parse_header(file: InputFile, header: bytes) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """Parses and checks the whole header.
 
     Args:
@@ -76,11 +76,11 @@ def parse_header(file: MappedFile, header: bytes) -> tuple[dict[str, TensorSpec]
     return {name: by_name[name] for name in entries}, metadata
 
 
-def _fail(file: MappedFile, what: str) -> NoReturn:
+def _fail(file: InputFile, what: str) -> NoReturn:
     raise CheckpointFormatError(f"{file.path}: {what}")
 
 
-def _parse(file: MappedFile, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+def _parse(file: InputFile, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         parsed = json.loads(
             header.decode("utf-8"),
@@ -132,7 +132,7 @@ def _plain_integer(text: str) -> int | _NoSize:
     return int(text) if len(text) <= 20 and text != "-0" else _NoSize(text)
 
 
-def _tensor(file: MappedFile, name: str, entry: Any, data_start: int) -> TensorSpec:
+def _tensor(file: InputFile, name: str, entry: Any, data_start: int) -> TensorSpec:
     check_name(name, file.path)
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         found = listing(sorted(map(quote, entry))) if isinstance(entry, dict) else type(entry).__name__
@@ -170,7 +170,7 @@ def _tensor(file: MappedFile, name: str, entry: Any, data_start: int) -> TensorS
     return TensorSpec(name, dtype, tuple(shape), contiguous_stride(tuple(shape)), 0, start, (start, nbytes))
 
 
-def _bad(file: MappedFile, name: str, problem: str) -> CheckpointFormatError:
+def _bad(file: InputFile, name: str, problem: str) -> CheckpointFormatError:
     return CheckpointFormatError(f"{file.path}: tensor {quote(name)}: {problem}")
 
 
@@ -178,7 +178,7 @@ def _sizes(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
 
 
-def _check_no_gaps(file: MappedFile, placed: Iterable[TensorSpec], data_start: int) -> None:
+def _check_no_gaps(file: InputFile, placed: Iterable[TensorSpec], data_start: int) -> None:
     position: int = data_start
     before: TensorSpec | None = None
     for tensor in placed:

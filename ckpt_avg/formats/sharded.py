@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.in_memory import MemoryFile
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.files.status import is_file
 from ckpt_avg.formats.members import member_of
 from ckpt_avg.formats.one_file import open_file
@@ -57,7 +57,7 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
             f"{index}: {plural(len(missing), 'shard')} of {len(shards)} missing: {listing(map(quote, missing))}. Copy "
             "them beside the index."
         )
-    files: list[MappedFile | MemoryFile] = []
+    files: list[InputFile | MemoryFile] = []
     opened: dict[str, CheckpointSpec] = {}
     begins: list[int] = []
     bare = replace(reading, strip_prefix=None)
@@ -145,7 +145,7 @@ def _fail(index: Path, what: str) -> NoReturn:
 
 
 def _weight_map(index: Path) -> tuple[Mapping[str, str], str]:
-    with MappedFile(index) as file:
+    with InputFile(index) as file:
         if file.size > LIMITS.index:
             _fail(index, f"expected a shard index of at most {LIMITS.index:,} bytes, got {file.size:,}")
         text = file.read(0, file.size)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats import torch_zip
 from ckpt_avg.formats.trainers.records import record_of
 from ckpt_avg.formats.trainers.registry import TRAINERS
@@ -35,7 +35,7 @@ def record_beside(path: Path, epoch: int | None) -> Record:
 
 def _torch_record(path: Path, trainer: Trainer) -> Record:
     try:
-        with MappedFile(path) as file:
+        with InputFile(path) as file:
             return record_of(Contents(torch_zip.read_contents(file).objects), trainer)
     except CheckpointFormatError:
         return Record()
@@ -53,7 +53,7 @@ def _text_of(path: Path) -> str:
 def _text(path: Path, _modified: int, _size: int) -> str:
     """Reads a table of the whole run once for all its checkpoints, unless it changes."""
     try:
-        with MappedFile(path) as file:
+        with InputFile(path) as file:
             return file.read(0, file.size).decode("utf-8") if file.size <= LIMITS.log else ""
     except (CheckpointFormatError, UnicodeDecodeError):
         return ""

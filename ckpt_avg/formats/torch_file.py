@@ -11,7 +11,7 @@ from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec
 from ckpt_avg.checkpoint.training_record import measure
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.in_memory import MemoryFile
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.names import check_name
 from ckpt_avg.formats.pickles.leaves import Leaf, StoredTensor
 from ckpt_avg.formats.pickles.numpy_arrays import StoredArray
@@ -69,7 +69,7 @@ def settle_names(
 
 
 def assemble(
-    file: MappedFile,
+    file: InputFile,
     form: str,
     held: FileContents,
     reading: Reading,

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.region import Readable
+from ckpt_avg.files.input_file import Readable
 from ckpt_avg.formats.pickles.leaves import StorageRef, UnreadableTensor
 from ckpt_avg.formats.pickles.unpickler import read_next_pickle
 from ckpt_avg.formats.place import FileContents, Place

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.region import Readable
+from ckpt_avg.files.input_file import Readable
 from ckpt_avg.formats.pickles.unpickler import read_pickle
 from ckpt_avg.formats.place import FileContents, Place
 from ckpt_avg.formats.zip_directory import Member, read_members

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
-from ckpt_avg.files.region import Readable
+from ckpt_avg.files.input_file import Readable
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import quote
 

@@ -16,7 +16,7 @@ import torch
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import prefetch, read_ranges, torch_dtype
 from ckpt_avg.errors import UsageError
-from ckpt_avg.machine.collector import collector_paused
+from ckpt_avg.machine import gc_paused
 from ckpt_avg.mean.averager import LEAST_CHUNK, Averager
 from ckpt_avg.mean.blocks import Block, cut_into_blocks
 from ckpt_avg.mean.plan import Plan
@@ -100,7 +100,7 @@ def write_means(
 
     before = torch.get_num_threads()
     try:
-        with collector_paused():
+        with gc_paused():
             run_workers(threads, cut_into_blocks(plan, elements, within), work)
     finally:
         torch.set_num_threads(before)

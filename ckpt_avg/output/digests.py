@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.torch_zip import MAGIC
 from ckpt_avg.formats.zip_directory import refuse_damaged
 from ckpt_avg.mean.workers import SharedItems, run_workers
@@ -25,7 +25,7 @@ LEAF = 2**20
 _DIGEST = 32  # bytes
 
 ReadAt = Callable[[int, int], bytes]
-Item = TypeVar("Item", int, MappedFile)
+Item = TypeVar("Item", int, InputFile)
 
 
 class TreeDigest:
@@ -118,7 +118,7 @@ class TreeDigest:
 
 
 def digest_data(
-    file: MappedFile, begin: int, *, threads: int, progress: Callable[[int], None] = lambda nbytes: None
+    file: InputFile, begin: int, *, threads: int, progress: Callable[[int], None] = lambda nbytes: None
 ) -> str:
     """Returns the digest of a file's data section, from byte ``begin`` to its end, in hex.
 
@@ -158,12 +158,12 @@ def digest_files(
         CheckpointFormatError: a file cannot be read, was truncated meanwhile, or is damaged.
     """
     named = [
-        {name_in(checkpoint, file.path): file for file in checkpoint.files if isinstance(file, MappedFile)}
+        {name_in(checkpoint, file.path): file for file in checkpoint.files if isinstance(file, InputFile)}
         for checkpoint in checkpoints
     ]
     digests: dict[int, str] = {}
 
-    def one(file: MappedFile, read: ReadAt) -> None:
+    def one(file: InputFile, read: ReadAt) -> None:
         digests[id(file)] = digest_stream(read, file.size)
 
     files = [(file, file) for each in named for file in each.values()]
@@ -171,13 +171,13 @@ def digest_files(
     for checkpoint in checkpoints:
         if "torch zip" in checkpoint.spec.format:
             for file in checkpoint.files:
-                if isinstance(file, MappedFile) and file.read(0, min(file.size, 4)) == MAGIC:
+                if isinstance(file, InputFile) and file.read(0, min(file.size, 4)) == MAGIC:
                     refuse_damaged(file)
     return [{name: digests[id(file)] for name, file in each.items()} for each in named]
 
 
 def _for_each(
-    items: Iterable[tuple[Item, MappedFile]],
+    items: Iterable[tuple[Item, InputFile]],
     do: Callable[[Item, ReadAt], None],
     *,
     threads: int,
@@ -186,11 +186,11 @@ def _for_each(
     """Calls ``do(item, read)`` for each item, with what reads its file, by so many threads, until one fails."""
     lock = threading.Lock()
 
-    def work(shared: SharedItems[tuple[Item, MappedFile]]) -> None:
+    def work(shared: SharedItems[tuple[Item, InputFile]]) -> None:
         for item, file in shared:
             do(item, functools.partial(read, shared, file))
 
-    def read(shared: SharedItems[tuple[Item, MappedFile]], file: MappedFile, offset: int, length: int) -> bytes:
+    def read(shared: SharedItems[tuple[Item, InputFile]], file: InputFile, offset: int, length: int) -> bytes:
         shared.check()
         found = file.read(offset, length)
         with lock:

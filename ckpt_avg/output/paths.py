@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.errors import CheckpointFormatError, UsageError
-from ckpt_avg.files.status import is_folder, look, status_of
+from ckpt_avg.files.status import input_status, is_folder, stat_or_none
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.sharded import is_index
 from ckpt_avg.limits import LIMITS
@@ -25,7 +25,7 @@ def refuse_output_among(output: str | os.PathLike[str], discovery: Discovery) ->
     the run before.
     """
     try:
-        status = look(output)
+        status = stat_or_none(output)
     except OSError as error:
         raise UsageError(f"{output}: cannot be used as output: {error.strerror}. Choose another path.") from error
     if status is None:
@@ -55,7 +55,7 @@ def _refuse_unlisted(error: OSError) -> NoReturn:
 
 
 def _is(file: Path, status: os.stat_result) -> bool:
-    other = status_of(file)
+    other = input_status(file)
     return other is not None and os.path.samestat(other, status)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN_KEY, Checkpoint, CheckpointSpec, name_of
 from ckpt_avg.errors import CheckpointFormatError, UsageError
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import make_reading
 from ckpt_avg.formats.state_dict import Reading
 from ckpt_avg.mean.plan import check_rules
@@ -179,7 +179,7 @@ def text_of(path: Path) -> str:
 
 def size_of(checkpoint: Checkpoint) -> int:
     """Returns the bytes of all files that hold a checkpoint's tensors."""
-    return sum(file.size for file in checkpoint.files if isinstance(file, MappedFile))
+    return sum(file.size for file in checkpoint.files if isinstance(file, InputFile))
 
 
 def _is_source(source: object) -> bool:

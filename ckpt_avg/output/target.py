@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from ckpt_avg.errors import OutputError, UsageError
-from ckpt_avg.files.status import look
+from ckpt_avg.files.status import stat_or_none
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -23,7 +23,7 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         )
     target = Path(os.path.realpath(path))
     try:
-        status, folder = look(target), look(target.parent)
+        status, folder = stat_or_none(target), stat_or_none(target.parent)
     except OSError as error:
         raise UsageError(f"{path}: cannot be used as output: {error.strerror}. Choose another path.") from error
     if status is not None and not stat.S_ISREG(status.st_mode):

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_avg.errors import OutputError
-from ckpt_avg.files.hints import start_writing
+from ckpt_avg.files.platform import start_writing
 from ckpt_avg.text import size as readable_size
 
 # Bytes given to the system at a time. More at once lets the page cache take blocks so large that they may have to be

@@ -13,15 +13,15 @@ from typing import Literal
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, Checkpoint
 from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, TooManyFilesError
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.formats.state_dict import Reading
 from ckpt_avg.formats.trainers.file_names import record_from_name, stem
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import Discovery, refuse_repeated
 from ckpt_avg.runs.run_folder import Skipped, in_order, natural_key
-from ckpt_avg.text import escaped, listing, quote
+from ckpt_avg.text import escaped, listing, plural, quote
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
 Unit = Literal["step", "epoch"]
@@ -93,7 +93,11 @@ def survey(
     skipped = list(discovery.skipped)
     notes = [note for source in discovery.sources for note in source.notes]
     for source in discovery.sources:
-        found = [_open(path, reading, stack, source.is_run) for path in source.paths if wanted(path.name)]
+        found: list[Candidate] = []
+        try:
+            found += (_open(path, reading, stack, source.is_run) for path in source.paths if wanted(path.name))
+        except TooManyFilesError as error:
+            raise _too_many_files(error, [*candidates, *found], sum(wanted(path.name) for path in paths)) from error
         if source.is_run:
             kept = _one_series(_in_order(_without_others(found, skipped, copy_test)), skipped, notes)
             paths_kept = {candidate.path for candidate in kept}
@@ -107,6 +111,13 @@ def survey(
         raise IncompatibleError(f"nothing to average: all checkpoints are skipped ({reasons}). Name others.")
     refuse_repeated((each.path, _identity(each)) for each in candidates)  # a folder, and the file in it
     return Survey(tuple(candidates), tuple(skipped), tuple(notes))
+
+
+def _too_many_files(error: TooManyFilesError, opened: Sequence[Candidate], count: int) -> TooManyFilesError:
+    """Returns the error for all ``count`` checkpoints, which have as many files each as those that are open."""
+    files = sum(len(each.checkpoint.files) for each in opened if each.checkpoint is not None)
+    needed = files * count // max(len(opened), 1)
+    return TooManyFilesError(plural(count, "checkpoint"), max(needed, error.limit + 1), error.limit)
 
 
 def unit_of(candidates: Sequence[Candidate]) -> Unit | None:
@@ -127,7 +138,7 @@ def position(candidate: Candidate, unit: Unit) -> int:
 
 def _identity(candidate: Candidate) -> frozenset[tuple[int, int]]:
     files = candidate.checkpoint.files if candidate.checkpoint else ()
-    return frozenset(file.identity for file in files if isinstance(file, MappedFile))
+    return frozenset(file.identity for file in files if isinstance(file, InputFile))
 
 
 def _open(path: Path, reading: Reading, stack: ExitStack, is_run: bool) -> Candidate:

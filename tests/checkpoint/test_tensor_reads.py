@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ckpt_avg.checkpoint import tensor_reads as reads
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, Checkpoint, CheckpointSpec, TensorSpec, contiguous_stride
 from ckpt_avg.checkpoint.tensor_reads import join_ranges, prefetch, read_ranges, stream, torch_dtype
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 
 View = tuple[str, tuple[int, ...], tuple[int, ...], int]  # dtype, shape, stride, offset
 DTYPES = ("int8", "int16", "int32", "int64", "complex64", "bool", "float8_e4m3fn", "bfloat16", "uint64")
@@ -23,7 +23,7 @@ DTYPES = ("int8", "int16", "int32", "int64", "complex64", "bool", "float8_e4m3fn
 def checkpoint_of(path: Path, contents: bytes, tensors: Sequence[TensorSpec] = ()) -> Checkpoint:
     path.write_bytes(contents)
     spec = CheckpointSpec(path, "raw", {tensor.name: tensor for tensor in tensors})
-    return Checkpoint(spec, (MappedFile(path),))
+    return Checkpoint(spec, (InputFile(path),))
 
 
 def make(name: str, dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> TensorSpec:
@@ -159,19 +159,19 @@ def test_a_view_far_wider_than_its_elements_is_read_through_small_windows(
 ) -> None:
     """A few elements spread over a large file must not bring the whole file into memory."""
     asked = []
-    window = MappedFile.window
+    window = InputFile.map
 
-    def recorded(self: MappedFile, offset: int, length: int) -> object:
+    def recorded(self: InputFile, offset: int, length: int) -> object:
         asked.append(length)
         return window(self, offset, length)
 
-    monkeypatch.setattr(MappedFile, "window", recorded)
+    monkeypatch.setattr(InputFile, "map", recorded)
     path = tmp_path / "raw"
     with path.open("wb") as file:
         file.truncate(256 * 2**20)
     tensor = make("w", "float32", (8, 8), (1, 8 * 2**20), 0)
     spec = CheckpointSpec(path, "raw", {"w": tensor})
-    with Checkpoint(spec, (MappedFile(path),)) as checkpoint:
+    with Checkpoint(spec, (InputFile(path),)) as checkpoint:
         assert read_ranges(checkpoint, [(tensor, 0, 64)])[0].tolist() == [0.0] * 64
     assert asked
     assert max(asked) <= 4 * 2**20

@@ -24,7 +24,7 @@ from ckpt_avg.checkpoint.spec import CheckpointSpec
 from ckpt_avg.commands.agreement import agree_on_files, agree_on_request
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import RankError
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 
 # -- Arguments ------------------------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Seen:
     """A checkpoint as another machine sees it: under a path of its own."""
 
     spec: CheckpointSpec
-    files: tuple[MappedFile, ...]
+    files: tuple[InputFile, ...]
 
 
 def see(folder: Path, names: list[str]) -> list[Seen]:
@@ -310,7 +310,7 @@ def test_every_shard_is_compared(tmp_path: Path) -> None:
 def test_a_single_rank_reads_nothing_for_it(monkeypatch: pytest.MonkeyPatch, run_folder: Path) -> None:
     """If it failed, every run would read a megabyte of each checkpoint twice."""
     with open_checkpoint(run_folder / "epoch_20.pt") as checkpoint:
-        monkeypatch.setattr(MappedFile, "read", lambda *_: pytest.fail("it was read"))
+        monkeypatch.setattr(InputFile, "read", lambda *_: pytest.fail("it was read"))
         agree_on_files(Ranks(), [checkpoint])
 
 

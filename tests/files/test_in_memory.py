@@ -23,7 +23,7 @@ def test_what_was_added_is_read_back_where_it_was_put(pieces: list[bytes]) -> No
     for piece, begin in zip(pieces, places, strict=True):
         assert begin % 16 == 0
         assert file.read(begin, len(piece)) == piece
-        window = file.window(begin, len(piece))
+        window = file.map(begin, len(piece))
         assert bytes(window.buffer[window.position : window.position + len(piece)]) == piece
         assert window.offset == begin
     assert file.size == max((begin + len(piece) for piece, begin in zip(pieces, places, strict=True)), default=0)
@@ -35,7 +35,7 @@ def test_what_was_added_is_read_back_where_it_was_put(pieces: list[bytes]) -> No
 def test_nothing_outside_is_read(offset: int, length: int) -> None:
     file = MemoryFile(Path("some/file.pt"))
     file.add(b"abcd")
-    for read in (file.read, file.window):
+    for read in (file.read, file.map):
         with pytest.raises(CheckpointFormatError, match=r"some/file\.pt: expected"):
             read(offset, length)
 

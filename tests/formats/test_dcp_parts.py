@@ -16,7 +16,7 @@ from ckpt_avg.checkpoint import tensor_reads as elements
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, Checkpoint, CheckpointSpec, Part, TensorSpec, contiguous_stride
 from ckpt_avg.checkpoint.tensor_reads import read_ranges, stream
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats import dcp_parts as parts
 from ckpt_avg.formats.dcp_parts import join_parts
 from ckpt_avg.limits import LIMITS, Limits
@@ -86,7 +86,7 @@ def opened(folder: Path, stored: Stored, tensor: TensorSpec) -> Checkpoint:
     files = []
     for name, contents in zip(("one", "two"), stored.files, strict=True):
         (folder / name).write_bytes(contents)
-        files.append(MappedFile(folder / name))
+        files.append(InputFile(folder / name))
     return Checkpoint(CheckpointSpec(folder, "parts", {"w": tensor}), files)
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import read_ranges, stream
 from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats import torch_zip
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.limits import LIMITS
@@ -673,7 +673,7 @@ def test_a_pickle_over_the_limit(tmp_path: Path) -> None:
     """Refused before one byte of it is read."""
     path = tmp_path / "a.pt"
     torch.save({"w": torch.ones(2), "text": "x" * LIMITS.part_pickle}, path)
-    with MappedFile(path) as file:
+    with InputFile(path) as file:
         torch_zip.read_contents(file)
         with pytest.raises(CheckpointFormatError) as caught:
             torch_zip.read_contents(file, is_part=True)

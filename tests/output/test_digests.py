@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.output import digests
 from ckpt_avg.output.digests import LEAF, TreeDigest, digest_data, digest_files, digest_stream
@@ -94,7 +94,7 @@ def test_the_data_of_a_file_is_digested_by_many_threads(tmp_path: Path, nbytes: 
     data = random.Random(nbytes).randbytes(nbytes)
     (tmp_path / "file").write_bytes(b"header" + data)
     read: list[int] = []
-    with MappedFile(tmp_path / "file") as file:
+    with InputFile(tmp_path / "file") as file:
         assert digest_data(file, 6, threads=threads, progress=read.append) == expected(data)
         assert digest_stream(file.read, file.size) == hashlib.sha256(b"header" + data).hexdigest()
     assert sum(read) == nbytes

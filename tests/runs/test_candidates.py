@@ -355,7 +355,7 @@ def test_only_what_is_chosen_stays_open(tmp_path: Path) -> None:
 
 @pytest.mark.guarantee("many-checkpoints")
 def test_a_run_of_more_checkpoints_than_files_may_be_open(tmp_path: Path) -> None:
-    """Long runs have thousands: choosing three of them must not need them all at once."""
+    """Long runs have thousands: a soft limit is no reason to fail."""
     import resource
 
     for step in range(120):

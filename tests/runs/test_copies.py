@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.runs import copies
 from ckpt_avg.runs.copies import find_copies
@@ -121,9 +121,9 @@ def test_large_tensors_are_compared_to_their_ends(tmp_path: Path, monkeypatch: p
     """Block by block, so that memory stays bounded."""
     monkeypatch.setattr(copies, "_BLOCK", 1000)
     asked = []
-    read = MappedFile.read
+    read = InputFile.read
 
-    def recorded(self: MappedFile, offset: int, length: int) -> bytes:
+    def recorded(self: InputFile, offset: int, length: int) -> bytes:
         asked.append(length)
         return read(self, offset, length)
 
@@ -133,7 +133,7 @@ def test_large_tensors_are_compared_to_their_ends(tmp_path: Path, monkeypatch: p
     paths = write(tmp_path, {"w": first}, {"w": last}, {"w": first})
     with ExitStack() as stack:
         opened = [stack.enter_context(open_checkpoint(path)) for path in paths]
-        monkeypatch.setattr(MappedFile, "read", recorded)
+        monkeypatch.setattr(InputFile, "read", recorded)
         assert find_copies(opened) == {2: 0}
     assert max(asked) <= 1000
     assert sum(asked) > 2 * first.nbytes
@@ -143,11 +143,11 @@ def test_checkpoints_that_differ_are_told_apart_by_little(tmp_path: Path, monkey
     """Reading a run of large models twice would double the time of an average."""
     paths = write(tmp_path, *({"w": torch.full((100_000,), float(seed))} for seed in range(4)))
     asked = []
-    read = MappedFile.read
+    read = InputFile.read
     with ExitStack() as stack:
         opened = [stack.enter_context(open_checkpoint(path)) for path in paths]
         monkeypatch.setattr(
-            MappedFile, "read", lambda self, offset, length: (asked.append(length), read(self, offset, length))[1]
+            InputFile, "read", lambda self, offset, length: (asked.append(length), read(self, offset, length))[1]
         )
         assert find_copies(opened) == {}
     assert sum(asked) < 10_000

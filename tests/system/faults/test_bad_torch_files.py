@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from system.faults.test_bad_safetensors import refusal, refusal_of
 
 from ckpt_avg import CheckpointFormatError, open_checkpoint
-from ckpt_avg.files.region import Region
+from ckpt_avg.files.input_file import FileRange
 from ckpt_avg.limits import LIMITS
 
 Command = Callable[..., tuple[int, str, str]]
@@ -659,7 +659,7 @@ def test_a_part_of_a_file_is_never_left(tmp_path: Path) -> None:
         def read(self, offset: int, length: int) -> bytes:
             return bytes(range(10))[offset : offset + length]
 
-    region = Region(Bytes(), 2, 5)
+    region = FileRange(Bytes(), 2, 5)
     assert region.read(1, 4) == bytes((3, 4, 5, 6))
     for offset, length in ((-1, 1), (0, 6), (5, 1), (0, -1)):
         with pytest.raises(Exception, match=rf"__0_0\.distcp: expected {length} bytes at byte {2 + offset}") as caught:

@@ -343,12 +343,12 @@ def test_many_limits_on_memory(tmp_path: Path) -> None:
 
 
 _KEEPS = """
-from ckpt_avg.files.input_file import MappedFile
-kept, make = [], MappedFile.window
-def window(self, *where):
+from ckpt_avg.files.input_file import InputFile
+kept, make = [], InputFile.map
+def map(self, *where):
     kept.append(make(self, *where))
     return kept[-1]
-MappedFile.window = window
+InputFile.map = map
 """
 
 

@@ -202,7 +202,7 @@ def test_the_harness_catches_a_reader_that_does_not_look_again(
     inputs: Inputs, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A control: without the look at the end, files that were overwritten meanwhile give outputs of both."""
-    lines = "import ckpt_avg.files.descriptors as d\nd.Descriptor.check_unchanged = lambda self: None\n"
+    lines = "import ckpt_avg.files.input_file as f\nf.InputFile.check_unchanged = lambda self: None\n"
     for name, value in altered(tmp_path, lines).items():
         monkeypatch.setenv(name, value)
     with Server(tmp_path) as careless:
@@ -212,14 +212,14 @@ def test_the_harness_catches_a_reader_that_does_not_look_again(
 
 _CUT_BETWEEN = """
 import mmap, os
-import ckpt_avg.files.input_file as mapped
-bring = mapped._populate
+import ckpt_avg.files.platform as platform
+bring = platform.populate
 def bring_and_cut(window):
     code = bring(window)
     if len(window) > mmap.PAGESIZE:  # no trial whether it works at all
         os.truncate(os.environ["TEST_VICTIM"], 0)
     return code
-mapped._populate = bring_and_cut
+platform.populate = bring_and_cut
 """
 
 
@@ -266,7 +266,7 @@ def fail_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             return preadv(fd, buffers, offset, *flags)
 
         monkeypatch.setattr(os, "preadv", read)
-        monkeypatch.setattr("ckpt_avg.files.input_file._populate", lambda window: code if fails() else 0)
+        monkeypatch.setattr("ckpt_avg.files.platform.populate", lambda window: code if fails() else 0)
 
     return fail
 
@@ -314,7 +314,7 @@ def test_a_file_system_without_maps_gives_the_same_average(
         refused.append(descriptor)
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("ckpt_avg.files.input_file.mmap.mmap", refuse)
+    monkeypatch.setattr("ckpt_avg.files.platform.mmap.mmap", refuse)
     ended, _, err = in_process("average", *inputs.sources, "-o", output)
     assert (ended, err) == (0, "")
     assert output.read_bytes() == inputs.old
@@ -370,10 +370,25 @@ def with_descriptors(count: int) -> Callable[[], None]:
 
 @pytest.mark.guarantee("open-files")
 @pytest.mark.slow
-def test_more_shards_than_files_may_be_open_are_averaged(ckpt_avg: Command, shards: list[Path], output: Path) -> None:
-    """If it failed, long runs of sharded checkpoints would need a higher `ulimit -n`, or end in a traceback."""
-    ended = ckpt_avg("average", *shards, "-o", output, "-q", preexec_fn=with_descriptors(40))
-    assert (ended.returncode, ended.stderr) == (0, "")
+def test_more_files_than_may_be_open_is_exit_6(ckpt_avg: Command, shards: list[Path], output: Path) -> None:
+    """If it failed, the user would get a traceback, or not learn how many files the checkpoints have."""
+    ended = ckpt_avg("average", *shards, "-o", output, "-q", preexec_fn=with_descriptors(80))
+    assert ended.returncode == 6, ended
+    assert ended.stderr == (
+        "Error: 12 checkpoints: at least 144 files have to be open at once, but the limit is 80. Allow more with "
+        "`ulimit -n 244` (as root), or average fewer checkpoints.\n"
+    )
+    assert os.listdir(output.parent) == []
+
+
+@pytest.mark.slow
+def test_the_ulimit_that_the_message_names_is_enough(ckpt_avg: Command, shards: list[Path], output: Path) -> None:
+    """A soft limit below it is raised, and the user need not do that."""
+    raised = ckpt_avg(
+        "average", *shards, "-o", output, "-q",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 244)),
+    )  # fmt: skip
+    assert (raised.returncode, raised.stderr) == (0, "")
     average(shards, output.with_name("without a limit"))
     assert output.read_bytes() == output.with_name("without a limit").read_bytes()
 
@@ -385,6 +400,6 @@ def test_too_few_descriptors_for_anything_is_an_error(ckpt_avg: Command, shards:
     ended = ckpt_avg("average", *shards, "-o", output, "-q", preexec_fn=with_descriptors(6))
     assert ended.returncode in (3, 5, 6), ended  # the folder, the output or a checkpoint could not be opened
     assert ended.stderr.startswith("Error: ")
-    assert "too many open files" in ended.stderr.lower()
+    assert "too many open files" in ended.stderr.lower() or "but the limit is 6" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
     assert os.listdir(output.parent) == []

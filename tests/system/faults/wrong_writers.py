@@ -100,38 +100,38 @@ def taking_signals_for_one(arguments: Sequence[str]) -> None:
 
 def opening_inputs_for_writing(arguments: Sequence[str]) -> None:
     """Every input is opened so that it could be written to."""
-    import ckpt_avg.files.descriptors
+    import ckpt_avg.files.platform
 
-    ckpt_avg.files.descriptors._FLAGS |= os.O_RDWR
+    ckpt_avg.files.platform.READ_FLAGS |= os.O_RDWR
 
 
 def touching_inputs(arguments: Sequence[str]) -> None:
     """Once they have been read, the times of inputs are put back, as tools do that mean well."""
-    from ckpt_avg.files.input_file import MappedFile
+    from ckpt_avg.files.input_file import InputFile
 
-    real = MappedFile.close
+    real = InputFile.close
 
-    def close(file: MappedFile) -> None:
+    def close(file: InputFile) -> None:
         real(file)
         status = os.stat(file.path)
         os.utime(file.path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    MappedFile.close = close  # type: ignore[method-assign]
+    InputFile.close = close  # type: ignore[method-assign]
 
 
 def leaving_a_note(arguments: Sequence[str]) -> None:
     """A file appears beside the inputs, and is gone again."""
-    from ckpt_avg.files.input_file import MappedFile
+    from ckpt_avg.files.input_file import InputFile
 
-    real = MappedFile.close
+    real = InputFile.close
 
-    def close(file: MappedFile) -> None:
+    def close(file: InputFile) -> None:
         real(file)
         note = file.path.with_suffix(".lock")
         note.touch()
         note.unlink()
 
-    MappedFile.close = close  # type: ignore[method-assign]
+    InputFile.close = close  # type: ignore[method-assign]
 
 
 def creating_early(arguments: Sequence[str]) -> None:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg.machine import control_groups, threads
-from ckpt_avg.machine.control_groups import cpu_quota
+from ckpt_avg import machine
 
 
 @pytest.fixture
 def system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr(control_groups, "Path", lambda text: tmp_path / str(text).lstrip("/"))
-    monkeypatch.setattr(control_groups, "_ROOT", tmp_path / "sys/fs/cgroup")
+    monkeypatch.setattr(machine, "Path", lambda text: tmp_path / str(text).lstrip("/"))
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path / "sys/fs/cgroup")
     return tmp_path
 
 
@@ -60,19 +59,19 @@ def write(root: Path, files: dict[str, str]) -> None:
 )
 def test_quotas(system: Path, files: dict[str, str], cores: float) -> None:
     write(system, files)
-    assert cpu_quota() == cores
+    assert machine.cpu_quota() == cores
 
 
 @pytest.mark.parametrize(("quota", "expected"), [(math.inf, 8), (2.5, 3), (0.2, 1), (100, 8)])
 def test_threads_follow_the_quota(monkeypatch: pytest.MonkeyPatch, quota: float, expected: int) -> None:
-    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
-    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert threads.choose_threads(None) == expected
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert machine.choose_threads(None) == expected
 
 
 def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four ranks with a worker for every core each would be four times too many."""
-    monkeypatch.setattr(threads, "usable_cores", lambda: 8)
-    assert threads.choose_threads(None, 4) == 2
-    assert threads.choose_threads(None, 64) == 1
-    assert threads.choose_threads(3, 4) == 3
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
+    assert machine.choose_threads(None, 4) == 2
+    assert machine.choose_threads(None, 64) == 1
+    assert machine.choose_threads(3, 4) == 3

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg.files import hints as storage
-from ckpt_avg.files.hints import prefetch, remote_kind, start_writing
-from ckpt_avg.files.input_file import MappedFile
+from ckpt_avg.files import platform
+from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.files.platform import prefetch, remote_kind, start_writing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked")
 
@@ -41,20 +41,18 @@ def test_the_numbers_of_network_file_systems(
 ) -> None:
     """CIFS' number has its highest bit set, and a long of 64 bits must not turn it negative."""
 
-    class Kernel:
-        @staticmethod
-        def fstatfs(descriptor: int, status: object) -> int:
-            ctypes.cast(status, ctypes.POINTER(ctypes.c_long))[0] = number  # type: ignore[arg-type]
-            return 0
+    def fstatfs(descriptor: int, status: object) -> int:
+        ctypes.cast(status, ctypes.POINTER(ctypes.c_long))[0] = number  # type: ignore[arg-type]
+        return 0
 
-    monkeypatch.setattr(storage, "_LIBC", Kernel)
+    monkeypatch.setattr(platform._LIBC, "fstatfs", fstatfs)
     assert remote_kind(0) == name
     path = tmp_path / "file"
     path.write_bytes(bytes(600_000))
-    with MappedFile(path) as file:
-        assert isinstance(file.window(0, 600_000).buffer, bytearray) == (name is not None)
-        file.read_by("mmap")
-        assert not isinstance(file.window(0, 600_000).buffer, bytearray)
+    with InputFile(path) as file:
+        assert isinstance(file.map(0, 600_000).buffer, bytearray) == (name is not None)
+        file.use_io("mmap")
+        assert not isinstance(file.map(0, 600_000).buffer, bytearray)
 
 
 def test_the_first_field_is_where_it_is_looked_for(tmp_path: Path) -> None:
@@ -63,7 +61,7 @@ def test_the_first_field_is_where_it_is_looked_for(tmp_path: Path) -> None:
         pytest.skip("no tmpfs")
     descriptor = os.open("/dev/shm", os.O_RDONLY)
     status = (ctypes.c_long * 64)()
-    storage._LIBC.fstatfs(descriptor, ctypes.byref(status))
+    platform._LIBC.fstatfs(descriptor, ctypes.byref(status))
     os.close(descriptor)
     assert status[0] & 0xFFFFFFFF == 0x01021994  # TMPFS_MAGIC
 
@@ -98,7 +96,7 @@ def test_only_what_is_not_in_memory_is_asked_for(
 def test_what_was_prefetched_is_the_files(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(os.urandom(3_000_000))
-    with MappedFile(path) as file:
+    with InputFile(path) as file:
         file.prefetch(1, 2_999_999)
         file.prefetch(0, 0)
         assert file.read(1, 100) == path.read_bytes()[1:101]

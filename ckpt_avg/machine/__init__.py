@@ -1,1 +1,0 @@
-"""Cores and memory of this machine."""

@@ -154,14 +154,14 @@ def sweep_command(
     from ckpt_avg.cli.report_evaluation import sweep_json, sweep_text
     from ckpt_avg.commands.sweep import sweep
     from ckpt_avg.errors import UsageError
-    from ckpt_avg.output.side_files import SideFiles, as_bytes
+    from ckpt_avg.output.paths import SideFiles, json_bytes
 
     if launch_of() is not None:
         raise UsageError("sweep: expected one process, got the ranks of torchrun. Start it without torchrun.")
     for option, given in (("--model", model), ("--eval", evaluate)):
         if given is None:
             raise UsageError(f"{option}: expected a name, MODULE:NAME, got nothing. Each average is measured with it.")
-    files = SideFiles(sources, beside=None, overwrite=overwrite)
+    files = SideFiles(sources, output=None, overwrite=overwrite)
     files.check("--report", report, (".json",))
     files.check("--plot", plot, KINDS)
     if plot is not None:
@@ -173,7 +173,7 @@ def sweep_command(
     command = cli_options.average_command_for(context, result.best)
     document = sweep_json(result, command)
     contents = {
-        "--report": lambda: as_bytes(document),
+        "--report": lambda: json_bytes(document),
         "--plot": lambda: draw_sweep(result, os.path.splitext(plot or "")[1].lower()),
     }
     show(sweep_text(result, shlex.join(command)), document, contents, files, as_json=as_json)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ckpt_avg.commands.results import AverageResult
     from ckpt_avg.distributed.launch import Launch
     from ckpt_avg.distributed.ranks import Ranks
-    from ckpt_avg.output.side_files import SideFiles
+    from ckpt_avg.output.paths import SideFiles
 
 
 def make_output(
@@ -39,14 +39,13 @@ def make_output(
     """Runs what makes an output, and prints and reports what came of it, also where a requirement is not met."""
     from ckpt_avg.cli.progress_bars import bars
     from ckpt_avg.cli.report import average_json
-    from ckpt_avg.output.checksum import checksum_path
-    from ckpt_avg.output.side_files import SideFiles, as_bytes
+    from ckpt_avg.output.paths import SideFiles, checksum_path, json_bytes
 
     launch = launch_of()
     speaks = launch is None or launch.rank == 0
-    files = SideFiles(sources, beside=output, overwrite=options["overwrite"])
+    files = SideFiles(sources, output=output, overwrite=options["overwrite"])
     if options["sha256"]:
-        files.leave(checksum_path(output), "the checksum")
+        files.reserve(checksum_path(output), "the checksum")
     unmet: RequirementError | None = None
     quiet = quiet or not speaks
     try:
@@ -66,7 +65,7 @@ def make_output(
         reported = {**document, "error": error_json(type(unmet).__name__, str(unmet), unmet.exit_code)}
     else:
         reported = document
-    show(text(result), document, {"--report": lambda: as_bytes(reported)}, files, as_json=as_json, failure=unmet)
+    show(text(result), document, {"--report": lambda: json_bytes(reported)}, files, as_json=as_json, failure=unmet)
 
 
 def collect_from_here() -> None:

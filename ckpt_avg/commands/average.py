@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +24,11 @@ from ckpt_avg.machine import choose_threads
 from ckpt_avg.mean.devices import choose_devices
 from ckpt_avg.mean.plan import check_rules
 from ckpt_avg.mean.stream import DEFAULT_MEMORY, check_memory
-from ckpt_avg.output.checksum import check_checksum, write_checksum
 from ckpt_avg.output.digests import digest_files
-from ckpt_avg.output.paths import refuse_output_among
+from ckpt_avg.output.paths import check_checksum, check_output, write_checksum
 from ckpt_avg.output.provenance import Options
-from ckpt_avg.output.target import check_target
 from ckpt_avg.progress import Progress
-from ckpt_avg.runs.discover import Discovery, Sources, discover
+from ckpt_avg.runs.discover import Sources, discover
 from ckpt_avg.runs.select import Selection
 from ckpt_avg.user_code.batches import ForwardBatch
 from ckpt_avg.user_code.evaluate import Evaluate
@@ -168,7 +166,9 @@ def average(
         options = RefreshOptions(model_device, bn_estimator, bn_batches, amp, forward_batch)
         workers = choose_threads(threads, launch.local_size if launch else 1)
         discovery = discover(sources)
-        target = _check_output(output, discovery, overwrite=overwrite, notice=notice)
+        target = check_output(output, discovery, overwrite=overwrite)
+        if target.suffix != ".safetensors":
+            notice(f"{output}: this will be a safetensors file, although its name does not end in .safetensors")
         checksum = check_checksum(output, discovery, wanted=sha256, overwrite=overwrite, notice=notice)
         rules = Rules(dtype, non_float, bn, model, data, assessment.is_wanted)
         ready = prepare(discovery, selection, reading, rules, stack, io=way, notice=notice)
@@ -225,13 +225,3 @@ def _digests(ready: Prepared, ranks: Ranks, *, threads: int) -> list[dict[str, s
         lambda _: digest_files(ready.checkpoints, threads=threads, progress=lambda nbytes: ranks.check()),
     )
     return found
-
-
-def _check_output(
-    output: str | os.PathLike[str], discovery: Discovery, *, overwrite: bool, notice: Callable[[str], None]
-) -> Path:
-    refuse_output_among(output, discovery)
-    target = check_target(output, overwrite=overwrite)
-    if target.suffix != ".safetensors":
-        notice(f"{output}: the output is a safetensors file, whatever its suffix says")
-    return target

@@ -23,8 +23,7 @@ from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.output.digests import TreeDigest, digest_stream
 from ckpt_avg.output.header import encode_header, encode_tensors, refuse_unreadable
 from ckpt_avg.output.provenance import Options, make_metadata, seal
-from ckpt_avg.output.shared_output import shared_output
-from ckpt_avg.output.unpublished_file import UnpublishedFile
+from ckpt_avg.output.unpublished_file import UnpublishedFile, unpublished_file
 from ckpt_avg.progress import Progress
 from ckpt_avg.user_code.model import Batches, weights_in
 
@@ -122,7 +121,7 @@ def write_output(job: Job, accept: Callable[[Written], None]) -> Written:
     agree_on_header(job.ranks, job.header)
     size = len(job.header) + job.ready.plan.nbytes
     digest = TreeDigest(job.ready.plan.nbytes)
-    with shared_output(job.target, size, job.ranks) as unpublished:
+    with unpublished_file(job.target, size, job.ranks) as unpublished:
 
         def weights() -> dict[str, torch.Tensor]:
             return weights_in(unpublished.readable_path)
@@ -145,10 +144,10 @@ def write_output(job: Job, accept: Callable[[Written], None]) -> Written:
         written = Written(report)
         if job.ranks.is_first:
             begin = len(job.header)
-            data_digest = digest.finish(lambda offset, length: unpublished.read_exactly(begin + offset, length))
+            data_digest = digest.finish(lambda offset, length: unpublished.read(begin + offset, length))
             unpublished.write(job.final_header(report, data_digest), 0)
             refuse_unreadable(unpublished.readable_path, job.ready.plan, unpublished.target)
-            whole = digest_stream(unpublished.read_exactly, size) if job.sources is not None else None
+            whole = digest_stream(unpublished.read, size) if job.sources is not None else None
             written = Written(report, data_digest, whole)
             accept(written)
             job.ranks.check()
@@ -194,7 +193,7 @@ def _write_mean(job: Job, unpublished: UnpublishedFile, digest: TreeDigest) -> N
         unpublished.sync()
     ranks.exchange("mean", digest.known() if ranks.size > 1 else None, lambda known: _join(digest, known))
     if ranks.size > 1:
-        unpublished.forget()
+        unpublished.drop_cache()
 
 
 def _join(digest: TreeDigest, known: list[Any]) -> None:

@@ -1,12 +1,12 @@
-"""`atomic_output`: the final path is absent, what it was, or complete; never anything between.
+"""The output while it is written: until `UnpublishedFile.publish` its path is absent or an older file, never a part.
 
-The data goes to a file without a name (``O_TMPFILE``), or where the file system has none to a hidden name beside
-the output. Space is reserved first. `publish` syncs the data, gives the file its name in one system call, and
-syncs the folder, since POSIX lets a crash forget a name whose folder was not synced. A file whose fsync failed is
-discarded: the kernel has already marked its pages clean, so a second fsync would succeed without writing them
+The data goes to a file without a name (``O_TMPFILE``). Where the file system has none, or several ranks fill the file,
+it has a hidden name next to the output. Space is reserved first. Publishing syncs the data, gives the file its name in
+one system call, and syncs the folder, because POSIX lets a crash lose a name whose folder was not synced. A file whose
+fsync failed is discarded: the kernel has marked its pages clean, so a second fsync would succeed without writing them
 (Rebello et al., USENIX ATC 2020).
 
-An output path that is a symbolic link is followed: the file it points to is replaced, the link stays.
+If the output path is a symbolic link, the file that it points to is replaced and the link stays.
 """
 
 from __future__ import annotations
@@ -18,38 +18,31 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckpt_avg.errors import OutputError
+from ckpt_avg.distributed.ranks import Ranks
+from ckpt_avg.errors import CheckpointFormatError, OutputError
 from ckpt_avg.files.platform import start_writing
 from ckpt_avg.text import size as readable_size
 
-# Bytes given to the system at a time. More at once lets the page cache take blocks so large that they may have to be
-# made, or fetched from a virtual machine's host, first: measured up to 20 times slower.
-_PIECE = 256 * 1024
+# Bytes per write call. Larger writes make the page cache allocate large blocks, which first have to be found, or to be
+# fetched from the host of a virtual machine: measured up to 20 times slower.
+_WRITE_SIZE = 256 * 1024
+_MARK = 8  # bytes by which other ranks recognise the file; no safetensors file is shorter
 
 
 class UnpublishedFile:
-    """The output while it is being filled. Threads may write to it side by side."""
+    """The output while it is written. Threads may write at the same time."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
         self._fd = -1
-        # Set before the name exists, so that `close` removes it whenever a signal comes.
         self._hidden: Path | None = None
 
-    def new_name(self) -> str:
-        """Returns a name for a hidden file beside the output."""
-        return _hidden_name(self.target).name
-
-    def take_name(self, name: str) -> None:
-        """Says under which hidden name the file will be, or is, so that `close` removes it."""
+    def hide_as(self, name: str) -> None:
+        """Sets the hidden name. `close` removes a file of this name, so it must be known before the file exists."""
         self._hidden = self.target.with_name(name)
 
     def open(self, size: int) -> None:
-        """Creates the file and reserves its bytes.
-
-        Raises:
-            OutputError: the folder cannot be written, or has no room.
-        """
+        """Creates the file and reserves ``size`` bytes for it."""
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
         try:
             if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd") and self._hidden is None:
@@ -59,29 +52,25 @@ class UnpublishedFile:
                     if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
                         raise
             if self._fd < 0:
-                self._hidden = self._hidden or _hidden_name(self.target)
+                self._hidden = self._hidden or self.target.with_name(_hidden_name(self.target))
                 self._fd = os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         except OSError as error:
-            raise _output_error(self.target, "its folder cannot be written", error) from error
+            raise _output_error(self.target, "creating the file failed", error) from error
         _reserve(self.target, self._fd, size)
 
-    def join(self) -> None:
-        """Opens the file that another process has created under its hidden name.
-
-        Raises:
-            OutputError: there is none here.
-        """
+    def open_existing(self) -> None:
+        """Opens the file that rank 0 has created under the hidden name."""
         try:
             self._fd = os.open(self.readable_path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise OutputError(
-                f"{self.target}: the file that rank 0 created beside it cannot be opened here: {error.strerror}. Write "
-                "to storage that all ranks share."
+                f"{self.target}: the file that rank 0 created cannot be opened here: {error.strerror}. Write to "
+                "storage that all ranks share."
             ) from error
 
     @property
     def readable_path(self) -> Path:
-        """A path under which this process can read the file before it has its name."""
+        """A path by which this process can read the file before it is published."""
         return self._hidden or Path(f"/proc/self/fd/{self._fd}")
 
     def write(self, contents: memoryview | bytes, offset: int) -> None:
@@ -94,54 +83,50 @@ class UnpublishedFile:
         begin, length = offset, len(rest)
         while len(rest):
             try:
-                count = self._write_some(rest[:_PIECE], offset)
+                count = self._write_some(rest[:_WRITE_SIZE], offset)
             except OSError as error:
                 raise _output_error(self.target, "writing failed", error) from error
             rest, offset = rest[count:], offset + count
         start_writing(self._fd, begin, length)
-
-    def read(self, length: int, offset: int) -> bytes:
-        """Returns what stands there, of no more than these bytes, as far as this process can see it.
-
-        Raises:
-            OutputError: the system refused.
-        """
-        try:
-            if hasattr(os, "pread"):
-                return os.pread(self._fd, length, offset)
-            os.lseek(self._fd, offset, os.SEEK_SET)  # Windows, where one thread reads
-            return os.read(self._fd, length)
-        except OSError as error:
-            raise _output_error(self.target, "reading failed", error) from error
-
-    def read_exactly(self, offset: int, length: int) -> bytes:
-        """Returns these bytes of the file.
-
-        Raises:
-            OutputError: the system refused, or the file is shorter.
-        """
-        found = bytearray()
-        while len(found) < length:
-            piece = self.read(length - len(found), offset + len(found))
-            if not piece:
-                raise OutputError(
-                    f"{self.target}: expected {length:,} bytes at byte {offset:,} of what was written, got "
-                    f"{len(found):,}. Something else changed it; run again."
-                )
-            found += piece
-        return bytes(found)
-
-    def forget(self) -> None:
-        """Lets go of what the system holds of the file in memory: other machines have written to it meanwhile."""
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # a hint
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _write_some(self, contents: memoryview, offset: int) -> int:
         if hasattr(os, "pwrite"):
             return os.pwrite(self._fd, contents, offset)
         os.lseek(self._fd, offset, os.SEEK_SET)  # Windows, where the writer uses one thread
         return os.write(self._fd, contents)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Returns ``length`` bytes from ``offset``.
+
+        Raises:
+            OutputError: the system refused, or the file is shorter.
+        """
+        found = bytearray()
+        while len(found) < length:
+            piece = self.read_some(offset + len(found), length - len(found))
+            if not piece:
+                raise OutputError(
+                    f"{self.target}: the unpublished file has only {len(found):,} of {length:,} bytes at byte "
+                    f"{offset:,}. Another program changed it: run again."
+                )
+            found += piece
+        return bytes(found)
+
+    def read_some(self, offset: int, length: int) -> bytes:
+        """Returns at most ``length`` bytes from ``offset``; none at the end of the file."""
+        try:
+            if hasattr(os, "pread"):
+                return os.pread(self._fd, length, offset)
+            os.lseek(self._fd, offset, os.SEEK_SET)  # Windows, where one thread reads
+            return os.read(self._fd, length)
+        except OSError as error:
+            raise _output_error(self.target, "reading back failed", error) from error
+
+    def drop_cache(self) -> None:
+        """Drops the cached contents of the file, after other machines have written to it."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # a hint
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Makes what this process has written durable.
@@ -161,8 +146,7 @@ class UnpublishedFile:
             Whether the name is durable, too: some file systems have no fsync for folders.
 
         Raises:
-            OutputError: syncing failed, or the path has come to exist meanwhile and ``overwrite`` is off. Nothing
-                is published then.
+            OutputError: syncing failed, or the path exists by now and ``overwrite`` is off. Nothing is published then.
         """
         self.sync()
         if self._hidden is not None:
@@ -174,7 +158,8 @@ class UnpublishedFile:
                 self._create()
         except FileExistsError as error:
             raise OutputError(
-                f"{self.target}: came to exist during the run and is kept. Choose another path, or use --overwrite."
+                f"{self.target}: was created by something else during the run, and is kept. Choose another path, or "
+                "use --overwrite."
             ) from error
         except OSError as error:
             raise _output_error(self.target, "publishing failed", error) from error
@@ -189,7 +174,7 @@ class UnpublishedFile:
         except FileExistsError:
             raise
         except (OSError, AttributeError):
-            # No hard links here (FAT, some network file systems): a look, then a rename, which is not one step.
+            # No hard links here (FAT, some network file systems): check, then rename, which is not one step.
             if os.path.lexists(self.target):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.target)) from None
             os.rename(self._hidden, self.target)
@@ -198,7 +183,7 @@ class UnpublishedFile:
     def _replace(self) -> None:
         if self._hidden is None:
             # A link cannot replace a name, so the file gets a hidden one first.
-            self._hidden = _hidden_name(self.target)
+            self._hidden = self.target.with_name(_hidden_name(self.target))
             self._link(self._hidden)
         os.replace(self._hidden, self.target)
         self._hidden = None
@@ -216,38 +201,79 @@ class UnpublishedFile:
             _close(descriptor)
 
     def close(self) -> None:
-        """Closes the file and removes its hidden name; unpublished, it is gone."""
+        """Closes the file and removes its hidden name. An unpublished file is then gone."""
         self._close_descriptor()
         if self._hidden is not None:
-            with contextlib.suppress(OSError):  # gone, or out of reach: why is no news beside what led here
+            with contextlib.suppress(OSError):  # gone or out of reach: the error that led here matters more
                 os.unlink(self._hidden)
             self._hidden = None
 
 
 @contextlib.contextmanager
-def atomic_output(target: Path, size: int) -> Iterator[UnpublishedFile]:
-    """Yields an unpublished file of ``size`` reserved bytes; without `publish` it vanishes.
+def unpublished_file(target: Path, size: int, ranks: Ranks | None = None) -> Iterator[UnpublishedFile]:
+    """Yields a file with ``size`` reserved bytes, which vanishes unless it is published.
+
+    Several ranks get the same file. If the work fails, any surviving rank removes it; it stays only if all ranks are
+    killed at once.
 
     Raises:
-        OutputError: the folder cannot be written, or has no room.
+        OutputError: the folder cannot be written to, has no room, or is not the same folder for all ranks.
+        RankError: another rank failed.
     """
     file = UnpublishedFile(target)
     try:
-        file.open(size)
-        yield file
+        if ranks is None or ranks.size == 1:
+            file.open(size)
+            yield file
+            return
+        with ranks.telling():  # before the file is closed, and removed
+            try:
+                _open_shared(file, size, ranks)
+                yield file
+            except (OutputError, CheckpointFormatError, OSError):
+                # If another rank fails, it removes the file, maybe before its failure is known here. An error that
+                # follows from that is not the cause.
+                ranks.check(wait=True)
+                raise
     finally:
         file.close()
 
 
+def _open_shared(file: UnpublishedFile, size: int, ranks: Ranks) -> None:
+    # Every rank knows the name before the file exists, so that any rank can remove it.
+    name, mark = ranks.exchange("output", None, lambda _: [_hidden_name(file.target), secrets.token_hex(_MARK)])
+    file.hide_as(name)
+    if ranks.is_first:
+        file.open(size)
+        file.write(bytes.fromhex(mark), 0)
+        file.sync()
+    ranks.exchange("output created", None)
+    if not ranks.is_first:
+        file.open_existing()
+        if file.read_some(0, _MARK).hex() != mark:
+            raise OutputError(
+                f"{file.target}: this rank sees another file than rank 0 is writing. Write to storage that all ranks "
+                "share."
+            )
+    ranks.exchange("output opened", None)
+
+
+def publish_bytes(target: Path, contents: bytes, *, overwrite: bool) -> None:
+    """Writes a small file: complete, or not at all."""
+    with unpublished_file(target, len(contents)) as file:
+        file.write(contents, 0)
+        file.publish(overwrite=overwrite)
+
+
 def _close(descriptor: int) -> None:
-    # What counts was said by fsync; an error here tells nothing more, and the descriptor is gone either way.
+    # fsync has reported what matters. An error here adds nothing, and the descriptor is closed either way.
     with contextlib.suppress(OSError):
         os.close(descriptor)
 
 
-def _hidden_name(target: Path) -> Path:
+def _hidden_name(target: Path) -> str:
     # Cut, so that a name at the system's limit still leaves room for the suffix.
-    return target.with_name(f".{target.name.encode()[:200].decode(errors='ignore')}.{secrets.token_hex(6)}.tmp")
+    return f".{target.name.encode()[:200].decode(errors='ignore')}.{secrets.token_hex(6)}.tmp"
 
 
 def _reserve(target: Path, descriptor: int, size: int) -> None:
@@ -264,8 +290,8 @@ def _reserve(target: Path, descriptor: int, size: int) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             status = os.statvfs(target.parent)
             raise OutputError(
-                f"{target}: no room for it: expected {readable_size(size)} free, got "
-                f"{readable_size(status.f_bavail * status.f_frsize)}. Free some space or write elsewhere."
+                f"{target}: not enough space: it needs {readable_size(size)}, and "
+                f"{readable_size(status.f_bavail * status.f_frsize)} are free. Free some space or write elsewhere."
             ) from error
         raise _output_error(target, f"reserving {readable_size(size)} failed", error) from error
 

@@ -1,4 +1,4 @@
-"""`atomic_output`, one failing system call at a time."""
+"""`unpublished_file`, one failing system call at a time, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from system.faults.rank_runs import in_threads
 
 from ckpt_avg import average
-from ckpt_avg.errors import OutputError, UsageError
-from ckpt_avg.output.target import check_target
-from ckpt_avg.output.unpublished_file import atomic_output
+from ckpt_avg.distributed.ranks import Ranks
+from ckpt_avg.errors import OutputError, RankError, UserCodeError
+from ckpt_avg.output.unpublished_file import UnpublishedFile, unpublished_file
 
 CONTENTS = bytes(range(256)) * 40
 
@@ -45,7 +46,7 @@ def target(tmp_path: Path, overwrite: bool) -> Path:
 
 
 def write(target: Path, *, overwrite: bool, contents: bytes = CONTENTS) -> None:
-    with atomic_output(target, len(contents)) as file:
+    with unpublished_file(target, len(contents)) as file:
         file.write(contents, 0)
         file.publish(overwrite=overwrite)
 
@@ -85,7 +86,7 @@ def test_a_published_file_is_complete_and_alone(target: Path, overwrite: bool, n
 
 
 def test_an_unpublished_file_vanishes(target: Path, overwrite: bool, named: bool) -> None:
-    with atomic_output(target, len(CONTENTS)) as file:
+    with unpublished_file(target, len(CONTENTS)) as file:
         file.write(CONTENTS, 0)
     assert untouched(target, overwrite)
 
@@ -94,14 +95,14 @@ def test_an_unpublished_file_vanishes(target: Path, overwrite: bool, named: bool
 def test_an_unpublished_file_vanishes_after_any_exception(
     target: Path, overwrite: bool, named: bool, error: type[BaseException]
 ) -> None:
-    with pytest.raises(error), atomic_output(target, len(CONTENTS)) as file:
+    with pytest.raises(error), unpublished_file(target, len(CONTENTS)) as file:
         file.write(CONTENTS, 0)
         raise error
     assert untouched(target, overwrite)
 
 
 def test_the_path_is_as_it_was_until_the_file_is_published(target: Path, overwrite: bool, named: bool) -> None:
-    with atomic_output(target, len(CONTENTS)) as file:
+    with unpublished_file(target, len(CONTENTS)) as file:
         file.write(CONTENTS, 0)
         assert target.exists() == overwrite
         assert file.readable_path.read_bytes() == CONTENTS
@@ -111,7 +112,7 @@ def test_the_path_is_as_it_was_until_the_file_is_published(target: Path, overwri
 
 def test_threads_write_side_by_side(target: Path, overwrite: bool, named: bool) -> None:
     step = 100
-    with atomic_output(target, len(CONTENTS)) as file:
+    with unpublished_file(target, len(CONTENTS)) as file:
         threads = [
             threading.Thread(
                 target=lambda first=first: [
@@ -236,17 +237,18 @@ def test_where_there_are_no_hard_links_a_rename_publishes_and_replaces_nothing(
     target = tmp_path / "mean.safetensors"
     write(target, overwrite=False)
     assert target.read_bytes() == CONTENTS
-    with pytest.raises(OutputError, match="came to exist during the run and is kept"):
+    with pytest.raises(OutputError, match="was created by something else during the run, and is kept"):
         write(target, overwrite=False, contents=b"ours")
     assert target.read_bytes() == CONTENTS
     assert os.listdir(tmp_path) == ["mean.safetensors"]
 
 
+@pytest.mark.guarantee("no-clobber")
 @pytest.mark.parametrize("other", ["file", "dangling link", "folder"])
 def test_whatever_appears_at_the_path_is_kept(tmp_path: Path, named: bool, other: str) -> None:
     target = tmp_path / "mean.safetensors"
-    kept = pytest.raises(OutputError, match="came to exist during the run and is kept")
-    with kept as error, atomic_output(target, 4) as file:
+    kept = pytest.raises(OutputError, match="was created by something else during the run, and is kept")
+    with kept as error, unpublished_file(target, 4) as file:
         file.write(b"ours", 0)
         if other == "file":
             target.write_bytes(b"theirs")
@@ -272,11 +274,13 @@ def test_a_file_system_that_cannot_reserve_is_accepted(
 
 @pytest.mark.guarantee("file-size-limit")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_no_room_says_how_much_is_needed_and_free(
+def test_a_full_disk_says_how_much_is_needed_and_free(
     target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "posix_fallocate", failing(os.posix_fallocate, code))
-    with pytest.raises(OutputError, match=r"no room for it: expected 10\.0 KiB free, got .*iB\. Free some") as error:
+    with pytest.raises(
+        OutputError, match=r"not enough space: it needs 10\.0 KiB, and .*iB are free\. Free some"
+    ) as error:
         write(target, overwrite=overwrite)
     assert error.value.exit_code == 5
     assert str(target) in str(error.value)
@@ -299,7 +303,7 @@ def test_a_folder_that_takes_no_file_is_an_error(
     target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "open", failing(os.open, code))
-    with pytest.raises(OutputError, match="its folder cannot be written") as error:
+    with pytest.raises(OutputError, match="creating the file failed") as error:
         write(target, overwrite=overwrite)
     assert error.value.exit_code == 5
     assert os.strerror(code) in str(error.value)
@@ -315,7 +319,7 @@ def test_a_file_system_without_unnamed_files_gets_a_hidden_one(
     """How old kernels, NFS, FUSE and overlays answer O_TMPFILE."""
     unnamed = os.O_TMPFILE & ~os.O_DIRECTORY
     monkeypatch.setattr(os, "open", failing(os.open, code, when=lambda path, flags, *mode: bool(flags & unnamed)))
-    with atomic_output(target, 4) as file:
+    with unpublished_file(target, 4) as file:
         hidden = file.readable_path
         assert hidden.parent == target.parent
         assert hidden.name.startswith(".mean.safetensors.")
@@ -337,35 +341,143 @@ def test_descriptors_are_closed(target: Path, overwrite: bool, named: bool, monk
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
+@pytest.mark.guarantee("output-names")
+@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "-o", " ", "a\nb", "x.safetensors.tmp", ".hidden"])
+def test_names_of_any_kind_work(tmp_path: Path, named: bool, name: str) -> None:
+    """Even at the system's limit of 255 bytes, which leaves no room for the suffix of the hidden name."""
+    for overwrite in (False, True):
+        write(tmp_path / name, overwrite=overwrite)
+        assert (tmp_path / name).read_bytes() == CONTENTS
+        assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.guarantee("output-mode")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000, 0o027])
+def test_the_mode_is_what_any_new_file_gets(target: Path, overwrite: bool, named: bool, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write(target, overwrite=overwrite)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(target).st_mode) == 0o666 & ~umask
+
+
 def test_a_size_of_zero_is_an_empty_file(target: Path, overwrite: bool, named: bool) -> None:
     write(target, overwrite=overwrite, contents=b"")
     assert target.read_bytes() == b""
 
 
-# -- check_target ---------------------------------------------------------------------------------------------------
+# -- The same file on several ranks ---------------------------------------------------------------------------------
 
 
-def test_the_target_is_where_links_lead(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("folder/new")
-    (tmp_path / "folder").mkdir()
-    assert check_target(tmp_path / "link", overwrite=False) == tmp_path.resolve() / "folder" / "new"
+def test_every_rank_writes_into_the_same_file(tmp_path: Path) -> None:
+    """If it failed, ranks would each fill a part of a file of their own."""
+    barrier = threading.Barrier(3)
+
+    def work(ranks: Ranks) -> None:
+        with unpublished_file(tmp_path / "a", 30, ranks) as file:
+            barrier.wait(5)  # until then the first bytes are a mark by which the file is known
+            file.write(bytes([ranks.rank]) * 10, 10 * ranks.rank)
+            ranks.exchange("written", None)
+            assert file.readable_path.read_bytes() == b"\0" * 10 + b"\1" * 10 + b"\2" * 10
+            if ranks.is_first:
+                file.publish(overwrite=False)
+            ranks.exchange("published", None)
+
+    assert in_threads(3, work) == [None] * 3
+    assert (tmp_path / "a").read_bytes() == b"\0" * 10 + b"\1" * 10 + b"\2" * 10
+    assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_link_into_no_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("missing/new")
-    with pytest.raises(UsageError, match=r"link: its folder .*missing does not exist\. Create it first") as error:
-        check_target(tmp_path / "link", overwrite=True)
-    assert error.value.exit_code == 2
+def test_its_name_is_hidden_and_nothing_is_left_without_publishing(tmp_path: Path) -> None:
+    """If it failed, a failed run would leave files, or one that looks like an output."""
+
+    def work(ranks: Ranks) -> list[str]:
+        with unpublished_file(tmp_path / "a.safetensors", 30, ranks):
+            names = os.listdir(tmp_path)
+            ranks.exchange("seen", None)
+            return names
+
+    for names in in_threads(3, work):
+        assert len(names) == 1
+        assert names[0].startswith(".a.safetensors.")
+        assert names[0].endswith(".tmp")
+    assert os.listdir(tmp_path) == []
 
 
-def test_a_relative_path_means_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert check_target(Path("new"), overwrite=False) == tmp_path.resolve() / "new"
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_a_file_smaller_than_its_mark_is_cut_to_what_is_written(tmp_path: Path, size: int) -> None:
+    """If it failed, tiny contents would be followed by bytes of the mark."""
+
+    def work(ranks: Ranks) -> None:
+        with unpublished_file(tmp_path / "a", 8 + size, ranks) as file:
+            if ranks.is_first:
+                file.write(b"x" * (8 + size), 0)
+                file.publish(overwrite=False)
+            ranks.exchange("published", None)
+
+    assert in_threads(2, work) == [None, None]
+    assert (tmp_path / "a").read_bytes() == b"x" * (8 + size)
 
 
-@pytest.mark.guarantee("read-only-folder")
-def test_a_folder_that_is_not_writable_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(OutputError, match=r"its folder .* is not writable\. Choose another path") as error:
-        check_target(tmp_path / "new", overwrite=False)
-    assert error.value.exit_code == 5
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_whichever_rank_fails_nothing_is_left(tmp_path: Path, failing: int) -> None:
+    """If it failed, each failed run would leave a file as large as the output."""
+
+    def work(ranks: Ranks) -> None:
+        with unpublished_file(tmp_path / "a", 100, ranks):
+            if ranks.rank == failing:
+                raise UserCodeError("no")
+            ranks.exchange("never", None)
+
+    ends = in_threads(3, work)
+    assert [type(end) for end in ends] == [UserCodeError if rank == failing else RankError for rank in range(3)]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_another_one_on_some_rank_is_refused(tmp_path: Path) -> None:
+    """If it failed, an output on a machine's own disk would be published with holes."""
+    for name in ("shared", "own"):
+        (tmp_path / name).mkdir()
+
+    def work(ranks: Ranks) -> None:
+        folder = tmp_path / ("own" if ranks.rank == 1 else "shared")
+        with unpublished_file(folder / "a", 100, ranks):
+            pytest.fail("it was opened")
+
+    ends = in_threads(3, work)
+    assert type(ends[1]) is OutputError
+    assert str(ends[1]) == (
+        f"{tmp_path / 'own' / 'a'}: the file that rank 0 created cannot be opened here: No such file or "
+        "directory. Write to storage that all ranks share."
+    )
+    assert all(str(ends[rank]).startswith("rank 1 failed: ") for rank in (0, 2))
+    assert os.listdir(tmp_path / "own") == os.listdir(tmp_path / "shared") == []
+
+
+@pytest.mark.parametrize("stale", [b"stale bytes", b""])
+def test_another_file_under_the_same_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: bytes
+) -> None:
+    """If it failed, a folder that is synchronised late would take a rank's share and lose it."""
+    for name in ("shared", "own"):
+        (tmp_path / name).mkdir()
+    open_existing = UnpublishedFile.open_existing
+
+    def open_copy(file: UnpublishedFile) -> None:
+        file.readable_path.write_bytes(stale)
+        open_existing(file)
+
+    monkeypatch.setattr(UnpublishedFile, "open_existing", open_copy)
+
+    def work(ranks: Ranks) -> None:
+        folder = tmp_path / ("own" if ranks.rank == 1 else "shared")
+        with unpublished_file(folder / "a", 100, ranks):
+            pytest.fail("it was opened")
+
+    ends = in_threads(2, work)
+    assert str(ends[1]) == (
+        f"{tmp_path / 'own' / 'a'}: this rank sees another file than rank 0 is writing. Write to storage "
+        "that all ranks share."
+    )
+    assert os.listdir(tmp_path / "own") == os.listdir(tmp_path / "shared") == []

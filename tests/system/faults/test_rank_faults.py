@@ -210,8 +210,8 @@ def test_a_disk_that_fails_on_one_rank(
 @pytest.mark.parametrize(
     ("point", "action", "cause"),
     [
-        ("before posix_fallocate", "ENOSPC", "no room for it"),
-        pytest.param("before posix_fallocate", "EDQUOT", "no room for it", marks=long),
+        ("before posix_fallocate", "ENOSPC", "not enough space"),
+        pytest.param("before posix_fallocate", "EDQUOT", "not enough space", marks=long),
         pytest.param("before fsync", "EIO", "fsync failed", marks=long),
     ],
 )
@@ -228,9 +228,9 @@ def test_an_output_that_came_to_exist_meanwhile_is_kept(server: RankServer, inpu
     """If it failed, somebody else's file would be replaced, or the other ranks report success."""
     ended = server.run(Group(2, command(inputs, output), faults={0: [("before link", f"mark {output}")]}))
     assert codes(ended) == [5, 8]
-    assert "came to exist during the run and is kept" in ended[0].err
+    assert "was created by something else during the run, and is kept" in ended[0].err
     assert "rank 0 failed: " in ended[1].err
-    assert "came to exist during the run and is kept" in ended[1].err
+    assert "was created by something else during the run, and is kept" in ended[1].err
     assert os.listdir(output.parent) == [output.name]
     assert output.read_bytes() == b""
 
@@ -242,7 +242,7 @@ def test_an_output_folder_that_is_not_shared(server: RankServer, inputs: Path, o
         if "mount" in os.environ.get(REQUIRE, ""):
             pytest.fail(f"{REQUIRE} asks for mounts, and none was possible")
         pytest.skip("needs a mount of its own, and none may be made here")
-    assert_stopped(ended, 1, f"{output}: the file that rank 0 created beside it cannot be opened here", output, code=5)
+    assert_stopped(ended, 1, f"{output}: the file that rank 0 created cannot be opened here", output, code=5)
 
 
 # -- A rank that is killed ------------------------------------------------------------------------------------------

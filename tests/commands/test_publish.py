@@ -1,9 +1,8 @@
-"""One file filled by several ranks: the bytes of one process, and nothing left where one of them fails."""
+"""The output of several ranks: the bytes of one process, and nothing left if one of them fails."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import threading
@@ -13,18 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from system.faults.rank_runs import in_threads
 
-from ckpt_avg import OutputError, UserCodeError, average, open_checkpoint
+from ckpt_avg import OutputError, average, open_checkpoint
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import NonFiniteError, RankError
-from ckpt_avg.mean.blocks import cut_into_blocks
-from ckpt_avg.mean.plan import Plan, make_plan
-from ckpt_avg.output.shared_output import shared_output
-from ckpt_avg.output.unpublished_file import UnpublishedFile
+from ckpt_avg.mean.plan import make_plan
 
 PAGE = 64 * 1024
 
@@ -184,168 +178,7 @@ def test_a_dry_run_writes_nothing_on_any_rank(tmp_path: Path, run_folder: Path) 
     assert os.listdir(tmp_path) == []
 
 
-# -- Shares ---------------------------------------------------------------------------------------------------------
-
-shapes = st.lists(st.integers(0, 60_000), min_size=1, max_size=6)
-
-
-def plan_of(folder: Path, lengths: list[int], dtype: torch.dtype) -> Plan:
-    save_file({f"t{n}": torch.zeros(length, dtype=dtype) for n, length in enumerate(lengths)}, folder / "plan")
-    with open_checkpoint(folder / "plan") as checkpoint:
-        return make_plan([checkpoint.spec])
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    shapes,
-    st.integers(1, 40),
-    st.integers(1, 5000).map(lambda n: 8 * n),
-    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.bool]),
-    st.integers(1, 50_000),
-)
-def test_shares_cover_every_element_once_and_meet_at_pages(
-    tmp_path_factory: pytest.TempPathFactory,
-    lengths: list[int],
-    size: int,
-    begin: int,
-    dtype: torch.dtype,
-    elements: int,
-) -> None:
-    """If it failed, elements would be left out or computed twice, or two ranks would write to one page."""
-    plan = plan_of(tmp_path_factory.getbasetemp(), lengths, dtype)
-    shares = [plan.share(rank, size, begin=begin) for rank in range(size)]
-    assert shares[0].start == 0
-    assert shares[-1].stop == plan.nbytes
-    assert all(before.stop == after.start for before, after in itertools.pairwise(shares))
-    inner = {share.start for share in shares} - {0, plan.nbytes}
-    assert all((begin + bound) % PAGE == 0 for bound in inner)
-    assert max(map(len, shares)) <= plan.nbytes / size + PAGE
-    found: dict[str, list[tuple[int, int]]] = {tensor.name: [] for tensor in plan.tensors}
-    for share in shares:
-        covered = 0
-        for block in cut_into_blocks(plan, elements, share):
-            assert block.numel <= elements
-            for tensor, start, stop in block.ranges:
-                found[tensor.name].append((start, stop))
-                covered += (stop - start) * tensor.dtype.itemsize
-        assert covered == len(share)
-    for tensor in plan.tensors:
-        edges = sorted(found[tensor.name])
-        assert [start for start, _ in edges] == [0, *(stop for _, stop in edges)][: len(edges)]
-        assert (edges[-1][1] if edges else 0) == tensor.numel
-
-
-# -- The file -------------------------------------------------------------------------------------------------------
-
-
-def test_every_rank_writes_into_the_same_file(tmp_path: Path) -> None:
-    """If it failed, ranks would each fill a part of a file of their own."""
-    barrier = threading.Barrier(3)
-
-    def work(ranks: Ranks) -> None:
-        with shared_output(tmp_path / "a", 30, ranks) as file:
-            barrier.wait(5)  # until then the first bytes are a mark by which the file is known
-            file.write(bytes([ranks.rank]) * 10, 10 * ranks.rank)
-            ranks.exchange("written", None)
-            assert file.readable_path.read_bytes() == b"\0" * 10 + b"\1" * 10 + b"\2" * 10
-            if ranks.is_first:
-                file.publish(overwrite=False)
-            ranks.exchange("published", None)
-
-    assert in_threads(3, work) == [None] * 3
-    assert (tmp_path / "a").read_bytes() == b"\0" * 10 + b"\1" * 10 + b"\2" * 10
-    assert os.listdir(tmp_path) == ["a"]
-
-
-def test_its_name_is_hidden_and_nothing_is_left_without_publishing(tmp_path: Path) -> None:
-    """If it failed, a failed run would leave files, or one that looks like an output."""
-
-    def work(ranks: Ranks) -> list[str]:
-        with shared_output(tmp_path / "a.safetensors", 30, ranks):
-            names = os.listdir(tmp_path)
-            ranks.exchange("seen", None)
-            return names
-
-    for names in in_threads(3, work):
-        assert len(names) == 1
-        assert names[0].startswith(".a.safetensors.")
-        assert names[0].endswith(".tmp")
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("size", [0, 1, 7])
-def test_a_file_smaller_than_its_mark_is_cut_to_what_is_written(tmp_path: Path, size: int) -> None:
-    """If it failed, tiny contents would be followed by bytes of the mark."""
-
-    def work(ranks: Ranks) -> None:
-        with shared_output(tmp_path / "a", 8 + size, ranks) as file:
-            if ranks.is_first:
-                file.write(b"x" * (8 + size), 0)
-                file.publish(overwrite=False)
-            ranks.exchange("published", None)
-
-    assert in_threads(2, work) == [None, None]
-    assert (tmp_path / "a").read_bytes() == b"x" * (8 + size)
-
-
-@pytest.mark.parametrize("failing", [0, 1, 2])
-def test_whichever_rank_fails_nothing_is_left(tmp_path: Path, failing: int) -> None:
-    """If it failed, each failed run would leave a file as large as the output."""
-
-    def work(ranks: Ranks) -> None:
-        with shared_output(tmp_path / "a", 100, ranks):
-            if ranks.rank == failing:
-                raise UserCodeError("no")
-            ranks.exchange("never", None)
-
-    ends = in_threads(3, work)
-    assert [type(end) for end in ends] == [UserCodeError if rank == failing else RankError for rank in range(3)]
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_folder_that_is_another_one_on_some_rank_is_refused(tmp_path: Path) -> None:
-    """If it failed, an output on a machine's own disk would be published with holes."""
-    for name in ("shared", "own"):
-        (tmp_path / name).mkdir()
-
-    def work(ranks: Ranks) -> None:
-        folder = tmp_path / ("own" if ranks.rank == 1 else "shared")
-        with shared_output(folder / "a", 100, ranks):
-            pytest.fail("it was opened")
-
-    ends = in_threads(3, work)
-    assert type(ends[1]) is OutputError
-    assert str(ends[1]) == (
-        f"{tmp_path / 'own' / 'a'}: the file that rank 0 created beside it cannot be opened here: No such file or "
-        "directory. Write to storage that all ranks share."
-    )
-    assert all(str(ends[rank]).startswith("rank 1 failed: ") for rank in (0, 2))
-    assert os.listdir(tmp_path / "own") == os.listdir(tmp_path / "shared") == []
-
-
-def test_another_file_under_the_same_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it failed, a folder that is synchronised late would take a rank's share and lose it."""
-    for name in ("shared", "own"):
-        (tmp_path / name).mkdir()
-    join = UnpublishedFile.join
-
-    def join_copy(file: UnpublishedFile) -> None:
-        file.readable_path.write_bytes(b"stale bytes")
-        join(file)
-
-    monkeypatch.setattr(UnpublishedFile, "join", join_copy)
-
-    def work(ranks: Ranks) -> None:
-        folder = tmp_path / ("own" if ranks.rank == 1 else "shared")
-        with shared_output(folder / "a", 100, ranks):
-            pytest.fail("it was opened")
-
-    ends = in_threads(2, work)
-    assert str(ends[1]) == (
-        f"{tmp_path / 'own' / 'a'}: expected the file that rank 0 is writing, got another one on this rank. Write to "
-        "storage that all ranks share."
-    )
-    assert os.listdir(tmp_path / "own") == os.listdir(tmp_path / "shared") == []
+# -- Failures, and the order of publishing ----------------------------------------------------------------------------
 
 
 def test_nan_in_one_ranks_share_stops_all(tmp_path: Path) -> None:
@@ -373,7 +206,7 @@ def test_no_room_is_told_by_rank_0_and_passed_on(tmp_path: Path, monkeypatch: py
     (tmp_path / "out").mkdir()
     ends = averaged(2, checkpoints(tmp_path, [(9,)], torch.float32), tmp_path / "out" / "a.safetensors")
     assert type(ends[0]) is OutputError
-    assert "no room for it" in str(ends[0])
+    assert "not enough space" in str(ends[0])
     assert str(ends[1]).startswith("rank 0 failed: ")
     assert os.listdir(tmp_path / "out") == []
 

@@ -9,23 +9,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckpt_avg.errors import UsageError
-
-_MOST_THREADS = 1024
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def choose_threads(threads: int | None, processes: int = 1) -> int:
-    """Returns ``threads``, or one for each usable core, divided by the number of processes on this machine.
-
-    Raises:
-        UsageError: ``threads`` is out of range.
-    """
-    if threads is None:
-        return max(1, usable_cores() // processes)
-    if not 1 <= threads <= _MOST_THREADS:
-        raise UsageError(f"--threads: expected from 1 to {_MOST_THREADS:,}, got {threads:,}.")
-    return threads
+    """Returns ``threads``, or one for each usable core, divided by the number of processes on this machine."""
+    return max(1, usable_cores() // processes) if threads is None else threads
 
 
 def usable_cores() -> int:

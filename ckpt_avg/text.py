@@ -67,6 +67,14 @@ def listing(items: Iterable[str], *, separator: str = ", ") -> str:
     return separator.join(shown)
 
 
+def suggestion(word: object, choices: Iterable[str]) -> str:
+    """Returns `` Did you mean 'bfloat16'?`` for the choice closest to a word, or an empty string."""
+    import difflib  # only on the way to an error
+
+    near = difflib.get_close_matches(str(word).lower(), list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def size(count: int) -> str:
     """Returns a number of bytes for people: ``1536`` → ``1.5 KiB``."""
     amount = float(count)

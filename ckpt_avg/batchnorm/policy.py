@@ -7,22 +7,17 @@ from typing import Literal
 
 import torch
 
+from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.batchnorm.refresh import BatchNormReport
-from ckpt_avg.batchnorm.refresh_output import PreparedRefresh, RefreshOptions, prepare_refresh
+from ckpt_avg.batchnorm.refresh_output import PreparedRefresh, prepare_refresh
 from ckpt_avg.checkpoint.spec import Checkpoint, batch_norm_buffer
 from ckpt_avg.errors import UsageError
 from ckpt_avg.mean.equal_tensors import differing
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.text import listing, plural, quote
-from ckpt_avg.user_code.model import Batches, Passes
+from ckpt_avg.user_code.model import Passes
 
 Statistics = Literal["none", "refreshed", "mean", "frozen", "copied"]
-
-
-def check_bn(bn: str) -> None:
-    """Raises UsageError where there is no such rule for running statistics."""
-    if bn not in ("auto", "refresh", "keep"):
-        raise UsageError(f"--bn: expected one of auto, refresh, keep, got {bn!r}.")
 
 
 def frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[str]:
@@ -115,7 +110,7 @@ def source_of_statistics(plan: Plan, frozen: frozenset[str], refresh: PreparedRe
 
 
 def summary(
-    statistics: Statistics, report: BatchNormReport | None, options: RefreshOptions, data: Batches | None
+    statistics: Statistics, report: BatchNormReport | None, options: RefreshOptions
 ) -> dict[str, object] | None:
     """Returns what the metadata says of BatchNorm; as wide as it can get while the refresh is still to come."""
     if statistics == "none":
@@ -124,9 +119,9 @@ def summary(
         return {"statistics": statistics}
     return {
         "statistics": "refreshed",
-        "estimator": options.estimator,
+        "estimator": options.bn_estimator,
         "amp": options.amp,
         "batches": report.batches if report else 10**15,
         "samples": report.samples if report else 10**15,
-        "data": getattr(data, "__qualname__", type(data).__name__),
+        "data": getattr(options.data, "__qualname__", type(options.data).__name__),
     }

@@ -9,7 +9,7 @@ from ckpt_avg.runs.compatibility import CompatibilityReport
 from ckpt_avg.text import escaped, plural, quote, size, told_apart
 
 if TYPE_CHECKING:
-    from ckpt_avg.commands.results import AverageResult
+    from ckpt_avg.commands.publish import AverageResult
 
 
 def refreshed_text(result: AverageResult) -> str:

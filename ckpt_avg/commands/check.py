@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
 from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.commands.options import CheckRequest, takes
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.formats.open import make_reading
 from ckpt_avg.formats.torch_file import RUNNING_AVERAGE
 from ckpt_avg.runs.compatibility import CompatibilityReport, compare
-from ckpt_avg.runs.discover import Sources, discover
-from ckpt_avg.runs.select import Selection, open_selected
+from ckpt_avg.runs.discover import discover
+from ckpt_avg.runs.select import open_selected
 from ckpt_avg.text import listing, plural, quote
 
 
-def check(
-    sources: Sources,
-    *,
-    last: int | None = None,
-    every: int | None = None,
-    from_step: int | None = None,
-    to_step: int | None = None,
-    best: int | None = None,
-    metric: str | None = None,
-    mode: str | None = None,
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-    at_lr_minima: bool = False,
-    state_key: str | None = None,
-    ema: bool = False,
-    strip_prefix: str | None = None,
-) -> CompatibilityReport:
-    """Says whether checkpoints can be averaged, from their headers alone.
+@takes(CheckRequest)
+def check(request: CheckRequest) -> CompatibilityReport:
+    """Returns whether checkpoints can be averaged, from their headers alone.
 
     Args:
-        sources: checkpoint files, checkpoint folders and run folders.
-        last, every, from_step, to_step, best, metric, mode, include, exclude, at_lr_minima: which of them, as for
-            `average`.
-        state_key, ema, strip_prefix: how to read each, as for `open_checkpoint`.
+        {arguments}
 
     Returns:
         The report; ``report.compatible`` is the answer.
@@ -51,12 +33,10 @@ def check(
         >>> check(["fixtures/mnist_cnn"]).compatible
         True
     """
-    selection = Selection(include, exclude, from_step, to_step, at_lr_minima, every, last, best, metric, mode)
-    reading = make_reading(state_key, ema, strip_prefix)
+    notices: list[str] = []
     with ExitStack() as stack:
-        notices: list[str] = []
         checkpoints, skipped = open_selected(
-            discover(sources), selection, reading, stack, notices.append, copy_test="same step"
+            discover(request.sources), request, request, stack, notices.append, copy_test="same step"
         )
         notice_what_is_read(checkpoints, notices.append)
         report = compare([checkpoint.spec for checkpoint in checkpoints])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec
 from ckpt_avg.checkpoint.training_record import Record
+from ckpt_avg.commands.options import InspectRequest, takes
 from ckpt_avg.errors import CkptAvgError, IncompatibleError
 from ckpt_avg.formats.folder import find_weights
-from ckpt_avg.formats.open import make_reading, open_checkpoint
+from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.trainers.any_script import SUFFIXES
 from ckpt_avg.runs.candidates import survey
 from ckpt_avg.runs.discover import discover
@@ -54,18 +54,12 @@ class Inspection:
     notes: tuple[str, ...] = ()
 
 
-def inspect(
-    path: str | os.PathLike[str],
-    *,
-    state_key: str | None = None,
-    ema: bool = False,
-    strip_prefix: str | None = None,
-) -> Inspection:
-    """Looks at a checkpoint or a run folder; reads headers only.
+@takes(InspectRequest)
+def inspect(request: InspectRequest) -> Inspection:
+    """Returns what a checkpoint or a run folder holds, from headers only.
 
     Args:
-        path: a checkpoint file, a checkpoint folder, a run folder, or any other folder.
-        state_key, ema, strip_prefix: how to read each checkpoint, as for `open_checkpoint`.
+        {arguments}
 
     Returns:
         What was found. A folder without checkpoints is described, too.
@@ -74,18 +68,19 @@ def inspect(
         UsageError: there is nothing at ``path``.
         CheckpointFormatError: it is one file or one checkpoint folder that cannot be read.
     """
-    path = Path(path)
-    reading = make_reading(state_key, ema, strip_prefix)
+    path = Path(request.path)
     try:
         discovery = discover([path])
     except IncompatibleError as error:
         return Inspection(path, seen=_look_around(path), needed=str(error))
     if discovery.named == (path,):
-        with open_checkpoint(path, state_key=state_key, ema=ema, strip_prefix=strip_prefix) as checkpoint:
+        with open_checkpoint(
+            path, state_key=request.state_key, ema=request.ema, strip_prefix=request.strip_prefix
+        ) as checkpoint:
             return Inspection(path, checkpoint.spec)
     with ExitStack() as stack:
         try:
-            found = survey(discovery, reading, stack, copy_test="samples")
+            found = survey(discovery, request, stack, copy_test="samples")
         except IncompatibleError as error:
             return Inspection(path, skipped=discovery.skipped, seen=_look_around(path), needed=str(error))
         listed = [

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, TensorSpec
+from ckpt_avg.commands.options import VerifyRequest, takes
 from ckpt_avg.errors import CheckpointFormatError, VerificationError
-from ckpt_avg.files.input_file import InputFile, check_io
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.safetensors_header import looks_like, parse_header, read_header
 from ckpt_avg.machine import choose_threads
 from ckpt_avg.output.digests import digest_data
 from ckpt_avg.output.provenance import Digests, header_digest, recorded_digests
 from ckpt_avg.progress import Progress
-from ckpt_avg.runs.discover import Sources
 
 _ADVICE = "Restore it from a copy, or average the checkpoints again."
 
@@ -42,28 +41,15 @@ class VerifyReport:
     measured: tuple[str, ...] = ()
 
 
-def verify(
-    path: str | os.PathLike[str],
-    *,
-    sources: Sources | None = None,
-    threads: int | None = None,
-    memory: int | None = None,
-    io: str = "auto",
-    progress: Progress | None = None,
-) -> VerifyReport:
+@takes(VerifyRequest)
+def verify(request: VerifyRequest) -> VerifyReport:
     """Checks that a file written by this package is well-formed, complete and undamaged.
 
     All of it is read. What stands before the data is compared with one recorded digest, the data with another
     (`digests`). They tell damage, not forgery: who can change the file can change them too.
 
     Args:
-        path: the file.
-        sources: checkpoint files, checkpoint folders and run folders. The mean of those that the file records is taken
-            again, and compared bit for bit; running statistics that a refresh measured are left aside.
-        threads: workers; as many as this process may use cores if not given.
-        memory: bytes of working memory for the mean, as for `average`.
-        io: how to read, as for `average`.
-        progress: callbacks.
+        {arguments}
 
     Returns:
         What was found.
@@ -82,27 +68,25 @@ def verify(
         >>> report.data_digest == result.data_digest
         True
     """
-    workers, way = choose_threads(threads), check_io(io)
-    progress = progress or Progress()
-    with InputFile(Path(path)) as file:
+    threads = choose_threads(request.threads)
+    progress = request.progress or Progress()
+    with InputFile(Path(request.path)) as file:
         try:
             tensors, metadata, recorded = _check_header(file)
             begin = file.size - sum(tensor.nbytes for tensor in tensors.values())
             progress.start(file.size - begin)
             _refuse_other(
-                file, "data", recorded.data, digest_data(file, begin, threads=workers, progress=progress.read)
+                file, "data", recorded.data, digest_data(file, begin, threads=threads, progress=progress.read)
             )
             file.check_unchanged()
         except CheckpointFormatError as error:
             raise VerificationError(f"{error} {_ADVICE}") from error
-        report = VerifyReport(Path(path), len(tensors), file.size, recorded.data, metadata)
-        if sources is None:
+        report = VerifyReport(Path(request.path), len(tensors), file.size, recorded.data, metadata)
+        if request.sources is None:
             return report
         from ckpt_avg.commands.verify_sources import compare_with_mean  # torch takes seconds to import
 
-        checkpoints, measured = compare_with_mean(
-            file, tensors, metadata, sources, threads=workers, memory=memory, io=way, progress=progress
-        )
+        checkpoints, measured = compare_with_mean(file, tensors, metadata, request, threads=threads, progress=progress)
         return replace(report, checkpoints=checkpoints, measured=measured)
 
 

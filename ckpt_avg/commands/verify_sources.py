@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec, batch_norm_buffer
+from ckpt_avg.commands.options import RecordedOptions, VerifyRequest
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, VerificationError
-from ckpt_avg.files.input_file import IO, InputFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import OutputTensor, Plan, make_plan
-from ckpt_avg.mean.stream import DEFAULT_MEMORY, Mean, check_memory, write_means
+from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.provenance import (
-    Options,
     recorded_options,
     recorded_sources,
     recorded_statistics,
@@ -29,7 +29,7 @@ from ckpt_avg.output.provenance import (
 )
 from ckpt_avg.progress import Progress
 from ckpt_avg.runs.compatibility import refuse_differences
-from ckpt_avg.runs.discover import Discovery, Sources, discover
+from ckpt_avg.runs.discover import Discovery, discover
 from ckpt_avg.text import listing, one_line, plural, quote
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -39,11 +39,9 @@ def compare_with_mean(
     file: InputFile,
     tensors: Mapping[str, TensorSpec],
     metadata: Mapping[str, str],
-    sources: Sources,
+    request: VerifyRequest,
     *,
     threads: int,
-    memory: int | None,
-    io: IO,
     progress: Progress,
 ) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Compares a file's data, bit for bit, with the mean of the checkpoints that its metadata records.
@@ -52,7 +50,9 @@ def compare_with_mean(
         file: the file.
         tensors: its tensors by name.
         metadata: what it says of itself.
-        sources, threads, memory, io, progress: as for `verify`.
+        request: names the sources, the memory and the way to read.
+        threads: workers.
+        progress: callbacks.
 
     Returns:
         The checkpoints in order, and the tensors that are not the mean since a BatchNorm refresh measured them.
@@ -61,18 +61,17 @@ def compare_with_mean(
         VerificationError: the sources are others than it records, or their mean is another.
         CheckpointFormatError: a source cannot be read.
     """
-    memory = DEFAULT_MEMORY if memory is None else memory
-    check_memory(memory)
-    recorded, options = recorded_sources(metadata), recorded_options(metadata)
+    recorded = recorded_sources(metadata)
+    options = RecordedOptions.read(recorded_options(metadata) or {"": None})
     if recorded is None or options is None:
         raise VerificationError(
             f"{file.path}: expected a record of its sources and options, got none that makes sense."
         )
     with ExitStack() as stack:
         try:
-            checkpoints = _recorded_among(discover(sources), recorded, options, stack, file.path)
+            checkpoints = _recorded_among(discover(request.sources or ()), recorded, options, stack, file.path)
             for source in (source for checkpoint in checkpoints for source in checkpoint.files):
-                source.use_io(io)
+                source.use_io(request.io)
             specs = [checkpoint.spec for checkpoint in checkpoints]
             refuse_differences(specs)
             plan = make_plan(specs, dtype=options.dtype, non_float=options.non_float)
@@ -86,7 +85,7 @@ def compare_with_mean(
                 [Mean(range(len(checkpoints)), comparison.compare)],
                 device=torch.device("cpu"),
                 threads=threads,
-                memory=memory,
+                memory=request.memory,
                 allow_nonfinite=options.allow_nonfinite,
                 progress=progress.read,
             )
@@ -99,7 +98,7 @@ def compare_with_mean(
 
 
 def _recorded_among(
-    discovery: Discovery, recorded: Sequence[Mapping[str, Any]], options: Options, stack: ExitStack, path: Path
+    discovery: Discovery, recorded: Sequence[Mapping[str, Any]], options: RecordedOptions, stack: ExitStack, path: Path
 ) -> list[Checkpoint]:
     """Returns the recorded checkpoints in their order; folders may hold others, but what is named by hand must be one.
 
@@ -113,7 +112,7 @@ def _recorded_among(
     for each in found:
         if each.is_dir() or names & {text_of(each), text_of(each.parent)}:
             try:
-                left.append(stack.enter_context(open_with(each, options.reading)))
+                left.append(stack.enter_context(open_with(each, options)))
             except CheckpointFormatError as error:
                 problems[text_of(each)] = str(error)
     chosen = []

@@ -15,7 +15,6 @@ import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import prefetch, read_ranges, torch_dtype
-from ckpt_avg.errors import UsageError
 from ckpt_avg.machine import gc_paused
 from ckpt_avg.mean.averager import LEAST_CHUNK, Averager
 from ckpt_avg.mean.blocks import Block, cut_into_blocks
@@ -29,16 +28,7 @@ _CUDA_CHUNK = 1024 * 1024  # enough to outweigh the launch of a kernel
 _MOST_ELEMENTS = 8 * 1024 * 1024  # larger blocks are no faster
 _LEAST_BLOCKS = 2  # for each worker, so that all finish at about the same time
 
-DEFAULT_MEMORY = 128 * 2**20
-_LEAST_MEMORY = 2**20
-
 Write = Callable[[memoryview, int], None]
-
-
-def check_memory(memory: int) -> None:
-    """Raises UsageError if there is too little to work with."""
-    if memory < _LEAST_MEMORY:
-        raise UsageError(f"--memory: expected {_LEAST_MEMORY:,} or more, got {memory:,}.")
 
 
 @dataclass(frozen=True, slots=True)

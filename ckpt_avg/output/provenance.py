@@ -12,16 +12,13 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN_KEY, Checkpoint, CheckpointSpec, name_of
-from ckpt_avg.errors import CheckpointFormatError, UsageError
+from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.formats.open import make_reading
-from ckpt_avg.formats.state_dict import Reading
-from ckpt_avg.mean.plan import check_rules
 from ckpt_avg.version import __version__
 
 SOURCES = "ckpt_avg.sources"
@@ -39,23 +36,6 @@ _METRICS = 32  # of one checkpoint, in the order of their names: some trainers l
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """The options on which the output's bytes depend, those of the BatchNorm refresh aside; each as for `average`."""
-
-    dtype: str = "keep"
-    non_float: str = "equal"
-    allow_nonfinite: bool = False
-    state_key: str | None = None
-    ema: bool = False
-    strip_prefix: str | None = None
-
-    @property
-    def reading(self) -> Reading:
-        """How the checkpoints are read."""
-        return make_reading(self.state_key, self.ema, self.strip_prefix)
-
-
-@dataclass(frozen=True, slots=True)
 class Digests:
     """What a file records of itself, in hex: the digest of its data section, and that of all before it."""
 
@@ -65,7 +45,7 @@ class Digests:
 
 def make_metadata(
     checkpoints: Sequence[Checkpoint],
-    options: Options,
+    options: Mapping[str, Any],
     *,
     batch_norm: dict[str, object] | None,
     digests: Sequence[Mapping[str, str]] | None = None,
@@ -85,7 +65,7 @@ def make_metadata(
     sources = [
         _source(checkpoint, None if digests is None else digests[index]) for index, checkpoint in enumerate(checkpoints)
     ]
-    others = asdict(options)
+    others = dict(options)
     dtype = others.pop("dtype")
     metadata = {
         METHOD_KEY: "mean" if len(specs) > 1 else "copy",
@@ -145,23 +125,12 @@ def recorded_sources(metadata: Mapping[str, Any]) -> list[dict[str, Any]] | None
     return sources if all(map(_is_source, sources)) else None
 
 
-def recorded_options(metadata: Mapping[str, Any]) -> Options | None:
-    """Returns the options that a file records; None where they make no sense."""
+def recorded_options(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the options that a file records; None where it does not."""
     try:
-        options = Options(dtype=metadata[DTYPE], **json.loads(metadata[OPTIONS]))
+        return {**json.loads(metadata[OPTIONS]), "dtype": metadata[DTYPE]}
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    texts = (options.state_key or "", options.strip_prefix or "", options.non_float)
-    well_formed = all(isinstance(text, str) for text in texts)
-    well_formed &= all(isinstance(each, bool) for each in (options.allow_nonfinite, options.ema))
-    if not well_formed:
-        return None
-    try:
-        check_rules(options.dtype, options.non_float)
-        make_reading(options.state_key, options.ema, options.strip_prefix)
-    except UsageError:
-        return None
-    return options
 
 
 def recorded_statistics(metadata: Mapping[str, Any]) -> str:
@@ -205,7 +174,7 @@ def _source(checkpoint: Checkpoint, digests: Mapping[str, str] | None) -> dict[s
     return source
 
 
-def _own_words(spec: CheckpointSpec, options: Options) -> dict[str, str]:
+def _own_words(spec: CheckpointSpec, options: Mapping[str, Any]) -> dict[str, str]:
     """Returns what a copy keeps of a safetensors file's metadata; what a torch file holds beside its weights is none.
 
     Where the copy changes dtypes or names, it no longer is what its source says that it is the mean of: then its
@@ -214,7 +183,7 @@ def _own_words(spec: CheckpointSpec, options: Options) -> dict[str, str]:
     if spec.format != "safetensors":
         return {}
     own = {key: value for key, value in spec.metadata.items() if isinstance(value, str)}
-    if options.dtype in ("keep", own.get(DTYPE)) and not spec.prefix and options.strip_prefix is None:
+    if options["dtype"] in ("keep", own.get(DTYPE)) and not spec.prefix and options["strip_prefix"] is None:
         return own
     origin = own.get(ORIGIN_KEY, own.get(SOURCES))
     kept = {key: value for key, value in own.items() if not key.startswith("ckpt_avg.")}

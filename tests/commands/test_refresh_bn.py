@@ -491,7 +491,7 @@ def test_a_missing_model_or_data(app: list[str], source: Path, out: Path, in_pro
     at = app.index(missing)
     code, _, stderr = in_process("refresh-bn", source, "-o", out, *app[:at], *app[at + 2 :])
     assert code == 2
-    assert f"Error: {missing}: expected MODULE:FACTORY, got nothing." in stderr
+    assert f"Error: {missing} is missing. Add {missing} MODULE:FACTORY to measure the statistics." in stderr
     assert names(out.parent) == []
 
 

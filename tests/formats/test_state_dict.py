@@ -11,7 +11,8 @@ from ckpt_avg.checkpoint.spec import DTYPES
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.pickles.leaves import StorageRef, StoredTensor, UnreadableTensor
 from ckpt_avg.formats.pickles.stand_ins import Foreign, PlainDict
-from ckpt_avg.formats.state_dict import Reading, find_state_dict
+from ckpt_avg.formats.reading import Reading
+from ckpt_avg.formats.state_dict import find_state_dict
 from ckpt_avg.formats.trainers.records import plain_values
 
 PATH = Path("run/epoch_3.pt")
@@ -30,7 +31,7 @@ class Module(Foreign):
 
 def refusal(root: object, key: str | None = None) -> str:
     with pytest.raises(CheckpointFormatError) as caught:
-        find_state_dict(root, PATH, Reading(key))
+        find_state_dict(root, PATH, Reading(state_key=key))
     message = str(caught.value)
     assert caught.value.exit_code == 3
     assert message.startswith("run/epoch_3.pt: ")
@@ -95,13 +96,13 @@ def test_a_key_names_a_part(key: str, expected: str) -> None:
     }
     if key == "a.b.c":
         root.pop("a.b")
-    found = find_state_dict(root, PATH, Reading(key))
+    found = find_state_dict(root, PATH, Reading(state_key=key))
     assert (found.key, list(found.tensors)) == (key, [expected])
 
 
 def test_a_key_may_name_what_would_not_be_taken_by_itself() -> None:
     root = {"model": {"w": W}, "ema": {"w": B, "decay": 0.9}}
-    found = find_state_dict(root, PATH, Reading("ema"))
+    found = find_state_dict(root, PATH, Reading(state_key="ema"))
     assert found.tensors == {"w": B}
     assert found.others == ("decay",)
 
@@ -204,7 +205,7 @@ def test_the_depth_of_the_search_is_bounded() -> None:
 
     assert find_state_dict(nested(4), PATH, Reading()).key == "k.k.k.k"
     refusal(nested(5))
-    assert find_state_dict(nested(5), PATH, Reading("k.k.k.k.k")).key == "k.k.k.k.k"
+    assert find_state_dict(nested(5), PATH, Reading(state_key="k.k.k.k.k")).key == "k.k.k.k.k"
 
 
 def test_a_dict_that_holds_itself() -> None:

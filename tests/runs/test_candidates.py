@@ -15,11 +15,12 @@ from ckpt_avg import average, check
 from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
-from ckpt_avg.formats.state_dict import Reading
+from ckpt_avg.formats.reading import Reading
 from ckpt_avg.runs.candidates import EARLIER_AVERAGE, Candidate, Survey, position, survey, unit_of
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import discover
-from ckpt_avg.runs.select import Selection, open_selected
+from ckpt_avg.runs.select import open_selected
+from ckpt_avg.runs.selection import Selection
 
 
 def weights(seed: float) -> dict[str, torch.Tensor]:

@@ -64,7 +64,7 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **given:
         --model train:make_model --eval train:evaluate --require 'accuracy>=last'
     """  # noqa: D301 (click needs the backspace character itself)
     AverageRequest(sources, output, **options_in(AverageRequest, given))  # checked before anything slow is imported
-    from ckpt_avg.cli.report import average_text
+    from ckpt_avg.cli.reports import average_text
     from ckpt_avg.commands.average import average
 
     make_output(
@@ -91,7 +91,7 @@ def refresh_command(weights: str, output: str, **given: Any) -> None:
     ckpt-avg refresh-bn weights.pt -o refreshed.safetensors --model train:make_model --data train:train_loader
     """  # noqa: D301 (click needs the backspace character itself)
     RefreshRequest(weights, output, **options_in(RefreshRequest, given))
-    from ckpt_avg.cli.report import refreshed_text
+    from ckpt_avg.cli.reports import refreshed_text
     from ckpt_avg.commands.refresh_bn import refresh_weights
 
     make_output(
@@ -129,9 +129,10 @@ def sweep_command(
     if launch_of() is not None:
         raise UsageError("sweep: runs in one process only. Start it without torchrun.")
     SweepRequest(sources, **options_in(SweepRequest, given))
+    from ckpt_avg.cli.documents import sweep_json
     from ckpt_avg.cli.plots import KINDS, draw_sweep, refuse_without_matplotlib
     from ckpt_avg.cli.progress_bars import bars
-    from ckpt_avg.cli.report_evaluation import sweep_json, sweep_text
+    from ckpt_avg.cli.reports import sweep_text
     from ckpt_avg.commands.sweep import sweep
     from ckpt_avg.output.paths import SideFiles, json_bytes
 
@@ -159,7 +160,8 @@ def sweep_command(
 @options.verbose
 def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given: Any) -> None:
     """Say whether the checkpoints fit together, from their headers alone."""
-    from ckpt_avg.cli.report import compatibility_json, compatibility_text
+    from ckpt_avg.cli.documents import compatibility_json
+    from ckpt_avg.cli.reports import compatibility_text
     from ckpt_avg.commands.check import check
 
     report = check(sources, **given)
@@ -180,7 +182,8 @@ def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given:
 @options.as_json
 def inspect_command(path: str, as_json: bool, **given: Any) -> None:
     """Show what a checkpoint or a run folder holds, and how it would be read."""
-    from ckpt_avg.cli.report_inspect import inspection_json, inspection_text
+    from ckpt_avg.cli.documents import inspection_json
+    from ckpt_avg.cli.reports import inspection_text
     from ckpt_avg.commands.inspect import inspect
 
     found = inspect(path, **given)
@@ -209,8 +212,9 @@ def verify_command(
     ckpt-avg verify swa.safetensors
     ckpt-avg verify swa.safetensors --sources RUN
     """  # noqa: D301 (click needs the backspace character itself)
+    from ckpt_avg.cli.documents import verify_json
     from ckpt_avg.cli.progress_bars import bars
-    from ckpt_avg.cli.report_verify import verify_json, verify_text
+    from ckpt_avg.cli.reports import verify_text
     from ckpt_avg.commands.verify import verify
 
     if sources != bool(checkpoints):

@@ -34,8 +34,8 @@ def make_output(
     **options: Any,
 ) -> None:
     """Runs what makes an output, and prints and reports what came of it, also where a requirement is not met."""
+    from ckpt_avg.cli.documents import average_json
     from ckpt_avg.cli.progress_bars import bars
-    from ckpt_avg.cli.report import average_json
     from ckpt_avg.output.paths import SideFiles, checksum_path, json_bytes
 
     launch = launch_of()

@@ -288,7 +288,7 @@ def test_inspect_of_a_file_as_json(in_process: InProcess, run_folder: Path) -> N
 def test_inspect_of_a_folder_lists_it_in_natural_order(in_process: InProcess, run_folder: Path) -> None:
     code, out, _ = in_process("inspect", run_folder)
     assert code == 0
-    rows = [line.split()[0] for line in out.splitlines()[1:13]]
+    rows = [line.split()[0] for line in out.splitlines()[2:14]]
     assert rows == [f"epoch_{epoch}.pt" for epoch in range(9, 21)]
 
 
@@ -485,7 +485,7 @@ def test_a_signal_during_the_refresh_has_its_code(
             signal.signal(number, handler)
     assert code == expected
     assert load_json(out)["error"]["exit_code"] == expected
-    assert "the output path is as it was" in err
+    assert "the output path is unchanged" in err
     assert "Traceback" not in err
     assert files(output.parent) == []
     assert handlers == [unhandled] * 3

@@ -881,7 +881,7 @@ def test_an_unmet_requirement(app: App, in_process: InProcess, old: bool) -> Non
     assert "average, statistics averaged  0.5 (-0.5)" in lines
     assert "NOT MET: m>=last: expected >= 1, got 0.5" in lines
     assert "met: m>=0: expected >= 0, got 0.5" in lines
-    assert f"{app.out} is not written" in lines
+    assert f"did not write {app.out}" in lines
     assert not [line for line in lines if line.startswith(("wrote", "would"))]
     assert stderr.splitlines()[-1].startswith(f"Error: {app.out}: not published, because 1 of 2 requirements failed")
     assert "Traceback" not in stderr
@@ -932,7 +932,7 @@ def test_json_stays_json_for_nan_and_infinity(app: App, in_process: InProcess) -
         ("raises", 7, "the --eval function raised for step_2.pt: LookupError: no test set"),
         ("exits", 7, "the --eval function raised for step_2.pt: SystemExit: 0"),
         ("text", 7, "the --eval function: expected a number or a dict of names to numbers, got 'text' is a str."),
-        ("interrupts", 130, "interrupted; "),
+        ("interrupts", 130, "interrupted: "),
         ("missing", 2, "has no 'missing'"),
     ],
 )

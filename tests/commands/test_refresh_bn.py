@@ -255,7 +255,7 @@ def test_a_model_without_batch_norm_says_that_nothing_was_refreshed(
 
 
 def test_the_first_line_does_not_say_refreshed_where_nothing_was(tmp_path: Path, out: Path) -> None:
-    from ckpt_avg.cli.report import refreshed_text
+    from ckpt_avg.cli.reports import refreshed_text
 
     path = tmp_path / "weights.safetensors"
     save_file({"weight": torch.ones(2, 6), "bias": torch.ones(2)}, path)

@@ -685,13 +685,13 @@ def test_what_is_printed(app: App, in_process: InProcess) -> None:
     document = json.loads(text)
     lines = stdout.splitlines()
     assert lines[0].split() == ["loss"]
-    assert lines[1].startswith("step_4.pt, as it is")
+    assert lines[1].startswith("step_4.pt (last)")
     assert [line.split("  ")[0] for line in lines[2:9]] == [
         "last 1", "last 2", "last 3", "all 4", "first 1", "first 2", "first 3"
     ]  # fmt: skip
     assert lines[10].startswith("best by loss: the average of ")
-    assert lines[11].startswith("to make it: ")
-    assert shlex.split(lines[11].removeprefix("to make it: ")) == document["command"]
+    assert lines[11].startswith("to write it: ")
+    assert shlex.split(lines[11].removeprefix("to write it: ")) == document["command"]
     assert len(lines) == 12
     assert [line for line in lines if "← best" in line]
     assert "printed by" not in stdout
@@ -797,7 +797,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_lose_the_numbers(
     more = ["--plot", "sweep.png", "--report", "sweep.json", "--last", "2"]
     code, stdout, stderr = in_process("sweep", "a run", *app.words(*more))
     assert code == 5
-    assert "to make it" in stdout
+    assert "to write it" in stdout
     assert "Error: --plot: matplotlib could not draw it: ZeroDivisionError" in stderr
     assert "command" in json.loads(Path("sweep.json").read_text())
     assert not Path("sweep.png").exists()

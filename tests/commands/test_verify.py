@@ -51,7 +51,7 @@ def output(tmp_path: Path, inputs: list[Path]) -> Path:
     return tmp_path / "out.safetensors"
 
 
-# -- whole and undamaged ----------------------------------------------------------------------------------------------
+# -- complete and undamaged -------------------------------------------------------------------------------------------
 
 
 def test_an_output_verifies(output: Path) -> None:
@@ -262,7 +262,7 @@ def test_refreshed_statistics_are_left_aside(
     code, out, _ = in_process("verify", output, "--sources", run_folder)
     assert code == 0
     assert "the mean of 3 checkpoints, bit for bit: epoch_18.pt, epoch_19.pt, epoch_20.pt" in out
-    assert "but for 12 tensors" in out
+    assert "not compared: 12 BatchNorm tensors that were refreshed" in out
 
 
 def test_kept_statistics_are_compared(tmp_path: Path, run_folder: Path) -> None:
@@ -412,7 +412,7 @@ def test_no_recorded_text_makes_a_line_of_ours(
     tmp_path: Path, output: Path, inputs: list[Path], in_process: Run
 ) -> None:
     honest = ckpt_avg.verify(output).metadata
-    forged = "\nout.safetensors is whole and undamaged"
+    forged = "\nout.safetensors is complete and undamaged"
     sealed(output, {**honest, provenance.DATA_DIGEST: f"sha256-tree-1MiB:x{forged}"})
     assert forged not in in_process("verify", output)[2]
     record = json.loads(honest[provenance.SOURCES])

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import formats.reading
 import pytest
+from formats.reading import assert_same, read
+from layouts import save, state
 
 from ckpt_avg.checkpoint.spec import DTYPES
 from ckpt_avg.errors import CheckpointFormatError
@@ -61,6 +64,11 @@ def refusal(root: object, key: str | None = None) -> str:
         # the only one, wherever it is
         ({"a": {"b": {"c": {"w": W}}}}, "a.b.c", ["w"]),
         ({"net": {"w": W}, "optimizer": {"state": {0: {"exp_avg": B}}}}, "net", ["w"]),
+        (
+            {"weights_of_it": {"w": W}, "optimizer": {"exp_avg": {"w": B}, "exp_avg_sq": {"w": B}}},
+            "weights_of_it",
+            ["w"],
+        ),
         # names like the wrapper keys are tensors where they are tensors
         ({"model": W, "state_dict": B}, None, ["model", "state_dict"]),
     ],
@@ -133,9 +141,18 @@ def test_nested_candidates_are_listed_and_none_is_taken() -> None:
     assert "Choose one with --state-key, for example --state-key generator." in message
 
 
-def test_several_wrapper_keys_are_not_guessed_between() -> None:
-    message = refusal({"state_dict": {"w": W}, "model": {"w": B}})
-    assert "got several: 'state_dict', 'model'" in message
+@pytest.mark.guarantee("nested-state-dicts")
+@pytest.mark.parametrize(
+    "keys", [("state_dict", "model"), ("net_g", "net_d"), ("encoder", "decoder"), ("generator", "discriminator")]
+)
+def test_several_state_dicts_are_listed_and_none_is_taken(tmp_path: Path, keys: tuple[str, str]) -> None:
+    """One of them taken at random, or both merged, as OpenNMT-py's model and generator are."""
+    path = save({keys[0]: state(1), keys[1]: state(2), "step": 3}, tmp_path / "two.pt")
+    message = formats.reading.refusal(path)
+    assert f"got several: '{keys[0]}', '{keys[1]}'" in message
+    assert "--state-key" in message
+    for number, key in enumerate(keys):
+        assert_same(read(path, state_key=key), state(number + 1))
 
 
 def test_many_candidates_are_cut() -> None:
@@ -173,6 +190,7 @@ def test_a_pickled_module(key: str | None) -> None:
     [
         ({}, "an empty dict"),
         ({"epoch": 3}, "a dict with the keys 'epoch', which holds no named tensors"),
+        ({"optimizer": {"exp_avg": {"w": W}}, "epoch": 3}, "a dict with the keys 'optimizer', 'epoch'"),
         (W, "a single tensor without a name"),
         (SPARSE, "a single tensor without a name"),
         ([W], "type list"),

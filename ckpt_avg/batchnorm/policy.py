@@ -18,6 +18,7 @@ from ckpt_avg.text import listing, plural, quote
 from ckpt_avg.user_code.model import Passes
 
 Statistics = Literal["none", "refreshed", "mean", "frozen", "copied"]
+COUNTS_ROOM = 2 * 15  # bytes by which the metadata may grow once the refresh has counted batches and samples
 
 
 def frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[str]:
@@ -112,7 +113,7 @@ def source_of_statistics(plan: Plan, frozen: frozenset[str], refresh: PreparedRe
 def summary(
     statistics: Statistics, report: BatchNormReport | None, options: RefreshOptions
 ) -> dict[str, object] | None:
-    """Returns what the metadata says of BatchNorm; as wide as it can get while the refresh is still to come."""
+    """Returns the metadata on BatchNorm, with counts of 0 while there is no report; None without BatchNorm layers."""
     if statistics == "none":
         return None
     if statistics != "refreshed":
@@ -121,7 +122,7 @@ def summary(
         "statistics": "refreshed",
         "estimator": options.bn_estimator,
         "amp": options.amp,
-        "batches": report.batches if report else 10**15,
-        "samples": report.samples if report else 10**15,
+        "batches": report.batches if report else 0,
+        "samples": report.samples if report else 0,
         "data": getattr(options.data, "__qualname__", type(options.data).__name__),
     }

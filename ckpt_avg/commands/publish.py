@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ckpt_avg.batchnorm.policy import Statistics, summary
+from ckpt_avg.batchnorm.policy import COUNTS_ROOM, Statistics, summary
 from ckpt_avg.batchnorm.refresh import BatchNormReport
 from ckpt_avg.batchnorm.refresh_output import frozen_layers, refresh_output
 from ckpt_avg.commands.agreement import agree_on_header
@@ -100,8 +100,8 @@ class Draft:
 
     @functools.cached_property
     def header(self) -> bytes:
-        """The output's header, with room for the digests, and for the refresh's figures, which are still to come."""
-        return self._encode(None)
+        """The output's header before its digests and the refresh's counts are known; `final_header` is as long."""
+        return self._encode(None, room=COUNTS_ROOM if self.prepared.statistics == "refreshed" else 0)
 
     @property
     def nbytes(self) -> int:
@@ -109,8 +109,8 @@ class Draft:
         return len(self.header) + self.prepared.plan.nbytes
 
     def final_header(self, report: BatchNormReport | None, data_digest: str) -> bytes:
-        """Returns the header with the digests and the figures of the refresh, as long as `header`."""
-        return seal(self._encode(report, data_digest, reserve=len(self.header)))
+        """Returns the header with the digests and the counts of the refresh."""
+        return seal(self._encode(report, data_digest, size=len(self.header)))
 
     def result(
         self,
@@ -144,7 +144,9 @@ class Draft:
         with gc_paused():
             return encode_tensors(self.prepared.plan)
 
-    def _encode(self, report: BatchNormReport | None, data_digest: str | None = None, reserve: int = 0) -> bytes:
+    def _encode(
+        self, report: BatchNormReport | None, data_digest: str | None = None, *, room: int = 0, size: int = 0
+    ) -> bytes:
         with gc_paused():
             metadata = make_metadata(
                 self.prepared.checkpoints,
@@ -153,7 +155,7 @@ class Draft:
                 digests=self.sources,
                 data_digest=data_digest,
             )
-            return encode_header(self._tensors, metadata, reserve=reserve)
+            return encode_header(self._tensors, metadata, room=room, size=size)
 
 
 def publish(draft: Draft) -> AverageResult:
@@ -251,14 +253,14 @@ def _write_mean(draft: Draft, unpublished: UnpublishedFile, digest: TreeDigest) 
     )
     if ranks.size > 1:
         unpublished.sync()
-    ranks.exchange("mean", digest.known() if ranks.size > 1 else None, lambda known: _join(digest, known))
+    ranks.exchange("mean", digest.known() if ranks.size > 1 else None, lambda known: _update(digest, known))
     if ranks.size > 1:
         unpublished.drop_cache()
 
 
-def _join(digest: TreeDigest, known: list[Any]) -> None:
-    for runs in known[1:]:
-        digest.join(runs)
+def _update(digest: TreeDigest, known: list[Any]) -> None:
+    for digests in known[1:]:
+        digest.update(digests)
 
 
 def _overwrite(draft: Draft, unpublished: UnpublishedFile, digest: TreeDigest) -> Callable[[memoryview, int], None]:
@@ -266,7 +268,7 @@ def _overwrite(draft: Draft, unpublished: UnpublishedFile, digest: TreeDigest) -
 
     def write(contents: memoryview, offset: int) -> None:
         if draft.context.ranks.is_first:
-            digest.forget(offset, len(contents))
+            digest.invalidate(offset, len(contents))
             unpublished.write(contents, len(draft.header) + offset)
 
     return write

@@ -108,8 +108,9 @@ def _check_header(file: InputFile) -> tuple[dict[str, TensorSpec], dict[str, str
     return tensors, metadata, recorded
 
 
-def _refuse_other(file: InputFile, what: str, expected: str, found: str) -> None:
+def _refuse_other(file: InputFile, what: str, expected: str, found: str | None) -> None:
     if found != expected:
         raise VerificationError(
-            f"{file.path}: the {what} was changed or is damaged: expected the digest {expected}, got {found}. {_ADVICE}"
+            f"{file.path}: the {what} was changed or is damaged: expected the digest {expected}, got "
+            f"{found or 'none'}. {_ADVICE}"
         )

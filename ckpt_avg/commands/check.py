@@ -18,13 +18,10 @@ from ckpt_avg.text import listing, plural, quote
 
 @takes(CheckRequest)
 def check(request: CheckRequest) -> CompatibilityReport:
-    """Returns whether checkpoints can be averaged, from their headers alone.
+    """Compares checkpoints by their headers alone. The report's ``compatible`` says whether they can be averaged.
 
     Args:
         {arguments}
-
-    Returns:
-        The report; ``report.compatible`` is the answer.
 
     Raises:
         CkptAvgError: a checkpoint cannot be opened, or there is none.
@@ -46,12 +43,15 @@ def check(request: CheckRequest) -> CompatibilityReport:
 def notice_what_is_read(
     checkpoints: Sequence[Checkpoint], notice: Callable[[str], None], *, copies: bool = True
 ) -> None:
-    """Tells how the checkpoints were read, which are averages already, and which tensors are tied.
+    """Tells the user how the checkpoints are read, which are averages already, and which tensors are tied.
 
     Args:
-        checkpoints: what will be read.
-        notice: told what the user should know.
-        copies: whether to say of a single checkpoint that it is copied, or an average already.
+        checkpoints: in order.
+        notice: called with each notice.
+        copies: whether to say that a single checkpoint is copied, or is an average already.
+
+    Raises:
+        IncompatibleError: some hold raw weights, others only a running average.
     """
     first = checkpoints[0].spec
     for spec in (checkpoint.spec for checkpoint in checkpoints):
@@ -62,16 +62,16 @@ def notice_what_is_read(
         if running and len(averaged) < len(checkpoints):
             raw = next(checkpoint.spec for checkpoint in checkpoints if not checkpoint.spec.averaged)
             raise IncompatibleError(
-                f"{running.path}: {running.averaged} is all that it holds, while {raw.path} holds raw weights. Average "
-                "either kind: choose with --include and --exclude, --ema or --state-key."
+                f"{running.path}: has only {running.averaged}, while {raw.path} has raw weights. Average one kind: "
+                "select it with --include or --exclude, --ema or --state-key."
             )
         if copies or len(checkpoints) > 1:
-            hold = "holds an average" if len(averaged) == 1 else "hold an average"
             notice(
-                f"{len(averaged)} of {plural(len(checkpoints), 'checkpoint')} {hold} already "
-                f"({averaged[0].path.name}: {averaged[0].averaged})"
+                f"{len(averaged)} of {plural(len(checkpoints), 'checkpoint')} {'is' if len(averaged) == 1 else 'are'} "
+                f"already an average ({averaged[0].path.name}: {averaged[0].averaged})"
             )
     if copies and len(checkpoints) == 1:
-        notice(f"{first.path} is the only checkpoint, so its weights are copied")
+        notice(f"{first.path} is the only checkpoint: its weights are copied")
     if tied := first.tied():
-        notice(f"tied tensors are written under each name: {listing('='.join(map(quote, names)) for names in tied)}")
+        names = listing("=".join(map(quote, each)) for each in tied)
+        notice(f"tied weights are written under each of their names: {names}")

@@ -1,4 +1,4 @@
-"""`verify`: whether a file that was written here is whole and undamaged, and the mean of given checkpoints."""
+"""`verify`: whether an output is complete and undamaged, and whether it is the mean of given checkpoints."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _ADVICE = "Restore it from a copy, or average the checkpoints again."
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was found of a file that is as it was written.
+    """What `verify` found of a complete and undamaged file.
 
     Attributes:
         path: the file.
-        tensors: how many it holds.
+        tensors: the number of its tensors.
         nbytes: its size in bytes.
-        data_digest: the digest of its data section, as recorded and as found.
-        metadata: what it says of itself.
-        checkpoints: the checkpoints that it is the mean of, in order; None where it was not held against any.
-        measured: tensors that are not the mean, since a BatchNorm refresh measured them.
+        data_digest: the digest of its data section.
+        metadata: its ``__metadata__``.
+        checkpoints: the checkpoints that it is the mean of, in order; None if it was not compared with any.
+        measured: tensors that are not the mean, because a BatchNorm refresh measured them.
     """
 
     path: Path
@@ -45,17 +45,14 @@ class VerifyReport:
 def verify(request: VerifyRequest) -> VerifyReport:
     """Checks that a file written by this package is well-formed, complete and undamaged.
 
-    All of it is read. What stands before the data is compared with one recorded digest, the data with another
-    (`digests`). They tell damage, not forgery: who can change the file can change them too.
+    It reads the whole file. The header is compared with one recorded digest, the data with another. Digests show
+    damage, not forgery: anyone who can change the file can change them, too.
 
     Args:
         {arguments}
 
-    Returns:
-        What was found.
-
     Raises:
-        VerificationError: the file is damaged, was not written here, or is not the mean of the sources.
+        VerificationError: the file is damaged, was not written by this package, or is not the mean of the sources.
         CheckpointFormatError: it cannot be opened, or a source cannot be read.
         UsageError: an option is out of range.
 
@@ -91,7 +88,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
 
 
 def _check_header(file: InputFile) -> tuple[dict[str, TensorSpec], dict[str, str], Digests]:
-    """Returns the tensors, the metadata and the digests that a file records, once its header is as it was written."""
+    """Returns a file's tensors, metadata and recorded digests, once its header is verified."""
     if not looks_like(file.read(0, min(file.size, 9))):
         raise VerificationError(
             f"{file.path}: expected a safetensors file that ckpt-avg wrote, got another kind of file. {_ADVICE}"
@@ -101,8 +98,8 @@ def _check_header(file: InputFile) -> tuple[dict[str, TensorSpec], dict[str, str
     recorded = recorded_digests(metadata)
     if METHOD_KEY not in metadata or recorded is None:
         raise VerificationError(
-            f"{file.path}: expected a file that ckpt-avg wrote, with digests of itself in its metadata, got none. It "
-            "was written by another program or an older version, or is damaged."
+            f"{file.path}: expected a file that ckpt-avg wrote, with digests in its metadata, got none. It was "
+            "written by another program or an older version, or is damaged."
         )
     _refuse_other(file, "header", recorded.header, header_digest(file.read(0, 8 + len(text))))
     return tensors, metadata, recorded

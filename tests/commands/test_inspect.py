@@ -266,7 +266,7 @@ def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
     assert "a NeMo archive. Unpack it (tar xf model.nemo)" in told["model.nemo"]
     assert "a GGUF file" in told["model.gguf"]
     assert "an HDF5 file" in told["model.h5"]
-    assert told["README.md"] == "no checkpoint by its name, 1,234 bytes"
+    assert told["README.md"] == "not a checkpoint, by its name; 1,234 bytes"
     assert told["empty"] == "a folder with 0 entries"
 
 

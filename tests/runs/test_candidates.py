@@ -459,7 +459,7 @@ def test_raw_weights_of_one_and_only_an_ema_of_another_are_refused(tmp_path: Pat
     torch.save({"model": weights(1), "epoch": 1}, tmp_path / "epoch_1.pt")
     torch.save({"ema": weights(2), "epoch": 2}, tmp_path / "epoch_2.pt")
     with pytest.raises(
-        IncompatibleError, match=r"epoch_2\.pt: a running average .* while .*epoch_1\.pt holds raw"
+        IncompatibleError, match=r"epoch_2\.pt: has only a running average .* while .*epoch_1\.pt has raw"
     ) as caught:
         average([tmp_path], tmp_path / "out.safetensors")
     assert caught.value.exit_code == 4

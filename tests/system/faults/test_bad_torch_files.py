@@ -453,7 +453,7 @@ def test_two_names_of_one_tensor_are_both_written_and_said(in_process: Command, 
         0,
         {"a": [1, 2], "b": [1, 2]},
     )
-    assert "Notice: tied tensors are written under each name: 'a'='b'" in err
+    assert "Notice: tied weights are written under each of their names: 'a'='b'" in err
 
 
 # --- hostile pickles ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.torch_zip import MAGIC
 from ckpt_avg.formats.zip_directory import refuse_damaged
-from ckpt_avg.mean.workers import SharedItems, run_workers
+from ckpt_avg.machine import SharedItems, run_workers
 
 CHUNK = 2**20
 _DIGEST = 32  # bytes

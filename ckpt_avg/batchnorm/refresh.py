@@ -18,16 +18,18 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from ckpt_avg.batchnorm.batch_share import BatchShare, refuse_other_batches
+from ckpt_avg.batchnorm.batch_share import BatchShare, refuse_other_counts
 from ckpt_avg.batchnorm.hooks import LayerStatistics, Pool, measuring
-from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import UsageError, UserCodeError
 from ckpt_avg.mean.arithmetic import round_to
 from ckpt_avg.text import listing, quote
-from ckpt_avg.user_code.batches import ForwardBatch, count_samples, fetch, run_batch, to_device
+from ckpt_avg.user_code.batches import ForwardBatch, count_samples, run_batch, to_device
 from ckpt_avg.user_code.load import blaming
 from ckpt_avg.user_code.model import batch_norm_modules
+
+ESTIMATORS = ("pooled", "batch-mean")
+AMP = ("off", "bfloat16", "float16")
 
 Progress = Callable[[int, int], None]
 
@@ -57,6 +59,15 @@ class BatchNormReport:
     def used_twice(self) -> tuple[str, ...]:
         """The layers that each batch passed more than once; their statistics cover all passes."""
         return tuple(name for name, layer in self.statistics.items() if layer.calls_per_batch > 1)
+
+
+def check_options(estimator: str, amp: str, max_batches: int | None) -> None:
+    """Raises UsageError where a refresh cannot be done as it is worded."""
+    for option, value, choices in (("--bn-estimator", estimator, ESTIMATORS), ("--amp", amp, AMP)):
+        if value not in choices:
+            raise UsageError(f"{option}: expected one of {', '.join(choices)}, got {value!r}.")
+    if max_batches is not None and max_batches < 1:
+        raise UsageError(f"--bn-batches: expected 1 or more, got {max_batches:,}.")
 
 
 def refresh_batch_norm(
@@ -118,7 +129,7 @@ def refresh_batch_norm(
         >>> model[0].running_mean, model[0].running_var
         (tensor([3.]), tensor([4.6667]))
     """
-    RefreshOptions(bn_estimator=estimator, amp=amp, bn_batches=max_batches)  # checks them
+    check_options(estimator, amp, max_batches)
     layers = _refreshed_layers(model, frozen)
     _refuse_unusable(model)
     ranks = ranks or Ranks()
@@ -126,8 +137,8 @@ def refresh_batch_norm(
     samples = done = 0
     kind = torch.device(device).type if device is not None else _device_type(model)
     autocast = torch.autocast(kind, getattr(torch, amp)) if amp != "off" else contextlib.nullcontext()
-    with ranks.telling(), measuring(model, layers, pools) as reached, torch.no_grad(), autocast:
-        share = BatchShare(fetch(batches, max_batches), ranks, max_batches)
+    with ranks.share_errors(), measuring(model, layers, pools) as reached, torch.no_grad(), autocast:
+        share = BatchShare(batches, ranks, max_batches)
         for batch in share:
             with blaming(f"moving batch {share.seen} to {device} raised:"):
                 moved = to_device(batch, device)
@@ -193,15 +204,15 @@ def _pooled(
 
     def pool_all(brought: list[list[Any]]) -> list[Any]:
         together = _added(estimator, [states for *_, states in brought])
-        accounts = [account for account, *_ in brought]
+        counts = [count for count, *_ in brought]
         totals = [sum(each[1] for each in brought), sum(each[2] for each in brought)]
-        return [accounts, *totals, {name: pool.state() for name, pool in together.items()}]
+        return [counts, *totals, {name: pool.state() for name, pool in together.items()}]
 
     states = {name: pool.state() for name, pool in pools.items()}
-    accounts, batches, samples, together = ranks.exchange(
-        "statistics", [share.account(), batches, samples, states], pool_all
+    counts, batches, samples, together = ranks.exchange(
+        "statistics", [share.count_to_compare, batches, samples, states], pool_all
     )
-    refuse_other_batches(accounts)
+    refuse_other_counts(counts)
     return batches, samples, _added(estimator, [together])
 
 

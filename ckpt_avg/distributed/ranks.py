@@ -1,34 +1,31 @@
-"""`Ranks`: several processes that do one piece of work, agree on each step of it, and stop together.
+"""`Ranks`: the processes of one torchrun group, which share a piece of work, agree on each step and stop together.
 
-A thread of each rank talks to one of rank 0 several times a second, whatever the main thread is doing. So a rank that
-fails tells the others why at once, one that is killed is noticed when its connection closes, and one that is cut off
-or frozen when it has been silent for `SILENCE`. The main thread meets the others in `exchange` alone.
+Values travel as JSON through collectives of gloo. What must be known at any time is in the store of torch's process
+group: the step that each rank has come to, a sign of life, and the first failure. Ranks wait in Python, where a signal
+ends the wait; a collective begins once all ranks have come to it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
+import datetime
+import hashlib
+import json
+import os
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from ckpt_avg.errors import CkptAvgError, RankError
+from ckpt_avg.errors import CkptAvgError, RankError, UsageError
 
-SILENCE = 120.0  # seconds; a rank may hold the interpreter for long, in an import or in the user's code
-_PULSE = 0.1  # seconds between two messages of a rank that has nothing to say
-_LAST_WORDS = 5.0  # seconds for which a rank that fails waits until the others know
-
-
-class Link(Protocol):
-    """Carries messages between rank 0 and each other rank. One thread uses it for each pair of ranks."""
-
-    def send(self, rank: int, message: dict[str, Any]) -> None:
-        """Sends a message; raises ConnectionError if the other side is gone."""
-
-    def receive(self, rank: int) -> dict[str, Any]:
-        """Waits for a message; raises ConnectionError if the other side is gone or has been silent for too long."""
+RANK_TIMEOUT = 1800.0  # seconds without a sign of life, as torch's own default
+_PULSE = 0.5  # seconds between two signs of life
+_PAUSE = 0.002  # seconds between two looks at the store, at first
+_AFTER_SIGNAL = 6.0  # seconds; the worker processes of a data loader keep the connections of a dead rank for up to 5
+_LAST_WORDS = 5.0  # seconds for which rank 0, which may hold the store, stays for the others
+_PROBE = 1  # the tag of a receive that nobody answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,224 +35,308 @@ class Failure:
     Attributes:
         rank: the one that failed first.
         reason: its error message, or how it was lost.
-        interrupted: whether it was a signal that stopped it.
+        interrupted: whether a signal stopped it.
+        done: how many exchanges it had completed.
     """
 
     rank: int
     reason: str
     interrupted: bool = False
+    done: int = 0
 
     def __str__(self) -> str:
         return f"rank {self.rank} {self.reason}".removesuffix(".")
 
 
 class Ranks:
-    """The ranks as one of them sees them. Without a link it is the only one, and nothing waits or is sent.
+    """All ranks, as one of them sees them. `join_ranks` makes it; without a group it is the only rank.
 
-    Once a rank has failed, all of them have: whoever goes on joins again.
+    Once one rank has failed, every other one raises RankError with that cause: to go on, join again.
 
     Attributes:
         rank: this one's number, from 0.
         size: how many there are.
         failure: what stops them, once it is known.
+        store: of torch, which these ranks alone share; None for a single process.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, link: Link | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        group: Any = None,
+        store: Any = None,
+        timeout: float = RANK_TIMEOUT,
+    ) -> None:
         self.rank, self.size = rank, size
         self.failure: Failure | None = None
-        self._changed = threading.Condition()
-        self._step = 0
-        # Rank 0: what each rank has brought to a step. Others: what this one still has to send.
-        self._brought: dict[int, Any] = {}
-        self._answer: tuple[int, Any] | None = None
-        self._leaving = False
-        self._left: set[int] = set()
-        self._threads: list[threading.Thread] = []
-        if link is not None:
-            for peer in range(1, size) if rank == 0 else [0]:
-                talk = self._serve if rank == 0 else self._report
-                self._threads.append(threading.Thread(target=talk, args=(link, peer), name=f"rank {peer}", daemon=True))
-            for thread in self._threads:
-                thread.start()
+        self.store, self._group = store, group
+        self._timeout = timeout
+        self._pulse = max(_PULSE, size / 100)
+        self._store_is_gone = False
+        self._next_check = 0.0
+        self._step = (0, "")
+        self._done = 0
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, which publishes, measures and prints."""
         return self.rank == 0
 
-    def exchange(self, step: str, value: Any, answer: Callable[[list[Any]], Any] = lambda values: None) -> Any:
-        """Waits until every rank has come to a step; rank 0 makes one answer for all of what they bring.
+    def exchange(self, step: str, value: Any, combine: Callable[[list[Any]], Any] = lambda values: None) -> Any:
+        """Gathers a value from every rank; rank 0 combines them, and every rank returns the result.
 
         Args:
-            step: the same on every rank.
-            value: what this rank brings; what JSON can hold.
-            answer: called on rank 0 with the values of all ranks in order; it returns what JSON can hold.
-
-        Returns:
-            The answer, on every rank.
+            step: a name, the same on every rank.
+            value: what JSON can hold.
+            combine: called on rank 0 with the values in the order of the ranks; it returns what JSON can hold.
 
         Raises:
-            RankError: another rank failed, or was lost, or has left, or is elsewhere.
+            RankError: another rank failed, was lost, or is at another step.
         """
-        if not self._threads:
-            return answer([value])
-        with self._changed:
-            self._step += 1
-            self._brought[self.rank] = [self._step, step, value]
-            self._changed.notify_all()
-            if not self.is_first:
-                self._changed.wait_for(lambda: self.failure or self._has_answer() or self._left)
-                if self._answer is not None and self._has_answer():
-                    return self._answer[1]
-                self.failure = self.failure or Failure(0, "has left")
-                raise self.stopped()
-            self._changed.wait_for(lambda: self.failure or len(self._brought) == self.size or self._missing())
-            if len(self._brought) < self.size:
-                self.failure = self.failure or Failure(min(self._missing()), "has left")
-            if self.failure:
-                raise self.stopped()
-            brought, self._brought = self._brought, {}
-        places = sorted({f"{name!r} ({number})" for number, name, _ in brought.values()})
-        if len(places) > 1:
-            raise RankError(f"expected all ranks at the same step, got {', '.join(places)}. Start all of them alike.")
-        answered = answer([brought[rank][2] for rank in range(self.size)])
-        with self._changed:
-            self._answer = (self._step, answered)
-            self._changed.notify_all()
-        return answered
+        if self.size == 1:
+            return combine([value])
+        if self._group is None:
+            raise UsageError("ranks: used after the end of join_ranks. Call this inside of `with join_ranks()`.")
+        self._meet(step, range(self.size))
+        values = self._gather(value)
+        result = None
+        if self.is_first:
+            with self.share_errors():
+                result = combine(values)
+        self._meet(step, [0])
+        result = self._broadcast(result)
+        self._done += 1
+        return result
 
-    def check(self, *, wait: bool = False) -> None:
-        """Raises RankError if another rank is known to have failed; with ``wait`` also if that becomes known soon."""
-        if wait:
-            self._wait_for_news()
-        if self.failure is not None and self.failure.rank != self.rank:
-            raise self.stopped()
+    def check(self, *, at_once: bool = False) -> None:
+        """Gives a sign of life, and raises RankError if another rank has failed or was lost.
 
-    def stopped(self) -> RankError:
-        """Returns the error of what is known to have failed."""
-        return RankError(f"{self.failure}. The output path is as it was, or complete if it had been published.")
+        Call it often during long work, from any thread: unless ``at_once``, most calls only look at the clock.
+        """
+        if self._group is None or (time.monotonic() < self._next_check and not at_once):
+            return
+        self._next_check = time.monotonic() + self._pulse
+        self._stop_for(self._look()[1])
 
     @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
-        """Tells the other ranks of any exception inside, also where the caller goes on behind it."""
+    def share_errors(self) -> Iterator[None]:
+        """Tells the other ranks of an exception inside, before it goes on."""
         try:
             yield
         except BaseException as error:
-            self._tell(error)
+            self._report(error)
             raise
 
-    def leave(self, error: BaseException | None) -> None:
-        """Tells the others that this rank is done, or why it stops. After that it hears of them no more.
-
-        Raises:
-            RankError: in place of an interruption that came because another rank had failed: launchers end the
-                others by a signal.
-        """
+    def leave(self, error: BaseException | None = None) -> None:
+        """Waits for the others at the end of the work, or tells them of the error that ends it here."""
+        if self._group is None:
+            return
         if error is not None:
-            self._tell(error)
-        with self._changed:
-            self._leaving = True
-            self._changed.notify_all()
+            self._report(error)
+        elif self.failure is None:
+            with contextlib.suppress(RankError):  # the work of this rank is done
+                self._meet("leave", range(self.size))
+        self._ask(lambda store: store.set(f"left/{self.rank}", ""))
+        waiting = set(range(1, self.size)) - {self.failure and self.failure.rank} if self.is_first else set()
         deadline = time.monotonic() + _LAST_WORDS
-        for thread in self._threads:
-            thread.join(None if error is None else max(0.0, deadline - time.monotonic()))
-        if error is not None and self.explains(error):
-            raise self.stopped() from error
+        while waiting and time.monotonic() < deadline:
+            waiting -= set(self._lost())
+            waiting = {rank for rank in waiting if not self._has_left(rank)}
+            time.sleep(_PAUSE)
+        self._group = None  # closes the connections
 
     def explains(self, error: BaseException) -> bool:
-        """Whether an interruption of this rank came because another one had failed."""
-        is_signal = not isinstance(error, (Exception, KeyboardInterrupt))
+        """Whether ``error`` is the signal by which a launcher stops this rank because another one has failed."""
         known = self.failure
-        return is_signal and known is not None and known.rank != self.rank and not known.interrupted
+        return _is_signal(error) and known is not None and known.rank != self.rank and not known.interrupted
 
-    def _tell(self, error: BaseException) -> None:
-        is_signal = not isinstance(error, Exception)
-        with self._changed:
-            if is_signal:
-                self._wait_for_news()
-            if self.failure is None:
-                text = str(error) if isinstance(error, CkptAvgError) else f"{type(error).__name__}: {error}"
-                reason = "was interrupted" if is_signal else f"failed: {text}"
-                self.failure = Failure(self.rank, reason, interrupted=is_signal)
-            self._changed.notify_all()
+    def stopped(self) -> RankError:
+        """Returns the error that says which rank failed, and why."""
+        return RankError(f"{self.failure}. The output path is as it was, or complete if it had been published.")
 
-    def _wait_for_news(self) -> None:
-        """Waits a moment for what other ranks may have to tell."""
-        if self._threads:
-            with self._changed:
-                self._changed.wait_for(lambda: self.failure, timeout=10 * _PULSE)
-
-    def _has_answer(self) -> bool:
-        return self._answer is not None and self._answer[0] == self._step
-
-    def _missing(self) -> set[int]:
-        """Returns the ranks that have left, and so will never bring what rank 0 waits for."""
-        return self._left - self._brought.keys()
-
-    def _lose(self, rank: int, error: Exception) -> None:
-        reason = str(error) if isinstance(error, ConnectionError) else f"{type(error).__name__}: {error}"
-        with self._changed:
-            self.failure = self.failure or Failure(rank, f"was lost: {reason}")
-            self._changed.notify_all()
-
-    def _hear(self, peer: int, message: dict[str, Any]) -> None:
-        """Takes what every message says; the caller holds the lock."""
-        if message["failure"]:
-            self.failure = self.failure or Failure(**message["failure"])
-        if message["leaves"]:
-            self._left.add(peer)
-        self._changed.notify_all()
-
-    def _report(self, link: Link, peer: int) -> None:
-        """The thread of every rank but 0: says what there is, and takes the reply, until this rank leaves."""
-        told: int | None = None
-        heard: Failure | None = None
+    def _meet(self, step: str, others: Iterable[int]) -> None:
+        """Waits until ``others`` have come to this step."""
+        self._step = (self._step[0] + 1, step)
+        heard: dict[int, tuple[Any, float]] = {}
+        pause = _PAUSE
         while True:
-            with self._changed:
-                if not self._leaving and self.failure == heard and self._step == told:
-                    self._changed.wait(max(_PULSE, self.size / 500))
-                leaving, heard = self._leaving, self.failure
-                brings = self._brought.get(self.rank) if self._step != told else None
-                told = self._step
-            try:
-                link.send(peer, {"failure": heard and asdict(heard), "brings": brings, "leaves": leaving})
-                reply = link.receive(peer)
-            except Exception as error:  # a thread that ends unheard would leave the main thread waiting
-                self._lose(peer, error)
-                return
-            with self._changed:
-                if reply["answer"]:
-                    self._answer = tuple(reply["answer"])
-                self._hear(peer, reply)
-            if leaving:
-                return
+            said, failure = self._look()
+            if said and all(said[rank][0] >= self._step[0] for rank in others):
+                break
+            self._stop_for(failure)
+            now = time.monotonic()
+            for rank in others:
+                if rank not in heard or heard[rank][0] != said[rank]:
+                    heard[rank] = said[rank], now
+                elif now - heard[rank][1] > self._timeout:
+                    self._stop_for(Failure(rank, f"was lost: it gave no sign of life for {self._timeout:g} s"))
+            time.sleep(pause)
+            pause = min(1.5 * pause, self._pulse)
+        steps = sorted({said[rank][1] for rank in others if said[rank][0] == self._step[0]})  # the rest has gone on
+        if len(steps) > 1:
+            raise RankError(
+                f"expected all ranks at the same step, got {', '.join(map(repr, steps))}. Start all of them alike."
+            )
 
-    def _serve(self, link: Link, peer: int) -> None:
-        """A thread of rank 0: hears one rank, and tells it what there is, until it leaves or knows of a failure."""
-        answered: int | None = None
-        while True:
+    def _look(self) -> tuple[list[Any], Failure | None]:
+        """Gives a sign of life; returns what each rank has said last (step number, step, time), and what has failed."""
+        lost = self._lost()  # before the store, in which a rank leaves word before it closes its connections
+        gone = Failure(lost[0] if lost else 0, "was lost: its connection was closed")
+        if 0 in lost and not torchrun_holds_store():
+            self._store_is_gone = True
+        mine = json.dumps([*self._step, time.monotonic()])
+        keys = ["failure", *(f"rank/{rank}" for rank in range(self.size))]
+        self._ask(lambda store: store.set(f"rank/{self.rank}", mine))
+        failure, *said = self._ask(lambda store: store.multi_get(keys), [None])
+        known = Failure(**json.loads(failure)) if failure else gone if lost or not said else None
+        return [json.loads(each) for each in said], known
+
+    def _ask(self, question: Callable[[Any], Any], otherwise: Any = None) -> Any:
+        """Returns the answer of the store, or ``otherwise`` if it is gone with the process that held it."""
+        if not self._store_is_gone:
             try:
-                message = link.receive(peer)
-            except Exception as error:  # a thread that ends unheard would leave the main thread waiting
-                self._lose(peer, error)
+                return question(self.store)
+            except RuntimeError:
+                self._store_is_gone = True  # torch prints a stack trace for each attempt to reach it
+        return otherwise
+
+    def _lost(self) -> list[int]:
+        """Returns the ranks whose connections are closed: gloo refuses to receive from them."""
+        import torch
+
+        lost = []
+        for rank in range(self.size):
+            if rank != self.rank:
+                try:
+                    self._group.recv([torch.empty(1, dtype=torch.uint8)], rank, _PROBE)
+                except RuntimeError:
+                    lost.append(rank)
+        return lost
+
+    def _stop_for(self, failure: Failure | None) -> None:
+        """Raises RankError, unless the rank had completed what this one is about to complete without it."""
+        if failure is not None and failure.done <= self._done:
+            self._post(failure)
+            raise self.stopped()
+
+    def _post(self, failure: Failure) -> None:
+        """Makes a failure known to all, unless there is one already, which then stands here, too."""
+        mine = json.dumps(asdict(failure))
+        self.failure = Failure(**json.loads(self._ask(lambda store: store.compare_set("failure", "", mine), mine)))
+
+    def _has_left(self, rank: int) -> bool:
+        return bool(self._ask(lambda store: store.check([f"left/{rank}"]), otherwise=True))
+
+    def _report(self, error: BaseException) -> None:
+        if self._group is None or self.failure is not None:
+            return
+        if _is_signal(error):
+            self._wait_for_cause()
+        if self.failure is None:
+            text = str(error) if isinstance(error, CkptAvgError) else f"{type(error).__name__}: {error}"
+            interrupted = _is_signal(error) or isinstance(error, KeyboardInterrupt)
+            reason = "was interrupted" if interrupted else f"failed: {text}"
+            self._post(Failure(self.rank, reason, interrupted, self._done))
+
+    def _wait_for_cause(self) -> None:
+        """After a launcher's signal, waits until it is known which rank caused it, or that all ranks got one."""
+        deadline = time.monotonic() + _AFTER_SIGNAL
+        signalled = self._ask(lambda store: store.add("signalled", 1), 0)
+        while signalled < self.size and time.monotonic() < deadline:
+            failure = self._look()[1]
+            if failure is not None:
+                self._post(failure)
                 return
-            with self._changed:
-                if message["brings"]:
-                    self._brought[peer] = message["brings"]
-                self._hear(peer, message)
-                failure, leaving = self.failure, self._leaving
-                answer = self._answer if self._answer and self._answer[0] != answered else None
-            try:
-                link.send(peer, {"failure": failure and asdict(failure), "answer": answer, "leaves": leaving})
-            except Exception as error:  # a thread that ends unheard would leave the main thread waiting
-                self._lose(peer, error)
-                return
-            if answer is not None:
-                answered = answer[0]
-            if message["leaves"] or (failure and leaving):
-                return
+            time.sleep(_PAUSE)
+            signalled = self._ask(lambda store: store.add("signalled", 0), 0)
+
+    def _gather(self, value: Any) -> list[Any]:
+        import torch
+
+        body = json.dumps(value).encode()
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._run(self._group.allgather([sizes], [torch.tensor([len(body)])]))
+        longest = int(max(sizes))
+        bodies = [bytearray(longest) for _ in range(self.size)]
+        tensors = [torch.frombuffer(each, dtype=torch.uint8) for each in bodies]
+        self._run(
+            self._group.allgather([tensors], [torch.frombuffer(bytearray(body.ljust(longest)), dtype=torch.uint8)])
+        )
+        return [json.loads(each) for each in bodies]
+
+    def _broadcast(self, value: Any) -> Any:
+        """Returns rank 0's value."""
+        import torch
+
+        body = bytearray(json.dumps(value).encode())
+        size = torch.tensor([len(body)])
+        self._run(self._group.broadcast([size]))
+        body = body if self.is_first else bytearray(int(size))
+        self._run(self._group.broadcast([torch.frombuffer(body, dtype=torch.uint8)]))
+        return json.loads(body)
+
+    def _run(self, work: Any) -> None:
+        """Waits for a collective that all ranks have come to."""
+        while not work.is_completed():
+            time.sleep(_PAUSE)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self.check(at_once=True)
+            raise RankError(f"the connection to another rank failed: {str(error).splitlines()[0]}") from error
+
+
+def connect_ranks(store: Any, rank: int, size: int, timeout: float) -> Ranks:
+    """Waits until all ranks have come to the same store, and connects them.
+
+    The store may hold what an earlier attempt, or an earlier call, has left there. So each rank brings a number of its
+    own, and they begin once all of them have found their own among those that rank 0 has gathered.
+
+    Raises:
+        RankError: they did not all come.
+        RuntimeError: gloo could not connect them.
+    """
+    from torch import distributed
+
+    c10d: Any = distributed
+    mine = secrets.token_hex(8)
+    store.set(f"number/{rank}", mine)
+    deadline = time.monotonic() + timeout
+    shared: Any = None
+    while shared is None or not shared.check([f"rank/{each}" for each in range(size)]):
+        if time.monotonic() > deadline:
+            missing = [each for each in range(size) if not store.check([f"number/{each}"])]
+            raise RankError(
+                f"expected {size} ranks to join within {timeout:g} s, got nothing from "
+                f"{f'rank {missing[0]}' if missing else 'one of them'}. Start all of them with torchrun; for a single "
+                "process unset RANK and WORLD_SIZE."
+            )
+        time.sleep(_PAUSE)
+        if rank == 0 and store.check([f"number/{each}" for each in range(size)]):
+            store.set("numbers", json.dumps([store.get(f"number/{each}").decode() for each in range(size)]))
+        numbers = store.get("numbers") if store.check(["numbers"]) else b"[]"
+        if mine in json.loads(numbers):
+            shared = c10d.PrefixStore(hashlib.sha256(numbers).hexdigest(), store)
+            shared.compare_set("failure", "", "")
+            shared.set(f"rank/{rank}", json.dumps([0, "", 0.0]))
+    # Collectives of its own, which the user's code cannot get in the way of.
+    group = c10d.ProcessGroupGloo(shared, rank, size, datetime.timedelta(seconds=timeout))
+    ranks = Ranks(rank, size, group, shared, timeout)
+    ranks._meet("join", range(size))  # a rank that fails at once must not cut off one that is still connecting
+    return ranks
+
+
+def torchrun_holds_store() -> bool:
+    """Whether the store is in torchrun's own process; otherwise rank 0 holds it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def first_difference(values: Sequence[Any]) -> int | None:
     """Returns the first rank whose value is not rank 0's."""
     return next((rank for rank, value in enumerate(values) if value != values[0]), None)
+
+
+def _is_signal(error: BaseException) -> bool:
+    """Whether it stands for a signal such as launchers send, unlike Ctrl-C."""
+    return not isinstance(error, (Exception, KeyboardInterrupt, SystemExit, GeneratorExit))

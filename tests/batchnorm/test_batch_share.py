@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -11,17 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from system.faults.rank_runs import in_threads
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from ckpt_avg import BatchNormReport, UserCodeError, refresh_batch_norm
-from ckpt_avg.batchnorm.batch_share import BatchShare, fingerprint, refuse_other_batches
+from ckpt_avg.batchnorm.batch_share import BatchShare, has_distributed_sampler
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import RankError
 
@@ -55,6 +53,19 @@ def refreshed(size: int, loader: Loader, **options: Any) -> list[Any]:
         return report, copy.deepcopy(model.state_dict())
 
     return in_threads(size, work)
+
+
+class Own:
+    """A loader of a rank's own batches."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+        self.sampler: DistributedSampler[Any] = DistributedSampler(
+            TensorDataset(torch.zeros(1)), num_replicas=1, rank=0
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 def alone(batches: Iterable[Any], **options: Any) -> tuple[BatchNormReport, dict[str, torch.Tensor]]:
@@ -185,7 +196,7 @@ def test_ranks_with_more_or_fewer_batches_of_their_own(lengths: tuple[int, ...],
     """If it failed, uneven loaders would hang, or drop what the longer ones hold."""
     own = [some(*range(3, 3 + length), seed=rank) for rank, length in enumerate(lengths)]
     expected = alone([batch for each in own for batch in each], estimator=estimator)
-    for found in refreshed(3, lambda ranks: own[ranks.rank], estimator=estimator):
+    for found in refreshed(3, lambda ranks: Own(own[ranks.rank]), estimator=estimator):
         assert_same(found, expected)
 
 
@@ -196,76 +207,41 @@ def test_the_limit_is_shared_out_where_each_rank_has_its_own(limit: int) -> None
     quota = [len(range(rank, limit, 3)) for rank in range(3)]
     expected = alone([batch for each, most in zip(own, quota, strict=True) for batch in each[:most]])
     assert expected[0].batches == limit
-    for found in refreshed(3, lambda ranks: own[ranks.rank], max_batches=limit):
+    for found in refreshed(3, lambda ranks: Own(own[ranks.rank]), max_batches=limit):
         assert_same(found, expected)
 
 
-def test_batches_of_arrays_that_differ_between_ranks_are_all_run() -> None:
-    """If it failed, loaders of numpy arrays or file names, of which each rank has its own, would be cut to 1/K."""
-    own = [[batch.numpy() for batch in some(3, 4, seed=rank)] for rank in range(2)]
-
-    def forward(model: nn.Module, batch: Any) -> None:
-        model(torch.from_numpy(batch))
-
-    expected = alone([batch for each in own for batch in each], forward_batch=forward)
-    for found in refreshed(2, lambda ranks: own[ranks.rank], forward_batch=forward):
-        assert found[0].batches == expected[0].batches
-        assert found[0].statistics["1"].count == expected[0].statistics["1"].count
+def test_a_distributed_sampler_is_found_in_a_batch_sampler_too() -> None:
+    """If it failed, a loader that makes its batches by a batch sampler would be cut to 1/K of its part."""
+    data = TensorDataset(torch.zeros(8, 2))
+    sampler = DistributedSampler(data, num_replicas=2, rank=0)
+    assert has_distributed_sampler(DataLoader(data, sampler=sampler))
+    assert has_distributed_sampler(DataLoader(data, batch_sampler=BatchSampler(sampler, 2, drop_last=False)))
+    for loader in (DataLoader(data, shuffle=True), DataLoader(data, batch_size=None), [torch.zeros(2, 2)], iter([])):
+        assert not has_distributed_sampler(loader)
 
 
-@dataclasses.dataclass(slots=True)
-class Slotted:
-    """A batch that keeps its tensors where `vars` finds none."""
-
-    values: torch.Tensor
-
-
-class Unseen:
-    """A batch that tells nothing of itself."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
-
-    def __reduce__(self) -> Any:
-        raise TypeError("no")
-
-
-@pytest.mark.parametrize("kind", [Slotted, Unseen, torch.Tensor.to_sparse], ids=["slots", "unseen", "sparse"])
-def test_opaque_batches_of_each_rank_are_all_run(kind: Callable[[torch.Tensor], Any]) -> None:
-    """If it failed, ranks would skip batches of their own that look like those of others."""
-    own = [some(3, 4, seed=rank) for rank in range(2)]
-
-    def forward(model: nn.Module, batch: Any) -> None:
-        model(batch.to_dense() if isinstance(batch, torch.Tensor) else batch.values)
-
-    for found in refreshed(2, lambda ranks: list(map(kind, own[ranks.rank])), forward_batch=forward):
-        assert found[0].batches == 4
-
-
-# -- Different batches that look shared -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_loaders_that_begin_alike_and_then_differ_are_refused_on_every_rank(size: int) -> None:
-    """If it failed, an unseeded shuffle would leave some batches out and run others twice."""
-    batches = some(3, 4, 5, 6)
-    ends = refreshed(size, lambda ranks: batches if ranks.rank < size - 1 else [*batches[:2], *some(5, 6, seed=9)])
-    assert [type(end) for end in ends] == [UserCodeError] * size
-    for end in ends:
-        assert str(end) == (
-            "BatchNorm refresh: expected the same batches on every rank, since the first one was the same, got others "
-            f"on rank {size - 1} than on rank 0 (4 on rank 0 and 4 on rank {size - 1}). Give the loader's shuffle a "
-            "fixed seed, or each rank its own part of the data with DistributedSampler."
-        )
+# -- Loaders that differ -----------------------------------------------------------------------------
 
 
 @pytest.mark.guarantee("uneven-ranks")
-def test_loaders_that_begin_alike_and_end_at_different_batches_are_refused() -> None:
-    """If it failed, a rank would wait for a batch that never comes."""
+def test_other_numbers_of_batches_are_refused_on_every_rank() -> None:
+    """If it failed, a rank would wait for a batch that never comes, or some batches would be left out."""
     batches = some(3, 4, 5, 6)
     ends = refreshed(3, lambda ranks: batches[: 4 - ranks.rank])
     assert [type(end) for end in ends] == [UserCodeError] * 3
-    assert all("(4 on rank 0 and 3 on rank 1)" in str(end) for end in ends)
+    for end in ends:
+        assert str(end) == (
+            "BatchNorm refresh: expected the same batches on every rank, got 4 on rank 0 and 3 on rank 1. Use the same "
+            "loader on every rank, or a DistributedSampler on every rank."
+        )
+
+
+def test_a_distributed_sampler_on_one_rank_only_is_refused_on_every_rank() -> None:
+    """If it failed, some batches would be run twice and others left out."""
+    ends = refreshed(2, lambda ranks: Own(some(3, 4)) if ranks.is_first else some(3, 4))
+    assert [type(end) for end in ends] == [UserCodeError] * 2
+    assert all("got batches of its own on rank 0 and 2 on rank 1." in str(end) for end in ends)
 
 
 def test_the_model_is_as_it_was_where_the_batches_are_refused() -> None:
@@ -355,7 +331,12 @@ def test_whatever_the_batches_the_statistics_are_those_of_one_process(
         if not ran:
             return
         expected = alone(ran, estimator=estimator)
-    for found in refreshed(size, lambda ranks: loaders[ranks.rank], estimator=estimator, max_batches=limit):
+    for found in refreshed(
+        size,
+        lambda ranks: loaders[ranks.rank] if shared else Own(loaders[ranks.rank]),
+        estimator=estimator,
+        max_batches=limit,
+    ):
         assert not isinstance(found, BaseException), found
         assert_same(found, expected)
 
@@ -363,92 +344,9 @@ def test_whatever_the_batches_the_statistics_are_those_of_one_process(
 @given(st.integers(0, 40), st.integers(1, 7), st.one_of(st.none(), st.integers(1, 50)))
 def test_shares_by_number_are_apart_and_cover_what_is_run(count: int, size: int, limit: int | None) -> None:
     """If it failed, a batch would be run twice, or by nobody."""
-
-    class Common(Ranks):
-        def exchange(self, step: str, value: Any, answer: Callable[..., Any] = bool) -> Any:
-            return True
-
     shares = []
     for rank in range(size):
-        ranks = Common()
-        ranks.rank, ranks.size = rank, size
-        share = BatchShare(map(torch.tensor, range(count)), ranks, limit)
+        share = BatchShare(map(torch.tensor, range(count)), Ranks(rank, size), limit)
         shares.append([int(batch) for batch in share])
         assert share.seen == min(count, math.inf if limit is None else limit)
     assert sorted(itertools.chain(*shares)) == list(range(share.seen))
-
-
-# -- Fingerprints ---------------------------------------------------------------------------------------------------
-
-
-class Graph:
-    """A batch as graph libraries make them."""
-
-    def __init__(self, nodes: torch.Tensor) -> None:
-        self.nodes = nodes
-
-
-TENSORS = [
-    torch.zeros(3),
-    torch.zeros(3, dtype=torch.float64),
-    torch.zeros(1, 3),
-    torch.ones(3),
-    torch.tensor([True, False]),
-    torch.tensor(3),
-    torch.zeros(0, 3),
-    torch.zeros(3, 0),
-    torch.zeros(3, dtype=torch.bfloat16),
-    torch.zeros(3, dtype=torch.complex64),
-    torch.arange(10**6),
-    torch.arange(10**6) + 1,
-    torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last) + 2,
-]
-
-
-@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: [t, 3], lambda t: {"x": (t,)}, Graph], ids=range(4))
-def test_fingerprints_tell_tensors_apart_wherever_they_are(wrap: Callable[[torch.Tensor], Any]) -> None:
-    """If it failed, ranks with their own data would be taken for ranks with the same."""
-    marks = [fingerprint(wrap(tensor)) for tensor in TENSORS]
-    assert len(set(marks)) == len(marks)
-    assert marks == [fingerprint(wrap(tensor.clone())) for tensor in TENSORS]
-
-
-def test_fingerprints_do_not_depend_on_strides() -> None:
-    """If it failed, a loader that gives the same values in another layout would be run on every rank in full."""
-    tensor = torch.randn(2, 3, 4, 5)
-    assert fingerprint(tensor) == fingerprint(tensor.to(memory_format=torch.channels_last))
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        None,
-        "text",
-        [],
-        {},
-        torch.eye(3).to_sparse(),
-        nn.Parameter(torch.ones(2)),
-        torch.zeros(2, dtype=torch.complex64).conj(),
-    ],
-    ids=["None", "text", "list", "mapping", "sparse", "parameter", "conjugate"],
-)
-def test_odd_batches_have_fingerprints_too(odd: Any) -> None:
-    """If it failed, a batch that runs in one process would be refused with ranks."""
-    assert fingerprint(odd) == fingerprint(odd)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [(["a.wav"], ["b.wav"]), ([1, 2], [3, 4]), (b"1", b"2"), (np.zeros(3), np.ones(3)), ({"x": "a"}, {"x": "b"})],
-    ids=["names", "numbers", "bytes", "arrays", "mapping"],
-)
-def test_fingerprints_tell_apart_what_is_no_tensor(one: Any, other: Any) -> None:
-    """If it failed, ranks with their own file names would be taken for ranks with the same."""
-    assert fingerprint(one) != fingerprint(other)
-
-
-def test_accounts_that_agree_are_accepted() -> None:
-    """If it failed, a refresh would be refused with the same batches."""
-    refuse_other_batches([[3, "x"], [3, "x"]])
-    with pytest.raises(UserCodeError, match=r"3 on rank 0 and 3 on rank 1"):
-        refuse_other_batches([[3, "x"], [3, "y"]])

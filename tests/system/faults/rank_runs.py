@@ -13,7 +13,6 @@ import functools
 import gc
 import json
 import os
-import queue
 import runpy
 import shutil
 import signal
@@ -28,7 +27,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 HUNG = 9999  # in place of the exit code of a process that had to be killed
 NO_MOUNTS = 77  # the exit code of a rank that may not mount anything
@@ -37,104 +35,51 @@ NO_MOUNTS = 77  # the exit code of a rank that may not mount anything
 # -- Threads --------------------------------------------------------------------------------------------------------
 
 
-class Wires:
-    """What ranks in one process send each other. A rank that is cut off is gone for all others.
-
-    Args:
-        silence: seconds after which `ckpt_avg.distributed.ranks.Link.receive` gives up.
-    """
-
-    def __init__(self, silence: float = 10.0) -> None:
-        self.silence = silence
-        self._queues: dict[tuple[int, int], queue.Queue[str]] = {}
-        self._lock = threading.Lock()
-        self.gone: set[int] = set()
-
-    def cut(self, rank: int) -> None:
-        """From now on nobody hears of a rank, nor it of anybody."""
-        self.gone.add(rank)
-
-    def between(self, sender: int, receiver: int) -> queue.Queue[str]:
-        with self._lock:
-            return self._queues.setdefault((sender, receiver), queue.Queue())
-
-    def link(self, rank: int) -> QueueLink:
-        return QueueLink(self, rank)
-
-
-class QueueLink:
-    """One rank's end of `Wires`; messages pass as JSON, as they do between processes."""
-
-    def __init__(self, wires: Wires, rank: int) -> None:
-        self._wires, self._rank = wires, rank
-
-    def send(self, rank: int, message: dict[str, Any]) -> None:
-        self._refuse_gone(rank)
-        self._wires.between(self._rank, rank).put(json.dumps(message))
-
-    def receive(self, rank: int) -> dict[str, Any]:
-        deadline = time.monotonic() + self._wires.silence
-        while True:
-            is_gone = rank in self._wires.gone
-            try:
-                # What was sent before the end still arrives.
-                return json.loads(self._wires.between(rank, self._rank).get(timeout=0 if is_gone else 0.01))
-            except queue.Empty:
-                self._refuse_gone(rank)
-                if time.monotonic() > deadline:
-                    raise ConnectionError("it has been silent") from None
-
-    def _refuse_gone(self, rank: int) -> None:
-        if {rank, self._rank} & self._wires.gone:
-            raise ConnectionError("its connection was closed")
-
-
-def in_threads(
-    size: int, work: Callable[..., Any], *, timeout: float = 20.0, wires: Wires | None = None, pulse: float = 0.02
-) -> list[Any]:
+def in_threads(size: int, work: Callable[..., Any], *, timeout: float = 20.0, silence: float = 20.0) -> list[Any]:
     """Calls ``work(ranks)`` on as many ranks, a thread each: what it returned or raised, by rank.
 
-    As `ckpt_avg.join_ranks` does, each rank leaves in the end, with its error if there is one. Fails where one does not
+    As `ckpt_avg.join_ranks` does, each rank leaves at the end, with its error if there is one. Fails if one does not
     end in time.
 
     Args:
         size: how many.
         work: what each does.
         timeout: seconds for all of it.
-        wires: between them.
-        pulse: seconds between two messages of a rank, in place of `ckpt_avg.distributed.ranks`'s own.
+        silence: the ranks' own timeout.
     """
-    from ckpt_avg.distributed.ranks import Ranks
+    from torch import distributed
 
-    wires = wires or Wires()
+    from ckpt_avg.distributed.ranks import connect_ranks
+
+    store = distributed.HashStore()
     ends: list[Any] = [TimeoutError("this rank did not end")] * size
 
     def one(rank: int) -> None:
-        ranks = Ranks(rank, size, wires.link(rank))
+        ranks = connect_ranks(store, rank, size, silence)
         try:
             ends[rank] = work(ranks)
         except BaseException as error:
             ends[rank] = error
-            try:
-                ranks.leave(error)
-            except BaseException as other:
-                ends[rank] = other
+            ranks.leave(error)
+            if ranks.explains(error):
+                ends[rank] = ranks.stopped()
         else:
-            ranks.leave(None)
-        wires.cut(rank)
+            ranks.leave()
 
     threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(size)]
-    with mock.patch("ckpt_avg.distributed.ranks._PULSE", pulse):
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + timeout
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
     stuck = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
-    for rank in stuck:
-        wires.cut(rank)  # so that nothing goes on behind the tests that follow
     assert not stuck, f"ranks that did not end: {stuck}; the others: {ends}"
     return ends
+
+
+def lose(ranks: Any) -> None:
+    """Makes a rank that runs in a thread disappear, as a process does that is killed."""
+    ranks._group = None
 
 
 # -- Processes ------------------------------------------------------------------------------------------------------
@@ -164,10 +109,8 @@ class Group:
         environment: variables of all ranks.
         own_environment: rank → variables of its own; None takes one away.
         faults: rank → [point, action] pairs, see `_interfere`.
-        silence: seconds in place of `ckpt_avg.distributed.ranks.SILENCE`.
         signal: sent, once the file ``marker`` exists, to the ranks in ``struck``.
         terminates: whether the others get SIGTERM as soon as one has failed, as launchers do.
-        pulse: seconds in place of those between two messages of a rank.
         finalises: whether the interpreters end as they do in processes of their own, which takes longer.
         timeout: seconds after which those that are left are killed.
     """
@@ -181,12 +124,10 @@ class Group:
     environment: Mapping[str, str] = field(default_factory=dict)
     own_environment: Mapping[int, Mapping[str, str | None]] = field(default_factory=dict)
     faults: Mapping[int, Sequence[tuple[str, str]]] = field(default_factory=dict)
-    silence: float | None = None
     signal: int = signal.SIGTERM
     marker: Path | None = None
     struck: Sequence[int] = ()
     terminates: bool = False
-    pulse: float = 0.03
     finalises: bool = False
     timeout: float = 30.0
 
@@ -242,6 +183,12 @@ def _serve() -> int:
     """Answers groups until there are no more; returns the exit code of this process, which may be a rank by then."""
     import torch.testing
     import torch.utils.data.distributed  # noqa: F401
+
+    import ckpt_avg.cli.main
+    import ckpt_avg.cli.progress_bars
+    import ckpt_avg.cli.report
+    import ckpt_avg.commands.average
+    import ckpt_avg.commands.refresh_bn  # noqa: F401
 
     gc.collect()
     gc.freeze()
@@ -327,12 +274,6 @@ def _start(group: dict[str, Any], rank: int, port: int, scratch: Path) -> int:
     os.environ |= group["environment"]
     for name, value in group["own_environment"].get(str(rank), {}).items():
         os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-    import ckpt_avg.distributed.joining
-    import ckpt_avg.distributed.ranks
-
-    ckpt_avg.distributed.ranks._PULSE = group["pulse"]
-    if group["silence"] is not None:
-        ckpt_avg.distributed.ranks.SILENCE = group["silence"]
     _interfere(group["faults"].get(str(rank), ()))
     arguments = group["own_arguments"].get(str(rank), group["arguments"])
     if group["script"] is not None:

@@ -258,7 +258,8 @@ def assert_lost(ended: Sequence[Ended], killed: int) -> None:
     for rank, each in enumerate(ended):
         assert each.code == (-signal.SIGKILL if rank == killed else 8), (rank, each)
         if rank != killed:
-            assert each.err == f"[rank {rank}] Error: rank {killed} {CLOSED}. {PUBLISHED_OR_NOT}\n"
+            # Before it torch says so, too, where the store was in rank 0.
+            assert each.err.endswith(f"[rank {rank}] Error: rank {killed} {CLOSED}. {PUBLISHED_OR_NOT}\n")
             assert each.seconds < SOON
 
 
@@ -311,10 +312,8 @@ def test_rank_0_that_is_killed_when_it_has_made_the_file(
 @pytest.mark.parametrize(
     ("step", "killed"),
     [
-        ("first batch", 0),
+        ("statistics", 0),
         ("statistics", 1),
-        pytest.param("first batch", 1, marks=long),
-        pytest.param("statistics", 0, marks=long),
     ],
 )
 def test_a_rank_that_is_killed_during_the_refresh(
@@ -422,11 +421,11 @@ def test_a_kill_at_any_step_leaves_nothing_or_all(
 def test_a_frozen_rank_is_noticed(server: RankServer, inputs: Path, output: Path, frozen: int) -> None:
     """If it failed, one process that hangs would hang all of them for ever."""
     ended = server.run(
-        Group(2, command(inputs, output), faults={frozen: [("before mean", "stop")]}, silence=1.5, timeout=20)
+        Group(2, command(inputs, output, "--rank-timeout", 1.5), faults={frozen: [("before mean", "stop")]}, timeout=20)
     )
     assert codes(ended) == [8, 8]  # it too, once it goes on
     assert ended[1 - frozen].err == (
-        f"[rank {1 - frozen}] Error: rank {frozen} was lost: it has been silent for 2 s. {PUBLISHED_OR_NOT}\n"
+        f"[rank {1 - frozen}] Error: rank {frozen} was lost: it gave no sign of life for 1.5 s. {PUBLISHED_OR_NOT}\n"
     )
     assert ended[1 - frozen].seconds < SOON
     assert os.listdir(output.parent) == []
@@ -436,12 +435,13 @@ def test_a_frozen_rank_is_noticed(server: RankServer, inputs: Path, output: Path
 def test_of_several_ranks_all_name_the_one_that_is_frozen(server: RankServer, inputs: Path, output: Path) -> None:
     """If it failed, users would look at a machine that is well."""
     ended = server.run(
-        Group(4, command(inputs, output), faults={1: [("before mean", "stop")]}, silence=1.5, timeout=20)
+        Group(4, command(inputs, output, "--rank-timeout", 1.5), faults={1: [("before mean", "stop")]}, timeout=20)
     )
     assert codes(ended) == [8] * 4
     assert os.listdir(output.parent) == []
     assert all(
-        f"rank 1 was lost: it has been silent for 2 s. {PUBLISHED_OR_NOT}" in ended[rank].err for rank in (0, 2, 3)
+        f"rank 1 was lost: it gave no sign of life for 1.5 s. {PUBLISHED_OR_NOT}" in ended[rank].err
+        for rank in (0, 2, 3)
     )
 
 
@@ -679,8 +679,8 @@ def test_a_report_that_cannot_be_written_stops_all_ranks(server: RankServer, inp
     arguments = command(inputs, output, "--report", output.parent / "nowhere" / "report.json")
     ended = server.run(Group(2, arguments, timeout=2))
     assert codes(ended) == [2, 8], codes(ended)
-    assert "--report: " in ended[0].err
-    assert "rank 0 failed: --report: " in ended[1].err
+    assert "--report " in ended[0].err
+    assert "rank 0 failed: --report " in ended[1].err
 
 
 def test_refresh_bn_shares_its_batches(server: RankServer, inputs: Path, output: Path) -> None:

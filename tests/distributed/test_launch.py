@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from system.faults.rank_runs import Group, RankServer, rank_server
 
 from ckpt_avg import UsageError, average, refresh_batch_norm
-from ckpt_avg.distributed.joining import join_ranks
-from ckpt_avg.distributed.launch import Launch, launch_of, launched_rank
+from ckpt_avg.distributed.launch import Launch, join_ranks, launch_of, launched_rank
 
 # -- What the launcher says -----------------------------------------------------------------------------------------
 
@@ -163,17 +162,6 @@ with join_ranks() as ranks:
 print("left")
 """
 
-SILENCE = """
-from script_common import *
-import ckpt_avg.distributed.ranks
-ckpt_avg.distributed.ranks.SILENCE = 1.5
-with join_ranks() as ranks:
-    ranks.exchange("begin", None)
-    if ranks.rank == 1:
-        os.kill(os.getpid(), 19)
-    ranks.exchange("end", None)
-"""
-
 
 @pytest.fixture(scope="module")
 def server() -> RankServer:
@@ -268,11 +256,3 @@ def test_a_script_that_catches_an_error_on_one_rank_ends(server: RankServer, fol
     assert ended[0].out.splitlines()[:1] == ["caught"]
     assert [each.code for each in ended] == [0, 1]
     assert "RankError" in ended[1].err
-
-
-def test_the_silence_is_that_of_the_moment_of_joining(server: RankServer, folder: Path) -> None:
-    """If it failed, tests of frozen ranks would take minutes, or test nothing."""
-    ended = server.run(Group(2, script=script(folder, SILENCE), timeout=20))
-    assert [each.code for each in ended] == [1, 1]
-    assert "RankError: rank 1 was lost: it has been silent for 2 s." in ended[0].err
-    assert ended[0].seconds < 8

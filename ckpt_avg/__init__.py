@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ckpt_avg.commands.average import average
     from ckpt_avg.commands.check import check
     from ckpt_avg.commands.inspect import Inspection, Listed, inspect
+    from ckpt_avg.commands.publish import AverageResult
     from ckpt_avg.commands.refresh_bn import refresh_weights
-    from ckpt_avg.commands.results import AverageResult
     from ckpt_avg.commands.sweep import Measured, SweepResult, sweep
     from ckpt_avg.commands.verify import VerifyReport, verify
     from ckpt_avg.distributed.launch import join_ranks
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ckpt_avg.commands.average": ("average",),
+    "ckpt_avg.commands.check": ("check",),
     "ckpt_avg.batchnorm.refresh": ("BatchNormReport", "refresh_batch_norm"),
     "ckpt_avg.runs.compatibility": ("CompatibilityReport", "Difference"),
-    "ckpt_avg.commands.check": ("check",),
     "ckpt_avg.errors": (
         "ChangedWhileReadingError",
         "CheckpointFormatError",
@@ -80,7 +80,7 @@ _HOMES = {
     "ckpt_avg.checkpoint.training_record": ("Record",),
     "ckpt_avg.commands.refresh_bn": ("refresh_weights",),
     "ckpt_avg.user_code.gate": ("Outcome", "Requirement"),
-    "ckpt_avg.commands.results": ("AverageResult",),
+    "ckpt_avg.commands.publish": ("AverageResult",),
     "ckpt_avg.checkpoint.spec": ("Checkpoint", "CheckpointSpec", "DType", "Part", "TensorSpec"),
     "ckpt_avg.commands.sweep": ("Measured", "SweepResult", "sweep"),
     "ckpt_avg.commands.verify": ("VerifyReport", "verify"),

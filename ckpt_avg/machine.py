@@ -1,4 +1,4 @@
-"""How many workers fit the cores of this machine, and the garbage collector paused."""
+"""Worker threads: how many fit the cores of this machine, how they share work, and the garbage collector paused."""
 
 from __future__ import annotations
 
@@ -6,26 +6,20 @@ import contextlib
 import gc
 import math
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from ckpt_avg.errors import UsageError
+Item = TypeVar("Item")
 
-_MOST_THREADS = 1024
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def choose_threads(threads: int | None, processes: int = 1) -> int:
-    """Returns ``threads``, or one for each usable core, divided by the number of processes on this machine.
-
-    Raises:
-        UsageError: ``threads`` is out of range.
-    """
-    if threads is None:
-        return max(1, usable_cores() // processes)
-    if not 1 <= threads <= _MOST_THREADS:
-        raise UsageError(f"--threads: expected from 1 to {_MOST_THREADS:,}, got {threads:,}.")
-    return threads
+    """Returns ``threads``, or one for each usable core, divided by the number of processes on this machine."""
+    return max(1, usable_cores() // processes) if threads is None else threads
 
 
 def usable_cores() -> int:
@@ -60,6 +54,41 @@ def _quota_of(folder: Path, controllers: str) -> float:
     except OSError:
         return math.inf  # no limit, or another group's folder that a container does not show
     return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+
+
+class SharedItems(Iterator[Item], Generic[Item]):
+    """An iterator that several threads share: each item goes to one of them."""
+
+    def __init__(self, items: Iterable[Item], stop: threading.Event) -> None:
+        self._items, self._stop, self._lock = iter(items), stop, threading.Lock()
+
+    def __next__(self) -> Item:
+        with self._lock:
+            self.check()
+            return next(self._items)
+
+    def check(self) -> None:
+        """Raises CancelledError if another worker has failed, or the caller was interrupted."""
+        if self._stop.is_set():
+            raise CancelledError
+
+
+def run_workers(threads: int, items: Iterable[Item], work: Callable[[SharedItems[Item]], None]) -> None:
+    """Calls ``work(items)`` in so many threads, which share the items, and raises the first error of any.
+
+    If one fails, the others get CancelledError instead of their next item.
+    """
+    stop = threading.Event()
+    shared = SharedItems(items, stop)
+    with ThreadPoolExecutor(threads, thread_name_prefix="worker") as pool:
+        futures = [pool.submit(work, shared) for _ in range(threads)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    for error in (future.exception() for future in futures):
+        if error is not None and not isinstance(error, CancelledError):
+            raise error
 
 
 @contextlib.contextmanager

@@ -67,6 +67,14 @@ def listing(items: Iterable[str], *, separator: str = ", ") -> str:
     return separator.join(shown)
 
 
+def suggestion(word: object, choices: Iterable[str]) -> str:
+    """Returns `` Did you mean 'bfloat16'?`` for the choice closest to a word, or an empty string."""
+    import difflib  # only on the way to an error
+
+    near = difflib.get_close_matches(str(word).lower(), list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def size(count: int) -> str:
     """Returns a number of bytes for people: ``1536`` → ``1.5 KiB``."""
     amount = float(count)
@@ -82,3 +90,9 @@ def plural(count: int, noun: str) -> str:
     if count != 1:
         noun = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}es" if noun.endswith("ch") else f"{noun}s"
     return f"{count:,} {noun}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table, the first row being its header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

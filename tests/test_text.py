@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg.text import escaped, listing, plural, quote, safe_text, size
+from ckpt_avg.text import escaped, listing, plural, quote, safe_text, size, table
 
 
 @pytest.mark.parametrize("name", ["w", "", "é", "日本語", "it's", 'a"b', 3, None, (1, 2), [1], b"x", 1.5])
@@ -137,3 +137,9 @@ def test_text_for_a_terminal(text: str, shown: str) -> None:
     """Lines and tabs stay; whatever else moves a cursor or a direction shows escaped, and nothing else changes."""
     assert safe_text(text) == shown
     assert safe_text(shown) == shown
+
+
+def test_columns_of_a_table_follow_the_longest_cell() -> None:
+    """The header included, and no line ends in blanks."""
+    rows = [["", "a", "a long name"], ["x", "123456", "1"], ["longer", "1", ""]]
+    assert table(rows) == ["        a       a long name", "x       123456  1", "longer  1"]

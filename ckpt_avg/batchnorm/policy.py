@@ -7,22 +7,18 @@ from typing import Literal
 
 import torch
 
+from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.batchnorm.refresh import BatchNormReport
-from ckpt_avg.batchnorm.refresh_output import PreparedRefresh, RefreshOptions, prepare_refresh
+from ckpt_avg.batchnorm.refresh_output import PreparedRefresh, prepare_refresh
 from ckpt_avg.checkpoint.spec import Checkpoint, batch_norm_buffer
 from ckpt_avg.errors import UsageError
 from ckpt_avg.mean.equal_tensors import differing
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.text import listing, plural, quote
-from ckpt_avg.user_code.model import Batches, Passes
+from ckpt_avg.user_code.model import Passes
 
 Statistics = Literal["none", "refreshed", "mean", "frozen", "copied"]
-
-
-def check_bn(bn: str) -> None:
-    """Raises UsageError where there is no such rule for running statistics."""
-    if bn not in ("auto", "refresh", "keep"):
-        raise UsageError(f"--bn: expected one of auto, refresh, keep, got {bn!r}.")
+COUNTS_ROOM = 2 * 15  # bytes by which the metadata may grow once the refresh has counted batches and samples
 
 
 def frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[str]:
@@ -115,18 +111,18 @@ def source_of_statistics(plan: Plan, frozen: frozenset[str], refresh: PreparedRe
 
 
 def summary(
-    statistics: Statistics, report: BatchNormReport | None, options: RefreshOptions, data: Batches | None
+    statistics: Statistics, report: BatchNormReport | None, options: RefreshOptions
 ) -> dict[str, object] | None:
-    """Returns what the metadata says of BatchNorm; as wide as it can get while the refresh is still to come."""
+    """Returns the metadata on BatchNorm, with counts of 0 while there is no report; None without BatchNorm layers."""
     if statistics == "none":
         return None
     if statistics != "refreshed":
         return {"statistics": statistics}
     return {
         "statistics": "refreshed",
-        "estimator": options.estimator,
+        "estimator": options.bn_estimator,
         "amp": options.amp,
-        "batches": report.batches if report else 10**15,
-        "samples": report.samples if report else 10**15,
-        "data": getattr(data, "__qualname__", type(data).__name__),
+        "batches": report.batches if report else 0,
+        "samples": report.samples if report else 0,
+        "data": getattr(options.data, "__qualname__", type(options.data).__name__),
     }

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from ckpt_avg.batchnorm.batch_share import BatchShare, refuse_other_counts
 from ckpt_avg.batchnorm.hooks import LayerStatistics, Pool, measuring
+from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import UsageError, UserCodeError
 from ckpt_avg.mean.arithmetic import round_to
@@ -27,9 +28,6 @@ from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import ForwardBatch, count_samples, run_batch, to_device
 from ckpt_avg.user_code.load import blaming
 from ckpt_avg.user_code.model import batch_norm_modules
-
-ESTIMATORS = ("pooled", "batch-mean")
-AMP = ("off", "bfloat16", "float16")
 
 Progress = Callable[[int, int], None]
 
@@ -59,15 +57,6 @@ class BatchNormReport:
     def used_twice(self) -> tuple[str, ...]:
         """The layers that each batch passed more than once; their statistics cover all passes."""
         return tuple(name for name, layer in self.statistics.items() if layer.calls_per_batch > 1)
-
-
-def check_options(estimator: str, amp: str, max_batches: int | None) -> None:
-    """Raises UsageError where a refresh cannot be done as it is worded."""
-    for option, value, choices in (("--bn-estimator", estimator, ESTIMATORS), ("--amp", amp, AMP)):
-        if value not in choices:
-            raise UsageError(f"{option}: expected one of {', '.join(choices)}, got {value!r}.")
-    if max_batches is not None and max_batches < 1:
-        raise UsageError(f"--bn-batches: expected 1 or more, got {max_batches:,}.")
 
 
 def refresh_batch_norm(
@@ -129,7 +118,7 @@ def refresh_batch_norm(
         >>> model[0].running_mean, model[0].running_var
         (tensor([3.]), tensor([4.6667]))
     """
-    check_options(estimator, amp, max_batches)
+    RefreshOptions(bn_estimator=estimator, amp=amp, bn_batches=max_batches)  # checks them
     layers = _refreshed_layers(model, frozen)
     _refuse_unusable(model)
     ranks = ranks or Ranks()

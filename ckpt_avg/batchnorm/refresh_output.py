@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.batchnorm.refresh import BatchNormReport, refresh_batch_norm, rounded_statistic
 from ckpt_avg.checkpoint.spec import batch_norm_buffer
 from ckpt_avg.checkpoint.tensor_reads import torch_dtype
@@ -19,20 +20,9 @@ from ckpt_avg.errors import UserCodeError
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.progress import Progress
 from ckpt_avg.text import listing, quote
-from ckpt_avg.user_code.batches import ForwardBatch, expected_batches
+from ckpt_avg.user_code.batches import expected_batches
 from ckpt_avg.user_code.isolation import seeded
 from ckpt_avg.user_code.model import Passes, batch_norm_modules, load_weights, place
-
-
-@dataclass(frozen=True, slots=True)
-class RefreshOptions:
-    """How a refresh is done; each as for `refresh_batch_norm`."""
-
-    device: torch.device
-    estimator: str = "pooled"
-    max_batches: int | None = None
-    amp: str = "off"
-    forward_batch: ForwardBatch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +81,7 @@ def refresh_output(
     *,
     frozen: Collection[str],
     options: RefreshOptions,
+    device: torch.device,
     progress: Progress,
     ranks: Ranks | None = None,
 ) -> BatchNormReport:
@@ -103,6 +94,7 @@ def refresh_output(
         write: takes bytes and their offset in the data section.
         frozen: layers to leave as they are.
         options: how to refresh.
+        device: where to run the model.
         progress: told when it begins, after each batch, and of layers that are used twice.
         ranks: share the batches out.
 
@@ -110,17 +102,17 @@ def refresh_output(
         UserCodeError: the loader or the model failed, or the refresh could not be done.
     """
     load_weights(prepared.model, weights())
-    place(prepared.model, options.device)
+    place(prepared.model, device)
     batches = prepared.passes.next_pass()
-    progress.refreshing(expected_batches(batches, options.max_batches))
-    with seeded(options.device):
+    progress.refreshing(expected_batches(batches, options.bn_batches))
+    with seeded(device):
         report = refresh_batch_norm(
             prepared.model,
             batches,
-            estimator=options.estimator,
-            max_batches=options.max_batches,
+            estimator=options.bn_estimator,
+            max_batches=options.bn_batches,
             frozen=frozen,
-            device=options.device,
+            device=device,
             amp=options.amp,
             forward_batch=options.forward_batch,
             ranks=ranks,

@@ -54,17 +54,15 @@ def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.T
         CheckpointFormatError: the storage cannot be read.
     """
     found: dict[int, torch.Tensor] = {}
-    for index, (tensor, start, stop) in enumerate(ranges):
-        if start == stop:
-            found[index] = torch.empty(0, dtype=torch_dtype(tensor.dtype))
-        elif not tensor.is_contiguous:
-            found[index] = _gather(checkpoint, tensor, start, stop)
     for file, begin, end, inside in _windows(ranges):
         window = checkpoint.files[file].map(begin, end - begin)
         for offset, index in inside:
             tensor, start, stop = ranges[index]
             found[index] = _view(window, tensor, offset, stop - start)
-    return [found[index] for index in range(len(ranges))]
+    return [
+        found[index] if index in found else _gather(checkpoint, tensor, start, stop)
+        for index, (tensor, start, stop) in enumerate(ranges)
+    ]
 
 
 def prefetch(checkpoint: Checkpoint, ranges: Sequence[Range]) -> None:

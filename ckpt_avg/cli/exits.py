@@ -1,4 +1,4 @@
-"""One command run: signals, errors and streams turned into the exit codes of `errors`."""
+"""Runs a command, and turns errors and signals into the exit codes of `errors`."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from ckpt_avg.files.sigbus import catch_bus_errors
 from ckpt_avg.text import safe_text
 
 # A signal may come between publishing and the last line of output.
-_UNTOUCHED = "the output path is as it was, or complete if it had been published"
+_UNTOUCHED = "the output path is unchanged, or complete if it was already published"
 
 
 class _Terminated(BaseException):
-    """SIGTERM or SIGHUP, raised in the main thread so that everything is cleaned up on the way out."""
+    """SIGTERM or SIGHUP, raised in the main thread so that everything is cleaned up."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 def run(command: click.Command, arguments: Sequence[str]) -> int:
-    """Runs a click command and returns the exit code; a bug of ours keeps its traceback and gives 1."""
+    """Runs a click command and returns the exit code. A bug of ours keeps its traceback, and exits with 1."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    # torch says so on import where numpy is missing; this package does without, and the user need not care.
+    # torch warns on import if numpy is missing; this package does not need it.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     if sys.stderr is None:
-        # The caller closed it. tqdm and traceback would print on stdout instead.
+        # The caller closed it; tqdm and traceback would print on stdout instead.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the process ends)
     catch_bus_errors()
     code = _run(command, arguments)
@@ -46,44 +46,44 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has gone. The interpreter must not try to flush it again on exit.
+        # Nobody reads our output any more. The interpreter must not flush it again on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
 
 
 def open_missing_streams() -> None:
-    """Opens /dev/null in the place of each of stdin, stdout and stderr that the caller closed.
+    """Opens /dev/null for each of stdin, stdout and stderr that the caller closed.
 
-    Else the next file that is opened takes its number, and what any code prints there goes into that file.
+    Otherwise the next file that is opened gets its number, and whatever is printed goes into that file.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:  # noqa: PERF203 (three rounds)
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)  # both are the same number where the lower ones are open
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)  # open() may have returned this very number
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Prints a line. That nobody reads it any more is no failure of the command, nor is a stderr that takes none.
+    """Prints a line. A closed pipe is no failure of the command, nor is a broken stderr.
 
     Raises:
-        OutputError: stdout cannot be written, for another reason.
+        OutputError: stdout cannot be written for another reason.
     """
     try:
         click.echo(safe_text(text), err=err)
     except OSError as error:
-        # What is left in the stream's buffer must not fail again when the interpreter ends.
+        # The rest of the stream's buffer must not fail again when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if err else 1)
         if not err and not isinstance(error, BrokenPipeError):
             raise OutputError(f"stdout: cannot be written: {error.strerror}. The result was: {text}") from error
 
 
 def _run(command: click.Command, arguments: Sequence[str]) -> int:
-    # Of several ranks the first alone prints results; an error any may have.
+    # Only rank 0 prints results; any rank prints its errors.
     silent = bool(arguments) and arguments[0] in ("average", "refresh-bn", "sweep") and launched_rank()
     as_json = "--json" in arguments and not silent
     try:
-        # Not command.main(): it returns the code of an Exit as a value, and turns a closed pipe into exit 1.
+        # Not command.main(), which returns the code of an Exit as a value and turns a closed pipe into exit 1.
         with _signals(), command.make_context("ckpt-avg", list(arguments)) as context:
             command.invoke(context)
         return 0
@@ -98,14 +98,12 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
             say(f"{_label()}Error: {error.format_message()}", err=True)
         return _fail(type(error).__name__, error.format_message(), error.exit_code, as_json, show=False)
     except (KeyboardInterrupt, click.Abort):
-        return _fail("Interrupted", f"interrupted; {_UNTOUCHED}", 130, as_json)
+        return _fail("Interrupted", f"interrupted: {_UNTOUCHED}", 130, as_json)
     except _Terminated as error:
-        return _fail("Terminated", f"terminated; {_UNTOUCHED}", 128 + error.number, as_json)
-    except UserCodeError as error:
-        if error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
-        return _fail(type(error).__name__, str(error), error.exit_code, as_json, known=error.document)
+        return _fail("Terminated", f"terminated: {_UNTOUCHED}", 128 + error.number, as_json)
     except CkptAvgError as error:
+        if isinstance(error, UserCodeError) and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         return _fail(type(error).__name__, str(error), error.exit_code, as_json, known=error.document)
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -143,11 +141,11 @@ def _fail(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into an exception; after the first signal a second Ctrl-C ends the process at once."""
+    """Turns SIGTERM and SIGHUP into an exception. After the first signal, Ctrl-C ends the process at once."""
     owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a forked dataloader worker: nothing of ours to clean up
+        if os.getpid() != owner:  # a forked dataloader worker has nothing to clean up
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return

@@ -16,11 +16,21 @@ from typing import Any
 
 import click
 
-from ckpt_avg.cli import options as cli_options
+from ckpt_avg.cli import options
 from ckpt_avg.cli.exits import open_missing_streams, run, say
-from ckpt_avg.cli.run import collect_from_here, make_output, show
+from ckpt_avg.cli.options import Command
+from ckpt_avg.cli.run import collect_from_here, make_output, options_in, show
+from ckpt_avg.commands.options import (
+    AverageRequest,
+    CheckRequest,
+    InspectRequest,
+    OutputOptions,
+    RefreshRequest,
+    SweepRequest,
+    VerifyRequest,
+)
 from ckpt_avg.distributed.launch import launch_of
-from ckpt_avg.errors import IncompatibleError
+from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.version import __version__
 
 
@@ -35,27 +45,17 @@ def cli() -> None:
     """
 
 
-@cli.command("average")
-@cli_options.sources
-@click.option("-o", "--output", required=True, metavar="OUT.safetensors", help="The file to write.")
-@cli_options.selection
-@cli_options.reading
-@cli_options.mean
-@cli_options.user_code
-@cli_options.keep
-@cli_options.refresh
-@cli_options.evaluation
-@click.option("--eval-all", "evaluate_all", is_flag=True, help="Measure every checkpoint, not the last alone.")
-@cli_options.require
-@cli_options.sha256
-@cli_options.overwrite
-@cli_options.dry_run
-@cli_options.report
-@cli_options.as_json
-@cli_options.rank_timeout
-@cli_options.quiet
-@cli_options.verbose
-def average_command(sources: Sequence[str], output: str, verbose: bool, **options: Any) -> None:
+@cli.command("average", cls=Command)
+@options.sources
+@options.options_from(AverageRequest)
+@options.app_dir
+@options.output
+@options.report
+@options.as_json
+@options.rank_timeout
+@options.quiet
+@options.verbose
+def average_command(sources: Sequence[str], output: str, verbose: bool, **given: Any) -> None:
     """Write the equal-weighted mean of the checkpoints, BatchNorm statistics recomputed.
 
     \b
@@ -64,86 +64,63 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **option
     ckpt-avg average RUN -o swa.safetensors --bn keep \\
         --model train:make_model --eval train:evaluate --require 'accuracy>=last'
     """  # noqa: D301 (click needs the backspace character itself)
-    from ckpt_avg.cli.report import average_text
+    AverageRequest(sources, output, **options_in(AverageRequest, given))  # checked before anything slow is imported
+    from ckpt_avg.cli.reports import average_text
     from ckpt_avg.commands.average import average
 
     make_output(
-        lambda **given: average(sources, output, **given),
+        lambda **options: average(sources, output, **options),
         lambda result: average_text(result, verbose=verbose),
         sources,
         output,
-        **options,
+        **given,
     )
 
 
-@cli.command("refresh-bn")
+@cli.command("refresh-bn", cls=Command)
 @click.argument("weights")
-@click.option("-o", "--output", required=True, metavar="OUT.safetensors", help="The file to write.")
-@cli_options.reading
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to refresh.")
-@cli_options.dtype
-@cli_options.user_code
-@cli_options.refresh
-@cli_options.evaluation
-@cli_options.require
-@cli_options.sha256
-@cli_options.overwrite
-@cli_options.dry_run
-@cli_options.report
-@cli_options.as_json
-@cli_options.rank_timeout
-@cli_options.quiet
-def refresh_command(weights: str, output: str, **options: Any) -> None:
-    """Write WEIGHTS with their BatchNorm statistics recomputed, and everything else as it is.
+@options.options_from(RefreshRequest)
+@options.app_dir
+@options.output
+@options.report
+@options.as_json
+@options.rank_timeout
+@options.quiet
+def refresh_command(weights: str, output: str, **given: Any) -> None:
+    """Write WEIGHTS with recomputed BatchNorm statistics, and everything else as it is.
 
     \b
     ckpt-avg refresh-bn weights.pt -o refreshed.safetensors --model train:make_model --data train:train_loader
     """  # noqa: D301 (click needs the backspace character itself)
-    from ckpt_avg.cli.report import refreshed_text
+    RefreshRequest(weights, output, **options_in(RefreshRequest, given))
+    from ckpt_avg.cli.reports import refreshed_text
     from ckpt_avg.commands.refresh_bn import refresh_weights
-    from ckpt_avg.errors import UsageError
 
-    for option in ("model", "data"):
-        if options[option] is None:
-            raise UsageError(f"--{option}: expected MODULE:FACTORY, got nothing. The statistics are measured with it.")
-    make_output(lambda **given: refresh_weights(weights, output, **given), refreshed_text, [weights], output, **options)
+    make_output(
+        lambda **options: refresh_weights(weights, output, **options), refreshed_text, [weights], output, **given
+    )
 
 
-@cli.command("sweep")
-@cli_options.sources
-@cli_options.selection
-@cli_options.reading
-@cli_options.mean
-@cli_options.hold
-@cli_options.user_code
-@cli_options.keep
-@cli_options.refresh
-@cli_options.evaluation
-@click.option("--maximize", metavar="METRIC", help="Which metric says what is best: the higher, the better.")
-@click.option("--minimize", metavar="METRIC", help="The same: the lower, the better.")
-@click.option(
-    "--windows", default="both", show_default=True, metavar="last|first|both", help="The last k, the first k, or both."
-)
-@click.option("--plot", metavar="FILE.png", help="Draw the metric over k (.png, .svg, .pdf); needs matplotlib.")
-@cli_options.overwrite
-@cli_options.report
-@cli_options.as_json
-@cli_options.quiet
+@cli.command("sweep", cls=Command)
+@options.sources
+@options.options_from(SweepRequest)
+@options.app_dir
+@options.plot
+@options.options_from(OutputOptions, only=["overwrite"])
+@options.report
+@options.as_json
+@options.quiet
 @click.pass_context
 def sweep_command(
     context: click.Context,
     /,
     sources: Sequence[str],
-    model: str | None,
-    data: str | None,
-    evaluate: str | None,
-    app_dir: str,
     plot: str | None,
     report: str | None,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Measure the average of the last k checkpoints for each k, and of the first k, to find the best window.
 
@@ -151,18 +128,16 @@ def sweep_command(
     ckpt-avg sweep RUN --model train:make_model --data train:train_loader \\
         --eval train:evaluate --maximize accuracy
     """  # noqa: D301 (click needs the backspace character itself)
+    if launch_of() is not None:
+        raise UsageError("sweep: runs in one process only. Start it without torchrun.")
+    SweepRequest(sources, **options_in(SweepRequest, given))
+    from ckpt_avg.cli.documents import sweep_json
     from ckpt_avg.cli.plots import KINDS, draw_sweep, refuse_without_matplotlib
     from ckpt_avg.cli.progress_bars import bars
-    from ckpt_avg.cli.report_evaluation import sweep_json, sweep_text
+    from ckpt_avg.cli.reports import sweep_text
     from ckpt_avg.commands.sweep import sweep
-    from ckpt_avg.errors import UsageError
     from ckpt_avg.output.paths import SideFiles, json_bytes
 
-    if launch_of() is not None:
-        raise UsageError("sweep: expected one process, got the ranks of torchrun. Start it without torchrun.")
-    for option, given in (("--model", model), ("--eval", evaluate)):
-        if given is None:
-            raise UsageError(f"{option}: expected a name, MODULE:NAME, got nothing. Each average is measured with it.")
     files = SideFiles(sources, output=None, overwrite=overwrite)
     files.check("--report", report, (".json",))
     files.check("--plot", plot, KINDS)
@@ -170,9 +145,8 @@ def sweep_command(
         refuse_without_matplotlib()
     with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress:
         collect_from_here()
-        loaded = cli_options.load_all(app_dir, model=model, data=data, evaluate=evaluate)
-        result = sweep(sources, progress=progress, **loaded, **options)
-    command = cli_options.average_command_for(context, result.best)
+        result = sweep(sources, progress=progress, **options.load_all(**given))
+    command = options.average_command_for(context, result.best)
     document = sweep_json(result, command)
     contents = {
         "--report": lambda: json_bytes(document),
@@ -181,18 +155,18 @@ def sweep_command(
     show(sweep_text(result, shlex.join(command)), document, contents, files, as_json=as_json)
 
 
-@cli.command("check")
-@cli_options.sources
-@cli_options.selection
-@cli_options.reading
-@cli_options.as_json
-@cli_options.verbose
-def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **options: Any) -> None:
+@cli.command("check", cls=Command)
+@options.sources
+@options.options_from(CheckRequest)
+@options.as_json
+@options.verbose
+def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given: Any) -> None:
     """Say whether the checkpoints fit together, from their headers alone."""
-    from ckpt_avg.cli.report import compatibility_json, compatibility_text
+    from ckpt_avg.cli.documents import compatibility_json
+    from ckpt_avg.cli.reports import compatibility_text
     from ckpt_avg.commands.check import check
 
-    report = check(sources, **options)
+    report = check(sources, **given)
     for text in () if as_json else report.notices:
         say(f"Notice: {text}", err=True)
     if as_json:
@@ -204,45 +178,52 @@ def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **option
         raise click.exceptions.Exit(IncompatibleError.exit_code)
 
 
-@cli.command("inspect")
+@cli.command("inspect", cls=Command)
 @click.argument("path")
-@cli_options.reading
-@cli_options.as_json
-def inspect_command(path: str, as_json: bool, **options: Any) -> None:
+@options.options_from(InspectRequest)
+@options.as_json
+def inspect_command(path: str, as_json: bool, **given: Any) -> None:
     """Show what a checkpoint or a run folder holds, and how it would be read."""
-    from ckpt_avg.cli.report_inspect import inspection_json, inspection_text
+    from ckpt_avg.cli.documents import inspection_json
+    from ckpt_avg.cli.reports import inspection_text
     from ckpt_avg.commands.inspect import inspect
 
-    found = inspect(path, **options)
+    found = inspect(path, **given)
     say(json.dumps(inspection_json(found), indent=2) if as_json else inspection_text(found))
 
 
-@cli.command("verify")
+@cli.command("verify", cls=Command)
 @click.argument("output", metavar="OUT")
 @click.argument("checkpoints", nargs=-1, metavar="[--sources SOURCE...]")
-@click.option("--sources", is_flag=True, help="Take the mean of the SOURCEs behind it again, and compare bit for bit.")
-@cli_options.work
-@cli_options.as_json
-@cli_options.quiet
+@click.option(
+    "--sources",
+    cls=options.Option,
+    heading="What to compare with",
+    is_flag=True,
+    help="Average the SOURCEs again and compare bit for bit.",
+)
+@options.options_from(VerifyRequest)
+@options.as_json
+@options.quiet
 def verify_command(
-    output: str, checkpoints: Sequence[str], sources: bool, as_json: bool, quiet: bool, **options: Any
+    output: str, checkpoints: Sequence[str], sources: bool, as_json: bool, quiet: bool, **given: Any
 ) -> None:
-    """Say whether OUT, which ckpt-avg wrote, is whole and undamaged, and the mean of its checkpoints.
+    """Say whether OUT, which ckpt-avg wrote, is complete and undamaged, and the mean of its checkpoints.
 
     \b
     ckpt-avg verify swa.safetensors
     ckpt-avg verify swa.safetensors --sources RUN
     """  # noqa: D301 (click needs the backspace character itself)
+    from ckpt_avg.cli.documents import verify_json
     from ckpt_avg.cli.progress_bars import bars
-    from ckpt_avg.cli.report_verify import verify_json, verify_text
+    from ckpt_avg.cli.reports import verify_text
     from ckpt_avg.commands.verify import verify
-    from ckpt_avg.errors import UsageError
 
     if sources != bool(checkpoints):
-        expected, got = ("checkpoints behind it", "none") if sources else ("one file, or --sources", "several paths")
-        raise UsageError(f"verify: expected {expected}, got {got}. Write: ckpt-avg verify OUT --sources SOURCE...")
+        problem = "--sources: names no checkpoints" if sources else f"{checkpoints[0]}: --sources is missing before it"
+        raise UsageError(f"{problem}. Write: ckpt-avg verify OUT --sources SOURCE...")
     with bars(quiet=quiet, reading="verifying") as progress:
-        report = verify(output, sources=checkpoints or None, progress=progress, **options)
+        report = verify(output, sources=checkpoints or None, progress=progress, **given)
     say(json.dumps(verify_json(report), indent=2) if as_json else verify_text(report))
 
 

@@ -1,4 +1,4 @@
-"""The options that commands share."""
+"""The options of the commands: made from the groups of `commands.options`, and a few that only the command line has."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from ckpt_avg.batchnorm.options import RefreshOptions
+from ckpt_avg.commands.options import MeanOptions, options_of
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT
+from ckpt_avg.errors import flag_of
+from ckpt_avg.formats.reading import Reading
+from ckpt_avg.runs.selection import Selection
+from ckpt_avg.text import size
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.sweep import Measured
@@ -33,185 +40,106 @@ _UNITS = {
 }
 
 
-def _parse_size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+def parse_size(text: str) -> int:
+    """Returns bytes: ``256MiB`` → 268435456."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS:
-        raise click.BadParameter(f"expected a size such as 256MiB, got {value!r}")
+        raise click.BadParameter(f"{text[:40]!r} is not a size. Write for example 256MiB.")
     amount = float(match[1]) * _UNITS[match[2].upper()]
     if amount > sys.maxsize:
-        raise click.BadParameter(f"expected a size such as 256MiB, got {value[:40]}…")
+        raise click.BadParameter(f"{text[:40]!r} is too large. Write for example 256MiB.")
     return int(amount)
 
 
-def together(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
-    """Returns a decorator that gives a command these options, in this order."""
+class Option(click.Option):
+    """An option that ``--help`` lists under a heading."""
+
+    def __init__(self, *arguments: Any, heading: str, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.heading = heading
+
+
+class Command(click.Command):
+    """A command whose ``--help`` lists options under their headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options."""
+        sections: dict[str, list[click.Option]] = {}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option):
+                sections.setdefault(getattr(parameter, "heading", "Help"), []).append(parameter)
+        for heading, options in sections.items():
+            with formatter.section(heading):
+                required_first = sorted(options, key=lambda option: not option.required)
+                formatter.write_dl([option.get_help_record(ctx) or ("", "") for option in required_first])
+
+
+def _only_here(*names: str, heading: str, **options: Any) -> Callable[[_Command], _Command]:
+    return click.option(*names, cls=Option, heading=heading, **options)
+
+
+output = _only_here(
+    "-o", "--output", heading="Output", required=True, metavar="OUT.safetensors", help="Write this file."
+)
+report = _only_here("--report", heading="Output", metavar="FILE.json", help="Write the JSON result to a file, too.")
+as_json = _only_here("--json", "as_json", heading="Output", is_flag=True, help="Print one JSON document on stdout.")
+quiet = _only_here("-q", "--quiet", heading="Output", is_flag=True, help="Hide progress bars and notices.")
+verbose = _only_here("-v", "--verbose", heading="Output", is_flag=True, help="List skipped files with the reasons.")
+plot = _only_here("--plot", heading="Output", metavar="FILE.png", help="Draw the metric over k (.png, .svg or .pdf).")
+app_dir = _only_here(
+    "--app-dir",
+    heading=RefreshOptions.heading,
+    default=".",
+    show_default=True,
+    metavar="DIR",
+    help="Import --model, --data and --eval from DIR.",
+)
+rank_timeout = _only_here(
+    "--rank-timeout",
+    heading=MeanOptions.heading,
+    type=float,
+    default=RANK_TIMEOUT,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop if a torchrun rank gives no sign of life for this long.",
+)
+sources = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+
+
+def options_from(request: type, *, only: Collection[str] = ()) -> Callable[[_Command], _Command]:
+    """Returns a decorator that gives a command the options of a request or a group, or some of them."""
 
     def decorate(command: _Command) -> _Command:
-        for option in reversed(options):
-            command = option(command)
+        for heading, option in reversed(list(options_of(request))):
+            if "help" in option.metadata and (not only or option.name in only):
+                command = _click_option(heading, option)(command)
         return command
 
     return decorate
 
 
-sources = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-selection = together(
-    click.option("--last", type=int, metavar="N", help="Take the last N checkpoints."),
-    click.option("--every", type=int, metavar="K", help="Take each K-th, counted back from the last."),
-    click.option("--from-step", type=int, metavar="S", help="Leave out what lies before step S (or epoch S)."),
-    click.option("--to-step", type=int, metavar="S", help="Leave out what lies behind step S (or epoch S)."),
-    click.option("--best", type=int, metavar="N", help="Take the N best by a metric that the trainer recorded."),
-    click.option("--metric", metavar="NAME", help="Which metric, with --best."),
-    click.option("--mode", metavar="min|max", help="Whether low or high is better, with --best."),
-    click.option("--include", multiple=True, metavar="GLOB", help="Take only file names that match. Repeatable."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out file names that match. Repeatable."),
-    click.option("--at-lr-minima", is_flag=True, help="Take those at the bottom of the learning rate's cycles."),
-)
-reading = together(
-    click.option(
-        "--state-key", metavar="DOTTED.KEY", help="Where a torch file holds the state dict, if not under a common key."
-    ),
-    click.option("--ema", is_flag=True, help="Take the running averages that some trainers keep beside the weights."),
-    click.option("--strip-prefix", metavar="PREFIX", help="Take this off the front of names, for example 'model.'."),
-)
-verbose = click.option("-v", "--verbose", is_flag=True, help="Say what was left out of run folders, and why.")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def _click_option(heading: str, option: Field[Any]) -> Callable[[_Command], _Command]:
+    known, default, kind = option.metadata, option.default, str(option.type)
+    metavar = known.get("metavar", "|".join(known.get("choices", ())))
+    settings: dict[str, Any] = {"help": known["help"], "default": default, "show_default": bool(default)}
+    if kind == "bool":
+        settings |= {"is_flag": True}
+    elif metavar == "SIZE":
+        settings |= {"type": parse_size, "metavar": metavar, "default": size(int(str(default))).replace(".0 ", "")}
+    else:
+        settings |= {"type": int if kind.startswith("int") else str, "metavar": metavar, "multiple": default == ()}
+    return click.option(flag_of(option), option.name, cls=Option, heading=heading, **settings)
 
 
-dtype = click.option(
-    "--dtype",
-    default="keep",
-    show_default=True,
-    metavar="keep|float64|float32|bfloat16|float16",
-    help="The dtype of the output's floating-point tensors.",
-)
-hold = click.option(
-    "--hold",
-    callback=_parse_size,
-    metavar="SIZE",
-    help="Memory for averages that wait to be measured (default: 2GiB).",
-)
-work = together(
-    click.option("--threads", type=int, metavar="N", help="Workers; by default one for each usable core."),
-    click.option(
-        "--memory",
-        callback=_parse_size,
-        default="128MiB",
-        show_default=True,
-        metavar="SIZE",
-        help="Working memory, shared by the workers.",
-    ),
-    click.option(
-        "--io",
-        default="auto",
-        show_default=True,
-        metavar="auto|mmap|pread",
-        help="How to read; auto maps files, but for network storage.",
-    ),
-)
-mean = together(
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        metavar="auto|cpu|cuda|cuda:N",
-        help="Where to sum and to run the model (auto: sum on the CPU, run the model on CUDA).",
-    ),
-    dtype,
-    work,
-    click.option(
-        "--non-float",
-        default="equal",
-        show_default=True,
-        metavar="equal|last",
-        help="Integer and bool tensors: must be equal, or take the last checkpoint's.",
-    ),
-    click.option("--allow-nonfinite", is_flag=True, help="Let NaN and Inf through instead of refusing them."),
-)
-user_code = together(
-    click.option("--model", metavar="MODULE:FACTORY", help="Returns the model, for the refresh and --eval."),
-    click.option("--data", metavar="MODULE:FACTORY", help="Returns an iterable of batches, for the BatchNorm refresh."),
-    click.option(
-        "--app-dir",
-        default=".",
-        show_default=True,
-        metavar="DIR",
-        help="Where --model, --data and --eval are imported from.",
-    ),
-)
-keep = click.option(
-    "--bn",
-    default="auto",
-    show_default=True,
-    metavar="auto|refresh|keep",
-    help="Recompute the BatchNorm statistics, or keep the mean of the checkpoints'.",
-)
-refresh = together(
-    click.option("--bn-batches", type=int, metavar="N", help="Refresh over at most N batches."),
-    click.option(
-        "--bn-estimator",
-        default="pooled",
-        show_default=True,
-        metavar="pooled|batch-mean",
-        help="Statistics of all values together, or the mean of the batches' as update_bn has it.",
-    ),
-    click.option(
-        "--amp",
-        default="off",
-        show_default=True,
-        metavar="off|bfloat16|float16",
-        help="Refresh in automatic mixed precision.",
-    ),
-)
-evaluation = click.option(
-    "--eval", "evaluate", metavar="MODULE:FUNCTION", help="Called with a model; returns a number or a dict of them."
-)
-require = click.option(
-    "--require",
-    multiple=True,
-    metavar="'METRIC>=last'",
-    help="Publish only if this holds: >=, >, <=, < and last, best, mean or a number. Repeatable.",
-)
-sha256 = click.option(
-    "--sha256", is_flag=True, help="Write OUT.sha256, for sha256sum -c, and digests of the sources into the metadata."
-)
-overwrite = click.option("--overwrite", is_flag=True, help="Replace what exists of the files to write.")
-report = click.option("--report", metavar="FILE.json", help="Write what --json prints to a file as well.")
-rank_timeout = click.option(
-    "--rank-timeout",
-    type=float,
-    default=RANK_TIMEOUT,
-    show_default=True,
-    metavar="SECONDS",
-    help="With torchrun: stop when a rank gives no sign of life for this long.",
-)
-quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bars and no notices.")
-dry_run = click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
-
-
-def load_all(app_dir: str, **references: str | None) -> dict[str, Any]:
-    """Imports what --model, --data and --eval name.
-
-    Returns:
-        The same names with what was imported, or None; and ``forward_batch``, a function beside the model.
-    """
+def load_all(*, app_dir: str, **given: Any) -> dict[str, Any]:
+    """Returns the options with the user's code in place of its references, and ``forward_batch`` beside the model."""
     from ckpt_avg.user_code.load import forward_batch_beside, load_user_code
 
-    found: dict[str, Any] = {
-        name: load_user_code(reference, "--eval" if name == "evaluate" else f"--{name}", app_dir)
-        if reference is not None
-        else None
-        for name, reference in references.items()
-    }
-    model = references.get("model")
-    found["forward_batch"] = forward_batch_beside(model) if model is not None else None
-    return found
-
-
-_CHOICES = ("last", "best", "metric", "mode", "include", "exclude", "from_step", "to_step", "at_lr_minima", "every")
-_OF_SWEEP = ("evaluate", "maximize", "minimize", "windows", "hold", "plot", "report", "overwrite", "as_json", "quiet")
+    reference = given["model"]
+    for name, option in (("model", "--model"), ("data", "--data"), ("evaluate", "--eval")):
+        if given[name] is not None:
+            given[name] = load_user_code(given[name], option, app_dir)
+    return {**given, "forward_batch": None if reference is None else forward_batch_beside(reference)}
 
 
 def average_command_for(context: click.Context, window: Measured) -> list[str]:
@@ -221,24 +149,22 @@ def average_command_for(context: click.Context, window: Measured) -> list[str]:
     ``--best`` or at the other end of the run, the checkpoints are named one by one, and nothing needs to be selected.
     """
     by_name = window.side == "first" or context.params["best"] is not None
-    paths = [str(path) for path in window.checkpoints] if by_name else list(context.params["sources"])
+    groups = (Reading, MeanOptions, RefreshOptions) if by_name else (Selection, Reading, MeanOptions, RefreshOptions)
+    passed_on = {"app_dir", *(option.name for group in groups for option in fields(group))} - {"last"}
     words = ["ckpt-avg", "average"]
     for parameter in context.command.params:
         name = parameter.name or ""
-        is_given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if not isinstance(parameter, click.Option) or not is_given or name in (*_OF_SWEEP, "last"):
-            continue
-        if by_name and name in _CHOICES:
-            continue
-        option, value = max(parameter.opts, key=len), context.params[name]
-        if parameter.is_flag:
-            words.append(option)
-        else:
-            for each in value if parameter.multiple else [value]:
-                words += [option, str(each)]
+        if name in passed_on and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option, value = max(parameter.opts, key=len), context.params[name]
+            if value is True:
+                words.append(option)
+            else:
+                for each in value if parameter.multiple else [value]:
+                    words += [option, str(each)]
     if not by_name:
         words += ["--last", str(len(window.checkpoints))]
     words += ["-o", _free_name()]
+    paths = [str(path) for path in window.checkpoints] if by_name else list(context.params["sources"])
     return [*words, *(["--"] if any(path.startswith("-") for path in paths) else []), *paths]
 
 

@@ -1,4 +1,4 @@
-"""A sweep as a picture. matplotlib draws it; it is an optional dependency (the extra ``plot``)."""
+"""A sweep as a picture, drawn by matplotlib, an optional dependency (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ KINDS = (".png", ".svg", ".pdf")
 
 
 def refuse_without_matplotlib() -> None:
-    """Raises UsageError where matplotlib is missing."""
+    """Raises UsageError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot: matplotlib draws the picture, and it is not installed. pip install 'ckpt-avg[plot]'")
+        raise UsageError("--plot needs matplotlib, which is not installed. Run: pip install 'ckpt-avg[plot]'")
 
 
 def draw_sweep(result: SweepResult, kind: str) -> bytes:
-    """Returns a picture: the metric over the number of checkpoints averaged, a line for each side of the run.
+    """Returns a picture: the metric over the number of checkpoints averaged, one line for each side of the run.
 
     Args:
         result: what was measured.
         kind: one of `KINDS`.
 
     Raises:
-        OutputError: matplotlib cannot draw it, numbers near the end of float64's range for example.
+        OutputError: matplotlib cannot draw it, for example numbers near the end of float64's range.
     """
     try:
         return _draw(result, kind.removeprefix("."))
@@ -44,7 +44,7 @@ def _draw(result: SweepResult, kind: str) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # Without date and random names the same figures give the same bytes. Names are no formulas, even with a $.
+    # Without dates and random names the same figures give the same bytes. Names with a $ are not formulas.
     with rc_context({"svg.hashsalt": "ckpt-avg", "text.parse_math": False, "text.usetex": False}):
         figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
         axes = figure.add_subplot()
@@ -68,7 +68,7 @@ def _draw(result: SweepResult, kind: str) -> bytes:
             result.last.metrics[result.metric],
             color="0.4",
             linestyle="--",
-            label=f"as it is: {_short(safe_text(result.last.name))}",
+            label=f"last checkpoint: {_short(safe_text(result.last.name))}",
         )
         best = result.best
         axes.plot(

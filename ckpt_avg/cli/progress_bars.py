@@ -13,60 +13,59 @@ from ckpt_avg.progress import Progress
 from ckpt_avg.text import one_line, safe_text
 
 
-@contextlib.contextmanager
-def bars(*, quiet: bool, reading: str = "averaging") -> Iterator[Progress]:
-    """Yields callbacks that draw one bar for each pass over the files, called ``reading``, each refresh and evaluation.
+class _Bars:
+    """Draws one bar at a time: for a pass over the files, a refresh or an evaluation."""
 
-    Bars appear on a terminal only; notices are printed in any case, unless ``quiet``.
-    """
-    disable = True if quiet else None  # None: tqdm draws on a terminal only
-    open_bars: dict[str, tqdm[Any]] = {}
+    def __init__(self, reading: str, quiet: bool) -> None:
+        self._reading = reading
+        self._quiet = quiet
+        self._bar: tqdm[Any] | None = None
 
-    def start(total: int) -> None:
-        close()
-        open_bars["averaging"] = tqdm(
-            desc=reading,
-            total=total,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            disable=disable,
-            file=sys.stderr,
-        )
+    def _open(self, **options: Any) -> tqdm[Any]:
+        self.close()
+        # disable=None: on a terminal only
+        self._bar = tqdm(disable=True if self._quiet else None, file=sys.stderr, **options)
+        return self._bar
 
-    def read(nbytes: int) -> None:
-        open_bars["averaging"].update(nbytes)
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
-    def refreshing(batches: int | None) -> None:
-        close()
-        open_bars["refresh"] = tqdm(
-            desc="BatchNorm refresh", total=batches, unit=" batches", disable=disable, file=sys.stderr
-        )
+    def start(self, total: int) -> None:
+        self._open(desc=self._reading, total=total, unit="B", unit_scale=True, unit_divisor=1024)
 
-    def refreshed(batches: int, samples: int) -> None:
-        bar = open_bars["refresh"]
-        rate = samples / max(bar.format_dict["elapsed"], 1e-9)
-        bar.set_postfix_str(f"{samples:,} samples, {rate:,.0f}/s", refresh=False)
-        bar.update(batches - bar.n)  # other ranks run those in between
+    def read(self, nbytes: int) -> None:
+        if self._bar is not None:
+            self._bar.update(nbytes)
 
-    def evaluating(name: str) -> None:
-        close()
-        open_bars["evaluating"] = tqdm(
-            desc=safe_text(f"evaluating {name}"), bar_format="{desc} … {elapsed}", disable=disable, file=sys.stderr
-        )
-        open_bars["evaluating"].refresh()
+    def refreshing(self, batches: int | None) -> None:
+        self._open(desc="BatchNorm refresh", total=batches, unit=" batches")
 
-    def close() -> None:
-        for bar in open_bars.values():
-            bar.close()
-        open_bars.clear()
+    def refreshed(self, batches: int, samples: int) -> None:
+        if self._bar is not None:
+            rate = samples / max(self._bar.format_dict["elapsed"], 1e-9)
+            self._bar.set_postfix_str(f"{samples:,} samples, {rate:,.0f}/s", refresh=False)
+            self._bar.update(batches - self._bar.n)  # other ranks run batches, too
 
-    def notice(text: str) -> None:
-        if not quiet:
-            with contextlib.suppress(OSError):  # a stderr that takes no more must not stop the averaging
+    def evaluating(self, name: str) -> None:
+        self._open(desc=safe_text(f"evaluating {name}"), bar_format="{desc} … {elapsed}").refresh()
+
+    def notice(self, text: str) -> None:
+        if not self._quiet:
+            with contextlib.suppress(OSError):  # a broken stderr must not stop the averaging
                 tqdm.write(safe_text(f"Notice: {one_line(text)}"), file=sys.stderr)
 
+
+@contextlib.contextmanager
+def bars(*, quiet: bool, reading: str = "averaging") -> Iterator[Progress]:
+    """Yields callbacks that draw bars on a terminal, and print notices unless ``quiet``.
+
+    Args:
+        quiet: draw and print nothing.
+        reading: the name of a pass over the files.
+    """
+    shown = _Bars(reading, quiet)
     try:
-        yield Progress(start, read, refreshing, refreshed, evaluating, notice)
+        yield Progress(shown.start, shown.read, shown.refreshing, shown.refreshed, shown.evaluating, shown.notice)
     finally:
-        close()
+        shown.close()

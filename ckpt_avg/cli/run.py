@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckpt_avg.cli import options as cli_options
 from ckpt_avg.cli.exits import error_json, say
+from ckpt_avg.cli.options import load_all
+from ckpt_avg.commands.options import options_of
 from ckpt_avg.distributed.launch import join_ranks, launch_of
 from ckpt_avg.errors import CkptAvgError, RequirementError
 
 if TYPE_CHECKING:
-    from ckpt_avg.commands.results import AverageResult
+    from ckpt_avg.commands.publish import AverageResult
     from ckpt_avg.output.paths import SideFiles
 
 
@@ -25,10 +26,6 @@ def make_output(
     sources: Sequence[str],
     output: str,
     *,
-    model: str | None,
-    data: str | None,
-    evaluate: str | None,
-    app_dir: str,
     report: str | None,
     as_json: bool,
     quiet: bool,
@@ -36,8 +33,8 @@ def make_output(
     **options: Any,
 ) -> None:
     """Runs what makes an output, and prints and reports what came of it, also where a requirement is not met."""
+    from ckpt_avg.cli.documents import average_json
     from ckpt_avg.cli.progress_bars import bars
-    from ckpt_avg.cli.report import average_json
     from ckpt_avg.output.paths import SideFiles, checksum_path, json_bytes
 
     launch = launch_of()
@@ -57,8 +54,7 @@ def make_output(
             collect_from_here()
             if speaks:
                 files.check("--report", report, (".json",))
-            loaded = cli_options.load_all(app_dir, model=model, data=data, evaluate=evaluate)
-            result = make(progress=progress, ranks=ranks, **loaded, **options)
+            result = make(progress=progress, ranks=ranks, **load_all(**options))
     except RequirementError as error:
         unmet, result = error, error.result
     if not speaks:
@@ -69,6 +65,12 @@ def make_output(
     else:
         reported = document
     show(text(result), document, {"--report": lambda: json_bytes(reported)}, files, as_json=as_json, failure=unmet)
+
+
+def options_in(request: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a command was given that a request has options for."""
+    names = {option.name for _, option in options_of(request)}
+    return {name: value for name, value in given.items() if name in names}
 
 
 def collect_from_here() -> None:

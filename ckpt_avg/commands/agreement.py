@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.commands.options import AverageRequest, options_of
 from ckpt_avg.distributed.ranks import Ranks, first_difference
 from ckpt_avg.errors import CheckpointFormatError, RankError
 from ckpt_avg.text import listing, quote
 from ckpt_avg.version import __version__
 
-# What says how, and not what: no byte depends on it, and machines may differ.
-_OWN = ("device", "threads", "memory", "io", "progress", "ranks")
-_CODE = ("model", "data", "forward_batch", "evaluate")  # the user's: compared by their names alone
 _SAMPLES = 256  # of each checkpoint, spread over its files; at least both ends of each file
 _SAMPLE = 4096  # bytes
 
 
-def agree_on_request(ranks: Ranks, request: Mapping[str, Any]) -> None:
-    """Compares the arguments and versions of all ranks.
+def agree_on_request(ranks: Ranks, request: AverageRequest) -> None:
+    """Compares the options and versions of all ranks, except options that no byte of the output depends on.
 
     Raises:
         RankError: they differ.
     """
+    compared = [option for _, option in options_of(type(request)) if not option.metadata.get("own")]
     mine = {
-        name: _name(value) if name in _CODE else _plain(value) for name, value in request.items() if name not in _OWN
+        option.name: (_name if option.metadata.get("code") else _plain)(getattr(request, option.name))
+        for option in compared
     }
     mine |= {"version of ckpt_avg": __version__, "version of torch": torch.__version__}
 

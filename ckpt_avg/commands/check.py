@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
 from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.commands.options import CheckRequest, takes
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.formats.open import make_reading
 from ckpt_avg.formats.torch_file import RUNNING_AVERAGE
 from ckpt_avg.runs.compatibility import CompatibilityReport, compare
-from ckpt_avg.runs.discover import Sources, discover
-from ckpt_avg.runs.select import Selection, open_selected
+from ckpt_avg.runs.discover import discover
+from ckpt_avg.runs.select import open_selected
 from ckpt_avg.text import listing, plural, quote
 
 
-def check(
-    sources: Sources,
-    *,
-    last: int | None = None,
-    every: int | None = None,
-    from_step: int | None = None,
-    to_step: int | None = None,
-    best: int | None = None,
-    metric: str | None = None,
-    mode: str | None = None,
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-    at_lr_minima: bool = False,
-    state_key: str | None = None,
-    ema: bool = False,
-    strip_prefix: str | None = None,
-) -> CompatibilityReport:
-    """Says whether checkpoints can be averaged, from their headers alone.
+@takes(CheckRequest)
+def check(request: CheckRequest) -> CompatibilityReport:
+    """Compares checkpoints by their headers alone. The report's ``compatible`` says whether they can be averaged.
 
     Args:
-        sources: checkpoint files, checkpoint folders and run folders.
-        last, every, from_step, to_step, best, metric, mode, include, exclude, at_lr_minima: which of them, as for
-            `average`.
-        state_key, ema, strip_prefix: how to read each, as for `open_checkpoint`.
-
-    Returns:
-        The report; ``report.compatible`` is the answer.
+        {arguments}
 
     Raises:
         CkptAvgError: a checkpoint cannot be opened, or there is none.
@@ -51,12 +30,10 @@ def check(
         >>> check(["fixtures/mnist_cnn"]).compatible
         True
     """
-    selection = Selection(include, exclude, from_step, to_step, at_lr_minima, every, last, best, metric, mode)
-    reading = make_reading(state_key, ema, strip_prefix)
+    notices: list[str] = []
     with ExitStack() as stack:
-        notices: list[str] = []
         checkpoints, skipped = open_selected(
-            discover(sources), selection, reading, stack, notices.append, copy_test="same step"
+            discover(request.sources), request, request, stack, notices.append, copy_test="same step"
         )
         notice_what_is_read(checkpoints, notices.append)
         report = compare([checkpoint.spec for checkpoint in checkpoints])
@@ -66,12 +43,15 @@ def check(
 def notice_what_is_read(
     checkpoints: Sequence[Checkpoint], notice: Callable[[str], None], *, copies: bool = True
 ) -> None:
-    """Tells how the checkpoints were read, which are averages already, and which tensors are tied.
+    """Tells the user how the checkpoints are read, which are averages already, and which tensors are tied.
 
     Args:
-        checkpoints: what will be read.
-        notice: told what the user should know.
-        copies: whether to say of a single checkpoint that it is copied, or an average already.
+        checkpoints: in order.
+        notice: called with each notice.
+        copies: whether to say that a single checkpoint is copied, or is an average already.
+
+    Raises:
+        IncompatibleError: some hold raw weights, others only a running average.
     """
     first = checkpoints[0].spec
     for spec in (checkpoint.spec for checkpoint in checkpoints):
@@ -82,16 +62,16 @@ def notice_what_is_read(
         if running and len(averaged) < len(checkpoints):
             raw = next(checkpoint.spec for checkpoint in checkpoints if not checkpoint.spec.averaged)
             raise IncompatibleError(
-                f"{running.path}: {running.averaged} is all that it holds, while {raw.path} holds raw weights. Average "
-                "either kind: choose with --include and --exclude, --ema or --state-key."
+                f"{running.path}: has only {running.averaged}, while {raw.path} has raw weights. Average one kind: "
+                "select it with --include or --exclude, --ema or --state-key."
             )
         if copies or len(checkpoints) > 1:
-            hold = "holds an average" if len(averaged) == 1 else "hold an average"
             notice(
-                f"{len(averaged)} of {plural(len(checkpoints), 'checkpoint')} {hold} already "
-                f"({averaged[0].path.name}: {averaged[0].averaged})"
+                f"{len(averaged)} of {plural(len(checkpoints), 'checkpoint')} {'is' if len(averaged) == 1 else 'are'} "
+                f"already an average ({averaged[0].path.name}: {averaged[0].averaged})"
             )
     if copies and len(checkpoints) == 1:
-        notice(f"{first.path} is the only checkpoint, so its weights are copied")
+        notice(f"{first.path} is the only checkpoint: its weights are copied")
     if tied := first.tied():
-        notice(f"tied tensors are written under each name: {listing('='.join(map(quote, names)) for names in tied)}")
+        names = listing("=".join(map(quote, each)) for each in tied)
+        notice(f"tied weights are written under each of their names: {names}")

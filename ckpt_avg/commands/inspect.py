@@ -1,29 +1,29 @@
-"""`inspect`: what a path holds and how it would be read, even where nobody prepared it for averaging."""
+"""`inspect`: what a path contains and how it would be read, even if it cannot be averaged."""
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec
 from ckpt_avg.checkpoint.training_record import Record
+from ckpt_avg.commands.options import InspectRequest, takes
 from ckpt_avg.errors import CkptAvgError, IncompatibleError
 from ckpt_avg.formats.folder import find_weights
-from ckpt_avg.formats.open import make_reading, open_checkpoint
+from ckpt_avg.formats.open import open_checkpoint, open_with
 from ckpt_avg.formats.trainers.any_script import SUFFIXES
 from ckpt_avg.runs.candidates import survey
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.run_folder import Skipped, entries_of
 from ckpt_avg.text import plural
 
-_MOST = 100  # entries of an unprepared folder that are looked into
+_MOST = 100  # entries of a folder without checkpoints that are described
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One checkpoint of a run folder, with what files beside it and copies of it record, too."""
+    """A checkpoint of a run folder, and what it, files next to it and copies of it record."""
 
     spec: CheckpointSpec
     record: Record
@@ -31,16 +31,16 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a path holds.
+    """What a path contains.
 
     Attributes:
-        path: what was looked at.
-        checkpoint: the one checkpoint that it is; None for a run folder.
-        listed: the checkpoints of a run folder in order.
+        path: the path.
+        checkpoint: the checkpoint at this path; None for a folder of checkpoints.
+        listed: the checkpoints of a run folder, in order.
         unreadable: name → why it cannot be read.
-        skipped: what would be left out.
-        seen: (name, what it seems to be) for a folder that holds no checkpoint.
-        needed: what would make such a folder readable; empty otherwise.
+        skipped: what `average` would skip.
+        seen: (name, what it seems to be) for each entry of a folder without a readable checkpoint.
+        needed: what to do about such a folder; empty otherwise.
         notes: what the user should know.
     """
 
@@ -54,63 +54,52 @@ class Inspection:
     notes: tuple[str, ...] = ()
 
 
-def inspect(
-    path: str | os.PathLike[str],
-    *,
-    state_key: str | None = None,
-    ema: bool = False,
-    strip_prefix: str | None = None,
-) -> Inspection:
-    """Looks at a checkpoint or a run folder; reads headers only.
+@takes(InspectRequest)
+def inspect(request: InspectRequest) -> Inspection:
+    """Returns what a checkpoint or a run folder contains, from headers only. Other folders are described, too.
 
     Args:
-        path: a checkpoint file, a checkpoint folder, a run folder, or any other folder.
-        state_key, ema, strip_prefix: how to read each checkpoint, as for `open_checkpoint`.
-
-    Returns:
-        What was found. A folder without checkpoints is described, too.
+        {arguments}
 
     Raises:
-        UsageError: there is nothing at ``path``.
-        CheckpointFormatError: it is one file or one checkpoint folder that cannot be read.
+        UsageError: ``path`` does not exist.
+        CheckpointFormatError: it is a file or a checkpoint folder that cannot be read.
     """
-    path = Path(path)
-    reading = make_reading(state_key, ema, strip_prefix)
+    path = Path(request.path)
     try:
         discovery = discover([path])
     except IncompatibleError as error:
-        return Inspection(path, seen=_look_around(path), needed=str(error))
+        return Inspection(path, seen=_described_entries(path), needed=str(error))
     if discovery.named == (path,):
-        with open_checkpoint(path, state_key=state_key, ema=ema, strip_prefix=strip_prefix) as checkpoint:
+        with open_with(path, request) as checkpoint:
             return Inspection(path, checkpoint.spec)
     with ExitStack() as stack:
         try:
-            found = survey(discovery, reading, stack, copy_test="samples")
+            found = survey(discovery, request, stack, copy_test="samples")
         except IncompatibleError as error:
-            return Inspection(path, skipped=discovery.skipped, seen=_look_around(path), needed=str(error))
+            return Inspection(path, skipped=discovery.skipped, seen=_described_entries(path), needed=str(error))
         listed = [
             Listed(candidate.checkpoint.spec, candidate.record)
             for candidate in found.candidates
             if candidate.checkpoint is not None
         ]
         unreadable = [(each.path.name, str(each.error)) for each in found.candidates if each.checkpoint is None]
-        needed = "" if listed else "no checkpoint can be read, and it is said above why"
-        seen = () if listed else _look_around(path)
+        needed = "" if listed else "no checkpoint could be read (see the errors above)"
+        seen = () if listed else _described_entries(path)
         return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, found.notes)
 
 
-def _look_around(folder: Path) -> tuple[tuple[str, str], ...]:
-    """Says of each entry of a folder what it seems to be."""
+def _described_entries(folder: Path) -> tuple[tuple[str, str], ...]:
     if not folder.is_dir():
         return ()
     entries = entries_of(folder)
-    seen = [(path.name, _look_at(path)) for path in entries[:_MOST]]
+    seen = [(path.name, _description(path)) for path in entries[:_MOST]]
     if len(entries) > _MOST:
         seen.append(("…", f"and {len(entries) - _MOST:,} more"))
     return tuple(seen)
 
 
-def _look_at(path: Path) -> str:
+def _description(path: Path) -> str:
     try:
         if path.is_dir():
             weights = find_weights(path)
@@ -118,11 +107,11 @@ def _look_at(path: Path) -> str:
                 return f"a folder with {plural(len(entries_of(path)), 'entry')}"
             return weights.problem or "a checkpoint folder" + (f" ({weights.kind})" if weights.kind else "")
         if not path.is_file():
-            return "a link to nothing, a device, pipe or socket"
+            return "a broken link, a device, a pipe or a socket"
         if not path.name.lower().endswith(
             (*SUFFIXES, ".pkl", ".nemo", ".jit", ".onnx", ".h5", ".npz", ".tar", ".gguf")
         ):
-            return f"no checkpoint by its name, {plural(path.stat().st_size, 'byte')}"
+            return f"not a checkpoint, by its name; {plural(path.stat().st_size, 'byte')}"
         with open_checkpoint(path) as checkpoint:
             return f"{checkpoint.spec.format} with {plural(len(checkpoint.spec.tensors), 'tensor')}"
     except (CkptAvgError, OSError) as error:

@@ -1,9 +1,7 @@
-"""From sources to all that averaging needs, checked from headers: discover → open → check → plan → build the model."""
+"""From sources to all that averaging needs, checked from headers: open → check → plan → build the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -12,37 +10,19 @@ from ckpt_avg.batchnorm.policy import Statistics, choose_refresh, frozen_buffers
 from ckpt_avg.batchnorm.refresh_output import PreparedRefresh
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.commands.check import notice_what_is_read
-from ckpt_avg.files.input_file import IO
-from ckpt_avg.formats.state_dict import Reading
-from ckpt_avg.machine import gc_paused
+from ckpt_avg.commands.context import Context
+from ckpt_avg.commands.options import MeanRequest
+from ckpt_avg.distributed.launch import launch_of
+from ckpt_avg.errors import UsageError
+from ckpt_avg.machine import choose_threads, gc_paused
+from ckpt_avg.mean.devices import choose_devices
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import Plan, make_plan
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.runs.select import Selection, open_selected
-from ckpt_avg.user_code.model import Batches, Model, Passes, build_model
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """How the output comes about.
-
-    Attributes:
-        dtype, non_float: as for `make_plan`.
-        bn: ``auto``, ``refresh`` or ``keep``.
-        model, data: the user's, for the refresh and the evaluation.
-        evaluates: whether the model is needed for an evaluation.
-        in_windows: whether parts of the checkpoints will be averaged, each of which has frozen layers of its own.
-    """
-
-    dtype: str
-    non_float: str
-    bn: str
-    model: Model | None
-    data: Batches | None
-    evaluates: bool
-    in_windows: bool = False
+from ckpt_avg.runs.select import open_selected
+from ckpt_avg.user_code.model import Passes, build_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +32,13 @@ class Prepared:
     Attributes:
         checkpoints: open, in order.
         skipped: what was left out of run folders.
-        plan: every output tensor and its place.
-        frozen: running statistics that are the same in every checkpoint; not looked for where each window has its own.
+        plan: every output tensor and its offset.
+        frozen: running statistics that are the same in every checkpoint; empty if each window has its own.
         model: built, if it is needed.
         refresh: the model and the batches, if statistics are to be measured.
         statistics: where the output's running statistics come from.
+        mean_device, model_device: where to sum, and where to run the model.
+        threads: that sum on this rank.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -66,6 +48,9 @@ class Prepared:
     model: torch.nn.Module | None
     refresh: PreparedRefresh | None
     statistics: Statistics
+    mean_device: torch.device
+    model_device: torch.device
+    threads: int
 
     @property
     def specs(self) -> list[CheckpointSpec]:
@@ -78,54 +63,40 @@ class Prepared:
         return len(self.checkpoints) * self.specs[0].nbytes
 
 
-def prepare(
-    discovery: Discovery,
-    selection: Selection,
-    reading: Reading,
-    rules: Rules,
-    stack: ExitStack,
-    *,
-    io: IO,
-    notice: Callable[[str], None],
-) -> Prepared:
+def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_window: bool = False) -> Prepared:
     """Opens and checks everything, so that what can fail before hours of averaging fails here.
 
     Args:
         discovery: what the sources hold.
-        selection: which of it to take.
-        reading: how to read it.
-        rules: how the output comes about.
-        stack: closes the checkpoints in the end.
-        io: how their tensors are read.
-        notice: told what the user should know.
+        request: which checkpoints, and what is to be done with them.
+        context: keeps the checkpoints open.
+        by_window: parts of the checkpoints will be averaged, each with frozen layers of its own.
 
     Raises:
         CkptAvgError: of any kind but OutputError.
     """
+    if request.evaluate is not None and not callable(request.evaluate):
+        raise UsageError(f"--eval: got a {type(request.evaluate).__name__}. Name a function of the model.")
+    notice = context.notice
+    launch = launch_of() if context.ranks.size > 1 else None
+    mean_device, model_device = choose_devices(request.device, launch)
+    threads = choose_threads(request.threads, launch.local_size if launch else 1)
     with gc_paused():
-        checkpoints, skipped = open_selected(discovery, selection, reading, stack, notice)
+        checkpoints, skipped = open_selected(discovery, request, request, context.files, notice)
         for file in (file for checkpoint in checkpoints for file in checkpoint.files):
-            file.use_io(io)
+            file.use_io(request.io)
         specs = [checkpoint.spec for checkpoint in checkpoints]
         refuse_differences(specs)
-        plan = make_plan(specs, dtype=rules.dtype, non_float=rules.non_float)
-        notice_what_is_read(checkpoints, notice, copies=rules.bn != "refresh")
-    by_window = rules.in_windows and rules.data is not None
-    frozen = frozenset() if by_window else frozen_buffers(checkpoints, plan)
-    model, refresh = _user_code(plan, frozen, rules, notice)
+        plan = make_plan(specs, dtype=request.dtype, non_float=request.non_float)
+        notice_what_is_read(checkpoints, notice, copies=request.bn != "refresh")
+    frozen = frozenset() if by_window and request.data is not None else frozen_buffers(checkpoints, plan)
+    has_model, has_data = request.model is not None, request.data is not None
+    measures = needs_refresh(plan, frozen, bn=request.bn, has_model=has_model, has_data=has_data, notice=notice)
+    model, refresh = None, None
+    if request.model is not None and (measures or request.evaluate is not None):
+        model = build_model(request.model, {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors})
+        if measures and request.data is not None:
+            refresh = choose_refresh(plan, frozen, model, Passes(request.data), notice)
     refuse_unequal(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
     statistics = source_of_statistics(plan, frozen, refresh)
-    return Prepared(checkpoints, skipped, plan, frozen, model, refresh, statistics)
-
-
-def _user_code(
-    plan: Plan, frozen: frozenset[str], rules: Rules, notice: Callable[[str], None]
-) -> tuple[torch.nn.Module | None, PreparedRefresh | None]:
-    has_model, has_data = rules.model is not None, rules.data is not None
-    measures = needs_refresh(plan, frozen, bn=rules.bn, has_model=has_model, has_data=has_data, notice=notice)
-    if rules.model is None or not (measures or rules.evaluates):
-        return None, None
-    model = build_model(rules.model, {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors})
-    if not measures or rules.data is None:
-        return model, None
-    return model, choose_refresh(plan, frozen, model, Passes(rules.data), notice)
+    return Prepared(checkpoints, skipped, plan, frozen, model, refresh, statistics, mean_device, model_device, threads)

@@ -1,36 +1,35 @@
-"""`verify`: whether a file that was written here is whole and undamaged, and the mean of given checkpoints."""
+"""`verify`: whether an output is complete and undamaged, and whether it is the mean of given checkpoints."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, TensorSpec
+from ckpt_avg.commands.options import VerifyRequest, takes
 from ckpt_avg.errors import CheckpointFormatError, VerificationError
-from ckpt_avg.files.input_file import InputFile, check_io
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.safetensors_header import looks_like, parse_header, read_header
 from ckpt_avg.machine import choose_threads
 from ckpt_avg.output.digests import digest_data
 from ckpt_avg.output.provenance import Digests, header_digest, recorded_digests
 from ckpt_avg.progress import Progress
-from ckpt_avg.runs.discover import Sources
 
 _ADVICE = "Restore it from a copy, or average the checkpoints again."
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was found of a file that is as it was written.
+    """What `verify` found of a complete and undamaged file.
 
     Attributes:
         path: the file.
-        tensors: how many it holds.
+        tensors: the number of its tensors.
         nbytes: its size in bytes.
-        data_digest: the digest of its data section, as recorded and as found.
-        metadata: what it says of itself.
-        checkpoints: the checkpoints that it is the mean of, in order; None where it was not held against any.
-        measured: tensors that are not the mean, since a BatchNorm refresh measured them.
+        data_digest: the digest of its data section.
+        metadata: its ``__metadata__``.
+        checkpoints: the checkpoints that it is the mean of, in order; None if it was not compared with any.
+        measured: tensors that are not the mean, because a BatchNorm refresh measured them.
     """
 
     path: Path
@@ -42,34 +41,18 @@ class VerifyReport:
     measured: tuple[str, ...] = ()
 
 
-def verify(
-    path: str | os.PathLike[str],
-    *,
-    sources: Sources | None = None,
-    threads: int | None = None,
-    memory: int | None = None,
-    io: str = "auto",
-    progress: Progress | None = None,
-) -> VerifyReport:
+@takes(VerifyRequest)
+def verify(request: VerifyRequest) -> VerifyReport:
     """Checks that a file written by this package is well-formed, complete and undamaged.
 
-    All of it is read. What stands before the data is compared with one recorded digest, the data with another
-    (`digests`). They tell damage, not forgery: who can change the file can change them too.
+    It reads the whole file. The header is compared with one recorded digest, the data with another. Digests show
+    damage, not forgery: anyone who can change the file can change them, too.
 
     Args:
-        path: the file.
-        sources: checkpoint files, checkpoint folders and run folders. The mean of those that the file records is taken
-            again, and compared bit for bit; running statistics that a refresh measured are left aside.
-        threads: workers; as many as this process may use cores if not given.
-        memory: bytes of working memory for the mean, as for `average`.
-        io: how to read, as for `average`.
-        progress: callbacks.
-
-    Returns:
-        What was found.
+        {arguments}
 
     Raises:
-        VerificationError: the file is damaged, was not written here, or is not the mean of the sources.
+        VerificationError: the file is damaged, was not written by this package, or is not the mean of the sources.
         CheckpointFormatError: it cannot be opened, or a source cannot be read.
         UsageError: an option is out of range.
 
@@ -82,32 +65,30 @@ def verify(
         >>> report.data_digest == result.data_digest
         True
     """
-    workers, way = choose_threads(threads), check_io(io)
-    progress = progress or Progress()
-    with InputFile(Path(path)) as file:
+    threads = choose_threads(request.threads)
+    progress = request.progress or Progress()
+    with InputFile(Path(request.path)) as file:
         try:
             tensors, metadata, recorded = _check_header(file)
             begin = file.size - sum(tensor.nbytes for tensor in tensors.values())
             progress.start(file.size - begin)
             _refuse_other(
-                file, "data", recorded.data, digest_data(file, begin, threads=workers, progress=progress.read)
+                file, "data", recorded.data, digest_data(file, begin, threads=threads, progress=progress.read)
             )
             file.check_unchanged()
         except CheckpointFormatError as error:
             raise VerificationError(f"{error} {_ADVICE}") from error
-        report = VerifyReport(Path(path), len(tensors), file.size, recorded.data, metadata)
-        if sources is None:
+        report = VerifyReport(Path(request.path), len(tensors), file.size, recorded.data, metadata)
+        if request.sources is None:
             return report
         from ckpt_avg.commands.verify_sources import compare_with_mean  # torch takes seconds to import
 
-        checkpoints, measured = compare_with_mean(
-            file, tensors, metadata, sources, threads=workers, memory=memory, io=way, progress=progress
-        )
+        checkpoints, measured = compare_with_mean(file, tensors, metadata, request, threads=threads, progress=progress)
         return replace(report, checkpoints=checkpoints, measured=measured)
 
 
 def _check_header(file: InputFile) -> tuple[dict[str, TensorSpec], dict[str, str], Digests]:
-    """Returns the tensors, the metadata and the digests that a file records, once its header is as it was written."""
+    """Returns a file's tensors, metadata and recorded digests, once its header is verified."""
     if not looks_like(file.read(0, min(file.size, 9))):
         raise VerificationError(
             f"{file.path}: expected a safetensors file that ckpt-avg wrote, got another kind of file. {_ADVICE}"
@@ -117,15 +98,16 @@ def _check_header(file: InputFile) -> tuple[dict[str, TensorSpec], dict[str, str
     recorded = recorded_digests(metadata)
     if METHOD_KEY not in metadata or recorded is None:
         raise VerificationError(
-            f"{file.path}: expected a file that ckpt-avg wrote, with digests of itself in its metadata, got none. It "
-            "was written by another program or an older version, or is damaged."
+            f"{file.path}: expected a file that ckpt-avg wrote, with digests in its metadata, got none. It was "
+            "written by another program or an older version, or is damaged."
         )
     _refuse_other(file, "header", recorded.header, header_digest(file.read(0, 8 + len(text))))
     return tensors, metadata, recorded
 
 
-def _refuse_other(file: InputFile, what: str, expected: str, found: str) -> None:
+def _refuse_other(file: InputFile, what: str, expected: str, found: str | None) -> None:
     if found != expected:
         raise VerificationError(
-            f"{file.path}: the {what} was changed or is damaged: expected the digest {expected}, got {found}. {_ADVICE}"
+            f"{file.path}: the {what} was changed or is damaged: expected the digest {expected}, got "
+            f"{found or 'none'}. {_ADVICE}"
         )

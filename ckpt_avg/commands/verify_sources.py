@@ -1,4 +1,4 @@
-"""Whether a file is the mean of the checkpoints that it records: the mean is taken again, and nothing is written."""
+"""`verify --sources`: whether a file is the mean of the checkpoints that it records. Nothing is written."""
 
 from __future__ import annotations
 
@@ -12,73 +12,60 @@ from typing import Any
 import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec, batch_norm_buffer
+from ckpt_avg.commands.options import RecordedOptions, VerifyRequest
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, VerificationError
-from ckpt_avg.files.input_file import IO, InputFile
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import OutputTensor, Plan, make_plan
-from ckpt_avg.mean.stream import DEFAULT_MEMORY, Mean, check_memory, write_means
+from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.output.digests import digest_files
-from ckpt_avg.output.provenance import (
-    Options,
-    recorded_options,
-    recorded_sources,
-    recorded_statistics,
-    size_of,
-    text_of,
-)
+from ckpt_avg.output.provenance import recorded_options, recorded_sources, recorded_statistics, size_of, text_of
 from ckpt_avg.progress import Progress
 from ckpt_avg.runs.compatibility import refuse_differences
-from ckpt_avg.runs.discover import Discovery, Sources, discover
+from ckpt_avg.runs.discover import Discovery, discover
 from ckpt_avg.text import listing, one_line, plural, quote
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_NAME_THE_SOURCES = "Name the checkpoints that it was made of."
 
 
 def compare_with_mean(
     file: InputFile,
     tensors: Mapping[str, TensorSpec],
     metadata: Mapping[str, str],
-    sources: Sources,
+    request: VerifyRequest,
     *,
     threads: int,
-    memory: int | None,
-    io: IO,
     progress: Progress,
 ) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Compares a file's data, bit for bit, with the mean of the checkpoints that its metadata records.
 
-    Args:
-        file: the file.
-        tensors: its tensors by name.
-        metadata: what it says of itself.
-        sources, threads, memory, io, progress: as for `verify`.
-
     Returns:
-        The checkpoints in order, and the tensors that are not the mean since a BatchNorm refresh measured them.
+        The checkpoints in order, and the tensors that are not the mean because a BatchNorm refresh measured them.
 
     Raises:
-        VerificationError: the sources are others than it records, or their mean is another.
+        VerificationError: the sources are not the recorded ones, or their mean differs.
         CheckpointFormatError: a source cannot be read.
     """
-    memory = DEFAULT_MEMORY if memory is None else memory
-    check_memory(memory)
-    recorded, options = recorded_sources(metadata), recorded_options(metadata)
+    recorded = recorded_sources(metadata)
+    options = RecordedOptions.read(recorded_options(metadata) or {"": None})
     if recorded is None or options is None:
         raise VerificationError(
-            f"{file.path}: expected a record of its sources and options, got none that makes sense."
+            f"{file.path}: expected its sources and options in its metadata, got none that can be read. Average the "
+            "checkpoints again."
         )
     with ExitStack() as stack:
         try:
-            checkpoints = _recorded_among(discover(sources), recorded, options, stack, file.path)
+            checkpoints = _recorded_among(discover(request.sources or ()), recorded, options, stack, file.path)
             for source in (source for checkpoint in checkpoints for source in checkpoint.files):
-                source.use_io(io)
+                source.use_io(request.io)
             specs = [checkpoint.spec for checkpoint in checkpoints]
             refuse_differences(specs)
             plan = make_plan(specs, dtype=options.dtype, non_float=options.non_float)
             refuse_unequal(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
-            may_differ = _measured(plan) if recorded_statistics(metadata) == "refreshed" else frozenset()
-            comparison = _Comparison(file, tensors, plan, may_differ)
+            is_refreshed = recorded_statistics(metadata) == "refreshed"
+            comparison = _Comparison(file, tensors, plan, _batch_norm_buffers(plan) if is_refreshed else frozenset())
             progress.start(len(specs) * specs[0].nbytes)
             write_means(
                 checkpoints,
@@ -86,7 +73,7 @@ def compare_with_mean(
                 [Mean(range(len(checkpoints)), comparison.compare)],
                 device=torch.device("cpu"),
                 threads=threads,
-                memory=memory,
+                memory=request.memory,
                 allow_nonfinite=options.allow_nonfinite,
                 progress=progress.read,
             )
@@ -94,17 +81,17 @@ def compare_with_mean(
             raise VerificationError(
                 f"{one_line(str(file.path))}: not the mean of these checkpoints: {error}", lines=True
             ) from error
-        measured = tuple(tensor.name for tensor in plan.tensors if tensor.name in comparison.measured)
-        return tuple(spec.path for spec in specs), measured
+    measured = tuple(tensor.name for tensor in plan.tensors if tensor.name in comparison.measured)
+    return tuple(spec.path for spec in specs), measured
 
 
 def _recorded_among(
-    discovery: Discovery, recorded: Sequence[Mapping[str, Any]], options: Options, stack: ExitStack, path: Path
+    discovery: Discovery, recorded: Sequence[Mapping[str, Any]], options: RecordedOptions, stack: ExitStack, path: Path
 ) -> list[Checkpoint]:
-    """Returns the recorded checkpoints in their order; folders may hold others, but what is named by hand must be one.
+    """Returns the recorded checkpoints in their order. Folders may contain others; named checkpoints must be recorded.
 
     Raises:
-        VerificationError: one is not there, or is another than when it was averaged; or one too many was named.
+        VerificationError: a recorded one is missing or was changed, or one that is not recorded was named.
     """
     names = {source["name"] for source in recorded}
     found = [*discovery.paths, *(each.path for each in discovery.skipped)]
@@ -113,57 +100,56 @@ def _recorded_among(
     for each in found:
         if each.is_dir() or names & {text_of(each), text_of(each.parent)}:
             try:
-                left.append(stack.enter_context(open_with(each, options.reading)))
+                left.append(stack.enter_context(open_with(each, options)))
             except CheckpointFormatError as error:
                 problems[text_of(each)] = str(error)
     chosen = []
     for source in recorded:
-        match = _choose([each for each in left if _is(each, source)], source, recorded, path)
+        match = _match(left, source, recorded, path)
         if match is None:
             same_name = [each.spec.path for each in left if text_of(each.spec.path) == source["name"]]
             got = f"got another file of that name, {same_name[0]}" if same_name else "got none of that name"
             raise VerificationError(
-                f"{path}: it records {quote(source['name'])} of {source['bytes']:,} bytes, header digest "
-                f"{source['header_sha256']}: {problems.get(source['name'], got)} among the sources. Name the "
-                "checkpoints that it was made of."
+                f"{path}: expected {quote(source['name'])} ({source['bytes']:,} bytes, header digest "
+                f"{source['header_sha256']}) among the sources, {problems.get(source['name'], got)}. "
+                f"{_NAME_THE_SOURCES}"
             )
         chosen.append(match)
         left.remove(match)
-    taken = {checkpoint.spec.path for checkpoint in chosen}
-    if extra := [str(each) for each in found if each in discovery.named and each not in taken]:
+    paths = {checkpoint.spec.path for checkpoint in chosen}
+    if extra := [str(each) for each in discovery.named if each not in paths]:
         raise VerificationError(
-            f"{path}: it is the mean of {plural(len(chosen), 'checkpoint')}, and these are not among them: "
+            f"{path}: is the mean of {plural(len(chosen), 'checkpoint')}, and these are not among them: "
             f"{listing(map(quote, extra))}. Name only those, or their folder."
         )
     return chosen
 
 
-def _choose(
-    candidates: Sequence[Checkpoint], source: Mapping[str, Any], recorded: Sequence[Mapping[str, Any]], path: Path
+def _match(
+    checkpoints: Sequence[Checkpoint], source: Mapping[str, Any], recorded: Sequence[Mapping[str, Any]], path: Path
 ) -> Checkpoint | None:
-    """Returns the one of several with the recorded header that is meant: by its digest, by its name, in their order.
+    """Returns the checkpoint that has the recorded name, size and header, and the recorded digest if there is one.
 
     Raises:
-        VerificationError: nothing tells.
+        VerificationError: several could be meant.
     """
+    candidates = [each for each in checkpoints if _fits(each, source)]
     if len(candidates) > 1 and isinstance(source.get("sha256"), dict):
         digests = digest_files(candidates, threads=1)
         candidates = [each for each, found in zip(candidates, digests, strict=True) if found == source["sha256"]]
-        return candidates[0] if candidates else None
-    same_name = [each for each in candidates if text_of(each.spec.path) == source["name"]]
-    candidates = same_name or candidates
-    if len(candidates) > 1:
-        alike = [each for each in recorded if _key(each) == _key(source)]
-        if len(candidates) > len(alike):
+    else:
+        candidates = [each for each in candidates if text_of(each.spec.path) == source["name"]] or candidates
+        # If as many with this name, header and size were averaged, they are in their order.
+        if len(candidates) > sum(_key(each) == _key(source) for each in recorded):
             raise VerificationError(
-                f"{path}: it records {quote(source['name'])}, and several of the sources can be that one: "
-                f"{listing(quote(each.spec.path) for each in candidates)}. Name those that it was made of."
+                f"{path}: several sources could be the recorded {quote(source['name'])}: "
+                f"{listing(quote(each.spec.path) for each in candidates)}. {_NAME_THE_SOURCES}"
             )
     return candidates[0] if candidates else None
 
 
-def _is(checkpoint: Checkpoint, source: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has the recorded header, size and name; a folder may be named after the one file in it."""
+def _fits(checkpoint: Checkpoint, source: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has the recorded header, size and name; a folder may have the name of the one file in it."""
     path = checkpoint.spec.path
     names = {text_of(path), text_of(path.parent)}
     if len(checkpoint.files) == 1:
@@ -175,35 +161,34 @@ def _key(source: Mapping[str, Any]) -> tuple[str, str, int]:
     return source["name"], source["header_sha256"], source["bytes"]
 
 
-def _measured(plan: Plan) -> frozenset[str]:
-    """Returns the tensors that a BatchNorm refresh may have written."""
+def _batch_norm_buffers(plan: Plan) -> frozenset[str]:
     return frozenset(batch_norm_buffer(layer, buffer) for layer in plan.batch_norm for buffer in _BUFFERS)
 
 
 class _Comparison:
-    """Compares the mean with a file, piece by piece. Threads may share it.
+    """Compares the mean with a file, block by block. Threads may share it.
 
     Args:
         file, tensors: the file and its tensors.
         plan: of the mean.
-        may_differ: tensors whose differences are only noted.
+        refreshed: tensors that may differ.
 
     Raises:
-        VerificationError: the file holds other tensors.
+        VerificationError: the file has other tensors.
     """
 
     def __init__(
-        self, file: InputFile, tensors: Mapping[str, TensorSpec], plan: Plan, may_differ: frozenset[str]
+        self, file: InputFile, tensors: Mapping[str, TensorSpec], plan: Plan, refreshed: frozenset[str]
     ) -> None:
         expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         if expected != found:
             others = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
             raise VerificationError(
-                f"{file.path}: not the mean of these checkpoints: expected tensors of their names, shapes and dtypes, "
-                f"got others: {listing(map(quote, others))}."
+                f"{file.path}: not the mean of these checkpoints: these tensors have another name, shape or dtype: "
+                f"{listing(map(quote, others))}. {_NAME_THE_SOURCES}"
             )
-        self._file, self._tensors, self._plan, self._may_differ = file, tensors, plan, may_differ
+        self._file, self._tensors, self._plan, self._refreshed = file, tensors, plan, refreshed
         self._begins = [tensor.offset for tensor in plan.tensors]
         self._lock = threading.Lock()
         self.measured: set[str] = set()
@@ -227,12 +212,13 @@ class _Comparison:
         found = self._file.read(self._tensors[tensor.name].offset + begin, len(mean))
         if found == mean:
             return
-        if tensor.name in self._may_differ:
+        if tensor.name in self._refreshed:
             with self._lock:
                 self.measured.add(tensor.name)
             return
         index = next(index for index, (a, b) in enumerate(zip(found, mean, strict=True)) if a != b)
         raise VerificationError(
             f"{self._file.path}: tensor {quote(tensor.name)}: not the mean of these checkpoints: it differs at index "
-            f"{(begin + index) // tensor.dtype.itemsize:,}. Average them again, or name those that it was made of."
+            f"{(begin + index) // tensor.dtype.itemsize:,}. Average them again, or name the checkpoints that it was "
+            "made of."
         )

@@ -33,7 +33,6 @@ from ckpt_avg.errors import (
     CheckpointFormatError,
     ResourceError,
     TooManyFilesError,
-    UsageError,
     fail,
 )
 from ckpt_avg.files import platform
@@ -41,7 +40,6 @@ from ckpt_avg.text import quote, size
 
 IO = Literal["auto", "mmap", "pread"]
 
-_IO: dict[str, IO] = {"auto": "auto", "mmap": "mmap", "pread": "pread"}
 _SMALL = 512 * 1024  # bytes below which copying is cheaper than mapping, faulting in and unmapping
 _RESERVE = 64  # descriptors that inputs leave to the output, mappings and the rest of the process
 _TRUNCATED = "It is truncated or damaged: copy it again"
@@ -222,13 +220,6 @@ class FileRange:
 
 # What a reader of headers takes: path, size and `read`.
 Readable = InputFile | FileRange
-
-
-def check_io(io: str) -> IO:
-    """Returns how to read; raises UsageError if there is no such way."""
-    if io not in _IO:
-        raise UsageError(f"--io: expected one of {', '.join(_IO)}, got {io!r}.")
-    return _IO[io]
 
 
 def _open(path: Path) -> tuple[int, os.stat_result]:

@@ -1,6 +1,7 @@
 """Everything that only some systems have: hints to the kernel, mapped memory, limits, and what replaces them elsewhere.
 
-Linux has all of it. On macOS and Windows files are read with plain reads, and hints do nothing.
+Linux has all of it. On macOS and Windows files are read with plain reads, and hints do nothing. Windows has neither
+reads and writes at an offset nor an fsync for folders.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import mmap
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ckpt_avg.files.sigbus import watch
 
 # Opening a FIFO or a device must not block.
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+WRITE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 # Numbers of file systems that fetch pages over a network or ask another process for each of them: linux/magic.h,
 # and the sources of those outside the kernel. A page fault there is a round trip.
@@ -44,6 +48,7 @@ _REMOTE = {
     0xBACBACBC: "VMware shared folders",
     0xAAD7AAEA: "PanFS",
 }
+_POSITION = threading.Lock()  # Windows: a descriptor has one position, which all threads share
 _SYNC_FILE_RANGE_WRITE = 2
 _MADV_POPULATE_READ = 22
 # A mapping needs no descriptor of its own; Python can be told so from 3.13 on.
@@ -62,6 +67,87 @@ def prefetch(descriptor: int, offset: int, length: int) -> None:
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
 
+def open_unnamed(folder: Path) -> int | None:
+    """Creates a file without a name; returns its descriptor, or None where that or naming it later is impossible."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
+        return None
+    try:
+        return os.open(folder, WRITE_FLAGS | os.O_TMPFILE, 0o666)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):  # older kernels, NFS, FUSE
+            return None
+        raise
+
+
+def link_unnamed(descriptor: int, name: Path) -> None:
+    """Gives a file of `open_unnamed` its name. Raises FileExistsError if the name is taken."""
+    with _open_folder("/proc/self/fd") as folder:
+        os.link(str(descriptor), name, src_dir_fd=folder, follow_symlinks=True)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Makes an empty file ``size`` bytes long, with space reserved on the disk where the file system can do that."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    os.ftruncate(descriptor, size)
+
+
+def sync_folder(folder: Path) -> bool:
+    """Makes the names in a folder durable. Returns False if the system or the file system has no fsync for folders."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return False
+    try:
+        with _open_folder(folder) as descriptor:
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True
+
+
+@contextlib.contextmanager
+def _open_folder(path: Path | str) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        close(descriptor)
+
+
+def close(descriptor: int) -> None:
+    """Closes a descriptor. Errors are ignored: it is closed either way, and fsync has reported what matters."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
+def drop_cache(descriptor: int) -> None:
+    """Asks the system to forget the cached contents of a file. A hint: it never fails."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if hasattr(os, "pwrite"):
+
+    def write_at(descriptor: int, contents: memoryview, offset: int) -> int:
+        """Writes some bytes at an offset and returns how many."""
+        return os.pwrite(descriptor, contents, offset)
+
+else:
+
+    def write_at(descriptor: int, contents: memoryview, offset: int) -> int:
+        """Writes some bytes at an offset and returns how many."""
+        with _POSITION:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.write(descriptor, contents)
+
+
 if hasattr(os, "preadv"):
 
     def read_into(descriptor: int, target: memoryview, offset: int) -> int:
@@ -69,7 +155,6 @@ if hasattr(os, "preadv"):
         return os.preadv(descriptor, [target], offset)
 
 else:
-    _POSITION = threading.Lock()  # Windows: a descriptor has one position, which all threads share
 
     def read_into(descriptor: int, target: memoryview, offset: int) -> int:
         """Reads some bytes from an offset into ``target`` and returns how many."""

@@ -25,7 +25,8 @@ from ckpt_avg.formats.pickles.leaves import Leaf, StoredTensor
 from ckpt_avg.formats.pickles.stand_ins import Foreign, Opaque, safe_key
 from ckpt_avg.formats.pickles.unpickler import read_pickle
 from ckpt_avg.formats.place import place
-from ckpt_avg.formats.state_dict import Reading, find_state_dict
+from ckpt_avg.formats.reading import Reading
+from ckpt_avg.formats.state_dict import find_state_dict
 from ckpt_avg.formats.torch_file import average_mark, keys_of, settle_names, without_tensor
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, plural, quote

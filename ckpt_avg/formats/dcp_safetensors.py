@@ -20,8 +20,8 @@ from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.dcp_parts import join_parts
 from ckpt_avg.formats.one_file import DCP_SHARDING, refuse_choice
+from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.safetensors_header import parse_header, read_header
-from ckpt_avg.formats.state_dict import Reading
 from ckpt_avg.formats.torch_file import settle_names
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import quote

@@ -17,7 +17,7 @@ from ckpt_avg.formats import torch_legacy as torch_stream
 from ckpt_avg.formats import torch_zip
 from ckpt_avg.formats.pickles.unpickler import read_pickle
 from ckpt_avg.formats.place import FileContents
-from ckpt_avg.formats.state_dict import Reading
+from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.torch_file import Names, assemble, rename, settle_names
 from ckpt_avg.formats.unknown import explain
 from ckpt_avg.limits import LIMITS

@@ -11,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
-from ckpt_avg.errors import CheckpointFormatError, UsageError
+from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.status import is_folder
 from ckpt_avg.formats.folder import open_folder, refuse_part
 from ckpt_avg.formats.one_file import open_file
+from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import is_index, open_sharded
 from ckpt_avg.formats.sidecars import record_beside
-from ckpt_avg.formats.state_dict import Reading
 from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_name
 from ckpt_avg.text import listing, quote
 
-__all__ = ["Checkpoint", "Reading", "make_reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
+__all__ = ["Checkpoint", "Reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
 
 
 def open_checkpoint(
@@ -55,7 +55,7 @@ def open_checkpoint(
         ...     print(checkpoint.spec.format, checkpoint.spec.state_key, checkpoint.spec.record.epoch)
         torch zip model 20
     """
-    reading = make_reading(state_key, ema, strip_prefix)
+    reading = Reading(state_key=state_key, ema=ema, strip_prefix=strip_prefix)
     checkpoint = open_with(Path(path), reading)
     try:
         refuse_missing_prefix([checkpoint.spec], reading)
@@ -88,16 +88,3 @@ def refuse_missing_prefix(specs: Sequence[CheckpointSpec], reading: Reading) -> 
             f"{specs[0].path}: --strip-prefix {reading.strip_prefix}: expected names that begin with it, got "
             f"{listing(map(quote, specs[0].tensors))}. Change it or leave it out."
         )
-
-
-def make_reading(state_key: str | None, ema: bool, strip_prefix: str | None) -> Reading:
-    """Returns how to read checkpoints.
-
-    Raises:
-        UsageError: ``ema`` and ``state_key`` are both given.
-    """
-    if ema and state_key is not None:
-        raise UsageError(
-            f"--ema and --state-key {state_key}: expected one of them, since each says which weights to take."
-        )
-    return Reading(state_key, ema, strip_prefix)

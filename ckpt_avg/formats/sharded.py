@@ -22,7 +22,7 @@ from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.files.status import is_file
 from ckpt_avg.formats.members import member_of
 from ckpt_avg.formats.one_file import open_file
-from ckpt_avg.formats.state_dict import Reading
+from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.torch_file import Names, rename, settle_names
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, plural, quote

@@ -17,6 +17,7 @@ from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
 from ckpt_avg.formats.pickles.leaves import Leaf, UnreadableTensor
 from ckpt_avg.formats.pickles.nn_modules import is_module, module_tensors
 from ckpt_avg.formats.pickles.stand_ins import Foreign
+from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.trainers.any_script import EMA_KEYS, RAW_KEYS, TRAINING_STATE
 from ckpt_avg.formats.trainers.records import recognise
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
@@ -24,21 +25,6 @@ from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, quote
 
 _MOST_VALUES = 1000  # of one entry of a state dict that are searched for tensors
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How a checkpoint is to be read.
-
-    Attributes:
-        state_key: the dotted key of the state dict; found if None.
-        ema: take the running average of the weights that some trainers keep.
-        strip_prefix: one more prefix to take off the names.
-    """
-
-    state_key: str | None = None
-    ema: bool = False
-    strip_prefix: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from ckpt_avg.formats.names import check_name
 from ckpt_avg.formats.pickles.leaves import Leaf, StoredTensor
 from ckpt_avg.formats.pickles.numpy_arrays import StoredArray
 from ckpt_avg.formats.place import FileContents, Place, place
-from ckpt_avg.formats.state_dict import Reading, StateDict, find_state_dict
+from ckpt_avg.formats.reading import Reading
+from ckpt_avg.formats.state_dict import StateDict, find_state_dict
 from ckpt_avg.formats.tensor_names import Stripped, strip_prefixes
 from ckpt_avg.formats.trainers.records import element, plain_values, record_of
 from ckpt_avg.formats.trainers.registry import TRAINERS

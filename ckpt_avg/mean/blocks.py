@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
 from ckpt_avg.checkpoint.tensor_reads import Range, join_ranges
 from ckpt_avg.mean.plan import OutputTensor, Plan
 
-_MOST_TENSORS = 4096  # of one block
+_MOST_TENSORS = 4096  # to compute at a time
 
 OutputRange = tuple[OutputTensor, int, int]  # tensor, first element, element after the last
 
@@ -65,12 +66,12 @@ class Block:
         raise IndexError(index)
 
 
-def cut_into_blocks(plan: Plan, elements: int, within: range | None = None) -> Iterator[Block]:
-    """Yields the blocks of the output in order, each of at most ``elements`` elements.
+def cut_into_blocks(plan: Plan, elements: int, within: range | None = None) -> Iterator[list[Block]]:
+    """Yields the blocks of the output in order, in lists of at most ``elements`` elements to compute at a time.
 
     Args:
         plan: the tensors of the output.
-        elements: of one block.
+        elements: of all blocks of a list. It has several blocks if tensors of different dtypes follow each other.
         within: the bytes of the data section to cover; all by default. Both ends are ends of elements.
     """
     within = range(plan.nbytes) if within is None else within
@@ -81,15 +82,19 @@ def cut_into_blocks(plan: Plan, elements: int, within: range | None = None) -> I
         start = max(0, within.start - tensor.offset) // itemsize
         end = min(tensor.numel, max(0, within.stop - tensor.offset) // itemsize)
         while start < end:
-            if ranges and (room == 0 or len(ranges) == _MOST_TENSORS or _kind(tensor) != _kind(ranges[0][0])):
-                yield Block(ranges)
-                ranges, room = [], elements
             stop = min(end, start + room)
             ranges.append((tensor, start, stop))
             room -= stop - start
             start = stop
+            if room == 0 or len(ranges) == _MOST_TENSORS:
+                yield _blocks(ranges)
+                ranges, room = [], elements
     if ranges:
-        yield Block(ranges)
+        yield _blocks(ranges)
+
+
+def _blocks(ranges: Sequence[OutputRange]) -> list[Block]:
+    return [Block(tuple(group)) for _, group in itertools.groupby(ranges, key=lambda each: _kind(each[0]))]
 
 
 def _kind(tensor: OutputTensor) -> tuple[DType, DType, bool]:

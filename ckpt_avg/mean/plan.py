@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, DTYPES, CheckpointSpec, DType, batch_norm_buffer, batch_norm_layers
-from ckpt_avg.errors import IncompatibleError, UsageError
+from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.text import listing, quote
 
 Rule = Literal["mean", "equal", "last"]
-OUTPUT_DTYPES = ("keep", "float64", "float32", "bfloat16", "float16")
 
 # The shares of ranks begin at multiples of this. Some network file systems lose writes of two ranks to one page.
 _PAGE = 64 * 1024
@@ -85,13 +84,6 @@ class Plan:
             return max(0, end - end % _PAGE - begin)
 
         return range(bound(rank), bound(rank + 1))
-
-
-def check_rules(dtype: str, non_float: str) -> None:
-    """Raises UsageError if there is no such output dtype or rule."""
-    for option, value, choices in (("--dtype", dtype, OUTPUT_DTYPES), ("--non-float", non_float, ("equal", "last"))):
-        if value not in choices:
-            raise UsageError(f"{option}: expected one of {', '.join(choices)}, got {value!r}.")
 
 
 def make_plan(specs: Sequence[CheckpointSpec], *, dtype: str = "keep", non_float: str = "equal") -> Plan:

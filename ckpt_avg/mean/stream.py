@@ -15,12 +15,10 @@ import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import prefetch, read_ranges, torch_dtype
-from ckpt_avg.errors import UsageError
-from ckpt_avg.machine import gc_paused
+from ckpt_avg.machine import gc_paused, run_workers
 from ckpt_avg.mean.averager import LEAST_CHUNK, Averager
 from ckpt_avg.mean.blocks import Block, cut_into_blocks
 from ckpt_avg.mean.plan import Plan
-from ckpt_avg.mean.workers import run_workers
 
 # Elements summed at a time: few enough that the float64 sum and the widened input, 2 MiB together, stay in the cache of
 # a core, and enough to outweigh the calls.
@@ -29,16 +27,7 @@ _CUDA_CHUNK = 1024 * 1024  # enough to outweigh the launch of a kernel
 _MOST_ELEMENTS = 8 * 1024 * 1024  # larger blocks are no faster
 _LEAST_BLOCKS = 2  # for each worker, so that all finish at about the same time
 
-DEFAULT_MEMORY = 128 * 2**20
-_LEAST_MEMORY = 2**20
-
 Write = Callable[[memoryview, int], None]
-
-
-def check_memory(memory: int) -> None:
-    """Raises UsageError if there is too little to work with."""
-    if memory < _LEAST_MEMORY:
-        raise UsageError(f"--memory: expected {_LEAST_MEMORY:,} or more, got {memory:,}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +76,14 @@ def write_means(
     chunk, elements = _sizes(memory, threads, plan, within, len(checkpoints), device)
     lock = threading.Lock()
 
-    def work(blocks: Iterator[Block]) -> None:
+    def work(blocks: Iterator[list[Block]]) -> None:
         torch.set_num_threads(1)  # of this thread alone; the workers are the parallelism
         averager = Averager(device, chunk, checkpoints, allow_nonfinite=allow_nonfinite)
         worker = _Worker(checkpoints, means, averager, chunk, elements)
-        following = worker.prepare(next(blocks, None))
+        following = worker.prepare(next(blocks, []))
         while following:
-            current, following = following, worker.prepare(next(blocks, None))
-            nbytes = sum(worker.compute(block) for block in current)
+            current, following = following, worker.prepare(next(blocks, []))
+            nbytes = worker.compute(current)
             with lock:
                 progress(nbytes)
 
@@ -140,39 +129,48 @@ class _Worker:
         self._buffer = mmap.mmap(-1, elements * 8)
         self._output = torch.frombuffer(self._buffer, dtype=torch.uint8)
 
-    def prepare(self, block: Block | None) -> list[Block]:
-        """Asks the system to read a block ahead; returns it, or the smaller blocks to compute instead.
+    def prepare(self, blocks: list[Block]) -> list[Block]:
+        """Asks the system to read blocks ahead; returns them, or smaller ones to compute instead.
 
-        If an input does not store the elements consecutively, they are copied together. Then a block has at most the
-        elements of a chunk, unless it is a part of one tensor.
+        If an input does not store the elements of a block consecutively, they are copied together. Such a block has at
+        most the elements of a chunk, unless it is a part of one tensor.
         """
-        if block is None:
-            return []
-        inputs = self._inputs(block)
-        is_consecutive = all(len(block.stored_in(checkpoint)) == 1 for checkpoint in inputs.values())
-        blocks = [block] if is_consecutive else block.split(self._chunk)
-        for each in blocks:
-            for checkpoint in inputs.values():
-                prefetch(checkpoint, each.stored_in(checkpoint))
-        return blocks
+        prepared: list[Block] = []
+        for block in blocks:
+            inputs = self._inputs(block).values()
+            is_consecutive = all(len(block.stored_in(checkpoint)) == 1 for checkpoint in inputs)
+            parts = [block] if is_consecutive else block.split(self._chunk)
+            for part in parts:
+                for checkpoint in inputs:
+                    prefetch(checkpoint, part.stored_in(checkpoint))
+            prepared += parts
+        return prepared
 
-    def compute(self, block: Block) -> int:
-        """Computes a block for every mean and writes it; returns the input bytes, of all checkpoints that are averaged.
+    def compute(self, blocks: Sequence[Block]) -> int:
+        """Computes consecutive blocks for every mean and writes them; returns the input bytes.
 
-        Copied elements count as if all were read, so that progress reaches the size of the inputs.
+        Copied elements count as read from every checkpoint, so that progress reaches the size of the inputs.
         """
+        inputs = [self._read(block) for block in blocks]
+        for mean in self._means:
+            filled = 0
+            for block, values in zip(blocks, inputs, strict=True):
+                output = self._output[filled : filled + block.nbytes].view(torch_dtype(block.dtype))
+                if block.is_mean:
+                    self._averager.average(block, [values[index] for index in mean.checkpoints], output)
+                else:
+                    output.copy_(values[mean.checkpoints[-1]])
+                filled += block.nbytes
+            mean.write(memoryview(self._buffer)[:filled], blocks[0].offset)
+        return len(self._averaged) * sum(block.numel * block.source_dtype.itemsize for block in blocks)
+
+    def _read(self, block: Block) -> dict[int, torch.Tensor]:
+        """Returns the elements of a block in each checkpoint, by the checkpoint's index."""
         values: dict[int, torch.Tensor] = {}
         for index, checkpoint in self._inputs(block).items():
             parts = read_ranges(checkpoint, block.stored_in(checkpoint))
             values[index] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        output = self._output[: block.nbytes].view(torch_dtype(block.dtype))
-        for mean in self._means:
-            if block.is_mean:
-                self._averager.average(block, [values[index] for index in mean.checkpoints], output)
-            else:
-                output.copy_(values[mean.checkpoints[-1]])
-            mean.write(memoryview(self._buffer)[: block.nbytes], block.offset)
-        return len(self._averaged) * block.numel * block.source_dtype.itemsize
+        return values
 
     def _inputs(self, block: Block) -> dict[int, Checkpoint]:
         return {index: self._checkpoints[index] for index in (self._averaged if block.is_mean else self._copied)}

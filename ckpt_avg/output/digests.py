@@ -1,13 +1,12 @@
-"""SHA-256 of a data section as a tree of two levels, so that many hands can compute it while they write.
+"""SHA-256 digests: of the output's data section as a tree, of whole files as ``sha256sum`` prints them.
 
-The data section is cut into leaves of 1 MiB, counted from its first byte; the last may be shorter. The digest is
-SHA-256 over the SHA-256 digests of the leaves, 32 bytes each, one after the other. Anyone can recompute it with
-``split`` and ``sha256sum``.
+The data section is cut into chunks of 1 MiB from its first byte; the last chunk may be shorter. Its digest is the
+SHA-256 of the chunks' SHA-256 digests, 32 bytes each, in order. So several threads can compute it while writing, and
+anyone can recompute it with ``split`` and ``sha256sum``.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import threading
@@ -19,143 +18,127 @@ from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.torch_zip import MAGIC
 from ckpt_avg.formats.zip_directory import refuse_damaged
-from ckpt_avg.mean.workers import SharedItems, run_workers
+from ckpt_avg.machine import SharedItems, run_workers
 
-LEAF = 2**20
+CHUNK = 2**20
 _DIGEST = 32  # bytes
 
 ReadAt = Callable[[int, int], bytes]
-Item = TypeVar("Item", int, InputFile)
+Item = TypeVar("Item")
 
 
 class TreeDigest:
-    """The digest of a data section that is written in any order, in pieces of any size. Threads may share it.
+    """The digest of a data section of ``nbytes``, which is written in any order by several threads.
 
-    A leaf that comes in several pieces is put together in memory; there are never many, since writers go from the
-    front to the back. It takes 33 bytes for each leaf.
-
-    Args:
-        nbytes: of the data section.
+    A chunk that is written in several parts is assembled in memory. There are never many of these, because writers go
+    from the front to the back. Each chunk takes 33 bytes.
     """
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
-        count = -(-nbytes // LEAF)
+        count = -(-nbytes // CHUNK)
         self._digests = bytearray(_DIGEST * count)
         self._known = bytearray(count)
-        self._parts: dict[int, tuple[bytearray, list[int]]] = {}
+        self._incomplete: dict[int, tuple[bytearray, list[int]]] = {}  # chunk → its bytes, how many are missing
         self._lock = threading.Lock()
 
     def add(self, contents: memoryview, offset: int) -> None:
-        """Takes bytes that stand at ``offset`` of the data section from now on. No byte comes twice."""
+        """Adds the bytes that were written at ``offset``. No byte may be added twice."""
         contents = contents.cast("B")
         begin, end = offset, offset + len(contents)
         while begin < end:
-            leaf = begin // LEAF
-            first, stop = self._bounds(leaf)
-            piece = contents[begin - offset : min(end, stop) - offset]
-            whole = piece if len(piece) == stop - first else self._collect(leaf, piece, begin - first)
-            if whole is not None:
-                self._set(leaf, hashlib.sha256(whole).digest())
+            chunk = begin // CHUNK
+            first, stop = self._bounds(chunk)
+            part = contents[begin - offset : min(end, stop) - offset]
+            complete = part if len(part) == stop - first else self._assemble(chunk, part, begin - first)
+            if complete is not None:
+                self._set(chunk, hashlib.sha256(complete).digest())
             begin = stop
 
-    def forget(self, offset: int, length: int) -> None:
-        """Says that these bytes are being written again: their leaves are read anew in the end."""
+    def invalidate(self, offset: int, length: int) -> None:
+        """Forgets bytes that are written again: `finish` reads their chunks."""
         with self._lock:
-            for leaf in range(offset // LEAF, -(-(offset + length) // LEAF)):
-                self._known[leaf] = 0
-                self._parts.pop(leaf, None)
+            for chunk in range(offset // CHUNK, -(-(offset + length) // CHUNK)):
+                self._known[chunk] = 0
+                self._incomplete.pop(chunk, None)
 
     def known(self) -> list[tuple[int, str]]:
-        """Returns what is known, as (first leaf, digests of it and those behind it, in hex)."""
-        runs: list[tuple[int, str]] = []
-        leaf = 0
-        while (leaf := self._known.find(1, leaf)) >= 0:
-            end = self._known.find(0, leaf)
+        """Returns what another rank needs for `update`: the first chunk of each sequence, and its digests in hex."""
+        found: list[tuple[int, str]] = []
+        chunk = 0
+        while (chunk := self._known.find(1, chunk)) >= 0:
+            end = self._known.find(0, chunk)
             end = len(self._known) if end < 0 else end
-            runs.append((leaf, self._digests[_DIGEST * leaf : _DIGEST * end].hex()))
-            leaf = end
-        return runs
+            found.append((chunk, self._digests[_DIGEST * chunk : _DIGEST * end].hex()))
+            chunk = end
+        return found
 
-    def join(self, runs: Iterable[tuple[int, str]]) -> None:
-        """Takes what another rank knows."""
-        for leaf, digests in runs:
+    def update(self, known: Iterable[tuple[int, str]]) -> None:
+        """Adds the digests of another rank."""
+        for chunk, digests in known:
             found = bytes.fromhex(digests)
-            self._digests[_DIGEST * leaf : _DIGEST * leaf + len(found)] = found
-            self._known[leaf : leaf + len(found) // _DIGEST] = b"\1" * (len(found) // _DIGEST)
+            self._digests[_DIGEST * chunk : _DIGEST * chunk + len(found)] = found
+            self._known[chunk : chunk + len(found) // _DIGEST] = b"\1" * (len(found) // _DIGEST)
 
     def finish(self, read: ReadAt) -> str:
-        """Returns the digest in hex.
-
-        Args:
-            read: returns so many bytes from an offset of the data section; called for leaves that are not known.
-        """
-        leaf = 0
-        while (leaf := self._known.find(0, leaf)) >= 0:
-            first, stop = self._bounds(leaf)
-            self._set(leaf, hashlib.sha256(read(first, stop - first)).digest())
+        """Returns the digest in hex; ``read(offset, length)`` returns bytes of chunks that are not known."""
+        chunk = 0
+        while (chunk := self._known.find(0, chunk)) >= 0:
+            first, stop = self._bounds(chunk)
+            self._set(chunk, hashlib.sha256(read(first, stop - first)).digest())
         return hashlib.sha256(self._digests).hexdigest()
 
-    def _bounds(self, leaf: int) -> tuple[int, int]:
-        return leaf * LEAF, min(self._nbytes, (leaf + 1) * LEAF)
+    def _bounds(self, chunk: int) -> tuple[int, int]:
+        return chunk * CHUNK, min(self._nbytes, (chunk + 1) * CHUNK)
 
-    def _set(self, leaf: int, digest: bytes) -> None:
+    def _set(self, chunk: int, digest: bytes) -> None:
         with self._lock:
-            self._digests[_DIGEST * leaf : _DIGEST * (leaf + 1)] = digest
-            self._known[leaf] = 1
+            self._digests[_DIGEST * chunk : _DIGEST * (chunk + 1)] = digest
+            self._known[chunk] = 1
 
-    def _collect(self, leaf: int, piece: memoryview, position: int) -> bytearray | None:
-        """Adds a piece of a leaf; returns the leaf once it is whole."""
+    def _assemble(self, chunk: int, part: memoryview, position: int) -> bytearray | None:
+        """Adds a part of a chunk; returns the chunk if it is complete."""
         with self._lock:
-            first, stop = self._bounds(leaf)
-            whole, missing = self._parts.setdefault(leaf, (bytearray(stop - first), [stop - first]))
-            whole[position : position + len(piece)] = piece
-            missing[0] -= len(piece)
+            first, stop = self._bounds(chunk)
+            contents, missing = self._incomplete.setdefault(chunk, (bytearray(stop - first), [stop - first]))
+            contents[position : position + len(part)] = part
+            missing[0] -= len(part)
             if missing[0]:
                 return None
-            del self._parts[leaf]
-            return whole
+            del self._incomplete[chunk]
+            return contents
 
 
 def digest_data(
     file: InputFile, begin: int, *, threads: int, progress: Callable[[int], None] = lambda nbytes: None
 ) -> str:
-    """Returns the digest of a file's data section, from byte ``begin`` to its end, in hex.
+    """Returns the tree digest of a file's data section, from byte ``begin`` to its end, in hex.
 
-    Args:
-        file: the file.
-        begin: where its data begins.
-        threads: workers.
-        progress: called with the bytes that have just been read, by one worker at a time.
+    ``progress`` is called with the bytes that were read, by one thread at a time.
 
     Raises:
-        CheckpointFormatError: the file cannot be read, or was truncated meanwhile.
+        CheckpointFormatError: the file cannot be read, or changed.
     """
     nbytes = file.size - begin
     digest = TreeDigest(nbytes)
 
-    def one(offset: int, read: ReadAt) -> None:
-        digest.add(memoryview(read(begin + offset, min(LEAF, nbytes - offset))), offset)
+    def add(offset: int, read: Callable[[InputFile, int, int], bytes]) -> None:
+        digest.add(memoryview(read(file, begin + offset, min(CHUNK, nbytes - offset))), offset)
 
-    leaves = ((offset, file) for offset in range(0, nbytes, LEAF))  # a million of them in a terabyte
-    _for_each(leaves, one, threads=threads, progress=progress)
+    _for_each(range(0, nbytes, CHUNK), add, threads=threads, progress=progress)
     return digest.finish(lambda offset, length: file.read(begin + offset, length))
 
 
 def digest_files(
     checkpoints: Sequence[Checkpoint], *, threads: int, progress: Callable[[int], None] = lambda nbytes: None
 ) -> list[dict[str, str]]:
-    """Returns, for each checkpoint, SHA-256 of each file that holds its tensors, by the file's name in it.
+    """Returns, for each checkpoint, the SHA-256 of each file of its tensors, by the file's name in the checkpoint.
 
-    Since all bytes are read, what ``torch.save`` recorded of them (CRC-32) is compared, too.
-
-    Args:
-        checkpoints: open checkpoints.
-        threads: workers.
-        progress: called with the bytes that have just been read, by one worker at a time.
+    The CRC-32 that ``torch.save`` recorded is checked as well, because all bytes are read anyway. ``progress`` is
+    called with the bytes that were read, by one thread at a time.
 
     Raises:
-        CheckpointFormatError: a file cannot be read, was truncated meanwhile, or is damaged.
+        CheckpointFormatError: a file cannot be read, changed, or is damaged.
     """
     named = [
         {name_in(checkpoint, file.path): file for file in checkpoint.files if isinstance(file, InputFile)}
@@ -163,11 +146,10 @@ def digest_files(
     ]
     digests: dict[int, str] = {}
 
-    def one(file: InputFile, read: ReadAt) -> None:
-        digests[id(file)] = digest_stream(read, file.size)
+    def digest(file: InputFile, read: Callable[[InputFile, int, int], bytes]) -> None:
+        digests[id(file)] = digest_stream(lambda offset, length: read(file, offset, length), file.size)
 
-    files = [(file, file) for each in named for file in each.values()]
-    _for_each(files, one, threads=threads, progress=progress)
+    _for_each((file for each in named for file in each.values()), digest, threads=threads, progress=progress)
     for checkpoint in checkpoints:
         if "torch zip" in checkpoint.spec.format:
             for file in checkpoint.files:
@@ -177,39 +159,39 @@ def digest_files(
 
 
 def _for_each(
-    items: Iterable[tuple[Item, InputFile]],
-    do: Callable[[Item, ReadAt], None],
+    items: Iterable[Item],
+    do: Callable[[Item, Callable[[InputFile, int, int], bytes]], None],
     *,
     threads: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Calls ``do(item, read)`` for each item, with what reads its file, by so many threads, until one fails."""
+    """Calls ``do(item, read)`` for each item, in several threads; ``read(file, offset, length)`` reports progress."""
     lock = threading.Lock()
 
-    def work(shared: SharedItems[tuple[Item, InputFile]]) -> None:
-        for item, file in shared:
-            do(item, functools.partial(read, shared, file))
+    def work(shared: SharedItems[Item]) -> None:
+        def read(file: InputFile, offset: int, length: int) -> bytes:
+            shared.check()
+            found = file.read(offset, length)
+            with lock:
+                progress(length)
+            return found
 
-    def read(shared: SharedItems[tuple[Item, InputFile]], file: InputFile, offset: int, length: int) -> bytes:
-        shared.check()
-        found = file.read(offset, length)
-        with lock:
-            progress(length)
-        return found
+        for item in shared:
+            do(item, read)
 
     run_workers(threads, items, work)
 
 
 def name_in(checkpoint: Checkpoint, path: Path) -> str:
-    """Returns what a file of a checkpoint is called in its folder, as text."""
+    """Returns the name of a checkpoint's file, relative to its folder, as text."""
     folder = checkpoint.spec.path if checkpoint.spec.path.is_dir() else checkpoint.spec.path.parent
     name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def digest_stream(read: ReadAt, nbytes: int) -> str:
-    """Returns plain SHA-256 of ``nbytes`` bytes, in hex, as ``sha256sum`` prints it."""
+    """Returns the plain SHA-256 of ``nbytes`` bytes, in hex."""
     digest = hashlib.sha256()
-    for offset in range(0, nbytes, LEAF):
-        digest.update(read(offset, min(LEAF, nbytes - offset)))
+    for offset in range(0, nbytes, CHUNK):
+        digest.update(read(offset, min(CHUNK, nbytes - offset)))
     return digest.hexdigest()

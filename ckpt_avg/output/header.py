@@ -1,8 +1,8 @@
 """The header of the output, byte for byte as safetensors itself would write it.
 
 The layout is that of the reference implementation (``safetensors/src/tensor.rs``, ``prepare``): compact JSON,
-``__metadata__`` first, tensors by falling dtype rank and then by name, padded with spaces to a multiple of 8.
-The reference writes two or more metadata keys in an order that differs between processes; here they are sorted.
+``__metadata__`` first, tensors by falling dtype rank and then by name, padded with spaces to a multiple of 8. With
+several metadata keys the reference uses another order in each process; here they are sorted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ckpt_avg.mean.plan import Plan
 
 
 def encode_tensors(plan: Plan) -> str:
-    """Returns what a header says of the tensors: a JSON object without its braces."""
+    """Returns the tensors' part of a header: a JSON object without its braces."""
     fields = {
         tensor.name: {
             "dtype": tensor.dtype.name,
@@ -32,26 +32,26 @@ def encode_tensors(plan: Plan) -> str:
     return _compact(fields)[1:-1]
 
 
-def encode_header(tensors: str, metadata: Mapping[str, str], *, reserve: int = 0) -> bytes:
-    """Returns the 8 bytes of length and the padded JSON.
+def encode_header(tensors: str, metadata: Mapping[str, str], *, room: int = 0, size: int = 0) -> bytes:
+    """Returns the 8 bytes of length and the JSON, padded with spaces.
 
     Args:
-        tensors: what `encode_tensors` returned.
-        metadata: strings for ``__metadata__``.
-        reserve: bytes that the result must fill at least, spaces added; it allows metadata that is known only
-            after the data to be written last.
+        tensors: from `encode_tensors`.
+        metadata: for ``__metadata__``.
+        room: bytes to leave free for metadata that will be longer when the header is encoded again.
+        size: bytes of the result, if it is to be longer than necessary.
 
     Raises:
         IncompatibleError: the header would exceed the format's limit.
     """
     about = f'"__metadata__":{_compact(dict(sorted(metadata.items())))}' if metadata else ""
     text = f"{{{','.join(filter(None, (about, tensors)))}}}".encode()
-    length = max(len(text), reserve - 8)
+    length = max(len(text) + room, size - 8)
     length += -length % 8
     if length > LIMITS.header:
         raise IncompatibleError(
-            f"the output's header would take {length:,} bytes, and safetensors allows {LIMITS.header:,}. "
-            "Average fewer tensors or checkpoints at once, or leave --sha256 out."
+            f"the output's header would be {length:,} bytes long, but safetensors allows {LIMITS.header:,}. "
+            "Average fewer tensors or checkpoints at once, or leave out --sha256."
         )
     return struct.pack("<Q", length) + text.ljust(length)
 
@@ -61,11 +61,11 @@ def _compact(value: object) -> str:
 
 
 def refuse_unreadable(path: Path, plan: Plan, target: Path) -> None:
-    """Opens the finished file with safetensors itself before anybody else can.
+    """Opens the finished file with safetensors itself, before it is published.
 
     Raises:
-        OutputError: safetensors cannot read it, or reads other tensors than were planned.
-        ResourceError: memory or descriptors ran out.
+        OutputError: safetensors cannot read it, or finds other tensors than planned.
+        ResourceError: memory or file descriptors ran out.
     """
     try:
         with safe_open(str(path), framework="pt") as reader:
@@ -74,10 +74,8 @@ def refuse_unreadable(path: Path, plan: Plan, target: Path) -> None:
         for sign, what in (("Cannot allocate memory", "out of memory"), ("Too many open files", "too many open files")):
             if sign in str(error):
                 raise ResourceError(
-                    f"{what}: opening what was written failed: {error}. Nothing is published."
+                    f"{target}: {what} while checking the output: {error}. It is not published."
                 ) from error
-        raise OutputError(
-            f"{target}: safetensors cannot read what was written: {error}. Nothing is published."
-        ) from error
+        raise OutputError(f"{target}: safetensors cannot read the output: {error}. It is not published.") from error
     if names != {tensor.name for tensor in plan.tensors}:
-        raise OutputError(f"{target}: safetensors reads other tensors than were written. Nothing is published.")
+        raise OutputError(f"{target}: safetensors finds other tensors than were written. It is not published.")

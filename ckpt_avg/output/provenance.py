@@ -1,8 +1,7 @@
-"""What the output says of itself in ``__metadata__``: reproducible, so no time, no host, no absolute path.
+"""The ``__metadata__`` of the output: its sources, options and digests. Reproducible: no time, host or absolute path.
 
-Two of its values are digests of a fixed width, so that they can be put in once the data is known: `DATA_DIGEST`, of the
-data section (`digests`), and `HEADER_DIGEST`, plain SHA-256 of all that stands before the data, with zeros in its own
-place.
+Two values are digests of a fixed width, filled in when the data is known: `DATA_DIGEST`, of the data section (see
+`digests`), and `HEADER_DIGEST`, the SHA-256 of all bytes before the data, with zeros in place of this digest itself.
 """
 
 from __future__ import annotations
@@ -12,16 +11,12 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN_KEY, Checkpoint, CheckpointSpec, name_of
-from ckpt_avg.errors import CheckpointFormatError, UsageError
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.formats.open import make_reading
-from ckpt_avg.formats.state_dict import Reading
-from ckpt_avg.mean.plan import check_rules
 from ckpt_avg.version import __version__
 
 SOURCES = "ckpt_avg.sources"
@@ -35,29 +30,12 @@ _TREE = "sha256-tree-1MiB:"
 _PLAIN = "sha256:"
 _UNKNOWN = "0" * 64
 _HEX = "[0-9a-f]{64}"
-_METRICS = 32  # of one checkpoint, in the order of their names: some trainers log hundreds
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The options on which the output's bytes depend, those of the BatchNorm refresh aside; each as for `average`."""
-
-    dtype: str = "keep"
-    non_float: str = "equal"
-    allow_nonfinite: bool = False
-    state_key: str | None = None
-    ema: bool = False
-    strip_prefix: str | None = None
-
-    @property
-    def reading(self) -> Reading:
-        """How the checkpoints are read."""
-        return make_reading(self.state_key, self.ema, self.strip_prefix)
+_MOST_METRICS = 32  # of one checkpoint, sorted by name: some trainers log hundreds
 
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """What a file records of itself, in hex: the digest of its data section, and that of all before it."""
+    """The digests that a file records, in hex: of its data section, and of the header before it."""
 
     data: str
     header: str
@@ -65,27 +43,27 @@ class Digests:
 
 def make_metadata(
     checkpoints: Sequence[Checkpoint],
-    options: Options,
+    options: Mapping[str, Any],
     *,
     batch_norm: dict[str, object] | None,
     digests: Sequence[Mapping[str, str]] | None = None,
     data_digest: str | None = None,
 ) -> dict[str, str]:
-    """Returns the metadata of an average. That of a copy, of a single checkpoint, keeps what its source says of itself.
+    """Returns the metadata of an average. The copy of a single checkpoint also keeps that checkpoint's metadata.
 
     Args:
-        checkpoints: what was averaged, in order.
-        options: what was asked for.
-        batch_norm: how the running statistics came about; None without BatchNorm layers.
-        digests: for each checkpoint SHA-256 of its files, by name; None where they were not asked for.
+        checkpoints: the checkpoints that were averaged, in order.
+        options: the options to record.
+        batch_norm: where the running statistics come from; None without BatchNorm layers.
+        digests: for each checkpoint the SHA-256 of its files, by name; None if not asked for.
         data_digest: of the output's data section, in hex; None while it is not known.
     """
     specs = [checkpoint.spec for checkpoint in checkpoints]
-    own = _own_words(specs[0], options) if len(specs) == 1 else {}
+    own = _kept_metadata(specs[0], options) if len(specs) == 1 else {}
     sources = [
         _source(checkpoint, None if digests is None else digests[index]) for index, checkpoint in enumerate(checkpoints)
     ]
-    others = asdict(options)
+    others = dict(options)
     dtype = others.pop("dtype")
     metadata = {
         METHOD_KEY: "mean" if len(specs) > 1 else "copy",
@@ -106,26 +84,27 @@ def make_metadata(
 
 
 def seal(header: bytes) -> bytes:
-    """Returns an output's header with its own digest put in."""
-    begin = _place_of_own_digest(header)
-    return header[:begin] + header_digest(header).encode() + header[begin + 64 :]
+    """Returns an output's header with its own digest filled in."""
+    digest = header_digest(header)
+    if digest is None:
+        raise ValueError("a header without a digest of itself")
+    begin = _digest_offset(header)
+    return header[:begin] + digest.encode() + header[begin + 64 :]
 
 
-def header_digest(header: bytes) -> str:
-    """Returns SHA-256, in hex, of a header with zeros where it holds its own digest.
+def header_digest(header: bytes) -> str | None:
+    """Returns the SHA-256, in hex, of a header with zeros in place of its own digest; None if it has no such place.
 
-    Args:
-        header: all bytes before the data, the first eight included.
-
-    Raises:
-        CheckpointFormatError: it does not hold its own digest where this package writes it.
+    ``header`` is all bytes before the data, the first eight included.
     """
-    begin = _place_of_own_digest(header)
+    begin = _digest_offset(header)
+    if begin < 0:
+        return None
     return hashlib.sha256(header[:begin] + _UNKNOWN.encode() + header[begin + 64 :]).hexdigest()
 
 
 def recorded_digests(metadata: Mapping[str, Any]) -> Digests | None:
-    """Returns the digests that a file records of itself; None without them."""
+    """Returns the digests that a file records; None if it has none, or malformed ones."""
     data, header = metadata.get(DATA_DIGEST), metadata.get(HEADER_DIGEST)
     if not isinstance(data, str) or not isinstance(header, str):
         return None
@@ -135,50 +114,38 @@ def recorded_digests(metadata: Mapping[str, Any]) -> Digests | None:
 
 
 def recorded_sources(metadata: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Returns what a file records of the checkpoints that it is the mean of; None where that makes no sense."""
-    try:
-        sources = json.loads(metadata[SOURCES])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
-    if not isinstance(sources, list) or not sources:
-        return None
-    return sources if all(map(_is_source, sources)) else None
+    """Returns what a file records of the checkpoints that it is the mean of; None if it has none, or malformed ones."""
+    sources = _parsed(metadata, SOURCES)
+    return sources if isinstance(sources, list) and sources and all(map(_is_source, sources)) else None
 
 
-def recorded_options(metadata: Mapping[str, Any]) -> Options | None:
-    """Returns the options that a file records; None where they make no sense."""
-    try:
-        options = Options(dtype=metadata[DTYPE], **json.loads(metadata[OPTIONS]))
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
-    texts = (options.state_key or "", options.strip_prefix or "", options.non_float)
-    well_formed = all(isinstance(text, str) for text in texts)
-    well_formed &= all(isinstance(each, bool) for each in (options.allow_nonfinite, options.ema))
-    if not well_formed:
-        return None
-    try:
-        check_rules(options.dtype, options.non_float)
-        make_reading(options.state_key, options.ema, options.strip_prefix)
-    except UsageError:
-        return None
-    return options
+def recorded_options(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the options that a file records, unchecked; None if it has none."""
+    options = _parsed(metadata, OPTIONS)
+    return {**options, "dtype": metadata[DTYPE]} if isinstance(options, dict) and DTYPE in metadata else None
 
 
 def recorded_statistics(metadata: Mapping[str, Any]) -> str:
-    """Returns where the running statistics of a file come from, as it records; ``none`` where it does not."""
+    """Returns where a file's running statistics come from, as it records; ``none`` if it records nothing."""
+    batch_norm = _parsed(metadata, BATCH_NORM)
+    return str(batch_norm.get("statistics", "none")) if isinstance(batch_norm, dict) else "none"
+
+
+def _parsed(metadata: Mapping[str, Any], key: str) -> Any:
+    """Returns a value of untrusted metadata that should be JSON; None if it is not."""
     try:
-        return str(json.loads(metadata[BATCH_NORM])["statistics"])
+        return json.loads(metadata[key])
     except (KeyError, TypeError, ValueError, RecursionError):
-        return "none"
+        return None
 
 
 def text_of(path: Path) -> str:
-    """Returns the last part of a checkpoint's path as text, bytes that are no UTF-8 escaped: metadata is UTF-8."""
+    """Returns the last part of a checkpoint's path as text. Metadata is UTF-8, so other bytes are escaped."""
     return os.fsencode(name_of(path)).decode(errors="backslashreplace")
 
 
 def size_of(checkpoint: Checkpoint) -> int:
-    """Returns the bytes of all files that hold a checkpoint's tensors."""
+    """Returns the size in bytes of all files of a checkpoint."""
     return sum(file.size for file in checkpoint.files if isinstance(file, InputFile))
 
 
@@ -199,22 +166,22 @@ def _source(checkpoint: Checkpoint, digests: Mapping[str, str] | None) -> dict[s
     moment = {"step": spec.record.step, "epoch": spec.record.epoch}
     source |= {key: value for key, value in moment.items() if value is not None}
     if spec.record.metrics:
-        source["metrics"] = dict(sorted(spec.record.metrics.items())[:_METRICS])
+        source["metrics"] = dict(sorted(spec.record.metrics.items())[:_MOST_METRICS])
     if digests is not None:
         source["sha256"] = dict(digests)
     return source
 
 
-def _own_words(spec: CheckpointSpec, options: Options) -> dict[str, str]:
-    """Returns what a copy keeps of a safetensors file's metadata; what a torch file holds beside its weights is none.
+def _kept_metadata(spec: CheckpointSpec, options: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a copy keeps of the metadata of a safetensors file; other formats have none.
 
-    Where the copy changes dtypes or names, it no longer is what its source says that it is the mean of: then its
-    source is that file, whose own sources are kept as its origin.
+    If the copy changes dtypes or names, it is no longer the mean that the file records. It then records the file as its
+    source, and the sources of that file as its origin.
     """
     if spec.format != "safetensors":
         return {}
     own = {key: value for key, value in spec.metadata.items() if isinstance(value, str)}
-    if options.dtype in ("keep", own.get(DTYPE)) and not spec.prefix and options.strip_prefix is None:
+    if options["dtype"] in ("keep", own.get(DTYPE)) and not spec.prefix and options["strip_prefix"] is None:
         return own
     origin = own.get(ORIGIN_KEY, own.get(SOURCES))
     kept = {key: value for key, value in own.items() if not key.startswith("ckpt_avg.")}
@@ -222,13 +189,11 @@ def _own_words(spec: CheckpointSpec, options: Options) -> dict[str, str]:
 
 
 def _as_json(value: object) -> str:
-    return json.dumps(value, sort_keys=True)  # in ASCII: what is not text, in a metric's name, stays escaped
+    return json.dumps(value, sort_keys=True)  # in ASCII: lone surrogates in a metric's name stay escaped
 
 
-def _place_of_own_digest(header: bytes) -> int:
-    # Quotes inside of names and values are escaped, so this stands nowhere else.
+def _digest_offset(header: bytes) -> int:
+    # Quotes inside names and values are escaped, so this occurs nowhere else.
     key = f'"{HEADER_DIGEST}":"{_PLAIN}'.encode()
     begin = header.find(key)
-    if begin < 0:
-        raise CheckpointFormatError(f"the header was written anew: expected {key.decode()}…, got none.")
-    return begin + len(key)
+    return begin if begin < 0 else begin + len(key)

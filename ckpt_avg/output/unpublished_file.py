@@ -15,12 +15,13 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import CheckpointFormatError, OutputError
-from ckpt_avg.files.platform import start_writing
+from ckpt_avg.files import platform
 from ckpt_avg.text import size as readable_size
 
 # Bytes per write call. Larger writes make the page cache allocate large blocks, which first have to be found, or to be
@@ -43,25 +44,29 @@ class UnpublishedFile:
 
     def open(self, size: int) -> None:
         """Creates the file and reserves ``size`` bytes for it."""
-        flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
         try:
-            if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd") and self._hidden is None:
-                try:
-                    self._fd = os.open(self.target.parent, flags | os.O_TMPFILE, 0o666)
-                except OSError as error:
-                    if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-                        raise
-            if self._fd < 0:
+            descriptor = platform.open_unnamed(self.target.parent) if self._hidden is None else None
+            if descriptor is None:
                 self._hidden = self._hidden or self.target.with_name(_hidden_name(self.target))
-                self._fd = os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+                descriptor = os.open(self._hidden, platform.WRITE_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
+            self._fd = descriptor
         except OSError as error:
             raise _output_error(self.target, "creating the file failed", error) from error
-        _reserve(self.target, self._fd, size)
+        try:
+            platform.reserve(self._fd, size)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise _output_error(self.target, f"reserving {readable_size(size)} failed", error) from error
+            free = shutil.disk_usage(self.target.parent).free
+            raise OutputError(
+                f"{self.target}: not enough space: it needs {readable_size(size)}, and {readable_size(free)} are "
+                "free. Free some space or write elsewhere."
+            ) from error
 
     def open_existing(self) -> None:
         """Opens the file that rank 0 has created under the hidden name."""
         try:
-            self._fd = os.open(self.readable_path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+            self._fd = os.open(self.readable_path, platform.WRITE_FLAGS)
         except OSError as error:
             raise OutputError(
                 f"{self.target}: the file that rank 0 created cannot be opened here: {error.strerror}. Write to "
@@ -83,17 +88,11 @@ class UnpublishedFile:
         begin, length = offset, len(rest)
         while len(rest):
             try:
-                count = self._write_some(rest[:_WRITE_SIZE], offset)
+                count = platform.write_at(self._fd, rest[:_WRITE_SIZE], offset)
             except OSError as error:
                 raise _output_error(self.target, "writing failed", error) from error
             rest, offset = rest[count:], offset + count
-        start_writing(self._fd, begin, length)
-
-    def _write_some(self, contents: memoryview, offset: int) -> int:
-        if hasattr(os, "pwrite"):
-            return os.pwrite(self._fd, contents, offset)
-        os.lseek(self._fd, offset, os.SEEK_SET)  # Windows, where the writer uses one thread
-        return os.write(self._fd, contents)
+        platform.start_writing(self._fd, begin, length)
 
     def read(self, offset: int, length: int) -> bytes:
         """Returns ``length`` bytes from ``offset``.
@@ -101,32 +100,28 @@ class UnpublishedFile:
         Raises:
             OutputError: the system refused, or the file is shorter.
         """
-        found = bytearray()
-        while len(found) < length:
-            piece = self.read_some(offset + len(found), length - len(found))
-            if not piece:
-                raise OutputError(
-                    f"{self.target}: the unpublished file has only {len(found):,} of {length:,} bytes at byte "
-                    f"{offset:,}. Another program changed it: run again."
-                )
-            found += piece
-        return bytes(found)
+        found = self.read_available(offset, length)
+        if len(found) < length:
+            raise OutputError(
+                f"{self.target}: the unpublished file has only {len(found):,} of {length:,} bytes at byte {offset:,}. "
+                "Another program changed it: run again."
+            )
+        return found
 
-    def read_some(self, offset: int, length: int) -> bytes:
-        """Returns at most ``length`` bytes from ``offset``; none at the end of the file."""
+    def read_available(self, offset: int, length: int) -> bytes:
+        """Returns what the file has of ``length`` bytes from ``offset``."""
+        found = bytearray(length)
+        done = 0
         try:
-            if hasattr(os, "pread"):
-                return os.pread(self._fd, length, offset)
-            os.lseek(self._fd, offset, os.SEEK_SET)  # Windows, where one thread reads
-            return os.read(self._fd, length)
+            while done < length and (count := platform.read_into(self._fd, memoryview(found)[done:], offset + done)):
+                done += count
         except OSError as error:
             raise _output_error(self.target, "reading back failed", error) from error
+        return bytes(found[:done])
 
     def drop_cache(self) -> None:
         """Drops the cached contents of the file, after other machines have written to it."""
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # a hint
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        platform.drop_cache(self._fd)
 
     def sync(self) -> None:
         """Makes what this process has written durable.
@@ -163,11 +158,16 @@ class UnpublishedFile:
             ) from error
         except OSError as error:
             raise _output_error(self.target, "publishing failed", error) from error
-        return _sync_folder(self.target)
+        try:
+            return platform.sync_folder(self.target.parent)
+        except OSError as error:
+            raise _output_error(
+                self.target, "written, but syncing its folder failed, so a crash may lose it", error
+            ) from error
 
     def _create(self) -> None:
         if self._hidden is None:
-            self._link(self.target)
+            platform.link_unnamed(self._fd, self.target)
             return
         try:
             os.link(self._hidden, self.target)
@@ -184,21 +184,14 @@ class UnpublishedFile:
         if self._hidden is None:
             # A link cannot replace a name, so the file gets a hidden one first.
             self._hidden = self.target.with_name(_hidden_name(self.target))
-            self._link(self._hidden)
+            platform.link_unnamed(self._fd, self._hidden)
         os.replace(self._hidden, self.target)
         self._hidden = None
-
-    def _link(self, name: Path) -> None:
-        folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.link(str(self._fd), name, src_dir_fd=folder, follow_symlinks=True)
-        finally:
-            _close(folder)
 
     def _close_descriptor(self) -> None:
         if self._fd >= 0:
             descriptor, self._fd = self._fd, -1
-            _close(descriptor)
+            platform.close(descriptor)
 
     def close(self) -> None:
         """Closes the file and removes its hidden name. An unpublished file is then gone."""
@@ -250,7 +243,7 @@ def _open_shared(file: UnpublishedFile, size: int, ranks: Ranks) -> None:
     ranks.exchange("output created", None)
     if not ranks.is_first:
         file.open_existing()
-        if file.read_some(0, _MARK).hex() != mark:
+        if file.read_available(0, _MARK).hex() != mark:
             raise OutputError(
                 f"{file.target}: this rank sees another file than rank 0 is writing. Write to storage that all ranks "
                 "share."
@@ -265,51 +258,9 @@ def publish_bytes(target: Path, contents: bytes, *, overwrite: bool) -> None:
         file.publish(overwrite=overwrite)
 
 
-def _close(descriptor: int) -> None:
-    # fsync has reported what matters. An error here adds nothing, and the descriptor is closed either way.
-    with contextlib.suppress(OSError):
-        os.close(descriptor)
-
-
 def _hidden_name(target: Path) -> str:
     # Cut, so that a name at the system's limit still leaves room for the suffix.
     return f".{target.name.encode()[:200].decode(errors='ignore')}.{secrets.token_hex(6)}.tmp"
-
-
-def _reserve(target: Path, descriptor: int, size: int) -> None:
-    try:
-        if hasattr(os, "posix_fallocate") and size:
-            try:
-                os.posix_fallocate(descriptor, 0, size)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-        os.ftruncate(descriptor, size)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            status = os.statvfs(target.parent)
-            raise OutputError(
-                f"{target}: not enough space: it needs {readable_size(size)}, and "
-                f"{readable_size(status.f_bavail * status.f_frsize)} are free. Free some space or write elsewhere."
-            ) from error
-        raise _output_error(target, f"reserving {readable_size(size)} failed", error) from error
-
-
-def _sync_folder(target: Path) -> bool:
-    if not hasattr(os, "O_DIRECTORY"):
-        return False  # Windows cannot sync a folder
-    try:
-        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            _close(folder)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return False
-        raise _output_error(target, "written, but syncing its folder failed, so a crash may lose it", error) from error
-    return True
 
 
 def _output_error(target: Path, what: str, error: OSError) -> OutputError:

@@ -16,7 +16,7 @@ from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, TooManyFilesError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import open_with
-from ckpt_avg.formats.state_dict import Reading
+from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.trainers.file_names import record_from_name, stem
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import Discovery, refuse_repeated

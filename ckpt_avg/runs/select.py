@@ -3,79 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.errors import IncompatibleError, UsageError
+from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.formats.open import refuse_missing_prefix
-from ckpt_avg.formats.state_dict import Reading
+from ckpt_avg.formats.reading import Reading
 from ckpt_avg.runs.candidates import Candidate, CopyTest, Unit, position, survey, unit_of
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.run_folder import Skipped
+from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import escaped, listing, plural, quote
 
 _NEAR = 0.05  # of the amplitude: how far the first or last minimum of a run may be from its neighbour
 _FAR = 0.25  # of the distance between minima: a checkpoint further from one was not saved at it
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which checkpoints to use. The rules apply in this order.
-
-    Attributes:
-        include: glob patterns for file names; checkpoints that match none are skipped.
-        exclude: glob patterns for file names; checkpoints that match one are skipped.
-        from_step: skip checkpoints before this step, or epoch where the run records no steps.
-        to_step: skip checkpoints after this step or epoch.
-        at_lr_minima: use the checkpoints at the minima of a cyclic learning rate.
-        every: use each K-th, counted back from the last, which is always used.
-        last: use the last N.
-        best: use the N best by ``metric``, in the order of the run.
-        metric: a recorded metric; needed only if several are recorded.
-        mode: ``min`` or ``max``: which is better.
-    """
-
-    include: str | Iterable[str] = ()
-    exclude: str | Iterable[str] = ()
-    from_step: int | None = None
-    to_step: int | None = None
-    at_lr_minima: bool = False
-    every: int | None = None
-    last: int | None = None
-    best: int | None = None
-    metric: str | None = None
-    mode: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raises UsageError where a rule is out of range, or two contradict each other."""
-        for name in ("include", "exclude"):
-            patterns = getattr(self, name)
-            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
-        for option, number in (("--last", self.last), ("--every", self.every), ("--best", self.best)):
-            if number is not None and number < 1:
-                raise UsageError(f"{option}: expected 1 or more, got {number}.")
-        if self.best is None:
-            for option, given in (("--metric", self.metric), ("--mode", self.mode)):
-                if given is not None:
-                    raise UsageError(f"{option} {given} needs --best. Add --best N.")
-        elif self.mode not in ("min", "max"):
-            got = "nothing" if self.mode is None else repr(self.mode)
-            raise UsageError(
-                f"--best {self.best}: expected --mode min (a loss, an error rate) or --mode max (an accuracy), got "
-                f"{got}."
-            )
-        if self.from_step is not None and self.to_step is not None and self.from_step > self.to_step:
-            raise UsageError(f"--from-step {self.from_step} is greater than --to-step {self.to_step}.")
-
-    def wants(self, name: str) -> bool:
-        """Whether a file name passes ``include`` and ``exclude``."""
-        return (not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)) and not any(
-            fnmatchcase(name, pattern) for pattern in self.exclude
-        )
 
 
 def open_selected(

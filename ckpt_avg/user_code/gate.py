@@ -7,10 +7,13 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ckpt_avg.errors import UsageError
 from ckpt_avg.text import listing, quote
-from ckpt_avg.user_code.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from ckpt_avg.user_code.evaluate import Evaluation
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from ckpt_avg import AverageResult, IncompatibleError, NonFiniteError, UsageError, UserCodeError, average
-from ckpt_avg.commands.average import Progress
+from ckpt_avg.progress import Progress
 
 LAYERS = ("features.bn1", "features.bn2", "features.bn3", "classifier.bn")
 BUFFERS = {f"{layer}.{kind}" for layer in LAYERS for kind in ("running_mean", "running_var", "num_batches_tracked")}

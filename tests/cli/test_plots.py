@@ -75,7 +75,7 @@ def lines(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
 
 def test_without_matplotlib_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'ckpt-avg\[plot\]'"):
+    with pytest.raises(UsageError, match=r"Run: pip install 'ckpt-avg\[plot\]'"):
         refuse_without_matplotlib()
 
 
@@ -120,7 +120,7 @@ def test_a_line_for_each_side_and_the_best(drawn: Callable[[SweepResult], Any]) 
     assert lines(axes) == {
         "average of the last k": ([1, 2, 3], [0.5, 0.75, 0.625]),
         "average of the first k": ([1, 2, 3], [0.25, 0.375, 0.625]),
-        "as it is: step_3.pt": ([0, 1], [0.5, 0.5]),
+        "last checkpoint: step_3.pt": ([0, 1], [0.5, 0.5]),
         "best (0.75)": ([2], [0.75]),
     }
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == list(lines(axes))
@@ -193,7 +193,7 @@ def test_dollar_signs_are_shown(drawn: Callable[[SweepResult], Any]) -> None:
 
 def test_a_name_that_begins_with_an_underscore_is_in_the_legend(drawn: Callable[[SweepResult], Any]) -> None:
     axes = drawn(swept(name="_final.pt"))
-    assert "as it is: _final.pt" in [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert "last checkpoint: _final.pt" in [text.get_text() for text in axes.figure.legends[0].get_texts()]
 
 
 def test_signs_that_the_font_lacks_are_no_failure() -> None:

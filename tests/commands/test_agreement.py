@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -19,9 +18,10 @@ from safetensors.torch import save_file
 from system.faults.rank_runs import in_threads
 
 import ckpt_avg.commands.agreement
-from ckpt_avg import CheckpointFormatError, average, open_checkpoint
+from ckpt_avg import CheckpointFormatError, open_checkpoint
 from ckpt_avg.checkpoint.spec import CheckpointSpec
 from ckpt_avg.commands.agreement import agree_on_files, agree_on_request
+from ckpt_avg.commands.options import AverageRequest, options_of
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import RankError
 from ckpt_avg.files.input_file import InputFile
@@ -29,18 +29,28 @@ from ckpt_avg.files.input_file import InputFile
 # -- Arguments ------------------------------------------------------------------------------------------------------
 
 
-def defaults() -> dict[str, Any]:
-    """Returns every argument of `average`, with its default."""
-    parameters = inspect.signature(average).parameters.values()
-    given = {each.name: None if each.default is each.empty else each.default for each in parameters}
-    return given | {"sources": ["run"], "output": "swa.safetensors"}
+# What makes each argument below valid.
+BASE: dict[str, Any] = {
+    "sources": ["run"],
+    "output": "swa.safetensors",
+    "best": 1,
+    "metric": "accuracy",
+    "mode": "max",
+    "model": torch.nn.Identity,
+    "evaluate": print,
+}
+
+
+def request(**others: Any) -> AverageRequest:
+    """What `average` is asked for with these arguments."""
+    return AverageRequest(**BASE | others)
 
 
 def compared(**others: Any) -> list[Any]:
     """Lets three ranks agree, the last of which was given other arguments; returns how each ended."""
 
     def work(ranks: Ranks) -> None:
-        agree_on_request(ranks, defaults() | (others if ranks.rank == 2 else {}))
+        agree_on_request(ranks, request(**others if ranks.rank == 2 else {}))
 
     return in_threads(3, work)
 
@@ -59,7 +69,6 @@ OTHER: dict[str, Any] = {
     "exclude": ["*.pt"],
     "at_lr_minima": True,
     "state_key": "model",
-    "ema": True,
     "strip_prefix": "model.",
     "dtype": "bfloat16",
     "non_float": "last",
@@ -78,12 +87,12 @@ OTHER: dict[str, Any] = {
     "overwrite": True,
     "dry_run": True,
 }
-HOW = {"device": "cpu", "io": "other", "threads": 7, "memory": 1 << 20, "progress": object(), "ranks": Ranks()}
+HOW = {"device": "cpu", "io": "pread", "threads": 7, "memory": 1 << 20, "progress": object(), "ranks": Ranks()}
 
 
 def test_every_argument_either_decides_bytes_or_does_not() -> None:
     """If it failed, a new argument would be tried by none of the tests below."""
-    assert OTHER.keys() | HOW.keys() >= defaults().keys()
+    assert OTHER.keys() | HOW.keys() == {option.name for _, option in options_of(AverageRequest)} - {"ema"}
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -109,7 +118,7 @@ def test_arguments_that_decide_no_byte_may_differ() -> None:
         {"sources": [Path("run")]},
         {"sources": ("run",)},
         {"output": Path("swa.safetensors")},
-        {"model": None},
+        {"forward_batch": None},
         {"include": []},
     ],
     ids=str,
@@ -123,8 +132,8 @@ def test_objects_are_compared_by_what_they_are_not_where_they_lie() -> None:
     """If it failed, a model or a loader, which is another object in each process, would be refused."""
 
     def work(ranks: Ranks) -> None:
-        mine = {"model": torch.nn.Linear(2, 2), "data": [torch.ones(2)], "evaluate": partial(max, ranks.rank)}
-        agree_on_request(ranks, mine | {"data": iter([1])})
+        mine = {"model": torch.nn.Linear(2, 2), "data": iter([1]), "evaluate": partial(max, ranks.rank)}
+        agree_on_request(ranks, request(**mine))
 
     assert in_threads(2, work) == [None, None]
 
@@ -133,7 +142,7 @@ def test_batches_in_a_list_are_not_sent_one_by_one() -> None:
     """If it failed, each rank's own list of batches would be refused for its length."""
 
     def work(ranks: Ranks) -> None:
-        agree_on_request(ranks, defaults() | {"data": [torch.ones(2)] * (1 + ranks.rank)})
+        agree_on_request(ranks, request(data=[torch.ones(2)] * (1 + ranks.rank)))
 
     assert in_threads(2, work) == [None, None]
 
@@ -150,7 +159,7 @@ def test_other_versions_are_refused(which: str, monkeypatch: pytest.MonkeyPatch)
             return super().exchange(step, value | ({name: "0.0.1"} if self.rank == 1 else {}), answer)
 
     monkeypatch.setattr("ckpt_avg.distributed.ranks.Ranks", Altered)
-    ends = in_threads(2, lambda ranks: agree_on_request(ranks, defaults()))
+    ends = in_threads(2, lambda ranks: agree_on_request(ranks, request()))
     for end in ends:
         assert isinstance(end, RankError)
         assert (
@@ -162,8 +171,9 @@ def test_other_versions_are_refused(which: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_arguments_of_any_kind_can_be_sent() -> None:
     """If it failed, an argument that is wrong on all ranks would be a crash, not an error that names it."""
-    odd = {"last": math.inf, "every": 2**70, "metric": "\udcff", "mode": b"min", "include": {"a"}, "bn": object}
-    assert in_threads(2, lambda ranks: agree_on_request(ranks, defaults() | odd)) == [None, None]
+    odd = {"last": math.inf, "every": 2**70, "metric": "\udcff", "state_key": b"model", "include": {"a"}}
+    odd |= {"sources": object(), "output": 3}
+    assert in_threads(2, lambda ranks: agree_on_request(ranks, request(**odd))) == [None, None]
 
 
 # -- Files ----------------------------------------------------------------------------------------------------------

@@ -694,9 +694,9 @@ def test_all_must_hold(run: list[Path], out: Path) -> None:
             overwrite=True,
         )  # fmt: skip
     assert str(caught.value) == (
-        f"{out}: not published, since 2 requirements of 3 are not met: m>=last: expected >= 1, got 0.5; m>0.75: "
-        "expected > 0.75, got 0.5. Average other checkpoints (ckpt-avg sweep shows which are best together), or ask "
-        "for less."
+        f"{out}: not published, because 2 of 3 requirements failed: m>=last: expected >= 1, got 0.5; m>0.75: "
+        "expected > 0.75, got 0.5. Average other checkpoints (ckpt-avg sweep shows which are best together), or relax "
+        "the requirement."
     )
     assert [each.met for each in caught.value.result.outcomes] == [True, False, False]
     assert (out.read_bytes(), names(out.parent)) == (b"old", [out.name])
@@ -726,9 +726,9 @@ def test_an_unknown_metric_is_found_before_anything_is_made(run: list[Path], out
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"require": "m>=last"}, "--require: nothing is measured that it could be about. Add --eval MODULE:FUNCTION."),
-        ({"evaluate_all": True}, "--eval-all: nothing is measured that it could be about. Add --eval MODULE:FUNCTION."),
-        ({"evaluate": score}, "--eval: expected the model that is to be measured. Add --model MODULE:FACTORY."),
+        ({"require": "m>=last"}, "--require needs a metric. Add --eval MODULE:FUNCTION."),
+        ({"evaluate_all": True}, "--eval-all needs a metric. Add --eval MODULE:FUNCTION."),
+        ({"evaluate": score}, "--eval needs a model. Add --model MODULE:FACTORY."),
         ({"evaluate": score, "model": make, "require": "loss"}, "--require 'loss': expected METRIC>=last, with"),
         ({"require": ["m>=last", ""]}, "--require '': expected METRIC>=last, with"),
     ],
@@ -881,9 +881,9 @@ def test_an_unmet_requirement(app: App, in_process: InProcess, old: bool) -> Non
     assert "average, statistics averaged  0.5 (-0.5)" in lines
     assert "NOT MET: m>=last: expected >= 1, got 0.5" in lines
     assert "met: m>=0: expected >= 0, got 0.5" in lines
-    assert f"{app.out} is not written" in lines
+    assert f"did not write {app.out}" in lines
     assert not [line for line in lines if line.startswith(("wrote", "would"))]
-    assert stderr.splitlines()[-1].startswith(f"Error: {app.out}: not published, since 1 requirement of 2 is not met")
+    assert stderr.splitlines()[-1].startswith(f"Error: {app.out}: not published, because 1 of 2 requirements failed")
     assert "Traceback" not in stderr
     document = json.loads(report.read_text())
     assert (document["written"], [each["met"] for each in document["requirements"]]) == (False, [False, True])
@@ -932,7 +932,7 @@ def test_json_stays_json_for_nan_and_infinity(app: App, in_process: InProcess) -
         ("raises", 7, "the --eval function raised for step_2.pt: LookupError: no test set"),
         ("exits", 7, "the --eval function raised for step_2.pt: SystemExit: 0"),
         ("text", 7, "the --eval function: expected a number or a dict of names to numbers, got 'text' is a str."),
-        ("interrupts", 130, "interrupted; "),
+        ("interrupts", 130, "interrupted: "),
         ("missing", 2, "has no 'missing'"),
     ],
 )
@@ -949,8 +949,8 @@ def test_exit_codes(app: App, in_process: InProcess, function: str, exit_code: i
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--require", "m>=last"], "--require: nothing is measured"),
-        (["--eval-all"], "--eval-all: nothing is measured"),
+        (["--require", "m>=last"], "--require needs a metric"),
+        (["--eval-all"], "--eval-all needs a metric"),
         (["--eval", "MODULE:score", "--require", "nonsense"], "--require 'nonsense': expected METRIC>=last"),
         (["--eval", "MODULE:score", "--require", "acuracy>=last"], "got 'acuracy'"),
         (["--eval", "MODULE"], "--eval MODULE: expected MODULE:NAME"),
@@ -970,7 +970,7 @@ def test_eval_without_a_model(app: App, in_process: InProcess) -> None:
         "average", app.run, "-o", app.out, "--bn", "keep", "--eval", f"{app.module}:score", "--app-dir", app.folder
     )
     assert (code, names(app.out.parent)) == (2, [])
-    assert "--eval: expected the model that is to be measured. Add --model MODULE:FACTORY." in stderr
+    assert "--eval needs a model. Add --model MODULE:FACTORY." in stderr
 
 
 def test_a_dry_run_with_everything(app: App, in_process: InProcess) -> None:
@@ -1074,7 +1074,7 @@ def test_a_dry_run_says_that_it_measures_nothing(run: list[Path], out: Path) -> 
 
 
 def test_what_is_no_function_is_refused_at_once(run: list[Path], out: Path) -> None:
-    with pytest.raises(UsageError, match="expected a function of the model, got a Tensor"):
+    with pytest.raises(UsageError, match="--eval: got a Tensor"):
         average(run, out, model=make, bn="keep", evaluate=torch.ones(2))  # type: ignore[arg-type]
     with pytest.raises(UserCodeError, match="a function that returns one, got a str"):
         average(run, out, model="train:make", bn="keep", evaluate=lambda model: 1.0)  # type: ignore[arg-type]

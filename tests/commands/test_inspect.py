@@ -18,7 +18,8 @@ from torch import nn
 
 from ckpt_avg import inspect
 from ckpt_avg.checkpoint.spec import METHOD_KEY
-from ckpt_avg.cli.report_inspect import inspection_json, inspection_text
+from ckpt_avg.cli.documents import inspection_json
+from ckpt_avg.cli.reports import inspection_text
 from ckpt_avg.commands.inspect import Inspection
 from ckpt_avg.errors import CheckpointFormatError, UsageError
 
@@ -113,7 +114,7 @@ def test_keys_are_told_of_every_file_that_has_some(tmp_path: Path) -> None:
 
 def test_an_average_and_tied_tensors_are_told(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "swa.safetensors", metadata={METHOD_KEY: "mean"})
-    assert "an average already: ckpt-avg made it" in inspection_text(inspect(tmp_path / "swa.safetensors"))
+    assert "already an average: ckpt-avg made it" in inspection_text(inspect(tmp_path / "swa.safetensors"))
     shared = torch.ones(2)
     torch.save({"a": shared, "b": shared}, tmp_path / "tied.pt")
     found = inspect(tmp_path / "tied.pt")
@@ -181,13 +182,23 @@ def test_a_run_folder_is_a_table(tmp_path: Path) -> None:
     }
     assert (found.seen, found.needed) == ((), "")
     lines = inspection_text(found).splitlines()
-    assert lines[0].split() == [
-        "checkpoint", "format", "kind", "state", "dict", "step", "epoch", "metrics", "prefix", "tensors",
-        "dtypes", "tied", "BatchNorm", "size",
-    ]  # fmt: skip
-    assert lines[1].split()[:7] == ["epoch_9.pt", "torch", "zip", "-", "model", "-", "9"]
+    assert lines[:4] == [
+        "in every checkpoint: format torch zip; state dict model; tensors 2; dtypes F32; size 12 bytes",
+        "checkpoint   epoch  metrics",
+        "epoch_9.pt   9      loss 0.111111",
+        "epoch_10.pt  10     loss 0.1",
+    ]
     assert any(line.startswith("cannot be read: ") and "epoch_11.pt" in line for line in lines)
-    assert "left out: 'epoch_10_copy.pt': the same weights as epoch_10.pt, judging by samples" in lines
+    assert "skipped: 'epoch_10_copy.pt': the same weights as epoch_10.pt, judging by samples" in lines
+
+
+def test_a_table_of_one_checkpoint_has_every_column(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "a.pt")
+    assert [line.split() for line in inspection_text(inspect(tmp_path)).splitlines()] == [
+        ["checkpoint", "format", "kind", "state", "dict", "step", "epoch", "metrics", "prefix", "tensors", "dtypes",
+         "tied", "BatchNorm", "size"],
+        ["a.pt", "torch", "zip", "-", "model", "-", "-", "-", "-", "1", "F32", "-", "-", "8", "bytes"],
+    ]  # fmt: skip
 
 
 def test_a_run_folder_as_json(tmp_path: Path, in_process: InProcess) -> None:
@@ -237,7 +248,7 @@ def test_each_file_of_an_unprepared_folder_is_told_with_its_way_out(tmp_path: Pa
     assert found.needed
     text = inspection_text(found)
     assert f"cannot be read: {folder / 'model.ckpt'}: expected" in text
-    assert "nothing to average here: " in text
+    assert "nothing to average: " in text
 
 
 @pytest.mark.guarantee("torchscript")
@@ -255,7 +266,7 @@ def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
     assert "a NeMo archive. Unpack it (tar xf model.nemo)" in told["model.nemo"]
     assert "a GGUF file" in told["model.gguf"]
     assert "an HDF5 file" in told["model.h5"]
-    assert told["README.md"] == "no checkpoint by its name, 1,234 bytes"
+    assert told["README.md"] == "not a checkpoint, by its name; 1,234 bytes"
     assert told["empty"] == "a folder with 0 entries"
 
 

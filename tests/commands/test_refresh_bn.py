@@ -255,7 +255,7 @@ def test_a_model_without_batch_norm_says_that_nothing_was_refreshed(
 
 
 def test_the_first_line_does_not_say_refreshed_where_nothing_was(tmp_path: Path, out: Path) -> None:
-    from ckpt_avg.cli.report import refreshed_text
+    from ckpt_avg.cli.reports import refreshed_text
 
     path = tmp_path / "weights.safetensors"
     save_file({"weight": torch.ones(2, 6), "bias": torch.ones(2)}, path)
@@ -491,7 +491,7 @@ def test_a_missing_model_or_data(app: list[str], source: Path, out: Path, in_pro
     at = app.index(missing)
     code, _, stderr = in_process("refresh-bn", source, "-o", out, *app[:at], *app[at + 2 :])
     assert code == 2
-    assert f"Error: {missing}: expected MODULE:FACTORY, got nothing." in stderr
+    assert f"Error: {missing} is missing. Add {missing} MODULE:FACTORY to measure the statistics." in stderr
     assert names(out.parent) == []
 
 

@@ -508,4 +508,4 @@ def test_the_bytes_do_not_depend_on_it(tmp_path: Path, run_folder: Path, in_proc
 def test_there_is_no_other_way(tmp_path: Path, run_folder: Path, in_process: Any) -> None:
     code, _, err = in_process("average", run_folder, "-o", tmp_path / "o", "--io", "direct")
     assert code == 2
-    assert "--io: expected one of auto, mmap, pread, got 'direct'" in err
+    assert "--io: 'direct' is not one of auto, mmap, pread." in err

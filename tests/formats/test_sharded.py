@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import layouts
 import numpy as np
 import pytest
 import torch
+from formats import reading
+from formats.reading import Command, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import adam, save, tokens
 from safetensors.torch import save_file
 
+from ckpt_avg import CkptAvgError
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import read_ranges
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.sharded import is_index
 
-State = dict[str, torch.Tensor]
+State = Mapping[str, torch.Tensor]
 
 
 def write(folder: Path, *shards: State, suffix: str = "safetensors", stem: str = "model") -> Path:
@@ -73,7 +80,7 @@ def test_any_spread_over_shards_gives_the_same_tensors(tmp_path: Path, spread: l
     """A tensor looked for in the wrong file would be other bytes of the right length."""
     for path in tmp_path.iterdir():
         path.unlink()
-    shards: list[State] = [{}, {}, {}]
+    shards: list[dict[str, torch.Tensor]] = [{}, {}, {}]
     for name, shard in zip(STATE, spread, strict=True):
         shards[shard][name] = STATE[name]
     used = [shard for shard in shards if shard]
@@ -189,3 +196,143 @@ def test_a_shard_whose_name_no_file_can_have(tmp_path: Path, name: str) -> None:
         assert str(caught.value).startswith(f"{index}: ")
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 1000
+
+
+# --- an index and its shards that don't fit ---
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A good folder of two shards, and its index."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    return folder, layouts.sharded(folder, tokens(1))
+
+
+OUTSIDE = ["../secret.safetensors", "{absolute}", "..\\secret.safetensors", "a/../../secret.safetensors", "..", ".", "",
+           "./../secret.safetensors", "secret.safetensors\0", "C:\\secret.safetensors", "\\\\host\\s.safetensors",
+           "file://{absolute}", "~/secret.safetensors", "-", "nul\n.safetensors"]  # fmt: skip
+
+
+@pytest.mark.guarantee("no-file-outside")
+@pytest.mark.parametrize("shard", OUTSIDE)
+def test_an_index_reaches_no_file_outside_its_folder(
+    shards: tuple[Path, dict[str, Any]], tmp_path: Path, shard: str
+) -> None:
+    """A downloaded index reads a file of the user's own."""
+    folder, index = shards
+    secret = tmp_path / "secret.safetensors"
+    save_file({"lm_head.weight": torch.rand(6, 4)}, secret)
+    index["weight_map"]["lm_head.weight"] = shard.format(absolute=secret)
+    layouts.write_index(folder, index)
+    message = refusal(folder)
+    assert "index" in message
+
+
+FIRST, SECOND = layouts.shard_names("model", "safetensors", 2)
+WEIGHT_MAP = dict(zip(tokens(1), (FIRST, SECOND, FIRST, SECOND), strict=True))
+BROKEN: dict[str, object] = {
+    "a tensor that its shard lacks": {"weight_map": WEIGHT_MAP | {"extra.weight": FIRST}},
+    "a tensor in the other shard": {"weight_map": WEIGHT_MAP | {"model.embed.weight": SECOND}},
+    "a tensor that the index leaves out": {"weight_map": dict(list(WEIGHT_MAP.items())[:3])},
+    "a .bin shard in a safetensors index": {"weight_map": WEIGHT_MAP | {"lm_head.weight": "pytorch_model.bin"}},
+    "an optimizer as a shard": {"weight_map": WEIGHT_MAP | {"exp_avg": "optimizer.pt"}},
+    "the index itself": {"weight_map": WEIGHT_MAP | {"lm_head.weight": "model.safetensors.index.json"}},
+    "no weight_map": {"metadata": {}},
+    "an empty weight_map": {"weight_map": {}},
+    "a list": [],
+    "a weight_map that is a list": {"weight_map": [FIRST]},
+    "a number as file": {"weight_map": WEIGHT_MAP | {"lm_head.weight": 1}},
+    "nothing as file": {"weight_map": WEIGHT_MAP | {"lm_head.weight": None}},
+    "a list as file": {"weight_map": WEIGHT_MAP | {"lm_head.weight": [FIRST]}},
+    "no JSON": "weight_map: {}",
+    "nothing": "",
+    "cut off": json.dumps({"weight_map": WEIGHT_MAP})[:-20],
+    "deep": "[" * 100_000,
+    "a huge number": '{"weight_map": ' + "9" * 100_000 + "}",
+    "a lone surrogate": '{"weight_map": {"\\ud800": "' + FIRST + '"}}',
+}
+
+
+@pytest.mark.parametrize("change", BROKEN)
+def test_an_index_that_does_not_fit_its_shards_is_refused(shards: tuple[Path, dict[str, Any]], change: str) -> None:
+    """A tensor is silently left out of the average, or a traceback instead of a message."""
+    folder, index = shards
+    assert index["weight_map"] == WEIGHT_MAP
+    save(tokens(2), folder / "pytorch_model.bin")
+    save(adam(), folder / "optimizer.pt")
+    layouts.write_index(folder, BROKEN[change])
+    assert str(folder) in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b'{"weight_map": {"\xff": "a"}}', b"\0" * 64])
+def test_an_index_that_is_no_text_is_refused(shards: tuple[Path, dict[str, Any]], content: bytes) -> None:
+    (shards[0] / "model.safetensors.index.json").write_bytes(content)
+    refusal(shards[0])
+
+
+def test_a_tensor_in_two_shards_is_refused(shards: tuple[Path, dict[str, Any]]) -> None:
+    """Which of the two is averaged depends on the order of reading."""
+    folder, index = shards
+    second = index["weight_map"]["model.layers.0.weight"]
+    both = {name: tensor for name, tensor in tokens(1).items() if index["weight_map"][name] == second}
+    save_file({**both, "model.embed.weight": torch.rand(6, 4)}, folder / second)
+    assert "model.embed.weight" in refusal(folder)
+
+
+def test_a_shard_that_is_no_file_is_refused(shards: tuple[Path, dict[str, Any]]) -> None:
+    folder, index = shards
+    shard = folder / index["weight_map"]["lm_head.weight"]
+    shard.unlink()
+    shard.mkdir()
+    assert shard.name in refusal(folder)
+
+
+def test_shards_without_their_index_are_not_taken_for_whole(tmp_path: Path, in_process: Command) -> None:
+    """Each shard counted as a checkpoint of a run."""
+    layouts.sharded(tmp_path, tokens(1))
+    (tmp_path / "model.safetensors.index.json").unlink()
+    code, _, errors = in_process("average", tmp_path, "-o", tmp_path / "o.safetensors", "--bn", "keep")
+    assert code in (3, 4), errors
+
+
+@pytest.mark.guarantee("shard-links")
+def test_links_inside_the_folder_are_followed(shards: tuple[Path, dict[str, Any]]) -> None:
+    folder, index = shards
+    name = index["weight_map"]["lm_head.weight"]
+    (folder / name).rename(folder / "stored")
+    (folder / name).symlink_to("stored")
+    reading.assert_same(reading.read(folder), tokens(1))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
+def test_links_in_a_circle_are_an_error_and_no_crash(tmp_path: Path, name: str, in_process: Command) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / name).symlink_to("other")
+    (folder / "other").symlink_to(name)
+    with pytest.raises(CkptAvgError) as caught:
+        open_checkpoint(folder)
+    assert caught.value.exit_code in (2, 3, 4)
+    code, _, errors = in_process("average", folder, "-o", tmp_path / "o.safetensors")
+    assert code in (2, 3, 4)
+    assert "Traceback" not in errors
+
+
+def test_a_shard_that_links_to_itself(shards: tuple[Path, dict[str, Any]]) -> None:
+    folder, index = shards
+    shard = folder / index["weight_map"]["lm_head.weight"]
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    assert shard.name in refusal(folder)
+
+
+@pytest.mark.parametrize("make", [layouts.lfs_pointer, layouts.html_page])
+def test_a_shard_that_is_no_checkpoint_is_named(
+    shards: tuple[Path, dict[str, Any]], make: Callable[[Path], Path]
+) -> None:
+    """A clone without git-lfs: the index is there, and the shards are pointers."""
+    folder, index = shards
+    name = index["weight_map"]["lm_head.weight"]
+    make(folder / name)
+    assert name in refusal(folder)

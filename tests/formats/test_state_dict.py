@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import formats.reading
 import pytest
+from formats.reading import assert_same, read
+from layouts import save, state
 
 from ckpt_avg.checkpoint.spec import DTYPES
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.pickles.leaves import StorageRef, StoredTensor, UnreadableTensor
 from ckpt_avg.formats.pickles.stand_ins import Foreign, PlainDict
-from ckpt_avg.formats.state_dict import Reading, find_state_dict
+from ckpt_avg.formats.reading import Reading
+from ckpt_avg.formats.state_dict import find_state_dict
 from ckpt_avg.formats.trainers.records import plain_values
 
 PATH = Path("run/epoch_3.pt")
@@ -30,7 +34,7 @@ class Module(Foreign):
 
 def refusal(root: object, key: str | None = None) -> str:
     with pytest.raises(CheckpointFormatError) as caught:
-        find_state_dict(root, PATH, Reading(key))
+        find_state_dict(root, PATH, Reading(state_key=key))
     message = str(caught.value)
     assert caught.value.exit_code == 3
     assert message.startswith("run/epoch_3.pt: ")
@@ -60,6 +64,11 @@ def refusal(root: object, key: str | None = None) -> str:
         # the only one, wherever it is
         ({"a": {"b": {"c": {"w": W}}}}, "a.b.c", ["w"]),
         ({"net": {"w": W}, "optimizer": {"state": {0: {"exp_avg": B}}}}, "net", ["w"]),
+        (
+            {"weights_of_it": {"w": W}, "optimizer": {"exp_avg": {"w": B}, "exp_avg_sq": {"w": B}}},
+            "weights_of_it",
+            ["w"],
+        ),
         # names like the wrapper keys are tensors where they are tensors
         ({"model": W, "state_dict": B}, None, ["model", "state_dict"]),
     ],
@@ -95,13 +104,13 @@ def test_a_key_names_a_part(key: str, expected: str) -> None:
     }
     if key == "a.b.c":
         root.pop("a.b")
-    found = find_state_dict(root, PATH, Reading(key))
+    found = find_state_dict(root, PATH, Reading(state_key=key))
     assert (found.key, list(found.tensors)) == (key, [expected])
 
 
 def test_a_key_may_name_what_would_not_be_taken_by_itself() -> None:
     root = {"model": {"w": W}, "ema": {"w": B, "decay": 0.9}}
-    found = find_state_dict(root, PATH, Reading("ema"))
+    found = find_state_dict(root, PATH, Reading(state_key="ema"))
     assert found.tensors == {"w": B}
     assert found.others == ("decay",)
 
@@ -132,9 +141,18 @@ def test_nested_candidates_are_listed_and_none_is_taken() -> None:
     assert "Choose one with --state-key, for example --state-key generator." in message
 
 
-def test_several_wrapper_keys_are_not_guessed_between() -> None:
-    message = refusal({"state_dict": {"w": W}, "model": {"w": B}})
-    assert "got several: 'state_dict', 'model'" in message
+@pytest.mark.guarantee("nested-state-dicts")
+@pytest.mark.parametrize(
+    "keys", [("state_dict", "model"), ("net_g", "net_d"), ("encoder", "decoder"), ("generator", "discriminator")]
+)
+def test_several_state_dicts_are_listed_and_none_is_taken(tmp_path: Path, keys: tuple[str, str]) -> None:
+    """One of them taken at random, or both merged, as OpenNMT-py's model and generator are."""
+    path = save({keys[0]: state(1), keys[1]: state(2), "step": 3}, tmp_path / "two.pt")
+    message = formats.reading.refusal(path)
+    assert f"got several: '{keys[0]}', '{keys[1]}'" in message
+    assert "--state-key" in message
+    for number, key in enumerate(keys):
+        assert_same(read(path, state_key=key), state(number + 1))
 
 
 def test_many_candidates_are_cut() -> None:
@@ -172,6 +190,7 @@ def test_a_pickled_module(key: str | None) -> None:
     [
         ({}, "an empty dict"),
         ({"epoch": 3}, "a dict with the keys 'epoch', which holds no named tensors"),
+        ({"optimizer": {"exp_avg": {"w": W}}, "epoch": 3}, "a dict with the keys 'optimizer', 'epoch'"),
         (W, "a single tensor without a name"),
         (SPARSE, "a single tensor without a name"),
         ([W], "type list"),
@@ -204,7 +223,7 @@ def test_the_depth_of_the_search_is_bounded() -> None:
 
     assert find_state_dict(nested(4), PATH, Reading()).key == "k.k.k.k"
     refusal(nested(5))
-    assert find_state_dict(nested(5), PATH, Reading("k.k.k.k.k")).key == "k.k.k.k.k"
+    assert find_state_dict(nested(5), PATH, Reading(state_key="k.k.k.k.k")).key == "k.k.k.k.k"
 
 
 def test_a_dict_that_holds_itself() -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
+from formats.reading import Command, assert_same, averaged, mean, read
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import net, ordered, save, state
 from torch import nn
 
+from ckpt_avg import open_checkpoint
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.tensor_names import PREFIXES, Stripped, strip_prefixes
 
@@ -188,3 +194,43 @@ def test_many_tensors_of_one_name_are_refused_at_once() -> None:
     names = [f"w{number}" for number in range(20_000)]
     with pytest.raises(CheckpointFormatError, match=r"two tensors would have one name: 'w0', 'w1', .* and 19,980 more"):
         strip([*names, *(f"model.{name}" for name in names)], "model.")
+
+
+# --- in checkpoints ---
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module.", "_forward_module.",
+     "_forward_module.module._orig_mod."],
+)  # fmt: skip
+@pytest.mark.parametrize("key", [None, "state_dict"])
+def test_wrappers_are_taken_off_every_name(tmp_path: Path, prefix: str, key: str | None) -> None:
+    weights = ordered(state(1), prefix)
+    path = save(weights if key is None else {key: weights}, tmp_path / "wrapped.pt")
+    assert_same(read(path), state(1))
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.spec.prefix == prefix
+        assert any(prefix in note for note in checkpoint.spec.notes)
+
+
+def test_real_data_parallel_and_compiled_models(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, while it imports what compiles
+        wrapped = torch.compile(nn.DataParallel(net(3)))
+    path = save(wrapped.state_dict(), tmp_path / "ddp.pt")
+    assert next(iter(torch.load(path))).startswith("_orig_mod.module.")
+    assert_same(read(path), state(3))
+
+
+def test_tied_tensors_under_a_prefix(tmp_path: Path) -> None:
+    shared = torch.rand(3, 2)
+    path = save({"module.embed.weight": shared, "module.head.weight": shared}, tmp_path / "tied.pt")
+    with open_checkpoint(path) as checkpoint:
+        assert [sorted(group) for group in checkpoint.spec.tied()] == [["embed.weight", "head.weight"]]
+
+
+def test_one_run_with_and_without_a_wrapper(tmp_path: Path, in_process: Command) -> None:
+    """A run resumed without DataParallel: the names are the same once its prefix is gone."""
+    paths = [save(ordered(state(1), "module."), tmp_path / "1.pt"), save(ordered(state(2)), tmp_path / "2.pt")]
+    assert_same(averaged(in_process, *paths), mean([state(1), state(2)]))

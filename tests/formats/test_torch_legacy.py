@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -404,3 +405,16 @@ def test_millions_of_empty_sets_hit_the_limit(layout: Stream) -> None:
     """At the real limit: a file of 1.6 MB is refused before it has taken half a gigabyte."""
     message = refusal(layout.write(contents=b"\x80\x04](" + pickle.EMPTY_SET * 1_600_000 + b"e."))
     assert "expected at most 30,000,000 operations in the pickle, got more" in message
+
+
+def test_a_stream_with_an_endless_line_is_refused_in_bounded_time(tmp_path: Path) -> None:
+    """A name without an end, gathered byte by byte: the time grows with the square of its length."""
+    head = saved(tmp_path, {}).read_bytes()[:20]
+    path = tmp_path / "old.pt"
+    times = []
+    for length in (100_000, 800_000):
+        path.write_bytes(head + b"\x80\x02c" + b"a" * length)
+        begin = time.process_time()
+        refusal(path)
+        times.append(time.process_time() - begin)
+    assert times[1] < 20 * max(times[0], 0.05)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mean.plans import Tensors, plan_of, tensors
 
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, Checkpoint, CheckpointSpec, TensorSpec
-from ckpt_avg.mean import blocks
+from ckpt_avg.mean import blocks as module
 from ckpt_avg.mean.blocks import Block, cut_into_blocks
 from ckpt_avg.mean.plan import OutputTensor
 
@@ -22,15 +22,15 @@ FLOAT32 = BY_TORCH_NAME["float32"]
 @settings(max_examples=200, deadline=None)
 def test_blocks_cover_every_element_once_and_in_order(tensors: Tensors, elements: int, dtype: str) -> None:
     plan = plan_of(tensors, dtype=dtype)
-    cut = list(cut_into_blocks(plan, elements))
+    lists = list(cut_into_blocks(plan, elements))
+    blocks = [block for each in lists for block in each]
     covered = [
-        (tensor.name, index) for block in cut for tensor, start, stop in block.ranges for index in range(start, stop)
+        (tensor.name, index) for block in blocks for tensor, start, stop in block.ranges for index in range(start, stop)
     ]
     assert covered == [(tensor.name, index) for tensor in plan.tensors for index in range(tensor.numel)]
     end = 0
-    for block in cut:
-        assert 0 < block.numel <= elements
-        assert block.numel == sum(stop - start for _, start, stop in block.ranges)
+    for block in blocks:
+        assert block.numel == sum(stop - start for _, start, stop in block.ranges) > 0
         assert block.offset == end
         for tensor, start, stop in block.ranges:
             assert tensor.offset + start * tensor.dtype.itemsize == end
@@ -39,15 +39,15 @@ def test_blocks_cover_every_element_once_and_in_order(tensors: Tensors, elements
             end = tensor.offset + stop * tensor.dtype.itemsize
         assert block.offset + block.nbytes == end
     assert end == plan.nbytes
-    for block, following in itertools.pairwise(cut):  # a block is smaller only if the next is of another kind
-        kinds = [(each.source_dtype, each.dtype, each.is_mean) for each in (block, following)]
-        assert block.numel == elements or kinds[0] != kinds[1]
+    numels = [sum(block.numel for block in each) for each in lists]
+    assert all(numel == elements for numel in numels[:-1])
+    assert all(0 < numel <= elements for numel in numels)
 
 
-def test_a_block_has_a_limited_number_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_MOST_TENSORS", 3)
+def test_the_number_of_tensors_at_a_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_TENSORS", 3)
     plan = plan_of({str(index): ("F32", (2,)) for index in range(8)})
-    assert [len(block.ranges) for block in cut_into_blocks(plan, 1000)] == [3, 3, 2]
+    assert [len(block.ranges) for (block,) in cut_into_blocks(plan, 1000)] == [3, 3, 2]
 
 
 def test_tensors_without_elements_are_in_no_block() -> None:
@@ -108,9 +108,9 @@ def test_the_shares_of_ranks_cover_every_element_once_and_begin_at_pages(
     found: dict[str, list[tuple[int, int]]] = {tensor.name: [] for tensor in plan.tensors}
     for share in shares:
         covered = 0
-        for block in cut_into_blocks(plan, elements, share):
-            assert block.numel <= elements
-            for tensor, start, stop in block.ranges:
+        for blocks in cut_into_blocks(plan, elements, share):
+            assert sum(block.numel for block in blocks) <= elements
+            for tensor, start, stop in itertools.chain.from_iterable(block.ranges for block in blocks):
                 found[tensor.name].append((start, stop))
                 covered += (stop - start) * tensor.dtype.itemsize
         assert covered == len(share)

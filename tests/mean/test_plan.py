@@ -11,16 +11,16 @@ from mean.plans import Tensors, plan_of, tensors
 
 from ckpt_avg.checkpoint.spec import DTYPES
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.mean.plan import OUTPUT_DTYPES
 
 # As the reference implementation declares its dtypes; data sections are sorted by falling rank.
 REFERENCE = [
     *("BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
     *("I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"),
 ]
+FLOATS = ["float64", "float32", "bfloat16", "float16"]
 
 
-@given(tensors=tensors, dtype=st.sampled_from(OUTPUT_DTYPES))
+@given(tensors=tensors, dtype=st.sampled_from(["keep", *FLOATS]))
 @settings(max_examples=100, deadline=None)
 def test_tensors_lie_side_by_side_in_the_references_order(tensors: Tensors, dtype: str) -> None:
     plan = plan_of(tensors, dtype=dtype)
@@ -44,7 +44,7 @@ def test_the_order_of_the_checkpoint_does_not_matter(tensors: Tensors) -> None:
     assert plan_of(tensors).tensors == plan_of(dict(shuffled)).tensors
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in OUTPUT_DTYPES if dtype != "keep"])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_a_dtype_is_given_to_floating_point_tensors_alone(dtype: str) -> None:
     tensors = {name: (name, (2,)) for name in DTYPES}
     for tensor in plan_of(tensors, dtype=dtype).tensors:

@@ -21,12 +21,12 @@ from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.output import digests
-from ckpt_avg.output.digests import LEAF, TreeDigest, digest_data, digest_files, digest_stream
+from ckpt_avg.output.digests import CHUNK, TreeDigest, digest_data, digest_files, digest_stream
 
 
-def expected(data: bytes, leaf: int = LEAF) -> str:
-    leaves = [data[start : start + leaf] for start in range(0, len(data), leaf)]
-    return hashlib.sha256(b"".join(hashlib.sha256(each).digest() for each in leaves)).hexdigest()
+def expected(data: bytes, chunk: int = CHUNK) -> str:
+    chunks = [data[start : start + chunk] for start in range(0, len(data), chunk)]
+    return hashlib.sha256(b"".join(hashlib.sha256(each).digest() for each in chunks)).hexdigest()
 
 
 def never(offset: int, length: int) -> bytes:
@@ -39,7 +39,7 @@ def test_any_pieces_in_any_order_give_the_digest(size: int, cuts: list[int], ord
     """If it failed, the digest would depend on threads, memory or ranks."""
     data = bytes(order.randrange(256) for _ in range(size))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digests, "LEAF", 16)
+        patch.setattr(digests, "CHUNK", 16)
         bounds = sorted({0, size, *(min(cut, size) for cut in cuts)})
         pieces = list(itertools.pairwise(bounds))
         order.shuffle(pieces)
@@ -55,16 +55,16 @@ def test_what_is_written_again_is_read_again(size: int, start: int, length: int,
     """If it failed, an output whose BatchNorm statistics were refreshed would not verify, nor one of many ranks."""
     data = bytearray(range(size))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digests, "LEAF", 16)
+        patch.setattr(digests, "CHUNK", 16)
         first, second = TreeDigest(size), TreeDigest(size)
         share = min(share, size)
         first.add(memoryview(bytes(data))[:share], 0)
         second.add(memoryview(bytes(data))[share:], share)
-        first.join(second.known())
+        first.update(second.known())
         for index in range(min(start, size), min(start + length, size)):
             data[index] ^= 0xFF
         if start < size:
-            first.forget(start, min(length, size - start))
+            first.invalidate(start, min(length, size - start))
         read = []
         found = first.finish(lambda offset, count: read.append(count) or bytes(data[offset : offset + count]))
         assert found == expected(bytes(data), 16)
@@ -72,7 +72,7 @@ def test_what_is_written_again_is_read_again(size: int, start: int, length: int,
 
 
 def test_threads_may_share_it() -> None:
-    data = random.Random(0).randbytes(3 * LEAF + 17)
+    data = random.Random(0).randbytes(3 * CHUNK + 17)
     digest = TreeDigest(len(data))
     step = 100_003
 
@@ -88,7 +88,7 @@ def test_threads_may_share_it() -> None:
     assert digest.finish(never) == expected(data)
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, LEAF - 1, LEAF, LEAF + 1, 5 * LEAF + 3])
+@pytest.mark.parametrize("nbytes", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 3])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_data_of_a_file_is_digested_by_many_threads(tmp_path: Path, nbytes: int, threads: int) -> None:
     data = random.Random(nbytes).randbytes(nbytes)
@@ -103,7 +103,7 @@ def test_the_data_of_a_file_is_digested_by_many_threads(tmp_path: Path, nbytes: 
 @pytest.mark.skipif(not all(map(shutil.which, ("split", "xxd"))), reason="needs split and xxd")
 def test_the_tools_of_a_shell_give_the_same(tmp_path: Path) -> None:
     """As the documentation says how to recompute it."""
-    data = random.Random(1).randbytes(2 * LEAF + 99)
+    data = random.Random(1).randbytes(2 * CHUNK + 99)
     (tmp_path / "data").write_bytes(data)
     line = "split -b 1M --filter=sha256sum | cut -c -64 | xxd -r -p | sha256sum"
     with (tmp_path / "data").open("rb") as file:

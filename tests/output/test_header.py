@@ -96,19 +96,28 @@ def test_no_metadata_is_left_out(plan: Plan) -> None:
     assert "__metadata__" not in json.loads(encode_header(encode_tensors(plan), {})[8:])
 
 
-@pytest.mark.parametrize("reserve", [0, 1, 150, 400, 401, 403, 1000, 4096])
-def test_a_reserve_is_filled_with_spaces_to_a_multiple_of_eight(plan: Plan, tmp_path: Path, reserve: int) -> None:
-    plain, reserved = (
-        encode_header(encode_tensors(plan), {"k": "v"}),
-        encode_header(encode_tensors(plan), {"k": "v"}, reserve=reserve),
-    )
-    assert max(len(plain), reserve) <= len(reserved) < max(len(plain), reserve) + 8
-    assert len(reserved) % 8 == 0
-    assert reserved[8:].rstrip(b" ") == plain[8:].rstrip(b" ")
-    assert int.from_bytes(reserved[:8], "little") == len(reserved) - 8
-    path = tmp_path / "reserved.safetensors"
-    path.write_bytes(reserved + data_of({"a": torch.ones(3), "b": torch.ones(2).half()}, plan))
+@pytest.mark.parametrize("size", [0, 1, 150, 400, 401, 403, 1000, 4096])
+@pytest.mark.parametrize("room", [0, 1, 7, 8, 30])
+def test_a_longer_header_is_padded_with_spaces_to_a_multiple_of_eight(
+    plan: Plan, tmp_path: Path, size: int, room: int
+) -> None:
+    plain = encode_header(encode_tensors(plan), {"k": "v"})
+    padded = encode_header(encode_tensors(plan), {"k": "v"}, size=size, room=room)
+    least = max(len(plain.rstrip(b" ")) + room, size)
+    assert least <= len(padded) < least + 8
+    assert len(padded) % 8 == 0
+    assert padded[8:].rstrip(b" ") == plain[8:].rstrip(b" ")
+    assert int.from_bytes(padded[:8], "little") == len(padded) - 8
+    path = tmp_path / "padded.safetensors"
+    path.write_bytes(padded + data_of({"a": torch.ones(3), "b": torch.ones(2).half()}, plan))
     assert load_file(path)["a"].tolist() == [1, 1, 1]
+
+
+def test_there_is_room_for_metadata_that_grow(plan: Plan) -> None:
+    """If it failed, the data would begin elsewhere once the metadata are complete."""
+    for grown in range(31):
+        first = encode_header(encode_tensors(plan), {"k": "v"}, room=30)
+        assert len(encode_header(encode_tensors(plan), {"k": "v" * (1 + grown)}, size=len(first))) == len(first)
 
 
 def test_a_header_over_the_formats_limit_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,5 +125,7 @@ def test_a_header_over_the_formats_limit_is_refused(plan: Plan, monkeypatch: pyt
     monkeypatch.setattr(header, "LIMITS", Limits(header=length))
     assert len(encode_header(encode_tensors(plan), {})) == length + 8
     monkeypatch.setattr(header, "LIMITS", Limits(header=length - 1))
-    with pytest.raises(IncompatibleError, match=rf"would take {length:,} bytes, and safetensors allows {length - 1:,}"):
+    with pytest.raises(
+        IncompatibleError, match=rf"would be {length:,} bytes long, but safetensors allows {length - 1:,}"
+    ):
         encode_header(encode_tensors(plan), {})

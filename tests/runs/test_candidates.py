@@ -15,11 +15,12 @@ from ckpt_avg import average, check
 from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
-from ckpt_avg.formats.state_dict import Reading
+from ckpt_avg.formats.reading import Reading
 from ckpt_avg.runs.candidates import EARLIER_AVERAGE, Candidate, Survey, position, survey, unit_of
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import discover
-from ckpt_avg.runs.select import Selection, open_selected
+from ckpt_avg.runs.select import open_selected
+from ckpt_avg.runs.selection import Selection
 
 
 def weights(seed: float) -> dict[str, torch.Tensor]:
@@ -458,7 +459,7 @@ def test_raw_weights_of_one_and_only_an_ema_of_another_are_refused(tmp_path: Pat
     torch.save({"model": weights(1), "epoch": 1}, tmp_path / "epoch_1.pt")
     torch.save({"ema": weights(2), "epoch": 2}, tmp_path / "epoch_2.pt")
     with pytest.raises(
-        IncompatibleError, match=r"epoch_2\.pt: a running average .* while .*epoch_1\.pt holds raw"
+        IncompatibleError, match=r"epoch_2\.pt: has only a running average .* while .*epoch_1\.pt has raw"
     ) as caught:
         average([tmp_path], tmp_path / "out.safetensors")
     assert caught.value.exit_code == 4

@@ -16,7 +16,8 @@ from ckpt_avg import check
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, CkptAvgError, IncompatibleError, UsageError
 from ckpt_avg.runs.candidates import Candidate
-from ckpt_avg.runs.select import Selection, minima_of, select
+from ckpt_avg.runs.select import minima_of, select
+from ckpt_avg.runs.selection import Selection
 
 Rates = tuple[tuple[int, float], ...]
 
@@ -129,7 +130,7 @@ def test_the_order_given_is_kept() -> None:
 @pytest.mark.parametrize("number", [0, -1])
 @pytest.mark.parametrize("option", ["last", "every", "best"])
 def test_numbers_below_one_are_refused(option: str, number: int) -> None:
-    assert refusal(UsageError, TEN, **{option: number}) == f"--{option}: expected 1 or more, got {number}."
+    assert refusal(UsageError, TEN, **{option: number}) == f"--{option}: {number} is out of range. Use 1 or more."
 
 
 def test_more_than_there_are() -> None:
@@ -238,7 +239,7 @@ def test_nothing_between() -> None:
 
 def test_bounds_in_the_wrong_order() -> None:
     message = refusal(UsageError, TEN, from_step=5, to_step=4)
-    assert message == "--from-step 5 is greater than --to-step 4."
+    assert message == "--from-step 5 is greater than --to-step 4. Swap them."
 
 
 # --- best --------------------------------------------------------------------------------------------------
@@ -324,7 +325,11 @@ def test_the_best_of_what_the_other_rules_leave() -> None:
 def test_what_is_better_must_be_said(mode: str | None) -> None:
     """Guessing that low is good would average the worst checkpoints by accuracy."""
     message = refusal(UsageError, LOSSES, best=1, metric="loss", mode=mode)
-    assert "expected --mode min (a loss, an error rate) or --mode max (an accuracy), got" in message
+    if mode is None:
+        assert message == "--best 1 needs --mode. Add --mode min (for a loss) or --mode max (for an accuracy)."
+    else:
+        near = " Did you mean 'min'?" if mode == "MIN" else ""
+        assert message == f"--mode: {mode!r} is not one of min, max.{near}"
 
 
 @pytest.mark.parametrize(("option", "value"), [("metric", "loss"), ("mode", "min")])

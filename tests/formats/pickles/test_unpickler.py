@@ -512,7 +512,8 @@ import json, resource, sys, time
 from pathlib import Path
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.pickles.unpickler import read_pickle
-from ckpt_avg.formats.state_dict import Reading, find_state_dict
+from ckpt_avg.formats.reading import Reading
+from ckpt_avg.formats.state_dict import find_state_dict
 stream = sys.stdin.buffer.read()
 def used():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

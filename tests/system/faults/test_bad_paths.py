@@ -412,10 +412,10 @@ def test_one_checkpoint_under_several_names_of_a_run_counts_once(in_process: Com
     found, said = mean(in_process, run, "--verbose", folder=tmp_path)
     assert found == {"w": [1.5]}
     assert "averaged 2 checkpoints: step_9.safetensors, step_10.safetensors" in said
-    assert "left out: 'last.safetensors': the same file as step_10.safetensors" in said
-    assert "left out: 'best.safetensors': the same file as step_10.safetensors" in said
-    assert "left out: 'model_best.safetensors': " in said
-    assert "3 entries left out (-v says why)" in mean(in_process, run, folder=tmp_path)[1]
+    assert "skipped: 'last.safetensors': the same file as step_10.safetensors" in said
+    assert "skipped: 'best.safetensors': the same file as step_10.safetensors" in said
+    assert "skipped: 'model_best.safetensors': " in said
+    assert "skipped 3 entries (-v lists them with the reasons)" in mean(in_process, run, folder=tmp_path)[1]
 
 
 @pytest.mark.guarantee("same-checkpoint-twice")
@@ -530,8 +530,8 @@ def test_a_incomplete_checkpoint_is_left_out_of_a_run_and_refused_by_name(
         (run / path).write_bytes(content)
     found, said = mean(in_process, run, "--verbose", folder=tmp_path)
     assert found == {"w": [1.5]}
-    assert f"left out: '{name}': {reason}" in said
-    assert "1 entry left out (-v says why)" in mean(in_process, run, folder=tmp_path)[1]
+    assert f"skipped: '{name}': {reason}" in said
+    assert "skipped 1 entry (-v lists them with the reasons)" in mean(in_process, run, folder=tmp_path)[1]
     message = refusal_of(in_process, run / name, folder=tmp_path)
     assert message.endswith(fact)
 

@@ -453,7 +453,7 @@ def test_two_names_of_one_tensor_are_both_written_and_said(in_process: Command, 
         0,
         {"a": [1, 2], "b": [1, 2]},
     )
-    assert "Notice: tied tensors are written under each name: 'a'='b'" in err
+    assert "Notice: tied weights are written under each of their names: 'a'='b'" in err
 
 
 # --- hostile pickles ---------------------------------------------------------------------------------------
@@ -758,6 +758,10 @@ def test_a_choice_that_a_file_does_not_have_is_refused(in_process: Command, tmp_
         (("--state-key", "epoch"), 3, "key 'epoch': expected a state dict, got an object of type int."),
         (("--ema",), 3, "--ema: expected EMA weights"),
         (("--strip-prefix", "net."), 3, "--strip-prefix net.: expected names that begin with it, got 'w'. Change it"),
-        (("--ema", "--state-key", "model"), 2, "--ema and --state-key model: expected one of them, since each says"),
+        (
+            ("--ema", "--state-key", "model"),
+            2,
+            "--ema and --state-key model: both choose the weights. Use one of them.",
+        ),
     ):
         assert says in refusal(in_process, path, *options, folder=tmp_path, code=code)

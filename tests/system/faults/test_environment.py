@@ -203,7 +203,7 @@ def test_a_signal_ends_the_loader_workers_too(
     _, err = process.communicate(timeout=30)
     assert process.returncode == expected, err
     (said,) = (line for line in err.splitlines() if line.startswith("Error: "))  # torch may speak of its workers too
-    assert "the output path is as it was" in said
+    assert "the output path is unchanged" in said
     assert os.listdir(tmp_path / "out") == []
     workers = [int(path.suffix[1:]) for path in tmp_path.glob("worker.*")]
     assert workers
@@ -263,7 +263,7 @@ def test_names_of_any_bytes_work_in_the_c_locale(ckpt_avg: Command, tmp_path: Pa
 _STARVED = """
 import json, os, resource, sys
 import torch
-import ckpt_avg.commands.average, ckpt_avg.cli.progress_bars, ckpt_avg.cli.report
+import ckpt_avg.commands.average, ckpt_avg.cli.progress_bars, ckpt_avg.cli.reports
 from ckpt_avg.cli.main import cli
 from ckpt_avg.cli.exits import run
 

@@ -295,7 +295,7 @@ def test_a_signal_from_outside_ends_the_command_with_its_code(
         _, error = process.communicate(timeout=60)
         assert process.returncode == 128 + number, error
         assert "Traceback" not in error
-        assert "the output path is as it was" in error
+        assert "the output path is unchanged" in error
     assert os.listdir(output.parent) == []
 
 

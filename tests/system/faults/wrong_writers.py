@@ -16,12 +16,11 @@ from typing import Any
 
 def without_fsync_of_the_file(arguments: Sequence[str]) -> None:
     """The output gets its name before its bytes are on the disk."""
-    import ckpt_avg.output.unpublished_file
+    import ckpt_avg.files.platform
 
     _change_fsync(lambda mode: not stat.S_ISREG(mode))
-    ckpt_avg.output.unpublished_file.start_writing = lambda descriptor, offset, length: (
-        None
-    )  # what it began might be there in time
+    # What it began might be there in time.
+    ckpt_avg.files.platform.start_writing = lambda descriptor, offset, length: None
 
 
 def without_fsync_of_the_folder(arguments: Sequence[str]) -> None:

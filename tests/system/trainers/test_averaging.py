@@ -215,4 +215,4 @@ def test_the_mean_of_lora_factors_comes_with_a_warning(run: Run, averaged: Avera
 
 @pytest.mark.parametrize("run", ["torch_zip_averaged", "torch_stream_averaged"], indirect=True)
 def test_averages_among_the_inputs_are_told(run: Run, averaged: Average) -> None:
-    assert any("average already" in notice for notice in averaged(run.folder)["notices"])
+    assert any("already an average" in notice for notice in averaged(run.folder)["notices"])

@@ -1,0 +1,266 @@
+"""Results as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckpt_avg.checkpoint.spec import CheckpointSpec, batch_norm_layers
+from ckpt_avg.runs.compatibility import CompatibilityReport
+from ckpt_avg.text import escaped, listing, one_line, plural, quote, size, table, told_apart
+
+if TYPE_CHECKING:
+    from ckpt_avg.checkpoint.training_record import Record
+    from ckpt_avg.commands.inspect import Inspection
+    from ckpt_avg.commands.publish import AverageResult
+    from ckpt_avg.commands.sweep import SweepResult
+    from ckpt_avg.commands.verify import VerifyReport
+    from ckpt_avg.runs.run_folder import Skipped
+    from ckpt_avg.user_code.evaluate import Evaluation
+    from ckpt_avg.user_code.gate import Outcome
+
+_MOST = 60  # tensors, tied tensors and metadata of one checkpoint that are shown
+
+
+def average_text(result: AverageResult, *, verbose: bool = False) -> str:
+    """Says what was averaged, how, and what was written; with ``verbose`` also what was skipped."""
+    lines = [
+        f"{'averaged' if _is_done(result) else 'would average'} {plural(len(result.checkpoints), 'checkpoint')}: "
+        f"{_names(result.checkpoints)}",
+        f"{plural(result.tensors, 'tensor')}, float64 sums on {result.device}",
+        *_outcome(result),
+    ]
+    if verbose:
+        lines += _skipped(result.skipped)
+    elif result.skipped:
+        lines.append(f"skipped {plural(len(result.skipped), 'entry')} (-v lists them with the reasons)")
+    return "\n".join(lines)
+
+
+def refreshed_text(result: AverageResult) -> str:
+    """Says which weights were refreshed, over what, and what was written."""
+    done, would_be = ("copied", "would copy") if result.statistics == "none" else ("refreshed", "would refresh")
+    return "\n".join([f"{done if _is_done(result) else would_be} {_names(result.checkpoints)}", *_outcome(result)])
+
+
+def compatibility_text(report: CompatibilityReport, *, verbose: bool = False) -> str:
+    """Says that the checkpoints fit together; with ``verbose`` also which they are, and what was skipped."""
+    more = [*(f"  {path}" for path in report.checkpoints), *_skipped(report.skipped)] if verbose else []
+    return "\n".join([str(report), *more])
+
+
+def verify_text(report: VerifyReport) -> str:
+    """Says that the file is as it was written, and of which checkpoints it is the mean."""
+    lines = [
+        f"{one_line(str(report.path))} is complete and undamaged: {plural(report.tensors, 'tensor')}, "
+        f"{size(report.nbytes)}",
+        f"data digest: {report.data_digest}",
+    ]
+    if report.checkpoints is not None:
+        count = len(report.checkpoints)
+        lines.append(
+            f"it is {'the mean' if count > 1 else 'a copy'} of {plural(count, 'checkpoint')}, bit for bit: "
+            f"{_names(report.checkpoints)}"
+        )
+    if report.measured:
+        lines.append(f"not compared: {plural(len(report.measured), 'BatchNorm tensor')} that were refreshed")
+    return "\n".join(lines)
+
+
+def evaluation_lines(evaluations: Sequence[Evaluation], outcomes: Sequence[Outcome]) -> list[str]:
+    """Returns a table with a row for each measurement, and a line for each requirement.
+
+    The difference to the last checkpoint is in brackets.
+    """
+    if not evaluations:
+        return []
+    checkpoints = [each for each in evaluations if each.path is not None]
+    last, count = checkpoints[-1], len(checkpoints)
+    order = list(last.metrics)
+    rows = [["", *order]]
+    rows += [_row(f"{each.name} (last)" if each is last else each.name, each.metrics, order) for each in checkpoints]
+    if count > 1:
+        mean = {metric: sum(each.metrics[metric] for each in checkpoints) / count for metric in order}
+        rows.append(_row(f"mean of the above {count}", mean, order, last.metrics))
+    rows += [_row(each.name, each.metrics, order, last.metrics) for each in evaluations if each.path is None]
+    return table(rows) + [f"{'met' if outcome.met else 'NOT MET'}: {outcome}" for outcome in outcomes]
+
+
+def sweep_text(result: SweepResult, command: str) -> str:
+    """Returns the table of a sweep, its best window, and the command that writes the best average."""
+    base, best, total = result.last.metrics, result.best, len(result.checkpoints)
+    order = list(base)
+    rows = [["", *order], _row(f"{result.last.name} (last)", base, order)]
+    for window in result.windows:
+        name = _window(window.side, len(window.checkpoints), total) + ("  ← best" if window is best else "")
+        rows.append(_row(name, window.metrics, order, base))
+    value, last = best.metrics[result.metric], base[result.metric]
+    helps = value > last if result.mode == "max" else value < last
+    if helps:
+        compared = f"{value - last:+.3g} compared with {result.last.name}"
+    else:
+        compared = f"no better than {result.last.name} ({last:.6g})"
+    return "\n".join(
+        [
+            *table(rows),
+            "",
+            f"best by {result.metric}: the average of {_window(best.side, len(best.checkpoints), total, 'the ')}, "
+            f"{value:.6g}, {compared}",
+            f"to write it{'' if helps else ' anyway'}: {command}",
+        ]
+    )
+
+
+def inspection_text(found: Inspection) -> str:
+    """Shows one checkpoint, a run folder, or a folder that is neither."""
+    if found.checkpoint is not None:
+        return _checkpoint_text(found.checkpoint)
+    lines = [f"note: {note}" for note in found.notes]
+    if found.listed:
+        lines += _run_table([(each.spec, each.record) for each in found.listed])
+        names = sorted({name for each in found.listed for name in each.record.metrics})
+        if names:
+            lines.append(f"metrics: {listing(map(quote, names))}")
+        first = found.listed[0].spec
+        lines += [f"note: {first.name}: {note}" for note in first.notes]
+        averaged = [each.spec for each in found.listed if each.spec.averaged]
+        if averaged:
+            count = f" ({len(averaged)} such checkpoints)" if len(averaged) > 1 else ""
+            lines.append(f"already an average: {averaged[0].name}: {averaged[0].averaged}{count}")
+    lines += [f"cannot be read: {error}" for _, error in found.unreadable]
+    lines += _skipped(found.skipped)
+    unreadable = {name for name, _ in found.unreadable}
+    if seen := [(name, what) for name, what in found.seen if name not in unreadable]:
+        lines.append(f"{found.path} {'also ' if unreadable else ''}contains:")
+        lines += [f"  {escaped(name)}: {what}" for name, what in seen]
+    if found.needed:
+        lines.append(f"nothing to average: {found.needed}")
+    return "\n".join(lines)
+
+
+def _names(paths: Sequence[Path]) -> str:
+    """Returns the names of checkpoints; of more than four, the first two and the last."""
+    names = [escaped(name) for name in told_apart(paths)]
+    return ", ".join(names if len(names) <= 4 else [*names[:2], "…", names[-1]])
+
+
+def _skipped(items: Sequence[Skipped]) -> list[str]:
+    return [f"skipped: {quote(item.path.name)}: {item.reason}" for item in items]
+
+
+def _is_done(result: AverageResult) -> bool:
+    """Whether it was computed, even if not published; a dry run evaluates nothing."""
+    return result.written or bool(result.evaluations)
+
+
+def _outcome(result: AverageResult) -> list[str]:
+    """Says where the BatchNorm statistics come from, what was measured, and what was written."""
+    lines = []
+    if report := result.batch_norm:
+        how = "" if report.estimator == "pooled" else f" ({report.estimator})"
+        lines.append(
+            f"BatchNorm statistics of {plural(len(report.statistics), 'layer')} recomputed over "
+            f"{plural(report.samples, 'sample')} in {plural(report.batches, 'batch')}{how}"
+        )
+    elif result.statistics != "none":
+        statistics = {
+            "refreshed": "would be recomputed",
+            "mean": "averaged, not recomputed",
+            "copied": "copied from the checkpoint",
+            "frozen": "frozen, the same in every checkpoint",
+        }
+        lines.append(f"BatchNorm statistics: {statistics[result.statistics]}")
+    lines += evaluation_lines(result.evaluations, result.outcomes)
+    if all(outcome.met for outcome in result.outcomes):
+        lines.append(f"{'wrote' if result.written else 'would write'} {result.output} ({size(result.nbytes)})")
+    else:
+        lines.append(f"did not write {result.output}")
+    return lines
+
+
+def _row(
+    name: str, metrics: Mapping[str, float], order: Sequence[str], base: Mapping[str, float] | None = None
+) -> list[str]:
+    """Returns the cells of a measurement, with the differences to ``base``."""
+    if base is None:
+        return [name, *(f"{metrics[metric]:.6g}" for metric in order)]
+    return [name, *(f"{metrics[metric]:.6g} ({metrics[metric] - base[metric]:+.3g})" for metric in order)]
+
+
+def _window(side: str, count: int, total: int, article: str = "") -> str:
+    return f"all {total}" if count == total else f"{article}{side} {count}"
+
+
+def _checkpoint_text(spec: CheckpointSpec) -> str:
+    lines = [f"{spec.path}: {spec.format}" + (f", {spec.kind}" if spec.kind else "")]
+    if spec.keys:
+        lines.append(f"keys: {listing(map(quote, spec.keys))}")
+    if spec.format in ("torch zip", "torch stream", "pickle", "torch DCP"):
+        lines.append(f"state dict: {'the file itself' if spec.state_key is None else f'under {quote(spec.state_key)}'}")
+    if spec.prefix:
+        lines.append(f"prefix stripped: {quote(spec.prefix)}")
+    if recorded := _recorded(spec.record):
+        lines.append(f"recorded: {recorded}")
+    if spec.averaged:
+        lines.append(f"already an average: {spec.averaged}")
+    elements: dict[str, int] = {}
+    for tensor in spec.tensors.values():
+        elements[tensor.dtype.name] = elements.get(tensor.dtype.name, 0) + tensor.numel
+    counts = ", ".join(f"{count:,} {dtype}" for dtype, count in elements.items())
+    lines.append(f"{plural(len(spec.tensors), 'tensor')}, {size(spec.nbytes)}: {counts}")
+    if layers := batch_norm_layers(spec.tensors):
+        lines.append(f"{plural(len(layers), 'layer')} with running statistics: {listing(map(quote, layers))}")
+    lines += [f"tied: {' = '.join(map(quote, names))}" for names in spec.tied()[:_MOST]]
+    if spec.metadata:
+        lines.append("metadata:")
+        lines += [f"  {quote(key)}: {quote(value)}" for key, value in list(spec.metadata.items())[:_MOST]]
+    lines += [f"note: {note}" for note in spec.notes]
+    tensors = list(spec.tensors.values())
+    rows = [(escaped(each.name), each.dtype.name, "×".join(map(str, each.shape)) or "scalar") for each in tensors]
+    lines += table([("tensor", "dtype", "shape"), *rows[:_MOST]])
+    if len(rows) > _MOST:
+        lines.append(f"… and {len(rows) - _MOST:,} more (--json lists all)")
+    return "\n".join(lines)
+
+
+def _run_table(checkpoints: Sequence[tuple[CheckpointSpec, Record]]) -> list[str]:
+    """Returns a table of checkpoints; a line above it says what is the same in all of them."""
+    header = ("checkpoint", "format", "kind", "state dict", "step", "epoch", "metrics", "prefix", "tensors", "dtypes",
+              "tied", "BatchNorm", "size")  # fmt: skip
+    rows = [
+        (
+            escaped(spec.path.name),
+            spec.format,
+            spec.kind or "-",
+            escaped(spec.state_key) if spec.state_key else "-",
+            "-" if record.step is None else str(record.step),
+            "-" if record.epoch is None else str(record.epoch),
+            _metrics(record) or "-",
+            escaped(spec.prefix) or "-",
+            str(len(spec.tensors)),
+            ", ".join(sorted({tensor.dtype.name for tensor in spec.tensors.values()})),
+            str(len(spec.tied()) or "-"),
+            str(len(batch_norm_layers(spec.tensors)) or "-"),
+            size(spec.nbytes),
+        )
+        for spec, record in checkpoints
+    ]
+    columns = list(zip(header, *rows, strict=True))
+    varying = [column for column in columns if len(rows) == 1 or column[0] == header[0] or len(set(column[1:])) > 1]
+    same = [f"{column[0]} {column[1]}" for column in columns if column not in varying and column[1] != "-"]
+    lines = [f"in every checkpoint: {'; '.join(same)}"] if same else []
+    return lines + table(list(zip(*varying, strict=True)))
+
+
+def _recorded(record: Record) -> str:
+    parts = [f"step {record.step}"] if record.step is not None else []
+    parts += [f"epoch {record.epoch}"] if record.epoch is not None else []
+    parts += [metrics] if (metrics := _metrics(record, most=20)) else []
+    parts += [f"learning rate {record.learning_rate:g}"] if record.learning_rate is not None else []
+    return ", ".join(parts)
+
+
+def _metrics(record: Record, most: int = 3) -> str:
+    shown = [f"{escaped(name)} {value:.6g}" for name, value in list(record.metrics.items())[:most]]
+    return ", ".join(shown) + (", …" if len(record.metrics) > most else "")

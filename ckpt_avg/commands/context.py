@@ -1,0 +1,43 @@
+"""What a running command carries from step to step."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+
+from ckpt_avg.distributed.ranks import Ranks
+from ckpt_avg.progress import Progress
+
+
+class Context:
+    """The ranks, the callbacks, the notices so far, and the open files. Inside, an error is told to the other ranks.
+
+    Attributes:
+        ranks: who shares the work.
+        progress: callbacks; a notice is passed on once, and kept.
+        notices: what the user should know.
+        files: closes the open checkpoints.
+    """
+
+    def __init__(self, ranks: Ranks | None = None, progress: Progress | None = None) -> None:
+        self.ranks = ranks or Ranks()
+        self.notices: list[str] = []
+        self.files = ExitStack()
+        self._callbacks = progress or Progress()
+        self.progress = replace(self._callbacks, notice=self.notice)
+
+    def notice(self, text: str) -> None:
+        """Tells the user something, unless it has been told before."""
+        if text not in self.notices:
+            self.notices.append(text)
+            self._callbacks.notice(text)
+
+    def __enter__(self) -> Context:
+        self.files.enter_context(self.ranks.share_errors())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.files.__exit__(kind, error, traceback)

@@ -1,0 +1,69 @@
+"""The options that say which checkpoints are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from ckpt_avg.errors import OptionGroup, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(OptionGroup):
+    """The options that say which checkpoints to average.
+
+    They apply in this order: include and exclude, from_step and to_step, at_lr_minima, every, last, best.
+    """
+
+    heading = "Which checkpoints"
+    last: int | None = field(
+        default=None, metadata={"help": "Keep the last N checkpoints.", "metavar": "N", "least": 1}
+    )
+    every: int | None = field(
+        default=None,
+        metadata={"help": "Keep every K-th checkpoint, counted from the last.", "metavar": "K", "least": 1},
+    )
+    from_step: int | None = field(
+        default=None, metadata={"help": "Skip checkpoints before step S (or epoch S).", "metavar": "S"}
+    )
+    to_step: int | None = field(
+        default=None, metadata={"help": "Skip checkpoints after step S (or epoch S).", "metavar": "S"}
+    )
+    best: int | None = field(
+        default=None,
+        metadata={"help": "Keep the N best checkpoints by a recorded metric.", "metavar": "N", "least": 1},
+    )
+    metric: str | None = field(default=None, metadata={"help": "Use this metric for --best.", "metavar": "NAME"})
+    mode: str | None = field(
+        default=None, metadata={"help": "Say whether --best means low or high.", "choices": ("min", "max")}
+    )
+    include: str | Iterable[str] = field(
+        default=(), metadata={"help": "Keep only file names that match. Repeatable.", "metavar": "GLOB"}
+    )
+    exclude: str | Iterable[str] = field(
+        default=(), metadata={"help": "Skip file names that match. Repeatable.", "metavar": "GLOB"}
+    )
+    at_lr_minima: bool = field(default=False, metadata={"help": "Keep checkpoints at the minima of the learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("include", "exclude"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        if self.best is None:
+            for option, given in (("--metric", self.metric), ("--mode", self.mode)):
+                if given is not None:
+                    raise UsageError(f"{option} {given} needs --best. Add --best N.")
+        elif self.mode is None:
+            raise UsageError(
+                f"--best {self.best} needs --mode. Add --mode min (for a loss) or --mode max (for an accuracy)."
+            )
+        if self.from_step is not None and self.to_step is not None and self.from_step > self.to_step:
+            raise UsageError(f"--from-step {self.from_step} is greater than --to-step {self.to_step}. Swap them.")
+
+    def wants(self, name: str) -> bool:
+        """Whether a file name passes ``include`` and ``exclude``."""
+        return (not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)) and not any(
+            fnmatchcase(name, pattern) for pattern in self.exclude
+        )

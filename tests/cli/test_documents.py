@@ -1,0 +1,65 @@
+"""JSON documents: every digit, every row, and only values that strict parsers accept."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from cli.results import VALUES, mean_of, single, swept
+
+from ckpt_avg.cli.documents import evaluations_json, plain, sweep_json
+from ckpt_avg.user_code.gate import outcomes, parse_requirement
+
+
+def test_nothing_measured() -> None:
+    assert evaluations_json([], []) == {"evaluations": [], "requirements": []}
+
+
+def test_json_has_every_digit_and_every_row() -> None:
+    rows = [single("a.pt", m=0.1 + 0.2), mean_of("average", m=1 / 3)]
+    found = outcomes([parse_requirement("m>=last+0.25")], rows[-1], rows[:1])
+    assert json.loads(json.dumps(evaluations_json(rows, found), allow_nan=False)) == {
+        "evaluations": [
+            {"name": "a.pt", "path": "run/a.pt", "metrics": {"m": 0.30000000000000004}},
+            {"name": "average", "path": None, "metrics": {"m": 1 / 3}},
+        ],
+        "requirements": [{"requirement": "m>=last+0.25", "value": 1 / 3, "threshold": 0.55, "met": False}],
+    }
+
+
+def test_json_has_null_for_what_it_cannot_say() -> None:
+    """NaN and Infinity are no JSON: strict parsers refuse the whole document."""
+    assert plain({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.0}) == {
+        "a": None,
+        "b": None,
+        "c": None,
+        "d": 0.0,
+    }
+    rows = [single("a.pt", m=math.nan), mean_of("average", m=math.inf)]
+    found = outcomes([parse_requirement("m>=last")], rows[-1], rows[:1])
+    document = json.loads(json.dumps(evaluations_json(rows, found), allow_nan=False))
+    assert document["requirements"] == [{"requirement": "m>=last", "value": None, "threshold": None, "met": False}]
+
+
+def test_sweep_as_json() -> None:
+    result = swept(VALUES, ("first", 2), last=0.5)
+    document = json.loads(json.dumps(sweep_json(result, ["ckpt-avg", "average", "a b"]), allow_nan=False))
+    assert set(document) == {
+        "checkpoints", "skipped", "metric", "mode", "refreshed", "last", "windows", "best", "command", "passes",
+        "notices",
+    }  # fmt: skip
+    assert document["checkpoints"] == ["run/step_1.pt", "run/step_2.pt", "run/step_3.pt"]
+    assert document["skipped"] == [{"path": "run/log.txt", "reason": "no checkpoint"}]
+    assert document["last"] == {"path": "run/step_3.pt", "metrics": {"m": 0.5, "other": 1.0}}
+    assert [(each["side"], each["size"], each["metrics"]["m"]) for each in document["windows"]] == [
+        (side, size, value) for (side, size), value in VALUES.items()
+    ]
+    assert document["best"] == {
+        "side": "first",
+        "size": 2,
+        "checkpoints": ["run/step_1.pt", "run/step_2.pt"],
+        "metrics": {"m": 0.5, "other": None},
+    }
+    assert document["command"] == ["ckpt-avg", "average", "a b"]
+    assert (document["metric"], document["mode"], document["refreshed"], document["passes"]) == ("m", "max", True, 2)
+    assert document["notices"] == ["a notice"]

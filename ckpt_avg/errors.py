@@ -23,9 +23,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import sys
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from ckpt_avg.text import one_line, suggestion
+
+_Value = TypeVar("_Value")
 
 
 class CkptAvgError(Exception):
@@ -144,29 +146,6 @@ def fail(where: object, problem: str, advice: str = "The file is damaged: save o
     raise CheckpointFormatError(f"{where}: {problem}. {advice}.")
 
 
-def flag_of(field: dataclasses.Field[Any]) -> str:
-    """Returns the command line's name of an option, for example ``--from-step``."""
-    return str(field.metadata.get("flag", "--" + field.name.replace("_", "-")))
-
-
-def check_option(field: dataclasses.Field[Any], value: Any) -> None:
-    """Checks a value against ``choices``, ``least`` and ``most`` in the metadata of the field that declares the option.
-
-    Raises:
-        UsageError: the value is not allowed.
-    """
-    choices, least, most = (field.metadata.get(key) for key in ("choices", "least", "most"))
-    if value is None and field.default is None:
-        return
-    if choices is not None and value not in choices:
-        raise UsageError(
-            f"{flag_of(field)}: {str(value)!r} is not one of {', '.join(choices)}.{suggestion(value, choices)}"
-        )
-    if least is not None and not least <= value <= (value if most is None else most):
-        allowed = f"{least:,} or more" if most is None else f"{least:,} to {most:,}"
-        raise UsageError(f"{flag_of(field)}: {value:,} is out of range. Use {allowed}.")
-
-
 class OptionGroup:
     """Base of the dataclasses that declare options (see `commands.options`): each checks its own values.
 
@@ -178,7 +157,29 @@ class OptionGroup:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type] # every group is a dataclass
-            check_option(field, getattr(self, field.name))
+            _check(field, getattr(self, field.name))
+
+
+def option(default: _Value, help: str = "", **facts: object) -> _Value:
+    """Returns a field of an option group: its default, its help text and what else is known of it."""
+    return dataclasses.field(default=default, metadata={"help": help, **facts})
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """Returns the command line's name of an option, for example ``--from-step``."""
+    return str(field.metadata.get("flag", "--" + field.name.replace("_", "-")))
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    choices, least, most = (field.metadata.get(key) for key in ("choices", "least", "most"))
+    if value is None and field.default is None:
+        return
+    if choices is not None and value not in choices:
+        near = suggestion(value, choices)
+        raise UsageError(f"{flag_of(field)}: {str(value)!r} is not one of {', '.join(choices)}.{near}")
+    if least is not None and not least <= value <= (value if most is None else most):
+        allowed = f"{least:,} or more" if most is None else f"{least:,} to {most:,}"
+        raise UsageError(f"{flag_of(field)}: {value:,} is out of range. Use {allowed}.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckpt_avg.errors import OptionGroup
+from ckpt_avg.errors import OptionGroup, option
 
 if TYPE_CHECKING:
     from ckpt_avg.user_code.batches import ForwardBatch
@@ -14,61 +14,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshOptions(OptionGroup):
-    """The options that say whether and how BatchNorm statistics are recomputed."""
+    """Whether and how BatchNorm statistics are recomputed."""
 
     heading = "BatchNorm"
-    model: Model | None = field(
-        default=None,
-        metadata={
-            "help": "Use the model that this function returns.",
-            "doc": "The model, or a function that returns it, for the refresh and ``evaluate``. A model is copied, not "
-            "changed.",
-            "metavar": "MODULE:FACTORY",
-            "code": True,
-        },
+    model: Model | None = option(
+        None,
+        "Use the model that this function returns.",
+        doc="The model, or a function that returns it, for the refresh and ``evaluate``. A model is copied, not "
+        "changed.",
+        metavar="MODULE:FACTORY",
+        code=True,
     )
-    data: Batches | None = field(
-        default=None,
-        metadata={
-            "help": "Refresh over these batches, or over those it returns.",
-            "doc": "The training batches of the refresh: an iterable, or a function that returns one.",
-            "metavar": "MODULE:FACTORY",
-            "code": True,
-        },
+    data: Batches | None = option(
+        None,
+        "Refresh over these batches, or over those it returns.",
+        doc="The training batches of the refresh: an iterable, or a function that returns one.",
+        metavar="MODULE:FACTORY",
+        code=True,
     )
-    forward_batch: ForwardBatch | None = field(
-        default=None,
-        metadata={
-            "doc": "Called as ``forward_batch(model, batch)`` if a batch needs more than ``model(batch)``. The command "
-            "line uses the function of this name in the module of ``--model``.",
-            "code": True,
-        },
+    forward_batch: ForwardBatch | None = option(
+        None,
+        doc="Called as ``forward_batch(model, batch)`` if a batch needs more than ``model(batch)``. The command line "
+        "uses the function of this name in the module of ``--model``.",
+        code=True,
     )
-    bn: str = field(
-        default="auto",
-        metadata={
-            "help": "Recompute BatchNorm statistics, or average them (keep).",
-            "doc": "``auto`` and ``refresh`` recompute running statistics, ``keep`` averages them like weights. "
-            "``auto`` keeps those of a single checkpoint if there is no ``data``.",
-            "choices": ("auto", "refresh", "keep"),
-        },
+    bn: str = option(
+        "auto",
+        "Recompute BatchNorm statistics, or average them (keep).",
+        doc="``auto`` and ``refresh`` recompute running statistics, ``keep`` averages them like weights. ``auto`` "
+        "keeps those of a single checkpoint if there is no ``data``.",
+        choices=("auto", "refresh", "keep"),
     )
-    bn_batches: int | None = field(
-        default=None, metadata={"help": "Refresh over at most N batches.", "metavar": "N", "least": 1}
+    bn_batches: int | None = option(None, "Refresh over at most N batches.", metavar="N", least=1)
+    bn_estimator: str = option(
+        "pooled",
+        "Pool all values, or average the batches' statistics.",
+        doc="``pooled`` uses all values together, ``batch-mean`` averages the statistics of the batches, as "
+        "`torch.optim.swa_utils.update_bn` does.",
+        choices=("pooled", "batch-mean"),
     )
-    bn_estimator: str = field(
-        default="pooled",
-        metadata={
-            "help": "Pool all values, or average the batches' statistics.",
-            "doc": "``pooled`` uses all values together, ``batch-mean`` averages the statistics of the batches, as "
-            "`torch.optim.swa_utils.update_bn` does.",
-            "choices": ("pooled", "batch-mean"),
-        },
-    )
-    amp: str = field(
-        default="off",
-        metadata={
-            "help": "Run the refresh in automatic mixed precision.",
-            "choices": ("off", "bfloat16", "float16"),
-        },
-    )
+    amp: str = option("off", "Run the refresh in automatic mixed precision.", choices=("off", "bfloat16", "float16"))

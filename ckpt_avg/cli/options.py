@@ -111,7 +111,7 @@ def options_from(request: type, *, only: Collection[str] = ()) -> Callable[[_Com
 
     def decorate(command: _Command) -> _Command:
         for heading, option in reversed(list(options_of(request))):
-            if "help" in option.metadata and (not only or option.name in only):
+            if option.metadata["help"] and (not only or option.name in only):
                 command = _click_option(heading, option)(command)
         return command
 

@@ -1,16 +1,16 @@
 """What each command is asked for. Every option is declared once, as a field of one of the groups.
 
-A group is a dataclass that checks its own values: `Selection` (in `runs.select`), `Reading` (in `formats`),
+A group is a dataclass that checks its own values: `Selection` (in `runs.selection`), `Reading` (in `formats.reading`),
 `RefreshOptions` (in `batchnorm.options`), and those below. A request consists of groups. Its fields give the keywords
 of the Python function (`takes`), the options of the command (`cli.options`), what the output's metadata records
 (`RecordedOptions`), and what ranks compare (`agreement`).
 
-To add an option, add a field to its group and use it. The field's metadata may have:
+To add an option, add a field to its group and use it: ``name: type = option(default, help, ...)``, with
 
-- ``help``: the text of ``--help``; without it the command line does not have the option
-- ``doc``: the text of the Python docstring, if it says more than ``help``
-- ``flag``: its name on the command line, if not ``--`` and the field's name
-- ``metavar``, ``choices``, ``least``, ``most``: its values
+- the help text, for ``--help``; without it the command line does not have the option
+- ``doc``: the text for the Python docstring, if it says more
+- ``flag``: the name on the command line, if not ``--`` and the field's name
+- ``metavar``, ``choices``, ``least``, ``most``: the values
 - ``recorded``: the output's metadata says what was given
 - ``own``: ranks may differ in it
 - ``code``: an object of the user's; ranks compare its name
@@ -28,7 +28,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ckpt_avg.batchnorm.options import RefreshOptions
-from ckpt_avg.errors import OptionGroup, UsageError
+from ckpt_avg.errors import OptionGroup, UsageError, option
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import suggestion
@@ -48,104 +48,78 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceOptions(OptionGroup):
-    """The options that say what a command may use. No byte of the output depends on them."""
+    """What a command may use. No byte of the output depends on it."""
 
     heading = "How to compute"
-    threads: int | None = field(
-        default=None,
-        metadata={
-            "help": "Use N threads (default: one per usable core).",
-            "metavar": "N",
-            "least": 1,
-            "most": 1024,
-            "own": True,
-        },
+    threads: int | None = option(
+        None, "Use N threads (default: one per usable core).", metavar="N", least=1, most=1024, own=True
     )
-    memory: int = field(
-        default=128 * 2**20,
-        metadata={
-            "help": "Limit the working memory of all threads together.",
-            "doc": "Bytes of working memory of all threads together.",
-            "metavar": "SIZE",
-            "least": 2**20,
-            "own": True,
-        },
+    memory: int = option(
+        128 * 2**20,
+        "Limit the working memory of all threads together.",
+        doc="Bytes of working memory of all threads together.",
+        metavar="SIZE",
+        least=2**20,
+        own=True,
     )
-    io: IO = field(
-        default="auto",
-        metadata={
-            "help": "Map files into memory, or read them with pread.",
-            "doc": "``mmap`` maps files into memory, ``pread`` reads them. ``auto`` maps them, except on network "
-            "storage and where the system refuses it.",
-            "choices": ("auto", "mmap", "pread"),
-            "own": True,
-        },
+    io: IO = option(
+        "auto",
+        "Map files into memory, or read them with pread.",
+        doc="``mmap`` maps files into memory, ``pread`` reads them. ``auto`` maps them, except on network storage and "
+        "where the system refuses it.",
+        choices=("auto", "mmap", "pread"),
+        own=True,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeanOptions(ResourceOptions):
-    """The options that say how the mean is computed."""
+    """How the mean is computed."""
 
-    device: str = field(
-        default="auto",
-        metadata={
-            "help": "Sum, and run the model, on this device.",
-            "doc": "Sum, and run the model, on ``cpu``, ``cuda`` or ``cuda:N``. ``auto`` sums on the CPU, and runs the "
-            "model on CUDA if torch finds a CUDA device.",
-            "metavar": "auto|cpu|cuda|cuda:N",
-            "own": True,
-        },
+    device: str = option(
+        "auto",
+        "Sum, and run the model, on this device.",
+        doc="Sum, and run the model, on ``cpu``, ``cuda`` or ``cuda:N``. ``auto`` sums on the CPU, and runs the model "
+        "on CUDA if torch finds a CUDA device.",
+        metavar="auto|cpu|cuda|cuda:N",
+        own=True,
     )
-    dtype: str = field(
-        default="keep",
-        metadata={
-            "help": "Set the dtype of the output's floating-point tensors.",
-            "choices": ("keep", "float64", "float32", "bfloat16", "float16"),
-            "recorded": True,
-        },
+    dtype: str = option(
+        "keep",
+        "Set the dtype of the output's floating-point tensors.",
+        choices=("keep", "float64", "float32", "bfloat16", "float16"),
+        recorded=True,
     )
-    non_float: str = field(
-        default="equal",
-        metadata={
-            "help": "Require integer and bool tensors to be equal, or copy the last.",
-            "choices": ("equal", "last"),
-            "recorded": True,
-        },
+    non_float: str = option(
+        "equal",
+        "Require equal integer and bool tensors, or copy the last.",
+        choices=("equal", "last"),
+        recorded=True,
     )
-    allow_nonfinite: bool = field(
-        default=False, metadata={"help": "Accept NaN and Inf instead of stopping.", "recorded": True}
-    )
+    allow_nonfinite: bool = option(False, "Accept NaN and Inf instead of stopping.", recorded=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(OptionGroup):
-    """The options that say what is measured, and what the average must reach."""
+    """What is measured, and what the average must reach."""
 
     heading = "Measure"
-    evaluate: Evaluate | None = field(
-        default=None,
-        metadata={
-            "help": "Measure the weights with this function.",
-            "doc": "Called with the model in evaluation mode; returns a number or a dict of them. It measures the last "
-            "checkpoint, and the average before and after the refresh.",
-            "flag": "--eval",
-            "metavar": "MODULE:FUNCTION",
-            "code": True,
-        },
+    evaluate: Evaluate | None = option(
+        None,
+        "Measure the weights with this function.",
+        doc="Called with the model in evaluation mode; returns a number or a dict of them. It measures the last "
+        "checkpoint, and the average before and after the refresh.",
+        flag="--eval",
+        metavar="MODULE:FUNCTION",
+        code=True,
     )
-    evaluate_all: bool = field(
-        default=False,
-        metadata={"help": "Measure every checkpoint, not only the last.", "flag": "--eval-all"},
-    )
-    require: str | Sequence[str] = field(
-        default=(),
-        metadata={
-            "help": "Publish only if this holds, for example 'accuracy>=last'. Repeatable.",
-            "doc": "Publish only if this holds, for example ``accuracy>=last`` or ``loss<=mean+0.01``: a metric, "
-            "``>=``, ``>``, ``<=`` or ``<``, and ``last``, ``best``, ``mean`` or a number.",
-            "metavar": "'METRIC>=last'",
-        },
+    evaluate_all: bool = option(False, "Measure every checkpoint, not only the last.", flag="--eval-all")
+    require: str | Sequence[str] = option(
+        (),
+        "Publish only if this holds, for example 'accuracy>=last'. Repeatable.",
+        doc="Publish only if this holds, for example ``accuracy>=last`` or ``loss<=mean+0.01``: a metric, ``>=``, "
+        "``>``, ``<=`` or ``<``, and ``last``, ``best``, ``mean`` or a number.",
+        metavar="'METRIC>=last'",
     )
 
     def __post_init__(self) -> None:
@@ -153,8 +127,8 @@ class EvalOptions(OptionGroup):
         object.__setattr__(self, "require", (self.require,) if isinstance(self.require, str) else tuple(self.require))
         given = {"--require": self.requirements, "--eval-all": self.evaluate_all}
         if self.evaluate is None and any(given.values()):
-            option = next(option for option, value in given.items() if value)
-            raise UsageError(f"{option} needs a metric. Add --eval MODULE:FUNCTION.")
+            flag = next(flag for flag, value in given.items() if value)
+            raise UsageError(f"{flag} needs a metric. Add --eval MODULE:FUNCTION.")
 
     @functools.cached_property
     def requirements(self) -> tuple[Requirement, ...]:
@@ -166,46 +140,71 @@ class EvalOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions(OptionGroup):
-    """The options that say what is written."""
+    """What is written."""
 
     heading = "Output"
-    overwrite: bool = field(default=False, metadata={"help": "Replace existing output files."})
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": "Check everything and report, but write nothing.",
-            "doc": "Check and plan, but read no tensors (except BatchNorm statistics) and write nothing.",
-        },
+    overwrite: bool = option(False, "Replace existing output files.")
+    dry_run: bool = option(
+        False,
+        "Check everything and report, but write nothing.",
+        doc="Check and plan, but read no tensors (except BatchNorm statistics) and write nothing.",
     )
-    sha256: bool = field(
-        default=False,
-        metadata={
-            "help": "Write OUT.sha256, and digests of the sources into the metadata.",
-            "doc": "Write ``OUTPUT.sha256``, for ``sha256sum -c``, and SHA-256 of the checkpoints' files into the "
-            "output's metadata. Both are read once more for it.",
-        },
+    sha256: bool = option(
+        False,
+        "Write OUT.sha256, and digests of the sources into the metadata.",
+        doc="Write ``OUTPUT.sha256``, for ``sha256sum -c``, and SHA-256 of the checkpoints' files into the output's "
+        "metadata. Both are read once more for it.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request(OptionGroup):
-    """The base of the requests that take a while."""
+class SweepOptions(OptionGroup):
+    """Which windows are compared, and by what."""
 
-    heading = "Caller"
-    progress: Progress | None = field(default=None, metadata={"doc": "Callbacks.", "own": True})
+    heading = "Which windows"
+    maximize: str | None = option(None, "Prefer the highest value of this metric.", metavar="METRIC")
+    minimize: str | None = option(None, "Prefer the lowest value of this metric.", metavar="METRIC")
+    windows: str = option("both", "Average the last k, the first k, or both.", choices=("last", "first", "both"))
+    hold: int = option(
+        2 * 2**30,
+        "Hold up to SIZE of averages in memory.",
+        doc="Bytes of averages to hold in memory at once. The more, the fewer passes over the checkpoints.",
+        metavar="SIZE",
+        least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.maximize is None) == (self.minimize is None):
+            raise UsageError(
+                f"--maximize, --minimize: got {'neither' if self.maximize is None else 'both'}. Add one: --maximize "
+                "METRIC for an accuracy, --minimize METRIC for a loss."
+            )
+
+    @property
+    def target(self) -> tuple[str, str]:
+        """The option that names the metric to compare by, and that metric."""
+        return ("--minimize", self.minimize or "") if self.maximize is None else ("--maximize", self.maximize)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankedRequest(Request):
-    """The base of the requests that several ranks can share."""
+class ProgressOptions(OptionGroup):
+    """What a Python caller is told while the command runs."""
 
-    ranks: Ranks | None = field(
-        default=None,
-        metadata={
-            "doc": "From `join_ranks`, if several processes share the work. Each calls this function with the same "
-            "arguments; rank 0 measures and publishes.",
-            "own": True,
-        },
+    heading = "Progress"
+    progress: Progress | None = option(None, doc="Callbacks.", own=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions(OptionGroup):
+    """Who shares the work. They are told of options that are not allowed."""
+
+    heading = "Ranks"
+    ranks: Ranks | None = option(
+        None,
+        doc="From `join_ranks`, if several processes share the work. Each calls this function with the same arguments; "
+        "rank 0 measures and publishes.",
+        own=True,
     )
 
     def __post_init__(self) -> None:
@@ -215,7 +214,7 @@ class RankedRequest(Request):
 
 @dataclass(frozen=True)
 class MeanRequest(Selection, Reading, MeanOptions, RefreshOptions, EvalOptions):
-    """The base of the requests for means of checkpoints."""
+    """What the commands that average are asked for."""
 
     sources: Sources = field(
         metadata={
@@ -231,14 +230,14 @@ class MeanRequest(Selection, Reading, MeanOptions, RefreshOptions, EvalOptions):
 
 
 @dataclass(frozen=True)
-class AverageRequest(RankedRequest, MeanRequest, OutputOptions):
+class AverageRequest(RankOptions, MeanRequest, OutputOptions, ProgressOptions):
     """What `average` is asked for."""
 
     output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
 
 
 @dataclass(frozen=True)
-class RefreshRequest(RankedRequest, Reading, MeanOptions, RefreshOptions, EvalOptions, OutputOptions):
+class RefreshRequest(RankOptions, Reading, MeanOptions, RefreshOptions, EvalOptions, OutputOptions, ProgressOptions):
     """What `refresh_weights` is asked for."""
 
     weights: str | os.PathLike[str] = field(metadata={"doc": "One checkpoint of any kind that can be read."})
@@ -249,9 +248,9 @@ class RefreshRequest(RankedRequest, Reading, MeanOptions, RefreshOptions, EvalOp
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, given in (("--model", self.model), ("--data", self.data)):
+        for flag, given in (("--model", self.model), ("--data", self.data)):
             if given is None:
-                raise UsageError(f"{option} is missing. Add {option} MODULE:FACTORY to measure the statistics.")
+                raise UsageError(f"{flag} is missing. Add {flag} MODULE:FACTORY to measure the statistics.")
 
     def keywords(self) -> dict[str, Any]:
         """Returns the keywords with which `average` does the same."""
@@ -260,34 +259,9 @@ class RefreshRequest(RankedRequest, Reading, MeanOptions, RefreshOptions, EvalOp
 
 
 @dataclass(frozen=True)
-class SweepRequest(Request, MeanRequest):
+class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
     """What `sweep` is asked for."""
 
-    heading = "Sweep"
-    maximize: str | None = field(
-        default=None, kw_only=True, metadata={"help": "Prefer the highest value of this metric.", "metavar": "METRIC"}
-    )
-    minimize: str | None = field(
-        default=None, kw_only=True, metadata={"help": "Prefer the lowest value of this metric.", "metavar": "METRIC"}
-    )
-    windows: str = field(
-        default="both",
-        kw_only=True,
-        metadata={
-            "help": "Average the last k, the first k, or both.",
-            "choices": ("last", "first", "both"),
-        },
-    )
-    hold: int = field(
-        default=2 * 2**30,
-        kw_only=True,
-        metadata={
-            "help": "Hold up to SIZE of averages in memory.",
-            "doc": "Bytes of averages to hold in memory at once. The more, the fewer passes over the checkpoints.",
-            "metavar": "SIZE",
-            "least": 0,
-        },
-    )
     evaluate_all: bool = field(default=False, init=False)
     require: str | Sequence[str] = field(default=(), init=False)
 
@@ -295,20 +269,10 @@ class SweepRequest(Request, MeanRequest):
         super().__post_init__()
         if self.evaluate is None:
             raise UsageError("--eval is missing. Add --eval MODULE:FUNCTION to measure each average.")
-        if (self.maximize is None) == (self.minimize is None):
-            raise UsageError(
-                f"--maximize, --minimize: got {'neither' if self.maximize is None else 'both'}. Add one: --maximize "
-                "METRIC for an accuracy, --minimize METRIC for a loss."
-            )
-
-    @property
-    def target(self) -> tuple[str, str]:
-        """The option that names the metric to compare by, and that metric."""
-        return ("--minimize", self.minimize or "") if self.maximize is None else ("--maximize", self.maximize)
 
 
 @dataclass(frozen=True)
-class VerifyRequest(Request, ResourceOptions):
+class VerifyRequest(ResourceOptions, ProgressOptions):
     """What `verify` is asked for."""
 
     path: str | os.PathLike[str] = field(metadata={"doc": "The file."})
@@ -366,14 +330,11 @@ def takes(
     def decorate(function: Callable[[_Request], _Result]) -> Callable[_Arguments, _Result]:
         @functools.wraps(function)
         def with_arguments(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
-            for name in options:
-                if name not in names:
-                    near = suggestion(name, names)
-                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}.{near}")
             try:
                 signature.bind(*arguments, **options)
             except TypeError as error:
-                raise TypeError(f"{function.__name__}() {error}") from None
+                unknown = next((name for name in options if name not in names), "")
+                raise TypeError(f"{function.__name__}() {error}.{suggestion(unknown, names)}") from None
             return function(request(*arguments, **options))
 
         returned = inspect.signature(function).return_annotation
@@ -385,9 +346,9 @@ def takes(
     return decorate
 
 
-def _described(option: Field[Any]) -> str:
-    text = str(option.metadata.get("doc", option.metadata.get("help", "")))
-    choices = option.metadata.get("choices", ())
+def _described(declared: Field[Any]) -> str:
+    text = str(declared.metadata.get("doc") or declared.metadata["help"])
+    choices = declared.metadata.get("choices", ())
     quoted = [f"``{choice}``" for choice in choices]
     if quoted and not any(choice in text for choice in quoted):
         text += f" One of {', '.join(quoted)}."

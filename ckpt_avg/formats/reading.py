@@ -1,40 +1,33 @@
-"""The options that say which tensors of a checkpoint are read."""
+"""The options that say what is read of a checkpoint."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ckpt_avg.errors import OptionGroup, UsageError
+from ckpt_avg.errors import OptionGroup, UsageError, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading(OptionGroup):
-    """The options that say which tensors of a checkpoint are its weights."""
+    """Which tensors of a checkpoint are its weights, and their names."""
 
     heading = "What to read"
-    state_key: str | None = field(
-        default=None,
-        metadata={
-            "help": "Read the state dict of torch files from this key.",
-            "doc": "Read the state dict of torch files from this dotted key, for example ``model.encoder``. By default "
-            "it is found where trainers store it.",
-            "metavar": "DOTTED.KEY",
-            "recorded": True,
-        },
+    state_key: str | None = option(
+        None,
+        "Read the state dict of torch files from this key.",
+        doc="Read the state dict of torch files from this dotted key, for example ``model.encoder``. By default it is "
+        "found where trainers store it.",
+        metavar="DOTTED.KEY",
+        recorded=True,
     )
-    ema: bool = field(
-        default=False,
-        metadata={"help": "Read the running average (EMA) that trainers store.", "recorded": True},
-    )
-    strip_prefix: str | None = field(
-        default=None,
-        metadata={
-            "help": "Remove PREFIX from tensor names, for example 'model.'.",
-            "doc": "Remove this prefix from tensor names, for example ``model.``. Prefixes of wrappers (``module.``, "
-            "``_orig_mod.`` and the like) are always removed if all names have them.",
-            "metavar": "PREFIX",
-            "recorded": True,
-        },
+    ema: bool = option(False, "Read the running average (EMA) that trainers store.", recorded=True)
+    strip_prefix: str | None = option(
+        None,
+        "Remove PREFIX from tensor names, for example 'model.'.",
+        doc="Remove this prefix from tensor names, for example ``model.``. Prefixes of wrappers (``module.``, "
+        "``_orig_mod.`` and the like) are always removed if all names have them.",
+        metavar="PREFIX",
+        recorded=True,
     )
 
     def __post_init__(self) -> None:

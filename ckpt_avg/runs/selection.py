@@ -3,48 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ckpt_avg.errors import OptionGroup, UsageError
+from ckpt_avg.errors import OptionGroup, UsageError, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(OptionGroup):
-    """The options that say which checkpoints to average.
+    """Which checkpoints are used.
 
-    They apply in this order: include and exclude, from_step and to_step, at_lr_minima, every, last, best.
+    The options apply in this order: include and exclude, from_step and to_step, at_lr_minima, every, last, best.
     """
 
     heading = "Which checkpoints"
-    last: int | None = field(
-        default=None, metadata={"help": "Keep the last N checkpoints.", "metavar": "N", "least": 1}
-    )
-    every: int | None = field(
-        default=None,
-        metadata={"help": "Keep every K-th checkpoint, counted from the last.", "metavar": "K", "least": 1},
-    )
-    from_step: int | None = field(
-        default=None, metadata={"help": "Skip checkpoints before step S (or epoch S).", "metavar": "S"}
-    )
-    to_step: int | None = field(
-        default=None, metadata={"help": "Skip checkpoints after step S (or epoch S).", "metavar": "S"}
-    )
-    best: int | None = field(
-        default=None,
-        metadata={"help": "Keep the N best checkpoints by a recorded metric.", "metavar": "N", "least": 1},
-    )
-    metric: str | None = field(default=None, metadata={"help": "Use this metric for --best.", "metavar": "NAME"})
-    mode: str | None = field(
-        default=None, metadata={"help": "Say whether --best means low or high.", "choices": ("min", "max")}
-    )
-    include: str | Iterable[str] = field(
-        default=(), metadata={"help": "Keep only file names that match. Repeatable.", "metavar": "GLOB"}
-    )
-    exclude: str | Iterable[str] = field(
-        default=(), metadata={"help": "Skip file names that match. Repeatable.", "metavar": "GLOB"}
-    )
-    at_lr_minima: bool = field(default=False, metadata={"help": "Keep checkpoints at the minima of the learning rate."})
+    last: int | None = option(None, "Keep the last N checkpoints.", metavar="N", least=1)
+    every: int | None = option(None, "Keep every K-th checkpoint, counted from the last.", metavar="K", least=1)
+    from_step: int | None = option(None, "Skip checkpoints before step S (or epoch S).", metavar="S")
+    to_step: int | None = option(None, "Skip checkpoints after step S (or epoch S).", metavar="S")
+    best: int | None = option(None, "Keep the N best checkpoints by a recorded metric.", metavar="N", least=1)
+    metric: str | None = option(None, "Use this metric for --best.", metavar="NAME")
+    mode: str | None = option(None, "Say whether --best means low or high.", choices=("min", "max"))
+    include: str | Iterable[str] = option((), "Keep only file names that match. Repeatable.", metavar="GLOB")
+    exclude: str | Iterable[str] = option((), "Skip file names that match. Repeatable.", metavar="GLOB")
+    at_lr_minima: bool = option(False, "Keep checkpoints at the minima of the learning rate.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,6 @@ Results go to stdout; progress, notices and errors to stderr; ``--json`` puts ex
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
@@ -16,15 +15,16 @@ from typing import Any
 
 import click
 
+import ckpt_avg
 from ckpt_avg.cli import options
 from ckpt_avg.cli.exits import open_missing_streams, run, say
 from ckpt_avg.cli.options import Command
-from ckpt_avg.cli.run import collect_from_here, make_output, options_in, show
-from ckpt_avg.commands.options import (
+from ckpt_avg.cli.run import computing, make_output, show
+from ckpt_avg.commands.options import OutputOptions
+from ckpt_avg.commands.requests import (
     AverageRequest,
     CheckRequest,
     InspectRequest,
-    OutputOptions,
     RefreshRequest,
     SweepRequest,
     VerifyRequest,
@@ -64,12 +64,11 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **given:
     ckpt-avg average RUN -o swa.safetensors --bn keep \\
         --model train:make_model --eval train:evaluate --require 'accuracy>=last'
     """  # noqa: D301 (click needs the backspace character itself)
-    AverageRequest(sources, output, **options_in(AverageRequest, given))  # checked before anything slow is imported
     from ckpt_avg.cli.reports import average_text
-    from ckpt_avg.commands.average import average
 
     make_output(
-        lambda **options: average(sources, output, **options),
+        AverageRequest,
+        "average",
         lambda result: average_text(result, verbose=verbose),
         sources,
         output,
@@ -92,12 +91,15 @@ def refresh_command(weights: str, output: str, **given: Any) -> None:
     \b
     ckpt-avg refresh-bn weights.pt -o refreshed.safetensors --model train:make_model --data train:train_loader
     """  # noqa: D301 (click needs the backspace character itself)
-    RefreshRequest(weights, output, **options_in(RefreshRequest, given))
     from ckpt_avg.cli.reports import refreshed_text
-    from ckpt_avg.commands.refresh_bn import refresh_weights
 
     make_output(
-        lambda **options: refresh_weights(weights, output, **options), refreshed_text, [weights], output, **given
+        RefreshRequest,
+        "refresh_weights",
+        refreshed_text,
+        weights,
+        output,
+        **given,
     )
 
 
@@ -115,6 +117,7 @@ def sweep_command(
     context: click.Context,
     /,
     sources: Sequence[str],
+    app_dir: str,
     plot: str | None,
     report: str | None,
     overwrite: bool,
@@ -130,12 +133,10 @@ def sweep_command(
     """  # noqa: D301 (click needs the backspace character itself)
     if launch_of() is not None:
         raise UsageError("sweep: runs in one process only. Start it without torchrun.")
-    SweepRequest(sources, **options_in(SweepRequest, given))
+    SweepRequest(sources, **given)  # checks the options before the user's code is imported
     from ckpt_avg.cli.documents import sweep_json
     from ckpt_avg.cli.plots import KINDS, draw_sweep, refuse_without_matplotlib
-    from ckpt_avg.cli.progress_bars import bars
     from ckpt_avg.cli.reports import sweep_text
-    from ckpt_avg.commands.sweep import sweep
     from ckpt_avg.output.paths import SideFiles, json_bytes
 
     files = SideFiles(sources, output=None, overwrite=overwrite)
@@ -143,9 +144,8 @@ def sweep_command(
     files.check("--plot", plot, KINDS)
     if plot is not None:
         refuse_without_matplotlib()
-    with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress:
-        collect_from_here()
-        result = sweep(sources, progress=progress, **options.load_all(**given))
+    with computing(quiet=quiet) as progress:
+        result = ckpt_avg.sweep(sources, progress=progress, **options.load_all(app_dir, given))
     command = options.average_command_for(context, result.best)
     document = sweep_json(result, command)
     contents = {
@@ -164,9 +164,8 @@ def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given:
     """Say whether the checkpoints fit together, from their headers alone."""
     from ckpt_avg.cli.documents import compatibility_json
     from ckpt_avg.cli.reports import compatibility_text
-    from ckpt_avg.commands.check import check
 
-    report = check(sources, **given)
+    report = ckpt_avg.check(sources, **given)
     for text in () if as_json else report.notices:
         say(f"Notice: {text}", err=True)
     if as_json:
@@ -186,9 +185,8 @@ def inspect_command(path: str, as_json: bool, **given: Any) -> None:
     """Show what a checkpoint or a run folder holds, and how it would be read."""
     from ckpt_avg.cli.documents import inspection_json
     from ckpt_avg.cli.reports import inspection_text
-    from ckpt_avg.commands.inspect import inspect
 
-    found = inspect(path, **given)
+    found = ckpt_avg.inspect(path, **given)
     say(json.dumps(inspection_json(found), indent=2) if as_json else inspection_text(found))
 
 
@@ -217,13 +215,12 @@ def verify_command(
     from ckpt_avg.cli.documents import verify_json
     from ckpt_avg.cli.progress_bars import bars
     from ckpt_avg.cli.reports import verify_text
-    from ckpt_avg.commands.verify import verify
 
     if sources != bool(checkpoints):
         problem = "--sources: names no checkpoints" if sources else f"{checkpoints[0]}: --sources is missing before it"
         raise UsageError(f"{problem}. Write: ckpt-avg verify OUT --sources SOURCE...")
     with bars(quiet=quiet, reading="verifying") as progress:
-        report = verify(output, sources=checkpoints or None, progress=progress, **given)
+        report = ckpt_avg.verify(output, sources=checkpoints or None, progress=progress, **given)
     say(json.dumps(verify_json(report), indent=2) if as_json else verify_text(report))
 
 

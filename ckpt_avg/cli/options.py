@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +14,8 @@ import click
 from click.core import ParameterSource
 
 from ckpt_avg.batchnorm.options import RefreshOptions
-from ckpt_avg.commands.options import MeanOptions, options_of
+from ckpt_avg.commands.options import MeanOptions
+from ckpt_avg.commands.requests import options_of
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT
 from ckpt_avg.errors import flag_of
 from ckpt_avg.formats.reading import Reading
@@ -111,7 +112,7 @@ def options_from(request: type, *, only: Collection[str] = ()) -> Callable[[_Com
 
     def decorate(command: _Command) -> _Command:
         for heading, option in reversed(list(options_of(request))):
-            if option.metadata["help"] and (not only or option.name in only):
+            if option.metadata.get("help") and (not only or option.name in only):
                 command = _click_option(heading, option)(command)
         return command
 
@@ -131,15 +132,18 @@ def _click_option(heading: str, option: Field[Any]) -> Callable[[_Command], _Com
     return click.option(flag_of(option), option.name, cls=Option, heading=heading, **settings)
 
 
-def load_all(*, app_dir: str, **given: Any) -> dict[str, Any]:
-    """Returns the options with the user's code in place of its references, and ``forward_batch`` beside the model."""
+def load_all(app_dir: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options with the user's code in place of its references, and ``forward_batch`` next to the model."""
     from ckpt_avg.user_code.load import forward_batch_beside, load_user_code
 
-    reference = given["model"]
-    for name, option in (("model", "--model"), ("data", "--data"), ("evaluate", "--eval")):
-        if given[name] is not None:
-            given[name] = load_user_code(given[name], option, app_dir)
-    return {**given, "forward_batch": None if reference is None else forward_batch_beside(reference)}
+    loaded = {
+        name: load_user_code(given[name], flag, app_dir)
+        for name, flag in (("model", "--model"), ("data", "--data"), ("evaluate", "--eval"))
+        if given[name] is not None
+    }
+    if given["model"] is not None:
+        loaded["forward_batch"] = forward_batch_beside(given["model"])
+    return {**given, **loaded}
 
 
 def average_command_for(context: click.Context, window: Measured) -> list[str]:

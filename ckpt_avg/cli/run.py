@@ -6,77 +6,82 @@ import contextlib
 import gc
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import ckpt_avg
 from ckpt_avg.cli.exits import error_json, say
 from ckpt_avg.cli.options import load_all
-from ckpt_avg.commands.options import options_of
 from ckpt_avg.distributed.launch import join_ranks, launch_of
 from ckpt_avg.errors import CkptAvgError, RequirementError
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.publish import AverageResult
     from ckpt_avg.output.paths import SideFiles
+    from ckpt_avg.progress import Progress
+    from ckpt_avg.runs.discover import Sources
 
 
 def make_output(
-    make: Callable[..., AverageResult],
+    request: Callable[..., object],
+    function: str,
     text: Callable[[AverageResult], str],
-    sources: Sequence[str],
+    sources: Sources,
     output: str,
     *,
+    app_dir: str,
     report: str | None,
     as_json: bool,
     quiet: bool,
     rank_timeout: float,
-    **options: Any,
+    **given: Any,
 ) -> None:
-    """Runs what makes an output, and prints and reports what came of it, also where a requirement is not met."""
+    """Runs what makes an output, on one rank or many; prints and reports the result, even if a requirement is not met.
+
+    Args:
+        request: checks the options before the user's code is imported.
+        function: ``average`` or ``refresh_weights``; torch is imported with it.
+        text: returns the text to print.
+        sources, output: its arguments.
+        app_dir, report, as_json, quiet, rank_timeout: the options that only the command line has.
+        given: its options, with references in place of the user's code.
+    """
     from ckpt_avg.cli.documents import average_json
-    from ckpt_avg.cli.progress_bars import bars
     from ckpt_avg.output.paths import SideFiles, checksum_path, json_bytes
 
     launch = launch_of()
     speaks = launch is None or launch.rank == 0
-    files = SideFiles(sources, output=output, overwrite=options["overwrite"])
-    if options["sha256"]:
+    files = SideFiles(sources, output=output, overwrite=given["overwrite"])
+    if given["sha256"]:
         files.reserve(checksum_path(output), "the checksum")
     unmet: RequirementError | None = None
-    quiet = quiet or not speaks
     try:
-        # What the user's code prints is no result of this command.
-        with (
-            contextlib.redirect_stdout(sys.stderr),
-            bars(quiet=quiet) as progress,
-            join_ranks(timeout=rank_timeout) as ranks,
-        ):
-            collect_from_here()
+        with computing(quiet=quiet or not speaks) as progress, join_ranks(timeout=rank_timeout) as ranks:
+            request(sources, output, ranks=ranks, **given)
             if speaks:
                 files.check("--report", report, (".json",))
-            result = make(progress=progress, ranks=ranks, **load_all(**options))
+            options = {**load_all(app_dir, given), "ranks": ranks, "progress": progress}
+            result = getattr(ckpt_avg, function)(sources, output, **options)
     except RequirementError as error:
         unmet, result = error, error.result
     if not speaks:
         return
     document = average_json(result)
+    reported = document
     if unmet is not None:
         reported = {**document, "error": error_json(type(unmet).__name__, str(unmet), unmet.exit_code)}
-    else:
-        reported = document
     show(text(result), document, {"--report": lambda: json_bytes(reported)}, files, as_json=as_json, failure=unmet)
 
 
-def options_in(request: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a command was given that a request has options for."""
-    names = {option.name for _, option in options_of(request)}
-    return {name: value for name, value in given.items() if name in names}
+@contextlib.contextmanager
+def computing(*, quiet: bool) -> Iterator[Progress]:
+    """Draws progress bars, collects garbage for the user's code, and sends what it prints to stderr."""
+    from ckpt_avg.cli.progress_bars import bars
 
-
-def collect_from_here() -> None:
-    """Turns the search for cyclic garbage on, for the user's code; what has been imported is left out of it."""
-    gc.freeze()
+    gc.freeze()  # what has been imported needs no search
     gc.enable()
+    with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress:
+        yield progress
 
 
 def show(
@@ -88,7 +93,7 @@ def show(
     as_json: bool,
     failure: CkptAvgError | None = None,
 ) -> None:
-    """Prints the result, then writes the files that were asked for; whatever fails then, the result is not lost."""
+    """Prints the result, then writes the files of ``contents``; the result is printed even if that fails."""
     if not as_json:
         say(text)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.commands.options import AverageRequest, options_of
+from ckpt_avg.commands.requests import AverageRequest, options_of
 from ckpt_avg.distributed.ranks import Ranks, first_difference
 from ckpt_avg.errors import CheckpointFormatError, RankError
 from ckpt_avg.text import listing, quote

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ckpt_avg.commands.agreement import agree_on_files, agree_on_request
 from ckpt_avg.commands.context import Context
-from ckpt_avg.commands.options import AverageRequest, takes
 from ckpt_avg.commands.prepare import prepare
 from ckpt_avg.commands.publish import AverageResult, Draft, publish, source_digests
+from ckpt_avg.commands.requests import AverageRequest, takes
 from ckpt_avg.output.paths import check_checksum, check_output
 from ckpt_avg.runs.discover import discover
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.commands.options import CheckRequest, takes
+from ckpt_avg.commands.requests import CheckRequest, takes
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.formats.torch_file import RUNNING_AVERAGE
 from ckpt_avg.runs.compatibility import CompatibilityReport, compare

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from ckpt_avg.commands.context import Context
-from ckpt_avg.commands.options import AverageRequest
 from ckpt_avg.commands.prepare import Prepared
+from ckpt_avg.commands.requests import AverageRequest
 from ckpt_avg.text import told_apart
 from ckpt_avg.user_code.evaluate import Evaluation, evaluate_weights, refuse_other_metrics
 from ckpt_avg.user_code.gate import Outcome, needs_all, outcomes, refuse_unknown_metrics

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec
 from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.commands.options import InspectRequest, takes
+from ckpt_avg.commands.requests import InspectRequest, takes
 from ckpt_avg.errors import CkptAvgError, IncompatibleError
 from ckpt_avg.formats.folder import find_weights
 from ckpt_avg.formats.open import open_checkpoint, open_with

@@ -11,7 +11,7 @@ from ckpt_avg.batchnorm.refresh_output import PreparedRefresh
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.commands.check import notice_what_is_read
 from ckpt_avg.commands.context import Context
-from ckpt_avg.commands.options import MeanRequest
+from ckpt_avg.commands.requests import MeanRequest
 from ckpt_avg.distributed.launch import launch_of
 from ckpt_avg.errors import UsageError
 from ckpt_avg.machine import choose_threads, gc_paused

@@ -17,8 +17,8 @@ from ckpt_avg.batchnorm.refresh_output import frozen_layers, refresh_output
 from ckpt_avg.commands.agreement import agree_on_header
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.evaluations import Evaluations
-from ckpt_avg.commands.options import AverageRequest, RecordedOptions
 from ckpt_avg.commands.prepare import Prepared
+from ckpt_avg.commands.requests import AverageRequest, RecordedOptions
 from ckpt_avg.errors import RankError, RequirementError
 from ckpt_avg.machine import gc_paused
 from ckpt_avg.mean.stream import Mean, write_means

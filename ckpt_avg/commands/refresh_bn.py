@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ckpt_avg.commands.average import average
-from ckpt_avg.commands.options import RefreshRequest, takes
 from ckpt_avg.commands.publish import AverageResult
+from ckpt_avg.commands.requests import RefreshRequest, takes
 from ckpt_avg.errors import UsageError
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.text import listing, quote

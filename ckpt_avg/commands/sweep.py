@@ -16,8 +16,8 @@ import torch
 from ckpt_avg.batchnorm.policy import frozen_buffers, moving_layers
 from ckpt_avg.batchnorm.refresh_output import frozen_layers, refresh_output
 from ckpt_avg.commands.context import Context
-from ckpt_avg.commands.options import SweepRequest, takes
 from ckpt_avg.commands.prepare import Prepared, prepare
+from ckpt_avg.commands.requests import SweepRequest, takes
 from ckpt_avg.errors import IncompatibleError, UsageError, UserCodeError
 from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
 from ckpt_avg.runs.discover import discover

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, TensorSpec
-from ckpt_avg.commands.options import VerifyRequest, takes
+from ckpt_avg.commands.requests import VerifyRequest, takes
 from ckpt_avg.errors import CheckpointFormatError, VerificationError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.safetensors_header import looks_like, parse_header, read_header

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec, batch_norm_buffer
-from ckpt_avg.commands.options import RecordedOptions, VerifyRequest
+from ckpt_avg.commands.requests import RecordedOptions, VerifyRequest
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, VerificationError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import open_with

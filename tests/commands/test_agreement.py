@@ -21,7 +21,7 @@ import ckpt_avg.commands.agreement
 from ckpt_avg import CheckpointFormatError, open_checkpoint
 from ckpt_avg.checkpoint.spec import CheckpointSpec
 from ckpt_avg.commands.agreement import agree_on_files, agree_on_request
-from ckpt_avg.commands.options import AverageRequest, options_of
+from ckpt_avg.commands.requests import AverageRequest, options_of
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import RankError
 from ckpt_avg.files.input_file import InputFile

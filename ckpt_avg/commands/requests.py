@@ -1,0 +1,199 @@
+"""What each command takes: groups of options, and its own arguments. From these the public functions get their signature."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from ckpt_avg.batchnorm.options import RefreshOptions
+from ckpt_avg.commands.options import (
+    EvalOptions,
+    MeanOptions,
+    OutputOptions,
+    ProgressOptions,
+    RankOptions,
+    ResourceOptions,
+    SweepOptions,
+)
+from ckpt_avg.errors import UsageError
+from ckpt_avg.formats.reading import Reading
+from ckpt_avg.runs.selection import Selection
+from ckpt_avg.text import suggestion
+
+if TYPE_CHECKING:
+    from ckpt_avg.runs.discover import Sources
+
+_Arguments = ParamSpec("_Arguments")
+_Request = TypeVar("_Request")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class MeanRequest(Selection, Reading, MeanOptions, RefreshOptions, EvalOptions):
+    """What the commands that average are asked for."""
+
+    sources: Sources = field(
+        metadata={
+            "doc": "Checkpoint files and checkpoint folders, in the order given, and run folders, in the order of "
+            "their steps."
+        }
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.evaluate is not None and self.model is None:
+            raise UsageError("--eval needs a model. Add --model MODULE:FACTORY.")
+
+
+@dataclass(frozen=True)
+class AverageRequest(RankOptions, MeanRequest, OutputOptions, ProgressOptions):
+    """What `average` is asked for."""
+
+    output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
+
+
+@dataclass(frozen=True)
+class RefreshRequest(RankOptions, Reading, MeanOptions, RefreshOptions, EvalOptions, OutputOptions, ProgressOptions):
+    """What `refresh_weights` is asked for."""
+
+    weights: str | os.PathLike[str] = field(metadata={"doc": "One checkpoint of any kind that can be read."})
+    output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
+    non_float: str = field(default="last", init=False)
+    bn: str = field(default="refresh", init=False)
+    evaluate_all: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, given in (("--model", self.model), ("--data", self.data)):
+            if given is None:
+                raise UsageError(f"{flag} is missing. Add {flag} MODULE:FACTORY to measure the statistics.")
+
+    def keywords(self) -> dict[str, Any]:
+        """Returns the keywords with which `average` does the same."""
+        names = {each.name for each in fields(AverageRequest)} & {each.name for each in fields(self)}
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
+    """What `sweep` is asked for."""
+
+    evaluate_all: bool = field(default=False, init=False)
+    require: str | Sequence[str] = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.evaluate is None:
+            raise UsageError("--eval is missing. Add --eval MODULE:FUNCTION to measure each average.")
+
+
+@dataclass(frozen=True)
+class VerifyRequest(ResourceOptions, ProgressOptions):
+    """What `verify` is asked for."""
+
+    path: str | os.PathLike[str] = field(metadata={"doc": "The file."})
+    sources: Sources | None = field(
+        default=None,
+        kw_only=True,
+        metadata={
+            "doc": "Checkpoint files, checkpoint folders and run folders. The mean of those that the file records is "
+            "computed again and compared bit for bit, except statistics that a refresh measured."
+        },
+    )
+
+
+@dataclass(frozen=True)
+class CheckRequest(Selection, Reading):
+    """What `check` is asked for."""
+
+    sources: Sources = field(metadata={"doc": "Checkpoint files, checkpoint folders and run folders."})
+
+
+@dataclass(frozen=True)
+class InspectRequest(Reading):
+    """What `inspect` is asked for."""
+
+    path: str | os.PathLike[str] = field(
+        metadata={"doc": "A checkpoint file, a checkpoint folder, a run folder, or any other folder."}
+    )
+
+
+def options_of(request: Any) -> Iterator[tuple[str, Field[Any]]]:
+    """Yields the heading and the field of each argument of a request, group by group."""
+    declared = {each.name: each for each in fields(request) if each.init}
+    for group in request.__mro__:
+        for name in vars(group).get("__annotations__", {}):
+            if name in declared:
+                yield group.heading, declared.pop(name)
+
+
+def takes(
+    request: Callable[_Arguments, _Request],
+) -> Callable[[Callable[[_Request], _Result]], Callable[_Arguments, _Result]]:
+    """Gives a function of one request the request's fields as its arguments.
+
+    In its docstring, ``{arguments}`` is replaced by what the fields' metadata say of them.
+    """
+    signature = inspect.signature(request)
+    declared = {each.name: each for _, each in options_of(request)}
+    names = [name for name in signature.parameters if not declared[name].kw_only]
+    names += [name for name in declared if name not in names]
+    parameters = [signature.parameters[name] for name in names]
+    lines = (f"{name}: {_described(declared[name])}" for name in names)
+    text = "\n".join(textwrap.fill(line, 112, subsequent_indent=" " * 4) for line in lines)
+    text = textwrap.indent(text, " " * 8).lstrip()
+
+    def decorate(function: Callable[[_Request], _Result]) -> Callable[_Arguments, _Result]:
+        @functools.wraps(function)
+        def with_arguments(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+            try:
+                signature.bind(*arguments, **options)
+            except TypeError as error:
+                unknown = next((name for name in options if name not in names), "")
+                raise TypeError(f"{function.__name__}() {error}.{suggestion(unknown, names)}") from None
+            return function(request(*arguments, **options))
+
+        returned = inspect.signature(function).return_annotation
+        vars(with_arguments)["__signature__"] = signature.replace(parameters=parameters, return_annotation=returned)
+        with_arguments.__doc__ = (function.__doc__ or "").replace("{arguments}", text)
+        with_arguments.__annotations__ = {}
+        return with_arguments
+
+    return decorate
+
+
+def _described(declared: Field[Any]) -> str:
+    text = str(declared.metadata.get("doc") or declared.metadata["help"])
+    choices = declared.metadata.get("choices", ())
+    quoted = [f"``{choice}``" for choice in choices]
+    if quoted and not any(choice in text for choice in quoted):
+        text += f" One of {', '.join(quoted)}."
+    return text
+
+
+@dataclass(frozen=True)
+class RecordedOptions(Reading, MeanOptions):
+    """The options that an output's metadata records: its bytes depend on them."""
+
+    @classmethod
+    def values(cls, request: Any) -> dict[str, Any]:
+        """Returns what a request says of these options."""
+        return {each.name: getattr(request, each.name) for each in fields(cls) if each.metadata.get("recorded")}
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> RecordedOptions | None:
+        """Returns recorded options; None if they are none that could have been recorded."""
+        known = {each.name: each.default for each in fields(cls) if each.metadata.get("recorded")}
+        for name, value in values.items():
+            kinds = (type(None), str) if known.get(name, "") is None else (type(known.get(name)),)
+            if name not in known or not isinstance(value, kinds):
+                return None
+        try:
+            return cls(**values)
+        except UsageError:
+            return None

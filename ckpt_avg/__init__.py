@@ -8,60 +8,66 @@
 Importing this package does not import torch; the first use of a function does.
 """
 
+# isort: skip_file
+# ``name as name`` exports a name, for type checkers too. At run time its first use imports it.
+
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ckpt_avg.version import __version__
+from ckpt_avg.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ckpt_avg.batchnorm.hooks import LayerStatistics
-    from ckpt_avg.batchnorm.refresh import BatchNormReport, refresh_batch_norm
-    from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, DType, Part, TensorSpec
-    from ckpt_avg.checkpoint.training_record import Record
-    from ckpt_avg.commands.average import average
-    from ckpt_avg.commands.check import check
-    from ckpt_avg.commands.inspect import Inspection, Listed, inspect
-    from ckpt_avg.commands.publish import AverageResult
-    from ckpt_avg.commands.refresh_bn import refresh_weights
-    from ckpt_avg.commands.sweep import Measured, SweepResult, sweep
-    from ckpt_avg.commands.verify import VerifyReport, verify
-    from ckpt_avg.distributed.launch import join_ranks
-    from ckpt_avg.distributed.ranks import Ranks
-    from ckpt_avg.errors import (
-        ChangedWhileReadingError,
-        CheckpointFormatError,
-        CkptAvgError,
-        IncompatibleError,
-        NonFiniteError,
-        NoWeightsError,
-        OutputError,
-        RankError,
-        RequirementError,
-        ResourceError,
-        UsageError,
-        UserCodeError,
-        VerificationError,
-    )
-    from ckpt_avg.formats.open import open_checkpoint
-    from ckpt_avg.progress import Progress
-    from ckpt_avg.runs.compatibility import CompatibilityReport, Difference
-    from ckpt_avg.user_code.evaluate import Evaluation
-    from ckpt_avg.user_code.gate import Outcome, Requirement
+    from ckpt_avg.batchnorm.hooks import LayerStatistics as LayerStatistics
+    from ckpt_avg.batchnorm.refresh import BatchNormReport as BatchNormReport
+    from ckpt_avg.batchnorm.refresh import refresh_batch_norm as refresh_batch_norm
+    from ckpt_avg.checkpoint.spec import Checkpoint as Checkpoint, CheckpointSpec as CheckpointSpec, DType as DType
+    from ckpt_avg.checkpoint.spec import Part as Part, TensorSpec as TensorSpec
+    from ckpt_avg.checkpoint.training_record import Record as Record
+    from ckpt_avg.commands.average import average as average
+    from ckpt_avg.commands.check import check as check
+    from ckpt_avg.commands.inspect import Inspection as Inspection, Listed as Listed, inspect as inspect
+    from ckpt_avg.commands.publish import AverageResult as AverageResult
+    from ckpt_avg.commands.refresh_bn import refresh_weights as refresh_weights
+    from ckpt_avg.commands.sweep import Measured as Measured, SweepResult as SweepResult, sweep as sweep
+    from ckpt_avg.commands.verify import VerifyReport as VerifyReport, verify as verify
+    from ckpt_avg.distributed.launch import join_ranks as join_ranks
+    from ckpt_avg.distributed.ranks import Ranks as Ranks
+    from ckpt_avg.errors import ChangedWhileReadingError as ChangedWhileReadingError
+    from ckpt_avg.errors import CheckpointFormatError as CheckpointFormatError, CkptAvgError as CkptAvgError
+    from ckpt_avg.errors import IncompatibleError as IncompatibleError, NonFiniteError as NonFiniteError
+    from ckpt_avg.errors import NoWeightsError as NoWeightsError, OutputError as OutputError, RankError as RankError
+    from ckpt_avg.errors import RequirementError as RequirementError, ResourceError as ResourceError
+    from ckpt_avg.errors import UsageError as UsageError, UserCodeError as UserCodeError
+    from ckpt_avg.errors import VerificationError as VerificationError
+    from ckpt_avg.formats.open import open_checkpoint as open_checkpoint
+    from ckpt_avg.progress import Progress as Progress
+    from ckpt_avg.runs.compatibility import CompatibilityReport as CompatibilityReport, Difference as Difference
+    from ckpt_avg.user_code.evaluate import Evaluation as Evaluation
+    from ckpt_avg.user_code.gate import Outcome as Outcome, Requirement as Requirement
 
 _HOMES = {
+    "ckpt_avg.batchnorm.hooks": ("LayerStatistics",),
+    "ckpt_avg.batchnorm.refresh": ("BatchNormReport", "refresh_batch_norm"),
+    "ckpt_avg.checkpoint.spec": ("Checkpoint", "CheckpointSpec", "DType", "Part", "TensorSpec"),
+    "ckpt_avg.checkpoint.training_record": ("Record",),
     "ckpt_avg.commands.average": ("average",),
     "ckpt_avg.commands.check": ("check",),
-    "ckpt_avg.batchnorm.refresh": ("BatchNormReport", "refresh_batch_norm"),
-    "ckpt_avg.runs.compatibility": ("CompatibilityReport", "Difference"),
+    "ckpt_avg.commands.inspect": ("Inspection", "Listed", "inspect"),
+    "ckpt_avg.commands.publish": ("AverageResult",),
+    "ckpt_avg.commands.refresh_bn": ("refresh_weights",),
+    "ckpt_avg.commands.sweep": ("Measured", "SweepResult", "sweep"),
+    "ckpt_avg.commands.verify": ("VerifyReport", "verify"),
+    "ckpt_avg.distributed.launch": ("join_ranks",),
+    "ckpt_avg.distributed.ranks": ("Ranks",),
     "ckpt_avg.errors": (
         "ChangedWhileReadingError",
         "CheckpointFormatError",
         "CkptAvgError",
         "IncompatibleError",
-        "NoWeightsError",
         "NonFiniteError",
+        "NoWeightsError",
         "OutputError",
         "RankError",
         "RequirementError",
@@ -70,69 +76,14 @@ _HOMES = {
         "UserCodeError",
         "VerificationError",
     ),
-    "ckpt_avg.user_code.evaluate": ("Evaluation",),
-    "ckpt_avg.commands.inspect": ("Inspection", "Listed", "inspect"),
-    "ckpt_avg.distributed.launch": ("join_ranks",),
-    "ckpt_avg.batchnorm.hooks": ("LayerStatistics",),
-    "ckpt_avg.progress": ("Progress",),
-    "ckpt_avg.distributed.ranks": ("Ranks",),
     "ckpt_avg.formats.open": ("open_checkpoint",),
-    "ckpt_avg.checkpoint.training_record": ("Record",),
-    "ckpt_avg.commands.refresh_bn": ("refresh_weights",),
+    "ckpt_avg.progress": ("Progress",),
+    "ckpt_avg.runs.compatibility": ("CompatibilityReport", "Difference"),
+    "ckpt_avg.user_code.evaluate": ("Evaluation",),
     "ckpt_avg.user_code.gate": ("Outcome", "Requirement"),
-    "ckpt_avg.commands.publish": ("AverageResult",),
-    "ckpt_avg.checkpoint.spec": ("Checkpoint", "CheckpointSpec", "DType", "Part", "TensorSpec"),
-    "ckpt_avg.commands.sweep": ("Measured", "SweepResult", "sweep"),
-    "ckpt_avg.commands.verify": ("VerifyReport", "verify"),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-
-__all__ = [
-    "AverageResult",
-    "BatchNormReport",
-    "ChangedWhileReadingError",
-    "Checkpoint",
-    "CheckpointFormatError",
-    "CheckpointSpec",
-    "CkptAvgError",
-    "CompatibilityReport",
-    "DType",
-    "Difference",
-    "Evaluation",
-    "IncompatibleError",
-    "Inspection",
-    "LayerStatistics",
-    "Listed",
-    "Measured",
-    "NoWeightsError",
-    "NonFiniteError",
-    "Outcome",
-    "OutputError",
-    "Part",
-    "Progress",
-    "RankError",
-    "Ranks",
-    "Record",
-    "Requirement",
-    "RequirementError",
-    "ResourceError",
-    "SweepResult",
-    "TensorSpec",
-    "UsageError",
-    "UserCodeError",
-    "VerificationError",
-    "VerifyReport",
-    "__version__",
-    "average",
-    "check",
-    "inspect",
-    "join_ranks",
-    "open_checkpoint",
-    "refresh_batch_norm",
-    "refresh_weights",
-    "sweep",
-    "verify",
-]
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 (they are strings)
 
 
 def __getattr__(name: str) -> Any:

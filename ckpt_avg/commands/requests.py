@@ -1,4 +1,4 @@
-"""What each command takes: groups of options, and its own arguments. From these the public functions get their signature."""
+"""What each command takes: groups of options and arguments of its own. These are the signatures of the public API."""
 
 from __future__ import annotations
 

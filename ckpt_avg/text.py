@@ -1,4 +1,4 @@
-"""How untrusted names and long lists appear in messages: escaped, cut and counted."""
+"""Text for messages: names escaped, long lists cut, numbers counted, tables."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ def _cut(text: str) -> str:
 
 
 def safe_text(text: str) -> str:
-    """Returns text for a terminal: control characters, which a file's name may hold, show escaped; lines stay lines."""
+    """Returns text for a terminal, with control characters escaped, except line breaks and tabs."""
     return "".join(sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1] for sign in text)
 
 
 def one_line(text: str) -> str:
-    """Returns text without line breaks: one in a file's name must not make a line that looks like ours."""
+    """Returns text with line breaks escaped, so that a file's name cannot forge a line of our output."""
     return text.replace("\n", "\\n")
 
 
-def told_apart(paths: Sequence[Path]) -> list[str]:
-    """Returns the names of paths, with the folder in front where names alone do not tell them apart."""
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Returns the names of paths, with their folders if two names are equal."""
     names = [path.name or str(path) for path in paths]
     return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
 
 
 def listing(items: Iterable[str], *, separator: str = ", ") -> str:
-    """Joins at most 20 items and says how many more there are."""
+    """Joins at most 20 items, and counts the others."""
     iterator = iter(items)
     shown = list(itertools.islice(iterator, _LONGEST_LIST))
     rest = sum(1 for _ in iterator)

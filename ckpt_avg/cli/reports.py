@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec, batch_norm_layers
 from ckpt_avg.runs.compatibility import CompatibilityReport
-from ckpt_avg.text import escaped, listing, one_line, plural, quote, size, table, told_apart
+from ckpt_avg.text import distinct_names, escaped, listing, one_line, plural, quote, size, table
 
 if TYPE_CHECKING:
     from ckpt_avg.checkpoint.training_record import Record
@@ -141,7 +141,7 @@ def inspection_text(found: Inspection) -> str:
 
 def _names(paths: Sequence[Path]) -> str:
     """Returns the names of checkpoints; of more than four, the first two and the last."""
-    names = [escaped(name) for name in told_apart(paths)]
+    names = [escaped(name) for name in distinct_names(paths)]
     return ", ".join(names if len(names) <= 4 else [*names[:2], "…", names[-1]])
 
 

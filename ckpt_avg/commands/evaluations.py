@@ -10,7 +10,7 @@ import torch
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.prepare import Prepared
 from ckpt_avg.commands.requests import AverageRequest
-from ckpt_avg.text import told_apart
+from ckpt_avg.text import distinct_names
 from ckpt_avg.user_code.evaluate import Evaluation, evaluate_weights, refuse_other_metrics
 from ckpt_avg.user_code.gate import Outcome, needs_all, outcomes, refuse_unknown_metrics
 from ckpt_avg.user_code.model import weights_of
@@ -39,7 +39,7 @@ class Evaluations:
             return
         every = self._request.evaluate_all or needs_all(self._request.requirements)
         chosen = self._prepared.checkpoints[0 if every else -1 :]
-        names = told_apart([checkpoint.spec.path for checkpoint in chosen])
+        names = distinct_names([checkpoint.spec.path for checkpoint in chosen])
         for checkpoint, name in zip(chosen, names, strict=True):
             self._measure(name, weights_of(checkpoint), checkpoint.spec.path)
             refuse_unknown_metrics(self._request.requirements, self.measured[0])

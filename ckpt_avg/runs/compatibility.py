@@ -1,4 +1,4 @@
-"""Do the checkpoints describe the same architecture? Answered from headers, every difference at once."""
+"""Whether checkpoints have the same architecture, by their headers; every difference at once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Aspect = Literal["missing", "unexpected", "shape", "dtype", "tied"]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One way in which checkpoints differ from the reference checkpoint, which is the first.
+    """A difference from the reference checkpoint, which is the first.
 
     Attributes:
         tensor: the tensor's name.
         aspect: what differs.
-        expected: what the reference holds.
-        found: what the others hold.
-        checkpoints: the paths of those others.
+        expected: what the reference checkpoint has.
+        found: what the others have.
+        checkpoints: the paths of the others.
     """
 
     tensor: str
@@ -41,15 +41,15 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class CompatibilityReport:
-    """Every difference between the checkpoints, and advice where its cause is plain.
+    """Every difference between checkpoints, and what to do about them.
 
     Attributes:
         checkpoints: their paths in order.
-        tensors: how many the reference checkpoint holds.
+        tensors: the number of tensors in the reference checkpoint.
         differences: every difference from it.
         advice: what to do about them.
-        skipped: what was left out of run folders, with reasons.
-        notices: what the user should know of how the checkpoints are read.
+        skipped: what is not averaged, and why.
+        notices: what the user should know about how the checkpoints are read.
     """
 
     checkpoints: tuple[str, ...]
@@ -78,17 +78,14 @@ class CompatibilityReport:
 
 
 def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:
-    """Compares names, shapes and dtypes of all checkpoints with those of the first.
-
-    The order of tensors in a file does not matter.
-    """
+    """Compares names, shapes, dtypes and ties of all checkpoints with the first. The order of tensors may differ."""
     reference = specs[0]
     tied = _partners(reference)
     found: dict[tuple[str, Aspect, str, str], list[str]] = {}
     for spec in specs[1:]:
         if spec.tensors is reference.tensors:
-            continue  # the headers are the same, byte for byte
-        for key in (*_differences(reference, spec), *_tied_otherwise(tied, spec)):
+            continue  # the headers have the same bytes
+        for key in (*_differences(reference, spec), *_differently_tied(tied, spec)):
             found.setdefault(key, []).append(str(spec.path))
     differences = tuple(
         Difference(tensor, aspect, expected, got, tuple(paths))
@@ -99,7 +96,7 @@ def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:
 
 
 def refuse_differences(specs: Sequence[CheckpointSpec]) -> None:
-    """Raises IncompatibleError with every difference, if there is any."""
+    """Raises IncompatibleError with every difference, if there are any."""
     report = compare(specs)
     if not report.compatible:
         raise IncompatibleError(str(report), lines=True)
@@ -129,8 +126,8 @@ def _partners(spec: CheckpointSpec) -> dict[str, tuple[str, ...]]:
     return {name: tuple(sorted(names)) for names in spec.tied() for name in names}
 
 
-def _tied_otherwise(expected: dict[str, tuple[str, ...]], spec: CheckpointSpec) -> list[tuple[str, Aspect, str, str]]:
-    """Returns the tensors that are tied to others than in the reference, which would then be averaged apart."""
+def _differently_tied(expected: dict[str, tuple[str, ...]], spec: CheckpointSpec) -> list[tuple[str, Aspect, str, str]]:
+    """Returns the tensors that are tied to other tensors than in the reference checkpoint."""
     found = _partners(spec)
     names = [name for name in (*expected, *(name for name in found if name not in expected)) if name in spec.tensors]
     return [
@@ -154,14 +151,14 @@ def _advice(specs: Sequence[CheckpointSpec], differences: Sequence[Difference]) 
     if aspects == {"missing", "unexpected"} and (prefix := _prefix_between(specs)):
         return f"Some names begin with {quote(prefix)}, others don't: add --strip-prefix {prefix}."
     if aspects == {"dtype"}:
-        return "Save all of them in one dtype; --dtype sets the dtype of the output alone."
+        return "Save all checkpoints in one dtype; --dtype only sets the dtype of the output."
     if aspects == {"tied"}:
-        return "Tensors share their storage in some checkpoints only: average those that were saved alike."
-    return "Average checkpoints of one architecture and one run; leave others out with --exclude."
+        return "Average checkpoints that tie the same weights; skip others with --exclude."
+    return "Average checkpoints of one architecture and one run; skip others with --exclude."
 
 
 def _prefix_between(specs: Sequence[CheckpointSpec]) -> str | None:
-    """Returns the prefix that some checkpoints have in front of all names and others do not."""
+    """Returns the prefix that all names of some checkpoints have, and no name of the others."""
     shortest = min(specs, key=lambda spec: sum(map(len, spec.tensors)))
     bare = set(shortest.tensors)
     prefixes = set()

@@ -1,7 +1,7 @@
-"""Which checkpoints hold the same weights, byte for byte: copies under other names count once.
+"""Which checkpoints have the same weights, byte for byte.
 
-Two checkpoints of a run differ nearly everywhere, so a few bytes of each tensor tell them apart; only where all of
-these agree are the weights read in full.
+Two checkpoints of a run differ nearly everywhere, so a few bytes of each tensor show that they differ. Only if all of
+these are equal are the weights read in full.
 """
 
 from __future__ import annotations
@@ -11,20 +11,17 @@ from collections.abc import Iterator, Sequence
 
 from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec
 
-_SAMPLES = 64  # tensors of which a few bytes are compared first
+_SAMPLES = 64  # tensors of which _BYTES are compared first
 _BYTES = 64
 _BLOCK = 4 * 1024 * 1024
 
 
 def find_copies(checkpoints: Sequence[Checkpoint], *, in_full: bool = True) -> dict[int, int]:
-    """Returns, for each checkpoint that is a copy of an earlier one in the sequence, the index of that one.
+    """Returns, for the index of each copy of an earlier checkpoint, the index of that one.
 
     Args:
         checkpoints: open checkpoints.
-        in_full: compare all bytes where samples agree; else samples are taken for the whole.
-
-    Raises:
-        CheckpointFormatError: the storage cannot be read.
+        in_full: compare all bytes if the samples are equal; otherwise equal samples suffice.
     """
     alike: dict[bytes, list[int]] = {}
     copies: dict[int, int] = {}
@@ -39,7 +36,7 @@ def find_copies(checkpoints: Sequence[Checkpoint], *, in_full: bool = True) -> d
 
 
 def _stored(tensor: TensorSpec) -> Iterator[tuple[int, int, int]]:
-    """Yields (file, first byte, bytes) of what a tensor takes up, gaps of strided ones included."""
+    """Yields (file, first byte, number of bytes) of a tensor, including gaps between strided elements."""
     for piece in [part.tensor for part in tensor.parts] or [tensor]:
         if piece.numel:
             last = sum((extent - 1) * step for extent, step in zip(piece.shape, piece.stride, strict=True))

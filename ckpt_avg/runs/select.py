@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from difflib import get_close_matches
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.errors import IncompatibleError
@@ -15,7 +14,7 @@ from ckpt_avg.runs.candidates import Candidate, CopyTest, Unit, position, survey
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.runs.selection import Selection
-from ckpt_avg.text import escaped, listing, plural, quote
+from ckpt_avg.text import escaped, listing, plural, quote, suggestion
 
 _NEAR = 0.05  # of the amplitude: how far the first or last minimum of a run may be from its neighbour
 _FAR = 0.25  # of the distance between minima: a checkpoint further from one was not saved at it
@@ -115,15 +114,14 @@ def _between(kept: list[Candidate], selection: Selection, notice: Callable[[str]
         for candidate, at in zip(kept, positions, strict=True)
         if (first is None or first <= at) and (last is None or at <= last)
     ]
-    given = [f"--{name}-step {bound}" for name, bound in (("from", first), ("to", last)) if bound is not None]
-    bounds, ending, them = " and ".join(given), "" if len(given) > 1 else "s", "it" if len(given) < 2 else "them"
+    bounds = " ".join(f"--{name}-step {at}" for name, at in (("from", first), ("to", last)) if at is not None)
     if not found:
         raise IncompatibleError(
-            f"nothing to average: {bounds} skip{ending} all {plural(len(kept), 'checkpoint')}, whose {unit}s are "
-            f"{min(positions)} to {max(positions)}. Change {them}."
+            f"nothing to average: none of {plural(len(kept), 'checkpoint')} matches {bounds}; their {unit}s are "
+            f"{min(positions)} to {max(positions)}. Choose other bounds."
         )
     if unit == "epoch":
-        notice(f"the run records no steps, so {bounds} count{ending} epochs")
+        notice(f"{bounds}: the run records no steps, so these are epochs")
     return found
 
 
@@ -141,9 +139,7 @@ def _best(
         found = f"the checkpoints record {listing(map(quote, recorded))}"
         if metric is None:
             raise IncompatibleError(f"--best {number}: {found}. Choose one of them with --metric.")
-        close = get_close_matches(metric, recorded, n=1)
-        advice = f"Did you mean {quote(close[0])}?" if close else "Use one of these."
-        raise IncompatibleError(f"--metric {metric}: {found}. {advice}")
+        raise IncompatibleError(f"--metric {metric}: {found}.{suggestion(metric, recorded) or ' Use one of these.'}")
     measured = [candidate for candidate in kept if metric in candidate.record.metrics]
     if len(measured) < len(kept):
         lacking = [candidate for candidate in kept if metric not in candidate.record.metrics]

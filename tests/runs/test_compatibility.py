@@ -87,7 +87,7 @@ def test_every_difference_is_in_one_report(tmp_path: Path) -> None:
     assert text.startswith(f"the checkpoints don't fit together: 6 differences from {paths[0]}\n")
     assert f"  tensor 'w': shape: expected [2, 3], got [3, 2] in {paths[1]}, {paths[4]}\n" in text
     assert text.count("\n  tensor ") == 6
-    assert text.endswith("Average checkpoints of one architecture and one run; leave others out with --exclude.")
+    assert text.endswith("Average checkpoints of one architecture and one run; skip others with --exclude.")
 
 
 @pytest.mark.guarantee("differences")
@@ -176,9 +176,7 @@ def test_tensors_tied_otherwise_are_told(tmp_path: Path) -> None:
             ("c", "tied", "tied to none", "tied to 'a'", ["step_3.pt"]),
         ]
     )
-    assert str(report).endswith(
-        "Tensors share their storage in some checkpoints only: average those that were saved alike."
-    )
+    assert str(report).endswith("Average checkpoints that tie the same weights; skip others with --exclude.")
 
 
 def test_views_that_share_a_storage_without_being_equal_are_not_tied(tmp_path: Path) -> None:
@@ -194,7 +192,7 @@ def test_dtypes_alone_have_their_own_advice(tmp_path: Path) -> None:
     paths = write(tmp_path, {"w": torch.ones(2)}, {"w": torch.ones(2).bfloat16()})
     text = str(check(paths))
     assert "tensor 'w': dtype: expected F32, got BF16" in text
-    assert text.endswith("Save all of them in one dtype; --dtype sets the dtype of the output alone.")
+    assert text.endswith("Save all checkpoints in one dtype; --dtype only sets the dtype of the output.")
 
 
 def test_the_text_is_cut_but_the_report_is_whole(tmp_path: Path) -> None:

@@ -197,10 +197,10 @@ def test_steps_go_before_epochs() -> None:
 def test_epochs_serve_where_there_are_no_steps_and_that_is_said() -> None:
     assert chosen(Selection(from_step=4, to_step=6), EPOCHS) == [4, 5, 6]
     assert notices(EPOCHS, from_step=4, to_step=6) == [
-        "the run records no steps, so --from-step 4 and --to-step 6 count epochs"
+        "--from-step 4 --to-step 6: the run records no steps, so these are epochs"
     ]
-    assert notices(EPOCHS, to_step=6) == ["the run records no steps, so --to-step 6 counts epochs"]
-    assert notices(EPOCHS, from_step=4) == ["the run records no steps, so --from-step 4 counts epochs"]
+    assert notices(EPOCHS, to_step=6) == ["--to-step 6: the run records no steps, so these are epochs"]
+    assert notices(EPOCHS, from_step=4) == ["--from-step 4: the run records no steps, so these are epochs"]
 
 
 def test_one_checkpoint_without_a_step_makes_them_epochs() -> None:
@@ -230,9 +230,10 @@ def test_neither_steps_nor_epochs(option: str) -> None:
 def test_nothing_between() -> None:
     message = refusal(IncompatibleError, TEN, from_step=11)
     assert message == (
-        "nothing to average: --from-step 11 skips all 10 checkpoints, whose steps are 1 to 10. Change it."
+        "nothing to average: none of 10 checkpoints matches --from-step 11; their steps are 1 to 10. "
+        "Choose other bounds."
     )
-    assert "--to-step 2 skips all 5 checkpoints, whose epochs are 3 to 7. Change it." in refusal(
+    assert "none of 5 checkpoints matches --to-step 2; their epochs are 3 to 7." in refusal(
         IncompatibleError, EPOCHS, to_step=2
     )
 

@@ -452,7 +452,7 @@ def test_nothing_there_and_too_few_are_refused(in_process: Command, tmp_path: Pa
                        "checkpoint folders, got none. Name a folder or files with checkpoints."),
         (run, ("--last", 3), 4, "--last 3: expected at least 3 checkpoints, got 2 (step_9.safetensors, "
                                 "step_10.safetensors). Use --last 2, or name more checkpoints."),
-        (run, ("--from-step", 11), 4, "nothing to average: --from-step 11 skips all 2 checkpoints, whose steps"),
+        (run, ("--from-step", 11), 4, "nothing to average: none of 2 checkpoints matches --from-step 11; their steps"),
         (run, ("--include", "epoch*"), 4, "nothing to average: --include and --exclude skip all 2 checkpoints"),
     ):  # fmt: skip
         assert refusal(in_process, source, *options, folder=tmp_path, code=code).startswith(says)

@@ -16,7 +16,7 @@ from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.formats.trainers.any_script import SUFFIXES
 from ckpt_avg.formats.trainers.file_names import is_alias
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.runs.run_folder import Listing, Skipped, entries_of, identity_of, list_folder
+from ckpt_avg.runs.run_folder import ALIAS, Listing, Skipped, entries_of, identity_of, list_folder
 from ckpt_avg.text import listing, quote
 
 _DEEPEST = 3  # levels of folders that are searched below a run folder without checkpoints of its own
@@ -126,9 +126,7 @@ def _search(folder: Path, depth: int, visits: Iterator[int]) -> Listing | None:
     if not inner:
         return own
     path, inside = inner[0]
-    aliases = [
-        Skipped(alias, f"last, best or the like, by its name; the run is in {path.name}") for alias in found.paths
-    ]
+    aliases = [Skipped(alias, f"{ALIAS}; the run is in {path.name}") for alias in found.paths]
     return replace(
         inside,
         skipped=(*found.skipped, *aliases, *inside.skipped),
@@ -141,7 +139,7 @@ def _nothing(folder: Path) -> str:
     message = f"{folder}: expected checkpoint files ({', '.join(SUFFIXES)}) or checkpoint folders, got none"
     skipped = list_folder(folder).skipped
     if skipped:
-        message += ": " + listing((f"{quote(item.path.name)} is {item.reason}" for item in skipped), separator="; ")
+        message += "; skipped: " + listing(f"{quote(item.path.name)} ({item.reason})" for item in skipped)
     inner = [path.name for path in entries_of(folder) if path.is_dir() and not path.name.startswith(".")]
     if inner:
         message += f". Its folders {listing(map(quote, inner))} have none in the first {_DEEPEST} levels"

@@ -15,6 +15,8 @@ from ckpt_avg.formats.trainers.file_names import EARLIER_AVERAGE, is_alias, reas
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import INCOMPLETE, WeightFiles
 
+ALIAS = "an alias such as last or best, by its name"
+
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
@@ -60,25 +62,23 @@ def list_folder(folder: Path) -> Listing:
         # Only checkpoints with numbers next to them show that the folder's own weights are those of a whole run.
         if not folders and not any(map(_numbered, files)):
             return Listing((folder,), False)
-        whole = "the weights of the whole run beside its checkpoints: one of them, or the final"
-        skipped.append(Skipped(own.path, own.problem or whole))
+        skipped.append(Skipped(own.path, own.problem or "the run's own weights, next to its checkpoints"))
     incomplete = _without_last_file(folders)
     skipped += incomplete
-    left_out = {item.path for item in incomplete}
-    kept, repeated = _once([*(path for path in folders if path not in left_out), *files])
+    unfinished = {item.path for item in incomplete}
+    kept, repeated = _once([*(path for path in folders if path not in unfinished), *files])
     skipped += repeated
     if kept:
         known = {identity_of(path): path.name for path in kept}
         for path in models:
             same = known.get(identity_of(path))
-            skipped.append(Skipped(path, f"the same file as {same}" if same else "a model or a run of its own"))
+            skipped.append(Skipped(path, f"the same file as {same}" if same else "another model or run"))
     named = [path for path in kept if not is_alias(path.name)]
     if any(item.reason == EARLIER_AVERAGE for item in skipped) and not named:
-        skipped += [Skipped(path, "last, best or the like by its name") for path in kept]
+        skipped += [Skipped(path, ALIAS) for path in kept]
         kept = []  # otherwise only an alias of these would be left
     if named:
-        reason = "last, best or the like by its name, beside checkpoints with names of their own"
-        skipped += [Skipped(path, reason) for path in kept if path not in named]
+        skipped += [Skipped(path, ALIAS) for path in kept if path not in named]
         kept = named
     return Listing(tuple(sorted(kept, key=in_order)), True, tuple(skipped))
 
@@ -96,12 +96,12 @@ def natural_key(name: str) -> tuple[tuple[object, ...], str]:
 
 
 def in_order(path: Path) -> tuple[object, ...]:
-    """Returns the key by which paths are sorted: ``epoch=1-v1.ckpt`` comes behind ``epoch=1.ckpt``."""
+    """Returns the key by which paths are sorted: ``epoch=1-v1.ckpt`` follows ``epoch=1.ckpt``."""
     return natural_key(stem(path.name)), path.name
 
 
 def entries_of(folder: Path) -> list[Path]:
-    """Returns what a folder holds, in natural order.
+    """Returns the entries of a folder, in natural order.
 
     Raises:
         UsageError: it cannot be listed.
@@ -130,7 +130,7 @@ def _sort_entries(folder: Path) -> tuple[list[Path], dict[Path, WeightFiles], li
                 files.append(path)
         except (OSError, CheckpointFormatError, UsageError) as error:  # noqa: PERF203 (each entry has its own)
             why = str(error).removeprefix(f"{path}: ").rstrip(".")
-            skipped.append(Skipped(path, f"cannot be looked into: {why}"))
+            skipped.append(Skipped(path, f"cannot be read: {why}"))
     return files, folders, models, skipped
 
 
@@ -185,7 +185,7 @@ def _reason_to_skip_file(path: Path) -> str | None:
     reason = reason_to_skip(path.name)
     if reason is None and path.name.lower().endswith(SUFFIXES):
         if not path.exists():
-            return "a symbolic link to nothing"
+            return "a broken symbolic link"
         if path.is_file() and path.stat().st_size == 0:
             return "incomplete: it is empty"
     return reason

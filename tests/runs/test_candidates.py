@@ -135,7 +135,7 @@ def test_a_copy_counts_once_under_the_plainest_name(tmp_path: Path, copy: str) -
     found = look(tmp_path)
     assert (tmp_path / copy).read_bytes() != (tmp_path / "epoch_2.pt").read_bytes()
     assert names(found) == ["epoch_1.pt", "epoch_2.pt"]
-    alias = "last, best or the like by its name, beside checkpoints with names of their own"
+    alias = "an alias such as last or best, by its name"
     assert reasons(found) == {copy: "the same weights as epoch_2.pt" if "copy" in copy else alias}
 
 
@@ -230,9 +230,7 @@ def test_an_alias_by_its_name_is_left_out_even_where_its_weights_differ(tmp_path
     put(tmp_path / "last.pt", 3)
     found = look(tmp_path)
     assert names(found) == ["step_1.pt", "step_2.pt"]
-    assert reasons(found) == {
-        "last.pt": "last, best or the like by its name, beside checkpoints with names of their own"
-    }
+    assert reasons(found) == {"last.pt": "an alias such as last or best, by its name"}
 
 
 def test_aliases_are_taken_where_there_is_nothing_else(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sources → checkpoints: natural order, each stored file once, what is left out named with its reason."""
+"""Sources → checkpoints: natural order, each stored file once, and the reason for each that is skipped."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.formats.trainers.any_script import SUFFIXES
-from ckpt_avg.runs.discover import Discovery, discover
+from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.run_folder import natural_key
 
 
@@ -28,15 +26,26 @@ def touch(folder: Path, *names: str) -> list[Path]:
     return paths
 
 
+def tree(root: Path, *paths: str) -> Path:
+    """Makes empty-looking files; a path that ends with a slash is a folder."""
+    for path in paths:
+        target = root / path
+        (target if path.endswith("/") else target.parent).mkdir(parents=True, exist_ok=True)
+        if not path.endswith("/"):
+            target.write_bytes(b"x")
+    return root
+
+
 def names(paths: tuple[Path, ...]) -> list[str]:
     return [path.name for path in paths]
 
 
-def reasons(found: Discovery) -> dict[str, str]:
-    """Name → why it was left out."""
-    made = {item.path.name: item.reason for item in found.skipped}
-    assert len(made) == len(found.skipped), "each is told once"
-    return made
+def listed(*sources: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of the checkpoints, and name → reason of what is skipped."""
+    found = discover(sources)
+    reasons = {item.path.name: item.reason for item in found.skipped}
+    assert len(reasons) == len(found.skipped), "each once"
+    return names(found.paths), reasons
 
 
 def refusal(kind: type[UsageError | IncompatibleError], *sources: object) -> str:
@@ -69,7 +78,7 @@ def test_the_real_run_is_in_order_of_epochs(run_folder: Path) -> None:
 )
 def test_natural_order(tmp_path: Path, ordered: list[str]) -> None:
     touch(tmp_path, *reversed(ordered))
-    assert names(discover([tmp_path]).paths) == ordered
+    assert listed(tmp_path)[0] == ordered
 
 
 @given(st.lists(st.text(alphabet="ab0123456789_.٣²", max_size=6), unique=True, max_size=6))
@@ -105,64 +114,67 @@ def test_folders_and_files_together(tmp_path: Path) -> None:
 # --- what a run folder gives -------------------------------------------------------------------------------
 
 
-def test_each_suffix_is_taken_and_others_are_not(tmp_path: Path) -> None:
+def test_each_suffix_is_used_and_others_are_not(tmp_path: Path) -> None:
     touch(tmp_path, *(f"a{suffix}" for suffix in SUFFIXES), "log.txt", "config.json", "events.out", "README")
-    found = discover([tmp_path])
-    assert set(names(found.paths)) == {f"a{suffix}" for suffix in SUFFIXES}
-    assert found.skipped == ()
+    found, skipped = listed(tmp_path)
+    assert (set(found), skipped) == ({f"a{suffix}" for suffix in SUFFIXES}, {})
+
+
+STATE = "training state beside the weights, by its name"
+AVERAGE = "an earlier average, by its name"
+INCOMPLETE = "incomplete, by its name"
+ALIAS = "an alias such as last or best, by its name"
+FINAL = "the run's own weights, next to its checkpoints"
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["optimizer.pt", "optimizer_0.bin", "scheduler.pt", "rng_state.pth", "rng_state_3.pth", "training_args.bin",
-     "scaler.pt", "random_states_0.pkl.pt", "sampler.bin", "Optimizer.pt"],
+    ("name", "reason"),
+    [
+        *((name, STATE) for name in ("optimizer.pt", "optimizer_0.bin", "scheduler.pt", "rng_state.pth",
+          "rng_state_3.pth", "training_args.bin", "scaler.pt", "random_states_0.pkl.pt", "sampler.bin",
+          "Optimizer.pt")),
+        *((name, AVERAGE) for name in ("average.safetensors", "swa.pt", "SWA.BIN", "valid.acc.ave_10best.pth",
+          "avg_10.pt", "model-averaged.ckpt")),
+        *((name, INCOMPLETE) for name in ("step_3.pt.tmp", "step_3.safetensors.part", "x.incomplete")),
+        ("._step_1.pt", "hidden, by its name"),  # macOS leaves one for each file on a foreign disk
+    ],
 )  # fmt: skip
-def test_training_state_beside_the_weights_is_left_out(tmp_path: Path, name: str) -> None:
-    touch(tmp_path, name, "model.pt")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["model.pt"]
-    assert [(item.path.name, item.reason) for item in found.skipped] == [
-        (name, "training state beside the weights, by its name")
-    ]
-
-
-@pytest.mark.parametrize("name", ["optimizer_study_epoch_1.pt", "scheduler-ablation.pt", "my_optimizer.pt"])
-def test_weights_whose_name_begins_alike_are_kept(tmp_path: Path, name: str) -> None:
-    touch(tmp_path, name)
-    assert names(discover([tmp_path]).paths) == [name]
-
-
-@pytest.mark.parametrize("name", ["step_3.pt.tmp", "step_3.safetensors.part", "x.incomplete"])
-def test_incomplete_files_are_left_out_and_said(tmp_path: Path, name: str) -> None:
-    touch(tmp_path, name, "step_2.pt")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["step_2.pt"]
-    assert [(item.path.name, item.reason) for item in found.skipped] == [(name, "incomplete, by its name")]
-
-
-def test_folders_inside_are_not_searched(tmp_path: Path) -> None:
-    touch(tmp_path, "step_1.pt")
-    (tmp_path / "folder.pt").mkdir()
-    touch(tmp_path / "folder.pt", "step_2.pt")
-    assert names(discover([tmp_path]).paths) == ["step_1.pt"]
-
-
-@pytest.mark.parametrize(
-    "name", ["average.safetensors", "swa.pt", "SWA.BIN", "valid.acc.ave_10best.pth", "avg_10.pt", "model-averaged.ckpt"]
-)
-def test_an_earlier_average_is_left_out_by_its_name(tmp_path: Path, name: str) -> None:
-    """It must not enter the next average; one named by hand may. What it holds is looked at in the survey."""
+def test_files_that_are_skipped_by_their_name(tmp_path: Path, name: str, reason: str) -> None:
+    """In a run folder; any of them may be named. `candidates` looks at what the others contain."""
     touch(tmp_path, name, "step_1.pt", "step_2.pt")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["step_1.pt", "step_2.pt"]
-    assert reasons(found) == {name: "an earlier average, by its name"}
+    assert listed(tmp_path) == (["step_1.pt", "step_2.pt"], {name: reason})
     assert names(discover([tmp_path / name]).paths) == [name]
 
 
-def test_a_damaged_file_is_kept_so_that_it_is_reported(tmp_path: Path) -> None:
-    """Leaving it out silently would average fewer checkpoints than the user sees."""
-    touch(tmp_path, "step_1.safetensors", "step_2.pt")
-    assert names(discover([tmp_path]).paths) == ["step_1.safetensors", "step_2.pt"]
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["optimizer_study_epoch_1.pt"],
+        ["scheduler-ablation.pt"],
+        ["my_optimizer.pt"],
+        ["step_1.safetensors", "step_2.pt"],
+    ],
+)
+def test_files_that_are_kept(tmp_path: Path, files: list[str]) -> None:
+    """Names that only begin like training state, and damaged files, which must be reported, not silently missing."""
+    touch(tmp_path, *files)
+    assert listed(tmp_path) == (files, {})
+
+
+def test_an_empty_file_is_incomplete(tmp_path: Path) -> None:
+    touch(tmp_path, "step_1.pt")
+    (tmp_path / "step_2.pt").touch()
+    assert listed(tmp_path) == (["step_1.pt"], {"step_2.pt": "incomplete: it is empty"})
+
+
+def test_a_stray_shard_is_no_checkpoint(tmp_path: Path) -> None:
+    touch(tmp_path, "model-00001-of-00002.safetensors", "epoch_1.pt", "epoch_2.pt")
+    assert listed(tmp_path)[0] == ["epoch_1.pt", "epoch_2.pt"]
+
+
+def test_folders_inside_are_not_searched(tmp_path: Path) -> None:
+    tree(tmp_path, "step_1.pt", "folder.pt/step_2.pt", "samples/other.pt")
+    assert listed(tmp_path)[0] == ["step_1.pt"]
 
 
 @pytest.mark.guarantee("not-a-file")
@@ -189,26 +201,47 @@ def test_a_pipe_or_socket_in_the_folder_never_blocks(tmp_path: Path) -> None:
 # --- one checkpoint, several names -------------------------------------------------------------------------
 
 
-def test_a_symbolic_link_in_the_folder_counts_once(tmp_path: Path) -> None:
-    """``last.pt → step_2.pt`` is the usual case; the real file is kept, whatever the order of the names."""
-    touch(tmp_path, "step_1.pt", "step_2.pt")
+def test_links_in_the_folder_count_once(tmp_path: Path) -> None:
+    """Under the real name before a symbolic link, and a name with a number, which gives the place in the run."""
+    touch(tmp_path, "step_1.pt", "step_2.pt", "step_10.pt")
     (tmp_path / "last.pt").symlink_to("step_2.pt")
     (tmp_path / "zz.pt").symlink_to(tmp_path / "step_1.pt")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["step_1.pt", "step_2.pt"]
-    assert [(item.path.name, item.reason) for item in found.skipped] == [
-        ("last.pt", "the same file as step_2.pt"),
-        ("zz.pt", "the same file as step_1.pt"),
-    ]
-
-
-def test_a_hard_link_in_the_folder_counts_once(tmp_path: Path) -> None:
-    """Under the name that has a number, so that its place in the run is known."""
-    touch(tmp_path, "step_2.pt", "step_10.pt")
     (tmp_path / "best.pt").hardlink_to(tmp_path / "step_10.pt")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["step_2.pt", "step_10.pt"]
-    assert reasons(found) == {"best.pt": "the same file as step_10.pt"}
+    assert listed(tmp_path) == (
+        ["step_1.pt", "step_2.pt", "step_10.pt"],
+        {
+            "best.pt": "the same file as step_10.pt",
+            "last.pt": "the same file as step_2.pt",
+            "zz.pt": "the same file as step_1.pt",
+        },
+    )
+
+
+def test_a_checkpoint_folder_under_a_second_name_counts_once(tmp_path: Path) -> None:
+    for step in (1, 2):
+        tree(tmp_path / f"step_{step}", *CHECKPOINT_FOLDERS["DCP"])
+    (tmp_path / "latest").symlink_to("step_2")
+    (tmp_path / "zz_1").symlink_to("step_1")
+    assert listed(tmp_path) == (
+        ["step_1", "step_2"],
+        {"latest": "the same file as step_2", "zz_1": "the same file as step_1"},
+    )
+
+
+def test_hard_links_under_numbers_and_aliases(tmp_path: Path) -> None:
+    """As timm leaves them: last, model_best and the milestones are checkpoint-N once more."""
+    touch(tmp_path, *(f"checkpoint-{epoch}.pth.tar" for epoch in (8, 9, 10)), "recovery-3-99.pth.tar")
+    for alias, epoch in (("last", 10), ("model_best", 8), ("milestone-8", 8)):
+        (tmp_path / f"{alias}.pth.tar").hardlink_to(tmp_path / f"checkpoint-{epoch}.pth.tar")
+    assert listed(tmp_path) == (
+        [f"checkpoint-{epoch}.pth.tar" for epoch in (8, 9, 10)],
+        {
+            "last.pth.tar": "the same file as checkpoint-10.pth.tar",
+            "model_best.pth.tar": "the same file as checkpoint-8.pth.tar",
+            "milestone-8.pth.tar": "the same file as checkpoint-8.pth.tar",
+            "recovery-3-99.pth.tar": "a recovery file from the middle of an epoch, by its name",
+        },
+    )
 
 
 def test_links_to_files_outside_are_checkpoints(tmp_path: Path) -> None:
@@ -217,22 +250,16 @@ def test_links_to_files_outside_are_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "snapshot").mkdir()
     for name in ("a.safetensors", "b.safetensors"):
         (tmp_path / "snapshot" / name).symlink_to(blob)
-    found = discover([tmp_path / "snapshot"])
-    assert names(found.paths) == ["a.safetensors"]
-    assert [item.reason for item in found.skipped] == ["the same file as a.safetensors"]
+    assert listed(tmp_path / "snapshot") == (["a.safetensors"], {"b.safetensors": "the same file as a.safetensors"})
 
 
 @pytest.mark.guarantee("link-loops")
-def test_links_to_nothing_are_left_out(tmp_path: Path) -> None:
+def test_broken_links_are_skipped(tmp_path: Path) -> None:
     touch(tmp_path, "step_1.pt")
     (tmp_path / "last.pt").symlink_to("gone.pt")
     (tmp_path / "loop.pt").symlink_to("loop.pt")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["step_1.pt"]
-    assert {item.path.name: item.reason for item in found.skipped} == {
-        "last.pt": "a symbolic link to nothing",
-        "loop.pt": "a symbolic link to nothing",
-    }
+    broken = dict.fromkeys(("last.pt", "loop.pt"), "a broken symbolic link")
+    assert listed(tmp_path) == (["step_1.pt"], broken)
 
 
 @pytest.mark.parametrize("how", ["path", "other spelling", "symlink", "hard link", "folder"])
@@ -260,21 +287,24 @@ def test_the_same_checkpoint_named_twice_by_hand_is_refused(tmp_path: Path, how:
 # --- nothing there -----------------------------------------------------------------------------------------
 
 
-def test_a_source_that_does_not_exist(tmp_path: Path) -> None:
-    message = refusal(UsageError, tmp_path / "gone.pt")
-    assert message.startswith(f"{tmp_path / 'gone.pt'}: no such file or folder")
-    assert message.endswith("Check the path.")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("gone.pt", "no such file or folder"),
+        ("link", "broken symbolic link"),
+        ("loop", "broken symbolic link"),
+        ("x" * 300, "cannot be accessed: File name too long"),
+    ],
+)
+def test_a_source_that_does_not_exist(tmp_path: Path, name: str, problem: str) -> None:
+    (tmp_path / "link").symlink_to("gone.pt")
+    (tmp_path / "loop").symlink_to("loop")
+    assert refusal(UsageError, tmp_path / name).endswith(f"{problem}. Check the path.")
 
 
-@pytest.mark.parametrize("target", ["gone.pt", "link.pt"])
-def test_a_link_to_nothing_or_itself(tmp_path: Path, target: str) -> None:
-    (tmp_path / "link.pt").symlink_to(target)
-    assert "link.pt: broken symbolic link. Check the path." in refusal(UsageError, tmp_path / "link.pt")
-
-
-def test_a_name_longer_than_the_file_system_allows() -> None:
-    """The system answers with another error than "not found"; the user gets the same kind of answer."""
-    assert refusal(UsageError, "x" * 300).endswith("cannot be accessed: File name too long. Check the path.")
+def test_an_empty_path_is_refused() -> None:
+    """It would mean the current folder, where a shell variable was not set."""
+    assert "got an empty path" in refusal(UsageError, "")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
@@ -283,11 +313,10 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     assert message.endswith("got none. Name a folder or files with checkpoints.")
 
 
-def test_a_folder_of_left_out_files_says_why(tmp_path: Path) -> None:
+def test_a_folder_of_skipped_files_says_why(tmp_path: Path) -> None:
     touch(tmp_path, "optimizer.pt", "step_1.pt.tmp", "notes.txt")
     message = refusal(IncompatibleError, tmp_path)
-    assert "'optimizer.pt' is training state beside the weights, by its name" in message
-    assert "'step_1.pt.tmp' is incomplete, by its name" in message
+    assert f"got none; skipped: 'optimizer.pt' ({STATE}), 'step_1.pt.tmp' ({INCOMPLETE}). " in message
     assert "notes.txt" not in message
 
 
@@ -303,30 +332,7 @@ def test_no_sources() -> None:
     assert (found.paths, found.skipped) == ((), ())
 
 
-def test_hidden_files_are_left_out(tmp_path: Path) -> None:
-    """macOS leaves a ._ file beside each file on a foreign disk."""
-    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
-    (tmp_path / "._a.safetensors").write_bytes(b"\0\5\26\7")
-    assert [path.name for path in discover(tmp_path).paths] == ["a.safetensors"]
-
-
-def test_an_empty_path_is_refused() -> None:
-    """It would mean the current folder, where a shell variable was not set."""
-    with pytest.raises(UsageError, match="got an empty path"):
-        discover([""])
-
-
 # --- checkpoint folders ------------------------------------------------------------------------------------
-
-
-def tree(root: Path, *paths: str) -> Path:
-    """Makes empty-looking files; a path that ends with a slash is a folder."""
-    for path in paths:
-        target = root / path
-        (target if path.endswith("/") else target.parent).mkdir(parents=True, exist_ok=True)
-        if not path.endswith("/"):
-            target.write_bytes(b"x")
-    return root
 
 
 CHECKPOINT_FOLDERS = {
@@ -365,7 +371,7 @@ def test_a_checkpoint_folder_is_one_checkpoint(tmp_path: Path, form: str) -> Non
 
 def test_checkpoint_folders_and_files_of_one_run(tmp_path: Path) -> None:
     tree(tmp_path, "step_1.pt", "step_3.pt", *(f"step_2/{name}" for name in CHECKPOINT_FOLDERS["DCP"]))
-    assert names(discover([tmp_path]).paths) == ["step_1.pt", "step_2", "step_3.pt"]
+    assert listed(tmp_path)[0] == ["step_1.pt", "step_2", "step_3.pt"]
 
 
 def test_the_final_model_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
@@ -373,12 +379,10 @@ def test_the_final_model_beside_the_checkpoints_is_none_of_them(tmp_path: Path) 
     for step in (500, 1000):
         tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
     tree(tmp_path, "model.safetensors", "config.json", "training_args.bin", "trainer_state.json")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["checkpoint-500", "checkpoint-1000"]
-    assert reasons(found) == {
-        "training_args.bin": "training state beside the weights, by its name",
-        "model.safetensors": "the weights of the whole run beside its checkpoints: one of them, or the final",
-    }
+    assert listed(tmp_path) == (
+        ["checkpoint-500", "checkpoint-1000"],
+        {"training_args.bin": STATE, "model.safetensors": FINAL},
+    )
 
 
 @pytest.mark.parametrize("other", ["ema_model.safetensors", "value_head.bin", "custom.pt"])
@@ -386,7 +390,7 @@ def test_further_weights_in_a_checkpoint_folder_do_not_make_it_a_run(tmp_path: P
     """Named itself, it is the checkpoint that it is in its run: the other file must not take its place."""
     for step in (1, 2):
         tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"], other)
-    assert names(discover([tmp_path]).paths) == ["checkpoint-1", "checkpoint-2"]
+    assert listed(tmp_path)[0] == ["checkpoint-1", "checkpoint-2"]
     assert discover([tmp_path / "checkpoint-1"]).paths == (tmp_path / "checkpoint-1",)
 
 
@@ -395,9 +399,9 @@ def test_a_sharded_final_model_beside_the_checkpoints(tmp_path: Path) -> None:
     for step in (500, 1000):
         tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
     tree(tmp_path, *CHECKPOINT_FOLDERS["transformers sharded"])
-    found = discover([tmp_path])
-    assert names(found.paths) == ["checkpoint-500", "checkpoint-1000"]
-    assert "model.safetensors.index.json" in reasons(found)
+    found, skipped = listed(tmp_path)
+    assert found == ["checkpoint-500", "checkpoint-1000"]
+    assert skipped["model.safetensors.index.json"] == FINAL
 
 
 @pytest.mark.guarantee("half-written")
@@ -411,9 +415,8 @@ def test_checkpoint_folders_that_were_not_finished(tmp_path: Path) -> None:
     tree(tmp_path / "checkpoint-6", "__0_0.distcp", "__1_0.distcp")
     tree(tmp_path / "checkpoint-7", "model-00001-of-00002.safetensors")
     tree(tmp_path / ".hidden", "notes.txt")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["checkpoint-1", "checkpoint-2"]
-    told = reasons(found)
+    found, told = listed(tmp_path)
+    assert found == ["checkpoint-1", "checkpoint-2"]
     assert set(told) == {f"checkpoint-{rest}" for rest in ("4.tmp", "5", "6", "7")} | {"tmp-checkpoint-3"}
     assert all(reason.startswith("incomplete") for reason in told.values())
     assert "trainer_state.json" in told["checkpoint-5"]
@@ -425,21 +428,21 @@ def test_folders_without_trainer_state_are_whole_where_none_has_it(tmp_path: Pat
     """They were saved with save_pretrained, not by the Trainer."""
     for step in (1, 2):
         tree(tmp_path / f"checkpoint-{step}", "model.safetensors", "config.json")
-    assert names(discover([tmp_path]).paths) == ["checkpoint-1", "checkpoint-2"]
+    assert listed(tmp_path)[0] == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_only_incomplete_checkpoints(tmp_path: Path) -> None:
     tree(tmp_path, "step_1/__0_0.distcp", "step_2.pt.tmp")
     message = refusal(IncompatibleError, tmp_path)
-    assert "'step_1' is incomplete: there is no .metadata next to the *.distcp files" in message
-    assert "'step_2.pt.tmp' is incomplete, by its name" in message
+    assert "'step_1' (incomplete: there is no .metadata next to the *.distcp files" in message
+    assert "'step_2.pt.tmp' (incomplete, by its name)" in message
 
 
 @pytest.mark.parametrize("folder", ["tmp-checkpoint-3", "checkpoint-3.tmp", "checkpoint-3.incomplete"])
-def test_a_incomplete_folder_is_not_searched_for_checkpoints(tmp_path: Path, folder: str) -> None:
+def test_an_incomplete_folder_is_not_searched_for_checkpoints(tmp_path: Path, folder: str) -> None:
     """The only one of a run that has just begun: what is in it is no checkpoint yet."""
     tree(tmp_path / folder, *CHECKPOINT_FOLDERS["transformers"])
-    assert f"'{folder}' is incomplete, by its name" in refusal(IncompatibleError, tmp_path)
+    assert f"'{folder}' (incomplete, by its name)" in refusal(IncompatibleError, tmp_path)
 
 
 def test_a_refused_folder_is_kept_so_that_it_is_reported(tmp_path: Path) -> None:
@@ -447,7 +450,7 @@ def test_a_refused_folder_is_kept_so_that_it_is_reported(tmp_path: Path) -> None
     tree(tmp_path / "global_step1", "zero_pp_rank_0_mp_rank_00_model_states.pt")
     tree(tmp_path / "global_step2", "zero_pp_rank_0_mp_rank_00_model_states.pt")
     tree(tmp_path, "latest", "zero_to_fp32.py")
-    assert names(discover([tmp_path]).paths) == ["global_step1", "global_step2"]
+    assert listed(tmp_path)[0] == ["global_step1", "global_step2"]
 
 
 # --- run folders in folders --------------------------------------------------------------------------------
@@ -456,10 +459,8 @@ def test_a_refused_folder_is_kept_so_that_it_is_reported(tmp_path: Path) -> None
 @pytest.mark.parametrize("inner", ["checkpoints", "lightning_logs/version_0/checkpoints", "a/b/c"])
 def test_checkpoints_in_a_folder_inside_are_found_and_that_is_said(tmp_path: Path, inner: str) -> None:
     tree(tmp_path, f"{inner}/step_9.pt", f"{inner}/step_10.pt", "config.yaml", "logs/events.out", "optimizer.pt")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["step_9.pt", "step_10.pt"]
-    assert found.sources[0].notes == (f"the checkpoints are in {tmp_path / inner}",)
-    assert reasons(found) == {"optimizer.pt": "training state beside the weights, by its name"}
+    assert listed(tmp_path) == (["step_9.pt", "step_10.pt"], {"optimizer.pt": STATE})
+    assert discover(tmp_path).sources[0].notes == (f"the checkpoints are in {tmp_path / inner}",)
 
 
 def test_checkpoints_too_deep_are_not_looked_for(tmp_path: Path) -> None:
@@ -476,29 +477,13 @@ def test_several_runs_are_listed_and_none_is_taken(tmp_path: Path) -> None:
     assert message.endswith("Name one of them.")
 
 
-def test_folders_of_the_first_level_go_before_those_inside(tmp_path: Path) -> None:
-    tree(tmp_path, "step_1.pt", "samples/other.pt")
-    assert names(discover([tmp_path]).paths) == ["step_1.pt"]
-
-
 @pytest.mark.guarantee("link-loops")
 def test_hidden_folders_and_links_are_not_searched(tmp_path: Path) -> None:
     """A link may lead back up: the search must end, and find nothing twice."""
     tree(tmp_path, "run/checkpoints/step_1.pt", "run/.cache/old.pt")
     (tmp_path / "run" / "loop").symlink_to(tmp_path / "run")
     (tmp_path / "run" / "again").symlink_to(tmp_path / "run" / "checkpoints")
-    found = discover([tmp_path / "run"])
-    assert names(found.paths) == ["step_1.pt"]
-
-
-def test_a_checkpoint_folder_under_a_second_name_counts_once(tmp_path: Path) -> None:
-    for step in (1, 2):
-        tree(tmp_path / f"step_{step}", *CHECKPOINT_FOLDERS["DCP"])
-    (tmp_path / "latest").symlink_to("step_2")
-    (tmp_path / "zz_1").symlink_to("step_1")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["step_1", "step_2"]
-    assert reasons(found) == {"latest": "the same file as step_2", "zz_1": "the same file as step_1"}
+    assert listed(tmp_path / "run")[0] == ["step_1.pt"]
 
 
 def test_a_run_folder_may_be_a_link(tmp_path: Path) -> None:
@@ -507,35 +492,12 @@ def test_a_run_folder_may_be_a_link(tmp_path: Path) -> None:
     assert discover([tmp_path / "link"]).paths == (tmp_path / "link" / "step_1.pt",)
 
 
-def test_hard_links_under_numbers_and_aliases(tmp_path: Path) -> None:
-    """As timm leaves them: last, model_best and the milestones are checkpoint-N once more."""
-    touch(tmp_path, *(f"checkpoint-{epoch}.pth.tar" for epoch in (8, 9, 10)), "recovery-3-99.pth.tar")
-    for alias, epoch in (("last", 10), ("model_best", 8), ("milestone-8", 8)):
-        (tmp_path / f"{alias}.pth.tar").hardlink_to(tmp_path / f"checkpoint-{epoch}.pth.tar")
-    found = discover([tmp_path])
-    assert names(found.paths) == [f"checkpoint-{epoch}.pth.tar" for epoch in (8, 9, 10)]
-    assert reasons(found) == {
-        "last.pth.tar": "the same file as checkpoint-10.pth.tar",
-        "model_best.pth.tar": "the same file as checkpoint-8.pth.tar",
-        "milestone-8.pth.tar": "the same file as checkpoint-8.pth.tar",
-        "recovery-3-99.pth.tar": "a recovery file from the middle of an epoch, by its name",
-    }
-
-
 def test_aliases_that_are_files_of_their_own(tmp_path: Path) -> None:
     touch(tmp_path, "epoch3.pt", "epoch4.pt", "last.pt", "best.pt")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["epoch3.pt", "epoch4.pt"]
-    assert set(reasons(found)) == {"last.pt", "best.pt"}
+    assert listed(tmp_path) == (["epoch3.pt", "epoch4.pt"], dict.fromkeys(("best.pt", "last.pt"), ALIAS))
     for path in tmp_path.glob("epoch*"):
         path.unlink()
-    assert names(discover([tmp_path]).paths) == ["best.pt", "last.pt"]
-
-
-def test_an_empty_file_is_incomplete(tmp_path: Path) -> None:
-    touch(tmp_path, "step_1.pt")
-    (tmp_path / "step_2.pt").touch()
-    assert reasons(discover([tmp_path])) == {"step_2.pt": "incomplete: it is empty"}
+    assert listed(tmp_path)[0] == ["best.pt", "last.pt"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list any folder")
@@ -560,7 +522,7 @@ def test_the_parent_of_a_run_with_a_final_model_leads_to_its_checkpoints(tmp_pat
         found = discover([source])
         assert found.paths == (tmp_path / "out" / "checkpoint-500", tmp_path / "out" / "checkpoint-1000")
         assert found.sources[0].is_run
-        assert "beside its checkpoints" in reasons(found)["model.safetensors"]
+        assert listed(source)[1]["model.safetensors"] == FINAL
     for step in (500, 1000):
         tree(tmp_path / "other" / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
     tree(tmp_path / "other", "model.safetensors", "config.json")
@@ -583,24 +545,27 @@ def test_models_without_a_step_in_their_names_are_no_run(tmp_path: Path, folders
 def test_an_alias_beside_a_folder_of_checkpoints_is_not_the_run(tmp_path: Path) -> None:
     """``best.pt`` at the top would hide the epochs below it, and be copied instead of an average."""
     tree(tmp_path, "run/best.pt", "run/checkpoints/epoch_1.pt", "run/checkpoints/epoch_2.pt")
-    found = discover([tmp_path / "run"])
-    assert names(found.paths) == ["epoch_1.pt", "epoch_2.pt"]
-    assert reasons(found) == {"best.pt": "last, best or the like, by its name; the run is in checkpoints"}
-    assert found.sources[0].notes == (f"the checkpoints are in {tmp_path / 'run' / 'checkpoints'}",)
+    assert listed(tmp_path / "run") == (
+        ["epoch_1.pt", "epoch_2.pt"],
+        {"best.pt": f"{ALIAS}; the run is in checkpoints"},
+    )
+    assert discover(tmp_path / "run").sources[0].notes == (
+        f"the checkpoints are in {tmp_path / 'run' / 'checkpoints'}",
+    )
 
 
 def test_an_alias_beside_averages_alone_is_not_taken(tmp_path: Path) -> None:
     """What is left would be a copy of the last checkpoint, not an average."""
     touch(tmp_path, "avg_10.pt", "avg_20.pt", "last.pt")
     message = refusal(IncompatibleError, tmp_path)
-    assert "'avg_10.pt' is an earlier average, by its name" in message
-    assert "'last.pt' is last, best or the like by its name" in message
+    assert f"'avg_10.pt' ({AVERAGE})" in message
+    assert f"'last.pt' ({ALIAS})" in message
     touch(tmp_path, "step_3.pt")
-    assert names(discover([tmp_path]).paths) == ["step_3.pt"]
+    assert listed(tmp_path)[0] == ["step_3.pt"]
 
 
 def deny(monkeypatch: pytest.MonkeyPatch, method: str, folder: Path) -> None:
-    """Refuses to look into a folder, as the system does to any user but root."""
+    """Makes a folder unreadable, as for any user but root."""
     if method == "is_dir":
         is_dir = Path.is_dir
 
@@ -624,16 +589,16 @@ def deny(monkeypatch: pytest.MonkeyPatch, method: str, folder: Path) -> None:
 @pytest.mark.guarantee("unreadable")
 @pytest.mark.parametrize("method", ["is_dir", "listdir"])
 @pytest.mark.parametrize("below", [False, True])
-def test_a_folder_that_may_not_be_looked_into_is_left_out(
+def test_an_unreadable_folder_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, below: bool
 ) -> None:
     """Somebody else's folder beside the checkpoints must not keep the run from being averaged."""
     tree(tmp_path, *(f"{'checkpoints/' if below else ''}epoch_{epoch}.pt" for epoch in (1, 2)), "theirs/epoch_3.pt")
     deny(monkeypatch, method, tmp_path / "theirs")
-    found = discover([tmp_path])
-    assert names(found.paths) == ["epoch_1.pt", "epoch_2.pt"]
-    assert reasons(found)["theirs"].startswith("cannot be looked into: ")
-    assert "Permission denied" in reasons(found)["theirs"]
+    found, skipped = listed(tmp_path)
+    assert found == ["epoch_1.pt", "epoch_2.pt"]
+    assert skipped["theirs"].startswith("cannot be read: ")
+    assert "Permission denied" in skipped["theirs"]
 
 
 def test_a_junk_file_of_metadata_beside_checkpoints_makes_no_checkpoint_of_their_folder(tmp_path: Path) -> None:
@@ -642,8 +607,3 @@ def test_a_junk_file_of_metadata_beside_checkpoints_makes_no_checkpoint_of_their
     assert (names(found.paths), found.sources[0].is_run) == (["epoch_1.pt", "epoch_2.pt"], True)
     tree(tmp_path, "__0_0.distcp")
     assert discover([tmp_path / "epoch_1.pt"]).paths == (tmp_path / "epoch_1.pt",)
-
-
-def test_a_stray_shard_beside_checkpoints_is_none_of_them(tmp_path: Path) -> None:
-    touch(tmp_path, "model-00001-of-00002.safetensors", "epoch_1.pt", "epoch_2.pt")
-    assert names(discover([tmp_path]).paths) == ["epoch_1.pt", "epoch_2.pt"]

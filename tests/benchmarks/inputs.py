@@ -38,12 +38,8 @@ def many(count: int, nbytes: int) -> Shapes:
     return {f"layers.{index}.weight": (nbytes // 4,) for index in range(count)}
 
 
-def llama(nbytes: int) -> tuple[Shapes, dict[str, object]]:
-    """Names and shapes of a float32 model of about ``nbytes`` with Llama's architecture, and its configuration."""
-    layers, vocabulary, elements = 8, 256, nbytes // 4
-    hidden = max(64, int((elements / layers / 12) ** 0.5) // 64 * 64)
-    fixed = (2 * vocabulary + 1) * hidden + layers * (4 * hidden + 2) * hidden
-    width = max(64, round((elements - fixed) / (layers * 3 * hidden)))
+def llama_shapes(hidden: int, width: int, layers: int, vocabulary: int) -> Shapes:
+    """Names and shapes of a Llama."""
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
@@ -51,7 +47,16 @@ def llama(nbytes: int) -> tuple[Shapes, dict[str, object]]:
         shapes |= {f"{prefix}.mlp.{name}_proj.weight": (width, hidden) for name in ("gate", "up")}
         shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, width)
         shapes |= {f"{prefix}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+
+
+def llama(nbytes: int) -> tuple[Shapes, dict[str, object]]:
+    """Names and shapes of a float32 model of about ``nbytes`` with Llama's architecture, and its configuration."""
+    layers, vocabulary, elements = 8, 256, nbytes // 4
+    hidden = max(64, int((elements / layers / 12) ** 0.5) // 64 * 64)
+    fixed = (2 * vocabulary + 1) * hidden + layers * (4 * hidden + 2) * hidden
+    width = max(64, round((elements - fixed) / (layers * 3 * hidden)))
+    shapes = llama_shapes(hidden, width, layers, vocabulary)
     heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
     sizes = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers, "vocab_size": vocabulary}
     kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}

@@ -1,102 +1,110 @@
-"""The programs that are compared: this project's command, the floor, loops by hand, other projects' tools."""
+"""Programs that benchmarks run and compare: ``python programs.py NAME OUTPUT INPUT...``."""
 
-from __future__ import annotations
-
-import json
-import subprocess
+import ctypes
+import mmap
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from concurrent.futures import ThreadPoolExecutor
 
-from inputs import files_of
-from measure import ckpt_avg
-from rounds import Program
-
-HERE = Path(__file__).parent
-FLOOR, OURS, NAIVE = "floor: import torch, fault in, write, fsync", "ckpt-avg", "`safe_open` loop, float64, `save_file`"
-TIMM = "as timm's avg_checkpoints.py does"
-_MERGEKIT = "mergekit.scripts.run_yaml"
+_MADV_POPULATE_READ = 22
+_STEP = 8 * 2**20
+_BLOCK = 256 * 1024  # as fast as any size here, and up to 20 times as fast as 8 MiB: see docs/benchmarks.md
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A tool to compare with.
+def floor(output: str, inputs: list[str]) -> None:
+    """The least that averaging can cost: import torch, fault in each input page by 2 threads, write and fsync."""
+    import torch  # noqa: F401 (its import is part of what is measured)
 
-    Attributes:
-        program: how it is run.
-        imports: the module that it imports before it begins.
-        python: by which interpreter.
-        exact: whether it sums in float64 and divides once, so that its bits must be those of the mean.
-        tolerance: the relative error that is let through where it does not.
-    """
-
-    program: Program
-    imports: str = "torch"
-    python: str = sys.executable
-    exact: bool = True
-    tolerance: float = 0.0
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(_touch, inputs))
+    block = memoryview(bytes(_BLOCK))
+    left = os.path.getsize(inputs[0])
+    descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_EXCL)
+    while left:
+        left -= os.write(descriptor, block[: min(_BLOCK, left)])
+    os.fsync(descriptor)
 
 
-def script(name: str, inputs: Sequence[Path], python: str = sys.executable) -> Program:
-    """Returns a program of this folder, over files."""
-    files = files_of(list(inputs))
-    return Program(lambda output: [python, str(HERE / name), str(output), *map(str, files)], files)
+def _touch(path: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        for offset in range(0, size, _STEP):
+            flags, access = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
+            mapping = mmap.mmap(file.fileno(), min(_STEP, size - offset), flags=flags, prot=access, offset=offset)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+            if libc.madvise(address, len(mapping), _MADV_POPULATE_READ):
+                raise OSError(ctypes.get_errno(), path)
 
 
-def ours(inputs: Sequence[Path], *options: object) -> Program:
-    """Returns this project's command."""
-    return Program(lambda output: ckpt_avg("-o", output, *options, *inputs), files_of(list(inputs)))
+def naive(output: str, inputs: list[str]) -> None:
+    """What people write by hand: one tensor at a time through safe_open, float64 sums, save_file."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    readers = [safe_open(path, framework="pt") for path in inputs]
+    result = {}
+    for name in readers[0].keys():  # noqa: SIM118 (the reader is no dict)
+        total = readers[0].get_tensor(name).double()
+        for reader in readers[1:]:
+            total += reader.get_tensor(name)
+        result[name] = (total / len(readers)).to(torch.float32)
+    save_file(result, output)
 
 
-def floor(inputs: Sequence[Path]) -> Program:
-    """Returns the floor program, which writes as many bytes as the output of these inputs has."""
-    return script("floor.py", inputs)
+def as_timm(output: str, inputs: list[str]) -> None:
+    """As timm's avg_checkpoints.py does: one whole checkpoint after the other, float64 sums, one division."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+    for path in inputs:
+        for name, tensor in load_file(path).items():
+            if name in sums:
+                sums[name] += tensor.to(torch.float64)
+            else:
+                sums[name] = tensor.clone().to(torch.float64)
+            counts[name] = counts.get(name, 0) + 1
+    for name, count in counts.items():
+        sums[name].div_(count)
+    limits = torch.finfo(torch.float32)
+    save_file({name: total.clamp(limits.min, limits.max).to(torch.float32) for name, total in sums.items()}, output)
 
 
-def comparable(inputs: list[Path], python: str, folder: Path) -> dict[str, Peer]:
-    """Returns all programs that average these inputs, by name.
+def by_sd_mecha(output: str, inputs: list[str]) -> None:
+    """Averages with sd-mecha's recipe of `n_average`, in float64, by 2 threads."""
+    import sd_mecha
+    import torch
 
-    Args:
-        inputs: files named ``model.safetensors``, each in a folder with its configuration.
-        python: the interpreter that may have the other tools; what it has not is left out, with a line that says so.
-        folder: for their configuration files.
-    """
-    found = {
-        FLOOR: Peer(floor(inputs)),
-        OURS: Peer(ours(inputs)),
-        NAIVE: Peer(script("naive.py", inputs)),
-        TIMM: Peer(script("as_timm.py", inputs)),
-    }
-    if version := _version("mergekit", _MERGEKIT, python):
-        for dtype in ("float32", "float64"):
-            program = Program(_mergekit(inputs, python, folder / f"{dtype}.yml", dtype), inputs)
-            # Linear merging adds products with the weight 1 and divides once.
-            peer = Peer(program, _MERGEKIT, python, exact=dtype == "float64", tolerance=len(inputs) * 2**-24)
-            found[f"mergekit {version}, linear, `--lazy-unpickle`, {dtype}"] = peer
-    if version := _version("sd-mecha", "sd_mecha", python):
-        # A running average, which rounds in each step: in float64, then once to float32.
-        program = script("by_sd_mecha.py", inputs, python)
-        peer = Peer(program, "sd_mecha", python, exact=False, tolerance=2**-23)
-        found[f"sd-mecha {version}, `n_average`, float64, 2 threads"] = peer
-    return found
+    recipe = sd_mecha.n_average(*map(sd_mecha.model, inputs))
+    sd_mecha.merge(recipe, merge_dtype=torch.float64, output_dtype=torch.float32, threads=2, output=output)
 
 
-def _mergekit(inputs: Sequence[Path], python: str, config: Path, dtype: str) -> Callable[[Path], list[str]]:
-    models = [{"model": str(path.parent), "parameters": {"weight": 1.0}} for path in inputs]
-    # JSON is YAML.
-    config.write_text(json.dumps({"merge_method": "linear", "dtype": dtype, "out_dtype": "float32", "models": models}))
-    options = ["--lazy-unpickle", "--allow-crimes", "--no-copy-tokenizer", "--quiet"]
-    offline = ["env", "HF_HUB_OFFLINE=1"]
-    return lambda output: [*offline, python, "-m", _MERGEKIT, str(config), str(output), *options]
+def first_byte(output: str, inputs: list[str]) -> None:
+    """Prints seconds: of `import ckpt_avg`, and from the end of `import torch` to the first tensor byte."""
+    import torch  # noqa: F401 (whose import does not count)
+
+    begin = time.perf_counter()
+    from ckpt_avg import Progress, average
+
+    imported = time.perf_counter()
+
+    class Started(Exception):
+        """The next thing would have been to read a tensor. Nothing is written."""
+
+    def start(total: int) -> None:
+        raise Started
+
+    try:
+        average(inputs, output, progress=Progress(start=start))
+    except Started:
+        print(imported - begin, time.perf_counter() - begin)
 
 
-def _version(project: str, module: str, python: str) -> str | None:
-    """Returns the version of an installed project, and imports it once, so that its bytecode is compiled."""
-    code = f"import {module}; from importlib.metadata import version; print(version({project!r}))"
-    done = subprocess.run([python, "-c", code], check=False, capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        print(f"{project} left out: {python} cannot import it ({reason[0]})\n", flush=True)
-        return None
-    return done.stdout.split()[-1]
+if __name__ == "__main__":
+    _, _name, _output, *_inputs = sys.argv
+    {each.__name__: each for each in (floor, naive, as_timm, by_sd_mecha, first_byte)}[_name](_output, _inputs)

@@ -30,25 +30,22 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from formats import measure_formats
-from peers import measure_peers
-from processors import measure_cuda, measure_ranks
-from rounds import Setup
-from sizes import measure_memory, measure_tensors
-from speed import measure_cold, measure_first, measure_threads, measure_warm
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import sections
+from benchmarks.harness import Setup
 
 # In this order, since the first ones share their inputs.
 SECTIONS: dict[str, Callable[[Setup], None]] = {
-    "warm": measure_warm,
-    "cold": measure_cold,
-    "threads": measure_threads,
-    "first": measure_first,
-    "ranks": measure_ranks,
-    "cuda": measure_cuda,
-    "formats": measure_formats,
-    "peers": measure_peers,
-    "memory": measure_memory,
-    "tensors": measure_tensors,
+    "warm": sections.measure_warm,
+    "cold": sections.measure_cold,
+    "threads": sections.measure_threads,
+    "first": sections.measure_first,
+    "ranks": sections.measure_ranks,
+    "cuda": sections.measure_cuda,
+    "formats": sections.measure_formats,
+    "peers": sections.measure_peers,
+    "memory": sections.measure_memory,
+    "tensors": sections.measure_tensors,
 }
 SHARING = ("warm", "cold", "threads", "first", "ranks", "cuda", "formats")
 

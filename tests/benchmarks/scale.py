@@ -3,6 +3,7 @@
     python tests/benchmarks/scale.py [--only NAME[,NAME]] [--folder DIR] [--minutes 8]
 
     headers   `check` and `average --dry-run` over up to 400 checkpoints of 1,000 shards
+    llama     `check` and `inspect` on 100 checkpoints of a 7-billion-parameter model
     plan      headers, comparison, plan and output header by the number of tensors
     model     wall time and peak resident set as linear functions, fitted to small runs and tried on others
     terabyte  runs of 10 GB, 100 GB and 1 TB of input, or as much of it as --minutes allow
@@ -25,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from inputs import layout, many, write_run
-from measure import Run, ckpt_avg, run
-from rounds import remove, row, table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.harness import Run, ckpt_avg, remove, row, run, table
+from benchmarks.inputs import Shapes, layout, llama_shapes, many, write_run, write_sparse
 
 _PHASES = """
 import json, sys, time
@@ -36,12 +38,13 @@ from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.output.header import encode_header, encode_tensors
 from ckpt_avg.mean.blocks import cut_into_blocks
 from ckpt_avg.mean.plan import make_plan
-from ckpt_avg.formats.open import make_reading, open_with
+from ckpt_avg.formats.open import open_with
+from ckpt_avg.formats.reading import Reading
 import gc; gc.disable()
 def resident():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
-found, reading = [], make_reading(None, False, None)
+found, reading = [], Reading()
 def mark():
     found.append((time.process_time(), resident()))
 mark()
@@ -58,6 +61,16 @@ for _ in cut_into_blocks(plan, 1 << 20):
 mark()
 print(json.dumps(found))
 """
+_YARDSTICK = """
+import sys
+from safetensors import safe_open
+for path in sys.argv[1:]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():
+            part = file.get_slice(name)
+            part.get_shape(), part.get_dtype()
+"""
+_LLAMAS = 100
 _COMMAND = [sys.executable, "-m", "ckpt_avg"]
 _WORKERS = 2
 _RUNS = ((100, 1), (400, 1), (6, 1000), (19, 1000), (100, 100), (400, 100), (100, 1000), (400, 1000))
@@ -86,6 +99,61 @@ def measure_headers(folder: Path) -> None:
         remove(home)
     if stops:
         print("\nWhere it stops:\n\n" + "\n".join(f"- {stop}" for stop in stops))
+
+
+def measure_llama(folder: Path) -> None:
+    """`check` and `inspect` on 100 checkpoints of a Llama 2 7B, of which headers alone are read.
+
+    One bfloat16 safetensors file, three shards, or what `torch.save` writes with the two float32 moments of Adam beside
+    the weights: 9 TB, sparse. As a yardstick `safetensors.safe_open` reads the same headers, tensor by tensor.
+    """
+    _write_llamas(folder)
+    yardstick = [sys.executable, "-c", _YARDSTICK, *map(str, sorted((folder / "whole").iterdir()))]
+    table("", "wall, s", "peak RSS, MiB")
+    for title, arguments in (
+        ("safe_open, one file each", yardstick),
+        ("check, one file each", [*_COMMAND, "check", str(folder / "whole")]),
+        ("check, three shards each", [*_COMMAND, "check", str(folder / "sharded")]),
+        ("check, torch.save with Adam", [*_COMMAND, "check", str(folder / "zips")]),
+        ("inspect, one file each", [*_COMMAND, "inspect", str(folder / "whole")]),
+    ):
+        done = run(arguments)
+        row(title, done.wall, f"{done.peak:.0f}")
+    for name in ("whole", "sharded", "zips"):
+        remove(folder / name)
+
+
+def _write_llamas(folder: Path) -> None:
+    """Writes ``whole/step_<n>.safetensors``, ``sharded/checkpoint-<n>/`` and ``zips/step_<n>.pt``."""
+    shapes = llama_shapes(4096, 11008, 32, 32000)  # 291 tensors, 6.7 billion elements
+    shards = [dict(list(shapes.items())[start::3]) for start in range(3)]
+    names = [f"model-{index:05}-of-00003.safetensors" for index in (1, 2, 3)]
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    (folder / "whole").mkdir()
+    for step in range(1, _LLAMAS + 1):
+        write_sparse(folder / "whole" / f"step_{step}.safetensors", shapes, "BF16", 2)
+        checkpoint = folder / "sharded" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        for name, shard in zip(names, shards, strict=True):
+            write_sparse(checkpoint / name, shard, "BF16", 2)
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    _write_zips(folder / "zips", shapes)
+
+
+def _write_zips(folder: Path, shapes: Shapes) -> None:
+    """Writes torch files without the bytes of their tensors, which are never touched."""
+    import torch
+
+    folder.mkdir()
+    model = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    moments = {
+        index: {"step": torch.tensor(0.0), "exp_avg": torch.empty(shape), "exp_avg_sq": torch.empty(shape)}
+        for index, shape in enumerate(shapes.values())
+    }
+    optimizer = {"state": moments, "param_groups": [{"lr": 1e-4, "params": list(moments)}]}
+    with torch.serialization.skip_data():
+        for step in range(1, _LLAMAS + 1):
+            torch.save({"model": model, "optimizer": optimizer, "step": step}, folder / f"step_{step}.pt")
 
 
 def measure_plan(folder: Path) -> None:
@@ -241,7 +309,13 @@ def measure_terabyte(folder: Path, minutes: float) -> None:
 
 def main() -> None:
     """Prints the tables of the sections that were asked for."""
-    sections = ("headers", "plan", "model", "terabyte")
+    sections = {
+        "headers": measure_headers,
+        "llama": measure_llama,
+        "plan": measure_plan,
+        "model": measure_model,
+        "terabyte": lambda folder: measure_terabyte(folder, arguments.minutes),
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="NAME[,NAME]", default=",".join(sections))
     parser.add_argument("--folder", default=None, help="where inputs and outputs are written, on a disk")
@@ -253,10 +327,7 @@ def main() -> None:
         folder = Path(name)
         for section in arguments.only.split(","):
             print(f"\n## {section}\n", flush=True)
-            if section == "terabyte":
-                measure_terabyte(folder, arguments.minutes)
-            else:
-                {"headers": measure_headers, "plan": measure_plan, "model": measure_model}[section](folder)
+            sections[section](folder)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from inputs import layout, write_sparse
-from measure import ckpt_avg, run
+from benchmarks.harness import ckpt_avg, run
+from benchmarks.inputs import layout, write_sparse
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measures the peak resident set as Linux counts it")
 

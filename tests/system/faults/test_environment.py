@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.harness import run as measured
+from benchmarks.inputs import layout, write_sparse
 from safetensors.torch import load_file, save_file
 from system.faults.rank_runs import HUNG, Group, rank_server
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from inputs import layout, write_sparse
-from measure import run as measured
 
 pytestmark = pytest.mark.slow
 

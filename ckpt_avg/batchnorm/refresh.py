@@ -26,7 +26,7 @@ from ckpt_avg.errors import UsageError, UserCodeError
 from ckpt_avg.mean.arithmetic import round_to
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import ForwardBatch, count_samples, run_batch, to_device
-from ckpt_avg.user_code.load import blaming
+from ckpt_avg.user_code.load import user_errors
 from ckpt_avg.user_code.model import batch_norm_modules
 
 Progress = Callable[[int, int], None]
@@ -129,7 +129,7 @@ def refresh_batch_norm(
     with ranks.share_errors(), measuring(model, layers, pools) as reached, torch.no_grad(), autocast:
         share = BatchShare(batches, ranks, max_batches)
         for batch in share:
-            with blaming(f"moving batch {share.seen} to {device} raised:"):
+            with user_errors(f"moving batch {share.seen} to {device} raised:"):
                 moved = to_device(batch, device)
             for pool in pools.values():
                 pool.batch = share.seen

@@ -22,7 +22,7 @@ from ckpt_avg.progress import Progress
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import expected_batches
 from ckpt_avg.user_code.isolation import seeded
-from ckpt_avg.user_code.model import Passes, batch_norm_modules, load_weights, place
+from ckpt_avg.user_code.model import Passes, batch_norm_modules, load_weights, move_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def refresh_output(
         UserCodeError: the loader or the model failed, or the refresh could not be done.
     """
     load_weights(prepared.model, weights())
-    place(prepared.model, device)
+    move_model(prepared.model, device)
     batches = prepared.passes.next_pass()
     progress.refreshing(expected_batches(batches, options.bn_batches))
     with seeded(device):

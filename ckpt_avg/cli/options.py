@@ -134,7 +134,7 @@ def _click_option(heading: str, option: Field[Any]) -> Callable[[_Command], _Com
 
 def load_all(app_dir: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns options with the user's code in place of its references, and ``forward_batch`` next to the model."""
-    from ckpt_avg.user_code.load import forward_batch_beside, load_user_code
+    from ckpt_avg.user_code.load import forward_batch_of, load_user_code
 
     loaded = {
         name: load_user_code(given[name], flag, app_dir)
@@ -142,7 +142,7 @@ def load_all(app_dir: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if given[name] is not None
     }
     if given["model"] is not None:
-        loaded["forward_batch"] = forward_batch_beside(given["model"])
+        loaded["forward_batch"] = forward_batch_of(given["model"])
     return {**given, **loaded}
 
 

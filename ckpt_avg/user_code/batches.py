@@ -1,4 +1,4 @@
-"""The user's batches: fetched, moved to the device, run through the model and counted, whatever their kind."""
+"""The user's batches, of any kind: fetches them, moves them to the device, runs the model on them, counts samples."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import torch
 
 from ckpt_avg.errors import UserCodeError
 from ckpt_avg.text import listing, quote
-from ckpt_avg.user_code.load import blaming
+from ckpt_avg.user_code.load import user_errors
 
 ForwardBatch = Callable[[torch.nn.Module, Any], object]
 
 _LEAST_PINNED = 64 * 1024  # bytes
-
 _ACCEPTED = (
     "Accepted batches: a tensor, a tuple or list (its first element is the input), a mapping (passed as keywords), or "
     "anything that a function forward_batch(model, batch), in the module of --model, takes."
@@ -24,23 +23,23 @@ _ACCEPTED = (
 
 
 def expected_batches(batches: Iterable[Any], at_most: int | None) -> int | None:
-    """Returns how many batches will come, as far as the iterable tells beforehand: it is shown as progress only."""
+    """Returns how many batches to expect, if the iterable tells. Only the progress display uses it."""
     try:
-        told = operator.length_hint(batches, -1)
-    except Exception:  # a length that is not known, or none: nothing depends on it
-        told = -1
-    if told < 0:
+        hint = operator.length_hint(batches, -1)
+    except Exception:  # an iterable may raise anything here, and nothing depends on it
+        hint = -1
+    if hint < 0:
         return at_most
-    return told if at_most is None else min(told, at_most)
+    return hint if at_most is None else min(hint, at_most)
 
 
 def fetch(batches: Iterable[Any], at_most: int | None) -> Iterator[Any]:
-    """Yields the batches; an exception of the loader names the batch."""
+    """Yields the batches. If the loader raises, the error names the batch."""
     number = 1
-    with blaming(f"the dataloader raised at batch {number}:"):
+    with user_errors(f"the dataloader raised at batch {number}:"):
         iterator = iter(batches)
     while at_most is None or number <= at_most:
-        with blaming(f"the dataloader raised at batch {number}:"):
+        with user_errors(f"the dataloader raised at batch {number}:"):
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -50,8 +49,8 @@ def fetch(batches: Iterable[Any], at_most: int | None) -> Iterator[Any]:
 
 
 def run_batch(model: torch.nn.Module, batch: Any, forward_batch: ForwardBatch | None, number: int) -> None:
-    """Calls the model with a batch, as its kind asks for; an exception of the model names the batch."""
-    with blaming(f"the model raised at batch {number} ({_shape(batch)}):", advice=f"\n{_ACCEPTED}"):
+    """Calls the model with a batch, in the way that suits its kind. If the model raises, the error names the batch."""
+    with user_errors(f"the model raised at batch {number} ({_shape(batch)}):", advice=f"\n{_ACCEPTED}"):
         if forward_batch is not None:
             forward_batch(model, batch)
         elif isinstance(batch, torch.Tensor):
@@ -77,8 +76,8 @@ def _shape(batch: Any) -> str:
 def to_device(batch: Any, device: torch.device | str | None) -> Any:
     """Returns the batch with every tensor in it on the device.
 
-    Tensors, tuples, lists and mappings of them are moved here; other objects that have a method ``to``, as the batches
-    of Hugging Face's tokenizers and of graph libraries do, move themselves.
+    Handles tensors, and tuples, lists and mappings of them. Other objects must have a method ``to``, as the batches of
+    Hugging Face's tokenizers and of graph libraries have; otherwise they are not moved.
     """
     if device is None or str(device) == "cpu":
         return batch
@@ -87,7 +86,7 @@ def to_device(batch: Any, device: torch.device | str | None) -> Any:
     if callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, MutableMapping):
-        moved = copy.copy(batch)  # of its own class, whose attributes forward_batch may use
+        moved = copy.copy(batch)  # keeps the class, whose attributes forward_batch may use
         for key, value in batch.items():
             moved[key] = to_device(value, device)
         return moved
@@ -101,17 +100,17 @@ def to_device(batch: Any, device: torch.device | str | None) -> Any:
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor in page-locked memory, from which a copy to CUDA runs beside the computation.
+    """Returns the tensor in page-locked memory, so that the copy to CUDA overlaps with computation, unless it is small.
 
-    For a small one that does not pay. torch keeps such memory for the next batch.
+    torch keeps such memory for the next batch.
     """
     is_plain = tensor.device.type == "cpu" and tensor.layout is torch.strided
-    pays = is_plain and tensor.nbytes >= _LEAST_PINNED and torch.cuda.is_available()
-    return tensor.pin_memory() if pays and not tensor.is_pinned() else tensor
+    is_worth_it = is_plain and tensor.nbytes >= _LEAST_PINNED and torch.cuda.is_available()
+    return tensor.pin_memory() if is_worth_it and not tensor.is_pinned() else tensor
 
 
 def count_samples(batch: Any) -> int:
-    """Returns the length of the first tensor of a batch, which by convention counts its samples."""
+    """Returns the length of the first tensor of a batch: by convention, the number of samples."""
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.dim() else 0
     items: Iterable[Any] = (

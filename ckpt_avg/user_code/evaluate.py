@@ -1,4 +1,4 @@
-"""Did averaging help? The user's own metric, of single checkpoints and of their average."""
+"""Measures weights with the user's own metric: single checkpoints, and their average."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ckpt_avg.errors import UserCodeError
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.isolation import seeded, undisturbed
-from ckpt_avg.user_code.load import blaming
-from ckpt_avg.user_code.model import batch_norm_modules, load_weights, place
+from ckpt_avg.user_code.load import user_errors
+from ckpt_avg.user_code.model import batch_norm_modules, load_weights, move_model
 
 Evaluate = Callable[[torch.nn.Module], object]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
-_LAZY = "lazy"  # such a module becomes another class in its first forward
+_LAZY = "lazy"  # the first forward of such a module changes its class
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What the user's function measured of one set of weights.
+    """What the user's function measured for one set of weights.
 
     Attributes:
-        name: what was measured, in words.
+        name: what the weights are called.
         path: the checkpoint; None for an average.
         metrics: name → number, as the function returned them.
     """
@@ -48,48 +48,47 @@ def evaluate_weights(
     device: torch.device,
     notice: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
-    """Loads weights into the model and calls the function with it. Each call begins with the same random states.
+    """Loads weights into the model and calls the function with it, with the same random states each time.
 
     Args:
         function: called with the model, in evaluation mode and without gradients. It returns a number or a mapping of
-            names to numbers.
-        model: takes the weights.
+            names to numbers. Its changes to modes, buffers and random states are undone.
+        model: the model.
         weights: the state dict.
-        name: whose weights they are, for messages.
-        device: where the model is to be.
-        notice: told what the user should know of the function.
+        name: what the weights are called in messages.
+        device: the device to move the model to.
+        notice: called with what the user should know about the function.
 
     Raises:
-        IncompatibleError: the model does not take the weights.
-        UserCodeError: the function raised, returned something else, or changed the model itself (its dtype, its
-            modules, its hooks): what it does to modes, buffers and random states is undone.
+        IncompatibleError: the weights don't fit the model.
+        UserCodeError: the function raised, returned something else, or changed the model's dtypes, modules or hooks.
     """
     load_weights(model, weights)
-    place(model, device)
-    before = _shape_of(model)
+    move_model(model, device)
+    before = _structure_of(model)
     in_train_mode: set[str] = set()
-    with undisturbed(model), seeded(device), torch.no_grad(), blaming(f"the --eval function raised for {name}:"):
+    with undisturbed(model), seeded(device), torch.no_grad(), user_errors(f"the --eval function raised for {name}:"):
         with _watching(model, in_train_mode):
             returned = function(model)
         metrics = _as_metrics(returned, getattr(function, "__name__", type(function).__name__))
     if in_train_mode:
         notice(
             f"the --eval function ran BatchNorm layers in train mode ({listing(map(quote, sorted(in_train_mode)))}), "
-            "so its numbers don't depend on their statistics; leave out model.train()"
+            "so its numbers don't depend on their statistics. Leave out model.train()."
         )
-    after = _shape_of(model)
+    after = _structure_of(model)
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key) and before.get(key) != _LAZY]
     if changed:
         raise UserCodeError(
-            f"the --eval function changed the model ({listing(changed)}), which is still to be measured or refreshed. "
-            "Let it work on copy.deepcopy(model)."
+            f"the --eval function changed the model ({listing(changed)}), which is needed again. Use "
+            "copy.deepcopy(model) in the function."
         )
     return metrics
 
 
 @contextlib.contextmanager
 def _watching(model: torch.nn.Module, in_train_mode: set[str]) -> Iterator[None]:
-    """Notes the BatchNorm layers that are called in train mode."""
+    """Adds the names of BatchNorm layers that are called in train mode."""
 
     def note(name: str) -> Callable[[torch.nn.Module, object], None]:
         return lambda module, _: in_train_mode.add(name) if module.training else None
@@ -103,7 +102,7 @@ def _watching(model: torch.nn.Module, in_train_mode: set[str]) -> Iterator[None]
 
 
 def refuse_other_metrics(before: Mapping[str, float], now: Mapping[str, float], name: str) -> None:
-    """Raises UserCodeError where the function returned other metrics than for the weights before."""
+    """Raises UserCodeError if the function returned other metrics than for earlier weights."""
     if before.keys() != now.keys():
         raise UserCodeError(
             f"the --eval function: expected the metrics {listing(map(quote, before))} each time, got "
@@ -111,8 +110,8 @@ def refuse_other_metrics(before: Mapping[str, float], now: Mapping[str, float], 
         )
 
 
-def _shape_of(model: torch.nn.Module) -> dict[str, object]:
-    """Returns what of a model weights cannot put back, by what it is: dtypes, modules, hooks, replaced methods."""
+def _structure_of(model: torch.nn.Module) -> dict[str, object]:
+    """Returns what loading weights does not restore: dtypes, modules, hooks and replaced methods, by name."""
     found: dict[str, object] = {
         f"parameter {quote(name)}": (id(tensor), tensor.dtype) for name, tensor in model.named_parameters()
     }
@@ -124,14 +123,14 @@ def _shape_of(model: torch.nn.Module) -> dict[str, object]:
 
 
 def _as_metrics(returned: Any, function: str) -> dict[str, float]:
-    """Returns what the function returned as floats; a lone number gets the function's name."""
+    """Returns the metrics as floats. A single number gets the function's name."""
     named = returned if isinstance(returned, Mapping) else {function: returned}
     metrics: dict[str, float] = {}
     wrong: list[str] = []
     for name, value in named.items():
         number = _as_number(value)
         if str(name) in metrics:
-            wrong.append(f"{quote(str(name))} is there twice")
+            wrong.append(f"{quote(str(name))} twice")
         elif number is None:
             wrong.append(f"{quote(name)} is {_kind(value)}")
         else:
@@ -152,7 +151,7 @@ def _kind(value: Any) -> str:
 
 
 def _as_number(value: Any) -> float | None:
-    if isinstance(value, numbers.Real):  # int, float, bool, Fraction, numpy's own
+    if isinstance(value, numbers.Real):  # int, float, bool, Fraction, and numpy's numbers
         return float(value)
     if hasattr(value, "item") and getattr(value, "shape", ()) in ((), (1,)):
         item = value.item()

@@ -1,4 +1,4 @@
-"""``--require 'METRIC>=last'``: a gate that the average must pass before it is published."""
+"""``--require 'METRIC>=last'``: conditions that the average must meet to be published."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckpt_avg.errors import UsageError
-from ckpt_avg.text import listing, quote
+from ckpt_avg.text import listing, quote, suggestion
 
 if TYPE_CHECKING:
     from ckpt_avg.user_code.evaluate import Evaluation
@@ -30,10 +30,10 @@ _FORM = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """What a metric of the average must be.
+    """A condition on one metric of the average.
 
     Attributes:
-        text: as it was worded.
+        text: as the user wrote it.
         metric: the metric's name.
         operator: ``>=``, ``>``, ``<=`` or ``<``.
         reference: ``last``, ``best`` or ``mean`` of the checkpoints; empty for a plain number.
@@ -49,7 +49,7 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A requirement, the average's own number, the one that it was held against, and whether it was met."""
+    """A requirement, the value of the average, the threshold that it was compared with, and whether it was met."""
 
     requirement: Requirement
     value: float
@@ -58,18 +58,18 @@ class Outcome:
 
     def __str__(self) -> str:
         short = f"{self.threshold:.6g}", f"{self.value:.6g}"
-        # Where six digits don't tell the two apart, all are shown.
+        # All digits if six are not enough to tell the two apart.
         threshold, value = short if short[0] != short[1] else (repr(self.threshold), repr(self.value))
         return f"{self.requirement.text}: expected {self.requirement.operator} {threshold}, got {value}"
 
 
 def parse_requirement(text: str) -> Requirement:
-    """Reads a requirement: a metric, ``>=``, ``>``, ``<=`` or ``<``, and ``last``, ``best``, ``mean`` or a number.
+    """Parses a requirement: a metric, ``>=``, ``>``, ``<=`` or ``<``, and ``last``, ``best``, ``mean`` or a number.
 
-    ``last-0.001`` allows for a difference: the number is added to the reference.
+    A number may be added to the reference: ``last-0.001`` allows for a small loss.
 
     Raises:
-        UsageError: it is worded otherwise.
+        UsageError: the text has another form.
 
     Example:
         >>> parse_requirement("accuracy >= last - 0.001").number
@@ -78,42 +78,42 @@ def parse_requirement(text: str) -> Requirement:
     found = _FORM.fullmatch(text.strip())
     if found is None:
         raise UsageError(
-            f"--require {quote(text)}: expected METRIC>=last, with >=, >, <= or <, and last, best, mean or a number "
-            f"behind it, for example 'accuracy>=last' or 'loss<=mean+0.01'. {_advice(text)}"
+            f"--require {quote(text)}: expected a metric, then >=, >, <= or <, then last, best, mean or a number, for "
+            f"example 'accuracy>=last' or 'loss<=mean+0.01'. {_advice(text)}"
         )
     number = float("".join((found["number"] or found["offset"] or "0").split()))
     if not math.isfinite(number):
-        raise UsageError(f"--require {quote(text)}: expected a number within the range of float64. Use a smaller one.")
+        raise UsageError(f"--require {quote(text)}: the number exceeds the range of float64. Use a smaller one.")
     return Requirement(text, found["metric"], found["operator"], found["reference"] or "", number)
 
 
 def _advice(text: str) -> str:
     if not set(text) & set("<>="):
-        return "Put it in quotes: a shell takes < and > for itself, and may have made a file named '=last'."
+        return "Put it in quotes: otherwise the shell redirects to a file named '=last', which may exist now."
     if "=>" in text or "=<" in text or "==" in text:
         return "Write >= or <=."
-    return "Behind last, best and mean only + or - and a number may stand; a metric's own name holds no <, > or =."
+    return "After last, best or mean, only +NUMBER or -NUMBER is allowed; a metric name cannot contain <, > or =."
 
 
 def needs_all(requirements: Sequence[Requirement]) -> bool:
-    """Whether every checkpoint must be measured, rather than the last alone."""
+    """Whether every checkpoint must be measured, not only the last."""
     return any(requirement.reference in ("best", "mean") for requirement in requirements)
 
 
 def refuse_unknown_metrics(requirements: Sequence[Requirement], measured: Evaluation) -> None:
-    """Raises UsageError where a requirement names a metric that the function does not return."""
+    """Raises UsageError if a requirement names a metric that the function does not return."""
     for requirement in requirements:
         if requirement.metric not in measured.metrics:
             raise UsageError(
-                f"--require {quote(requirement.text)}: expected one of the metrics that the --eval function returns "
-                f"({listing(map(quote, measured.metrics))}), got {quote(requirement.metric)}."
+                f"--require {quote(requirement.text)}: the --eval function returns no {quote(requirement.metric)}. It "
+                f"returns {listing(map(quote, measured.metrics))}.{suggestion(requirement.metric, measured.metrics)}"
             )
 
 
 def mean_of(numbers: Sequence[float]) -> float:
-    """Returns the arithmetic mean; infinities and NaN give what IEEE 754 says."""
+    """Returns the arithmetic mean. Infinities and NaN are allowed."""
     total = 0.0
-    for number in numbers:  # sum() rounds otherwise from Python 3.12 on
+    for number in numbers:  # sum() rounds differently from Python 3.12 on
         total += number
     return total / len(numbers)
 
@@ -121,13 +121,9 @@ def mean_of(numbers: Sequence[float]) -> float:
 def outcomes(
     requirements: Sequence[Requirement], average: Evaluation, checkpoints: Sequence[Evaluation]
 ) -> tuple[Outcome, ...]:
-    """Holds the average against each requirement. NaN meets none.
+    """Compares the average with each requirement. NaN meets none.
 
-    Args:
-        requirements: what must be.
-        average: what was measured of the average.
-        checkpoints: what was measured of the checkpoints, in their order. ``best`` is the highest of them for ``>=``
-            and ``>``, the lowest for ``<=`` and ``<``.
+    ``best`` is the highest value of the checkpoints for ``>=`` and ``>``, and the lowest for ``<=`` and ``<``.
     """
     found = []
     for requirement in requirements:

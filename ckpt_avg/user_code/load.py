@@ -1,4 +1,4 @@
-"""``MODULE:NAME`` → the user's own code. It is trusted: it is named on the command line, never by a checkpoint."""
+"""``MODULE:NAME`` → the user's own code. It is trusted: the command line names it, never a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from ckpt_avg.errors import CkptAvgError, UsageError, UserCodeError, is_out_of_memory
+from ckpt_avg.text import suggestion
 
 
 @contextlib.contextmanager
-def blaming(what: str, advice: str = "") -> Iterator[None]:
-    """Turns whatever the user's code raises, sys.exit() included, into a UserCodeError that says where.
+def user_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Turns anything that the user's code raises, even sys.exit(), into a UserCodeError that begins with ``what``.
 
-    Our own errors, interrupts and running out of memory pass as they are.
+    Our own errors, interrupts and out of memory are not changed.
     """
     try:
         yield
@@ -33,46 +34,44 @@ def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str])
 
     Args:
         reference: ``MODULE:NAME``; NAME may be dotted.
-        option: the option that it was given to, for messages.
-        app_dir: the folder that goes on ``sys.path`` first.
+        option: the option that has this value, for messages.
+        app_dir: the folder to put first on ``sys.path``.
 
     Raises:
-        UsageError: the reference is malformed, or names no module or attribute.
-        UserCodeError: the module raised while it was imported.
+        UsageError: the reference is malformed, or there is no such module or attribute.
+        UserCodeError: the import of the module failed.
     """
     module_name, separator, name = reference.partition(":")
     if not separator or not name or not all(module_name.split(".")):
         raise UsageError(f"{option} {reference}: expected MODULE:NAME, for example train:make_model.")
     if module_name.endswith(".py"):
-        raise UsageError(f"{option} {reference}: expected a module, got a file. Leave out the '.py'.")
+        raise UsageError(f"{option} {reference}: expected a module, not a file. Leave out '.py'.")
     folder = os.path.abspath(app_dir)
     if not os.path.isdir(folder):
-        raise UsageError(
-            f"--app-dir {app_dir}: expected a folder, got {'a file' if os.path.exists(folder) else 'nothing'} there."
-        )
+        kind = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise UsageError(f"--app-dir {app_dir}: {kind}. Name the folder that contains your module.")
     if sys.path[:1] != [folder]:
         sys.path.insert(0, folder)
-    with blaming(f"{option} {reference}: importing {module_name} failed:"):
+    with user_errors(f"{option} {reference}: importing {module_name} failed:"):
         try:
             found: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name is None or not (module_name + ".").startswith(error.name + "."):
                 raise
             raise UsageError(
-                f"{option} {reference}: there is no module {module_name!r} in {folder} or among the installed "
-                "packages. Name its folder with --app-dir."
+                f"{option} {reference}: no module {module_name!r} in {folder} or among the installed packages. Name "
+                "its folder with --app-dir."
             ) from None
     for part in name.split("."):
         if not hasattr(found, part):
-            raise UsageError(f"{option} {reference}: {module_name} (from {_origin(module_name)}) has no {name!r}.")
+            file = getattr(sys.modules[module_name], "__file__", None) or "a package"
+            raise UsageError(
+                f"{option} {reference}: {module_name} (from {file}) has no {name!r}.{suggestion(part, dir(found))}"
+            )
         found = getattr(found, part)
     return found
 
 
-def _origin(module_name: str) -> str:
-    return getattr(sys.modules[module_name], "__file__", None) or "a package"
-
-
-def forward_batch_beside(reference: str) -> Any:
-    """Returns the function ``forward_batch`` of a module that is imported already, or None."""
+def forward_batch_of(reference: str) -> Any:
+    """Returns the function ``forward_batch`` of the module in a reference, which has been imported; None without it."""
     return getattr(sys.modules[reference.partition(":")[0]], "forward_batch", None)

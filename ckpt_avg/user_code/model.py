@@ -1,4 +1,4 @@
-"""The user's model: built, checked against the tensors to be, and loaded with weights from anywhere."""
+"""The user's model and data: builds them, checks that the model takes the tensors, and loads weights into it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,28 @@ from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.text import listing
 from ckpt_avg.user_code.isolation import seeded
-from ckpt_avg.user_code.load import blaming
+from ckpt_avg.user_code.load import user_errors
 
 Model = torch.nn.Module | Callable[[], torch.nn.Module]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 def build_model(model: Model, tensors: Mapping[str, tuple[DType, tuple[int, ...]]]) -> torch.nn.Module:
-    """Builds the model, or copies the one that was passed in, and checks that it takes these tensors.
-
-    Args:
-        model: the user's.
-        tensors: the dtype and shape of each tensor that will be loaded.
+    """Builds the model, or copies it, and checks that it takes tensors of these dtypes and shapes.
 
     Raises:
         UserCodeError: the factory raised, or returned something else.
-        IncompatibleError: the model's names or shapes are not the checkpoints'.
+        IncompatibleError: the model has other names or shapes than the checkpoints.
     """
     if not callable(model):
         raise UserCodeError(
             f"the model: expected a torch.nn.Module or a function that returns one, got a {type(model).__name__}."
         )
-    with blaming("the model factory raised"):
+    with user_errors("the model factory raised"):
         built = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model()
     if not isinstance(built, torch.nn.Module):
         raise UserCodeError(f"the model factory: expected it to return a torch.nn.Module, got {type(built).__name__}.")
-    # One zero per tensor, expanded: it tells whether names and shapes fit, hooks of the model included.
+    # One expanded zero per tensor shows whether names and shapes fit, including the model's own hooks.
     load_weights(
         built,
         {name: torch.zeros((), dtype=torch_dtype(dtype)).expand(shape) for name, (dtype, shape) in tensors.items()},
@@ -50,7 +46,7 @@ def build_model(model: Model, tensors: Mapping[str, tuple[DType, tuple[int, ...]
 
 
 def batch_norm_modules(model: torch.nn.Module) -> dict[str, _BatchNorm]:
-    """Returns the BatchNorm layers that keep running statistics, by their name in the model."""
+    """Returns the BatchNorm layers that keep running statistics, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -59,13 +55,13 @@ def batch_norm_modules(model: torch.nn.Module) -> dict[str, _BatchNorm]:
 
 
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Loads a state dict, strictly.
+    """Loads a state dict strictly.
 
     Raises:
-        IncompatibleError: names or shapes differ; the message has torch's list of them.
+        IncompatibleError: names or shapes differ; the message contains torch's list of them.
         UserCodeError: the model's own code failed.
     """
-    with blaming("loading the weights into the model raised"):
+    with user_errors("loading the weights into the model raised"):
         try:
             model.load_state_dict(tensors, strict=True)
         except RuntimeError as error:
@@ -75,13 +71,13 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
             raise IncompatibleError(
                 f"the checkpoints don't fit the model {type(model).__name__}:\n  "
                 + listing((line if len(line) < 2000 else line[:2000] + " …" for line in lines), separator="\n  ")
-                + "\nGive the --model that was trained, or choose the weights with --state-key.",
+                + "\nUse the --model that was trained, or choose other weights with --state-key.",
                 lines=True,
             ) from error
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Returns a checkpoint's tensors, where they lie: views of the mapped file, not to be written to."""
+    """Returns a checkpoint's tensors: views of the mapped file. Don't write to them."""
     return {
         name: read_ranges(checkpoint, [(tensor, 0, tensor.numel)])[0].view(tensor.shape)
         for name, tensor in checkpoint.spec.tensors.items()
@@ -89,27 +85,23 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def weights_in(path: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a file, where they lie."""
+    """Returns the tensors of a file, as `weights_of` does."""
     with open_checkpoint(path) as checkpoint:
         return weights_of(checkpoint)
 
 
-def place(model: torch.nn.Module, device: torch.device) -> None:
-    """Moves the model.
-
-    Raises:
-        UserCodeError: it cannot be moved; one on the device ``meta`` has no weights.
-    """
-    with blaming(f"moving the model to {device} raised"):
+def move_model(model: torch.nn.Module, device: torch.device) -> None:
+    """Moves the model. Raises UserCodeError if that fails, for example for a model on the device ``meta``."""
+    with user_errors(f"moving the model to {device} raised"):
         model.to(device)
 
 
 class Passes:
-    """The user's batches, for one pass after another.
+    """The user's batches, for one or several passes over the data.
 
     Args:
-        data: an iterable of batches, or a factory of one. The factory is called at once, and again for each later pass,
-            each time from the same random states, so that every pass sees the same.
+        data: an iterable of batches, or a factory of one. The factory is called at once, and again for each later
+            pass, with the same random states each time, so that every pass has the same batches.
 
     Raises:
         UserCodeError: the factory raised, or returned something else.
@@ -126,7 +118,7 @@ class Passes:
 
     @property
     def is_single(self) -> bool:
-        """Whether there is one pass only: an iterator without a factory."""
+        """Whether only one pass is possible: an iterator without a factory."""
         return self._factory is None and isinstance(self._batches, Iterator)
 
     def next_pass(self) -> Iterable[Any]:
@@ -138,5 +130,5 @@ class Passes:
 
     @staticmethod
     def _call(factory: Callable[[], Iterable[Any]]) -> Iterable[Any]:
-        with seeded(), blaming("the data factory raised"):
+        with seeded(), user_errors("the data factory raised"):
             return factory()

@@ -453,7 +453,7 @@ def test_a_model_with_other_names_is_refused_before_averaging(small: Path) -> No
         assert missing < message.index(f'"{name}"') < unexpected
     for name in ("outer.weight", "outer.bias"):
         assert unexpected < message.index(f'"{name}"')
-    assert "Give the --model that was trained" in message
+    assert "Use the --model that was trained" in message
     assert started == []
 
 

@@ -134,8 +134,8 @@ def test_unknown_metric_lists_the_known_ones() -> None:
     with pytest.raises(UsageError) as caught:
         refuse_unknown_metrics(requirements, Evaluation("x", Path("x"), {"accuracy": 1.0, "loss": 0.5}))
     assert str(caught.value) == (
-        "--require 'acuracy>=last': expected one of the metrics that the --eval function returns ('accuracy', 'loss'), "
-        "got 'acuracy'."
+        "--require 'acuracy>=last': the --eval function returns no 'acuracy'. It returns 'accuracy', 'loss'. Did you "
+        "mean 'accuracy'?"
     )
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import signal
 import time
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,155 +16,37 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from user_code.everything import (
+    BATCHES,
+    CHILDREN,
+    LAYERS,
+    STATISTICS,
+    batches,
+    changed,
+    everything,
+    randn,
+    random_states,
+    shuffled,
+    snapshot,
+)
 
 from ckpt_avg import UserCodeError, refresh_batch_norm
 from ckpt_avg.user_code.isolation import undisturbed
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A model of everything that could be disturbed
-
-
-class Queue(nn.Module):
-    """A momentum queue: its buffers move, are replaced, appear and go, in evaluation mode too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("codes", torch.arange(4.0))
-        self.register_buffer("replaced", torch.arange(3))
-        self.register_buffer("unset", None)
-        self.register_buffer("hidden", torch.zeros(()), persistent=False)
-
-    def forward(self, values: Tensor) -> Tensor:
-        self.codes += values.detach().mean((0, 2, 3))
-        self.replaced = self.replaced + 1
-        self.hidden.add_(1)
-        return values
-
-
-class OwnForward(nn.BatchNorm2d):
-    """Runs in train mode while it is measured."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        return super().forward(values)
-
-
-class Everything(nn.Module):
-    """One of each kind of layer; ``calls`` counts the modules that were entered, and one of them may raise."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the old forms are deprecated, and around
-            self.old_spectral = nn.utils.spectral_norm(nn.Conv2d(2, 4, 3))
-            self.old_weight = nn.utils.weight_norm(nn.Conv2d(4, 4, 1))
-        self.new_spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1))
-        self.norm = nn.BatchNorm2d(4)
-        self.own = OwnForward(4, momentum=None)
-        self.narrow = OwnForward(4).to(torch.bfloat16)
-        self.sync = nn.SyncBatchNorm(4, affine=False, momentum=0.3)
-        self.instance = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
-        self.untracked = nn.BatchNorm2d(4, track_running_stats=False)
-        self.frozen = nn.BatchNorm2d(4).eval()
-        self.queue = Queue()
-        self.dropout = nn.Dropout(0.5)
-        self.alias = self.norm
-        self.volume = nn.BatchNorm3d(4)
-        self.head = nn.Linear(4, 3)
-        self.head.bias.requires_grad_(False)
-        self.last = nn.BatchNorm1d(3)
-        self.norm.register_forward_pre_hook(lambda module, arguments: None)
-        self.own.register_forward_hook(lambda module, arguments, output: None, always_call=True)
-
-    def forward(self, values: Tensor) -> Tensor:
-        values = self.new_spectral(self.old_weight(self.old_spectral(values)))
-        values = self.alias(self.own(self.norm(values)))
-        values = self.narrow(values.to(torch.bfloat16)).float()
-        values = self.untracked(self.instance(self.sync(values)))
-        values = self.dropout(self.queue(self.frozen(values)))
-        values = self.volume(values.unsqueeze(2)).squeeze(2)
-        return self.last(self.head(values.mean((2, 3))))
-
-
-LAYERS = ("norm", "own", "narrow", "sync", "volume", "last")
-CHILDREN = (
-    *("old_spectral", "old_weight", "new_spectral", "norm", "own", "narrow", "sync", "instance", "untracked"),
-    *("frozen", "queue", "dropout", "volume", "head", "last"),
-)
-BATCHES = 3
-
-
-def everything() -> Everything:
-    torch.manual_seed(4)
-    model = Everything()
-    model.own.eval()
-    with torch.no_grad():
-        for buffer in model.buffers():
-            if buffer.dim() == 1 and buffer.is_floating_point():
-                buffer.add_(0.25)
-    return model
-
-
-def batches() -> list[Tensor]:
-    return list(randn(14, 2, 5, 5).split([5, 6, 3]))
-
-
-def raw(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def random_states() -> tuple[object, ...]:
-    kind, keys, *rest = np.random.get_state()
-    return raw(torch.random.get_rng_state()), random.getstate(), kind, keys.tobytes(), *rest
-
-
-def snapshot(model: nn.Module) -> dict[str, object]:
-    """All that can be told of a model from outside, and the random states."""
-    found: dict[str, object] = {"random states": random_states(), "state dict": list(model.state_dict())}
-    for name, module in model.named_modules():
-        found[f"{name} mode"] = module.training
-        found[f"{name} class"] = type(module)
-        found[f"{name} names"] = (sorted(vars(module)), list(module._buffers), list(module._parameters))
-        for attribute, value in vars(module).items():
-            if isinstance(value, (OrderedDict, dict)) and "hooks" in attribute:
-                found[f"{name} {attribute}"] = list(value.items())
-            elif isinstance(value, (int, float, str, bool, type(None), tuple)):
-                found[f"{name} {attribute}"] = value
-        for attribute, tensor in (*module._buffers.items(), *module._parameters.items()):
-            found[f"{name} {attribute} itself"] = id(tensor)
-            if tensor is not None:
-                found[f"{name} {attribute} bytes"] = raw(tensor)
-                flags = (tensor.dtype, tensor.stride(), tensor.requires_grad, tensor.grad, tensor.grad_fn)
-                found[f"{name} {attribute} flags"] = flags
-    return found
-
-
-def moved(before: dict[str, object], after: dict[str, object]) -> set[str]:
-    return {key for key in before.keys() | after.keys() if before.get(key, "none") != after.get(key, "none")}
-
-
-def shuffled(at: int = -1, error: BaseException | None = None) -> Iterator[Tensor]:
-    """Draws from all three sources of random numbers for each batch, and raises at one."""
-    for number, batch in enumerate(batches(), start=1):
-        random.random()
-        np.random.rand()
-        torch.rand(2)
-        if number == at and error is not None:
-            raise error
-        yield batch
 
 
 @pytest.mark.parametrize("estimator", ["pooled", "batch-mean"])
 def test_the_statistics_of_the_layers_are_all_that_moves(estimator: str) -> None:
     model = everything()
     before = snapshot(model)
-    refresh_batch_norm(model, shuffled(), frozen=["frozen"], estimator=estimator)
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    assert moved(before, snapshot(model)) == {f"{layer} {buffer} bytes" for layer in LAYERS for buffer in buffers}
+    report = refresh_batch_norm(model, shuffled(), frozen=["frozen"], estimator=estimator)
+    assert changed(before, snapshot(model)) == {f"{layer} {buffer} bytes" for layer in LAYERS for buffer in STATISTICS}
+    assert set(report.statistics) == set(LAYERS)
+    assert (report.frozen, report.untracked, report.used_twice) == (("frozen",), ("untracked",), ("norm",))
+    for layer in LAYERS:  # and they are those that were measured
+        module, measured = model.get_submodule(layer), report.statistics[layer]
+        assert torch.equal(module.running_mean, measured.mean.to(module.running_mean.dtype))
+        assert torch.equal(module.running_var, measured.variance.to(module.running_var.dtype))
+        assert module.num_batches_tracked.item() == measured.batches_tracked
 
 
 ERRORS = [
@@ -210,9 +91,12 @@ def test_a_loader_that_raises_at_any_batch_moves_nothing(error: BaseException, a
 
     model = everything()
     before = snapshot(model)
-    with pytest.raises(expected(error)):
+    with pytest.raises(expected(error)) as caught:
         refresh_batch_norm(model, Loader(), frozen=["frozen"])
-    assert moved(before, snapshot(model)) == set()
+    assert changed(before, snapshot(model)) == set()
+    if isinstance(caught.value, UserCodeError):
+        assert f"the dataloader raised at batch {at}: {type(error).__name__}: {error}" in str(caught.value)
+        assert caught.value.__cause__ is error
 
 
 class At:
@@ -229,19 +113,51 @@ class At:
 
 
 @pytest.mark.parametrize("at", range(1, BATCHES + 1))
-@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("child", CHILDREN)
-def test_a_model_that_raises_at_any_layer_of_any_batch_moves_nothing(child: str, place: str, at: int) -> None:
+def test_a_model_that_raises_at_any_layer_of_any_batch_moves_nothing(child: str, when: str, at: int) -> None:
     """Before a layer has been measured, and when it has been."""
     model = everything()
     module = model.get_submodule(child)
-    register = module.register_forward_pre_hook if place == "before" else module.register_forward_hook
+    register = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
     error = ERRORS[(CHILDREN.index(child) + at) % len(ERRORS)]
     register(At(at, error))
     before = snapshot(model)
-    with pytest.raises(expected(error)):
+    with pytest.raises(expected(error)) as caught:
         refresh_batch_norm(model, batches(), frozen=["frozen"])
-    assert moved(before, snapshot(model)) == set()
+    assert changed(before, snapshot(model)) == set()
+    if isinstance(caught.value, UserCodeError):
+        # A layer that is used twice raises at its second call, in the first batch.
+        assert re.search(rf"the model raised at batch [{-(-at // 2)}{at}] \(a tensor of shape", str(caught.value))
+
+
+@pytest.mark.parametrize("at", range(1, BATCHES + 1))
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        (randn(1, 2, 5, 5), "layer 'last', batch {}: expected more than one value per channel"),
+        ("a string", "batch {}: got a str"),
+    ],
+    ids=["one value", "another kind"],
+)
+def test_a_batch_that_cannot_be_measured_moves_nothing(batch: object, says: str, at: int) -> None:
+    """The last layer gets one value per channel when all others have been measured."""
+    model = everything()
+    before = snapshot(model)
+    with pytest.raises(UserCodeError, match=says.format(at)):
+        refresh_batch_norm(model, [*batches()[: at - 1], batch], frozen=["frozen"])
+    assert changed(before, snapshot(model)) == set()
+
+
+def test_a_progress_callback_that_raises_moves_nothing() -> None:
+    def progress(batches: int, samples: int) -> None:
+        raise BrokenPipeError
+
+    model = everything()
+    before = snapshot(model)
+    with pytest.raises(BrokenPipeError):
+        refresh_batch_norm(model, batches(), frozen=["frozen"], progress=progress)
+    assert changed(before, snapshot(model)) == set()
 
 
 @pytest.mark.parametrize("at", range(1, BATCHES + 1))
@@ -255,7 +171,7 @@ def test_activations_that_are_nan_at_any_layer_move_nothing(layer: str, at: int)
     before = snapshot(model)
     with pytest.raises(UserCodeError, match=f"layer '{layer}', batch .*expected finite activations"):
         refresh_batch_norm(model, batches(), frozen=["frozen"])
-    assert moved(before, snapshot(model)) == set()
+    assert changed(before, snapshot(model)) == set()
 
 
 @pytest.mark.parametrize("estimator", ["pooled", "batch-mean"])
@@ -269,7 +185,7 @@ def test_statistics_that_the_last_layer_cannot_hold_move_nothing(estimator: str)
     before = snapshot(model)
     with pytest.raises(UserCodeError, match="layer 'last': expected a running_var within the range"):
         refresh_batch_norm(model, batches(), frozen=["frozen"], estimator=estimator)
-    assert moved(before, snapshot(model)) == set()
+    assert changed(before, snapshot(model)) == set()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,12 +250,10 @@ def gives_one_other_memory(module: Any) -> None:
 def test_buffers_that_a_forward_makes_or_drops_are_as_before(change: Callable[[Any], None], fails: bool) -> None:
     """The state dict would have other names afterwards."""
     appearing = Appearing()
-    changed = False
+    calls = itertools.count()
 
     def once(module: nn.Module, arguments: tuple[Tensor]) -> None:
-        nonlocal changed
-        if not changed:
-            changed = True
+        if next(calls) == 0:
             change(module)
 
     appearing.register_forward_pre_hook(once)
@@ -351,7 +265,7 @@ def test_buffers_that_a_forward_makes_or_drops_are_as_before(change: Callable[[A
     except UserCodeError:
         assert fails
     allowed = () if fails else ("running_mean bytes", "running_var bytes", "num_batches_tracked bytes")
-    assert {key for key in moved(before, snapshot(model)) if not key.endswith(allowed or "\0")} == set()
+    assert {key for key in changed(before, snapshot(model)) if not key.endswith(allowed or "\0")} == set()
 
 
 def test_buffers_outside_of_inference_mode_stay_as_they_are() -> None:
@@ -361,7 +275,7 @@ def test_buffers_outside_of_inference_mode_stay_as_they_are() -> None:
     before = snapshot(model)
     with pytest.raises(UserCodeError, match="inference"):
         refresh_batch_norm(model, [randn(5, 3)])
-    assert moved(before, snapshot(model)) == set()
+    assert changed(before, snapshot(model)) == set()
 
 
 def test_batches_made_in_inference_mode_are_taken() -> None:
@@ -468,4 +382,4 @@ def test_the_only_worker_of_a_loader_dies() -> None:
     loader = DataLoader(Mortal(), batch_size=2, num_workers=1, multiprocessing_context="fork")
     with pytest.raises(UserCodeError, match="the dataloader raised at batch"):
         refresh_batch_norm(model, loader)
-    assert moved(before, snapshot(model)) == set()
+    assert changed(before, snapshot(model)) == set()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_avg import UsageError, UserCodeError
-from ckpt_avg.user_code.load import forward_batch_beside, load_user_code
+from ckpt_avg.user_code.load import forward_batch_of, load_user_code
 
 _numbers = itertools.count()
 
@@ -115,7 +115,7 @@ def test_a_malformed_reference_shows_the_form(tmp_path: Path, reference: str) ->
 @pytest.mark.parametrize("module", ["no_such_module_here", "no_such_module_here.inner", "os.no_such_module_here"])
 def test_a_missing_module_is_a_usage_error(tmp_path: Path, module: str) -> None:
     message = refused(UsageError, f"{module}:make", tmp_path)
-    assert f"there is no module {module!r}" in message
+    assert f"no module {module!r}" in message
     assert str(tmp_path) in message
     assert "--app-dir" in message
 
@@ -194,22 +194,22 @@ def test_a_module_of_the_same_name_elsewhere_is_recognised_by_its_file(
     assert platform.__file__ in message
 
 
-@pytest.mark.parametrize("kind", ["nothing", "file"])
-def test_an_app_dir_that_is_no_folder_is_refused(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "says"), [("nothing", "does not exist. Name"), ("file", "is not a folder. Name")])
+def test_an_app_dir_that_is_no_folder_is_refused(tmp_path: Path, kind: str, says: str) -> None:
     path = tmp_path / "app"
     if kind == "file":
         path.touch()
     message = refused(UsageError, "train:make", path)
-    assert f"--app-dir {path}: expected a folder" in message
+    assert f"--app-dir {path}: {says}" in message
 
 
 def test_forward_batch_is_found_beside_the_model(tmp_path: Path, write: Callable[..., str]) -> None:
     name = write("def make():\n    pass\ndef forward_batch(model, batch):\n    return 3\n")
     load_user_code(f"{name}:make", "--model", tmp_path)
-    assert forward_batch_beside(f"{name}:make")(None, None) == 3
+    assert forward_batch_of(f"{name}:make")(None, None) == 3
 
 
 def test_without_forward_batch_there_is_none(tmp_path: Path, write: Callable[..., str]) -> None:
     name = write("def make():\n    pass\n")
     load_user_code(f"{name}:make", "--model", tmp_path)
-    assert forward_batch_beside(f"{name}:make") is None
+    assert forward_batch_of(f"{name}:make") is None

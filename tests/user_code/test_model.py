@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_avg import IncompatibleError, UserCodeError
-from ckpt_avg.user_code.model import Passes, load_weights, place
+from ckpt_avg.user_code.model import Passes, load_weights, move_model
 
 
 def drawn() -> list[Tensor]:
@@ -98,4 +98,4 @@ def test_other_shapes_are_listed() -> None:
 
 def test_a_model_without_memory_cannot_be_moved() -> None:
     with pytest.raises(UserCodeError, match="moving the model to cpu raised NotImplementedError"):
-        place(nn.Linear(2, 2, device="meta"), torch.device("cpu"))
+        move_model(nn.Linear(2, 2, device="meta"), torch.device("cpu"))

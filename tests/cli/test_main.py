@@ -721,6 +721,7 @@ def test_errors_name_odd_paths_without_a_traceback(in_process: InProcess, tmp_pa
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("python-O")
 def test_checks_hold_under_python_o(tmp_path: Path, misfits: list[Path]) -> None:
     command = [sys.executable, "-O", "-m", "ckpt_avg", "average", *map(str, misfits), "-o", "swa.safetensors"]
@@ -976,6 +977,7 @@ def test_what_the_users_code_prints_is_no_result(
     assert "making batches" in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_a_stdout_that_is_full_is_said_and_the_output_stands(tmp_path: Path, pair: list[Path]) -> None:
     output = tmp_path / "o.safetensors"

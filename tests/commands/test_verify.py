@@ -460,6 +460,7 @@ def test_a_checkpoint_may_be_named_by_its_folder_or_its_file(tmp_path: Path) -> 
         assert len(ckpt_avg.verify(output, sources=named).checkpoints or ()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["verify", "average"])
 @pytest.mark.skipif(sys.platform != "linux", reason="sparse files, and signals as Linux has them")
 def test_a_signal_ends_the_reading_of_large_files(tmp_path: Path, command: str) -> None:

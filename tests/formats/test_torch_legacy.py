@@ -400,6 +400,7 @@ def test_empty_containers_count_for_many_operations(
         assert "expected at most 30,000,000 operations in the pickle, got more" in message
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("pickle-bombs")
 def test_millions_of_empty_sets_hit_the_limit(layout: Stream) -> None:
     """At the real limit: a file of 1.6 MB is refused before it has taken half a gigabyte."""

@@ -23,6 +23,7 @@ def _peak(folder: Path, nbytes: int, count: int) -> float:
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("flat-memory")
 def test_flat_in_checkpoints_and_in_size(tmp_path: Path) -> None:
     """Whole models, or one window for each checkpoint whatever their number, would show at once."""

@@ -454,6 +454,7 @@ def test_threads_and_memory_do_not_change_the_bytes(
     assert digest(tmp_path / "mean.safetensors") == mixed[1]
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("same-bytes")
 def test_the_environment_does_not_change_the_bytes(mixed: tuple[Path, str], tmp_path: Path) -> None:
     """Hash seed, locale, umask, time zone and -O: processes that differ in all of them write the same file."""

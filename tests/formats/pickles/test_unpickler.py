@@ -241,6 +241,7 @@ def test_no_audited_event_happens(tmp_path: Path) -> None:
     assert details.endswith("[]\n")
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("no-code-runs")
 def test_the_audit_sees_what_the_standard_unpickler_does(tmp_path: Path) -> None:
     """The same hook over the same pickles, with a reader that does run them: the test above can fail."""
@@ -609,8 +610,13 @@ BOMBS: dict[str, bytes] = {
 }  # fmt: skip
 
 
+QUICK = ("frozen sets compared", "bytearray of 10^11 bytes", "billion laughs")
+
+
 @pytest.mark.guarantee("no-code-runs", "pickle-bombs")
-@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in BOMBS if name not in QUICK)]
+)
 def test_bombs_end_soon_and_small(name: str) -> None:
     """At most what a harmless pickle of all allowed operations takes, 64 MiB and 4 × the pickle; never a crash."""
     stream = proto(4, BOMBS[name])

@@ -104,8 +104,8 @@ class Averager:
                 first = _first(overflowed)
                 tensor, index = block.locate(start + first)
                 raise NonFiniteError(
-                    f"tensor {quote(tensor.name)}: expected a mean within the range of {tensor.dtype.torch_name}, got "
-                    f"{mean[first].item():g} at index {index:,}. Choose a wider --dtype."
+                    f"tensor {quote(tensor.name)}: the mean {mean[first].item():g} at index {index:,} is out of the "
+                    f"range of {tensor.dtype.torch_name}. Choose a wider --dtype."
                 )
         as_real(output).copy_(rounded)
 
@@ -142,7 +142,7 @@ def _describe_nonfinite(checkpoints: Sequence[Checkpoint], tensor: OutputTensor)
                 f"{first:,}"
             )
     return (
-        f"tensor {quote(tensor.name)}: expected finite numbers, got NaN or Inf:\n  "
+        f"tensor {quote(tensor.name)}: NaN or Inf in these checkpoints:\n  "
         + listing(found, separator="\n  ")
-        + "\nSkip these checkpoints with --exclude, or accept NaN and Inf with --allow-nonfinite."
+        + "\nSkip them with --exclude, or accept NaN and Inf with --allow-nonfinite."
     )

@@ -12,6 +12,7 @@ import torch
 
 from ckpt_avg.distributed.launch import Launch
 from ckpt_avg.errors import UsageError
+from ckpt_avg.text import plural
 
 
 def choose_devices(name: str, launch: Launch | None = None) -> tuple[torch.device, torch.device]:
@@ -35,15 +36,12 @@ def _device(name: str, launch: Launch | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}.") from None
+        raise UsageError(f"--device: {name!r} is not a device. Use auto, cpu, cuda or cuda:N.") from None
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(
-            f"--device {name}: expected cpu or cuda; the mean needs float64, which {device.type} may not have. Use cpu."
-        )
+        raise UsageError(f"--device {name}: the mean needs float64, which {device.type} may not have. Use cpu or cuda.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu."
-        )
+        found = plural(torch.cuda.device_count(), "CUDA device")
+        raise UsageError(f"--device {name}: torch finds {found} on this machine. Use --device cpu.")
     return device
 
 

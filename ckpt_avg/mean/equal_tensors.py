@@ -1,7 +1,6 @@
-"""Which tensors hold the same bytes in every checkpoint: a streaming comparison, used before the mean.
+"""Finds the tensors that have the same bytes in every checkpoint, before the mean.
 
-Integer and bool tensors must be the same to be copied; running statistics that are the same belong to frozen
-BatchNorm layers.
+Integer and bool tensors are copied only if they are equal. BatchNorm layers with equal running statistics are frozen.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ckpt_avg.text import listing, one_line, plural, quote
 
 @dataclass(frozen=True, slots=True)
 class Unequal:
-    """The first place where a tensor differs from the first checkpoint's."""
+    """The first element of a tensor that differs from the first checkpoint's."""
 
     tensor: str
     checkpoint: str
@@ -30,14 +29,11 @@ class Unequal:
 
 
 def differing(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, Unequal]:
-    """Compares tensors bit by bit with the first checkpoint's.
+    """Compares tensors bit by bit with the first checkpoint's; returns those that differ, with the first difference.
 
     Args:
-        checkpoints: open checkpoints that agree in names, shapes and dtypes.
+        checkpoints: open checkpoints with the same names, shapes and dtypes.
         names: the tensors to compare.
-
-    Returns:
-        The tensors that differ, each with the first difference.
     """
     found: dict[str, Unequal] = {}
     for name in names:
@@ -50,14 +46,14 @@ def differing(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> dict[s
 
 
 def refuse_unequal(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> None:
-    """Raises IncompatibleError where integer or bool tensors differ between the checkpoints."""
+    """Raises IncompatibleError if integer or bool tensors differ between the checkpoints."""
     unequal = differing(checkpoints, names)
     if unequal:
         raise IncompatibleError(
-            f"{plural(len(unequal), 'integer or bool tensor')} differ from "
-            f"{one_line(str(checkpoints[0].spec.path))}, and numbers of these dtypes are never averaged:"
+            f"{one_line(str(checkpoints[0].spec.path))}: {plural(len(unequal), 'integer or bool tensor')} differ in "
+            "other checkpoints, and these dtypes are never averaged:"
             f"\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
-            "Take the last checkpoint's with --non-float last.",
+            "Use --non-float last to copy the last checkpoint's.",
             lines=True,
         )
 
@@ -65,8 +61,7 @@ def refuse_unequal(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> N
 def _first_difference(first: Checkpoint, other: Checkpoint, name: str) -> int | None:
     pairs = zip(stream(first, first.spec.tensors[name]), stream(other, other.spec.tensors[name]), strict=True)
     for (start, expected), (_, found) in pairs:
-        itemsize = expected.element_size()
         unequal = expected.view(torch.uint8).ne(found.view(torch.uint8))
         if unequal.any():
-            return start + int(unequal.to(torch.uint8).argmax()) // itemsize
+            return start + int(unequal.to(torch.uint8).argmax()) // expected.element_size()
     return None

@@ -102,7 +102,7 @@ def make_plan(specs: Sequence[CheckpointSpec], *, dtype: str = "keep", non_float
     if not tensors:
         where = "" if specs[0].state_key is None else f" under the key {quote(specs[0].state_key)}"
         raise IncompatibleError(
-            f"{specs[0].path}: nothing to average: expected named tensors{where}, got none. "
+            f"{specs[0].path}: nothing to average: there are no named tensors{where}. "
             "Choose the weights with --state-key, or skip the file with --exclude."
         )
     _refuse_scaled_codes(specs[0])
@@ -142,6 +142,6 @@ def _refuse_scaled_codes(spec: CheckpointSpec) -> None:
     ]
     if scaled:
         raise IncompatibleError(
-            f"{spec.path}: float8 tensors with separate scales can't be averaged: {listing(map(quote, scaled))}. "
+            f"{spec.path}: float8 tensors with separate scales cannot be averaged: {listing(map(quote, scaled))}. "
             "Average the checkpoints before quantisation."
         )

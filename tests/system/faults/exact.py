@@ -6,6 +6,7 @@ as integers, rise with the values, so the neighbours of any rational number are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -57,6 +58,11 @@ class Format:
         """The bits of values, as unsigned integers."""
         assert values.dtype == self.dtype
         return [code & ((1 << self.bits) - 1) for code in values.contiguous().view(self.code_dtype).tolist()]
+
+    def values(self, codes: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """The values with these bits, given as unsigned integers."""
+        unsigned = np.array(codes, dtype=np.uint64).astype(f"u{self.bits // 8}")
+        return torch.from_numpy(unsigned.view(f"i{self.bits // 8}")).view(self.dtype)
 
     def nearest(self, numerator: int, denominator: int, *, negative_zero: bool = False) -> int:
         """The code nearest to a rational number of units, ties to even.
@@ -114,3 +120,19 @@ def exact_mean(inputs: list[torch.Tensor], source: Format, target: Format | None
         target.nearest(number * factor.numerator, len(inputs) * factor.denominator, negative_zero=zero)
         for number, zero in zip(total, all_negative_zero, strict=True)
     ]
+
+
+def beyond_float64_error(codes: Sequence[int], inputs: Sequence[torch.Tensor], fmt: Format) -> int:
+    """How many means are further from the exact ones than a float64 sum can be, followed by one correct rounding."""
+    number, scale = len(inputs), 2**53  # the bound is number · 2⁻⁵³ · sum|x|
+    wrong = 0
+    for code, column in zip(codes, np.stack([fmt.integers(values) for values in inputs]).T, strict=True):
+        total, slack = sum(column), number * sum(map(abs, column))
+        low, high = (fmt.nearest(total * scale + side * slack, number * scale) for side in (-1, 1))
+        wrong += not _ordered(low, fmt) <= _ordered(code, fmt) <= _ordered(high, fmt)
+    return wrong
+
+
+def _ordered(code: int, fmt: Format) -> int:
+    sign = 1 << (fmt.bits - 1)
+    return -(code ^ sign) if code & sign else code

@@ -150,7 +150,7 @@ def test_files_without_a_tensor_are_nothing_to_average(in_process: Command, tmp_
     for number, path in enumerate(paths):
         path.write_bytes(lay_out("{}" if number else '{"__metadata__":{"step":"3"}}'))
     message = refusal(in_process, *paths, folder=tmp_path, code=4)
-    assert message.startswith(f"{paths[0]}: nothing to average: expected named tensors, got none. ")
+    assert message.startswith(f"{paths[0]}: nothing to average: there are no named tensors. ")
 
 
 # Three tensors, of which the first has no elements and the second no dimensions.

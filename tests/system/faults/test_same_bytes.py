@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -13,21 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from mean.test_stream import any_bits, awkward_inputs, mixed_run, save
+from mean.inputs import any_bits, awkward_inputs, digest, mixed_run, save
 from safetensors.torch import load_file
-from system.faults.exact import BFLOAT16, FLOAT16, FLOAT32, Format, exact_mean
+from system.faults.exact import BFLOAT16, FLOAT16, FLOAT32, Format, beyond_float64_error, exact_mean
 from system.faults.rank_runs import Group, rank_server
 
 from ckpt_avg import average
 
 pytestmark = pytest.mark.slow
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +62,11 @@ class Circumstances:
     source: str = ""
 
 
-PLAIN = Circumstances(variables={"PYTHONHASHSEED": "1"})
+PLAIN = Circumstances(
+    flags=["-O"],
+    variables={"PYTHONHASHSEED": "1", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "0", "TZ": "America/New_York"},
+    umask=0,
+)
 STRANGE = Circumstances(
     flags=["-OO"],
     options=["--threads", "3", "--memory", "1MiB", "--io", "pread"],
@@ -214,7 +212,7 @@ def test_each_of_many_elements_is_the_exact_mean_rounded_once(tmp_path: Path, fm
         counts["of any bits, other than exact"] += sum(
             a != b for a, b in zip(got, exact_mean(inputs, fmt), strict=True)
         )
-        counts["out of bounds"] += out_of_bounds(got, inputs, fmt)
+        counts["out of bounds"] += beyond_float64_error(got, inputs, fmt)
     print(fmt.dtype, json.dumps(counts))
     assert (counts["wrong"], counts["out of bounds"]) == (0, 0)
     assert counts["exact"] >= 150_000
@@ -224,16 +222,3 @@ def codes_of_mean(folder: Path, inputs: Sequence[torch.Tensor], fmt: Format) -> 
     """Returns the bits of each element of the command's average."""
     average(save(folder, [{"w": values} for values in inputs]), folder / "mean.safetensors", overwrite=True)
     return fmt.codes(load_file(folder / "mean.safetensors")["w"])
-
-
-def out_of_bounds(got: Sequence[int], inputs: Sequence[torch.Tensor], fmt: Format) -> int:
-    """Counts the elements farther from the exact mean than a float64 sum may be, and one rounding."""
-    sign, number, scale = 1 << (fmt.bits - 1), len(inputs), 2**53
-    columns = np.stack([fmt.integers(values) for values in inputs]).T
-    wrong = 0
-    for code, column in zip(got, columns, strict=True):
-        total, slack = sum(column), number * sum(map(abs, column))
-        edges = (fmt.nearest(total * scale + side * slack, number * scale) for side in (-1, 1))
-        low, value, high = (-(each ^ sign) if each & sign else each for each in (next(edges), code, next(edges)))
-        wrong += not low <= value <= high
-    return wrong

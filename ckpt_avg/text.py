@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import reprlib
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _LONGEST_NAME = 120
 _LONGEST_LIST = 20
+_LONGEST_ARGUMENT = 500
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
 _SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 70
@@ -24,6 +26,12 @@ def quote(name: object) -> str:
 def escaped(name: str | os.PathLike[str]) -> str:
     """Returns a name as `quote` does, without the quotes."""
     return _cut(_repr(name)[1:-1])
+
+
+def argument(name: str | os.PathLike[str]) -> str:
+    """Returns a name as a shell needs it in a command to paste; as `quote` does if it is not printable or very long."""
+    text = os.fspath(name)
+    return shlex.quote(text) if text.isprintable() and len(text) <= _LONGEST_ARGUMENT else quote(text)
 
 
 def _repr(name: object) -> str:

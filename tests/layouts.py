@@ -172,52 +172,38 @@ def torchvision(folder: Path, *, stream: bool = False, ema: bool = True) -> Run:
     return Run(folder, "torchvision", checkpoints, frozenset({"checkpoint.pth"}))
 
 
-def fairseq(folder: Path, *, stream: bool = False, ema: bool = True) -> Run:
+def fairseq(folder: Path, *, stream: bool = False) -> Run:
     """fairseq/trainer.py and checkpoint_utils.py: of a moment's several names, all but the first are copies."""
     checkpoints = []
     # At the end of an epoch the iterator already counts the next one.
     moments = [("checkpoint_11_5000.pt", 5000, 11, 11, 3.5, 420), ("checkpoint11.pt", 5100, 11, 12, 3.4, 0)]
     moments += [("checkpoint12.pt", 5610, 12, 13, 3.215, 0), ("checkpoint13.pt", 6120, 13, 14, 3.25, 0)]
     for seed, (name, updates, epoch, next_epoch, loss, done) in enumerate(moments):
-        extra: dict[str, Any] = {
+        extra = {
             "metrics": {"train": [(10, "loss", "AverageMeter", {"val": torch.tensor(3.0), "sum": torch.tensor(9.0)})]},
-            "previous_training_time": 1234.5,
-        }
-        if ema:
-            extra["ema"] = ordered(state(50 + seed))
-        extra["train_iterator"] = {"version": 2, "epoch": next_epoch, "iterations_in_epoch": done, "shuffle": True}
-        extra |= {"val_loss": loss, "best": min(loss, 3.215) if seed > 1 else loss}
+            "previous_training_time": 1234.5, "ema": ordered(state(50 + seed)),
+            "train_iterator": {"version": 2, "epoch": next_epoch, "iterations_in_epoch": done, "shuffle": True},
+            "val_loss": loss, "best": min(loss, 3.215) if seed > 1 else loss,
+        }  # fmt: skip
         contents = {
             "args": None,
-            "cfg": {
-                "_name": None,
-                "common": {"fp16": True, "seed": 1},
-                "checkpoint": {"best_checkpoint_metric": "loss", "maximize_best_checkpoint_metric": False},
-                "model": Namespace(arch="transformer", encoder_layers=6),
-                "optimization": {"lr": [0.0005]},
-            },
-            "model": ordered(state(seed)),
-            "criterion": None,
-            "optimizer_history": [
-                {
-                    "criterion_name": "LabelSmoothedCrossEntropyCriterion",
-                    "optimizer_name": "MemoryEfficientFP16Optimizer",
-                    "lr_scheduler_state": {"best": loss},
-                    "num_updates": updates,
-                }
-            ],
-            "task_state": {},
-            "extra_state": extra,
+            "cfg": {"_name": None, "common": {"fp16": True, "seed": 1}, "optimization": {"lr": [0.0005]},
+                    "checkpoint": {"best_checkpoint_metric": "loss", "maximize_best_checkpoint_metric": False},
+                    "model": Namespace(arch="transformer", encoder_layers=6)},
+            "model": ordered(state(seed)), "criterion": None, "task_state": {}, "extra_state": extra,
+            "optimizer_history": [{
+                "criterion_name": "LabelSmoothedCrossEntropyCriterion", "num_updates": updates,
+                "optimizer_name": "MemoryEfficientFP16Optimizer", "lr_scheduler_state": {"best": loss},
+            }],
             "last_optimizer_state": {**adam(lr=0.0004), "loss_scale": 128.0},
-        }
+        }  # fmt: skip
         path = save(contents, folder / name, stream=stream, buffered=True)
         if loss == 3.215:
             for copy in ("checkpoint_best.pt", "checkpoint.best_loss_3.2150.pt"):
                 shutil.copyfile(path, folder / copy)
         shutil.copyfile(path, folder / "checkpoint_last.pt")
-        weights = state(50 + seed) if ema else None
         checkpoints.append(
-            Saved(path, state(seed), weights, "model", updates, epoch, {"val_loss": loss}, learning_rate=0.0004)
+            Saved(path, state(seed), state(50 + seed), "model", updates, epoch, {"val_loss": loss}, 0.0004)
         )
     copies = {"checkpoint_best.pt", "checkpoint.best_loss_3.2150.pt", "checkpoint_last.pt"}
     return Run(folder, "fairseq", checkpoints, frozenset(copies))
@@ -256,36 +242,25 @@ def espnet2(folder: Path, *, stream: bool = False) -> Run:
 def wenet_yaml(epoch: int, step: int, loss: float, learning_rate: float, tag: str) -> str:
     """What PyYAML writes for a checkpoint: the whole configuration lies beside the few numbers."""
     return f"""accum_grad: 4
-cmvn: global_cmvn
 cmvn_conf:
-  cmvn_file: data/train/global_cmvn
   is_json_cmvn: true
 cv_loss: {loss!r}
 dataset_conf:
   batch_conf:
     batch_size: 16
-    batch_type: static
-  filter_conf:
-    max_length: 40960
   step: 7
-encoder: conformer
 encoder_conf:
-  activation_type: swish
   epoch: 99
 epoch: {epoch}
-grad_clip: 5
 init_infos: {{}}
-log_interval: 100
 loss_dict:
   acc: {1 - loss / 8!r}
   loss: {loss!r}
   loss_ctc: 12.5
 lr: {learning_rate!r}
 max_epoch: 100
-optim: adam
 optim_conf:
   lr: 0.002
-output_dim: 4233
 save_time: 01/02/2024 10:11:12
 special_tokens:
   <blank>: 0
@@ -326,28 +301,18 @@ def icefall(folder: Path, *, stream: bool = False) -> Run:
             "grad_scaler": {"scale": 1024.0, "_growth_tracker": 3},
             "sampler": {"epoch": epoch, "drop_last": True, "world_size": 1, "diagnostics": {}},
             "model_avg": ordered(state(50 + seed)),
-            "best_train_loss": loss,
-            "best_valid_loss": min(loss, 0.4) if seed > 1 else loss,
-            "best_train_epoch": epoch,
-            "best_valid_epoch": min(epoch, 2),
-            "batch_idx_train": batches,
-            "log_interval": 50,
-            "valid_interval": 3000,
+            "best_train_loss": loss, "best_valid_loss": min(loss, 0.4) if seed > 1 else loss,
+            "best_train_epoch": epoch, "best_valid_epoch": min(epoch, 2), "batch_idx_train": batches,
+            "log_interval": 50, "valid_interval": 3000, "cur_epoch": epoch, "train_loss": loss,
             "env_info": {"k2-version": "1.24.4", "torch-version": "2.2.0", "icefall-git-date": None},
-            "exp_dir": PosixPath("zipformer/exp"),
-            "cur_epoch": epoch,
-            "train_loss": loss,
-            "encoder_dim": "192,256,384",
-            "use_fp16": True,
-            "average_period": 200,
-        }
+            "exp_dir": PosixPath("zipformer/exp"), "encoder_dim": "192,256,384", "use_fp16": True,
+        }  # fmt: skip
         path = save(contents, folder / name, stream=stream)
         if name == "epoch-2.pt":
             shutil.copyfile(path, folder / "best-valid-loss.pt")
             shutil.copyfile(path, folder / "best-train-loss.pt")
-        metrics = {"train_loss": loss}
         checkpoints.append(
-            Saved(path, state(seed), state(50 + seed), "model", batches, epoch, metrics, learning_rate=0.03)
+            Saved(path, state(seed), state(50 + seed), "model", batches, epoch, {"train_loss": loss}, 0.03)
         )
     return Run(folder, "icefall", checkpoints, frozenset({"best-valid-loss.pt", "best-train-loss.pt"}))
 
@@ -410,12 +375,9 @@ def ultralytics(folder: Path, *, stream: bool = False, stripped: bool = False) -
             "train_args": {"task": "detect", "epochs": 100, "lr0": 0.01, "device": None, "project": None},
             "train_metrics": {"metrics/mAP50-95(B)": fitness - 0.125, "val/box_loss": 1.5, "fitness": fitness},
             "train_results": {"epoch": [1.0, 2.0], "train/box_loss": [2.0, 1.5]},
-            "date": "2024-05-01T10:00:00.000000",
-            "version": "8.3.0",
+            "date": "2024-05-01T10:00:00.000000", "version": "8.3.0", "license": "AGPL-3.0",
             "git": {"root": "/repo", "branch": "main", "commit": "abc", "origin": "url"},
-            "license": "AGPL-3.0 (https://ultralytics.com/license)",
-            "docs": "https://docs.ultralytics.com",
-        }
+        }  # fmt: skip
         if stripped:
             contents |= {"epoch": -1, "model": model, "ema": None, "optimizer": None, "best_fitness": None}
             contents |= {"updates": None, "scaler": None}
@@ -425,18 +387,8 @@ def ultralytics(folder: Path, *, stream: bool = False, stripped: bool = False) -
         if fitness == 0.5:
             shutil.copyfile(path, folder / "best.pt")
         shutil.copyfile(path, folder / "last.pt")
-        checkpoints.append(
-            Saved(
-                path,
-                weights,
-                None,
-                "model" if stripped else "ema",
-                None,
-                None if stripped else epoch,
-                {"fitness": fitness},
-                learning_rate=None if stripped else 0.01 / epoch,
-            )
-        )
+        key, at, rate = ("model", None, None) if stripped else ("ema", epoch, 0.01 / epoch)
+        checkpoints.append(Saved(path, weights, None, key, None, at, {"fitness": fitness}, rate))
     return Run(folder, "Ultralytics", checkpoints, frozenset({"best.pt", "last.pt"}))
 
 
@@ -460,17 +412,12 @@ def mmengine(folder: Path, *, stream: bool = False, ema: bool = False, by_epoch:
         raw, average = state(seed), state(50 + seed)
         contents: dict[str, Any] = {
             "meta": {
-                "epoch": epoch,
-                "iter": iteration,
-                "cfg": "model = dict(type='Net')\nepoch = 300\n",
-                "seed": 42,
-                "experiment_name": "net_20240501",
-                "time": "20240501_101112",
-                "mmengine_version": "0.10.7",
+                "epoch": epoch, "iter": iteration, "cfg": "model = dict(type='Net')\nepoch = 300\n", "seed": 42,
+                "experiment_name": "net_20240501", "time": "20240501_101112", "mmengine_version": "0.10.7",
                 "dataset_meta": {"classes": ("cat", "dog"), "palette": [(220, 20, 60)]},
             },
             "state_dict": ordered(average if ema else raw),
-        }
+        }  # fmt: skip
         with throwaway("mmengine.logging.history_buffer", HistoryBuffer=history_buffer()) as module:
             contents["message_hub"] = {
                 "log_scalars": OrderedDict({"train/loss": module.HistoryBuffer(), "train/lr": module.HistoryBuffer()}),
@@ -487,12 +434,8 @@ def mmengine(folder: Path, *, stream: bool = False, ema: bool = False, by_epoch:
                 lean = {key: value for key, value in contents.items() if key not in ("optimizer", "param_schedulers")}
                 save(lean, folder / f"best_coco_bbox_mAP_{name}", stream=stream, buffered=True)
         (folder / "last_checkpoint").write_text(f"/old/machine/work_dirs/net/{name}")
-        checkpoints.append(
-            Saved(
-                path, raw, average if ema else None, "ema_state_dict" if ema else "state_dict", iteration, epoch,
-                learning_rate=0.02,
-            )
-        )  # fmt: skip
+        key = "ema_state_dict" if ema else "state_dict"
+        checkpoints.append(Saved(path, raw, average if ema else None, key, iteration, epoch, {}, 0.02))
     best = "best_coco_bbox_mAP_epoch_9.pth" if by_epoch else "best_coco_bbox_mAP_iter_9000.pth"
     return Run(folder, "mmengine", checkpoints, frozenset({best}))
 
@@ -593,14 +536,13 @@ def lightning(folder: Path, *, stream: bool = False, averaging: bool = False) ->
             "monitor": "val_loss",
             "best_model_score": torch.tensor(min(scores[each] for each in scores if each <= epoch)),
             "best_model_path": "/old/machine/lightning_logs/version_0/checkpoints/epoch=9-step=1000.ckpt",
-            "current_score": torch.tensor(score),
-            "dirpath": "/old/machine/lightning_logs/version_0/checkpoints",
+            "current_score": torch.tensor(score), "dirpath": "/old/machine/lightning_logs/version_0/checkpoints",
             "best_k_models": {f"/old/machine/epoch={each}-step={each}00.ckpt": torch.tensor(0.1) for each in scores},
-            "kth_best_model_path": "",
-            "kth_value": torch.tensor(0.1),
-            "last_model_path": "",
-        }
-        key = "ModelCheckpoint{'monitor': 'val_loss', 'mode': 'min', 'every_n_train_steps': 0, 'every_n_epochs': 1}"
+            "kth_best_model_path": "", "kth_value": torch.tensor(0.1), "last_model_path": "",
+        }  # fmt: skip
+        callback = (
+            "ModelCheckpoint{'monitor': 'val_loss', 'mode': 'min', 'every_n_train_steps': 0, 'every_n_epochs': 1}"
+        )
         progress = {"total": {"ready": 5, "completed": 5}, "current": {"ready": 5, "completed": 5}}
         contents: dict[str, Any] = {
             "epoch": epoch,
@@ -608,7 +550,7 @@ def lightning(folder: Path, *, stream: bool = False, averaging: bool = False) ->
             "pytorch-lightning_version": "2.6.0",
             "state_dict": ordered(average if averaging else raw),
             "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": progress}, "validate_loop": {"state_dict": {}}},
-            "callbacks": {"EarlyStopping{'monitor': 'val_loss'}": {"best_score": torch.tensor(0.1)}, key: monitor},
+            "callbacks": {"EarlyStopping{'monitor': 'val_loss'}": {"best_score": torch.tensor(0.1)}, callback: monitor},
             "optimizer_states": [adam(lr=0.002)],
             "lr_schedulers": [{"last_epoch": epoch, "_last_lr": [0.002]}],
             "hparams_name": "kwargs",
@@ -618,18 +560,14 @@ def lightning(folder: Path, *, stream: bool = False, averaging: bool = False) ->
             contents["current_model_state"] = ordered(raw)
             contents["averaging_state"] = {"n_averaged": torch.tensor(3)}
         path = save(contents, folder / name, stream=stream)
-        contents["callbacks"][key] = {**monitor, "last_model_path": str(path)}
+        contents["callbacks"][callback] = {**monitor, "last_model_path": str(path)}
         save(contents, folder / "last.ckpt", stream=stream)
-        checkpoints.append(
-            Saved(
-                path, raw, average if averaging else None, "current_model_state" if averaging else "state_dict",
-                100 * (epoch + 1), epoch, {"val_loss": score}, learning_rate=0.002,
-            )
-        )  # fmt: skip
+        key, ema = ("current_model_state", average) if averaging else ("state_dict", None)
+        checkpoints.append(Saved(path, raw, ema, key, 100 * (epoch + 1), epoch, {"val_loss": score}, 0.002))
     return Run(folder, "Lightning", checkpoints, frozenset({"last.ckpt"}))
 
 
-def timm(folder: Path, *, stream: bool = False, ema: bool = True) -> Run:
+def timm(folder: Path, *, stream: bool = False) -> Run:
     """timm/utils/checkpoint_saver.py: ``last`` and ``model_best`` are hard links; a table of results lies beside."""
     checkpoints = []
     rows = ["epoch,train_loss,eval_loss,eval_top1,eval_top5,lr"]
@@ -643,17 +581,15 @@ def timm(folder: Path, *, stream: bool = False, ema: bool = True) -> Run:
             "args": Namespace(model="resnet50", lr=0.05, epochs=300, resume=""),
             "amp_scaler": {"scale": 65536.0, "_growth_tracker": 3},
             "metric": top1,
+            "state_dict_ema": net(50 + epoch).state_dict(),
         }
-        if ema:
-            contents["state_dict_ema"] = net(50 + epoch).state_dict()
         path = save(contents, folder / f"checkpoint-{epoch}.pth.tar", stream=stream)
         for link in ["last.pth.tar"] + ["model_best.pth.tar"] * (epoch == 9):
             (folder / link).unlink(missing_ok=True)
             (folder / link).hardlink_to(path)
         rows.append(f"{epoch},1.5,{2.0 - top1 / 100},{top1},90.0,0.05")
-        weights = state(50 + epoch) if ema else None
         checkpoints.append(
-            Saved(path, state(epoch), weights, "state_dict", None, epoch, {"metric": top1}, learning_rate=0.05)
+            Saved(path, state(epoch), state(50 + epoch), "state_dict", None, epoch, {"metric": top1}, 0.05)
         )
     (folder / "summary.csv").write_text("\n".join(rows) + "\n")
     return Run(folder, "timm", checkpoints, frozenset({"last.pth.tar", "model_best.pth.tar"}))
@@ -687,7 +623,7 @@ WITH_EMA: dict[str, Maker] = {
 # --- folders per checkpoint --------------------------------------------------------------------------------
 
 
-def deepspeed(folder: Path, *, stage: int = 2, stream: bool = False) -> Run:
+def deepspeed(folder: Path, *, stage: int = 2) -> Run:
     """deepspeed/runtime/engine.py: 16-bit weights under ``module``, float32 masters flat among the optimizer states."""
     checkpoints = []
     shapes = [OrderedDict((name, tensor.shape) for name, tensor in Net().named_parameters())]
@@ -700,43 +636,27 @@ def deepspeed(folder: Path, *, stage: int = 2, stream: bool = False) -> Run:
                 weights if stage < 3 else {name: torch.empty(0, dtype=torch.bfloat16) for name in weights}
             ),
             "buffer_names": ["bn.running_mean", "bn.running_var", "bn.num_batches_tracked"],
-            "optimizer": None,
-            "param_shapes": shapes,
-            "frozen_param_shapes": None,
-            "shared_params": {},
-            "frozen_param_fragments": None,
-            "lr_scheduler": {"last_batch_iteration": steps - 1},
-            "data_sampler": None,
-            "random_ltd": None,
-            "sparse_tensor_module_names": set(),
-            "skipped_steps": 0,
-            "global_steps": steps,
-            "global_samples": steps * 16,
-            "dp_world_size": 2,
-            "mp_world_size": 1,
+            "optimizer": None, "param_shapes": shapes, "frozen_param_shapes": None, "shared_params": {},
+            "frozen_param_fragments": None, "lr_scheduler": {"last_batch_iteration": steps - 1},
+            "data_sampler": None, "random_ltd": None, "sparse_tensor_module_names": set(), "skipped_steps": 0,
+            "global_steps": steps, "global_samples": steps * 16, "dp_world_size": 2, "mp_world_size": 1,
             "ds_config": {"train_batch_size": 16, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}},
             "ds_version": "0.16.4",
-        }
+        }  # fmt: skip
         optimizer = {
             "optimizer_state_dict": {
-                "loss_scaler": None,
-                "overflow": False,
-                "base_optimizer_state": adam(),
-                "single_partition_of_fp32_groups": [torch.rand(20)],
-                "zero_stage": stage,
-                "partition_count": [2],
-                "ds_version": "0.16.4",
+                "loss_scaler": None, "overflow": False, "base_optimizer_state": adam(), "zero_stage": stage,
+                "single_partition_of_fp32_groups": [torch.rand(20)], "partition_count": [2], "ds_version": "0.16.4",
             },
-            "ds_config": {"train_batch_size": 16},
-            "ds_version": "0.16.4",
-        }
+            "ds_config": {"train_batch_size": 16}, "ds_version": "0.16.4",
+        }  # fmt: skip
         for rank in range(2):
             if stage == 3:
-                save(contents, tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", stream=stream)
+                save(contents, tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
             name = f"{'bf16_' if stage < 3 else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-            save(optimizer, tag / name, stream=stream)
+            save(optimizer, tag / name)
         if stage < 3:
-            save(contents, tag / "mp_rank_00_model_states.pt", stream=stream)
+            save(contents, tag / "mp_rank_00_model_states.pt")
         checkpoints.append(Saved(tag, weights, None, "module", steps))
     (folder / "latest").write_text("global_step100")
     (folder / "zero_to_fp32.py").write_text("raise SystemExit('never run')\n")
@@ -837,14 +757,10 @@ def hf_trainer(folder: Path, *, form: str = "model.safetensors") -> Run:
             history += [{"epoch": logged / 500, "learning_rate": 0.1 / logged, "loss": 3.0, "step": logged - 1}]
             history += [{"epoch": logged / 500, "eval_loss": losses[logged], "eval_runtime": 1.0, "step": logged}]
         trainer_state = {
-            "best_global_step": 1000 if step > 500 else 500,
+            "best_global_step": min(step, 1000), "best_model_checkpoint": "/old/machine/out/checkpoint-1000",
             "best_metric": min(value for at, value in losses.items() if at <= step),
-            "best_model_checkpoint": "/old/machine/out/checkpoint-1000",
-            "epoch": step / 500,
-            "global_step": step,
-            "log_history": history,
-            "max_steps": 1500,
-        }
+            "epoch": step / 500, "global_step": step, "log_history": history, "max_steps": 1500,
+        }  # fmt: skip
         (place / "trainer_state.json").write_text(json.dumps(trainer_state, indent=2))
         metrics = {"eval_loss": loss}
         checkpoints.append(Saved(place, weights, None, None, step, step // 500, metrics))

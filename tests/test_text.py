@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg.text import escaped, listing, plural, quote, safe_text, size, table
+from ckpt_avg.text import argument, escaped, listing, plural, quote, safe_text, size, table
 
 
 @pytest.mark.parametrize("name", ["w", "", "é", "日本語", "it's", 'a"b', 3, None, (1, 2), [1], b"x", 1.5])
@@ -42,6 +42,13 @@ def test_names_can_be_shown_without_quotes() -> None:
     assert escaped("it's") == "it's"
     assert escaped(Path("a\nb")) == "a\\nb"
     assert escaped("begin" + "x" * 200 + "end").endswith("xend (208 characters)")
+
+
+def test_arguments_of_a_command_to_paste() -> None:
+    assert argument(Path("a b's.pt")) == "'a b'\"'\"'s.pt'"
+    assert argument("plain/path.pt") == "plain/path.pt"
+    assert argument("a\nb") == r"'a\nb'"
+    assert argument("x" * 501) == quote("x" * 501)
 
 
 def test_a_number_too_long_to_print_is_described() -> None:

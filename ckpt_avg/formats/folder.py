@@ -79,7 +79,7 @@ def open_folder(path: Path, reading: Reading) -> Checkpoint:
     notes = spec.notes
     if weights.others:
         used, rest = quote(weights.path.name), listing(map(quote, weights.others))
-        notes = (f"of several forms of weights {used} is taken, not {rest}", *notes)
+        notes = (f"the folder has several forms of weights: {used} is read, not {rest}", *notes)
     return replace(checkpoint, spec=replace(spec, path=path, kind=weights.kind or spec.kind, notes=notes))
 
 
@@ -105,7 +105,6 @@ def refuse_part(path: Path) -> None:
                 other = path.name.replace(rank, f"{int(rank) ^ 1:0{len(rank)}}")
                 if path.with_name(other).exists():
                     raise CheckpointFormatError(
-                        f"{path}: expected whole weights, got the part of one of several ranks ({quote(other)} is "
-                        "next to it). Join the parts with the tool of the framework that trained it, then average the "
-                        "results."
+                        f"{path}: the file has one rank's part of the weights ({quote(other)} is next to it). Join the "
+                        "parts with the tool of the framework that trained the model, then average the results."
                     )

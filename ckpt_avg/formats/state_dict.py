@@ -22,7 +22,7 @@ from ckpt_avg.formats.trainers.any_script import EMA_KEYS, RAW_KEYS, TRAINING_ST
 from ckpt_avg.formats.trainers.records import recognise
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.text import listing, quote
+from ckpt_avg.text import argument, listing, quote
 
 _MOST_VALUES = 1000  # of one entry of a state dict that are searched for tensors
 
@@ -73,7 +73,7 @@ def _search(
         if raw or ema:
             return _choose(contents, path, reading, raw, ema, trainer, layout)
     if is_module(root) and not reading.ema:
-        note = "a whole pickled module: its tensors are named as state_dict() would"
+        note = "the file is a pickled module: its tensors have the names of its state_dict()"
         return replace(_state_dict(root, path, None), notes=(note,))
     if isinstance(root, Foreign) and not is_module(root):
         raise NoWeightsError(f"{path}: {_pickled(root)}")
@@ -89,7 +89,7 @@ def _search(
             return _state_dict(root, path, None)
         if len(candidates) == 1:
             key = ".".join(candidates[0])
-            note = f"the weights were found under {quote(key)}, the only mapping of names to tensors"
+            note = f"the weights are under {quote(key)}, the only dict of named tensors"
             return replace(_state_dict(_walk(root, path, key), path, key), notes=(note,))
     if not raw and not ema and not candidates:
         raise NoWeightsError(f"{path}: {_no_choice(contents, ())}")
@@ -112,21 +112,24 @@ def _choose(
     notes: list[str] = []
     key = ema[0] if reading.ema or not raw else raw[0]
     if raw and ema:
-        other, option = (raw[0], "without --ema") if reading.ema else (ema[0], "with --ema")
-        what, rest = ("EMA", "raw weights") if reading.ema else ("raw", "EMA weights")
-        notes.append(f"the {what} weights under {quote(key)} are taken; the {rest} under {quote(other)} {option}")
+        if reading.ema:
+            notes.append(
+                f"read the EMA weights under {quote(key)}; without --ema, the raw weights under {quote(raw[0])}"
+            )
+        else:
+            notes.append(f"read the raw weights under {quote(key)}; with --ema, the EMA weights under {quote(ema[0])}")
     elif not raw:
-        notes.append(f"only EMA weights are here, under {quote(key)}: they are taken")
+        notes.append(f"there are only EMA weights, under {quote(key)}")
     found = _state_dict(contents.get(key), path, key)
     tensors = dict(found.tensors)
     beside = layout.beside if layout else {}
     for inner, prefix in beside.items():
         part = _state_dict(contents.get(inner), path, inner)
         tensors.update({f"{prefix}{name}": tensor for name, tensor in part.tensors.items()})
-        notes.append(f"the tensors under {quote(inner)} are named {prefix}…, as in the whole model")
+        notes.append(f"the tensors under {quote(inner)} get the prefix {prefix}, as in the whole model")
     taken = {key, *raw, *ema, *beside}
     if others := [name for name in _top(contents.root) if name not in taken and _holds(contents, name)]:
-        notes.append(f"other state dicts beside {quote(key)}: {listing(map(quote, others))} (--state-key takes one)")
+        notes.append(f"there are other state dicts: {listing(map(quote, others))} (choose one with --state-key)")
     if trainer and trainer.note:
         notes.append(trainer.note)
     return StateDict(key, tensors, found.others, ema=key not in raw, notes=tuple(notes))
@@ -225,7 +228,7 @@ def _state_dict(value: object, path: Path, key: str | None) -> StateDict:
         if isinstance(item, dict) and _candidates(item, looked_at):
             raise CheckpointFormatError(
                 f"{where}: expected names and tensors, got another dict of tensors under {quote(name)}. "
-                f"Choose one part with --state-key {_as_argument(f'{key}.{name}' if key else str(name))}."
+                f"Choose one part with --state-key {argument(f'{key}.{name}' if key else str(name))}."
             )
         is_training_state = isinstance(name, str) and TRAINING_STATE.search(name)
         if not isinstance(item, Leaf) and not is_training_state and _hides_tensors(item):
@@ -260,10 +263,6 @@ def _hides_tensors(item: object) -> bool:
     return False
 
 
-def _as_argument(key: str) -> str:
-    return key if key.isprintable() and len(key) <= 120 else quote(key)
-
-
 def _pickled(value: Foreign) -> str:
     return (
         f"expected a state dict, got a pickled object of class {value.described()!r}. In a trusted environment, "
@@ -272,14 +271,14 @@ def _pickled(value: Foreign) -> str:
 
 
 def _no_ema(root: object) -> str:
-    return f"--ema: expected EMA weights (under {', '.join(EMA_KEYS[:5])}, …), got {_contents(root)}. Leave --ema out."
+    return f"--ema: expected EMA weights (under {', '.join(EMA_KEYS[:5])}, …), got {_contents(root)}. Omit --ema."
 
 
 def _no_choice(contents: Contents, candidates: Sequence[tuple[str, ...]]) -> str:
     if candidates:
         return (
             f"expected one state dict, got several: {listing(quote('.'.join(keys)) for keys in candidates)}. "
-            f"Choose one with --state-key, for example --state-key {_as_argument('.'.join(candidates[0]))}."
+            f"Choose one with --state-key, for example --state-key {argument('.'.join(candidates[0]))}."
         )
     for key in RAW_KEYS:
         if isinstance(inner := contents.get(key), Foreign):

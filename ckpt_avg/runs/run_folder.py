@@ -74,10 +74,7 @@ def list_folder(folder: Path) -> Listing:
             same = known.get(identity_of(path))
             skipped.append(Skipped(path, f"the same file as {same}" if same else "another model or run"))
     named = [path for path in kept if not is_alias(path.name)]
-    if any(item.reason == EARLIER_AVERAGE for item in skipped) and not named:
-        skipped += [Skipped(path, ALIAS) for path in kept]
-        kept = []  # otherwise only an alias of these would be left
-    if named:
+    if named or any(item.reason == EARLIER_AVERAGE for item in skipped):  # an alias alone is not the run
         skipped += [Skipped(path, ALIAS) for path in kept if path not in named]
         kept = named
     return Listing(tuple(sorted(kept, key=in_order)), True, tuple(skipped))
@@ -166,7 +163,7 @@ def _without_last_file(folders: Mapping[Path, WeightFiles]) -> list[Skipped]:
     for trainer in TRAINERS:
         complete = {without_numbers(path) for path, weights in folders.items() if weights.kind == trainer.name}
         skipped += [
-            Skipped(path, f"incomplete: it has no {trainer.written_last}, as the others have")
+            Skipped(path, f"incomplete: it has no {trainer.written_last}, unlike the others")
             for path in folders
             if trainer.written_last and without_numbers(path) in complete and not (path / trainer.written_last).exists()
         ]

@@ -177,7 +177,7 @@ def test_a_run_folder_is_a_table(tmp_path: Path) -> None:
     assert [each.record.epoch for each in found.listed] == [9, 10]
     assert [name for name, _ in found.unreadable] == ["epoch_11.pt"]
     assert {item.path.name: item.reason for item in found.skipped} == {
-        "optimizer.pt": "training state beside the weights, by its name",
+        "optimizer.pt": "training state, by its name",
         "epoch_10_copy.pt": "the same weights as epoch_10.pt, judging by samples",
     }
     assert (found.seen, found.needed) == ((), "")

@@ -132,9 +132,7 @@ def test_a_nested_state_key_with_dots(tmp_path: Path) -> None:
 def test_the_only_mapping_of_names_to_tensors_is_taken_and_said(tmp_path: Path) -> None:
     path = saved(tmp_path, {"trainer": {"net": {"w": torch.ones(2)}, "lr": 0.1}, "step": 5})
     checkpoint = assert_as_torch_loads(path, "trainer.net")
-    assert checkpoint.spec.notes == (
-        "the weights were found under 'trainer.net', the only mapping of names to tensors",
-    )
+    assert checkpoint.spec.notes == ("the weights are under 'trainer.net', the only dict of named tensors",)
 
 
 def test_arbitrary_objects_beside_the_weights(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ ANY_SCRIPT = Trainer(
     scheduler=("lr_scheduler", "scheduler", "scheduler_state_dict", "lr_scheduler_state_dict"),
     record=_numbers_at_the_top,
     training_state=("optimizer", "scheduler", "scaler"),
-    skip={rf"init(ial)?({'|'.join(map(re.escape, SUFFIXES))})": "the weights before training, by its name"},
+    skip={rf"init(ial)?({'|'.join(map(re.escape, SUFFIXES))})": "initial weights, by its name"},
 )
 
 # --- names of files and folders: step_500.pt, epoch=3-val_loss=0.12.ckpt, model_2k.pth ---

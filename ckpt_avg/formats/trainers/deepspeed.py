@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ckpt_avg.formats.trainers.trainer import Folder, Layout, Stored, Trainer, WeightFiles
-from ckpt_avg.text import quote
+from ckpt_avg.text import argument
 
 _WEIGHTS = "mp_rank_00_model_states.pt"
 _ZERO3 = r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"
@@ -18,9 +18,9 @@ def _refuse(file: Path) -> str:
 
 def _zero3(folder: Path) -> str:
     return (
-        "expected whole weights, got DeepSpeed ZeRO stage 3, which cuts each across the ranks. Join them first: "
-        f"python {quote(folder.parent / 'zero_to_fp32.py')[1:-1]} {quote(folder.parent)[1:-1]} OUT_FOLDER "
-        f"--tag {quote(folder.name)[1:-1]}. Then average the results."
+        "DeepSpeed ZeRO stage 3 splits each weight among the ranks. Convert the checkpoint first: "
+        f"python {argument(folder.parent / 'zero_to_fp32.py')} {argument(folder.parent)} OUT_FOLDER "
+        f"--tag {argument(folder.name)}. Then average the results."
     )
 
 
@@ -28,9 +28,8 @@ def _weights(folder: Folder) -> WeightFiles | None:
     ranks = folder.matching(r"mp_rank_\d+_model_states\.pt")
     if _WEIGHTS in ranks and len(ranks) > 1:
         problem = (
-            f"expected the model in one file, got its parts on {len(ranks)} ranks of DeepSpeed model parallelism. "
-            "Convert it with the tool of the framework that trained it (Megatron-DeepSpeed: tools/convert_checkpoint), "
-            "then average the results."
+            f"the model is split among {len(ranks)} ranks of DeepSpeed model parallelism. Convert it with the tool of "
+            "the framework that trained it (Megatron-DeepSpeed: tools/convert_checkpoint), then average the results."
         )
         return WeightFiles(folder.path, problem=problem, nested=True)
     if folder.matching(_ZERO3):
@@ -66,6 +65,6 @@ TRAINER = Trainer(
     training_state=(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states",),
     rank_files=(r"mp_rank_(\d\d)_model_states\.pt",),
     refuse=_refuse,
-    note="these are the weights in the dtype of training; the float32 masters are in the optimizer's shards "
+    note="these weights have the dtype of the training; the float32 masters are in the optimizer's files "
     "(zero_to_fp32.py in the run's folder rebuilds them)",
 )

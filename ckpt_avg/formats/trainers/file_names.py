@@ -97,9 +97,9 @@ def reason_to_skip(name: str) -> str | None:
     if not name.lower().endswith(SUFFIXES):
         return None
     if _TRAINING_STATE.fullmatch(name):
-        return "training state beside the weights, by its name"
+        return "training state, by its name"
     if name.startswith("."):
-        return "hidden, by its name"
+        return "a hidden file"
     return EARLIER_AVERAGE if is_average(name) else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckpt_avg.formats.trainers.trainer import Folder, Layout, Trainer, WeightFiles
-from ckpt_avg.text import listing, quote
+from ckpt_avg.text import argument, listing, quote
 
 
 def _weights(folder: Folder) -> WeightFiles | None:
@@ -14,9 +14,9 @@ def _weights(folder: Folder) -> WeightFiles | None:
     if len(ranks) == 1 and file.exists():
         return WeightFiles(file)
     problem = (
-        f"expected whole weights, got the parts of {len(ranks)} Megatron tensor- or pipeline-parallel ranks "
+        f"the model is split among {len(ranks)} Megatron tensor- or pipeline-parallel ranks "
         f"({listing(map(quote, ranks))}). Convert it first: python tools/checkpoint/convert.py --model-type GPT "
-        f"--load-dir {quote(folder.path.parent)[1:-1]} --save-dir OUT_FOLDER --target-tensor-parallel-size 1 "
+        f"--load-dir {argument(folder.path.parent)} --save-dir OUT_FOLDER --target-tensor-parallel-size 1 "
         "--target-pipeline-parallel-size 1. Then average the results."
     )
     return WeightFiles(folder.path, problem=problem)

@@ -4,5 +4,5 @@ from ckpt_avg.formats.trainers.trainer import Trainer
 
 TRAINER = Trainer(
     name="NeMo",
-    skip={r".*\.nemo": "a NeMo archive, packed from a checkpoint (tar xf unpacks it)"},
+    skip={r".*\.nemo": "a NeMo archive (unpack it with tar xf)"},
 )

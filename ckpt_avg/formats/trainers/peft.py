@@ -6,6 +6,6 @@ TRAINER = Trainer(
     name="PEFT adapter",
     tensor_names=r"\.lora_[AB]\.",
     weight_files=("adapter_model.safetensors", "adapter_model.bin"),
-    note="these are LoRA factors: the mean of the products is not the product of the means, so the average of adapters "
-    "is only near the average of the models. To average the models, merge each adapter first (merge_and_unload)",
+    note="these are LoRA factors: the product of their means only approximates the mean of their products, so this is "
+    "not exactly the average of the models. For that, merge each adapter into its model first (merge_and_unload)",
 )

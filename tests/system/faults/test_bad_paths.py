@@ -488,7 +488,10 @@ def test_of_several_forms_of_weights_the_first_of_a_fixed_order_is_taken_and_sai
         found, said = mean(in_process, folder, folder=tmp_path)
         others = ", ".join(map(repr, PREFERRED[taken + 1 :]))
         assert found == values
-        assert f"Notice: {folder}: of several forms of weights '{PREFERRED[taken]}' is taken, not {others}" in said
+        assert (
+            f"Notice: {folder}: the folder has several forms of weights: '{PREFERRED[taken]}' is read, not {others}"
+            in said
+        )
         (folder / PREFERRED[taken]).unlink()
 
 

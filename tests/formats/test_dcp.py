@@ -531,7 +531,7 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "c", *({"w": (WHOLE[row : row + 1], (row, 0))} for row in range(6)))
     (folder / "shard-00003-model-00001-of-00001.safetensors").unlink()
     message = refusal(folder)
-    assert "the shards of ranks 3 of 6 are missing" in message
+    assert "shards are missing: ranks 3 of 6" in message
 
 
 def test_a_hole_between_the_shards(tmp_path: Path) -> None:
@@ -576,7 +576,7 @@ def test_a_state_key_names_nothing_in_safetensors(tmp_path: Path) -> None:
 def test_all_shards_of_one_file_of_the_model_missing(tmp_path: Path) -> None:
     """Every rank is there, each tensor of the first file is whole: only the names say that half the model is gone."""
     folder = write_shards(tmp_path / "c", {"w": (WHOLE[:3], (0, 0))}, {"w": (WHOLE[3:], (3, 0))}, total=2)
-    assert "the shards of files 2 of 2 are missing. Copy all shards." in refusal(folder)
+    assert "shards are missing: files 2 of 2. Copy all shards." in refusal(folder)
     for rank in (1, 2):
         save_file({"b": torch.ones(3)}, folder / f"shard-{rank:05}-model-00002-of-00002.safetensors")
     assert_same(read(folder), {"w": WHOLE, "b": torch.ones(3)})

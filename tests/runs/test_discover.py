@@ -120,7 +120,7 @@ def test_each_suffix_is_used_and_others_are_not(tmp_path: Path) -> None:
     assert (set(found), skipped) == ({f"a{suffix}" for suffix in SUFFIXES}, {})
 
 
-STATE = "training state beside the weights, by its name"
+STATE = "training state, by its name"
 AVERAGE = "an earlier average, by its name"
 INCOMPLETE = "incomplete, by its name"
 ALIAS = "an alias such as last or best, by its name"
@@ -136,7 +136,7 @@ FINAL = "the run's own weights, next to its checkpoints"
         *((name, AVERAGE) for name in ("average.safetensors", "swa.pt", "SWA.BIN", "valid.acc.ave_10best.pth",
           "avg_10.pt", "model-averaged.ckpt")),
         *((name, INCOMPLETE) for name in ("step_3.pt.tmp", "step_3.safetensors.part", "x.incomplete")),
-        ("._step_1.pt", "hidden, by its name"),  # macOS leaves one for each file on a foreign disk
+        ("._step_1.pt", "a hidden file"),  # macOS leaves one for each file on a foreign disk
     ],
 )  # fmt: skip
 def test_files_that_are_skipped_by_their_name(tmp_path: Path, name: str, reason: str) -> None:

@@ -36,7 +36,7 @@ def _missing_shards(shards: Collection[str]) -> str:
         # The count comes from a name, so it may be huge: only the first that are missing are looked for.
         missing = (str(each) for each in range(1, count + 1) if each not in there)
         if first := list(itertools.islice(missing, 20)):
-            return f"the shards of {what} {', '.join(first)} of {count:,} are missing. Copy all shards."
+            return f"shards are missing: {what} {', '.join(first)} of {count:,}. Copy all shards."
     return ""
 
 

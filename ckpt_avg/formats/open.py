@@ -13,12 +13,13 @@ from pathlib import Path
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.status import is_folder
+from ckpt_avg.formats import torch_zip
 from ckpt_avg.formats.folder import open_folder, refuse_part
 from ckpt_avg.formats.one_file import open_file
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import is_index, open_sharded
-from ckpt_avg.formats.sidecars import record_beside
 from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_name
+from ckpt_avg.formats.trainers.sidecars import record_beside
 from ckpt_avg.text import listing, quote
 
 __all__ = ["Checkpoint", "Reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
@@ -75,7 +76,9 @@ def open_with(path: Path, reading: Reading) -> Checkpoint:
         refuse_part(path)
         checkpoint = open_file(path, reading)
     spec = checkpoint.spec
-    record = spec.record.or_else(record_beside(path, spec.record.epoch))
+    record = spec.record.or_else(
+        record_beside(path, spec.record.epoch, lambda file: torch_zip.read_contents(file).objects)
+    )
     record = record.or_else(record_from_name(path.name, bare_number=record.step is None and record.epoch is None))
     named = trainer_from_name(path) if spec.kind is None and spec.state_key is None else None
     return replace(checkpoint, spec=replace(spec, record=record, kind=named.name if named else spec.kind))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from pathlib import Path
 
 import layouts
@@ -10,6 +12,17 @@ from formats.reading import Command, assert_same, averaged, check_saved, listed,
 from layouts import ONE_FILE, WITH_EMA, Maker, Run
 
 from ckpt_avg import open_checkpoint
+from ckpt_avg.formats import trainers as package
+from ckpt_avg.formats.trainers.registry import TRAINERS
+
+
+def test_each_file_of_a_trainer_is_in_the_list_once() -> None:
+    modules = [
+        importlib.import_module(f"{package.__name__}.{each.name}") for each in pkgutil.iter_modules(package.__path__)
+    ]
+    assert {id(module.TRAINER) for module in modules if hasattr(module, "TRAINER")} == set(map(id, TRAINERS))
+    assert len({trainer.name for trainer in TRAINERS}) == len(TRAINERS)
+    assert "torch" not in {name for module in modules for name in vars(module)}
 
 
 @pytest.fixture(params=ONE_FILE)

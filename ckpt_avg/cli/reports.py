@@ -249,7 +249,7 @@ def _run_table(checkpoints: Sequence[tuple[CheckpointSpec, Record]]) -> list[str
     columns = list(zip(header, *rows, strict=True))
     varying = [column for column in columns if len(rows) == 1 or column[0] == header[0] or len(set(column[1:])) > 1]
     same = [f"{column[0]} {column[1]}" for column in columns if column not in varying and column[1] != "-"]
-    lines = [f"in every checkpoint: {'; '.join(same)}"] if same else []
+    lines = [f"each: {'; '.join(same)}"] if same else []
     return lines + table(list(zip(*varying, strict=True)))
 
 

@@ -13,7 +13,7 @@ from ckpt_avg.formats.torch_file import RUNNING_AVERAGE
 from ckpt_avg.runs.compatibility import CompatibilityReport, compare
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.select import open_selected
-from ckpt_avg.text import listing, plural, quote
+from ckpt_avg.text import listing, quote
 
 
 @takes(CheckRequest)
@@ -66,10 +66,8 @@ def notice_what_is_read(
                 "select it with --include or --exclude, --ema or --state-key."
             )
         if copies or len(checkpoints) > 1:
-            notice(
-                f"{len(averaged)} of {plural(len(checkpoints), 'checkpoint')} {'is' if len(averaged) == 1 else 'are'} "
-                f"already an average ({averaged[0].path.name}: {averaged[0].averaged})"
-            )
+            others = "" if len(averaged) == 1 else f", as are {len(averaged) - 1:,} of the others"
+            notice(f"{averaged[0].path.name} is already an average ({averaged[0].averaged}){others}")
     if copies and len(checkpoints) == 1:
         notice(f"{first.path} is the only checkpoint: its weights are copied")
     if tied := first.tied():

@@ -77,7 +77,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
             )
             file.check_unchanged()
         except CheckpointFormatError as error:
-            raise VerificationError(f"{error} {_ADVICE}") from error
+            raise VerificationError(str(error)) from error
         report = VerifyReport(Path(request.path), len(tensors), file.size, recorded.data, metadata)
         if request.sources is None:
             return report

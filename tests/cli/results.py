@@ -22,19 +22,30 @@ def mean_of(name: str, **metrics: float) -> Evaluation:
 
 
 def swept(
-    values: Mapping[tuple[str, int], float], best: tuple[str, int], *, last: float, mode: str = "max", total: int = 3
+    values: Mapping[tuple[str, int], float] = VALUES,
+    best: tuple[str, int] = ("last", 2),
+    *,
+    last: float = 0.5,
+    mode: str = "max",
+    metric: str = "m",
+    name: str = "step_3.pt",
 ) -> SweepResult:
-    paths = tuple(Path("run") / f"step_{number}.pt" for number in range(1, total + 1))
+    """A sweep of three checkpoints: ``values`` by side and number of checkpoints."""
+    paths = tuple(Path("run") / f"step_{number}.pt" for number in (1, 2, 3))
     windows = {
-        (side, size): Measured(side, paths[-size:] if side == "last" else paths[:size], {"m": value, "other": math.nan})  # type: ignore[arg-type]
+        (side, size): Measured(
+            side,  # type: ignore[arg-type]
+            paths[-size:] if side == "last" else paths[:size],
+            {metric: value, "other": math.nan},
+        )
         for (side, size), value in values.items()
     }
     return SweepResult(
         checkpoints=paths,
         skipped=(Skipped(Path("run/log.txt"), "no checkpoint"),),
-        last=Evaluation("step_3.pt", paths[-1], {"m": last, "other": 1.0}),
+        last=Evaluation(name, paths[-1], {metric: last, "other": 1.0}),
         windows=tuple(windows.values()),
-        metric="m",
+        metric=metric,
         mode=mode,
         best=windows[best],
         refreshed=True,

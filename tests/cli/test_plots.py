@@ -6,49 +6,21 @@ import importlib.util
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli.results import VALUES, swept
 
 from ckpt_avg.cli.plots import KINDS, draw_sweep, refuse_without_matplotlib
 from ckpt_avg.commands.sweep import Measured, SweepResult
 from ckpt_avg.errors import OutputError, UsageError
-from ckpt_avg.user_code.evaluate import Evaluation
 
 pytest.importorskip("matplotlib")
 
 MAGIC = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml", ".pdf": b"%PDF-"}
-BOTH = {("last", 1): 0.5, ("last", 2): 0.75, ("last", 3): 0.625, ("first", 1): 0.25, ("first", 2): 0.375}
-
-
-def swept(
-    values: Mapping[tuple[str, int], float] = BOTH,
-    best: tuple[str, int] = ("last", 2),
-    *,
-    last: float = 0.5,
-    metric: str = "m",
-    name: str = "step_3.pt",
-) -> SweepResult:
-    paths = tuple(Path("run") / f"step_{number}.pt" for number in range(1, 4))
-    windows = {
-        (side, size): Measured(side, paths[-size:] if side == "last" else paths[:size], {metric: value})  # type: ignore[arg-type]
-        for (side, size), value in values.items()
-    }
-    return SweepResult(
-        checkpoints=paths,
-        skipped=(),
-        last=Evaluation(name, paths[-1], {metric: last}),
-        windows=tuple(windows.values()),
-        metric=metric,
-        mode="max",
-        best=windows[best],
-        refreshed=False,
-        passes=1,
-        notices=(),
-    )
 
 
 @pytest.fixture
@@ -119,7 +91,7 @@ def test_a_line_for_each_side_and_the_best(drawn: Callable[[SweepResult], Any]) 
     axes = drawn(swept())
     assert lines(axes) == {
         "average of the last k": ([1, 2, 3], [0.5, 0.75, 0.625]),
-        "average of the first k": ([1, 2, 3], [0.25, 0.375, 0.625]),
+        "average of the first k": ([1, 2, 3], [0.25, 0.5, 0.625]),
         "last checkpoint: step_3.pt": ([0, 1], [0.5, 0.5]),
         "best (0.75)": ([2], [0.75]),
     }
@@ -137,12 +109,12 @@ def test_one_side_alone_has_no_other_line(drawn: Callable[[SweepResult], Any], s
 
 
 def test_lines_run_from_few_to_many(drawn: Callable[[SweepResult], Any]) -> None:
-    shuffled = {key: BOTH[key] for key in [("first", 2), ("last", 3), ("last", 1), ("first", 1), ("last", 2)]}
+    shuffled = {key: VALUES[key] for key in [("first", 2), ("last", 3), ("last", 1), ("first", 1), ("last", 2)]}
     assert lines(drawn(swept(shuffled)))["average of the first k"][0] == [1, 2, 3]
 
 
 def test_a_best_average_of_the_first(drawn: Callable[[SweepResult], Any]) -> None:
-    assert lines(drawn(swept(best=("first", 2))))["best (0.375)"] == ([2], [0.375])
+    assert lines(drawn(swept(best=("first", 2))))["best (0.5)"] == ([2], [0.5])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,28 +125,28 @@ def test_a_best_average_of_the_first(drawn: Callable[[SweepResult], Any]) -> Non
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_windows_and_a_last_checkpoint_without_a_number(value: float, kind: str) -> None:
     """A diverged window leaves a gap; the picture is drawn all the same."""
-    values = {**BOTH, ("last", 1): value, ("first", 2): value}
+    values = {**VALUES, ("last", 1): value, ("first", 2): value}
     assert draw_sweep(swept(values, last=value), kind).startswith(MAGIC[kind])
 
 
 def test_infinitely_good() -> None:
-    assert draw_sweep(swept({**BOTH, ("last", 2): math.inf}), ".png")
+    assert draw_sweep(swept({**VALUES, ("last", 2): math.inf}), ".png")
 
 
 def test_all_the_same_number() -> None:
-    assert draw_sweep(swept(dict.fromkeys(BOTH, 0.5), last=0.5), ".png")
+    assert draw_sweep(swept(dict.fromkeys(VALUES, 0.5), last=0.5), ".png")
 
 
 @pytest.mark.parametrize("value", [1e-300, 1e30, -1e30])
 def test_very_small_and_very_large_numbers(value: float) -> None:
-    assert draw_sweep(swept({key: value * number for key, number in BOTH.items()}, last=value), ".png")
+    assert draw_sweep(swept({key: value * number for key, number in VALUES.items()}, last=value), ".png")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_numbers_that_matplotlib_cannot_draw() -> None:
     """At both ends of the range its axes overflow: an error that says so, and no traceback of matplotlib's."""
     with pytest.raises(OutputError, match="matplotlib could not draw it: "):
-        draw_sweep(swept({**BOTH, ("last", 2): 1.7e308, ("first", 1): -1.7e308}), ".png")
+        draw_sweep(swept({**VALUES, ("last", 2): 1.7e308, ("first", 1): -1.7e308}), ".png")
 
 
 @pytest.mark.parametrize("name", [r"$\bad$", "$x", "a_b^c", "50 $ to 60 $", r"\frac{", "%d {} %"])

@@ -183,7 +183,7 @@ def test_a_run_folder_is_a_table(tmp_path: Path) -> None:
     assert (found.seen, found.needed) == ((), "")
     lines = inspection_text(found).splitlines()
     assert lines[:4] == [
-        "in every checkpoint: format torch zip; state dict model; tensors 2; dtypes F32; size 12 bytes",
+        "each: format torch zip; state dict model; tensors 2; dtypes F32; size 12 bytes",
         "checkpoint   epoch  metrics",
         "epoch_9.pt   9      loss 0.111111",
         "epoch_10.pt  10     loss 0.1",

@@ -53,17 +53,13 @@ def notices(candidates: Sequence[Candidate], **options: Any) -> list[str]:
     return told
 
 
-def test_everything_by_default() -> None:
-    assert select(TEN, Selection()) == tuple(TEN)
-    assert notices(TEN) == []
-
-
 # --- every and last ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [
+        (Selection(), list(range(1, 11))),
         (Selection(last=1), [10]),
         (Selection(last=3), [8, 9, 10]),
         (Selection(last=10), list(range(1, 11))),
@@ -133,16 +129,18 @@ def test_numbers_below_one_are_refused(option: str, number: int) -> None:
     assert refusal(UsageError, TEN, **{option: number}) == f"--{option}: {number} is out of range. Use 1 or more."
 
 
-def test_more_than_there_are() -> None:
-    assert refusal(IncompatibleError, TEN[:2], last=3) == (
-        "--last 3: expected at least 3 checkpoints, got 2 (step_1.pt, step_2.pt). "
-        "Use --last 2, or name more checkpoints."
-    )
-
-
-def test_more_than_every_leaves() -> None:
-    message = refusal(IncompatibleError, TEN, every=3, last=5)
-    assert message.startswith("--last 5: expected at least 5 checkpoints, got 4 (step_1.pt, step_4.pt, ")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"last": 11}, "--last 11: expected at least 11 checkpoints, got 10 (step_1.pt, step_2.pt, "),
+        ({"every": 3, "last": 5}, "--last 5: expected at least 5 checkpoints, got 4 (step_1.pt, step_4.pt, step_7.pt, "
+                                  "step_10.pt). Use --last 4, or name more checkpoints."),
+        ({"from_step": 11}, "nothing to average: none of 10 checkpoints matches --from-step 11; their steps are 1 to "
+                            "10. Choose other bounds."),
+    ],
+)  # fmt: skip
+def test_more_than_there_are(options: dict[str, int], message: str) -> None:
+    assert refusal(IncompatibleError, TEN, **options).startswith(message)
 
 
 # --- include and exclude -----------------------------------------------------------------------------------
@@ -188,31 +186,34 @@ def test_names_come_before_the_other_rules(run_folder: Path) -> None:
 EPOCHS = [candidate(f"epoch_{number}.pt", epoch=number) for number in range(3, 8)]
 
 
-def test_steps_go_before_epochs() -> None:
-    both = [candidate(f"x_{number}.pt", step=100 * number, epoch=number) for number in (1, 2, 3)]
-    assert chosen(Selection(from_step=200), both) == [2, 3]
-    assert notices(both, from_step=200) == []
+@pytest.mark.parametrize(
+    ("recorded", "bounds", "expected"),
+    [
+        # Steps go before epochs; the step zero is a step.
+        ([{"step": 100, "epoch": 1}, {"step": 200, "epoch": 2}, {"step": 300, "epoch": 3}], {"from_step": 200}, [2, 3]),
+        ([{"step": 0}, {"step": 1}], {"to_step": 0}, [1]),
+        ([{"step": 0}, {"step": 1}], {"from_step": 0}, [1, 2]),
+        # Steps of some and epochs of others cannot be compared.
+        ([{"step": 500, "epoch": 1}, {"epoch": 2}, {"step": 9, "epoch": 3}], {"from_step": 2}, [2, 3]),
+    ],
+)
+def test_steps_or_epochs(recorded: list[dict[str, int]], bounds: dict[str, int], expected: list[int]) -> None:
+    candidates = [candidate(f"x_{number}.pt", **each) for number, each in enumerate(recorded, 1)]
+    assert chosen(Selection(**bounds), candidates) == expected
 
 
-def test_epochs_serve_where_there_are_no_steps_and_that_is_said() -> None:
-    assert chosen(Selection(from_step=4, to_step=6), EPOCHS) == [4, 5, 6]
-    assert notices(EPOCHS, from_step=4, to_step=6) == [
-        "--from-step 4 --to-step 6: the run records no steps, so these are epochs"
-    ]
-    assert notices(EPOCHS, to_step=6) == ["--to-step 6: the run records no steps, so these are epochs"]
-    assert notices(EPOCHS, from_step=4) == ["--from-step 4: the run records no steps, so these are epochs"]
-
-
-def test_one_checkpoint_without_a_step_makes_them_epochs() -> None:
-    """Steps of some and epochs of others cannot be compared."""
-    mixed = [candidate("x_1.pt", step=500, epoch=1), candidate("x_2.pt", epoch=2), candidate("x_3.pt", step=9, epoch=3)]
-    assert chosen(Selection(from_step=2), mixed) == [2, 3]
-
-
-def test_the_step_zero_is_a_step() -> None:
-    zero = [candidate("x_0.pt", step=0), candidate("x_1.pt", step=1)]
-    assert chosen(Selection(to_step=0), zero) == [0]
-    assert chosen(Selection(from_step=0), zero) == [0, 1]
+@pytest.mark.parametrize(
+    ("bounds", "shown"),
+    [
+        ({"from_step": 4, "to_step": 6}, "--from-step 4 --to-step 6"),
+        ({"to_step": 6}, "--to-step 6"),
+        ({"from_step": 4}, "--from-step 4"),
+    ],
+)
+def test_epochs_count_if_there_are_no_steps(bounds: dict[str, int], shown: str) -> None:
+    assert chosen(Selection(**bounds), EPOCHS) == list(range(bounds.get("from_step", 3), bounds.get("to_step", 7) + 1))
+    assert notices(EPOCHS, **bounds) == [f"{shown}: the run records no steps, so these are epochs"]
+    assert notices(TEN, **bounds) == []
 
 
 @pytest.mark.parametrize("option", ["from_step", "to_step"])
@@ -227,15 +228,9 @@ def test_neither_steps_nor_epochs(option: str) -> None:
     assert message.endswith("Skip these with --exclude, or select others with --include.")
 
 
-def test_nothing_between() -> None:
-    message = refusal(IncompatibleError, TEN, from_step=11)
-    assert message == (
-        "nothing to average: none of 10 checkpoints matches --from-step 11; their steps are 1 to 10. "
-        "Choose other bounds."
-    )
-    assert "none of 5 checkpoints matches --to-step 2; their epochs are 3 to 7." in refusal(
-        IncompatibleError, EPOCHS, to_step=2
-    )
+def test_no_epoch_between() -> None:
+    message = refusal(IncompatibleError, EPOCHS, to_step=2)
+    assert "none of 5 checkpoints matches --to-step 2; their epochs are 3 to 7." in message
 
 
 def test_bounds_in_the_wrong_order() -> None:
@@ -286,24 +281,21 @@ def test_none_that_is_left_out_is_better(values: list[float], data: st.DataObjec
     )
 
 
-def test_the_only_metric_needs_no_name() -> None:
-    assert chosen(Selection(best=1, mode="min"), LOSSES) == [2]
+TWO = [candidate("step_1.pt", metrics={"loss": 0.1}), candidate("step_2.pt", metrics={"acc": 0.9})]
 
 
-def test_several_metrics_must_be_told_apart() -> None:
-    two = [candidate("step_1.pt", metrics={"loss": 0.1}), candidate("step_2.pt", metrics={"acc": 0.9})]
-    message = refusal(IncompatibleError, two, best=1, mode="min")
-    assert message == ("--best 1: the checkpoints record 'acc', 'loss'. Choose one of them with --metric.")
-
-
-def test_a_metric_that_no_checkpoint_records() -> None:
-    message = refusal(IncompatibleError, LOSSES, best=1, mode="min", metric="los")
-    assert message == "--metric los: the checkpoints record 'loss'. Did you mean 'loss'?"
-    message = refusal(IncompatibleError, LOSSES, best=1, mode="min", metric="f1")
-    assert message == "--metric f1: the checkpoints record 'loss'. Use one of these."
-    for metric in (None, "loss"):
-        message = refusal(IncompatibleError, TEN, best=1, mode="min", metric=metric)
-        assert "the checkpoints record no metrics. Use --last or --include instead." in message
+@pytest.mark.parametrize(
+    ("candidates", "metric", "message"),
+    [
+        (TWO, None, "--best 1: the checkpoints record 'acc', 'loss'. Choose one of them with --metric."),
+        (LOSSES, "los", "--metric los: the checkpoints record 'loss'. Did you mean 'loss'?"),
+        (LOSSES, "f1", "--metric f1: the checkpoints record 'loss'. Use one of these."),
+        (TEN, None, "--best 1: the checkpoints record no metrics. Use --last or --include instead."),
+        (TEN, "loss", "--best 1: the checkpoints record no metrics. Use --last or --include instead."),
+    ],
+)
+def test_a_metric_that_is_not_recorded(candidates: list[Candidate], metric: str | None, message: str) -> None:
+    assert refusal(IncompatibleError, candidates, best=1, mode="min", metric=metric) == message
 
 
 def test_checkpoints_that_lack_the_metric_are_left_out_and_said() -> None:
@@ -320,6 +312,7 @@ def test_checkpoints_that_lack_the_metric_are_left_out_and_said() -> None:
 def test_the_best_of_what_the_other_rules_leave() -> None:
     assert chosen(Selection(best=1, mode="min", from_step=3), LOSSES) == [4]
     assert chosen(Selection(best=1, mode="min", last=1), LOSSES) == [5]
+    assert chosen(Selection(best=1, mode="min"), LOSSES) == [2]  # the only metric needs no name
 
 
 @pytest.mark.parametrize("mode", [None, "lowest", "MIN", ""])

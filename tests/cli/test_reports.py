@@ -19,7 +19,7 @@ NAN, INF = math.nan, math.inf
 # average, refresh-bn
 
 
-def test_nothing_measured_is_nothing_said() -> None:
+def test_no_table_without_evaluations() -> None:
     assert evaluation_lines([], []) == []
 
 
@@ -51,7 +51,7 @@ def test_all_checkpoints_and_their_mean() -> None:
     ]
 
 
-def test_requirements_stand_below() -> None:
+def test_requirements_follow_the_table() -> None:
     rows = [single("a.pt", m=1.0), mean_of("average", m=0.5)]
     found = outcomes([parse_requirement("m>=last"), parse_requirement("m<=last")], rows[-1], rows[:1])
     assert evaluation_lines(rows, found)[-2:] == [
@@ -78,7 +78,7 @@ def test_a_mean_that_overflows_is_no_crash(values: tuple[float, float]) -> None:
     assert len(evaluation_lines([single("a.pt", m=values[0]), single("b.pt", m=values[1])], [])) == 4
 
 
-def test_a_metric_is_shown_wherever_it_stands_in_the_dict() -> None:
+def test_the_order_of_a_dict_of_metrics_does_not_matter() -> None:
     """A function may return its dict in another order each time."""
     rows = [
         Evaluation("a.pt", Path("a.pt"), {"x": 1.0, "y": 2.0}),
@@ -134,6 +134,6 @@ def test_sweep_in_words() -> None:
         ),
     ],
 )
-def test_whether_averaging_helps_is_said(best: tuple[str, int], last: float, mode: str, line: str) -> None:
+def test_the_text_says_whether_averaging_helps(best: tuple[str, int], last: float, mode: str, line: str) -> None:
     """An average that is only the best of the averages, and worse than the last checkpoint, is not praised."""
     assert sweep_text(swept(VALUES, best, last=last, mode=mode), "c").splitlines()[-2] == line

@@ -100,7 +100,7 @@ def test_one_file(tmp_path: Path) -> None:
         assert line in text.splitlines()
 
 
-def test_keys_are_told_of_every_file_that_has_some(tmp_path: Path) -> None:
+def test_keys_are_shown_for_every_file_that_has_some(tmp_path: Path) -> None:
     """A tensor beside the state dict (the state of a generator) does not make the file a bare one."""
     torch.save({"model": {"w": torch.ones(1)}, "rng_state": torch.get_rng_state(), "epoch": 1}, tmp_path / "a.pt")
     found = inspect(tmp_path / "a.pt")
@@ -112,7 +112,7 @@ def test_keys_are_told_of_every_file_that_has_some(tmp_path: Path) -> None:
     assert bare.keys == ()
 
 
-def test_an_average_and_tied_tensors_are_told(tmp_path: Path) -> None:
+def test_an_average_and_tied_tensors_are_shown(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "swa.safetensors", metadata={METHOD_KEY: "mean"})
     assert "already an average: ckpt-avg made it" in inspection_text(inspect(tmp_path / "swa.safetensors"))
     shared = torch.ones(2)
@@ -147,7 +147,7 @@ def test_one_file_that_cannot_be_read_is_an_error(tmp_path: Path, content: bytes
         inspect(tmp_path / "a.pt")
 
 
-def test_nothing_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file or folder"):
         inspect(tmp_path / "gone")
 
@@ -224,7 +224,7 @@ def test_what_a_copy_records_is_shown(tmp_path: Path) -> None:
     assert (shown["epoch"], shown["metrics"]) == (4, {"val_loss": 0.5})
 
 
-def test_checkpoints_in_a_folder_inside_are_said(tmp_path: Path) -> None:
+def test_checkpoints_in_an_inner_folder_are_noted(tmp_path: Path) -> None:
     run(tmp_path / "checkpoints")
     found = inspect(tmp_path)
     assert found.notes == (f"the checkpoints are in {tmp_path / 'checkpoints'}",)
@@ -234,7 +234,7 @@ def test_checkpoints_in_a_folder_inside_are_said(tmp_path: Path) -> None:
 # --- folders that nobody prepared --------------------------------------------------------------------------
 
 
-def test_each_file_of_an_unprepared_folder_is_told_with_its_way_out(tmp_path: Path) -> None:
+def test_each_file_of_an_unprepared_folder_is_described_with_what_to_do(tmp_path: Path) -> None:
     folder = unprepared(tmp_path / "download")
     found = inspect(folder)
     assert found.listed == ()
@@ -253,7 +253,7 @@ def test_each_file_of_an_unprepared_folder_is_told_with_its_way_out(tmp_path: Pa
 
 @pytest.mark.guarantee("torchscript")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
+def test_files_of_other_kinds_are_described(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.jit")
     with tarfile.open(tmp_path / "model.nemo", "w") as archive:
         archive.addfile(tarfile.TarInfo("weights"), io.BytesIO())
@@ -300,7 +300,7 @@ def test_a_folder_of_several_runs(tmp_path: Path) -> None:
     assert set(seen(found)) == {"one", "two"}
 
 
-def test_pipes_and_links_are_told_without_blocking(tmp_path: Path) -> None:
+def test_pipes_and_links_are_described_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "gone.pt").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")

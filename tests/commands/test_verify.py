@@ -152,7 +152,7 @@ def test_every_truncation_of_the_header_is_found(output: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", [b"\0", b"x" * 5000])
-def test_bytes_behind_the_data_are_found(output: Path, tail: bytes) -> None:
+def test_bytes_after_the_data_are_found(output: Path, tail: bytes) -> None:
     output.write_bytes(output.read_bytes() + tail)
     assert is_found(output)
 
@@ -200,7 +200,7 @@ def test_a_copy_by_another_program_is_no_longer_what_was_written(tmp_path: Path,
         ckpt_avg.verify(tmp_path / "copy.safetensors")
 
 
-def test_a_file_that_cannot_be_opened_is_no_damage(tmp_path: Path, in_process: Run) -> None:
+def test_a_file_that_cannot_be_opened_is_not_damage(tmp_path: Path, in_process: Run) -> None:
     assert in_process("verify", tmp_path / "none.safetensors")[0] == 3
     assert in_process("verify", tmp_path)[0] == 3
 
@@ -255,7 +255,7 @@ def test_a_forged_mean_is_found(tmp_path: Path, inputs: list[Path], output: Path
         ckpt_avg.verify(copy, sources=inputs)
 
 
-def test_refreshed_statistics_are_left_aside(
+def test_refreshed_statistics_are_not_compared(
     tmp_path: Path, run_folder: Path, train: ModuleType, in_process: Run
 ) -> None:
     output = tmp_path / "swa.safetensors"
@@ -326,7 +326,7 @@ def test_one_document_with_json(output: Path, inputs: list[Path], in_process: Ru
 
 
 @pytest.mark.parametrize("arguments", [("OUT", "a.pt"), ("OUT", "--sources"), (), ("OUT", "--threads", "0")])
-def test_what_makes_no_sense_is_a_usage_error(output: Path, in_process: Run, arguments: tuple[str, ...]) -> None:
+def test_invalid_commands_are_usage_errors(output: Path, in_process: Run, arguments: tuple[str, ...]) -> None:
     given = [str(output) if argument == "OUT" else argument for argument in arguments]
     assert in_process("verify", *given)[0] == 2
 

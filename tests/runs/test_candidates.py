@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckpt_avg import average, check
+from ckpt_avg import average
 from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
@@ -52,37 +52,32 @@ def reasons(found: Survey) -> dict[str, str]:
 
 
 @pytest.mark.guarantee("natural-order")
-def test_a_run_is_in_order_of_its_steps(tmp_path: Path) -> None:
-    """What the checkpoints record goes before what their names look like."""
-    for name, step in (("c.pt", 5), ("a.pt", 100), ("b.pt", 20)):
-        put(tmp_path / name, step, step=step)
+@pytest.mark.parametrize(
+    ("recorded", "expected", "unit"),
+    [
+        # What the checkpoints record goes before what their names look like.
+        ({"c": {"step": 5}, "a": {"step": 100}, "b": {"step": 20}}, ["c", "b", "a"], "step"),
+        # Without steps in all of them, epochs decide.
+        ({"c": {"epoch": 5}, "a": {"epoch": 100}, "d": {"epoch": 6, "step": 1}}, ["c", "d", "a"], "epoch"),
+        # Without either the natural order of the names decides, and within one step.
+        ({"x10b": {}, "x9b": {}, "xa": {}}, ["x9b", "x10b", "xa"], None),
+        ({"b10": {"step": 3}, "b9": {"step": 3}}, ["b9", "b10"], "step"),
+        # By the step alone, checkpoints of different epochs would alternate if steps start again in each.
+        ({"a": {"epoch": 2, "step": 100}, "b": {"epoch": 1, "step": 900}, "c": {"epoch": 2, "step": 50},
+          "d": {"epoch": 1, "step": 100}}, ["d", "b", "c", "a"], "epoch"),
+    ],
+)  # fmt: skip
+def test_the_order_of_a_run(
+    tmp_path: Path, recorded: dict[str, dict[str, int]], expected: list[str], unit: str | None
+) -> None:
+    for seed, (name, values) in enumerate(recorded.items()):
+        put(tmp_path / f"{name}.pt", seed, **values)
     found = look(tmp_path)
-    assert names(found) == ["c.pt", "b.pt", "a.pt"]
-    assert [each.record.step for each in found.candidates] == [5, 20, 100]
-    assert unit_of(found.candidates) == "step"
-
-
-def test_without_steps_it_is_in_order_of_its_epochs(tmp_path: Path) -> None:
-    for name, epoch in (("c.pt", 5), ("a.pt", 100), ("b.pt", 20)):
-        put(tmp_path / name, epoch, epoch=epoch)
-    put(tmp_path / "d.pt", 7, epoch=6, step=1)
-    found = look(tmp_path)
-    assert names(found) == ["c.pt", "d.pt", "b.pt", "a.pt"]
-    assert unit_of(found.candidates) == "epoch"
-
-
-def test_without_either_it_is_in_natural_order(tmp_path: Path) -> None:
-    for seed, name in enumerate(("x10b.pt", "x9b.pt", "xa.pt")):
-        put(tmp_path / name, seed)
-    found = look(tmp_path)
-    assert names(found) == ["x9b.pt", "x10b.pt", "xa.pt"]
-    assert unit_of(found.candidates) is None
-
-
-def test_of_one_step_the_names_decide(tmp_path: Path) -> None:
-    for seed, name in enumerate(("b10.pt", "b9.pt")):
-        put(tmp_path / name, seed, step=3)
-    assert names(look(tmp_path)) == ["b9.pt", "b10.pt"]
+    assert [each.path.stem for each in found.candidates] == expected
+    assert {each.path.stem: each.record.step for each in found.candidates} == {
+        name: values.get("step") for name, values in recorded.items()
+    }
+    assert unit_of(found.candidates) == unit
 
 
 def test_the_step_of_the_name_serves_where_the_file_records_none(tmp_path: Path) -> None:
@@ -91,7 +86,7 @@ def test_the_step_of_the_name_serves_where_the_file_records_none(tmp_path: Path)
     assert names(look(tmp_path)) == ["z_step_3.safetensors", "a_step_20.safetensors", "a_step_100.safetensors"]
 
 
-def test_the_state_of_the_whole_run_is_not_that_of_each_checkpoint(tmp_path: Path) -> None:
+def test_the_state_of_the_run_is_not_that_of_each_checkpoint(tmp_path: Path) -> None:
     """The Trainer leaves its last state in the run folder too: there it would give every file one step."""
     for step in (1, 2, 10):
         save_file(weights(step), tmp_path / f"step_{step}.safetensors")
@@ -102,7 +97,7 @@ def test_the_state_of_the_whole_run_is_not_that_of_each_checkpoint(tmp_path: Pat
     assert dict(found.candidates[0].record.metrics) == {}
 
 
-def test_checkpoints_named_by_hand_stay_in_their_order(tmp_path: Path) -> None:
+def test_named_checkpoints_keep_their_order(tmp_path: Path) -> None:
     paths = [put(tmp_path / f"step_{step}.pt", step, step=step) for step in (3, 1, 2)]
     assert names(look(*paths)) == ["step_3.pt", "step_1.pt", "step_2.pt"]
 
@@ -187,7 +182,7 @@ def test_one_changed_element_is_no_copy(tmp_path: Path) -> None:
     assert names(look(tmp_path)) == ["epoch_1.pt", "epoch_2.pt"]
 
 
-def test_copies_named_by_hand_are_both_taken(tmp_path: Path) -> None:
+def test_named_copies_are_both_used(tmp_path: Path) -> None:
     """Who names files knows them: only the same file twice is refused."""
     paths = [put(tmp_path / name, 1) for name in ("a.pt", "b.pt")]
     found = look(*paths)
@@ -205,17 +200,7 @@ def test_a_folder_and_the_file_in_it_are_one_checkpoint(tmp_path: Path) -> None:
         open_selected(discover([folder, folder / "model.safetensors"]), Selection(), Reading(), stack)
 
 
-def test_check_looks_at_the_checkpoints_that_average_takes(tmp_path: Path) -> None:
-    """With ``--last``, a copy that only one of them leaves out would move the choice of the other."""
-    for step in (1, 2, 3):
-        put(tmp_path / f"step_{step}.pt", step)
-    put(tmp_path / "step_3_copy.pt", 3)
-    averaged = average([tmp_path], tmp_path / "out.safetensors", last=2, dry_run=True).checkpoints
-    assert [path.name for path in averaged] == ["step_2.pt", "step_3.pt"]
-    assert check([tmp_path], last=2).checkpoints == tuple(map(str, averaged))
-
-
-def test_copies_are_looked_for_in_each_run_alone(tmp_path: Path) -> None:
+def test_copies_in_different_runs_are_kept(tmp_path: Path) -> None:
     for run in ("a", "b"):
         (tmp_path / run).mkdir()
         put(tmp_path / run / "x.pt", 1)
@@ -223,7 +208,7 @@ def test_copies_are_looked_for_in_each_run_alone(tmp_path: Path) -> None:
     assert names(look(tmp_path / "a", tmp_path / "b")) == ["x.pt", "ya.pt", "x.pt", "yb.pt"]
 
 
-def test_an_alias_by_its_name_is_left_out_even_where_its_weights_differ(tmp_path: Path) -> None:
+def test_an_alias_is_skipped_even_if_its_weights_differ(tmp_path: Path) -> None:
     """``last.pt`` of a step of its own would count the end of the run double."""
     for step in (1, 2):
         put(tmp_path / f"step_{step}.pt", step)
@@ -233,7 +218,7 @@ def test_an_alias_by_its_name_is_left_out_even_where_its_weights_differ(tmp_path
     assert reasons(found) == {"last.pt": "an alias such as last or best, by its name"}
 
 
-def test_aliases_are_taken_where_there_is_nothing_else(tmp_path: Path) -> None:
+def test_aliases_are_used_if_there_is_nothing_else(tmp_path: Path) -> None:
     put(tmp_path / "last.pt", 1)
     put(tmp_path / "best.pt", 2)
     assert set(names(look(tmp_path))) == {"last.pt", "best.pt"}
@@ -268,7 +253,7 @@ def test_a_run_of_earlier_averages_only(tmp_path: Path) -> None:
     )
 
 
-def test_files_without_weights_are_left_out_of_a_run_and_said(tmp_path: Path) -> None:
+def test_files_without_weights_are_skipped_in_a_run(tmp_path: Path) -> None:
     put(tmp_path / "step_1.pt", 1)
     torch.save({"loss": [0.5]}, tmp_path / "history.pt")
     torch.save([torch.ones(1)], tmp_path / "samples.pt")
@@ -278,17 +263,14 @@ def test_files_without_weights_are_left_out_of_a_run_and_said(tmp_path: Path) ->
     assert reasons(found)["history.pt"].startswith("it contains no weights: ")
 
 
-def test_a_file_without_weights_named_by_hand_is_an_error(tmp_path: Path) -> None:
+def test_a_named_file_without_weights_is_an_error(tmp_path: Path) -> None:
     put(tmp_path / "step_1.pt", 1)
     torch.save({"loss": [0.5]}, tmp_path / "history.pt")
     found = look(tmp_path / "step_1.pt", tmp_path / "history.pt")
     with pytest.raises(NoWeightsError):
         found.candidates[1].opened()
-
-
-def test_a_run_of_files_without_weights_says_what_is_wrong_with_them(tmp_path: Path) -> None:
-    torch.save({"loss": [0.5]}, tmp_path / "history.pt")
-    (only,) = look(tmp_path).candidates
+    (tmp_path / "step_1.pt").unlink()
+    (only,) = look(tmp_path).candidates  # a run of such files
     with pytest.raises(NoWeightsError, match="which holds no named tensors"):
         only.opened()
 
@@ -313,7 +295,7 @@ def test_an_unreadable_checkpoint_stays_a_candidate(tmp_path: Path) -> None:
             open_selected(discover([tmp_path]), Selection(last=2), Reading(), stack)
 
 
-def test_one_that_is_left_out_by_name_is_not_even_opened(tmp_path: Path) -> None:
+def test_an_excluded_checkpoint_is_not_opened(tmp_path: Path) -> None:
     put(tmp_path / "step_1.pt", 1)
     (tmp_path / "step_2.pt").write_bytes(b"junk")
     found = look(tmp_path, options={"wanted": lambda name: name != "step_2.pt"})
@@ -386,7 +368,7 @@ def refusal(*sources: Path, options: dict[str, Any] | None = None) -> str:
     return str(caught.value)
 
 
-def test_ema_files_beside_raw_ones_are_left_out_and_can_be_taken_alone(tmp_path: Path) -> None:
+def test_ema_files_next_to_raw_ones_are_skipped_and_can_be_selected(tmp_path: Path) -> None:
     """As guided-diffusion saves them: mixed, the mean would be of both kinds."""
     for step in (100, 200):
         put(tmp_path / f"model{step:06}.pt", step)
@@ -424,7 +406,7 @@ def test_two_series_through_the_same_steps_are_refused(
         assert names(look(tmp_path, options={"wanted": series.__contains__})) == list(series)
 
 
-def test_two_checkpoints_of_one_step_are_taken_and_said(tmp_path: Path) -> None:
+def test_two_checkpoints_of_one_step_are_used_with_a_note(tmp_path: Path) -> None:
     """One step that stands twice is no second series."""
     for seed, name in enumerate(("a_step_1.pt", "a_step_2.pt", "b_step_2.pt")):
         put(tmp_path / name, seed)
@@ -467,21 +449,11 @@ def test_raw_weights_of_one_and_only_an_ema_of_another_are_refused(tmp_path: Pat
 # --- order within a step, or an epoch ----------------------------------------------------------------------
 
 
-def test_the_second_file_of_one_step_comes_behind_the_first(tmp_path: Path) -> None:
+def test_the_second_file_of_one_step_follows_the_first(tmp_path: Path) -> None:
     """Lightning's ``-v1`` is the later one, though its name sorts before the suffix."""
     for seed, name in enumerate(("epoch=1-step=10-v1.ckpt", "epoch=1-step=10.ckpt", "epoch=0-step=5.ckpt")):
         put(tmp_path / name, seed)
     assert names(look(tmp_path)) == ["epoch=0-step=5.ckpt", "epoch=1-step=10.ckpt", "epoch=1-step=10-v1.ckpt"]
-
-
-def test_steps_that_start_anew_in_each_epoch_are_ordered_within_it(tmp_path: Path) -> None:
-    """By the step alone, checkpoints of different epochs would alternate, and the last would not be the last."""
-    moments = {"a.pt": (2, 100), "b.pt": (1, 900), "c.pt": (2, 50), "d.pt": (1, 100)}
-    for seed, (name, (epoch, step)) in enumerate(moments.items()):
-        put(tmp_path / name, seed, epoch=epoch, step=step)
-    found = look(tmp_path)
-    assert names(found) == ["d.pt", "b.pt", "c.pt", "a.pt"]
-    assert unit_of(found.candidates) == "epoch"
 
 
 # --- what does not disturb a run ---------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_large_tensors_are_compared_to_their_ends(tmp_path: Path, monkeypatch: p
     assert sum(asked) > 2 * first.nbytes
 
 
-def test_checkpoints_that_differ_are_told_apart_by_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_is_read_to_see_that_checkpoints_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a run of large models twice would double the time of an average."""
     paths = write(tmp_path, *({"w": torch.full((100_000,), float(seed))} for seed in range(4)))
     asked = []

@@ -93,12 +93,12 @@ def test_numbers_that_differ_in_leading_zeros_only_have_an_order() -> None:
     assert sorted(["step_1", "step_01"], key=natural_key) == sorted(["step_01", "step_1"], key=natural_key)
 
 
-def test_files_named_by_hand_stay_where_they_were_named(tmp_path: Path) -> None:
+def test_named_files_keep_their_order(tmp_path: Path) -> None:
     first, second, third = touch(tmp_path, "step_1.pt", "step_2.pt", "step_3.pt")
     assert discover([third, first, second]).paths == (third, first, second)
 
 
-def test_any_suffix_can_be_named_by_hand(tmp_path: Path) -> None:
+def test_a_file_of_any_suffix_can_be_named(tmp_path: Path) -> None:
     (path,) = touch(tmp_path, "weights.model_final")
     assert discover([str(path)]).paths == (path,)
 
@@ -263,7 +263,7 @@ def test_broken_links_are_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["path", "other spelling", "symlink", "hard link", "folder"])
-def test_the_same_checkpoint_named_twice_by_hand_is_refused(tmp_path: Path, how: str) -> None:
+def test_the_same_checkpoint_named_twice_is_refused(tmp_path: Path, how: str) -> None:
     """It would count double."""
     (path,) = touch(tmp_path, "step_1.pt")
     again = tmp_path / "again.pt"
@@ -374,7 +374,7 @@ def test_checkpoint_folders_and_files_of_one_run(tmp_path: Path) -> None:
     assert listed(tmp_path)[0] == ["step_1.pt", "step_2", "step_3.pt"]
 
 
-def test_the_final_model_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
+def test_the_final_model_next_to_the_checkpoints_is_skipped(tmp_path: Path) -> None:
     """The Trainer saves the last or best once more at the top: it would count double."""
     for step in (500, 1000):
         tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
@@ -394,7 +394,7 @@ def test_further_weights_in_a_checkpoint_folder_do_not_make_it_a_run(tmp_path: P
     assert discover([tmp_path / "checkpoint-1"]).paths == (tmp_path / "checkpoint-1",)
 
 
-def test_a_sharded_final_model_beside_the_checkpoints(tmp_path: Path) -> None:
+def test_a_sharded_final_model_next_to_the_checkpoints_is_skipped(tmp_path: Path) -> None:
     """Its shards are no checkpoints either."""
     for step in (500, 1000):
         tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
@@ -424,7 +424,7 @@ def test_checkpoint_folders_that_were_not_finished(tmp_path: Path) -> None:
     assert "'model-00001-of-00002.safetensors'" in told["checkpoint-7"]
 
 
-def test_folders_without_trainer_state_are_whole_where_none_has_it(tmp_path: Path) -> None:
+def test_folders_are_complete_without_trainer_state_if_none_has_it(tmp_path: Path) -> None:
     """They were saved with save_pretrained, not by the Trainer."""
     for step in (1, 2):
         tree(tmp_path / f"checkpoint-{step}", "model.safetensors", "config.json")
@@ -457,18 +457,18 @@ def test_a_refused_folder_is_kept_so_that_it_is_reported(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("inner", ["checkpoints", "lightning_logs/version_0/checkpoints", "a/b/c"])
-def test_checkpoints_in_a_folder_inside_are_found_and_that_is_said(tmp_path: Path, inner: str) -> None:
+def test_checkpoints_in_an_inner_folder_are_found_with_a_note(tmp_path: Path, inner: str) -> None:
     tree(tmp_path, f"{inner}/step_9.pt", f"{inner}/step_10.pt", "config.yaml", "logs/events.out", "optimizer.pt")
     assert listed(tmp_path) == (["step_9.pt", "step_10.pt"], {"optimizer.pt": STATE})
     assert discover(tmp_path).sources[0].notes == (f"the checkpoints are in {tmp_path / inner}",)
 
 
-def test_checkpoints_too_deep_are_not_looked_for(tmp_path: Path) -> None:
+def test_the_search_is_three_levels_deep(tmp_path: Path) -> None:
     tree(tmp_path, "a/b/c/d/step_1.pt")
     assert "Its folders 'a' have none" in refusal(IncompatibleError, tmp_path)
 
 
-def test_several_runs_are_listed_and_none_is_taken(tmp_path: Path) -> None:
+def test_several_runs_are_listed_and_none_is_used(tmp_path: Path) -> None:
     """Two runs are never mixed."""
     tree(tmp_path, "version_0/checkpoints/a.pt", "version_1/checkpoints/a.pt", "version_10/checkpoints/a.pt")
     message = refusal(IncompatibleError, tmp_path)
@@ -542,7 +542,7 @@ def test_models_without_a_step_in_their_names_are_no_run(tmp_path: Path, folders
     refusal(IncompatibleError, tmp_path)
 
 
-def test_an_alias_beside_a_folder_of_checkpoints_is_not_the_run(tmp_path: Path) -> None:
+def test_an_alias_next_to_a_folder_of_checkpoints_is_not_the_run(tmp_path: Path) -> None:
     """``best.pt`` at the top would hide the epochs below it, and be copied instead of an average."""
     tree(tmp_path, "run/best.pt", "run/checkpoints/epoch_1.pt", "run/checkpoints/epoch_2.pt")
     assert listed(tmp_path / "run") == (
@@ -554,7 +554,7 @@ def test_an_alias_beside_a_folder_of_checkpoints_is_not_the_run(tmp_path: Path) 
     )
 
 
-def test_an_alias_beside_averages_alone_is_not_taken(tmp_path: Path) -> None:
+def test_an_alias_next_to_averages_only_is_skipped(tmp_path: Path) -> None:
     """What is left would be a copy of the last checkpoint, not an average."""
     touch(tmp_path, "avg_10.pt", "avg_20.pt", "last.pt")
     message = refusal(IncompatibleError, tmp_path)
@@ -601,7 +601,7 @@ def test_an_unreadable_folder_is_skipped(
     assert "Permission denied" in skipped["theirs"]
 
 
-def test_a_junk_file_of_metadata_beside_checkpoints_makes_no_checkpoint_of_their_folder(tmp_path: Path) -> None:
+def test_a_junk_metadata_file_does_not_make_a_run_a_checkpoint(tmp_path: Path) -> None:
     touch(tmp_path, ".metadata", "epoch_1.pt", "epoch_2.pt")
     found = discover([tmp_path])
     assert (names(found.paths), found.sources[0].is_run) == (["epoch_1.pt", "epoch_2.pt"], True)

@@ -267,7 +267,7 @@ def test_ties_go_to_the_later_checkpoint(mode: str) -> None:
 
 
 @given(st.lists(st.sampled_from([-1.5, -0.0, 0.0, 0.25, 3.0, 1e300]), min_size=1, max_size=8), st.data())
-def test_none_that_is_left_out_is_better(values: list[float], data: st.DataObject) -> None:
+def test_no_skipped_checkpoint_is_better(values: list[float], data: st.DataObject) -> None:
     best = data.draw(st.integers(1, len(values)))
     mode = data.draw(st.sampled_from(["min", "max"]))
     runs = measured(dict(enumerate(values)))
@@ -298,7 +298,7 @@ def test_a_metric_that_is_not_recorded(candidates: list[Candidate], metric: str 
     assert refusal(IncompatibleError, candidates, best=1, mode="min", metric=metric) == message
 
 
-def test_checkpoints_that_lack_the_metric_are_left_out_and_said() -> None:
+def test_checkpoints_without_the_metric_are_skipped_with_a_notice() -> None:
     some = measured({1: 0.5, 2: None, 3: 0.9, 4: None})
     assert chosen(Selection(best=2, mode="max"), some) == [1, 3]
     assert notices(some, best=1, mode="max") == ["skipped, because they record no 'loss': step_2.pt, step_4.pt"]
@@ -316,7 +316,7 @@ def test_the_best_of_what_the_other_rules_leave() -> None:
 
 
 @pytest.mark.parametrize("mode", [None, "lowest", "MIN", ""])
-def test_what_is_better_must_be_said(mode: str | None) -> None:
+def test_best_needs_a_mode(mode: str | None) -> None:
     """Guessing that low is good would average the worst checkpoints by accuracy."""
     message = refusal(UsageError, LOSSES, best=1, metric="loss", mode=mode)
     if mode is None:
@@ -358,20 +358,20 @@ def logged(*steps: int, log: Rates = LOG) -> list[Candidate]:
     ]
 
 
-def test_the_bottoms_by_the_log() -> None:
+def test_the_minima_by_the_log() -> None:
     """The log knows the cycles where checkpoints are too rare to show them."""
     assert chosen(Selection(at_lr_minima=True), logged(4, 9, 14, 19, 24, 29, 30)) == [9, 19, 29]
     assert chosen(Selection(at_lr_minima=True), logged(9, 14, 19, 33)) == [9, 19]
 
 
-def test_the_checkpoint_nearest_to_a_bottom_is_taken_if_it_is_near() -> None:
+def test_the_checkpoint_nearest_to_a_minimum_is_used_if_it_is_near() -> None:
     """A quarter of a cycle is near: saved right after the rate has jumped still is the end of that cycle."""
     assert chosen(Selection(at_lr_minima=True), logged(5, 10, 15, 20, 25, 30)) == [10, 20, 30]
     assert chosen(Selection(at_lr_minima=True), logged(4, 9, 14, 24, 29, 30)) == [9, 29]
     assert "at least twice" in refusal(IncompatibleError, logged(4, 14, 24, 30), at_lr_minima=True)
 
 
-def test_the_bottoms_by_the_rates_that_the_checkpoints_hold() -> None:
+def test_the_minima_by_the_rates_in_the_checkpoints() -> None:
     """For trainers without a log; here the order of the checkpoints is all that is needed."""
     rates = [0.1, 0.05, 0.01, 0.1, 0.05, 0.01, 0.1]
     bare = [candidate(f"x_{index}.pt", learning_rate=rate) for index, rate in enumerate(rates)]
@@ -384,7 +384,7 @@ def test_a_log_without_steps_of_the_checkpoints_is_no_help() -> None:
     assert chosen(Selection(at_lr_minima=True), bare) == [1, 3]
 
 
-def test_bottoms_are_looked_for_between_the_bounds() -> None:
+def test_minima_are_between_the_bounds() -> None:
     assert chosen(Selection(at_lr_minima=True, from_step=12), logged(9, 14, 19, 24, 29, 30)) == [19, 29]
     assert chosen(Selection(at_lr_minima=True, last=2), logged(9, 14, 19, 24, 29, 30)) == [19, 29]
 
@@ -407,7 +407,7 @@ def test_a_rate_without_cycles_is_refused(rates: list[float]) -> None:
     assert "at least twice" in refusal(IncompatibleError, bare, at_lr_minima=True)
 
 
-def test_of_two_as_near_to_a_bottom_the_later_is_taken() -> None:
+def test_of_two_as_near_to_a_minimum_the_later_is_used() -> None:
     """The later one has been trained longer in that cycle; the earlier would be taken for the order of a list."""
     assert chosen(Selection(at_lr_minima=True), logged(8, 10, 18, 20, 28, 30)) == [10, 20, 30]
 
@@ -424,13 +424,13 @@ FOLLOWED = "each of these is followed by a checkpoint with the highest rate"
         ([0.1, 0.05, 0.01, 0.05, 0.1, 0.05, 0.01, 0.05, 0.1], False),  # triangles
     ],
 )
-def test_bottoms_before_the_highest_rate_are_doubted(rates: list[float], told: bool) -> None:
+def test_minima_before_the_highest_rate_are_doubted(rates: list[float], told: bool) -> None:
     """A scheduler that stepped before the checkpoint was saved shows the next rate: then the tops are the ends."""
     bare = [candidate(f"x_{index}.pt", learning_rate=rate) for index, rate in enumerate(rates)]
     assert any(FOLLOWED in text for text in notices(bare, at_lr_minima=True)) is told
 
 
-def test_bottoms_by_the_log_are_not_doubted() -> None:
+def test_minima_by_the_log_are_not_doubted() -> None:
     """A log says at which step each rate was."""
     assert not any(FOLLOWED in text for text in notices(logged(9, 10, 19, 20, 29, 30), at_lr_minima=True))
 

@@ -1,7 +1,5 @@
 """Accelerate: checkpoint_3/ with model.safetensors and random_states_0.pkl (accelerate/checkpointing.py)."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.deepspeed import is_deepspeed
 from ckpt_avg.formats.trainers.trainer import Folder, Stored, Trainer, WeightFiles
 
@@ -17,13 +15,5 @@ TRAINER = Trainer(
     name="Accelerate",
     folder_files=(r"random_states_\d+\.pkl",),
     weights=_weights,
-    training_state=(
-        "optimizer",
-        "scheduler",
-        "scaler",
-        "sampler",
-        "random_states",
-        "dl_state_dict",
-        "custom_checkpoint",
-    ),
+    training_state=("random_states", "sampler", "dl_state_dict", "custom_checkpoint"),
 )

@@ -12,29 +12,13 @@ UNFINISHED = (".tmp", ".part", ".incomplete")
 UNFINISHED_FOLDERS = "tmp-"  # what their names begin with
 
 RAW_KEYS = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "model_state",
-    "module",
-    "net",
-    "network",
-    "params",
-    "weights",
+    "state_dict", "model", "model_state_dict", "model_state", "module", "net", "network", "params", "weights",
     "state.model",
-)
+)  # fmt: skip
 EMA_KEYS = (
-    "state_dict_ema",
-    "model_ema",
-    "ema",
-    "ema_state_dict",
-    "ema_model",
-    "model_ema_state_dict",
-    "ema_model_state_dict",
-    "params_ema",
-    "model_avg",
-    "averaged_model",
-)
+    "state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict",
+    "ema_model_state_dict", "params_ema", "model_avg", "averaged_model",
+)  # fmt: skip
 # Tensors under keys with these words are not weights: moments of optimizers, states of generators, counters.
 TRAINING_STATE = re.compile(
     "optim|sched|scaler|rng|random|sampler|callback|loops|averaging_state|_extra_state$", re.IGNORECASE

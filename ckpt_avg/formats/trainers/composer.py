@@ -1,7 +1,5 @@
 """Composer: ep1-ba100-rank0.pt, and the link latest-rank0.pt (composer/core/state.py)."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
 
 _KEYS = ("state.model", "state.timestamp")

@@ -1,7 +1,5 @@
 """DeepSpeed: global_step100/mp_rank_00_model_states.pt (deepspeed/runtime/engine.py)."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

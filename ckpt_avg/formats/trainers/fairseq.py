@@ -1,7 +1,5 @@
 """fairseq: checkpoint12.pt, checkpoint_12_5000.pt, checkpoint.best_loss_3.2150.pt (fairseq/checkpoint_utils.py)."""
 
-from __future__ import annotations
-
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
 

@@ -1,7 +1,5 @@
 """Lightning: files of ModelCheckpoint, and folders of the FSDP and ModelParallel strategies."""
 
-from __future__ import annotations
-
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Sidecar, Trainer
 

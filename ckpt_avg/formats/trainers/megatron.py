@@ -1,7 +1,5 @@
 """Megatron-LM: iter_0000100/mp_rank_00/model_optim_rng.pt (megatron/training/checkpointing.py)."""
 
-from __future__ import annotations
-
 from ckpt_avg.formats.trainers.trainer import Folder, Layout, Trainer, WeightFiles
 from ckpt_avg.text import argument, listing, quote
 

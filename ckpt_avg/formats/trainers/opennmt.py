@@ -1,7 +1,5 @@
 """OpenNMT-py: model_step_5000.pt, whose last layer is apart from the model (onmt/models/model_saver.py)."""
 
-from __future__ import annotations
-
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
 

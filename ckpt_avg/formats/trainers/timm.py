@@ -1,7 +1,5 @@
 """timm: checkpoint-12.pth.tar, with hard links to it (last, model_best), and summary.csv, a row for each epoch."""
 
-from __future__ import annotations
-
 import csv
 import functools
 

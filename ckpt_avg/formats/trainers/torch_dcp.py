@@ -1,7 +1,5 @@
 """torch.distributed.checkpoint (DCP): .metadata and __0_0.distcp, or shard-00001-model-00001-of-00001.safetensors."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Collection

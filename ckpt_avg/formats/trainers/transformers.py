@@ -1,7 +1,5 @@
 """transformers' Trainer: checkpoint-500/ with model.safetensors and trainer_state.json; names that diffusers shares."""
 
-from __future__ import annotations
-
 import json
 
 from ckpt_avg.checkpoint.training_record import Record, count, measure

@@ -1,7 +1,5 @@
 """WeNet: 12.pt, a bare state dict, and 12.yaml, which records step, epoch and losses (wenet/utils/checkpoint.py)."""
 
-from __future__ import annotations
-
 import re
 
 from ckpt_avg.checkpoint.training_record import Record, count, measure

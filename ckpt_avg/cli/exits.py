@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -92,11 +93,10 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        if launched_rank() is None:
+        if not arguments:  # the message is the help text
             error.show()
-        else:
-            say(f"{_label()}Error: {error.format_message()}", err=True)
-        return _fail(type(error).__name__, error.format_message(), error.exit_code, as_json, show=False)
+            return error.exit_code
+        return _fail(type(error).__name__, _message_of(error, command, arguments[0]), error.exit_code, as_json)
     except (KeyboardInterrupt, click.Abort):
         return _fail("Interrupted", f"interrupted: {_UNTOUCHED}", 130, as_json)
     except _Terminated as error:
@@ -111,6 +111,13 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
         reason = (str(error).splitlines() or ["the system has no more"])[0]
         text = f"out of memory: {reason}. Use a smaller --memory, or smaller batches for the refresh and --eval."
         return _fail("ResourceError", text, ResourceError.exit_code, as_json)
+
+
+def _message_of(error: click.ClickException, command: click.Command, name: str) -> str:
+    """Returns click's message in the form of ours: where, what is wrong, what to do."""
+    message, is_value = re.subn(r"^Invalid value for '(\S+)': ", r"\1: ", error.format_message())
+    known = f" {name}" if isinstance(command, click.Group) and name in command.commands else ""
+    return message if is_value else f"{message} See ckpt-avg{known} --help."
 
 
 def error_json(kind: str, message: str, code: int) -> dict[str, object]:
@@ -129,11 +136,9 @@ def _fail(
     code: int,
     as_json: bool,
     *,
-    show: bool = True,
     known: Mapping[str, object] = MappingProxyType({}),
 ) -> int:
-    if show:
-        say(f"{_label()}Error: {message}", err=True)
+    say(f"{_label()}Error: {message}", err=True)
     if as_json:
         say(json.dumps({**known, "error": error_json(kind, message, code)}, indent=2))
     return code

@@ -52,6 +52,22 @@ def parse_size(text: str) -> int:
     return int(amount)
 
 
+def parse_whole(text: str) -> int:
+    """Returns a whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text[:40]!r} is not a whole number. Write for example 8.") from None
+
+
+def parse_seconds(text: str) -> float:
+    """Returns a number of seconds."""
+    try:
+        return float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text[:40]!r} is not a number of seconds. Write for example 600.") from None
+
+
 class Option(click.Option):
     """An option that ``--help`` lists under a heading."""
 
@@ -98,7 +114,7 @@ app_dir = _only_here(
 rank_timeout = _only_here(
     "--rank-timeout",
     heading=MeanOptions.heading,
-    type=float,
+    type=parse_seconds,
     default=RANK_TIMEOUT,
     show_default=True,
     metavar="SECONDS",
@@ -128,7 +144,11 @@ def _click_option(heading: str, option: Field[Any]) -> Callable[[_Command], _Com
     elif metavar == "SIZE":
         settings |= {"type": parse_size, "metavar": metavar, "default": size(int(str(default))).replace(".0 ", "")}
     else:
-        settings |= {"type": int if kind.startswith("int") else str, "metavar": metavar, "multiple": default == ()}
+        settings |= {
+            "type": parse_whole if kind.startswith("int") else str,
+            "metavar": metavar,
+            "multiple": default == (),
+        }
     return click.option(flag_of(option), option.name, cls=Option, heading=heading, **settings)
 
 

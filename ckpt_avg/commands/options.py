@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -85,6 +86,11 @@ class MeanOptions(ResourceOptions):
         recorded=True,
     )
     allow_nonfinite: bool = option(False, "Accept NaN and Inf instead of stopping.", recorded=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", str(self.device)):
+            raise UsageError(f"--device: {str(self.device)!r} cannot be used. Use auto, cpu, cuda or cuda:N.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from ckpt_avg.commands.publish import AverageResult
 from ckpt_avg.commands.requests import RefreshRequest, takes
 from ckpt_avg.errors import UsageError
 from ckpt_avg.runs.discover import discover
-from ckpt_avg.text import listing, quote
+from ckpt_avg.text import plural
 
 
 @takes(RefreshRequest)
@@ -28,7 +28,7 @@ def refresh_weights(request: RefreshRequest) -> AverageResult:
     found = discover(request.weights).paths
     if len(found) != 1:
         raise UsageError(
-            f"{request.weights}: expected one checkpoint, got {len(found)}: "
-            f"{listing(quote(path.name) for path in found)}. Name one of them; ckpt-avg average is for several."
+            f"{request.weights}: contains {plural(len(found), 'checkpoint')}. Name one, for example {found[-1]}, "
+            "or use ckpt-avg average."
         )
     return average(found[0], **request.keywords())

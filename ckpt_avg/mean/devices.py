@@ -22,7 +22,7 @@ def choose_devices(name: str, launch: Launch | None = None) -> tuple[torch.devic
     machine, ``cuda`` is a GPU for each of them.
 
     Raises:
-        UsageError: there is no such device, or it has no float64.
+        UsageError: there is no such device.
     """
     if name == "auto":
         return torch.device("cpu"), _device("cuda" if torch.cuda.is_available() else "cpu", launch)
@@ -33,12 +33,7 @@ def choose_devices(name: str, launch: Launch | None = None) -> tuple[torch.devic
 def _device(name: str, launch: Launch | None) -> torch.device:
     if name == "cuda" and launch is not None and torch.cuda.is_available():
         name = f"cuda:{launch.local_rank % torch.cuda.device_count()}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device: {name!r} is not a device. Use auto, cpu, cuda or cuda:N.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: the mean needs float64, which {device.type} may not have. Use cpu or cuda.")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = plural(torch.cuda.device_count(), "CUDA device")
         raise UsageError(f"--device {name}: torch finds {found} on this machine. Use --device cpu.")

@@ -321,8 +321,7 @@ def test_several_checkpoints(tmp_path: Path, out: Path) -> None:
     with pytest.raises(UsageError) as caught:
         refresh_weights(folder, out, model=make, data=data)
     assert str(caught.value) == (
-        f"{folder}: expected one checkpoint, got 2: 'step_0.pt', 'step_1.pt'. Name one of them; ckpt-avg average is "
-        "for several."
+        f"{folder}: contains 2 checkpoints. Name one, for example {folder / 'step_1.pt'}, or use ckpt-avg average."
     )
     assert names(out.parent) == []
 

@@ -11,66 +11,28 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from commands.user_modules import NET, InProcess, data, make, names, of_file, score, trained, write_module
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ckpt_avg import RequirementError, UsageError, UserCodeError, average
-from ckpt_avg.errors import CkptAvgError, IncompatibleError
-from ckpt_avg.user_code.evaluate import evaluate_weights
-
-InProcess = Callable[..., tuple[int, str, str]]
-CPU = torch.device("cpu")
-_numbers = itertools.count()
-
-
-def make() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv1d(1, 4, 3),
-        nn.BatchNorm1d(4),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Flatten(),
-        nn.Linear(16, 5),
-        nn.BatchNorm1d(5),
-        nn.Linear(5, 2),
-    )
-
-
-def batches(seed: int = 100) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, 1, 6, generator=generator) for size in (6, 5, 4)]
-
-
-def score(model: nn.Module) -> dict[str, float]:
-    """Any change of a weight, a buffer or a mode changes these numbers."""
-    output = model(torch.cat(batches(7))).double()
-    return {"accuracy": (output[:, 0] > output[:, 1]).double().mean().item(), "loss": output.square().sum().item()}
-
-
-def write_run(folder: Path, count: int = 3) -> list[Path]:
-    folder.mkdir()
-    paths = []
-    for number in range(count):
-        torch.manual_seed(number)
-        model = make().train()
-        with torch.no_grad():
-            for batch in batches(number):
-                model(batch * (1 + number))
-        paths.append(folder / f"step_{number}.pt")
-        torch.save(model.state_dict(), paths[-1])
-    return paths
+from ckpt_avg.errors import CkptAvgError
+from ckpt_avg.progress import Progress
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> list[Path]:
-    return write_run(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    paths = [tmp_path / "run" / f"step_{number}.pt" for number in range(3)]
+    for number, path in enumerate(paths):
+        torch.save(trained(number), path)
+    return paths
 
 
 @pytest.fixture
@@ -80,234 +42,8 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out" / "swa.safetensors"
 
 
-def of(tensors: dict[str, Tensor], function: Callable[[nn.Module], Any] = score) -> Any:
-    """The oracle: the function, called by hand with a model that holds these weights."""
-    model = make()
-    model.load_state_dict(tensors)
-    with torch.no_grad():
-        return function(model.eval())
-
-
-def of_file(path: Path, function: Callable[[nn.Module], Any] = score) -> Any:
-    return of(load_file(path) if path.suffix == ".safetensors" else torch.load(path), function)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def weights() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    return make().state_dict()
-
-
-def evaluated(function: Callable[[nn.Module], Any], model: nn.Module | None = None) -> dict[str, float]:
-    return evaluate_weights(function, model or make(), weights(), name="step_7.pt", device=CPU)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What a function may return
-
-
-def named(model: nn.Module) -> Any:
-    return 0.25
-
-
-class Meter:
-    def __call__(self, model: nn.Module) -> float:
-        return 0.25
-
-
-@pytest.mark.parametrize(
-    ("function", "name"),
-    [(named, "named"), (lambda model: 0.25, "<lambda>"), (Meter(), "Meter"), (functools.partial(named), "partial")],
-)
-def test_a_lone_number_is_named_after_the_function(function: Callable[[nn.Module], Any], name: str) -> None:
-    assert evaluated(function) == {name: 0.25}
-
-
-@pytest.mark.parametrize(
-    ("value", "number"),
-    [
-        (0.25, 0.25),
-        (3, 3.0),
-        (True, 1.0),
-        (Fraction(1, 4), 0.25),
-        (torch.tensor(0.25), 0.25),
-        (torch.tensor(0.25, dtype=torch.bfloat16), 0.25),
-        (torch.tensor([0.25]), 0.25),
-        (torch.tensor(3), 3.0),
-        (torch.tensor(True), 1.0),
-        (nn.Parameter(torch.tensor(0.25)), 0.25),
-        (numpy.float32(0.25), 0.25),
-        (numpy.float64(0.25), 0.25),
-        (numpy.float16(0.25), 0.25),
-        (numpy.int64(3), 3.0),
-        (numpy.bool_(True), 1.0),
-        (numpy.array(0.25), 0.25),
-        (numpy.array([0.25]), 0.25),
-        (math.inf, math.inf),
-        (torch.tensor(-math.inf), -math.inf),
-    ],
-    ids=lambda value: f"{type(value).__name__} {value}",
-)
-def test_numbers_of_all_kinds(value: Any, number: float) -> None:
-    """Alone, and in a dict; they come out as plain floats, which --json can print."""
-    for returned in (value, {"named": value}):
-        found = evaluated(lambda model, returned=returned: returned)
-        assert list(found.values()) == [number]
-        assert all(type(each) is float for each in found.values())
-
-
-@pytest.mark.parametrize(
-    "value", [math.nan, torch.tensor(math.nan), numpy.float32("nan")], ids=lambda v: type(v).__name__
-)
-def test_nan_is_a_number_here(value: Any) -> None:
-    assert math.isnan(evaluated(lambda model: {"loss": value})["loss"])
-
-
-def test_a_tensor_with_a_gradient_is_a_number() -> None:
-    assert evaluated(lambda model: torch.tensor(0.25, requires_grad=True)) == {"<lambda>": 0.25}
-
-
-def test_names_that_are_no_strings() -> None:
-    """A function may report by class: ``{0: …, 1: …}``."""
-    assert evaluated(lambda model: {0: 0.5, 1: 0.25}) == {"0": 0.5, "1": 0.25}
-
-
-@pytest.mark.parametrize(
-    ("value", "got"),
-    [
-        ("0.93", "'bad' is a str"),
-        (None, "'bad' is None (is there a return?)"),
-        ({}, "an empty dict"),
-        ({"a": "x"}, "'a' is a str"),
-        ({"a": 1.0, "b": None, "c": [1]}, "'b' is None (is there a return?), 'c' is a list"),
-        ({"a": {"b": 1.0}}, "'a' is a dict"),
-        ((0.5, 0.6), "'bad' is a tuple"),
-        ([0.5], "'bad' is a list"),
-        (1j, "'bad' is a complex"),
-        (torch.tensor(1j), "'bad' is a Tensor"),
-        (torch.tensor([0.5, 0.6]), "'bad' is a Tensor of shape [2]"),
-        (torch.tensor([[0.5]]), "'bad' is a Tensor of shape [1, 1]"),
-        (numpy.array([0.5, 0.6]), "'bad' is a ndarray of shape [2]"),
-        (numpy.str_("0.5"), "'bad' is a str_"),
-        ({"a": b"1"}, "'a' is a bytes"),
-    ],
-    ids=repr,
-)
-def test_what_is_no_number_is_named(value: Any, got: str) -> None:
-    def bad(model: nn.Module) -> Any:
-        return value
-
-    with pytest.raises(UserCodeError) as caught:
-        evaluated(bad)
-    assert str(caught.value) == (
-        f"the --eval function: expected a number or a dict of names to numbers, got {got}. Return for example "
-        "{'accuracy': 0.93}."
-    )
-
-
-@pytest.mark.parametrize("value", [10**400, {"count": 10**400}], ids=["alone", "in a dict"])
-def test_an_integer_beyond_float_is_the_function_s_fault(value: Any) -> None:
-    with pytest.raises(UserCodeError):
-        evaluated(lambda model: value)
-
-
-def test_a_number_that_cannot_be_taken_is_the_function_s_fault() -> None:
-    """A tensor without data, or one whose computation on the GPU failed: ``item()`` raises."""
-    with pytest.raises(UserCodeError):
-        evaluated(lambda model: torch.empty((), device="meta"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How the function is called
-
-
-def test_in_evaluation_mode_without_gradients_with_these_weights() -> None:
-    seen: list[Any] = []
-
-    def look(model: nn.Module) -> float:
-        seen.append((any(module.training for module in model.modules()), torch.is_grad_enabled()))
-        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return 0.0
-
-    evaluated(look, make().train())
-    assert seen[0] == (False, False)
-    assert all(torch.equal(seen[1][name], tensor) for name, tensor in weights().items())
-    assert torch.is_grad_enabled()
-
-
-def test_is_what_the_function_says_when_called_by_hand() -> None:
-    assert evaluated(score) == of(weights())
-
-
-def test_weights_are_copied_and_the_source_stays() -> None:
-    """The source may be a mapped checkpoint: writing to it would change the user's file, or crash."""
-    source = weights()
-    before = {name: tensor.clone() for name, tensor in source.items()}
-
-    def destroy(model: nn.Module) -> float:
-        for tensor in model.state_dict().values():
-            tensor.zero_()
-        return 0.0
-
-    evaluate_weights(destroy, make(), source, name="x", device=CPU)
-    assert all(torch.equal(source[name], tensor) for name, tensor in before.items())
-
-
-def test_modes_and_gradients_are_as_before() -> None:
-    """Also where the function changes them, and where it fails."""
-    model = make()
-    model[1].eval()
-    before = [module.training for module in model.modules()]
-
-    def disturb(model: nn.Module) -> float:
-        model.train()
-        torch.set_grad_enabled(True)
-        raise ValueError
-
-    with torch.no_grad():
-        with pytest.raises(UserCodeError):
-            evaluated(disturb, model)
-        assert not torch.is_grad_enabled()
-    assert [module.training for module in model.modules()] == before
-
-
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
-        (ValueError("no such file"), "ValueError: no such file"),
-        (SystemExit(0), "SystemExit: 0"),
-        (SystemExit("bye"), "SystemExit: bye"),
-        (StopIteration(), "StopIteration: "),
-        (AssertionError(), "AssertionError: "),
-    ],
-)
-def test_what_it_raises_names_the_weights(error: BaseException, text: str) -> None:
-    """Also sys.exit(0), which would end the command with success and without an output."""
-
-    def fail(model: nn.Module) -> float:
-        raise error
-
-    with pytest.raises(UserCodeError) as caught:
-        evaluated(fail)
-    assert str(caught.value) == f"the --eval function raised for step_7.pt: {text}"
-    assert caught.value.__cause__ is error, "the traceback is what helps"
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), UsageError("x")])
-def test_what_is_not_its_fault_passes(error: BaseException) -> None:
-    def fail(model: nn.Module) -> float:
-        raise error
-
-    with pytest.raises(type(error)):
-        evaluated(fail)
-
-
-def test_weights_that_do_not_fit_the_model() -> None:
-    with pytest.raises(IncompatibleError):
-        evaluate_weights(score, nn.Linear(2, 2), weights(), name="x", device=CPU)
+# Random states
 
 
 def draws(model: nn.Module) -> dict[str, float]:
@@ -320,7 +56,7 @@ def test_the_same_random_state_at_each_call(run: list[Path], out: Path) -> None:
 
     In between lies a refresh over a loader that shuffles.
     """
-    loader = torch.utils.data.DataLoader(torch.cat(batches()), batch_size=5, shuffle=True)
+    loader = torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True)
     result = average(run, out, model=make, data=loader, evaluate=draws, evaluate_all=True, device="cpu")
     assert len(result.evaluations) == 5
     assert len({tuple(each.metrics.items()) for each in result.evaluations}) == 1
@@ -334,7 +70,7 @@ def test_random_states_are_as_before(run: list[Path], out: Path) -> None:
     expected = draws(model)
     for seed in (torch.manual_seed, random.seed, numpy.random.seed):
         seed(5)
-    average(run, out, model=model, data=batches(), evaluate=draws, device="cpu")
+    average(run, out, model=model, data=data(), evaluate=draws, device="cpu")
     assert draws(model) == expected
 
 
@@ -344,7 +80,7 @@ def test_random_states_are_as_before(run: list[Path], out: Path) -> None:
 
 def test_of_the_last_checkpoint_and_of_the_published_file(run: list[Path], out: Path, tmp_path: Path) -> None:
     """Equal to loading the files by hand: the last checkpoint, the mean with the mean statistics, and the output."""
-    result = average(run, out, model=make, data=batches, evaluate=score, device="cpu")
+    result = average(run, out, model=make, data=data, evaluate=score, device="cpu")
     average(run, tmp_path / "kept.safetensors", bn="keep", device="cpu")
     assert [(each.name, each.path) for each in result.evaluations] == [
         ("step_2.pt", run[2]),
@@ -381,7 +117,7 @@ def test_checkpoints_of_the_same_name_are_told_apart(run: list[Path], out: Path,
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_of_the_output_in_its_own_dtype(run: list[Path], out: Path, dtype: str, bn: str) -> None:
     """What is rounded to half precision is measured so, and not as it was before."""
-    result = average(run, out, dtype=dtype, bn=bn, model=make, data=batches, evaluate=score, device="cpu")
+    result = average(run, out, dtype=dtype, bn=bn, model=make, data=data, evaluate=score, device="cpu")
     assert load_file(out)["0.weight"].dtype is getattr(torch, dtype)
     assert result.evaluations[-1].metrics == of_file(out)
 
@@ -406,7 +142,7 @@ def test_of_one_checkpoint_as_it_is(run: list[Path], out: Path) -> None:
 
 
 def test_of_one_checkpoint_before_and_after_its_refresh(run: list[Path], out: Path) -> None:
-    result = average(run, out, last=1, model=make, data=batches, evaluate=score, device="cpu")
+    result = average(run, out, last=1, model=make, data=data, evaluate=score, device="cpu")
     assert [each.name for each in result.evaluations] == ["step_2.pt", "these weights, statistics refreshed"]
     assert [each.metrics for each in result.evaluations] == [of_file(run[2]), of_file(out)]
 
@@ -416,7 +152,7 @@ def test_frozen_statistics_are_measured_once(run: list[Path], out: Path) -> None
     statistics = {name: tensor for name, tensor in torch.load(run[0]).items() if "running" in name or "num_b" in name}
     for path in run:
         torch.save({**torch.load(path), **statistics}, path)
-    result = average(run, out, model=make, data=batches, evaluate=score)
+    result = average(run, out, model=make, data=data, evaluate=score)
     assert [each.name for each in result.evaluations] == ["step_2.pt", "average"]
     assert result.evaluations[-1].metrics == of_file(out)
 
@@ -437,9 +173,10 @@ def test_a_dry_run_does_not_call_it(run: list[Path], out: Path) -> None:
     def never(model: nn.Module) -> float:
         pytest.fail("called")
 
-    result = average(run, out, model=make, data=batches, evaluate=never, require="never>=last", dry_run=True)
+    result = average(run, out, model=make, data=data, evaluate=never, require="never>=last", dry_run=True)
     assert (result.evaluations, result.outcomes, result.written) == ((), (), False)
     assert names(out.parent) == []
+    assert any("--require are not tried" in text for text in result.notices), "or the gate would look passed"
 
 
 def test_the_model_that_is_passed_in_stays_as_it_is(run: list[Path], out: Path) -> None:
@@ -452,11 +189,9 @@ def test_the_model_that_is_passed_in_stays_as_it_is(run: list[Path], out: Path) 
 
 
 def test_progress_says_what_is_measured(run: list[Path], out: Path) -> None:
-    from ckpt_avg.progress import Progress
-
     told: list[str] = []
     average(
-        run, out, model=make, data=batches, evaluate=score, evaluate_all=True, progress=Progress(evaluating=told.append)
+        run, out, model=make, data=data, evaluate=score, evaluate_all=True, progress=Progress(evaluating=told.append)
     )
     assert told == [
         "step_0.pt",
@@ -473,7 +208,7 @@ def test_progress_says_what_is_measured(run: list[Path], out: Path) -> None:
 
 def trains(model: nn.Module) -> None:
     model.train()
-    model(batches()[0] * 100)
+    model(data()[0] * 100)
 
 
 def changes_buffers(model: nn.Module) -> None:
@@ -538,11 +273,13 @@ def test_a_function_that_disturbs(
         return found
 
     monkeypatch.chdir(tmp_path)
-    data = torch.utils.data.DataLoader(torch.cat(batches()), batch_size=5, shuffle=True)
+    loader = torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True)
     torch.manual_seed(3)
-    average(run, "plain.safetensors", model=make, data=data, device="cpu")
+    average(run, "plain.safetensors", model=make, data=loader, device="cpu")
     torch.manual_seed(3)
-    found = average(run, "swa.safetensors", model=make, data=data, evaluate=disturbing, evaluate_all=True, device="cpu")
+    found = average(
+        run, "swa.safetensors", model=make, data=loader, evaluate=disturbing, evaluate_all=True, device="cpu"
+    )
     assert (tmp_path / "swa.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
     assert [each.metrics for each in found.evaluations if each.path] == [of_file(path) for path in run]
     assert found.evaluations[-1].metrics == of_file(tmp_path / "swa.safetensors")
@@ -570,7 +307,7 @@ def test_a_function_that_changes_the_model_itself_is_refused(
         return 1.0
 
     with pytest.raises(UserCodeError, match=r"copy\.deepcopy\(model\)") as caught:
-        average(run, out, model=make, data=batches, evaluate=changing, device="cpu")
+        average(run, out, model=make, data=data, evaluate=changing, device="cpu")
     assert named in str(caught.value)
     assert names(out.parent) == []
 
@@ -595,7 +332,7 @@ def test_hooks_that_are_removed_again_are_no_change(run: list[Path], out: Path) 
         handle.remove()
         return found
 
-    result = average(run, out, model=make, data=batches, evaluate=looks, device="cpu")
+    result = average(run, out, model=make, data=data, evaluate=looks, device="cpu")
     assert result.evaluations[-1].metrics == of_file(out)
 
 
@@ -616,7 +353,7 @@ def test_nothing_is_published_where_it_fails(run: list[Path], out: Path, at: int
         raise {"raises": ValueError, "exits": SystemExit, "interrupt": KeyboardInterrupt}[kind]
 
     with pytest.raises(KeyboardInterrupt if kind == "interrupt" else UserCodeError) as caught:
-        average(run, out, model=make, data=batches, evaluate=fails, overwrite=True, device="cpu")
+        average(run, out, model=make, data=data, evaluate=fails, overwrite=True, device="cpu")
     if kind in ("raises", "exits"):
         where = ["step_2.pt", "average, statistics averaged", "average, statistics refreshed"][at - 1]
         assert f"raised for {where}:" in str(caught.value)
@@ -675,11 +412,11 @@ def test_the_gate_is_held_against_the_output(
     """Against the average after its refresh, and not before; ``best`` and ``mean`` measure all without being asked."""
     function = replies(*values)
     if met:
-        result = average(run, out, model=make, data=batches, evaluate=function, require=require, device="cpu")
+        result = average(run, out, model=make, data=data, evaluate=function, require=require, device="cpu")
         assert (result.written, names(out.parent)) == (True, [out.name])
     else:
         with pytest.raises(RequirementError) as caught:
-            average(run, out, model=make, data=batches, evaluate=function, require=require, device="cpu")
+            average(run, out, model=make, data=data, evaluate=function, require=require, device="cpu")
         result = caught.value.result
         assert (result.written, names(out.parent)) == (False, [])
     assert [each.metrics["m"] for each in result.evaluations] == pytest.approx(values, nan_ok=True)
@@ -744,38 +481,23 @@ def test_what_makes_no_sense_is_refused_first(out: Path, options: dict[str, Any]
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-APP = """
-import os, sys
-import torch
-from torch import nn
-
-def make():
-    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
-
-def data():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(size, 4, generator=generator) for size in (5, 4, 3)]
-
-def score(model):
+APP = f"""{NET}
+def noisy(model):
     print("printed by the function")
-    output = model(torch.cat(data())).double()
-    return {"accuracy": (output > 0).double().mean(), "loss": output.square().mean().item()}
+    return score(model)
 
 calls = 0
 
 def falls(model):
     global calls
     calls += 1
-    return {"m": 1.0 / calls}
+    return {{"m": 1.0 / calls}}
 
 def nothing(model):
-    return {"m": float("nan"), "n": float("inf")}
+    return {{"m": float("nan"), "n": float("inf")}}
 
 def text(model):
     return "0.93"
-
-def raises(model):
-    raise LookupError("no test set")
 
 def exits(model):
     sys.exit(0)
@@ -784,31 +506,20 @@ def interrupts(model):
     raise KeyboardInterrupt
 
 def signs(model):
-    return {"a\\x1b[31m": 1.0}
+    return {{"a\\x1b[31m": 1.0}}
 """
 
 
 class App:
     """A module of the user's in a folder with spaces, and a run of its model."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run: list[Path]) -> None:
         self.folder = folder / "my app"
         self.folder.mkdir()
-        self.module = f"eval_app_{os.getpid()}_{next(_numbers)}"
-        (self.folder / f"{self.module}.py").write_text(APP)
-        self.run = folder / "a run"
-        self.run.mkdir()
+        self.module = write_module(self.folder, APP)
+        self.run = run[0].parent.rename(folder / "a run")
         self.out = folder / "out" / "swa.safetensors"
         self.out.parent.mkdir()
-        namespace: dict[str, Any] = {}
-        exec(APP, namespace)
-        self.make, self.score = namespace["make"], namespace["score"]
-        for number in range(3):
-            torch.manual_seed(number)
-            model = self.make()
-            with torch.no_grad():
-                model(torch.randn(8, 4) + number)
-            torch.save(model.state_dict(), self.run / f"step_{number}.pt")
 
     def arguments(self, function: str | None, *more: object, data: bool = False) -> list[object]:
         words = ["average", self.run, "-o", self.out, "--app-dir", self.folder, "--model", f"{self.module}:make"]
@@ -816,26 +527,18 @@ class App:
         words += ["--eval", f"{self.module}:{function}"] if function else []
         return [*words, "--device", "cpu", *more]
 
-    def of(self, path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
-        model = self.make()
-        model.load_state_dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path))
-        with torch.no_grad():
-            found = {name: float(value) for name, value in self.score(model.eval()).items()}
-        capsys.readouterr()
-        return found
-
 
 @pytest.fixture
-def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> App:
+def app(tmp_path: Path, run: list[Path], monkeypatch: pytest.MonkeyPatch) -> App:
     monkeypatch.setattr(sys, "path", list(sys.path))
-    return App(tmp_path)
+    return App(tmp_path, run)
 
 
-def test_the_table(app: App, in_process: InProcess, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table(app: App, in_process: InProcess) -> None:
     """On stdout, with what the function prints on stderr; the numbers are those of the files."""
-    code, stdout, stderr = in_process(*app.arguments("score", "--require", "loss<=last+1e9", data=True))
+    code, stdout, stderr = in_process(*app.arguments("noisy", "--require", "loss<=last+1e9", data=True))
     assert code == 0, stderr
-    last, published = (app.of(path, capsys) for path in (app.run / "step_2.pt", app.out))
+    last, published = of_file(app.run / "step_2.pt"), of_file(app.out)
     lines = stdout.splitlines()
     header = next(number for number, line in enumerate(lines) if line.split() == ["accuracy", "loss"])
     assert lines[header + 1].split() == ["step_2.pt", "(last)", f"{last['accuracy']:.6g}", f"{last['loss']:.6g}"]
@@ -848,18 +551,18 @@ def test_the_table(app: App, in_process: InProcess, capsys: pytest.CaptureFixtur
     assert stderr.count("printed by the function") == 3
 
 
-def test_json_and_report_say_the_same(app: App, in_process: InProcess, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_and_report_say_the_same(app: App, in_process: InProcess) -> None:
     report = app.out.parent / "swa.json"
     code, stdout, _ = in_process(*app.arguments("score", "--eval-all", "--json", "--report", report, data=True))
     assert code == 0
     document = json.loads(stdout)
     assert json.loads(report.read_text()) == document
-    expected = [app.of(app.run / f"step_{number}.pt", capsys) for number in range(3)]
+    expected = [of_file(app.run / f"step_{number}.pt") for number in range(3)]
     assert [each["metrics"] for each in document["evaluations"][:3]] == expected
     assert document["evaluations"][-1] == {
         "name": "average, statistics refreshed",
         "path": None,
-        "metrics": app.of(app.out, capsys),
+        "metrics": of_file(app.out),
     }
     assert (document["written"], document["requirements"]) == (True, [])
 
@@ -890,7 +593,7 @@ def test_an_unmet_requirement(app: App, in_process: InProcess, old: bool) -> Non
 
 
 def test_an_unmet_requirement_in_json(app: App, in_process: InProcess) -> None:
-    """One document, which has both what was measured and why nothing was published."""
+    """One document, which has both what was measured and why nothing was published; the report is the same."""
     report = app.out.parent / "swa.json"
     code, stdout, stderr = in_process(
         *app.arguments("falls", "--require", "m>=best", "--json", "--report", report, "-q")
@@ -906,13 +609,7 @@ def test_an_unmet_requirement_in_json(app: App, in_process: InProcess) -> None:
     assert [each["metrics"]["m"] for each in document["evaluations"]] == [1.0, 1 / 2, 1 / 3, 1 / 4]
     assert document["written"] is False
     assert names(app.out.parent) == ["swa.json"]
-
-
-def test_the_report_of_an_unmet_requirement_is_what_json_prints(app: App, in_process: InProcess) -> None:
-    """A dashboard that reads reports must find the error there too."""
-    report = app.out.parent / "swa.json"
-    _, stdout, _ = in_process(*app.arguments("falls", "--require", "m>=last", "--json", "--report", report))
-    assert json.loads(report.read_text()) == json.loads(stdout)
+    assert json.loads(report.read_text()) == document
 
 
 def test_json_stays_json_for_nan_and_infinity(app: App, in_process: InProcess) -> None:
@@ -965,14 +662,6 @@ def test_what_exits_with_2(app: App, in_process: InProcess, arguments: list[str]
     assert names(app.out.parent) == []
 
 
-def test_eval_without_a_model(app: App, in_process: InProcess) -> None:
-    code, _, stderr = in_process(
-        "average", app.run, "-o", app.out, "--bn", "keep", "--eval", f"{app.module}:score", "--app-dir", app.folder
-    )
-    assert (code, names(app.out.parent)) == (2, [])
-    assert "--eval needs a model. Add --model MODULE:FACTORY." in stderr
-
-
 def test_a_dry_run_with_everything(app: App, in_process: InProcess) -> None:
     """The function fails if it is called; requirements are checked as far as words go."""
     code, stdout, stderr = in_process(*app.arguments("raises", "--require", "m>=best", "--eval-all", "--dry-run"))
@@ -1012,12 +701,6 @@ def test_control_characters_of_a_metric_do_not_reach_the_terminal(app: App, in_p
     code, stdout, _ = in_process(*app.arguments("signs"))
     assert code == 0
     assert "\x1b" not in stdout
-
-
-def test_help_says_what_there_is(in_process: InProcess) -> None:
-    _, stdout, _ = in_process("average", "--help")
-    for option in ("--eval", "--eval-all", "--require", "--report"):
-        assert f"  {option} " in stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1065,12 +748,6 @@ def test_batch_norm_in_train_mode_is_said(run: list[Path], out: Path) -> None:
     ]
     assert "Leave out model.train()" in notices[0][0]
     assert notices[1] == []
-
-
-def test_a_dry_run_says_that_it_measures_nothing(run: list[Path], out: Path) -> None:
-    """Else a gate that was never tried would look passed."""
-    result = average(run, out, model=make, bn="keep", evaluate=lambda model: 1.0, require="a>=last", dry_run=True)
-    assert any("--require are not tried" in text for text in result.notices)
 
 
 def test_what_is_no_function_is_refused_at_once(run: list[Path], out: Path) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors
 import torch
+from commands.user_modules import NET, InProcess, names, objects, trained, write_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ckpt_avg import (
+    AverageResult,
     IncompatibleError,
     OutputError,
     RequirementError,
@@ -27,14 +26,9 @@ from ckpt_avg import (
     refresh_batch_norm,
     refresh_weights,
 )
+from ckpt_avg.cli.reports import refreshed_text
 
-InProcess = Callable[..., tuple[int, str, str]]
-_numbers = itertools.count()
-
-MODULE = """
-import torch
-from torch import nn
-
+MODULE = f"""{NET}
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -53,22 +47,11 @@ class Net(nn.Module):
 def make():
     return Net()
 
-def data():
-    generator = torch.Generator().manual_seed(100)
-    return [torch.randn(size, 1, 6, generator=generator) for size in (6, 5, 4)]
-
-def score(model):
-    return {"loss": model(torch.cat(data())).double().square().sum().item()}
-
 def falls(model, calls=[]):
     calls.append(1)
-    return {"m": 1.0 / len(calls)}
-
-def raises(model):
-    raise LookupError("no test set")
+    return {{"m": 1.0 / len(calls)}}
 """
-APP: dict[str, Any] = {}
-exec(MODULE, APP)
+APP = objects(MODULE)
 make, data, score = APP["make"], APP["data"], APP["score"]
 
 STATISTICS = {
@@ -78,17 +61,6 @@ STATISTICS = {
 }
 
 
-def trained(seed: int = 0) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    model = make().train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-        for batch in data():
-            model(batch * (2 + seed))
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def raw(tensor: Tensor) -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
 
@@ -96,10 +68,6 @@ def raw(tensor: Tensor) -> bytes:
 def metadata(path: Path) -> dict[str, str]:
     with safetensors.safe_open(path, framework="pt") as reader:
         return dict(reader.metadata() or {})
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def by_hand(weights: dict[str, Tensor], batches: Any = None, **options: Any) -> dict[str, Tensor]:
@@ -112,7 +80,7 @@ def by_hand(weights: dict[str, Tensor], batches: Any = None, **options: Any) -> 
 
 @pytest.fixture
 def weights() -> dict[str, Tensor]:
-    return trained()
+    return trained(0, make)
 
 
 @pytest.fixture
@@ -127,6 +95,10 @@ def source(tmp_path: Path, weights: dict[str, Tensor]) -> Path:
 def out(tmp_path: Path) -> Path:
     (tmp_path / "out").mkdir()
     return tmp_path / "out" / "refreshed.safetensors"
+
+
+def refresh(source: Path, out: Path, **options: Any) -> AverageResult:
+    return refresh_weights(source, out, **{"model": make, "data": data, "device": "cpu", **options})
 
 
 def assert_refreshed(out: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -146,35 +118,35 @@ def test_statistics_are_new_and_everything_else_is_bit_equal(
     source: Path, weights: dict[str, Tensor], out: Path
 ) -> None:
     """Integers, bools, empty tensors and -0.0 included; the statistics are those of a live model's refresh."""
-    result = refresh_weights(source, out, model=make, data=data, device="cpu")
+    result = refresh(source, out)
     assert_refreshed(out, weights, by_hand(weights))
     assert result.statistics == "refreshed"
     assert result.batch_norm is not None
     assert (result.batch_norm.batches, result.batch_norm.samples) == (3, 15)
+    # One checkpoint says nothing of whether its statistics ever change: no layer counts as frozen.
+    assert (set(result.batch_norm.statistics), result.batch_norm.frozen) == ({"body.1", "norm"}, ())
 
 
 @pytest.mark.parametrize(
     "options", [{"bn_batches": 2}, {"bn_estimator": "batch-mean"}, {"amp": "bfloat16"}], ids=lambda o: next(iter(o))
 )
 def test_options_of_the_refresh(source: Path, weights: dict[str, Tensor], out: Path, options: dict[str, Any]) -> None:
-    refresh_weights(source, out, model=make, data=data, device="cpu", **options)
+    refresh(source, out, **options)
     live = {{"bn_batches": "max_batches", "bn_estimator": "estimator", "amp": "amp"}[k]: v for k, v in options.items()}
     assert_refreshed(out, weights, by_hand(weights, **live))
     assert metadata(out)["ckpt_avg.batch_norm"]
 
 
 def test_forward_batch(source: Path, weights: dict[str, Tensor], out: Path) -> None:
-    refresh_weights(
-        source, out, model=make, data=[{"deep": batch} for batch in data()], device="cpu",
-        forward_batch=lambda model, batch: model(batch["deep"]),
-    )  # fmt: skip
+    deep = [{"deep": batch} for batch in data()]
+    refresh(source, out, data=deep, forward_batch=lambda model, batch: model(batch["deep"]))
     assert_refreshed(out, weights, by_hand(weights))
 
 
 def test_refreshing_twice_changes_nothing(source: Path, out: Path, tmp_path: Path) -> None:
     """The statistics depend on weights and data alone, and the metadata says the same."""
-    refresh_weights(source, out, model=make, data=data, device="cpu")
-    refresh_weights(out, tmp_path / "again.safetensors", model=make, data=data, device="cpu")
+    refresh(source, out)
+    refresh(out, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
 
 
@@ -191,18 +163,18 @@ def test_torch_files(tmp_path: Path, weights: dict[str, Tensor], out: Path, kind
         torch.save(weights, path)
     else:
         torch.save({"a": {"net": weights}, "b": [torch.zeros(3)], "lr": 0.1}, path)
-    refresh_weights(path, out, model=make, data=data, device="cpu")
+    refresh(path, out)
     assert_refreshed(out, weights, by_hand(weights))
     assert not {"epoch", "lr"} & metadata(out).keys(), "what lies beside the weights is no metadata of theirs"
 
 
 def test_state_key_prefix_and_ema(tmp_path: Path, weights: dict[str, Tensor], out: Path) -> None:
     path = tmp_path / "weights.pt"
-    torch.save({"a": {f"net.{name}": tensor for name, tensor in weights.items()}, "b": trained(1)}, path)
-    refresh_weights(path, out, model=make, data=data, state_key="a", strip_prefix="net.", device="cpu")
+    torch.save({"a": {f"net.{name}": tensor for name, tensor in weights.items()}, "b": trained(1, make)}, path)
+    refresh(path, out, state_key="a", strip_prefix="net.")
     assert_refreshed(out, weights, by_hand(weights))
-    torch.save({"state_dict": trained(1), "state_dict_ema": weights}, path)
-    refresh_weights(path, out, model=make, data=data, ema=True, device="cpu", overwrite=True)
+    torch.save({"state_dict": trained(1, make), "state_dict_ema": weights}, path)
+    refresh(path, out, ema=True, overwrite=True)
     assert_refreshed(out, weights, by_hand(weights))
 
 
@@ -217,50 +189,33 @@ def test_a_sharded_checkpoint(tmp_path: Path, weights: dict[str, Tensor], out: P
     place = {name: file for file, half in zip(files, halves, strict=True) for name in half}
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": place}))
-    refresh_weights(folder if named == "folder" else index, out, model=make, data=data, device="cpu")
+    refresh(folder if named == "folder" else index, out)
     assert_refreshed(out, weights, by_hand(weights))
 
 
 def test_a_run_folder_with_one_checkpoint(source: Path, weights: dict[str, Tensor], out: Path) -> None:
-    refresh_weights(source.parent, out, model=make, data=data, device="cpu")
+    refresh(source.parent, out)
     assert_refreshed(out, weights, by_hand(weights))
 
 
 def test_another_dtype(source: Path, out: Path, weights: dict[str, Tensor]) -> None:
     """``--dtype`` converts the weights; the statistics are those of the converted ones."""
-    refresh_weights(source, out, model=make, data=data, dtype="bfloat16", device="cpu")
+    refresh(source, out, dtype="bfloat16")
     narrow = {name: t.bfloat16() if t.is_floating_point() else t for name, t in weights.items()}
     expected = by_hand({name: t.float() if t.is_floating_point() else t for name, t in narrow.items()})
     assert_refreshed(out, narrow, {name: t.to(narrow[name].dtype) for name, t in expected.items()})
 
 
-def test_frozen_statistics_do_not_exist_for_one_checkpoint(source: Path, out: Path) -> None:
-    """One checkpoint says nothing of whether its statistics ever change: all layers are refreshed."""
-    result = refresh_weights(source, out, model=make, data=data, device="cpu")
-    assert result.batch_norm is not None
-    assert (set(result.batch_norm.statistics), result.batch_norm.frozen) == ({"body.1", "norm"}, ())
-
-
-def test_a_model_without_batch_norm_says_that_nothing_was_refreshed(
-    tmp_path: Path, out: Path, in_process: InProcess
-) -> None:
+def test_a_model_without_batch_norm_says_that_nothing_was_refreshed(tmp_path: Path, out: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({"weight": torch.ones(2, 6), "bias": torch.ones(2)}, path)
-    result = refresh_weights(path, out, model=lambda: nn.Linear(6, 2), data=data)
+    result = refresh(path, out, model=lambda: nn.Linear(6, 2))
     assert (result.batch_norm, result.statistics) == (None, "none")
+    assert not refreshed_text(result).startswith("refreshed")
     assert [text for text in result.notices if "nothing to refresh" in text]
     assert {name: raw(tensor) for name, tensor in load_file(out).items()} == {
         name: raw(tensor) for name, tensor in load_file(path).items()
     }
-
-
-def test_the_first_line_does_not_say_refreshed_where_nothing_was(tmp_path: Path, out: Path) -> None:
-    from ckpt_avg.cli.reports import refreshed_text
-
-    path = tmp_path / "weights.safetensors"
-    save_file({"weight": torch.ones(2, 6), "bias": torch.ones(2)}, path)
-    result = refresh_weights(path, out, model=lambda: nn.Linear(6, 2), data=data)
-    assert not refreshed_text(result).startswith("refreshed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,7 +223,7 @@ def test_the_first_line_does_not_say_refreshed_where_nothing_was(tmp_path: Path,
 
 
 def test_metadata_of_the_source_is_kept(source: Path, out: Path) -> None:
-    refresh_weights(source, out, model=make, data=data, device="cpu")
+    refresh(source, out)
     before, after = metadata(source), metadata(out)
     assert {key: after[key] for key in before} == before
     about = json.loads(after["ckpt_avg.batch_norm"])
@@ -279,10 +234,10 @@ def test_what_an_average_says_of_itself_is_kept(tmp_path: Path, out: Path) -> No
     """Of which checkpoints, and by which method: it stays an average. What it said of BatchNorm is no longer true."""
     paths = [tmp_path / f"step_{number}.pt" for number in range(3)]
     for number, path in enumerate(paths):
-        torch.save(trained(number), path)
+        torch.save(trained(number, make), path)
     kept = tmp_path / "kept.safetensors"
     average(paths, kept, bn="keep", dtype="float64", device="cpu")
-    refresh_weights(kept, out, model=make, data=data, device="cpu")
+    refresh(kept, out)
     before, after = metadata(kept), metadata(out)
     assert after.keys() == before.keys()
     assert {key for key in after if after[key] != before[key]} == {
@@ -302,10 +257,10 @@ def test_is_the_average_that_average_itself_would_have_refreshed(tmp_path: Path,
     """First averaged and then refreshed, or both at once: the same bytes."""
     paths = [tmp_path / f"step_{number}.pt" for number in range(3)]
     for number, path in enumerate(paths):
-        torch.save(trained(number), path)
+        torch.save(trained(number, make), path)
     average(paths, tmp_path / "kept.safetensors", bn="keep", device="cpu")
     average(paths, tmp_path / "both.safetensors", model=make, data=data, device="cpu")
-    refresh_weights(tmp_path / "kept.safetensors", out, model=make, data=data, device="cpu")
+    refresh(tmp_path / "kept.safetensors", out)
     assert out.read_bytes() == (tmp_path / "both.safetensors").read_bytes()
 
 
@@ -317,9 +272,9 @@ def test_several_checkpoints(tmp_path: Path, out: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     for number in range(2):
-        torch.save(trained(number), folder / f"step_{number}.pt")
+        torch.save(trained(number, make), folder / f"step_{number}.pt")
     with pytest.raises(UsageError) as caught:
-        refresh_weights(folder, out, model=make, data=data)
+        refresh(folder, out)
     assert str(caught.value) == (
         f"{folder}: contains 2 checkpoints. Name one, for example {folder / 'step_1.pt'}, or use ckpt-avg average."
     )
@@ -344,40 +299,38 @@ def test_onto_itself(source: Path, tmp_path: Path, overwrite: bool, how: str, ma
     else:
         out = source if how == "same path" else source.parent / ".." / "in" / source.name
     with pytest.raises(UsageError, match="one of the checkpoints"):
-        refresh_weights(
-            source if named == "file" else source.parent, out, model=make, data=data, overwrite=overwrite, device="cpu"
-        )
+        refresh(source if named == "file" else source.parent, out, overwrite=overwrite)
     assert source.read_bytes() == before
 
 
 def test_an_existing_output(source: Path, out: Path, weights: dict[str, Tensor]) -> None:
     out.write_bytes(b"old")
     with pytest.raises(OutputError):
-        refresh_weights(source, out, model=make, data=data)
+        refresh(source, out)
     assert out.read_bytes() == b"old"
-    refresh_weights(source, out, model=make, data=data, overwrite=True, device="cpu")
+    refresh(source, out, overwrite=True)
     assert_refreshed(out, weights, by_hand(weights))
 
 
 def test_another_model(source: Path, out: Path) -> None:
     with pytest.raises(IncompatibleError):
-        refresh_weights(source, out, model=lambda: nn.BatchNorm1d(3), data=data)
+        refresh(source, out, model=lambda: nn.BatchNorm1d(3))
 
 
 @pytest.mark.parametrize("batches", [[], iter(()), [torch.randn(1, 1, 6)[:0]]], ids=["none", "used up", "empty"])
 def test_data_that_gives_nothing(source: Path, out: Path, batches: Any) -> None:
     with pytest.raises(UserCodeError):
-        refresh_weights(source, out, model=make, data=batches, device="cpu")
+        refresh(source, out, data=batches)
     assert names(out.parent) == []
 
 
 def test_one_pass_over_a_generator_is_enough(source: Path, out: Path, weights: dict[str, Tensor]) -> None:
-    refresh_weights(source, out, model=make, data=(batch for batch in data()), device="cpu")
+    refresh(source, out, data=(batch for batch in data()))
     assert_refreshed(out, weights, by_hand(weights))
 
 
 def test_a_dry_run(source: Path, out: Path) -> None:
-    result = refresh_weights(source, out, model=make, data=data, evaluate=score, dry_run=True)
+    result = refresh(source, out, evaluate=score, dry_run=True)
     assert (result.written, result.evaluations, names(out.parent)) == (False, (), [])
 
 
@@ -386,7 +339,7 @@ def test_a_dry_run(source: Path, out: Path) -> None:
 
 
 def test_measured_before_and_after(source: Path, out: Path) -> None:
-    result = refresh_weights(source, out, model=make, data=data, evaluate=score, device="cpu")
+    result = refresh(source, out, evaluate=score)
     expected = []
     for path in (source, out):
         model = make()
@@ -403,10 +356,7 @@ def test_measured_before_and_after(source: Path, out: Path) -> None:
 def test_a_gate(source: Path, out: Path) -> None:
     values = iter([1.0, 0.5])
     with pytest.raises(RequirementError) as caught:
-        refresh_weights(
-            source, out, model=make, data=data, evaluate=lambda model: {"m": next(values)}, require="m>=last",
-            device="cpu",
-        )  # fmt: skip
+        refresh(source, out, evaluate=lambda model: {"m": next(values)}, require="m>=last")
     assert [each.metrics["m"] for each in caught.value.result.evaluations] == [1.0, 0.5]
     assert names(out.parent) == []
 
@@ -421,8 +371,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     folder = tmp_path / "my app"
     folder.mkdir()
-    module = f"refresh_app_{os.getpid()}_{next(_numbers)}"
-    (folder / f"{module}.py").write_text(MODULE)
+    module = write_module(folder, MODULE)
     return ["--app-dir", str(folder), "--model", f"{module}:make", "--data", f"{module}:data", "--device", "cpu"]
 
 
@@ -471,18 +420,7 @@ def test_the_command_with_an_unmet_requirement(app: list[str], source: Path, out
     assert (code, out.read_bytes(), names(out.parent)) == (9, b"old", [out.name])
     assert "NOT MET: m>=last: expected >= 1, got 0.5" in stdout
     assert "not published" in stderr
-
-
-def test_a_message_of_one_file_does_not_advise_a_sweep(
-    app: list[str], source: Path, out: Path, in_process: InProcess
-) -> None:
-    """There is one file, so no other checkpoints to average."""
-    module = app[3].partition(":")[0]
-    _, _, stderr = in_process(
-        "refresh-bn", source, "-o", out, *app, "--eval", f"{module}:falls", "--require", "m>=last"
-    )
-    assert "not published" in stderr
-    assert "sweep" not in stderr
+    assert "sweep" not in stderr, "there is one file, so no other checkpoints to average"
 
 
 @pytest.mark.parametrize("missing", ["--model", "--data"])
@@ -505,7 +443,7 @@ def test_what_exits_with_2(app: list[str], source: Path, out: Path, in_process: 
         "requires nothing": [source, "-o", out, "--require", "m>=last"],
     }
     if case == "several":
-        torch.save(trained(1), source.parent / "other.pt")
+        torch.save(trained(1, make), source.parent / "other.pt")
     code, _, stderr = in_process("refresh-bn", *what[case], *app)
     assert code == 2, stderr
     assert stderr.splitlines()[-1].startswith("Error: ")

@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,62 +15,28 @@ from typing import Any
 
 import pytest
 import torch
+from commands.user_modules import NET, InProcess, data, make, of_file, score, trained, write_module
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ckpt_avg import IncompatibleError, UsageError, UserCodeError, average, sweep
 from ckpt_avg.commands.sweep import SweepResult, windows_of
 from ckpt_avg.progress import Progress
 
-InProcess = Callable[..., tuple[int, str, str]]
-_numbers = itertools.count()
-
-MODULE = """
-import itertools, os
-import torch
-from torch import nn
-
-def make():
-    return nn.Sequential(
-        nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
-        nn.Linear(16, 5), nn.BatchNorm1d(5), nn.Linear(5, 2),
-    )
-
-def data():
-    generator = torch.Generator().manual_seed(100)
-    return [torch.randn(size, 1, 6, generator=generator) for size in (6, 5, 4)]
-
-def score(model):
-    return {"loss": model(torch.cat(data())).double().square().sum().item()}
-
+MODULE = f"""{NET}
 calls = itertools.count()
 
 def picked(model):
     # The first call is for the last checkpoint as it is, then come the windows: one of them is the best.
-    return {**score(model), "picked": next(calls) == int(os.environ["PICKED"])}
+    return {{**score(model), "picked": next(calls) == int(os.environ["PICKED"])}}
 
 def nothing(model):
-    return {"loss": float("nan")}
-
-def raises(model):
-    raise LookupError("no test set")
+    return {{"loss": float("nan")}}
 
 def prints(model):
     print("printed by the function")
     return score(model)
 """
-APP: dict[str, Any] = {}
-exec(MODULE, APP)
-make, data, score = APP["make"], APP["data"], APP["score"]
-
-
-def trained(seed: int) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    model = make().train()
-    with torch.no_grad():
-        for batch in data():
-            model(batch * (2 + seed))
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.fixture
@@ -86,19 +51,18 @@ def run(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def of_file(path: Path, function: Callable[[nn.Module], Any] = score) -> Any:
-    model = make()
-    model.load_state_dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path)["model"])
-    with torch.no_grad():
-        return function(model.eval())
-
-
 def assert_as_average_writes(result: SweepResult, folder: Path, **options: Any) -> None:
     """The oracle: really averages the checkpoints of each window, and measures the files."""
     for number, window in enumerate(result.windows):
         out = folder / f"{number}-{window.side}-{len(window.checkpoints)}.safetensors"
         average(window.checkpoints, out, model=make, device="cpu", **options)
         assert window.metrics == of_file(out), (window.side, len(window.checkpoints))
+
+
+def swept(run: Any, **options: Any) -> SweepResult:
+    """A sweep by the loss, with a refresh; what is None is not given."""
+    given = {"model": make, "data": data, "evaluate": score, "minimize": "loss", "device": "cpu", **options}
+    return sweep(run, **{name: value for name, value in given.items() if value is not None})
 
 
 def sizes(result: SweepResult) -> list[tuple[str, int]]:
@@ -153,16 +117,8 @@ def test_which_windows_there_are(sides: str, expected: list[tuple[str, int, int]
 def test_each_window_is_what_average_writes(run: list[Path], tmp_path: Path, options: dict[str, Any]) -> None:
     """All of them, each with its own refresh; that of a single checkpoint too."""
     given = options if "bn" in options else {**options, "data": data}
-    result = sweep(run, model=make, evaluate=score, minimize="loss", device="cpu", **given)
-    assert sizes(result) == [
-        ("last", 1),
-        ("last", 2),
-        ("last", 3),
-        ("last", 4),
-        ("first", 1),
-        ("first", 2),
-        ("first", 3),
-    ]
+    result = swept(run, **{"data": None, **given})
+    assert sizes(result) == [*(("last", size) for size in (1, 2, 3, 4)), *(("first", size) for size in (1, 2, 3))]
     assert [window.checkpoints for window in result.windows[:4]] == [tuple(run[-size:]) for size in (1, 2, 3, 4)]
     assert [window.checkpoints for window in result.windows[4:]] == [tuple(run[:size]) for size in (1, 2, 3)]
     assert len({window.metrics["loss"] for window in result.windows}) == 7, "the test would notice a mix-up"
@@ -173,7 +129,7 @@ def test_each_window_is_what_average_writes(run: list[Path], tmp_path: Path, opt
 
 def test_the_last_checkpoint_as_it_is(run: list[Path]) -> None:
     """Without a refresh: it is what the averages are compared with."""
-    result = sweep(run, model=make, data=data, evaluate=score, minimize="loss", device="cpu")
+    result = swept(run)
     assert (result.last.name, result.last.path, result.last.metrics) == ("step_4.pt", run[-1], of_file(run[-1]))
     assert result.last.metrics != result.windows[0].metrics
 
@@ -232,8 +188,7 @@ def test_non_float_tensors_are_those_of_each_window_s_last(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("sides", ["last", "first"])
 def test_one_side_alone(run: list[Path], sides: str) -> None:
-    both = sweep(run, model=make, data=data, evaluate=score, minimize="loss", device="cpu")
-    one = sweep(run, model=make, data=data, evaluate=score, minimize="loss", windows=sides, device="cpu")
+    both, one = swept(run), swept(run, windows=sides)
     assert sizes(one) == [(sides, size) for size in (1, 2, 3, 4)]
     known = {window.checkpoints: window.metrics for window in both.windows}
     assert [window.metrics for window in one.windows] == [known[window.checkpoints] for window in one.windows]
@@ -256,26 +211,19 @@ def with_statistics(paths: Sequence[Path], statistics_of: Sequence[int], layers:
 
 
 @pytest.mark.parametrize("layers", [["1", "6"], ["1"]], ids=["all layers", "one layer"])
-@pytest.mark.parametrize("statistics_of", [[0, 0, 2, 3], [0, 1, 2, 2], [0, 0, 0, 3]], ids=str)
+@pytest.mark.parametrize("statistics_of", [[0, 0, 2, 3], [0, 1, 2, 2], [0, 0, 0, 3], [0, 0, 0, 0]], ids=str)
 def test_frozen_in_some_windows(run: list[Path], tmp_path: Path, statistics_of: list[int], layers: list[str]) -> None:
-    """Where a window's checkpoints have the same statistics, `average` leaves them, and so does the sweep."""
+    """Where a window's checkpoints have the same statistics, `average` leaves them, and so does the sweep.
+
+    Also where all have them, and the window is a single checkpoint.
+    """
     with_statistics(run, statistics_of, layers)
-    result = sweep(run, model=make, data=data, evaluate=score, minimize="loss", device="cpu")
-    assert_as_average_writes(result, tmp_path, data=data)
-
-
-@pytest.mark.parametrize("layers", [["1", "6"], ["1"]], ids=["all layers", "one layer"])
-def test_frozen_in_all(run: list[Path], tmp_path: Path, layers: list[str]) -> None:
-    """The command that is printed for a window must make what was measured, for a single checkpoint too."""
-    with_statistics(run, [0, 0, 0, 0], layers)
-    result = sweep(run, model=make, data=data, evaluate=score, minimize="loss", device="cpu")
-    assert_as_average_writes(result, tmp_path, data=data)
+    assert_as_average_writes(swept(run), tmp_path, data=data)
 
 
 def test_frozen_in_all_needs_no_data(run: list[Path], tmp_path: Path) -> None:
     with_statistics(run, [0, 0, 0, 0], ["1", "6"])
-    result = sweep(run, model=make, evaluate=score, minimize="loss", device="cpu")
-    assert_as_average_writes(result, tmp_path)
+    assert_as_average_writes(swept(run, data=None), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,12 +243,9 @@ def test_the_same_in_any_number_of_passes(run: list[Path], held: float, expected
     """How many averages wait in memory changes no number; ``passes`` says how often the checkpoints were read."""
     hold = int(held * bytes_of_one(run)) if isinstance(held, float) else held
     started: list[int] = []
-    result = sweep(
-        run, model=make, data=data, evaluate=score, minimize="loss", hold=hold, device="cpu",
-        progress=Progress(start=started.append),
-    )  # fmt: skip
+    result = swept(run, hold=hold, progress=Progress(start=started.append))
     assert (result.passes, len(started)) == (expected, expected)
-    reference = sweep(run, model=make, data=data, evaluate=score, minimize="loss", device="cpu", hold=10**9)
+    reference = swept(run, hold=10**9)
     assert result.windows == reference.windows
     assert result.best == reference.best
 
@@ -309,10 +254,7 @@ def test_a_pass_reads_only_what_its_windows_need(run: list[Path]) -> None:
     """With one window at a time, the last 1 reads one checkpoint; what is announced is what is read."""
     started: list[int] = []
     read: list[int] = []
-    sweep(
-        run, model=make, bn="keep", evaluate=score, minimize="loss", hold=1, device="cpu",
-        progress=Progress(start=started.append, read=read.append),
-    )  # fmt: skip
+    swept(run, data=None, bn="keep", hold=1, progress=Progress(start=started.append, read=read.append))
     one = bytes_of_one(run)
     assert started == [one * size for size in (1, 2, 3, 4, 1, 2, 3)]
     assert sum(read) == sum(started)
@@ -325,7 +267,7 @@ def test_a_pass_reads_only_what_its_windows_need(run: list[Path]) -> None:
 def test_nothing_is_written(run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)
-    sweep(run[0].parent, model=make, data=data, evaluate=score, minimize="loss", device="cpu", hold=1)
+    swept(run[0].parent, hold=1)
     assert tree(tmp_path) == before
 
 
@@ -333,7 +275,7 @@ def test_the_model_that_is_passed_in_stays_as_it_is(run: list[Path]) -> None:
     torch.manual_seed(9)
     model = make()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    sweep(run, model=model, data=data, evaluate=score, minimize="loss", device="cpu")
+    swept(run, model=model)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
@@ -354,32 +296,23 @@ def test_a_function_that_disturbs(run: list[Path], disturb: Callable[[nn.Module]
         disturb(model)
         return found
 
-    one, other = (
-        sweep(run, model=make, data=data, evaluate=function, minimize="loss", device="cpu")
-        for function in (score, disturbing)
-    )
-    assert one.windows == other.windows
+    assert swept(run).windows == swept(run, evaluate=disturbing).windows
 
 
-def test_the_same_random_state_at_each_call(run: list[Path]) -> None:
-    """Over a loader that shuffles: each refresh sees the same order, and each metric draws the same numbers."""
-    loader = torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True)
-    result = sweep(
-        run, model=make, data=loader, evaluate=lambda model: {"r": torch.rand(1).item()}, maximize="r", device="cpu"
-    )
-    assert {window.metrics["r"] for window in result.windows} == {result.last.metrics["r"]}
+def shuffled() -> Any:
+    """Batches in an order that is drawn when they are asked for."""
+    batches = data()
+    return iter([batches[index] for index in torch.randperm(3)])
 
 
-def test_a_data_factory_that_draws_random_numbers(run: list[Path]) -> None:
-    """It is called for each refresh; docs/usage.md promises that each measurement begins with the same state."""
-
-    def shuffled() -> Any:
-        batches = data()
-        return iter([batches[index] for index in torch.randperm(3)])
-
-    result = sweep(
-        run, model=make, data=shuffled, evaluate=lambda model: {"r": torch.rand(1).item()}, maximize="r", device="cpu"
-    )
+@pytest.mark.parametrize(
+    "batches",
+    [torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True), shuffled],
+    ids=["a loader that shuffles", "a factory that draws"],
+)
+def test_the_same_random_state_at_each_call(run: list[Path], batches: Any) -> None:
+    """Each refresh sees the same order, and each metric draws the same numbers, as docs/usage.md promises."""
+    result = swept(run, data=batches, minimize=None, evaluate=lambda model: {"r": torch.rand(1).item()}, maximize="r")
     assert {window.metrics["r"] for window in result.windows} == {result.last.metrics["r"]}
 
 
@@ -390,8 +323,7 @@ def test_a_loader_with_a_generator_of_its_own(run: list[Path], tmp_path: Path) -
         generator = torch.Generator().manual_seed(3)
         return torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True, generator=generator)
 
-    result = sweep(run, model=make, data=seeded, evaluate=score, minimize="loss", device="cpu")
-    assert_as_average_writes(result, tmp_path, data=seeded)
+    assert_as_average_writes(swept(run, data=seeded), tmp_path, data=seeded)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,25 +376,18 @@ def test_nan_everywhere(run: list[Path]) -> None:
 
 def test_one_checkpoint(run: list[Path]) -> None:
     with pytest.raises(IncompatibleError, match="is the only checkpoint"):
-        sweep(run[0], model=make, data=data, evaluate=score, minimize="loss")
+        swept(run[0])
     with pytest.raises(IncompatibleError, match="is the only checkpoint"):
-        sweep(run, last=1, model=make, data=data, evaluate=score, minimize="loss")
-
-
-@pytest.mark.parametrize(("options", "got"), [({}, "neither"), ({"maximize": "a", "minimize": "b"}, "both")])
-def test_one_direction(run: list[Path], options: dict[str, str], got: str) -> None:
-    with pytest.raises(UsageError, match=f"--maximize, --minimize: got {got}. Add one: "):
-        sweep(run, model=make, data=data, evaluate=score, **options)
+        swept(run, last=1)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"minimize": None}, "--maximize, --minimize: got neither. Add one: "),
+        ({"maximize": "a"}, "--maximize, --minimize: got both. Add one: "),
         ({"windows": "middle"}, "--windows: 'middle' is not one of last, first, both."),
-        (
-            {"minimize": "los"},
-            "--minimize los: the --eval function returns no such metric. Use one of 'loss'.",
-        ),
+        ({"minimize": "los"}, "--minimize los: the --eval function returns no such metric. Use one of 'accuracy', "),
         ({"dtype": "int8"}, "--dtype"),
         ({"bn": "no"}, "--bn: 'no' is not one of auto, refresh, keep."),
         ({"memory": 1}, "--memory"),
@@ -473,23 +398,19 @@ def test_one_direction(run: list[Path], options: dict[str, str], got: str) -> No
     ],
 )
 def test_what_makes_no_sense(run: list[Path], options: dict[str, Any], message: str) -> None:
-    given = {"model": make, "data": data, "evaluate": score, "minimize": "loss", **options}
     with pytest.raises(UsageError) as caught:
-        sweep(run, **given)
+        swept(run, **options)
     assert str(caught.value).startswith(message)
 
 
 def test_batches_for_one_pass_only(run: list[Path]) -> None:
     """They would be used up after the first window. Found before anything is measured."""
     with pytest.raises(UsageError, match="used up after one"):
-        sweep(
-            run, model=make, data=(batch for batch in data()), minimize="loss",
-            evaluate=lambda model: pytest.fail("measured"),
-        )  # fmt: skip
+        swept(run, data=(batch for batch in data()), evaluate=lambda model: pytest.fail("measured"))
 
 
 def test_batches_for_one_pass_where_none_is_needed(run: list[Path]) -> None:
-    assert sweep(run, model=make, data=iter(data()), bn="keep", evaluate=score, minimize="loss").refreshed is False
+    assert swept(run, data=iter(data()), bn="keep").refreshed is False
 
 
 @pytest.mark.parametrize("kind", ["a generator function", "a factory of iterators", "a list", "a loader"])
@@ -503,8 +424,7 @@ def test_batches_for_many_passes(run: list[Path], tmp_path: Path, kind: str) -> 
         "a list": data(),
         "a loader": torch.utils.data.DataLoader(data(), batch_size=None),
     }[kind]
-    result = sweep(run, model=make, data=batches, evaluate=score, minimize="loss", device="cpu")
-    assert_as_average_writes(result, tmp_path, data=data)
+    assert_as_average_writes(swept(run, data=batches), tmp_path, data=data)
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 7])
@@ -518,7 +438,7 @@ def test_a_function_that_fails_names_the_window(run: list[Path], at: int) -> Non
 
     name = {0: "step_4.pt", 1: "the last 1", 2: "the last 2", 7: "the first 3"}[at]
     with pytest.raises(UserCodeError, match=f"raised for {name}: LookupError: no test set"):
-        sweep(run, model=make, data=data, evaluate=fails, maximize="fails", device="cpu")
+        swept(run, evaluate=fails, minimize="fails")
 
 
 def test_an_interrupt_passes(run: list[Path]) -> None:
@@ -526,7 +446,7 @@ def test_an_interrupt_passes(run: list[Path]) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(run, model=make, data=data, evaluate=interrupted, maximize="x")
+        swept(run, evaluate=interrupted)
 
 
 @pytest.mark.parametrize("other", [{"n": 1.0}, {"m": 1.0, "n": 2.0}], ids=["another", "one more"])
@@ -534,16 +454,13 @@ def test_other_metrics_at_another_call(run: list[Path], other: dict[str, float])
     """As `average` says it; and not a KeyError after an hour's work."""
     replies = iter([{"m": 1.0}, {"m": 2.0}, other])
     with pytest.raises(UserCodeError, match="for the last 2"):
-        sweep(run, model=make, bn="keep", evaluate=lambda model: next(replies, {"m": 1.0}), maximize="m")
+        swept(run, bn="keep", evaluate=lambda model: next(replies, {"m": 1.0}), minimize="m")
 
 
 def test_progress_says_what_is_measured(run: list[Path]) -> None:
     told: list[str] = []
     notices: list[str] = []
-    result = sweep(
-        run, model=make, data=data, evaluate=score, minimize="loss", device="cpu",
-        progress=Progress(evaluating=told.append, notice=notices.append),
-    )  # fmt: skip
+    result = swept(run, progress=Progress(evaluating=told.append, notice=notices.append))
     assert told == [
         "step_4.pt", "the last 1", "the last 2", "the last 3", "the last 4", "the first 1", "the first 2", "the first 3"
     ]  # fmt: skip
@@ -561,8 +478,7 @@ class App:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "my app's folder"
         self.folder.mkdir()
-        self.module = f"sweep_app_{os.getpid()}_{next(_numbers)}"
-        (self.folder / f"{self.module}.py").write_text(MODULE)
+        self.module = write_module(self.folder, MODULE)
 
     def words(
         self, *more: object, function: str = "score", direction: object = "--minimize", data: bool = True
@@ -573,6 +489,12 @@ class App:
         words += ["--eval", f"{self.module}:{function}"]
         metric = "picked" if function == "picked" else "loss"
         return [*words, *([direction, metric] if direction else []), *more]
+
+    def document(self, in_process: InProcess, *more: object, sources: Sequence[object] = ("a run",), **of: Any) -> Any:
+        """What ``sweep --json`` prints."""
+        code, stdout, stderr = in_process("sweep", *self.words("--json", *more, **of), "--", *sources)
+        assert code == 0, stderr
+        return json.loads(stdout)
 
 
 @pytest.fixture
@@ -637,19 +559,14 @@ def test_the_command_makes_what_was_measured(
     for pick, (side, size) in picks.items():
         monkeypatch.setenv("PICKED", str(pick))
         sys.modules.pop(app.module, None)
-        words = app.words("--json", *options, function="picked", direction="--maximize")
-        code, stdout, stderr = in_process("sweep", *sources, *words)
-        assert code == 0, stderr
-        document = json.loads(stdout)
+        document = app.document(in_process, *options, sources=sources, function="picked", direction="--maximize")
         best = document["best"]
         assert (best["side"], best["size"]) == (side, size)
         assert made_by(in_process, document["command"])["loss"] == best["metrics"]["loss"], document["command"]
 
 
 def test_the_command_without_a_refresh(app: App, run: list[Path], in_process: InProcess) -> None:
-    code, stdout, stderr = in_process("sweep", "a run", *app.words("--json", data=False))
-    assert code == 0, stderr
-    document = json.loads(stdout)
+    document = app.document(in_process, data=False)
     assert made_by(in_process, document["command"]) == document["best"]["metrics"]
     assert document["refreshed"] is False
 
@@ -658,10 +575,7 @@ def test_the_command_for_names_with_a_prefix(app: App, run: list[Path], in_proce
     for path in run:
         state = torch.load(path)
         torch.save({"deep": {"net": {f"model.{name}": value for name, value in state["model"].items()}}}, path)
-    words = app.words("--json", "--state-key", "deep.net", "--strip-prefix", "model.")
-    code, stdout, stderr = in_process("sweep", "a run", *words)
-    assert code == 0, stderr
-    document = json.loads(stdout)
+    document = app.document(in_process, "--state-key", "deep.net", "--strip-prefix", "model.")
     assert made_by(in_process, document["command"]) == document["best"]["metrics"]
 
 
@@ -670,21 +584,20 @@ def test_the_command_for_files_that_look_like_options(app: App, run: list[Path],
     files = [f"-{path.name}" for path in run[:2]]
     for path, name in zip(run, files, strict=False):
         path.rename(name)
-    code, stdout, stderr = in_process("sweep", *app.words("--json"), "--", *files)
-    assert code == 0, stderr
-    document = json.loads(stdout)
+    document = app.document(in_process, sources=files)
     assert made_by(in_process, document["command"]) == document["best"]["metrics"]
 
 
 @pytest.mark.usefixtures("run")
-def test_what_is_printed(app: App, in_process: InProcess) -> None:
-    """The table and the command on stdout; pasted into a shell it is the command of --json."""
+def test_what_is_printed(app: App, in_process: InProcess, tmp_path: Path) -> None:
+    """The table and the command on stdout; pasted into a shell it is the command of --json. No file is written."""
+    before = tree(tmp_path)
     code, stdout, stderr = in_process("sweep", "a run", *app.words(function="prints"))
     assert code == 0, stderr
-    _, text, _ = in_process("sweep", "a run", *app.words("--json", function="prints"))
-    document = json.loads(text)
+    document = app.document(in_process, function="prints")
+    assert tree(tmp_path) == before
     lines = stdout.splitlines()
-    assert lines[0].split() == ["loss"]
+    assert lines[0].split() == ["accuracy", "loss"]
     assert lines[1].startswith("step_4.pt (last)")
     assert [line.split("  ")[0] for line in lines[2:9]] == [
         "last 1", "last 2", "last 3", "all 4", "first 1", "first 2", "first 3"
@@ -696,13 +609,6 @@ def test_what_is_printed(app: App, in_process: InProcess) -> None:
     assert [line for line in lines if "← best" in line]
     assert "printed by" not in stdout
     assert stderr.count("printed by the function") == 8
-
-
-@pytest.mark.usefixtures("run")
-def test_without_plot_and_report_nothing_is_written(app: App, in_process: InProcess, tmp_path: Path) -> None:
-    before = tree(tmp_path)
-    code, _, _ = in_process("sweep", "a run", *app.words())
-    assert (code, tree(tmp_path)) == (0, before)
 
 
 @pytest.mark.usefixtures("run")
@@ -718,13 +624,6 @@ def test_report_and_plot(app: App, in_process: InProcess, tmp_path: Path) -> Non
     assert Path("sweep.svg").read_bytes().startswith(b"<?xml")
     assert tree(tmp_path).keys() - before.keys() == {"sweep.json", "sweep.svg"}
     assert not {"--report", "--plot", "--overwrite", "--json", "--eval", "--minimize"} & set(document["command"])
-
-
-@pytest.mark.usefixtures("run")
-def test_two_plots_have_the_same_bytes(app: App, in_process: InProcess) -> None:
-    for name in ("a.png", "b.png"):
-        assert in_process("sweep", "a run", *app.words("--plot", name, "--last", "2"))[0] == 0
-    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
 @pytest.mark.parametrize("option", ["--plot", "--report"])
@@ -834,26 +733,20 @@ def test_exit_codes(app: App, in_process: InProcess, change: dict[str, Any], exi
 
 
 @pytest.mark.usefixtures("run")
-@pytest.mark.parametrize("missing", ["--model", "--eval"])
-def test_a_missing_model_or_function(app: App, in_process: InProcess, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "advice"),
+    [
+        ("--model", "--eval needs a model. Add --model MODULE:FACTORY."),
+        ("--eval", "--eval is missing. Add --eval MODULE:FUNCTION to measure each average."),
+        ("--data", "Add --data MODULE:FACTORY, or accept the mean of the statistics with --bn keep."),
+    ],
+)
+def test_what_is_missing(app: App, in_process: InProcess, missing: str, advice: str) -> None:
     words = app.words()
     at = words.index(missing)
     code, _, stderr = in_process("sweep", "a run", *words[:at], *words[at + 2 :])
     assert code == 2
-    expected = {
-        "--model": "--eval needs a model. Add --model MODULE:FACTORY.",
-        "--eval": "--eval is missing. Add --eval ",
-    }
-    assert expected[missing] in stderr
-
-
-@pytest.mark.usefixtures("run")
-def test_missing_data(app: App, in_process: InProcess) -> None:
-    words = app.words()
-    at = words.index("--data")
-    code, _, stderr = in_process("sweep", "a run", *words[:at], *words[at + 2 :])
-    assert code == 2
-    assert "Add --data MODULE:FACTORY, or accept the mean of the statistics with --bn keep." in stderr
+    assert advice in stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

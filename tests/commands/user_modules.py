@@ -49,7 +49,7 @@ def objects(source: str) -> dict[str, Any]:
 
 def write_module(folder: Path, source: str) -> str:
     """Writes a module under a name that no other test has imported; returns the name."""
-    name = f"user_module_{os.getpid()}_{next(_numbers)}"
+    name = f"trained_model_{os.getpid()}_{next(_numbers)}"
     (folder / f"{name}.py").write_text(source)
     return name
 

@@ -19,7 +19,7 @@ from ckpt_avg.formats.one_file import open_file
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import is_index, open_sharded
 from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_name
-from ckpt_avg.formats.trainers.sidecars import record_beside
+from ckpt_avg.formats.trainers.sidecars import sidecar_record
 from ckpt_avg.text import listing, quote
 
 __all__ = ["Checkpoint", "Reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
@@ -77,7 +77,7 @@ def open_with(path: Path, reading: Reading) -> Checkpoint:
         checkpoint = open_file(path, reading)
     spec = checkpoint.spec
     record = spec.record.or_else(
-        record_beside(path, spec.record.epoch, lambda file: torch_zip.read_contents(file).objects)
+        sidecar_record(path, spec.record.epoch, lambda file: torch_zip.read_contents(file).objects)
     )
     record = record.or_else(record_from_name(path.name, bare_number=record.step is None and record.epoch is None))
     named = trainer_from_name(path) if spec.kind is None and spec.state_key is None else None

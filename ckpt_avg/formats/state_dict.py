@@ -122,12 +122,12 @@ def _choose(
         notes.append(f"there are only EMA weights, under {quote(key)}")
     found = _state_dict(contents.get(key), path, key)
     tensors = dict(found.tensors)
-    beside = layout.beside if layout else {}
-    for inner, prefix in beside.items():
+    also = layout.also if layout else {}
+    for inner, prefix in also.items():
         part = _state_dict(contents.get(inner), path, inner)
         tensors.update({f"{prefix}{name}": tensor for name, tensor in part.tensors.items()})
         notes.append(f"the tensors under {quote(inner)} get the prefix {prefix}, as in the whole model")
-    taken = {key, *raw, *ema, *beside}
+    taken = {key, *raw, *ema, *also}
     if others := [name for name in _top(contents.root) if name not in taken and _holds(contents, name)]:
         notes.append(f"there are other state dicts: {listing(map(quote, others))} (choose one with --state-key)")
     if trainer and trainer.note:

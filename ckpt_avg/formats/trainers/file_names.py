@@ -37,7 +37,7 @@ def record_from_name(name: str, *, bare_number: bool = True) -> Record:
 
     Args:
         name: the name.
-        bare_number: whether a number without a word is a step.
+        bare_number: whether a number without a word is the step.
 
     Example:
         >>> record_from_name("epoch=2-val_loss=0.12.ckpt")
@@ -62,10 +62,9 @@ def record_from_name(name: str, *, bare_number: bool = True) -> Record:
 def trainer_from_name(path: Path) -> Trainer | None:
     """Returns the trainer that gives a bare state dict such a name."""
     for trainer in TRAINERS:
-        if any(re.fullmatch(pattern, path.name) for pattern in trainer.file_names):
-            beside = trainer.sidecar and trainer.sidecar.path_for(path)
-            if beside or not trainer.sidecar:
-                return trainer
+        is_named = any(re.fullmatch(pattern, path.name) for pattern in trainer.file_names)
+        if is_named and (not trainer.sidecar or trainer.sidecar.path_for(path)):
+            return trainer
     return None
 
 

@@ -5,13 +5,13 @@ from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
 
 
 def _step(contents: Contents) -> Record:
-    coming = contents.count("optim.training_step")  # the step that comes next
-    return Record(coming - 1 if coming else None)
+    following = contents.count("optim.training_step")
+    return Record(following - 1 if following else None)
 
 
 TRAINER = Trainer(
     name="OpenNMT-py",
-    layouts=(Layout(("model", "generator", "opt"), raw="model", beside={"generator": "generator."}),),
+    layouts=(Layout(("model", "generator", "opt"), raw="model", also={"generator": "generator."}),),
     record=_step,
     optimizer=("optim.optimizer",),
 )

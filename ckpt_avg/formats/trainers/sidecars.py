@@ -18,7 +18,7 @@ from ckpt_avg.formats.trainers.trainer import Contents
 from ckpt_avg.limits import LIMITS
 
 
-def record_beside(path: Path, epoch: int | None, load: Callable[[InputFile], object]) -> Record:
+def sidecar_record(path: Path, epoch: int | None, load: Callable[[InputFile], object]) -> Record:
     """Returns what files next to a checkpoint, or in its folder, record of it.
 
     Args:

@@ -60,7 +60,7 @@ class Layout:
     keys: tuple[str, ...]  # dotted keys; a file that contains all of them is recognised
     raw: str = ""  # the dotted key of the weights that the optimizer updates
     ema: str = ""  # the dotted key of their running average
-    beside: Mapping[str, str] = field(default_factory=dict)  # further state dicts of the model: key → prefix of names
+    also: Mapping[str, str] = field(default_factory=dict)  # more state dicts of the model: key → prefix of its names
     only_if: Callable[[Contents], bool] = lambda contents: True
 
 
@@ -71,7 +71,7 @@ class Sidecar:
     In a checkpoint folder it is always read.
     """
 
-    name: str  # {stem} in it stands for the checkpoint's name without its suffix
+    name: str  # {stem} in it is replaced by the checkpoint's name without suffix
     # Its text and the checkpoint's epoch → what it records. None: it is a torch file with the trainer's keys.
     read: Callable[[str, int | None], Record] | None = None
     files: str = ""  # pattern of the checkpoint files that it may be next to
@@ -149,7 +149,7 @@ class Trainer:
     scheduler: tuple[str, ...] = ()
     record: Callable[[Contents], Record] = lambda contents: Record()  # what these keys cannot express
     counter: str = ""  # a scalar among averaged weights, which is no weight
-    tensor_names: str = ""  # pattern of a part of tensor names that only its checkpoints contain
+    tensor_names: str = ""  # pattern of what only its tensor names contain
 
     # --- its checkpoint folders ---
     folder_files: tuple[str, ...] = ()  # patterns; a folder that contains all of them is recognised

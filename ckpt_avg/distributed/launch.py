@@ -8,15 +8,19 @@ import functools
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckpt_avg.distributed.ranks import RANK_TIMEOUT, Ranks, connect_ranks, torchrun_holds_store
+from ckpt_avg.distributed.ranks import RANK_TIMEOUT, Ranks
 from ckpt_avg.errors import RankError, UsageError
 
 if TYPE_CHECKING:
     from torch import distributed
+
+_ADVICE = "Start all ranks with torchrun; for a single process unset RANK and WORLD_SIZE."
+_joins: Counter[str] = Counter()  # how often these ranks have joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ def launch_of(environment: Mapping[str, str] = os.environ) -> Launch | None:
         rank, size, local_rank, local_size = -1, 0, 0, 0
     if not 0 <= rank < size or not 0 <= local_rank < local_size:
         found = ", ".join(f"{name}={environment[name]!r}" for name in names if name in environment)
-        raise UsageError(f"expected the numbers of a rank as torchrun sets them, got {found}. Start with torchrun.")
+        raise UsageError(f"{found}: not the numbers of a rank as torchrun sets them. {_ADVICE}")
     return Launch(rank, size, local_rank, local_size) if size > 1 else None
 
 
@@ -83,9 +87,8 @@ def join_ranks(group: distributed.ProcessGroup | None = None, *, timeout: float 
         1
     """
     if timeout <= 0:
-        raise UsageError(f"--rank-timeout: expected more than 0 seconds, got {timeout:g}.")
-    first: BaseException | None = None
-    ranks = Ranks()
+        raise UsageError(f"--rank-timeout: {timeout:g} is not more than 0 seconds.")
+    ranks, first = Ranks(), None
     try:
         with contextlib.ExitStack() as stack:
             ranks = _enter(stack, group, timeout)
@@ -93,51 +96,57 @@ def join_ranks(group: distributed.ProcessGroup | None = None, *, timeout: float 
                 yield ranks
             except BaseException as error:
                 first = error
-                ranks.leave(error)
                 raise
-            ranks.leave()
+            finally:
+                ranks.leave(first)
     except BaseException as error:
         # A launcher's signal, also one that comes while this rank stops, does not hide why the ranks stop.
         if ranks.explains(error):
             raise ranks.stopped() from error
-        if first is not None and not isinstance(error, Exception):
-            raise first from (None if error is first else error)
+        if first is not None and first is not error and not isinstance(error, Exception):
+            raise first from error
         raise
 
 
 def _enter(stack: contextlib.ExitStack, group: distributed.ProcessGroup | None, timeout: float) -> Ranks:
-    launch = launch_of()
-    if group is None and launch is None and "torch" not in sys.modules:
+    group = group or _default_group()
+    launch = launch_of() if group is None else None
+    if group is None and launch is None:
         return Ranks()
     from torch import distributed
 
-    if group is None and not (distributed.is_available() and distributed.is_initialized()):
-        return Ranks() if launch is None else _from_environment(stack, launch, timeout)
     c10d: Any = distributed.distributed_c10d
-    group = group or c10d.GroupMember.WORLD
-    rank, members = distributed.get_rank(group), distributed.get_process_group_ranks(group)
-    if rank < 0:
-        raise UsageError("join_ranks: this process is not in the group. Call it on the group's members only.")
-    # torch has no public way to a store that all of them reach.
-    store = c10d.PrefixStore(f"ckpt_avg/{members}", c10d._get_default_store())
-    with _joining(len(members), timeout):
-        return connect_ranks(store, rank, len(members), timeout)
-
-
-def _from_environment(stack: contextlib.ExitStack, launch: Launch, timeout: float) -> Ranks:
-    """Makes the default group, too: the user's code may use it, as a `DistributedSampler` does."""
-    from torch import distributed
-
-    c10d: Any = distributed
-    with _joining(launch.size, timeout):
-        store = c10d.PrefixStore("ckpt_avg", _store_of(launch, timeout))
-        ranks = connect_ranks(store, launch.rank, launch.size, timeout)
-        seconds = datetime.timedelta(seconds=timeout)
-        distributed.init_process_group(
-            "gloo", store=ranks.store, rank=launch.rank, world_size=launch.size, timeout=seconds
-        )
-    stack.callback(distributed.destroy_process_group)
+    try:
+        if launch is not None:
+            rank, members, store = launch.rank, list(range(launch.size)), _store_of(launch, timeout)
+        else:
+            rank, members = distributed.get_rank(group), distributed.get_process_group_ranks(group)
+            store = c10d._get_default_store()  # torch has no public way to a store that all members reach
+        if rank < 0:
+            raise UsageError("join_ranks: this process is not in the group. Call it on the group's members only.")
+        # torchrun may keep the store when it starts the ranks again.
+        attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{members}"
+        _joins[attempt] += 1
+        store = c10d.PrefixStore(f"ckpt_avg/{attempt}/{_joins[attempt]}", store)
+        ranks = Ranks(rank, len(members), store, timeout)
+        ranks.connect()
+        if launch is not None:  # the user's code may use the default group, as a DistributedSampler does
+            seconds = datetime.timedelta(seconds=timeout)
+            distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks.size, timeout=seconds)
+            stack.callback(distributed.destroy_process_group)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RankError(f"the ranks could not be connected: {reason}. {_ADVICE}") from error
     return ranks
+
+
+def _default_group() -> Any:
+    if "torch" in sys.modules:  # otherwise nobody has made one
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            return distributed.group.WORLD
+    return None
 
 
 @functools.cache
@@ -150,18 +159,13 @@ def _store_of(launch: Launch, timeout: float) -> Any:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError):
         found = ", ".join(f"{name}={os.environ.get(name)!r}" for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise UsageError(
-            f"expected the address of rank 0 as torchrun sets it, got {found}. Start with torchrun; for "
-            "a single process unset RANK and WORLD_SIZE."
-        ) from None
-    serves = launch.rank == 0 and not torchrun_holds_store()
+        raise UsageError(f"{found}: not the address of rank 0 as torchrun sets it. {_ADVICE}") from None
+    serves = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     deadline = time.monotonic() + timeout
     attempt = datetime.timedelta(seconds=2)  # in which no signal is heard
     while True:
         try:
-            store = c10d.TCPStore(
-                host, port, is_master=serves, timeout=attempt, wait_for_workers=False, multi_tenant=True
-            )
+            store = c10d.TCPStore(host, port, None, serves, attempt, wait_for_workers=False, multi_tenant=True)
         except RuntimeError:  # noqa: PERF203 (rank 0 may come later)
             if serves or time.monotonic() > deadline:
                 raise
@@ -169,16 +173,3 @@ def _store_of(launch: Launch, timeout: float) -> Any:
         else:
             store.set_timeout(datetime.timedelta(seconds=timeout))
             return store
-
-
-@contextlib.contextmanager
-def _joining(size: int, timeout: float) -> Iterator[None]:
-    """Turns errors of torch into RankError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RankError(
-            f"expected {size} ranks to join within {timeout:g} s, got: {reason}. Start all of them with torchrun; for "
-            "a single process unset RANK and WORLD_SIZE."
-        ) from error

@@ -15,7 +15,7 @@ from torch import distributed
 
 from ckpt_avg import UsageError, UserCodeError
 from ckpt_avg.distributed import ranks as ranks_module
-from ckpt_avg.distributed.ranks import Failure, Ranks, connect_ranks, first_difference
+from ckpt_avg.distributed.ranks import Failure, Ranks, first_difference
 from ckpt_avg.errors import RankError
 
 STOP = "The output path is as it was, or complete if it had been published."
@@ -191,7 +191,7 @@ def test_ranks_at_different_steps_are_told_apart() -> None:
     ends = in_threads(3, lambda ranks: ranks.exchange("files" if ranks.rank == 1 else "request", None))
     for end in ends:
         assert isinstance(end, RankError)
-        assert "expected all ranks at the same step, got 'files', 'request'." in str(end)
+        assert "expected all ranks at the same step, got files and request." in str(end)
 
 
 def test_a_result_is_not_lost_by_a_failure_that_follows_it() -> None:
@@ -234,7 +234,7 @@ def test_a_rank_that_leaves_early_does_not_leave_the_others_waiting(leaving: int
     for rank, end in enumerate(ends):
         if rank != leaving:
             assert isinstance(end, RankError)
-            assert "got 'done', 'leave'" in str(end) or f"rank {leaving} " in str(end)
+            assert "got done and leave" in str(end) or f"rank {leaving} " in str(end)
 
 
 def test_ranks_leave_together_however_long_one_takes() -> None:
@@ -286,8 +286,10 @@ def test_a_rank_without_a_sign_of_life_is_lost(silent: int) -> None:
         ranks.exchange("end", None)
 
     ends = in_threads(3, work, silence=0.5)
-    expected = f"rank {silent} was lost: it gave no sign of life for 0.5 s. {STOP}"
-    assert [str(end) for end in ends] == [expected] * 3  # the silent one, too
+    for rank, end in enumerate(ends):
+        assert isinstance(end, RankError)  # also on the silent one, once it goes on
+        if rank != silent:
+            assert str(end) == f"rank {silent} was lost: it gave no sign of life for 0.5 s. {STOP}"
 
 
 def test_work_that_gives_signs_of_life_may_take_longer_than_the_timeout() -> None:
@@ -375,35 +377,12 @@ def test_the_others_hear_that_a_rank_was_interrupted(signal: type[BaseException]
 # -- Joining --------------------------------------------------------------------------------------------------------
 
 
-def test_what_an_earlier_attempt_left_in_the_store_is_ignored() -> None:
-    """If it failed, a group that torchrun restarts would talk to processes that are gone, or repeat their failure."""
-    store = distributed.HashStore()
-    results: dict[int, list[Any]] = {0: [], 1: []}
-
-    def join(rank: int, delay: float, fails: bool) -> None:
-        time.sleep(delay)
-        ranks = connect_ranks(store, rank, 2, 10.0)
-        results[rank].append(ranks.exchange("sum", rank + 1, sum))
-        ranks.leave(UserCodeError("broken") if fails else None)
-
-    for delays in ((0.0, 0.2), (0.2, 0.0), (0.0, 0.0)):
-        threads = [threading.Thread(target=join, args=(rank, delays[rank], rank == 1)) for rank in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(10)
-    assert results == {0: [3, 3, 3], 1: [3, 3, 3]}
-
-
 @pytest.mark.parametrize(("rank", "missing"), [(0, 1), (1, 0)])
 def test_a_rank_that_does_not_come_is_named(rank: int, missing: int) -> None:
     """If it failed, a machine that could not start its rank would have to be guessed."""
     with pytest.raises(RankError) as error:
-        connect_ranks(distributed.HashStore(), rank, 2, 0.1)
-    assert str(error.value) == (
-        f"expected 2 ranks to join within 0.1 s, got nothing from rank {missing}. Start all of them with torchrun; for "
-        "a single process unset RANK and WORLD_SIZE."
-    )
+        Ranks(rank, 2, distributed.HashStore(), 0.1).connect()
+    assert str(error.value) == f"rank {missing} did not join within 0.1 s. {STOP}"
 
 
 def test_no_thread_is_left_behind() -> None:

@@ -49,14 +49,15 @@ def in_threads(size: int, work: Callable[..., Any], *, timeout: float = 20.0, si
     """
     from torch import distributed
 
-    from ckpt_avg.distributed.ranks import connect_ranks
+    from ckpt_avg.distributed.ranks import Ranks
 
     store = distributed.HashStore()
     ends: list[Any] = [TimeoutError("this rank did not end")] * size
 
     def one(rank: int) -> None:
-        ranks = connect_ranks(store, rank, size, silence)
+        ranks = Ranks(rank, size, store, silence)
         try:
+            ranks.connect()
             ends[rank] = work(ranks)
         except BaseException as error:
             ends[rank] = error
@@ -181,7 +182,7 @@ def rank_server() -> RankServer:
 
 def _serve() -> int:
     """Answers groups until there are no more; returns the exit code of this process, which may be a rank by then."""
-    import ckpt_avg.cli.report
+    import ckpt_avg.cli.reports
     import torch.testing
     import torch.utils.data.distributed  # noqa: F401
 

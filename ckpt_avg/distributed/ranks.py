@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +25,8 @@ _PAUSE = 0.002  # seconds between two looks at the store, at first
 _AFTER_SIGNAL = 6.0  # seconds; the workers of a data loader hold the connections of a dead rank for up to 5
 _LAST_WORDS = 5.0  # seconds for which rank 0, which may hold the store, stays for the others
 _PROBE = 1  # the tag of a receive that nobody answers
+_CLOSED = "its connection was closed"
+_SILENT = "it gave no sign of life for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class Ranks:
         self.failure: Failure | None = None
         self._store, self._timeout = store, timeout
         self._group: Any = None  # neither has annotations for what is used of it here
+        self._store_fails: str | None = None
         self._keys = ["failure", *(f"rank/{each}" for each in range(size))]
         self._step, self._done = (0, ""), 0
         self._pulse = max(_PULSE, size / 100)
@@ -171,8 +176,8 @@ class Ranks:
                 if rank not in heard or heard[rank][0] != said[rank]:
                     heard[rank] = said[rank], now
                 elif now - heard[rank][1] > self._timeout:
-                    lost = "was lost: it gave no sign of life for" if said[rank][0] else "did not join within"
-                    self._stop_for(Failure(rank, f"{lost} {self._timeout:g} s"))
+                    what = f"was lost: {_SILENT}" if said[rank][0] else "did not join within"
+                    self._stop_for(Failure(rank, f"{what} {self._timeout:g} s"))
             time.sleep(pause)
             pause = min(1.5 * pause, self._pulse)
         steps = sorted({said[rank][1] for rank in others if said[rank][0] == number})  # the rest has gone on
@@ -182,14 +187,39 @@ class Ranks:
     def _look(self) -> tuple[list[Any], Failure | None]:
         """Gives a sign of life; returns what each rank has said last (step number, step, time), and what has failed."""
         lost = self._lost()  # before the store, in which a rank leaves word before it closes its connections
-        gone = Failure(lost[0] if lost else 0, "was lost: its connection was closed")
+        mine = json.dumps([*self._step, time.monotonic()])
         try:
-            self._store.set(f"rank/{self.rank}", json.dumps([*self._step, time.monotonic()]))
-            failure, *said = self._store.multi_get(self._keys)
-        except RuntimeError:  # the store is gone with rank 0, which held it
-            return [], gone
-        known = Failure(**json.loads(failure)) if failure else gone if lost else None
-        return [json.loads(each or '[0, ""]') for each in said], known
+            self._ask(lambda store: store.set(f"rank/{self.rank}", mine))
+            failure, *said = self._ask(lambda store: store.multi_get(self._keys))
+        except ConnectionError as error:
+            return [], Failure(lost[0] if lost else 0, f"was lost: {error}")
+        known = Failure(lost[0], f"was lost: {_CLOSED}") if lost else None
+        return [json.loads(each or '[0, ""]') for each in said], Failure(**json.loads(failure)) if failure else known
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        """Returns the store's answer; raises ConnectionError if the process that holds it, mostly rank 0, is gone.
+
+        A thread asks: the call would neither return nor hear a signal if that process were frozen.
+        """
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put([question(self._store)])
+            except RuntimeError:
+                answers.put([])
+
+        if self._store_fails is None:
+            threading.Thread(target=ask, daemon=True).start()
+            try:
+                answer = answers.get(timeout=self._timeout)
+            except queue.Empty:
+                self._store_fails = f"{_SILENT} {self._timeout:g} s"
+            else:
+                if answer:
+                    return answer[0]
+                self._store_fails = _CLOSED
+        raise ConnectionError(self._store_fails)
 
     def _lost(self) -> list[int]:
         """Returns the ranks whose connections are closed: gloo refuses to receive from them."""
@@ -213,8 +243,9 @@ class Ranks:
     def _post(self, failure: Failure) -> None:
         """Makes a failure known to all; if there was one already, that one stands."""
         self.failure = failure
-        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0
-            self.failure = Failure(**json.loads(self._store.compare_set("failure", "", json.dumps(asdict(failure)))))
+        mine = json.dumps(asdict(failure))
+        with contextlib.suppress(ConnectionError):
+            self.failure = Failure(**json.loads(self._ask(lambda store: store.compare_set("failure", "", mine))))
 
     def _report(self, error: BaseException) -> None:
         if self._group is not None and self.failure is None and _is_signal(error):
@@ -228,15 +259,15 @@ class Ranks:
     def _wait_for_cause(self) -> None:
         """After a launcher's signal, waits until it is known which rank caused it, or that all ranks got one."""
         deadline = time.monotonic() + _AFTER_SIGNAL
-        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0
-            signalled = self._store.add("signalled", 1)
+        with contextlib.suppress(ConnectionError):
+            signalled = self._ask(lambda store: store.add("signalled", 1))
             while signalled < self.size and time.monotonic() < deadline:
                 failure = self._look()[1]
                 if failure is not None:
                     self._post(failure)
                     break
                 time.sleep(_PAUSE)
-                signalled = self._store.add("signalled", 0)
+                signalled = self._ask(lambda store: store.add("signalled", 0))
 
     def _gather(self, value: Any) -> list[Any]:
         import torch

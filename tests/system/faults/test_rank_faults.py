@@ -424,7 +424,8 @@ def test_a_frozen_rank_is_noticed(server: RankServer, inputs: Path, output: Path
         Group(2, command(inputs, output, "--rank-timeout", 1.5), faults={frozen: [("before mean", "stop")]}, timeout=20)
     )
     assert codes(ended) == [8, 8]  # it too, once it goes on
-    assert ended[1 - frozen].err == (
+    # Before it torch says that the store in rank 0 does not answer.
+    assert ended[1 - frozen].err.endswith(
         f"[rank {1 - frozen}] Error: rank {frozen} was lost: it gave no sign of life for 1.5 s. {PUBLISHED_OR_NOT}\n"
     )
     assert ended[1 - frozen].seconds < SOON

@@ -81,6 +81,7 @@ class Evaluations:
         function, model = self._request.evaluate, self._prepared.model
         if function is None or model is None:
             raise ValueError("nothing to measure with")
+        self._context.ranks.check(at_once=True)  # the others wait, and take this for a sign of life
         self._context.progress.evaluating(name)
         device, notice = self._prepared.model_device, self._context.notice
         metrics = evaluate_weights(function, model, weights, name=name, device=device, notice=notice)

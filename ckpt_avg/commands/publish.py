@@ -194,11 +194,16 @@ def publish(draft: Draft) -> AverageResult:
             draft.evaluations.measure_average(weights, refreshed=True)
         if ranks.is_first:
             begin = len(draft.header)
-            data_digest = digest.finish(lambda offset, length: unpublished.read(begin + offset, length))
+
+            def read(offset: int, length: int) -> bytes:
+                ranks.check()  # the others wait, and take this for a sign of life
+                return unpublished.read(offset, length)
+
+            data_digest = digest.finish(lambda offset, length: read(begin + offset, length))
             unpublished.write(draft.final_header(report, data_digest), 0)
             refuse_unreadable(unpublished.readable_path, prepared.plan, unpublished.target)
             if draft.sources is not None:
-                sha256 = digest_stream(unpublished.read, draft.nbytes)
+                sha256 = digest_stream(read, draft.nbytes)
             _refuse_unmet(draft.result(report, data_digest, sha256))
             ranks.check()
             if not unpublished.publish(overwrite=request.overwrite):

@@ -25,7 +25,7 @@ import errno
 import sys
 from typing import Any, ClassVar, NoReturn, TypeVar
 
-from ckpt_avg.text import one_line, suggestion
+from ckpt_avg.text import one_line, quote, suggestion
 
 _Value = TypeVar("_Value")
 
@@ -141,9 +141,12 @@ class VerificationError(CkptAvgError):
     exit_code = 9
 
 
-def fail(where: object, problem: str, advice: str = "The file is damaged: save or copy it again") -> NoReturn:
+def fail(
+    where: object, problem: str, advice: str = "The file is damaged: save or copy it again", *, tensor: object = None
+) -> NoReturn:
     """Raises CheckpointFormatError with a message that says where, what is wrong and what to do."""
-    raise CheckpointFormatError(f"{where}: {problem}. {advice}.")
+    name = "" if tensor is None else f"tensor {quote(tensor)}: "
+    raise CheckpointFormatError(f"{where}: {name}{problem}. {advice}.")
 
 
 class OptionGroup:

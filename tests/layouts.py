@@ -440,13 +440,13 @@ def mmengine(folder: Path, *, stream: bool = False, ema: bool = False, by_epoch:
     return Run(folder, "mmengine", checkpoints, frozenset({best}))
 
 
-def detectron2(folder: Path, *, stream: bool = False, arrays: bool = False) -> Run:
+def detectron2(folder: Path, *, stream: bool = False) -> Run:
     """fvcore/common/checkpoint.py; of the last iteration there are two files."""
     checkpoints = []
     for seed, iteration in enumerate((4999, 9999, 14999)):
         weights: dict[str, Any] = ordered(state(seed))
         contents = {
-            "model": {name: tensor.numpy() for name, tensor in weights.items()} if arrays else weights,
+            "model": weights,
             "optimizer": adam(lr=0.02),
             "scheduler": {"base_lrs": [0.02], "last_epoch": iteration + 1, "_last_lr": [0.02]},
             "iteration": iteration,

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Literal
 
 from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.files.in_memory import MemoryFile
 from ckpt_avg.files.input_file import InputFile
 
 Kind = Literal["float", "float8", "complex", "exact"]
@@ -205,7 +204,7 @@ class Checkpoint:
     """An open checkpoint: its spec and the files that contain its tensors. Use it as a context manager."""
 
     spec: CheckpointSpec
-    files: Sequence[InputFile | MemoryFile]
+    files: Sequence[InputFile]
 
     def check_unchanged(self) -> None:
         """Raises ChangedWhileReadingError if a file was truncated or modified since it was opened."""

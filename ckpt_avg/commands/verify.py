@@ -9,7 +9,7 @@ from ckpt_avg.checkpoint.spec import METHOD_KEY, TensorSpec
 from ckpt_avg.commands.requests import VerifyRequest, takes
 from ckpt_avg.errors import CheckpointFormatError, VerificationError
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.formats.safetensors_header import looks_like, parse_header, read_header
+from ckpt_avg.formats.safetensors_header import matches, parse_header, read_header
 from ckpt_avg.machine import choose_threads
 from ckpt_avg.output.digests import digest_data
 from ckpt_avg.output.provenance import Digests, header_digest, recorded_digests
@@ -89,7 +89,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
 
 def _check_header(file: InputFile) -> tuple[dict[str, TensorSpec], dict[str, str], Digests]:
     """Returns a file's tensors, metadata and recorded digests, once its header is verified."""
-    if not looks_like(file.read(0, min(file.size, 9))):
+    if not matches(file.read(0, min(file.size, 9))):
         raise VerificationError(
             f"{file.path}: expected a safetensors file that ckpt-avg wrote, got another kind of file. {_ADVICE}"
         )

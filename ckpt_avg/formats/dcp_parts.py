@@ -1,4 +1,4 @@
-"""Boxes of a tensor, stored apart, put together to one `TensorSpec`."""
+"""Combines the parts of a tensor, which are boxes stored separately, into one `TensorSpec`."""
 
 from __future__ import annotations
 
@@ -6,40 +6,37 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ckpt_avg.checkpoint.spec import DType, Part, TensorSpec, contiguous_stride
-from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.errors import fail
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import quote
 
 
-def join_parts(name: str, dtype: DType, shape: tuple[int, ...], parts: Sequence[Part], where: str) -> TensorSpec:
-    """Returns a tensor that is stored in boxes.
+def combine_parts(name: str, dtype: DType, shape: tuple[int, ...], parts: Sequence[Part], where: str) -> TensorSpec:
+    """Returns a tensor that is stored in parts.
 
     Args:
         name: its name.
-        dtype: of the tensor and each box.
+        dtype: of the tensor and each part.
         shape: of the whole tensor.
-        parts: the boxes; a box that stands twice (a replica) is taken once.
-        where: what to name in errors.
+        parts: the parts; of equal ones (replicas) the last is used.
+        where: what errors name.
 
     Raises:
-        CheckpointFormatError: the boxes do not cover each element exactly once.
+        CheckpointFormatError: the parts do not cover each element exactly once.
     """
     boxes = list({(part.starts, part.tensor.shape): part for part in parts if part.tensor.numel}.values())
     for part in boxes:
         ends = [start + extent for start, extent in zip(part.starts, part.tensor.shape, strict=False)]
         outside = len(part.starts) != len(shape) or len(part.tensor.shape) != len(shape)
         if outside or min(part.starts, default=0) < 0 or any(a > b for a, b in zip(ends, shape, strict=True)):
-            raise CheckpointFormatError(
-                f"{where}: expected parts inside the shape {quote(shape)}, got one of shape {quote(part.tensor.shape)} "
-                f"at {quote(part.starts)}. The checkpoint is damaged: save or copy it again."
-            )
+            got = f"one of shape {quote(part.tensor.shape)} at {quote(part.starts)}"
+            fail(where, f"expected parts inside the shape {quote(shape)}, got {got}")
     whole = TensorSpec(name, dtype, shape, contiguous_stride(shape), 0, 0, (0, 0))
     stored = sum(part.tensor.numel for part in boxes)
     if stored != whole.numel or _overlap(boxes, where):
-        raise CheckpointFormatError(
-            f"{where}: expected parts that hold each of {whole.numel:,} elements once, got {len(boxes):,} parts with "
-            f"{stored:,} elements. Is a shard missing? Save or copy the checkpoint again."
-        )
+        got = f"{len(boxes):,} parts with {stored:,} elements"
+        advice = "A shard may be missing: save or copy the checkpoint again"
+        fail(where, f"expected each of {whole.numel:,} elements in exactly one part, got {got}", advice)
     if len(boxes) == 1:
         return replace(boxes[0].tensor, name=name)
     boxes.sort(key=lambda part: part.starts)
@@ -61,9 +58,7 @@ def _overlap(boxes: Sequence[Part], where: str) -> bool:
                 break
             compared += 1
             if compared > LIMITS.part_pairs:
-                raise CheckpointFormatError(
-                    f"{where}: expected at most {LIMITS.part_pairs:,} neighbouring parts. Save it in fewer."
-                )
+                fail(where, f"expected at most {LIMITS.part_pairs:,} neighbouring parts", "Save it in fewer")
             if all(
                 part.starts[axis] < other.starts[axis] + other.tensor.shape[axis]
                 and other.starts[axis] < part.starts[axis] + part.tensor.shape[axis]

@@ -16,9 +16,9 @@ from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.dcp import open_dcp
 from ckpt_avg.formats.dcp_safetensors import open_dcp_safetensors
-from ckpt_avg.formats.one_file import open_file
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import SUFFIX, open_sharded
+from ckpt_avg.formats.single_file import open_file
 from ckpt_avg.formats.trainers import torch_dcp, transformers
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import Folder, Stored, WeightFiles

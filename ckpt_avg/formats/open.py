@@ -1,6 +1,7 @@
-"""Readers: each turns one format's header into a table of `TensorSpec`; `InputFile` serves the bytes.
+"""Opens a checkpoint of any format: a file, a shard index or a folder.
 
-`open_checkpoint` looks at the first bytes of a file, never at its suffix alone, and at the names in a folder.
+Each reader turns one format's header into a table of `TensorSpec`, and `InputFile` serves the bytes for all of them.
+The format of a file is decided by its first bytes, that of a folder by the names in it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
-from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.errors import CheckpointFormatError, fail
 from ckpt_avg.files.status import is_folder
 from ckpt_avg.formats import torch_zip
 from ckpt_avg.formats.folder import open_folder, refuse_part
-from ckpt_avg.formats.one_file import open_file
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import is_index, open_sharded
+from ckpt_avg.formats.single_file import open_file
 from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_name
 from ckpt_avg.formats.trainers.sidecars import sidecar_record
 from ckpt_avg.text import listing, quote
@@ -32,23 +33,21 @@ def open_checkpoint(
     ema: bool = False,
     strip_prefix: str | None = None,
 ) -> Checkpoint:
-    """Opens one checkpoint and reads its header; no tensor is read and no code in it runs.
+    """Opens one checkpoint and reads its header. No tensor is read and no code in it runs.
 
     Args:
         path: a file (safetensors, or written by ``torch.save``), whatever its suffix; a shard index
             (``….index.json``); or a checkpoint folder of transformers, accelerate, Lightning, DeepSpeed or
             ``torch.distributed.checkpoint``.
-        state_key: the dotted key of the state dict inside a torch file, for example ``model.encoder``; found
-            from the places where trainers keep it if not given.
-        ema: take the running average of the weights that some trainers keep beside them.
-        strip_prefix: take this prefix off the names that carry it, for example ``model.``. Wrappers' prefixes
-            (``module.``, ``_orig_mod.`` and the like) are always taken off where all names carry them.
-
-    Returns:
-        The open checkpoint.
+        state_key: the dotted key of the state dict in a torch file, for example ``model.encoder``. By default the keys
+            that trainers use are tried.
+        ema: use the EMA weights that some trainers save next to the raw ones.
+        strip_prefix: strip this prefix, for example ``model.``, from the names that have it. Wrappers' prefixes
+            (``module.``, ``_orig_mod.`` and the like) are always stripped if all names have them.
 
     Raises:
-        CheckpointFormatError: it is corrupt, unsafe, of an unknown kind, or holds several state dicts.
+        CheckpointFormatError: it is corrupt, unsafe, of an unknown kind, or contains several state dicts.
+        ResourceError: too many files are open.
         UsageError: ``ema`` and ``state_key`` are both given.
 
     Example:
@@ -67,7 +66,7 @@ def open_checkpoint(
 
 
 def open_with(path: Path, reading: Reading) -> Checkpoint:
-    """Opens a checkpoint as `open_checkpoint` does, but lets names without the prefix to strip pass."""
+    """Opens a checkpoint as `open_checkpoint` does, but accepts one whose names all lack the prefix to strip."""
     if is_folder(path):
         checkpoint = open_folder(path, reading)
     elif is_index(path):
@@ -85,9 +84,8 @@ def open_with(path: Path, reading: Reading) -> Checkpoint:
 
 
 def refuse_missing_prefix(specs: Sequence[CheckpointSpec], reading: Reading) -> None:
-    """Raises CheckpointFormatError where no name of any checkpoint carries the prefix that is to be stripped."""
+    """Raises CheckpointFormatError if no name of any checkpoint has the prefix to strip."""
     if specs and all(spec.lacks_prefix for spec in specs):
-        raise CheckpointFormatError(
-            f"{specs[0].path}: --strip-prefix {reading.strip_prefix}: expected names that begin with it, got "
-            f"{listing(map(quote, specs[0].tensors))}. Change it or leave it out."
-        )
+        got = listing(map(quote, specs[0].tensors))
+        problem = f"--strip-prefix {reading.strip_prefix}: expected names that begin with it, got {got}"
+        fail(specs[0].path, problem, "Change it or leave it out")

@@ -1,8 +1,8 @@
-"""The safetensors header: 8 bytes of length, a JSON object, then the data with no gaps.
+"""The safetensors header: 8 bytes of length, a JSON object, then the data without gaps.
 
-The format is described in https://github.com/huggingface/safetensors. What that text forbids is refused here,
-leading spaces, duplicate keys and holes included. Where it says nothing, the stricter reading is taken:
-unknown fields of a tensor are refused, since nobody can know whether they change what the bytes mean.
+The format is described in https://github.com/huggingface/safetensors. What that text forbids is refused here, leading
+spaces, duplicate keys and holes included. Where it says nothing, the stricter reading is used: unknown fields of a
+tensor are refused, since they might change what the bytes mean.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from ckpt_avg.checkpoint.spec import DTYPES, SUB_BYTE_DTYPES, TensorSpec, contiguous_stride
-from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.errors import fail
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.formats.names import check_name, is_text
+from ckpt_avg.formats.tensor_names import check_name, is_text
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, plural, quote
 
-_DAMAGED = "The file is damaged or was not written as safetensors: save or copy it again."
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-def looks_like(head: bytes) -> bool:
+def matches(head: bytes) -> bool:
     """Whether the first bytes can be those of a safetensors file: a length, then a JSON object."""
     return len(head) >= 9 and head[8:9] == b"{"
 
@@ -36,19 +35,19 @@ def read_header(file: InputFile) -> bytes:
     """
     (length,) = struct.unpack("<Q", file.read(0, 8))
     if length > LIMITS.header:
-        _fail(file, f"expected a header of at most {LIMITS.header:,} bytes, got {length:,}. {_DAMAGED}")
+        fail(file.path, f"expected a header of at most {LIMITS.header:,} bytes, got {length:,}")
     if 8 + length > file.size:
-        _fail(file, f"expected a header of {length:,} bytes, got a file of {file.size:,} bytes. {_DAMAGED}")
+        fail(file.path, f"expected a header of {length:,} bytes, got a file of {file.size:,} bytes")
     header = file.read(8, length)
     if not header.startswith(b"{"):
-        _fail(file, f"expected a JSON object as header, got {quote(header[:1])} at its beginning. {_DAMAGED}")
-    # Each tensor needs a brace of its own, two lists and four colons: this bounds what is built before it is built.
-    # What is quoted again lies inside of a string: JSON in the metadata, as this package writes it.
+        fail(file.path, f"expected a JSON object as header, got {quote(header[:1])} at its beginning")
+    # Each tensor needs a brace of its own, two lists and four colons: this limits what is built before it is built.
+    # What is quoted again is inside a string: JSON in the metadata, as this package writes it.
     braces = header.count(b"{") - header.count(b'{\\"')
     if braces > LIMITS.tensors + 2:
-        _fail(file, f"expected at most {LIMITS.tensors:,} tensors in the header, got more. {_DAMAGED}")
+        fail(file.path, f"expected at most {LIMITS.tensors:,} tensors in the header, got more")
     if header.count(b"[") > 4 * braces + 1_000 or header.count(b":") - header.count(b'\\":') > 5 * braces + 100_000:
-        _fail(file, f"the header: expected tensors, got a great many other values. {_DAMAGED}")
+        fail(file.path, "the header: expected tensors, got too many other values")
     return header
 
 
@@ -67,17 +66,13 @@ def parse_header(file: InputFile, header: bytes) -> tuple[dict[str, TensorSpec],
     """
     metadata, entries = _parse(file, header)
     data_start = 8 + len(header)
-    placed = sorted(
-        ((_tensor(file, name, entry, data_start)) for name, entry in entries.items()),
+    ordered = sorted(
+        (_tensor(file, name, entry, data_start) for name, entry in entries.items()),
         key=lambda tensor: (tensor.offset, tensor.nbytes),
     )
-    _check_no_gaps(file, placed, data_start)
-    by_name = {tensor.name: tensor for tensor in placed}
+    _check_no_gaps(file, ordered, data_start)
+    by_name = {tensor.name: tensor for tensor in ordered}
     return {name: by_name[name] for name in entries}, metadata
-
-
-def _fail(file: InputFile, what: str) -> NoReturn:
-    raise CheckpointFormatError(f"{file.path}: {what}")
 
 
 def _parse(file: InputFile, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
@@ -89,17 +84,17 @@ def _parse(file: InputFile, header: bytes) -> tuple[dict[str, str], dict[str, An
             parse_int=_plain_integer,
         )
     except RecursionError:
-        _fail(file, f"the header nests too deeply. {_DAMAGED}")
+        fail(file.path, "the header nests too deeply")
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        _fail(file, f"the header is no valid JSON: {str(error)[:200]}. {_DAMAGED}")
+        fail(file.path, f"the header is not valid JSON: {str(error)[:200]}")
     if not isinstance(parsed, dict):
-        _fail(file, f"expected a JSON object as header, got {type(parsed).__name__}. {_DAMAGED}")
+        fail(file.path, f"expected a JSON object as header, got {type(parsed).__name__}")
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        _fail(file, f"__metadata__: expected an object of strings. {_DAMAGED}")
+        fail(file.path, "__metadata__: expected an object of strings")
     for text in (*metadata, *metadata.values()):
         if not is_text(text):
-            _fail(file, f"__metadata__: expected text, got the lone surrogate in {quote(text)}. {_DAMAGED}")
+            fail(file.path, f"__metadata__: expected text, got the lone surrogate in {quote(text)}")
     return metadata, parsed
 
 
@@ -115,11 +110,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 class _NoSize:
-    """An integer that cannot be a size: it is refused where the tensor's name is known, and is no text either."""
+    """An integer that cannot be a size: it is refused once the tensor's name is known, and is not text either."""
 
     def __init__(self, digits: str) -> None:
         self._digits = digits
@@ -133,69 +128,53 @@ def _plain_integer(text: str) -> int | _NoSize:
 
 
 def _tensor(file: InputFile, name: str, entry: Any, data_start: int) -> TensorSpec:
-    check_name(name, file.path)
+    path = file.path
+    check_name(name, path)
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         found = listing(sorted(map(quote, entry))) if isinstance(entry, dict) else type(entry).__name__
-        raise _bad(file, name, f"expected the fields data_offsets, dtype, shape, got {found}. {_DAMAGED}")
+        fail(path, f"expected the fields data_offsets, dtype, shape, got {found}", tensor=name)
     code = entry["dtype"]
     if code in SUB_BYTE_DTYPES:
-        raise _bad(
-            file,
-            name,
-            f"dtype {code} packs several numbers into a byte and can't be averaged. "
-            "Average the checkpoints before quantisation.",
-        )
+        advice = "Average the checkpoints before quantisation"
+        fail(path, f"dtype {code} packs several numbers into a byte and can't be averaged", advice, tensor=name)
     if not isinstance(code, str) or code not in DTYPES:
-        raise _bad(file, name, f"expected a dtype out of {', '.join(DTYPES)}, got {quote(code)}. {_DAMAGED}")
+        fail(path, f"expected one of the dtypes {', '.join(DTYPES)}, got {quote(code)}", tensor=name)
     dtype = DTYPES[code]
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _sizes(shape) or len(shape) > LIMITS.rank:
-        raise _bad(file, name, f"expected a shape of at most {LIMITS.rank} sizes ≥ 0, got {quote(shape)}. {_DAMAGED}")
+        fail(path, f"expected a shape of at most {LIMITS.rank} sizes ≥ 0, got {quote(shape)}", tensor=name)
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _bad(file, name, f"expected data_offsets [begin, end], got {quote(offsets)}. {_DAMAGED}")
+        fail(path, f"expected data_offsets [begin, end], got {quote(offsets)}", tensor=name)
     nbytes = dtype.itemsize
     for extent in shape:
         nbytes *= extent
         if nbytes > LIMITS.elements:
-            raise _bad(file, name, f"shape {quote(shape)} overflows 63 bits. {_DAMAGED}")
+            fail(path, f"shape {quote(shape)} overflows 63 bits", tensor=name)
     begin, end = offsets
     if end - begin != nbytes:
-        raise _bad(
-            file,
-            name,
-            f"expected {nbytes:,} bytes for {dtype.name} {quote(shape)}, got data_offsets of "
-            f"{end - begin:,} bytes. {_DAMAGED}",
-        )
+        got = f"got data_offsets of {end - begin:,} bytes"
+        fail(path, f"expected {nbytes:,} bytes for {dtype.name} {quote(shape)}, {got}", tensor=name)
     start = data_start + begin
     return TensorSpec(name, dtype, tuple(shape), contiguous_stride(tuple(shape)), 0, start, (start, nbytes))
-
-
-def _bad(file: InputFile, name: str, problem: str) -> CheckpointFormatError:
-    return CheckpointFormatError(f"{file.path}: tensor {quote(name)}: {problem}")
 
 
 def _sizes(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
 
 
-def _check_no_gaps(file: InputFile, placed: Iterable[TensorSpec], data_start: int) -> None:
+def _check_no_gaps(file: InputFile, ordered: Iterable[TensorSpec], data_start: int) -> None:
     position: int = data_start
     before: TensorSpec | None = None
-    for tensor in placed:
+    for tensor in ordered:
         if tensor.offset != position:
             problem = "overlaps" if tensor.offset < position else "leaves a hole after"
             previous = "the header" if before is None else f"tensor {quote(before.name)}"
-            _fail(
-                file,
-                f"tensor {quote(tensor.name)} {problem} {previous}: expected it to begin at byte "
-                f"{position - data_start:,} of the data, got {tensor.offset - data_start:,}. {_DAMAGED}",
-            )
+            bounds = f"it to begin at byte {position - data_start:,} of the data, got {tensor.offset - data_start:,}"
+            fail(file.path, f"tensor {quote(tensor.name)} {problem} {previous}: expected {bounds}")
         position, before = tensor.offset + tensor.nbytes, tensor
+    sizes = f"expected {position:,} bytes, got {file.size:,}"
     if position > file.size:
-        _fail(
-            file,
-            f"expected {position:,} bytes, got {file.size:,}: {plural(position - file.size, 'byte')} missing. "
-            "It is truncated: copy it again.",
-        )
+        missing = plural(position - file.size, "byte")
+        fail(file.path, f"{sizes}: {missing} missing", "It is truncated: copy it again")
     if position < file.size:
-        _fail(file, f"expected {position:,} bytes, got {file.size:,}: {file.size - position:,} too many. {_DAMAGED}")
+        fail(file.path, f"{sizes}: {file.size - position:,} too many")

@@ -1,37 +1,36 @@
 """A model in several files, listed by a shard index: ``{"metadata": …, "weight_map": {tensor: file}}``.
 
 transformers, diffusers and accelerate write ``model.safetensors.index.json`` (or ``pytorch_model.bin.index.json``)
-beside the shards. File names in an index are untrusted (`members`).
+next to the shards. File names in an index are untrusted (`safe_sibling`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
-from weakref import WeakValueDictionary
+from typing import Any
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec
-from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.in_memory import MemoryFile
+from ckpt_avg.errors import fail
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.files.status import is_file
-from ckpt_avg.formats.members import member_of
-from ckpt_avg.formats.one_file import open_file
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.formats.torch_file import Names, rename, settle_names
+from ckpt_avg.formats.single_file import open_file
+from ckpt_avg.formats.tensor_names import TensorTable, settle_names, shared_table
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, plural, quote
 
 SUFFIX = ".index.json"
+_AGAIN = "Save or copy the checkpoint again"
 
 
 def is_index(path: Path) -> bool:
-    """Whether the file is a shard index, by its name and its start."""
+    """Whether a file is a shard index, by its name."""
     return path.name.endswith(SUFFIX) and is_file(path)
 
 
@@ -46,133 +45,115 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
     Raises:
         CheckpointFormatError: the index is damaged or unsafe, shards are missing, or index and shards disagree.
     """
-    weight_map, digest = _weight_map(index)
-    shards = {name: member_of(index.parent, name, str(index)) for name in dict.fromkeys(weight_map.values())}
-    for name in shards:
+    weight_map, digest = _read_index(index)
+    paths = {name: safe_sibling(index.parent, name, str(index)) for name in dict.fromkeys(weight_map.values())}
+    for name in paths:
         if ".safetensors." in index.name and not name.endswith(".safetensors"):
-            _fail(index, f"expected safetensors shards, as its own name says, got {quote(name)}")
-    missing = [name for name, shard in shards.items() if not shard.exists()]
-    if missing:
-        raise CheckpointFormatError(
-            f"{index}: {plural(len(missing), 'shard')} of {len(shards)} missing: {listing(map(quote, missing))}. Copy "
-            "them beside the index."
-        )
-    files: list[InputFile | MemoryFile] = []
-    opened: dict[str, CheckpointSpec] = {}
-    begins: list[int] = []
+            fail(index, f"expected safetensors shards, as its own name says, got {quote(name)}", _AGAIN)
+    if missing := [name for name, shard in paths.items() if not shard.exists()]:
+        problem = f"{plural(len(missing), 'shard')} of {len(paths)} missing: {listing(map(quote, missing))}"
+        fail(index, problem, "Copy them next to the index")
     bare = replace(reading, strip_prefix=None)
     with ExitStack() as on_error:
-        for name, shard in shards.items():
-            checkpoint = on_error.enter_context(open_file(shard, bare, strip=False))
-            opened[name] = checkpoint.spec
-            begins.append(len(files))
-            files += checkpoint.files
-        whole = _whole(index, path, weight_map, opened, begins, reading)
-        names = whole.names
-        forms = sorted({spec.format for spec in opened.values()})
-        spec = CheckpointSpec(
+        opened = [on_error.enter_context(open_file(shard, bare, strip=False)) for shard in paths.values()]
+        shards = {name: checkpoint.spec for name, checkpoint in zip(paths, opened, strict=True)}
+
+        def make() -> TensorTable:
+            tensors = _combine(index, weight_map, shards)
+            scalars = {name: tensor.shape == () for name, tensor in tensors.items()}
+            names = settle_names(scalars, reading.strip_prefix, path)
+            return TensorTable(tensors.values(), names, parts=[spec.tensors for spec in shards.values()])
+
+        # Checkpoints of one run mostly share the tables of their shards, which live as long as the table made of them.
+        tables = tuple(id(spec.tensors) for spec in shards.values())
+        table = shared_table((tuple(weight_map.items()), tables, reading.strip_prefix), make)
+        digests = "".join([digest, *(spec.digest for spec in shards.values())])
+        spec = table.names.make_spec(
             path,
-            f"sharded {' and '.join(forms)}",
-            whole,
-            kind=names.kind or list(opened.values())[-1].kind,
-            prefix=names.stripped.prefix,
-            lacks_prefix=names.stripped.lacking,
-            averaged=names.averaged,
+            f"sharded {' and '.join(sorted({spec.format for spec in shards.values()}))}",
+            table,
+            kind=opened[-1].spec.kind,
+            notes=tuple(dict.fromkeys(note for spec in shards.values() for note in spec.notes)),
             metadata={"shards": len(shards)},
-            digest=_joined(digest, *(spec.digest for spec in opened.values())),
-            notes=(*dict.fromkeys(note for spec in opened.values() for note in spec.notes), *names.notes),
+            digest=hashlib.sha256(digests.encode()).hexdigest(),
         )
         on_error.pop_all()
-        return Checkpoint(spec, files)
+        return Checkpoint(spec, [file for checkpoint in opened for file in checkpoint.files])
 
 
-def _joined(*digests: str) -> str:
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-class _Whole(dict[str, TensorSpec]):
-    """The tensors of all shards together. It is shared, so nothing changes it.
-
-    Attributes:
-        shards: the tables that it was made of, kept for the next checkpoint.
-        names: what the names tell.
-    """
-
-    def __init__(self, tensors: Mapping[str, TensorSpec], shards: list[Mapping[str, TensorSpec]], names: Names) -> None:
-        super().__init__(tensors)
-        self.shards, self.names = shards, names
-
-
-# The shards of one run's checkpoints mostly share their tables, and then the whole is put together once.
-_WHOLES: WeakValueDictionary[tuple[object, ...], _Whole] = WeakValueDictionary()
-
-
-def _whole(
-    index: Path,
-    path: Path,
-    weight_map: Mapping[str, str],
-    opened: Mapping[str, CheckpointSpec],
-    begins: Sequence[int],
-    reading: Reading,
-) -> _Whole:
-    """Returns the tensors that the index names, with the shards that it places them in.
-
-    Args:
-        index, path, reading: as for `open_sharded`.
-        weight_map: tensor name → name of its shard.
-        opened: name of the shard → what it holds.
-        begins: the index of each shard's first file among all.
-    """
-    shards = [spec.tensors for spec in opened.values()]
-    key = (tuple(weight_map.items()), tuple(map(id, shards)), tuple(begins), reading.strip_prefix)
-    whole = _WHOLES.get(key)
-    if whole is None:
-        promised: dict[str, set[str]] = {name: set() for name in opened}
-        for tensor_name, name in weight_map.items():
-            promised[name].add(tensor_name)
-        tensors: dict[str, TensorSpec] = {}
-        for (name, spec), begin in zip(opened.items(), begins, strict=True):
-            _check_agreement(index, name, promised[name], weight_map, spec.tensors)
-            tensors |= {each.name: replace(each, file=each.file + begin) for each in spec.tensors.values()}
-        ordered = {name: tensors[name] for name in weight_map}
-        names = settle_names({name: tensor.shape == () for name, tensor in ordered.items()}, reading, path)
-        whole = _WHOLES[key] = _Whole(rename(ordered.values(), names.stripped.names), shards, names)
-    return whole
-
-
-def _fail(index: Path, what: str) -> NoReturn:
-    raise CheckpointFormatError(f"{index}: {what}. Save or copy the checkpoint again.")
-
-
-def _weight_map(index: Path) -> tuple[Mapping[str, str], str]:
+def _read_index(index: Path) -> tuple[Mapping[str, str], str]:
+    """Returns tensor name → name of its shard, and the SHA-256 of the index."""
     with InputFile(index) as file:
         if file.size > LIMITS.index:
-            _fail(index, f"expected a shard index of at most {LIMITS.index:,} bytes, got {file.size:,}")
+            fail(index, f"expected a shard index of at most {LIMITS.index:,} bytes, got {file.size:,}", _AGAIN)
         text = file.read(0, file.size)
-    # What json builds of an empty list or of a name takes up to 80 and 160 bytes: bounded before it is built.
+    # What json builds of an empty list or of a name takes up to 80 and 160 bytes: limited before it is built.
     built = 80 * (text.count(b"[") + text.count(b"{")) + 160 * text.count(b":")
     if built > 64 * 2**20 + 3 * len(text):
-        _fail(index, "expected names of tensors and files in the shard index, got a great many other values")
+        fail(index, "expected names of tensors and files in the shard index, got too many other values", _AGAIN)
     try:
         parsed: Any = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        _fail(index, f"expected a shard index in JSON, got other text: {str(error)[:200]}")
+        fail(index, f"expected a shard index in JSON, got other text: {str(error)[:200]}", _AGAIN)
     weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        _fail(index, 'expected a shard index {"weight_map": {tensor: file}}, got other JSON')
+        fail(index, 'expected a shard index {"weight_map": {tensor: file}}, got other JSON', _AGAIN)
     if not all(isinstance(name, str) for name in weight_map.values()):
-        _fail(index, "expected file names in weight_map, got other values")
+        fail(index, "expected file names in weight_map, got other values", _AGAIN)
     return weight_map, hashlib.sha256(text).hexdigest()
 
 
-def _check_agreement(
-    index: Path, name: str, promised: set[str], weight_map: Mapping[str, str], held: Mapping[str, TensorSpec]
-) -> None:
-    lacking = sorted(promised - set(held))
-    if lacking:
-        _fail(index, f"the shard {quote(name)} lacks {listing(map(quote, lacking))}, which the index places there")
-    extra = sorted(set(held) - promised)
-    if twice := [tensor for tensor in extra if tensor in weight_map]:
-        _fail(index, f"in two shards, {quote(name)} and another: {listing(map(quote, twice))}")
-    if extra:
-        _fail(index, f"the shard {quote(name)} holds {listing(map(quote, extra))}, which the index does not name")
+def _combine(
+    index: Path, weight_map: Mapping[str, str], shards: Mapping[str, CheckpointSpec]
+) -> Mapping[str, TensorSpec]:
+    """Returns the tensors of all shards in the order of the index, which must agree with the shards."""
+    promised: dict[str, set[str]] = {name: set() for name in shards}
+    for tensor_name, shard in weight_map.items():
+        promised[shard].add(tensor_name)
+    tensors: dict[str, TensorSpec] = {}
+    for number, (name, spec) in enumerate(shards.items()):
+        shard = f"the shard {quote(name)}"
+        if lacking := sorted(promised[name] - set(spec.tensors)):
+            fail(index, f"{shard} lacks {listing(map(quote, lacking))}, which the index places there", _AGAIN)
+        extra = sorted(set(spec.tensors) - promised[name])
+        if twice := [tensor for tensor in extra if tensor in weight_map]:
+            fail(index, f"{shard} and another one both contain {listing(map(quote, twice))}", _AGAIN)
+        if extra:
+            fail(index, f"{shard} contains {listing(map(quote, extra))}, which the index does not list", _AGAIN)
+        tensors |= {each.name: replace(each, file=number) for each in spec.tensors.values()}
+    return {name: tensors[name] for name in weight_map}
+
+
+def safe_sibling(folder: Path, name: object, where: str) -> Path:
+    """Returns the path of a file in the same folder that an index or metadata file names.
+
+    A symbolic link may lead out of the folder only as in the Hugging Face cache, where ``snapshots/<revision>/<file>``
+    points into ``blobs``.
+
+    Args:
+        folder: the folder.
+        name: the untrusted name.
+        where: what errors name.
+
+    Raises:
+        CheckpointFormatError: the name, or the link of that name, leads out of the folder.
+    """
+    distrust = "Don't trust it"
+    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0:"):
+        fail(where, f"expected the name of a file next to it, got {quote(name)}", distrust)
+    path = folder / name
+    try:
+        is_link = path.is_symlink()
+    except (OSError, ValueError):  # a name that is too long, or not text
+        fail(where, f"{quote(name)} cannot be the name of a file", distrust)
+    if is_link:
+        try:
+            target = Path(os.path.realpath(path, strict=True))
+        except OSError as error:
+            fail(where, f"{quote(name)} is a symbolic link that cannot be followed: {error.strerror}", "Copy the file")
+        real = Path(os.path.realpath(folder))
+        cached = real.parent.name == "snapshots" and target.parent == real.parent.parent / "blobs"
+        if real not in target.parents and not cached:
+            problem = f"{quote(name)} is a symbolic link out of the folder, to {quote(target)}"
+            fail(where, problem, "Copy the file")
+    return path

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
-from ckpt_avg.formats.pickles.leaves import Leaf, UnreadableTensor
+from ckpt_avg.errors import CheckpointFormatError, NoWeightsError, fail
 from ckpt_avg.formats.pickles.nn_modules import is_module, module_tensors
-from ckpt_avg.formats.pickles.stand_ins import Foreign
+from ckpt_avg.formats.pickles.stand_ins import Foreign, PickledTensor, UnreadableTensor
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.trainers.any_script import EMA_KEYS, RAW_KEYS, TRAINING_STATE
 from ckpt_avg.formats.trainers.records import recognise
@@ -41,7 +40,7 @@ class StateDict:
     """
 
     key: str | None
-    tensors: Mapping[str, Leaf]
+    tensors: Mapping[str, PickledTensor]
     others: tuple[str, ...]
     trainer: Trainer | None = None
     ema: bool = False
@@ -153,7 +152,9 @@ def _those_that_hold(contents: Contents, keys: Sequence[str]) -> list[str]:
 
 
 def _is_state_dict(value: object) -> bool:
-    return isinstance(value, dict) and any(isinstance(name, str) and isinstance(value[name], Leaf) for name in value)
+    return isinstance(value, dict) and any(
+        isinstance(name, str) and isinstance(value[name], PickledTensor) for name in value
+    )
 
 
 def _candidates(value: object, seen: set[int] | None = None) -> list[tuple[str, ...]]:
@@ -216,28 +217,25 @@ def _state_dict(value: object, path: Path, key: str | None) -> StateDict:
             raise CheckpointFormatError(f"{where}: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointFormatError(f"{where}: expected a state dict, got {_contents(value)}.")
-    tensors: dict[str, Leaf] = {}
+    tensors: dict[str, PickledTensor] = {}
     others: list[str] = []
     looked_at: set[int] = set()
     for name, item in value.items():
         if isinstance(item, UnreadableTensor):
-            raise CheckpointFormatError(
-                f"{where}: tensor {quote(name)}: expected a plain tensor, got {item.kind}. Save it as a plain "
-                "tensor (for example tensor.to_dense(), .dequantize() or .full_tensor()) and run again."
-            )
+            fail(where, f"expected a plain tensor, got {item.kind}", f"{item.advice} and run again", tensor=name)
         if isinstance(item, dict) and _candidates(item, looked_at):
             raise CheckpointFormatError(
                 f"{where}: expected names and tensors, got another dict of tensors under {quote(name)}. "
                 f"Choose one part with --state-key {argument(f'{key}.{name}' if key else str(name))}."
             )
         is_training_state = isinstance(name, str) and TRAINING_STATE.search(name)
-        if not isinstance(item, Leaf) and not is_training_state and _hides_tensors(item):
+        if not isinstance(item, PickledTensor) and not is_training_state and _hides_tensors(item):
             kind = item.described() if isinstance(item, Foreign) else type(item).__name__
             raise CheckpointFormatError(
                 f"{where}: {quote(name)}: expected a plain tensor, got tensors inside a {kind}. Save "
                 "model.state_dict(), whose values are plain tensors."
             )
-        if not isinstance(item, Leaf):
+        if not isinstance(item, PickledTensor):
             others.append(name if isinstance(name, str) else quote(name))
         elif not isinstance(name, str):
             raise CheckpointFormatError(
@@ -252,7 +250,7 @@ def _hides_tensors(item: object) -> bool:
     """Whether a list, a tuple or an object holds a tensor, near its top."""
     found: list[object] = [item]
     for value in itertools.islice(found, _MOST_VALUES):  # it grows meanwhile
-        if isinstance(value, Leaf):
+        if isinstance(value, PickledTensor):
             return True
         if isinstance(value, Foreign):
             found += [value.state, *value.arguments[:100]]
@@ -291,6 +289,6 @@ def _no_choice(contents: Contents, candidates: Sequence[tuple[str, ...]]) -> str
 def _contents(root: object) -> str:
     if isinstance(root, dict):
         return f"a dict with the keys {listing(quote(key) for key in root)}" if root else "an empty dict"
-    if isinstance(root, Leaf):
+    if isinstance(root, PickledTensor):
         return "a single tensor without a name"
     return f"an object of type {type(root).__name__}"

@@ -1,35 +1,44 @@
-"""What wrappers put in front of every name: ``module.`` of DataParallel, ``_orig_mod.`` of torch.compile, and others.
+"""Tensor names, without the prefixes of wrappers; and tables of the named tensors, shared by equal headers.
 
-They are taken off, again and again, where *all* names carry them, so that the average loads into the bare model. A
-counter that averaging models keep beside the weights is set aside first.
+Wrappers such as DataParallel (``module.``) or torch.compile (``_orig_mod.``) put a prefix in front of every name. Such
+a prefix is stripped, repeatedly, if *all* names have it, so that the average loads into the bare model. A counter that
+averaging models store next to the weights is left out first.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
-from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.checkpoint.spec import CheckpointSpec, TensorSpec
+from ckpt_avg.errors import fail
 from ckpt_avg.formats.trainers.registry import TRAINERS
+from ckpt_avg.formats.trainers.trainer import Trainer
+from ckpt_avg.limits import LIMITS
+from ckpt_avg.machine import gc_paused
 from ckpt_avg.text import listing, plural, quote
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
-# torch's own clean_tensor_name takes these out of the middle of names too (torch/distributed/fsdp/_common_utils.py).
+# torch's clean_tensor_name removes these from the middle of names too (torch/distributed/fsdp/_common_utils.py).
 _ANYWHERE = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _COUNTERS = tuple(trainer.counter for trainer in TRAINERS if trainer.counter)
 
 
 @dataclass(frozen=True, slots=True)
 class Stripped:
-    """The names of a state dict without their wrappers.
+    """The names of a state dict without the prefixes of wrappers.
 
     Attributes:
-        names: name in the file → name without the wrappers, counters left out.
-        prefix: what was taken off the front of every name.
+        names: name in the file → name without prefixes; counters are left out.
+        prefix: what was stripped from every name.
         counters: the counters that were left out.
         notes: what the user should know.
-        lacking: whether no name carries the prefix that the user named.
+        lacking: whether no name has the prefix that the user gave.
     """
 
     names: Mapping[str, str]
@@ -39,68 +48,138 @@ class Stripped:
     lacking: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names of a checkpoint's tensors, and what they say about the checkpoint.
+
+    Attributes:
+        stripped: the names without prefixes.
+        kind: the trainer or library, if known.
+        averaged: what shows that the weights are already an average; empty if nothing does.
+        notes: what the user should know.
+    """
+
+    stripped: Stripped
+    kind: str | None
+    averaged: str
+    notes: tuple[str, ...]
+
+    def make_spec(
+        self,
+        path: Path,
+        form: str,
+        tensors: Mapping[str, TensorSpec],
+        *,
+        kind: str | None = None,
+        averaged: str = "",
+        notes: tuple[str, ...] = (),
+        **more: Any,
+    ) -> CheckpointSpec:
+        """Returns the spec of a checkpoint with these names; ``kind`` is the default, and ``more`` its other fields."""
+        return CheckpointSpec(
+            path,
+            form,
+            tensors,
+            kind=self.kind or kind,
+            prefix=self.stripped.prefix,
+            lacks_prefix=self.stripped.lacking,
+            averaged=averaged or self.averaged,
+            notes=(*notes, *self.notes),
+            **more,
+        )
+
+
+def settle_names(
+    scalars: Mapping[str, bool], prefix: str | None, path: Path, trainer: Trainer | None = None, *, strip: bool = True
+) -> Names:
+    """Strips and checks the names of a state dict.
+
+    Args:
+        scalars: name → whether the tensor has no dimensions.
+        prefix: one more prefix to strip.
+        path: what errors name.
+        trainer: the trainer, if it is known.
+        strip: whether to strip prefixes.
+
+    Raises:
+        CheckpointFormatError: a name cannot be written, or two names become equal.
+    """
+    stripped = Stripped({name: name for name in scalars})
+    if strip:
+        stripped = strip_prefixes(scalars, {name for name in scalars if scalars[name]}, prefix, str(path))
+    for name in stripped.names.values():
+        check_name(name, path)
+    kind, averaged, notes = trainer.name if trainer else None, "", stripped.notes
+    for each in TRAINERS:
+        if each.counter in stripped.counters and each is not trainer:
+            averaged = f"it holds {each.counter}, the counter of {each.name}"
+            kind = kind or each.name
+        if each.tensor_names and any(map(re.compile(each.tensor_names).search, stripped.names.values())):
+            kind = kind or each.name
+            notes += (each.note,)
+    return Names(stripped, kind, averaged, notes)
+
+
 def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str | None, where: str) -> Stripped:
-    """Takes wrappers' prefixes off.
+    """Strips the prefixes of wrappers.
 
     Args:
         names: the names in the file.
-        scalars: those that name a tensor of one element.
-        prefix: one more prefix, which the user names; taken off the names that carry it.
-        where: what to name in errors.
+        scalars: the names of tensors without dimensions.
+        prefix: one more prefix, stripped from the names that have it.
+        where: what errors name.
 
     Raises:
-        CheckpointFormatError: two names become one.
+        CheckpointFormatError: two names become equal.
     """
     counters = tuple(name for name in _COUNTERS if name in scalars)
     weights = [name for name in names if name not in counters]
     if not counters or not weights or not all(name.startswith("module.") for name in weights):
         counters, weights = (), list(names)
-    taken, stripped = _take_off(weights)
+    common, stripped = _strip_common(weights)
     notes: list[str] = []
     lacking = False
     if prefix:
         prefix = prefix if prefix.endswith(".") else f"{prefix}."
-        carrying = sum(name.startswith(prefix) and name != prefix for name in stripped)
-        if carrying:
-            again, stripped = _take_off([name.removeprefix(prefix) or name for name in stripped])
-            if carrying == len(stripped):
-                taken += prefix + again
+        count = sum(name.startswith(prefix) and name != prefix for name in stripped)
+        if count:
+            more, stripped = _strip_common([name.removeprefix(prefix) or name for name in stripped])
+            if count == len(stripped):
+                common += prefix + more
             else:
-                notes.append(f"{quote(prefix)} stripped from {carrying:,} of {plural(len(stripped), 'name')}")
-        elif f".{prefix}" not in f".{taken}":
+                notes.append(f"{quote(prefix)} stripped from {count:,} of {plural(len(stripped), 'name')}")
+        elif f".{prefix}" not in f".{common}":
             lacking = True
-    inner = [_clean(name) for name in stripped]
-    if inner != stripped and len(set(inner)) == len(inner):
-        changed = sum(a != b for a, b in zip(inner, stripped, strict=True))
-        notes.append(f"the names of wrappers taken out of {plural(changed, 'name')}")
-        stripped = inner
+    clean = [_without_wrappers(name) for name in stripped]
+    if clean != stripped and len(set(clean)) == len(clean):
+        changed = sum(a != b for a, b in zip(clean, stripped, strict=True))
+        notes.append(f"wrapper names removed from the middle of {plural(changed, 'name')}")
+        stripped = clean
     if any("._orig_mod." in name for name in stripped):
-        notes.append("names hold torch.compile's '_orig_mod' inside, and load into a model compiled in the same places")
+        notes.append("names contain torch.compile's '_orig_mod': they load into a model compiled in the same places")
     result = dict(zip(weights, stripped, strict=True))
     if len(set(stripped)) < len(result):
         twice = sorted(name for name, times in Counter(stripped).items() if times > 1)
-        raise CheckpointFormatError(
-            f"{where}: without their prefix two tensors would have one name: {listing(map(quote, twice))}. "
-            "Choose another --strip-prefix."
-        )
-    if taken:
-        notes.insert(0, f"{quote(taken)} stripped from every name")
-    return Stripped(result, taken, counters, tuple(notes), lacking)
+        problem = f"without the prefix two tensors would have the same name: {listing(map(quote, twice))}"
+        fail(where, problem, "Choose another --strip-prefix")
+    if common:
+        notes.insert(0, f"{quote(common)} stripped from every name")
+    return Stripped(result, common, counters, tuple(notes), lacking)
 
 
-def _take_off(names: Iterable[str]) -> tuple[str, list[str]]:
-    """Returns what was taken off every name, and the names without it."""
-    taken, rest = "", list(names)
+def _strip_common(names: Iterable[str]) -> tuple[str, list[str]]:
+    """Returns the wrappers' prefixes that all names have, and the names without them."""
+    common, rest = "", list(names)
     while rest:
         found = next((each for each in PREFIXES if all(name.startswith(each) and name != each for name in rest)), None)
         if found is None:
             break
-        taken += found
+        common += found
         rest = [name[len(found) :] for name in rest]
-    return taken, rest
+    return common, rest
 
 
-def _clean(name: str) -> str:
+def _without_wrappers(name: str) -> str:
     whole = name
     for wrapper in _ANYWHERE:
         if wrapper in name:
@@ -108,3 +187,66 @@ def _clean(name: str) -> str:
             name = ".".join(part for part in parts[:-1] if f"{part}." != wrapper) + "." + parts[-1]
             name = name.removeprefix(".")
     return name if name else whole
+
+
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8: it cannot with a lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_name(name: str, path: Path) -> None:
+    """Raises CheckpointFormatError for a name that no safetensors file can hold."""
+    if name.isascii() and len(name) <= LIMITS.name and "\0" not in name and name != "__metadata__":
+        return
+    advice = "Rename the tensor"
+    if not is_text(name):
+        fail(path, "its name has a lone surrogate, so it is not text", advice, tensor=name)
+    if name == "__metadata__":
+        fail(path, "safetensors reserves this name for its metadata", advice, tensor=name)
+    if "\0" in name:
+        fail(path, "its name has a NUL character", advice, tensor=name)
+    if (length := len(name.encode("utf-8"))) > LIMITS.name:
+        fail(path, f"expected a name of at most {LIMITS.name:,} bytes, got {length:,}", advice, tensor=name)
+
+
+class TensorTable(dict[str, TensorSpec]):
+    """The tensors of a checkpoint by stripped name. Open checkpoints share it, so it is never changed.
+
+    Attributes:
+        names: the names.
+        metadata: of a safetensors file.
+        parts: the tables of the shards, kept for the next checkpoint.
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[TensorSpec],
+        names: Names,
+        metadata: Mapping[str, str] | None = None,
+        parts: Collection[Mapping[str, TensorSpec]] = (),
+    ) -> None:
+        new = names.stripped.names
+        renamed = (replace(each, name=new[each.name]) if new[each.name] != each.name else each
+                   for each in tensors if each.name in new)  # fmt: skip
+        super().__init__((tensor.name, tensor) for tensor in renamed)
+        self.names, self.metadata, self.parts = names, metadata or {}, parts
+
+
+_TABLES: WeakValueDictionary[object, TensorTable] = WeakValueDictionary()
+
+
+def shared_table(key: tuple[object, ...], make: Callable[[], TensorTable]) -> TensorTable:
+    """Returns the table of a key, made once while any checkpoint with it is open.
+
+    Checkpoints of one run mostly have the same header, byte for byte. Everything that the table depends on must be in
+    the key.
+    """
+    table = _TABLES.get(key)
+    if table is None:
+        with gc_paused():
+            table = _TABLES[key] = make()
+    return table

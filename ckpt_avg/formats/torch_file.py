@@ -1,187 +1,151 @@
-"""What a torch file holds → its `CheckpointSpec`: the state dict is chosen, its names stripped, its tensors placed."""
+"""What a torch file contains → its `CheckpointSpec`: choose the state dict, strip its names, locate its tensors."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec
 from ckpt_avg.checkpoint.training_record import measure
-from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.files.in_memory import MemoryFile
+from ckpt_avg.errors import CheckpointFormatError, fail
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.formats.names import check_name
-from ckpt_avg.formats.pickles.leaves import Leaf, StoredTensor
-from ckpt_avg.formats.pickles.numpy_arrays import StoredArray
-from ckpt_avg.formats.place import FileContents, Place, place
+from ckpt_avg.formats.pickles.stand_ins import StoredTensor
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.state_dict import StateDict, find_state_dict
-from ckpt_avg.formats.tensor_names import Stripped, strip_prefixes
+from ckpt_avg.formats.tensor_names import settle_names
 from ckpt_avg.formats.trainers.records import element, plain_values, record_of
-from ckpt_avg.formats.trainers.registry import TRAINERS
-from ckpt_avg.formats.trainers.trainer import Contents, Trainer
-from ckpt_avg.text import listing, plural, quote, size
+from ckpt_avg.formats.trainers.trainer import Contents
+from ckpt_avg.limits import LIMITS
+from ckpt_avg.text import listing, plural, quote
 
 RUNNING_AVERAGE = "a running average of weights"
 
+ByteRange = tuple[int, int]  # (first byte, bytes)
+
 
 @dataclass(frozen=True, slots=True)
-class Names:
-    """What is known of a checkpoint once its names are."""
+class FileContents:
+    """What a torch file contains.
 
-    stripped: Stripped
-    kind: str | None
-    averaged: str
-    notes: tuple[str, ...]
-
-
-def settle_names(
-    tensors: Mapping[str, bool], reading: Reading, path: Path, trainer: Trainer | None = None, *, strip: bool = True
-) -> Names:
-    """Strips the names of a state dict and says what they tell.
-
-    Args:
-        tensors: name → whether the tensor has one element without dimensions.
-        reading: may name one more prefix.
-        path: what to name in errors.
-        trainer: the trainer of the file, if it is known.
-        strip: whether to take prefixes off.
-
-    Raises:
-        CheckpointFormatError: a name cannot be written, or two become one.
+    Attributes:
+        objects: what its pickle describes.
+        storage: storage key → its bytes; None if there is none.
+        digest: SHA-256 of the pickle, in hex.
     """
-    scalars = {name for name, scalar in tensors.items() if scalar}
-    stripped = Stripped({name: name for name in tensors})
-    if strip:
-        stripped = strip_prefixes(tensors, scalars, reading.strip_prefix, str(path))
-    for name in stripped.names.values():
-        check_name(name, path)
-    kind, averaged, notes = trainer.name if trainer else None, "", stripped.notes
-    for each in TRAINERS:
-        if each.counter in stripped.counters and each is not trainer:
-            averaged = f"it holds {each.counter}, the counter of {each.name}"
-            kind = kind or each.name
-        if each.tensor_names and any(map(re.compile(each.tensor_names).search, stripped.names.values())):
-            kind = kind or each.name
-            notes += (each.note,)
-    return Names(stripped, kind, averaged, notes)
+
+    objects: object
+    storage: Callable[[str], ByteRange | None]
+    digest: str
 
 
-def assemble(
-    file: InputFile,
-    form: str,
-    held: FileContents,
-    reading: Reading,
-    *,
-    strip: bool = True,
+def open_torch_file(
+    file: InputFile, form: str, contents: FileContents, reading: Reading, *, strip: bool = True
 ) -> Checkpoint:
     """Returns the open checkpoint of a torch file.
 
     Args:
         file: the file.
         form: the name of its format.
-        held: what its pickle holds.
+        contents: what it contains.
         reading: how to read it.
-        strip: whether to take wrappers' prefixes off.
+        strip: whether to strip wrappers' prefixes.
 
     Raises:
-        CheckpointFormatError: there is no one state dict, or a tensor is damaged.
+        CheckpointFormatError: there is no single state dict, or a tensor is damaged.
     """
-    contents, place_of = held.objects, held.place_of
-    found = find_state_dict(contents, file.path, reading)
-    names = settle_names(
-        {
-            name: isinstance(leaf, (StoredTensor, StoredArray)) and leaf.shape == ()
-            for name, leaf in found.tensors.items()
-        },
-        reading,
-        file.path,
-        found.trainer,
-        strip=strip,
-    )
-    memory = MemoryFile(file.path)
-    tensors = {
-        new: _spec(file.path, new, found.tensors[old], place_of, memory) for old, new in names.stripped.names.items()
-    }
+    found = find_state_dict(contents.objects, file.path, reading)
+    stored = {name: tensor for name, tensor in found.tensors.items() if isinstance(tensor, StoredTensor)}
+    scalars = {name: tensor.shape == () for name, tensor in stored.items()}
+    names = settle_names(scalars, reading.strip_prefix, file.path, found.trainer, strip=strip)
+    tensors = {new: locate(file.path, new, stored[old], contents) for old, new in names.stripped.names.items()}
 
-    def scalar(leaf: object) -> float | None:
-        if isinstance(leaf, StoredTensor) and leaf.shape in ((), (1,)):
-            try:
-                spec = place(file.path, "(recorded)", leaf, place_of(leaf.storage.key))
-            except CheckpointFormatError:
-                return None  # a damaged number beside the weights does them no harm
-            return element(spec.dtype, file.read(spec.offset, spec.dtype.itemsize))
-        if isinstance(leaf, StoredArray) and leaf.dtype is not None and leaf.shape in ((), (1,)):
-            return element(leaf.dtype, bytes(leaf.contents))
-        return measure(leaf)
+    def scalar(value: object) -> float | None:
+        if not isinstance(value, StoredTensor) or value.shape not in ((), (1,)):
+            return measure(value)
+        try:
+            spec = locate(file.path, "(recorded)", value, contents)
+        except CheckpointFormatError:
+            return None  # a damaged number next to the weights does them no harm
+        return element(spec.dtype, file.read(spec.offset, spec.dtype.itemsize))
 
-    notes = (*found.notes, *names.notes)
-    if memory.size:
-        notes += (f"numpy arrays, which the pickle holds itself, are in memory: {size(memory.size)}",)
-    notes += without_tensor(found.others)
-    averaged = names.averaged or average_mark(found.ema, found.key)
-    spec = CheckpointSpec(
+    spec = names.make_spec(
         file.path,
         form,
         tensors,
-        kind=names.kind,
-        keys=keys_of(contents, found.key),
+        averaged=names.averaged or describe_ema(found),
+        notes=(*found.notes, *note_without_tensor(found.others)),
+        keys=top_keys(contents.objects, found.key),
         state_key=found.key,
-        prefix=names.stripped.prefix,
-        lacks_prefix=names.stripped.lacking,
-        record=record_of(Contents(_beside(contents, found), scalar), found.trainer),
-        averaged=averaged,
-        metadata=plain_values(contents),
-        notes=notes,
-        digest=held.digest,
+        record=record_of(Contents(_beside(contents.objects, found), scalar), found.trainer),
+        metadata=plain_values(contents.objects),
+        digest=contents.digest,
     )
-    return Checkpoint(spec, (file, memory) if memory.size else (file,))
+    return Checkpoint(spec, (file,))
 
 
-def without_tensor(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns a note on entries of a state dict that are no tensors, if there are any."""
+def locate(path: Path, name: str, tensor: StoredTensor, contents: FileContents) -> TensorSpec:
+    """Returns where the elements of a tensor are, checked against its storage.
+
+    Args:
+        path: what errors name.
+        name: the tensor's name.
+        tensor: the view of a storage, as the pickle gives it.
+        contents: of the file.
+
+    Raises:
+        CheckpointFormatError: the storage is missing or has another size, or the view is not inside it.
+    """
+    storage, itemsize = tensor.storage, tensor.dtype.itemsize
+    found = contents.storage(storage.key)
+    if found is None:
+        fail(path, f"expected the record {quote(storage.key)}, got none", "Copy the file again", tensor=name)
+    begin, length = found
+    expected = storage.numel * (storage.dtype.itemsize if storage.dtype else 1)
+    if length != expected:
+        fail(path, f"expected a record of {quote(expected)} bytes, got {length:,}", tensor=name)
+    shape, stride, offset = tensor.shape, tensor.stride, tensor.offset
+    numbers = (*shape, *stride, offset)
+    if len(shape) != len(stride) or len(shape) > LIMITS.rank or min(numbers) < 0 or max(numbers) > LIMITS.elements:
+        got = f"shape {quote(shape)}, stride {quote(stride)}, offset {quote(offset)}"
+        fail(path, f"expected sizes and strides from 0 to 2⁶³−1, got {got}", "Save it again", tensor=name)
+    spec = TensorSpec(name, tensor.dtype, shape, stride, 0, begin + offset * itemsize, (begin, length))
+    if prod(max(extent, 1) for extent in shape) * itemsize > LIMITS.elements:
+        fail(path, f"shape {quote(shape)} overflows 63 bits", "Save it again", tensor=name)
+    if 0 in shape:
+        return spec
+    last = offset + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
+    if (end := (last + 1) * itemsize) > length:
+        problem = f"expected elements inside a record of {length:,} bytes, got a view that ends at byte {end:,}"
+        fail(path, problem, "Save it again", tensor=name)
+    if spec.nbytes > max(length, LIMITS.expanded):
+        problem = f"expected at most the {length:,} bytes of its record, got an expanded view of {spec.nbytes:,} bytes"
+        fail(path, problem, "Save tensor.contiguous() instead", tensor=name)
+    return spec
+
+
+def note_without_tensor(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns a note on the entries of a state dict that are not tensors, if there are any."""
     if not names:
         return ()
     return (f"{plural(len(names), 'entry')} without a tensor left out: {listing(map(quote, names))}",)
 
 
 def _beside(contents: object, found: StateDict) -> object:
-    """Returns what a file holds beside the weights: in a bare state dict a scalar is a weight, not a metric."""
+    """Returns what a file contains next to the weights: a scalar of a bare state dict is a weight, not a metric."""
     if found.key is None and isinstance(contents, dict):
         return {key: value for key, value in contents.items() if key not in found.tensors}
     return contents
 
 
-def keys_of(contents: object, state_key: str | None) -> tuple[str, ...]:
-    """Returns the keys at the top of a torch file that is no bare state dict."""
+def top_keys(contents: object, state_key: str | None) -> tuple[str, ...]:
+    """Returns the keys at the top of a torch file that is not a bare state dict."""
     if not isinstance(contents, dict) or state_key is None:
         return ()
     return tuple(key if isinstance(key, str) else quote(key) for key in contents)
 
 
-def average_mark(ema: bool, key: str | None) -> str:
-    """Returns what is said of weights that are an EMA; nothing of others."""
-    return f"{RUNNING_AVERAGE}, under {quote(key)}" if ema else ""
-
-
-def _spec(path: Path, name: str, leaf: Leaf, place_of: Callable[[str], Place | None], memory: MemoryFile) -> TensorSpec:
-    if isinstance(leaf, StoredTensor):
-        return place(path, name, leaf, place_of(leaf.storage.key))
-    if isinstance(leaf, StoredArray) and leaf.dtype is not None:
-        begin = memory.add(leaf.contents)
-        return TensorSpec(name, leaf.dtype, leaf.shape, leaf.stride, 1, begin, (begin, len(leaf.contents)))
-    problem = leaf.problem if isinstance(leaf, StoredArray) else type(leaf).__name__
-    raise CheckpointFormatError(
-        f"{path}: tensor {quote(name)}: expected a plain tensor, got {problem}. Save it as a plain tensor."
-    )
-
-
-def rename(tensors: Iterable[TensorSpec], names: Mapping[str, str]) -> dict[str, TensorSpec]:
-    """Returns the tensors under their new names; those without one are left out."""
-    return {
-        names[tensor.name]: tensor if names[tensor.name] == tensor.name else replace(tensor, name=names[tensor.name])
-        for tensor in tensors
-        if tensor.name in names
-    }
+def describe_ema(found: StateDict) -> str:
+    """Returns how weights that are an EMA show that; nothing for others."""
+    return f"{RUNNING_AVERAGE}, under {quote(found.key)}" if found.ema else ""

@@ -1,8 +1,8 @@
 """The stream that ``torch.save`` wrote before torch 1.6, and still writes on request.
 
-Five pickles follow each other: a magic number, a version, the machine's sizes, the objects, and the keys of the
-storages. After them comes each storage in the order of the keys: eight bytes with its number of elements, then the
-elements (``_legacy_save`` in torch/serialization.py). So every tensor has an offset here too, and nothing is loaded.
+It consists of five pickles: a magic number, a version, the machine's sizes, the objects, and the keys of the storages.
+Each storage follows in the order of the keys: eight bytes with its number of elements, then the elements
+(``_legacy_save`` in torch/serialization.py). So every tensor has an offset here too, and nothing is loaded.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import hashlib
 import struct
 from collections.abc import Mapping
 
-from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.errors import fail
 from ckpt_avg.files.input_file import Readable
-from ckpt_avg.formats.pickles.leaves import StorageRef, UnreadableTensor
+from ckpt_avg.formats.pickles.stand_ins import StorageRef, UnreadableTensor
 from ckpt_avg.formats.pickles.unpickler import read_next_pickle
-from ckpt_avg.formats.place import FileContents, Place
+from ckpt_avg.formats.torch_file import ByteRange, FileContents
+from ckpt_avg.formats.torch_zip import BYTE_ORDER, CONVERT
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import plural, quote
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
-_DAMAGED = "The file is damaged: save or copy it again."
 _BLOCK = 64 * 1024
 
 
-def looks_like(head: bytes) -> bool:
+def matches(head: bytes) -> bool:
     """Whether the first bytes are a pickle of torch's magic number."""
     return head.startswith(b"\x80") and _MAGIC.to_bytes(10, "little") in head[:32]
 
 
 def read_contents(file: Readable) -> FileContents:
-    """Reads the pickles and finds the storages behind them.
+    """Reads the pickles and locates the storages after them.
 
     Raises:
         CheckpointFormatError: a pickle is damaged, or the storages do not fit them.
@@ -42,22 +42,17 @@ def read_contents(file: Readable) -> FileContents:
     version, _ = read_next_pickle(source, where)
     machine, _ = read_next_pickle(source, where)
     if magic != _MAGIC or version != _VERSION:
-        raise CheckpointFormatError(
-            f"{where}: expected version {_VERSION} of torch's stream, got {quote(version)}. {_DAMAGED}"
-        )
+        fail(where, f"expected version {_VERSION} of torch's stream, got {quote(version)}")
     if isinstance(machine, dict) and machine.get("little_endian") is False:
-        raise CheckpointFormatError(
-            f"{where}: expected little-endian tensors, got another byte order. Save it again on a little-endian "
-            "machine (torch.load converts)."
-        )
+        fail(where, BYTE_ORDER, CONVERT)
     contents, storages = read_next_pickle(source, where)
     keys, _ = read_next_pickle(source, where)
-    pickles = hashlib.sha256(file.read(0, source.position)).hexdigest()
-    return FileContents(contents, _find_storages(file, keys, storages, source.position).get, pickles)
+    digest = hashlib.sha256(file.read(0, source.position)).hexdigest()
+    return FileContents(contents, _locate_storages(file, keys, storages, source.position).get, digest)
 
 
 class _Pickles:
-    """The start of a file as a source of pickles: read in blocks, and never more than is there."""
+    """The start of a file as a source of pickles, read in blocks and never beyond its end."""
 
     def __init__(self, file: Readable) -> None:
         self._file = file
@@ -88,44 +83,33 @@ class _Pickles:
         return b"".join(parts)
 
     def left(self) -> int:
-        """Returns how many bytes there are still."""
+        """Returns the number of bytes that follow."""
         return self._end - self.position
 
 
-def _find_storages(
+def _locate_storages(
     file: Readable, keys: object, storages: Mapping[str, StorageRef | UnreadableTensor], position: int
-) -> dict[str, Place]:
+) -> dict[str, ByteRange]:
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
-        raise CheckpointFormatError(f"{file.path}: expected a list of storage keys, each once. {_DAMAGED}")
-    places: dict[str, Place] = {}
+        fail(file.path, "expected a list of storage keys, each once")
+    found: dict[str, ByteRange] = {}
     for key in keys:
-        storage = storages.get(key)
+        storage, where = storages.get(key), f"{file.path}: storage {quote(key)}"
         if not isinstance(storage, StorageRef) or storage.dtype is None:
             kind = storage.kind if isinstance(storage, UnreadableTensor) else "of unknown size"
-            raise CheckpointFormatError(
-                f"{file.path}: expected plain storages, got one that is {kind}, so those behind it cannot be found. "
-                "Save it again: torch.save(torch.load(path, weights_only=True), new_path)."
-            )
+            advice = "Save it again: torch.save(torch.load(path, weights_only=True), new_path)"
+            fail(where, f"expected a plain storage, got one that is {kind}, so those after it cannot be found", advice)
         if storage.numel > LIMITS.elements:
-            raise CheckpointFormatError(
-                f"{file.path}: storage {quote(key)}: expected fewer than 2⁶³ elements. {_DAMAGED}"
-            )
+            fail(where, "expected fewer than 2⁶³ elements")
         (numel,) = struct.unpack("<q", file.read(position, 8))
         nbytes = storage.numel * storage.dtype.itemsize
         if numel != storage.numel:
-            raise CheckpointFormatError(
-                f"{file.path}: storage {quote(key)}: expected {storage.numel:,} elements, got {numel:,}. {_DAMAGED}"
-            )
-        if position + 8 + nbytes > file.size:
-            raise CheckpointFormatError(
-                f"{file.path}: storage {quote(key)}: {plural(position + 8 + nbytes - file.size, 'byte')} missing. "
-                "It is truncated: copy it again."
-            )
-        places[key] = (position + 8, nbytes)
+            fail(where, f"expected {storage.numel:,} elements, got {numel:,}")
+        if (missing := position + 8 + nbytes - file.size) > 0:
+            fail(where, f"{plural(missing, 'byte')} missing", "It is truncated: copy it again")
+        found[key] = (position + 8, nbytes)
         position += 8 + nbytes
     if position != file.size:
-        raise CheckpointFormatError(
-            f"{file.path}: expected the file to end behind the last storage, got "
-            f"{plural(file.size - position, 'byte')} more. {_DAMAGED}"
-        )
-    return places
+        rest = plural(file.size - position, "byte")
+        fail(file.path, f"expected the file to end after the last storage, got {rest} more")
+    return found

@@ -240,7 +240,7 @@ def test_each_file_of_an_unprepared_folder_is_described_with_what_to_do(tmp_path
     assert found.listed == ()
     told = seen(found)
     assert set(told) == {"model.ckpt", "page.pt", "notes.bin", "zipped.pth", "other.pt"}
-    assert "a Git LFS pointer. Fetch the file itself: git lfs pull." in told["model.ckpt"]
+    assert "a Git LFS pointer. Fetch the file: git lfs pull." in told["model.ckpt"]
     assert "an HTML or XML page, probably a failed download" in told["page.pt"]
     assert "something else (first bytes b'just som')" in told["notes.bin"]
     assert "a gzip file. Unpack it first." in told["zipped.pth"]

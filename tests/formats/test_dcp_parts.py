@@ -18,7 +18,7 @@ from ckpt_avg.checkpoint.tensor_reads import read_ranges, stream
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats import dcp_parts as parts
-from ckpt_avg.formats.dcp_parts import join_parts
+from ckpt_avg.formats.dcp_parts import combine_parts
 from ckpt_avg.limits import LIMITS, Limits
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # starts, extents
@@ -91,7 +91,7 @@ def opened(folder: Path, stored: Stored, tensor: TensorSpec) -> Checkpoint:
 
 
 def joined(stored: Stored, shape: tuple[int, ...] | None = None) -> TensorSpec:
-    return join_parts(
+    return combine_parts(
         "w", INT, tuple(stored.values.shape) if shape is None else shape, stored.boxes, "here: tensor 'w'"
     )
 
@@ -128,11 +128,11 @@ def test_a_part_that_is_missing_is_found(stored: Stored, data: st.DataObject) ->
     lost = data.draw(st.integers(0, len(stored.boxes) - 1))
     rest = stored.boxes[:lost] + stored.boxes[lost + 1 :]
     with pytest.raises(CheckpointFormatError) as caught:
-        join_parts("w", INT, tuple(stored.values.shape), rest, "here")
+        combine_parts("w", INT, tuple(stored.values.shape), rest, "here")
     assert str(caught.value).startswith(
-        f"here: expected parts that hold each of {stored.values.numel():,} elements once"
+        f"here: expected each of {stored.values.numel():,} elements in exactly one part"
     )
-    assert "Is a shard missing?" in str(caught.value)
+    assert "A shard may be missing" in str(caught.value)
 
 
 @given(stored=tilings(), data=st.data())
@@ -140,7 +140,7 @@ def test_a_part_that_is_missing_is_found(stored: Stored, data: st.DataObject) ->
 def test_replicas_count_once(tmp_path: Path, stored: Stored, data: st.DataObject) -> None:
     """Every rank may have saved a part that all of them hold."""
     again = data.draw(st.lists(st.sampled_from(stored.boxes), max_size=3))
-    tensor = join_parts("w", INT, tuple(stored.values.shape), [*stored.boxes, *again], "here")
+    tensor = combine_parts("w", INT, tuple(stored.values.shape), [*stored.boxes, *again], "here")
     with opened(tmp_path, stored, tensor) as checkpoint:
         assert read_ranges(checkpoint, [(tensor, 0, tensor.numel)])[0].equal(stored.values.flatten())
 
@@ -168,10 +168,10 @@ def test_boxes_are_taken_exactly_where_they_cover_each_element_once(
     boxes = list(dict.fromkeys(boxes))
     made = [Part(a, TensorSpec("", INT, n, contiguous_stride(n), 0, 0, (0, 0))) for a, n in boxes]
     if covered_once(boxes, shape):
-        join_parts("w", INT, shape, made, "here")
+        combine_parts("w", INT, shape, made, "here")
     else:
         with pytest.raises(CheckpointFormatError):
-            join_parts("w", INT, shape, made, "here")
+            combine_parts("w", INT, shape, made, "here")
 
 
 def box(starts: tuple[int, ...], extents: tuple[int, ...]) -> Part:
@@ -180,10 +180,10 @@ def box(starts: tuple[int, ...], extents: tuple[int, ...]) -> Part:
 
 def test_an_overlap_that_makes_up_for_a_hole_is_found() -> None:
     """The number of elements is right, and yet one is there twice and another nowhere."""
-    with pytest.raises(CheckpointFormatError, match="once"):
-        join_parts("w", INT, (4,), [box((0,), (2,)), box((1,), (2,))], "here")
-    with pytest.raises(CheckpointFormatError, match="once"):
-        join_parts("w", INT, (2, 2), [box((0, 0), (2, 1)), box((0, 0), (1, 2))], "here")
+    with pytest.raises(CheckpointFormatError, match="in exactly one part"):
+        combine_parts("w", INT, (4,), [box((0,), (2,)), box((1,), (2,))], "here")
+    with pytest.raises(CheckpointFormatError, match="in exactly one part"):
+        combine_parts("w", INT, (2, 2), [box((0, 0), (2, 1)), box((0, 0), (1, 2))], "here")
 
 
 @pytest.mark.parametrize(
@@ -192,27 +192,27 @@ def test_an_overlap_that_makes_up_for_a_hole_is_found() -> None:
 )
 def test_parts_outside_the_shape_are_refused(starts: tuple[int, ...], extents: tuple[int, ...]) -> None:
     with pytest.raises(CheckpointFormatError) as caught:
-        join_parts("w", INT, (4,), [box((0,), (4,)), box(starts, extents)], "here")
+        combine_parts("w", INT, (4,), [box((0,), (4,)), box(starts, extents)], "here")
     assert str(caught.value).startswith("here: expected parts inside the shape (4,), got one of shape")
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 2**40)])
 def test_a_tensor_without_elements_needs_no_parts(shape: tuple[int, ...]) -> None:
     for given_parts in ([], [box((0,) * len(shape), shape)]):
-        tensor = join_parts("w", INT, shape, given_parts, "here")
+        tensor = combine_parts("w", INT, shape, given_parts, "here")
         assert (tensor.shape, tensor.numel, tensor.parts) == (shape, 0, ())
 
 
 def test_a_scalar_is_one_part() -> None:
-    tensor = join_parts("w", INT, (), [box((), ())], "here")
+    tensor = combine_parts("w", INT, (), [box((), ())], "here")
     assert (tensor.name, tensor.shape, tensor.parts) == ("w", (), ())
     with pytest.raises(CheckpointFormatError):
-        join_parts("w", INT, (), [], "here")
+        combine_parts("w", INT, (), [], "here")
 
 
 def test_one_part_that_is_the_whole_is_no_tensor_of_parts() -> None:
     """So that it is read through windows of the file, without a copy."""
-    tensor = join_parts("w", INT, (2, 3), [box((0, 0), (2, 3))], "here")
+    tensor = combine_parts("w", INT, (2, 3), [box((0, 0), (2, 3))], "here")
     assert tensor.parts == ()
     assert tensor.is_contiguous
 
@@ -221,8 +221,8 @@ def test_parts_are_never_contiguous_and_are_tied_by_where_they_lie() -> None:
     stored = lay_out(torch.arange(6, dtype=torch.int32), [((0,), (3,)), ((3,), (3,))])
     tensor = joined(stored)
     assert not tensor.is_contiguous
-    again = join_parts("again", INT, (6,), stored.boxes, "here")
-    other = join_parts("other", INT, (6,), lay_out(stored.values, [((0,), (2,)), ((2,), (4,))]).boxes, "here")
+    again = combine_parts("again", INT, (6,), stored.boxes, "here")
+    other = combine_parts("other", INT, (6,), lay_out(stored.values, [((0,), (2,)), ((2,), (4,))]).boxes, "here")
     spec = CheckpointSpec(Path("x"), "parts", {"w": tensor, "again": again, "other": other})
     assert spec.tied() == [("w", "again")]
 
@@ -232,13 +232,13 @@ def test_many_parts_along_one_dimension_are_joined_at_once() -> None:
     count = 20_000
     rows = [box((row, 0), (1, 3)) for row in range(count)]
     columns = [box((0, column), (3, 1)) for column in range(count)]
-    assert len(join_parts("w", INT, (count, 3), rows, "here").parts) == count
-    assert len(join_parts("w", INT, (3, count), columns, "here").parts) == count
+    assert len(combine_parts("w", INT, (count, 3), rows, "here").parts) == count
+    assert len(combine_parts("w", INT, (3, count), columns, "here").parts) == count
 
 
 def test_parts_made_to_be_compared_for_ever_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "LIMITS", Limits(part_pairs=1_000))
     grid = [box(spot, (1, 1)) for spot in itertools.product(range(60), range(60))]
     with pytest.raises(CheckpointFormatError, match="expected at most 1,000 neighbouring parts"):
-        join_parts("w", INT, (60, 60), grid, "here")
+        combine_parts("w", INT, (60, 60), grid, "here")
     assert LIMITS.part_pairs >= 1_000_000

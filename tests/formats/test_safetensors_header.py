@@ -194,7 +194,7 @@ def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
 
 def test_a_state_key_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, one())
-    with pytest.raises(CheckpointFormatError, match=r"holds one flat state dict, so --state-key model names nothing"):
+    with pytest.raises(CheckpointFormatError, match=r"has one flat state dict, so --state-key model matches nothing"):
         open_checkpoint(path, state_key="model")
 
 
@@ -224,13 +224,13 @@ REJECTED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     ),
     "header length 2^63": (lay_out("{}", length=2**63), ("at most 100,000,000 bytes", "9,223,372,036,854,775,808")),
     "header length 2^64-1": (lay_out("{}", length=2**64 - 1), ("at most 100,000,000", "18,446,744,073,709,551,615")),
-    "header cut short": (lay_out('{"w":{"dtype":"U8","shape"'), ("no valid JSON",)),
+    "header cut short": (lay_out('{"w":{"dtype":"U8","shape"'), ("not valid JSON",)),
     "header is a list": (lay_out("[]"), ("expected a safetensors file",)),
-    "bytes after the object": (lay_out("{} {}"), ("no valid JSON",)),
+    "bytes after the object": (lay_out("{} {}"), ("not valid JSON",)),
     "leading space": (lay_out(' {"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"\1"), ("expected a saf",)),
-    "single quotes": (lay_out("{'w':1}"), ("no valid JSON",)),
-    "trailing comma": (lay_out('{"__metadata__":{"a":"b",}}'), ("no valid JSON",)),
-    "raw control character": (one(name="a\nb"), ("no valid JSON",)),
+    "single quotes": (lay_out("{'w':1}"), ("not valid JSON",)),
+    "trailing comma": (lay_out('{"__metadata__":{"a":"b",}}'), ("not valid JSON",)),
+    "raw control character": (one(name="a\nb"), ("not valid JSON",)),
     # data
     "truncated data": (
         one('"F32"', "[2]", "[0,8]", data=b"12345"),
@@ -276,12 +276,12 @@ REJECTED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "rank 65": (one(shape=str([1] * 65)), ("tensor 'w'", "at most 64 sizes")),
     "5,000 digits": (one(shape="[" + "1" * 5000 + "]"), ("tensor 'w'", "1111")),
     # dtypes
-    "unknown dtype": (one('"F128"'), ("tensor 'w'", "expected a dtype out of", "got 'F128'", *DTYPES)),
-    "lower-case dtype": (one('"u8"'), ("tensor 'w'", "expected a dtype out of", "got 'u8'")),
-    "dtype a number": (one("8"), ("tensor 'w'", "expected a dtype out of", "got 8")),
-    "dtype null": (one("null"), ("tensor 'w'", "expected a dtype out of", "got None")),
-    "dtype a list": (one('["U8"]'), ("tensor 'w'", "expected a dtype out of")),
-    "dtype an object": (one("{}"), ("tensor 'w'", "expected a dtype out of")),
+    "unknown dtype": (one('"F128"'), ("tensor 'w'", "expected one of the dtypes", "got 'F128'", *DTYPES)),
+    "lower-case dtype": (one('"u8"'), ("tensor 'w'", "expected one of the dtypes", "got 'u8'")),
+    "dtype a number": (one("8"), ("tensor 'w'", "expected one of the dtypes", "got 8")),
+    "dtype null": (one("null"), ("tensor 'w'", "expected one of the dtypes", "got None")),
+    "dtype a list": (one('["U8"]'), ("tensor 'w'", "expected one of the dtypes")),
+    "dtype an object": (one("{}"), ("tensor 'w'", "expected one of the dtypes")),
     **{
         f"sub-byte {code}": (one(f'"{code}"', "[2]"), ("tensor 'w'", code, "can't be averaged", "before quantisation"))
         for code in ("F4", "F6_E2M3", "F6_E3M2")
@@ -333,11 +333,11 @@ REJECTED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "lone surrogate in a metadata value": (lay_out('{"__metadata__":{"a":"\\ud800"}}'), ("__metadata__", "surrogate")),
     "lone surrogate in a metadata key": (lay_out('{"__metadata__":{"\\udfff":"a"}}'), ("__metadata__", "surrogate")),
     # names
-    "not UTF-8": (lay_out(b'{"\xff":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), ("no valid JSON", "utf-8")),
+    "not UTF-8": (lay_out(b'{"\xff":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), ("not valid JSON", "utf-8")),
     "overlong UTF-8": (lay_out(b'{"\xc0\x80":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), ("utf-8",)),
     "surrogate in UTF-8": (lay_out(b'{"\xed\xa0\x80":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), ("utf-8",)),
     "lone surrogate": (one(name="\\ud800"), (r"tensor '\ud800'", "lone surrogate")),
-    "NUL in a name": (one(name="a\\u0000b"), (r"tensor 'a\x00b'", "without NUL")),
+    "NUL in a name": (one(name="a\\u0000b"), (r"tensor 'a\x00b'", "has a NUL character")),
     "over-long name": (
         one(name="x" * (LIMITS.name + 1)),
         ("tensor 'xxx", "(4099 characters)", "at most 4,096 bytes", "got 4,097"),
@@ -347,9 +347,9 @@ REJECTED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     # JSON
     "deep lists": (lay_out('{"w":' + "[" * 100_000 + "]" * 100_000 + "}"), ("the header",)),
     "deep objects": (lay_out('{"w":' * 50_000 + "1" + "}" * 50_000), ("nests too deeply",)),
-    "NaN": (one(shape="[NaN]"), ("NaN is no JSON number",)),
-    "Infinity": (one(shape="[Infinity]"), ("Infinity is no JSON number",)),
-    "-Infinity": (one(offsets="[-Infinity,0]"), ("-Infinity is no JSON number",)),
+    "NaN": (one(shape="[NaN]"), ("NaN is not a JSON number",)),
+    "Infinity": (one(shape="[Infinity]"), ("Infinity is not a JSON number",)),
+    "-Infinity": (one(offsets="[-Infinity,0]"), ("-Infinity is not a JSON number",)),
     "an infinite float": (one(shape="[1e999]"), ("tensor 'w'", "expected a shape", "inf")),
 }
 # What safetensors 0.8 takes and this reader does not: the format's text forbids it, or is silent.
@@ -423,7 +423,7 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets limits of the reader to small values."""
 
     def set_limits(**values: int) -> None:
-        for module in ("safetensors", "names"):
+        for module in ("safetensors_header", "tensor_names"):
             monkeypatch.setattr(f"ckpt_avg.formats.{module}.LIMITS", replace(LIMITS, **values))
 
     return set_limits

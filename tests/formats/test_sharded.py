@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import layouts
-import numpy as np
 import pytest
 import torch
 from formats import reading
@@ -145,20 +144,6 @@ def test_tensors_at_one_offset_of_two_shards_are_not_tied(tmp_path: Path) -> Non
         assert first.offset == second.offset
         assert checkpoint.spec.tied() == []
         assert_same(values(checkpoint), {"a": torch.zeros(3), "b": torch.ones(3)})
-
-
-def test_shards_with_arrays_in_memory(tmp_path: Path) -> None:
-    """Such a shard brings two files, which moves those that follow."""
-    one = {"t": torch.ones(2), "n": np.arange(3.0, dtype=np.float32)}
-    index = write(
-        tmp_path, one, {"u": torch.zeros(3), "m": np.arange(2.0, dtype=np.float32) + 9}, suffix="bin", stem="x"
-    )  # type: ignore[arg-type]
-    with open_checkpoint(index) as checkpoint:
-        assert len(checkpoint.files) == 4
-        assert_same(
-            values(checkpoint),
-            {"t": torch.ones(2), "n": torch.arange(3.0), "u": torch.zeros(3), "m": torch.tensor([9.0, 10.0])},
-        )
 
 
 @pytest.mark.guarantee("missing-shards")

@@ -12,8 +12,7 @@ from layouts import save, state
 
 from ckpt_avg.checkpoint.spec import DTYPES
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.formats.pickles.leaves import StorageRef, StoredTensor, UnreadableTensor
-from ckpt_avg.formats.pickles.stand_ins import Foreign, PlainDict
+from ckpt_avg.formats.pickles.stand_ins import Foreign, PlainDict, StorageRef, StoredTensor, UnreadableTensor
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.state_dict import find_state_dict
 from ckpt_avg.formats.trainers.records import plain_values

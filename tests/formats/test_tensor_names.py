@@ -105,7 +105,7 @@ def test_names_that_would_become_one_stay_apart() -> None:
 
 def test_what_was_taken_out_is_said() -> None:
     stripped = strip(["a._fsdp_wrapped_module.w", "b.w", "c._checkpoint_wrapped_module.w"])
-    assert stripped.notes == ("the names of wrappers taken out of 2 names",)
+    assert stripped.notes == ("wrapper names removed from the middle of 2 names",)
     assert stripped.prefix == ""
 
 
@@ -185,14 +185,14 @@ def test_two_tensors_of_one_name_are_refused() -> None:
     """One of them would silently overwrite the other."""
     with pytest.raises(CheckpointFormatError) as caught:
         strip(["model.w", "w", "b"], "model.")
-    assert str(caught.value).startswith("here: without their prefix two tensors would have one name: 'w'.")
+    assert str(caught.value).startswith("here: without the prefix two tensors would have the same name: 'w'.")
 
 
 @pytest.mark.usefixtures("in_time")
 def test_many_tensors_of_one_name_are_refused_at_once() -> None:
     """A hostile file with as many names as are allowed must not take hours to be refused."""
     names = [f"w{number}" for number in range(20_000)]
-    with pytest.raises(CheckpointFormatError, match=r"two tensors would have one name: 'w0', 'w1', .* and 19,980 more"):
+    with pytest.raises(CheckpointFormatError, match=r"have the same name: 'w0', 'w1', .* and 19,980 more"):
         strip([*names, *(f"model.{name}" for name in names)], "model.")
 
 

@@ -24,7 +24,7 @@ from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
 from ckpt_avg.formats import torch_legacy as torch_stream
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.pickles import unpickler as pickle_specs
-from ckpt_avg.formats.torch_legacy import looks_like
+from ckpt_avg.formats.torch_legacy import matches
 
 MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -157,10 +157,10 @@ def test_parameters_on_their_own(tmp_path: Path) -> None:
 def test_a_stream_is_known_by_its_first_bytes_alone(tmp_path: Path) -> None:
     for protocol in (2, 3, 4, 5):
         content = saved(tmp_path, {"w": torch.ones(1)}, pickle_protocol=protocol).read_bytes()
-        assert looks_like(content[:512])
-        assert not looks_like(content[2:512])
-    assert not looks_like(b"")
-    assert not looks_like(pickle.dumps(3))
+        assert matches(content[:512])
+        assert not matches(content[2:512])
+    assert not matches(b"")
+    assert not matches(pickle.dumps(3))
     for name in ("weights.safetensors", "weights", "weights.zip"):
         with open_checkpoint(saved(tmp_path, {"w": torch.ones(1)}).rename(tmp_path / name)) as checkpoint:
             assert checkpoint.spec.format == "torch stream"

@@ -335,7 +335,7 @@ def unusual(kind: str) -> torch.Tensor:
         ("complex32", "complex32"),
         ("float4", "float4_e2m1fn_x2"),
         ("conjugated", "conjugated"),
-        ("subclass", "a tensor subclass (tests.test_readers_torch_zip.Tagged)"),
+        ("subclass", "a tensor subclass (Tagged)"),
         ("meta", "meta device"),
         ("uninitialised", "an uninitialised parameter"),
     ],
@@ -347,7 +347,7 @@ def test_tensors_without_plain_elements_are_refused_by_kind_and_name(tmp_path: P
     message = refusal(path)
     assert "'layer.w'" in message
     assert "expected a plain tensor" in message
-    assert named.replace("tests.", Tagged.__module__.removesuffix("test_readers_torch_zip")) in message
+    assert named.replace("(Tagged)", f"({Tagged.__module__}.Tagged)") in message
 
 
 @pytest.mark.parametrize("kind", ["quantized", "sparse", "complex128", "subclass", "meta"])
@@ -480,21 +480,6 @@ def test_other_files_are_refused_by_what_they_are(tmp_path: Path, content: bytes
     assert "expected a safetensors file or one written by torch.save, got" in message
     for fact in facts:
         assert fact in message
-
-
-@pytest.mark.parametrize("protocol", [2, 5])
-def test_a_bare_pickle_without_arrays_holds_no_weights(tmp_path: Path, protocol: int) -> None:
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(pickle.dumps({"w": [1.0]}, protocol))
-    message = refusal(path, NoWeightsError)
-    assert "expected a state dict, got a dict with the keys 'w', which holds no named tensors" in message
-
-
-def test_a_bare_pickle_of_tensors_is_refused(tmp_path: Path) -> None:
-    """Its tensors are whole torch files inside (``torch.storage._load_from_bytes``), which only code could open."""
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(pickle.dumps({"w": torch.ones(2)}))
-    assert "no storage" in refusal(path)
 
 
 def test_a_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
@@ -728,7 +713,7 @@ def layout(tmp_path: Path) -> Layout:
     return Layout(claim(tmp_path / "a.pt", view(), version=b"3\n"))
 
 
-DAMAGED = "The file is damaged or was not written by torch.save: save or copy it again."
+DAMAGED = "The file is damaged: save or copy it again."
 
 
 @pytest.mark.guarantee("zip-structure")
@@ -750,7 +735,7 @@ DAMAGED = "The file is damaged or was not written by torch.save: save or copy it
         ("central", "size", 20, ("member 'a/data/0' is compressed",)),
         ("local", "name", ord("b"), ("member 'a/data/0'", "local header contradicts")),
         ("central", "name", ord("b"), ("member 'b/data/0'", "local header contradicts")),
-        ("central", "name", 0xFF, ("is no UTF-8",)),
+        ("central", "name", 0xFF, ("is not UTF-8",)),
         ("central", "header", 10**6, ("member 'a/data/0'", "outside the archive")),
         ("central", "header", 2**32 - 2, ("member 'a/data/0'", "outside the archive")),
         ("central", "header", 2**32 - 1, ("zip64 sizes are missing",)),
@@ -792,7 +777,7 @@ def test_a_member_larger_than_the_file(layout: Layout, size: int) -> None:
         layout.set(part, "size", size)
         layout.set(part, "packed", size)
     message = refusal(layout.write())
-    assert "member 'a/data/0' lies outside the archive" in message
+    assert "member 'a/data/0' is outside the archive" in message
 
 
 @pytest.mark.guarantee("zip-cut")
@@ -802,8 +787,8 @@ def test_truncated_anywhere(layout: Layout) -> None:
         layout.content = bytearray(whole[:end])
         message = refusal(layout.write())
         if end >= 22:
-            assert "expected the file to end with the directory of its zip archive" in message
-            assert "probably cut" in message
+            assert "expected the zip directory at the end of the file" in message
+            assert "probably truncated" in message
 
 
 @pytest.mark.guarantee("zip-cut")
@@ -812,12 +797,12 @@ def test_a_real_file_truncated(tmp_path: Path, run_folder: Path) -> None:
     path = tmp_path / "cut.pt"
     for end in (30, 512, 4096, len(whole) // 2, len(whole) - 23, len(whole) - 1):
         path.write_bytes(whole[:end])
-        assert "probably cut" in refusal(path)
+        assert "probably truncated" in refusal(path)
 
 
 def test_bytes_after_the_archive(layout: Layout) -> None:
     layout.content += b"\0"
-    assert "expected the file to end with the directory" in refusal(layout.write())
+    assert "expected the zip directory at the end" in refusal(layout.write())
 
 
 def test_a_comment_is_refused(layout: Layout) -> None:
@@ -852,7 +837,7 @@ def test_duplicate_members(tmp_path: Path) -> None:
     archive(path, {"a/data.pkl": pickled(view()), "a/data/0": DATA, "a/data/1": DATA})
     path.write_bytes(path.read_bytes().replace(b"a/data/1", b"a/data/0"))
     message = refusal(path)
-    assert "member 'a/data/0' stands twice" in message
+    assert "member 'a/data/0' appears twice" in message
     assert message.endswith(DAMAGED)
 
 
@@ -976,8 +961,8 @@ def test_zip64_fields_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("position", "value", "fact"),
     [
-        (-42 + 8, 2**63, "zip64 directory record lies outside the archive"),
-        (-42 + 8, 2**64 - 1, "zip64 directory record lies outside the archive"),
+        (-42 + 8, 2**63, "zip64 directory record is outside the archive"),
+        (-42 + 8, 2**64 - 1, "zip64 directory record is outside the archive"),
         (-42 + 8, 0, "zip64 directory record is not where the archive says"),
         (-42 - 56 + 24, 2**40, "split over several disks"),
         (-42 - 56 + 40, 2**40, "directory of at most"),
@@ -1011,4 +996,4 @@ def test_zip64_sizes_that_lie(tmp_path: Path, size: int) -> None:
     wide = struct.pack("<QQ", 24, 24)
     assert content.count(wide) == 2
     path.write_bytes(content.replace(wide, struct.pack("<QQ", size, size)))
-    assert "member 'a/data/0' lies outside the archive" in refusal(path)
+    assert "member 'a/data/0' is outside the archive" in refusal(path)

@@ -10,8 +10,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from ckpt_avg.formats.pickles.leaves import refuse
-from ckpt_avg.formats.pickles.stand_ins import Foreign
+from ckpt_avg.formats.pickles.stand_ins import Foreign, refuse
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import quote
 

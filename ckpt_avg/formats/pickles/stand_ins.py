@@ -1,21 +1,60 @@
-"""What stands for the objects of a pickle: plain containers, references to stored tensors, and inert classes.
+"""Stand-ins for the objects of a pickle: plain containers, references to stored tensors, and inert classes.
 
-Nothing here is imported or run because a checkpoint names it: `stand_in` maps a name to one of these, and the functions
-among them only return a description of a tensor.
+Nothing is imported or run because a checkpoint names it. `stand_in` maps each name to one of these stand-ins, and the
+functions among them only return descriptions of tensors.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, DType
-from ckpt_avg.formats.pickles.leaves import StorageRef, StoredTensor, UnreadableTensor, refuse
-from ckpt_avg.formats.pickles.numpy_arrays import ARRAY_FUNCTIONS
+from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.text import quote
+from ckpt_avg.text import escaped, quote
+
+
+class PickledTensor:
+    """A tensor of any kind in a pickle."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """A storage. ``dtype`` is None for an untyped storage, whose ``numel`` counts bytes."""
+
+    key: str
+    dtype: DType | None
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor(PickledTensor):
+    """A view of a storage, not yet checked against the bytes of the storage."""
+
+    storage: StorageRef
+    dtype: DType
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadableTensor(PickledTensor):
+    """A tensor without plain elements in one storage; ``kind`` says which, ``advice`` what to save instead."""
+
+    kind: str
+    advice: str = "Save it as a plain tensor (for example tensor.to_dense(), .dequantize() or .full_tensor())"
+
+
+def refuse(problem: str) -> NoReturn:
+    """Raises the error on a hostile or damaged pickle; the caller adds the file."""
+    raise CheckpointFormatError(f"{problem}. Don't trust this file; save the weights again where they come from.")
 
 
 class PlainDict(dict[Any, Any]):
@@ -34,7 +73,7 @@ class PlainDict(dict[Any, Any]):
 
 
 class Foreign:
-    """Stands for an object of a class that is not looked at; each class gets a subclass of its own.
+    """Stands for an object of any other class; each class gets its own subclass.
 
     Attributes:
         module, qualname: the class, as the pickle names it.
@@ -60,7 +99,7 @@ class Foreign:
     @classmethod
     def described(cls) -> str:
         """Returns the dotted name of the class that this one stands for."""
-        return quote(f"{cls.module}.{cls.qualname}")[1:-1]
+        return escaped(f"{cls.module}.{cls.qualname}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +110,23 @@ class StorageType:
     name: str
 
 
+class NumpyDType:
+    """Stands for a ``numpy.dtype``: its code, such as ``f4``, and its byte order."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: object) -> None:
+        self.code = code if isinstance(code, str) else ""
+        self.order: object = "|"
+
+    def restore(self, state: object) -> None:
+        """Reads the state of ``dtype.__setstate__``: (version, byte order, …)."""
+        if isinstance(state, tuple) and len(state) > 1:
+            self.order = state[1]
+
+
 class Opaque:
-    """Stands for a dict key or set item whose hash its author could choose: nobody looks it up by value here."""
+    """Stands for a dict key or set item whose hash the pickle's author could choose; it is never looked up by value."""
 
     __slots__ = ("value",)
 
@@ -83,7 +137,7 @@ class Opaque:
 def safe_key(key: object) -> object:
     """Returns what stands for a key in a dict or set.
 
-    The hash of a deeply shared tuple takes time exponential in its depth, and large integers (multiples of 2⁶¹ − 1) and
+    Hashing a deeply shared tuple takes time exponential in its depth, and large integers (multiples of 2⁶¹ − 1) and
     tuples can be made to collide by the thousand.
     """
     if type(key) in (str, bytes, bool, float, type(None)) or (type(key) is int and abs(key) < 2**60):
@@ -93,11 +147,11 @@ def safe_key(key: object) -> object:
 
 def is_known(function: object) -> bool:
     """Whether it is one of the functions that stand for torch's and numpy's."""
-    # Asked for its type first, so that nothing hostile is hashed.
-    return isinstance(function, FunctionType) and function in _FUNCTIONS
+    # The type is checked first, so that nothing hostile is hashed.
+    return isinstance(function, FunctionType) and function in _KNOWN
 
 
-# --- what stands for the functions that rebuild tensors ----------------------------------------------------
+# --- stand-ins for the functions that rebuild tensors -------------------------------------------------------
 
 
 def _integers(values: object) -> tuple[int, ...]:
@@ -149,9 +203,9 @@ def _rebuild_from_type(function: object, kind: object, arguments: object, *rest:
     return UnreadableTensor(f"a tensor subclass ({name})")
 
 
-def _unreadable(kind: str) -> Callable[..., UnreadableTensor]:
+def _unreadable(*kind_and_advice: str) -> Callable[..., UnreadableTensor]:
     def rebuild(*_: object) -> UnreadableTensor:
-        return UnreadableTensor(kind)
+        return UnreadableTensor(*kind_and_advice)
 
     return rebuild
 
@@ -160,6 +214,41 @@ def _size(*arguments: object) -> tuple[int, ...]:
     return _integers(arguments[0]) if arguments else ()
 
 
+# --- stand-ins for numpy's dtypes and scalars ---------------------------------------------------------------
+# Metrics are often numpy scalars. numpy is not imported; the forms are those of dtype.__reduce__ and
+# generic.__reduce__ (numpy/_core/src/multiarray). Protocol 2 has no bytes: they are text in _codecs.encode(text,
+# "latin1"), or in pickles of Python 2 text that was decoded as UTF-8 with other bytes escaped.
+
+
+def _numpy_dtype(code: object = None, *_: object) -> NumpyDType:
+    return NumpyDType(code)
+
+
+def _numpy_scalar(dtype: object, contents: object = b"", *_: object) -> object:
+    contents = contents.encode("utf-8", "surrogateescape") if isinstance(contents, str) else contents
+    if isinstance(dtype, NumpyDType) and isinstance(contents, bytes):
+        form = (">" if dtype.order == ">" else "<") + _STRUCT_LETTERS.get(dtype.code, "")
+        if len(form) == 2 and len(contents) == struct.calcsize(form):
+            return struct.unpack(form, contents)[0]
+    return UnreadableTensor("a numpy scalar")
+
+
+def _bytes(*arguments: object) -> bytes:
+    if arguments:
+        refuse("the pickle makes bytes of something")  # protocol 2 writes only the empty ones like this
+    return b""
+
+
+def _encode(text: object, encoding: object = "", *_: object) -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        refuse("the pickle encodes something other than bytes as latin1 text")
+    return text.encode("latin1")
+
+
+_STRUCT_LETTERS = {
+    **{"f2": "e", "f4": "f", "f8": "d", "b1": "?"},
+    **{"i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"},
+}
 _PLAIN_TENSOR_TYPES = {
     "torch.Tensor",
     "torch._tensor.Tensor",
@@ -183,7 +272,8 @@ _UNREADABLE_STORAGES = {
     "ComplexDoubleStorage": "a complex128 tensor, which safetensors cannot hold",
     **{f"{kind}Storage": "a quantized tensor" for kind in ("QUInt8", "QInt8", "QInt32", "QUInt4x2", "QUInt2x4")},
 }
-_TENSOR_FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
+_numpy_array = _unreadable("a numpy array", "Save torch.from_numpy(array) in its place")
+_FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
@@ -201,15 +291,21 @@ _TENSOR_FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _unreadable("a tensor of another device"),
     ("torch.nn.parameter", "UninitializedParameter"): _unreadable("an uninitialised parameter"),
     ("torch", "Size"): _size,
-    **ARRAY_FUNCTIONS,
+    ("numpy", "dtype"): _numpy_dtype,
+    ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _bytes,
+    ("builtins", "bytes"): _bytes,
+    **{(f"numpy.{core}.multiarray", "scalar"): _numpy_scalar for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _numpy_array for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _numpy_array for core in ("core", "_core")},
 }
-_FUNCTIONS = frozenset(_TENSOR_FUNCTIONS.values())
+_KNOWN = frozenset(_FUNCTIONS.values())
 _DICTS = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("collections", "Counter")}
 
 
 def stand_in(module: str, name: str) -> object:
-    """Returns what stands for the class or function that a pickle calls by this name."""
-    if (function := _TENSOR_FUNCTIONS.get((module, name))) is not None:
+    """Returns the stand-in for the class or function that a pickle calls by this name."""
+    if (function := _FUNCTIONS.get((module, name))) is not None:
         return function
     if (module, name) in _DICTS:
         return PlainDict

@@ -1,14 +1,18 @@
 """A checkpoint's pickle, read without importing or running anything that it names.
 
-`read_pickle` walks the opcodes with the standard library's own machine, changed in three ways:
-- ``find_class`` imports nothing and returns a stand-in (`stand_ins`): the few functions that rebuild tensors return a
-  `StoredTensor`, and every other class or function is an inert `Foreign` class that keeps what it is given.
-- Every opcode that calls, builds or fills an object works on these stand-ins and on plain containers alone, so
-  a hostile pickle can reach no attribute of a live object.
-- Operations, names and bytes are bounded (`limits`), and nothing is hashed whose hash the pickle's author could choose.
+`read_pickle` runs the opcodes on the standard library's pickle machine, changed in three ways:
 
-``torch.load(weights_only=True)`` guards the same door with an allow list of real types; here no real type is
-behind it (compare CVE-2025-32434).
+- ``find_class`` imports nothing and returns a stand-in (`stand_ins`). The few functions that rebuild tensors return a
+  `StoredTensor`. Every other class or function is an inert `Foreign` class that keeps what it is given.
+- Every opcode that calls, builds or fills an object accepts only these stand-ins and plain containers, so a hostile
+  pickle can reach no attribute of a live object.
+- Operations, names and bytes are limited (`limits`), and nothing is hashed whose hash the pickle's author could choose.
+
+``torch.load(weights_only=True)`` has an allow list of real types instead (compare CVE-2025-32434), and refuses a file
+with any other class.
+
+The machine is ``pickle._Unpickler``, which is private: the opcodes of the public class, written in C, can't be
+replaced. A new Python version may change it; tests/system/fuzz would show that.
 """
 
 from __future__ import annotations
@@ -20,9 +24,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NoReturn, Protocol
 
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.formats.pickles.leaves import Leaf, StorageRef, UnreadableTensor, refuse
-from ckpt_avg.formats.pickles.numpy_arrays import ArrayDType, StoredArray
-from ckpt_avg.formats.pickles.stand_ins import Foreign, PlainDict, StorageType, is_known, safe_key, stand_in
+from ckpt_avg.formats.pickles.stand_ins import (
+    Foreign,
+    NumpyDType,
+    PickledTensor,
+    PlainDict,
+    StorageRef,
+    StorageType,
+    UnreadableTensor,
+    is_known,
+    refuse,
+    safe_key,
+    stand_in,
+)
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import quote
 
@@ -30,16 +44,16 @@ _SIZED = (dict, list, tuple, set, frozenset)
 
 
 class Source(Protocol):
-    """Where the bytes of a pickle come from."""
+    """The bytes of one pickle or of several."""
 
     def read(self, length: int, /) -> bytes:
-        """Returns the next ``length`` bytes, fewer at the end, without allocating what is not there."""
+        """Returns the next ``length`` bytes, fewer at the end, without allocating more than there are."""
 
     def readline(self) -> bytes:
         """Returns the bytes up to and including the next newline."""
 
     def left(self) -> int:
-        """Returns how many bytes there are still."""
+        """Returns the number of bytes that follow."""
 
 
 class _Bytes(io.BytesIO):
@@ -48,14 +62,14 @@ class _Bytes(io.BytesIO):
 
 
 def read_pickle(stream: bytes, where: str) -> object:
-    """Returns the object that the pickle describes, made of plain values and stand-ins.
+    """Returns the object that a pickle describes, made of plain values and stand-ins.
 
     Args:
-        stream: the bytes of the pickle, from first opcode to STOP.
-        where: what to name in errors.
+        stream: the pickle.
+        where: what errors name.
 
     Raises:
-        CheckpointFormatError: the pickle is damaged, hostile beyond reading, or over a limit.
+        CheckpointFormatError: the pickle is damaged, hostile or exceeds a limit.
     """
     source = _Bytes(stream)
     result, _ = read_next_pickle(source, where)
@@ -65,13 +79,10 @@ def read_pickle(stream: bytes, where: str) -> object:
 
 
 def read_next_pickle(source: Source, where: str) -> tuple[object, Mapping[str, StorageRef | UnreadableTensor]]:
-    """Reads one of several pickles that follow each other, and leaves the source at the byte after it.
+    """Reads one of several consecutive pickles, and leaves the source at the byte after it.
 
     Returns:
-        The object, and the storages that it refers to, by key.
-
-    Raises:
-        CheckpointFormatError: as `read_pickle`.
+        The object, as `read_pickle` does, and the storages that it refers to, by key.
     """
     machine = _SpecUnpickler(source)
     try:
@@ -81,24 +92,24 @@ def read_next_pickle(source: Source, where: str) -> tuple[object, Mapping[str, S
     except MemoryError:
         raise
     except EOFError:
-        raise CheckpointFormatError(f"{where}: the pickle is cut. Save or copy it again.") from None
+        raise CheckpointFormatError(f"{where}: the pickle is truncated. Save or copy it again.") from None
     except Exception as error:
-        # The machine meets malformed input with whatever exception its Python happens to raise.
+        # Malformed input can raise any exception in the machine.
         raise CheckpointFormatError(
             f"{where}: the pickle is damaged ({type(error).__name__}: {str(error)[:200]}). Save or copy it again."
         ) from error
-    if machine.frame_goes_on():
+    if machine.frame_continues():
         raise CheckpointFormatError(f"{where}: bytes follow the end of the pickle. Save the checkpoint again.")
     return result, machine.storages
 
 
-# An empty container takes some 60 to 220 bytes, a hundred times its opcode: it counts for more than one operation.
+# An empty container takes 60 to 220 bytes, a hundred times its opcode, so it counts as several operations.
 _CONTAINERS = {code[0] for code in (pickle.EMPTY_SET, pickle.EMPTY_DICT, pickle.EMPTY_LIST)}
 _CONTAINER_COST = 20
 
 
 class _Counted(dict[int, Callable[[Any], None]]):
-    """The opcode table, which also bounds how many opcodes are carried out."""
+    """The opcode table, which also limits how many opcodes run."""
 
     left = LIMITS.pickle_operations
 
@@ -116,7 +127,7 @@ class _Counted(dict[int, Callable[[Any], None]]):
 
 
 class _SpecUnpickler(pickle._Unpickler):
-    """The standard library's machine over stand-ins. Its Python form: the C form's opcodes can't be changed."""
+    """The standard library's machine over stand-ins."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
@@ -135,8 +146,8 @@ class _SpecUnpickler(pickle._Unpickler):
         self._budget = _Counted(type(self).dispatch)
         self.dispatch = self._budget  # type: ignore[misc]  # counted per instance
 
-    def frame_goes_on(self) -> bool:
-        """Whether there is more after STOP in the last frame."""
+    def frame_continues(self) -> bool:
+        """Whether bytes follow STOP in the last frame."""
         frame = self._unframer.current_frame
         return bool(frame is not None and frame.read(1))
 
@@ -154,9 +165,9 @@ class _SpecUnpickler(pickle._Unpickler):
         refuse(f"the pickle uses extension code {code}")
 
     def persistent_load(self, pid: object) -> object:
-        """Turns ``("storage", type, key, device, numel)`` into a reference to a record of the archive.
+        """Returns a reference to the storage of ``("storage", type, key, device, numel)``.
 
-        Streams of torch before 1.6 add the view of a storage, and name a module's class with its source.
+        Streams of torch before 1.6 add the view of a storage, and give a module's class with its source.
         """
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
             return pid[1]
@@ -177,20 +188,20 @@ class _SpecUnpickler(pickle._Unpickler):
 
     def _call(self, function: Any, arguments: Any) -> None:
         if isinstance(function, Foreign):
-            function = type(function)  # what an unknown object returns is as unknown
+            function = type(function)  # what an unknown object returns is unknown, too
         stand_in = isinstance(function, type) and issubclass(function, (Foreign, PlainDict))
         if not stand_in and not is_known(function):
             refuse(f"the pickle calls {quote(type(function).__name__)}, which is no function")
         if not isinstance(arguments, tuple):
             refuse("the pickle calls a function without a tuple of arguments")
-        # A call may copy what it is given, and the same long argument can be given again and again.
+        # A call may copy its arguments, and the same long argument can be given many times.
         sizes = [len(arguments), *(len(each) for each in arguments if isinstance(each, _SIZED))]
         self._budget.left -= 5 * sum(size for size in sizes if size > LIMITS.rank)
         self._budget.left -= sum(len(each) for each in arguments if isinstance(each, (str, bytes, bytearray))) // 8
         self.append(function(*arguments))
 
     def load_bytearray8(self) -> None:
-        """BYTEARRAY8: allocates what is there, not what is claimed."""
+        """BYTEARRAY8: allocates the bytes that exist, not those that are claimed."""
         (length,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(min(length, LIMITS.pickle))))
 
@@ -207,7 +218,7 @@ class _SpecUnpickler(pickle._Unpickler):
         self._call(self.stack.pop(), arguments)
 
     def load_newobj_ex(self) -> None:
-        """NEWOBJ_EX: keywords tell nothing about tensors, so they are dropped."""
+        """NEWOBJ_EX: keywords say nothing about tensors, so they are dropped."""
         self.stack.pop()
         self.load_reduce()
 
@@ -215,16 +226,14 @@ class _SpecUnpickler(pickle._Unpickler):
         self._call(klass, tuple(arguments))
 
     def load_build(self) -> None:
-        """BUILD: only a stand-in takes a state."""
+        """BUILD: restores a stand-in."""
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, Foreign):
             target.state = state
-        elif isinstance(target, (StoredArray, ArrayDType)):
-            parts = state if isinstance(state, tuple) else ()
-            self._budget.left -= sum(len(each) for each in parts if isinstance(each, (str, bytes, bytearray))) // 8
+        elif isinstance(target, NumpyDType):
             target.restore(state)
-        elif not isinstance(target, (PlainDict, Leaf)):
+        elif not isinstance(target, (PlainDict, PickledTensor)):
             refuse(f"the pickle restores a state into a {type(target).__name__}")
 
     def load_append(self) -> None:
@@ -276,7 +285,7 @@ class _SpecUnpickler(pickle._Unpickler):
 
     def load_frozenset(self) -> None:
         """FROZENSET of the items above the mark."""
-        items = self.pop_mark()  # first, since it changes the stack that self.append appends to
+        items = self.pop_mark()  # first: it changes the stack that self.append appends to
         self.append(frozenset(map(safe_key, items)))
 
 

@@ -28,8 +28,7 @@ from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.pickles import stand_ins
 from ckpt_avg.formats.pickles import unpickler as pickle_specs
-from ckpt_avg.formats.pickles.leaves import StorageRef, StoredTensor
-from ckpt_avg.formats.pickles.stand_ins import Foreign
+from ckpt_avg.formats.pickles.stand_ins import Foreign, StorageRef, StoredTensor
 from ckpt_avg.formats.pickles.unpickler import read_pickle
 from ckpt_avg.limits import LIMITS
 
@@ -374,7 +373,7 @@ def test_arguments_that_are_no_tuple(arguments: bytes) -> None:
 @pytest.mark.parametrize(
     "arguments", [b")", b"N\x85", b"K\1\x85", TOUCH + b"\x85", b"]K\1a\x85", b"]K\1\x85a\x85", sequence(*[b"N"] * 9)]
 )
-@pytest.mark.parametrize("key", sorted(stand_ins._TENSOR_FUNCTIONS), ids=lambda key: key[1])
+@pytest.mark.parametrize("key", sorted(stand_ins._FUNCTIONS), ids=lambda key: key[1])
 def test_rebuilding_from_junk(key: tuple[str, str], arguments: bytes) -> None:
     """Wrong arguments of the functions that are known give the documented exception or an inert value."""
     stream = proto(2, named(*key) + arguments + b"R")
@@ -486,7 +485,7 @@ def test_damaged_pickles_are_refused(stream: bytes) -> None:
 @pytest.mark.parametrize(
     ("stream", "fact"),
     [
-        (b"\x80\x02N", "the pickle is cut"),
+        (b"\x80\x02N", "the pickle is truncated"),
         (b"\x80\xffN.", "unsupported pickle protocol: 255"),
         (b"\x80\x02N.N", "bytes follow the end of the pickle"),
         (b"\x80\x02N.\x80\x02N.", "bytes follow the end of the pickle"),

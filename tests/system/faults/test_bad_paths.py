@@ -55,7 +55,7 @@ def mean(command: Command, *sources: object, folder: Path) -> tuple[dict[str, li
 
 # --- names in an index -------------------------------------------------------------------------------------
 
-OUTSIDE = "expected the name of a file beside it, got "
+OUTSIDE = "expected the name of a file next to it, got "
 NAMES = {
     "a folder up": ("../secret.safetensors", OUTSIDE + "'../secret.safetensors'"),
     "down and up": ("x/../../secret.safetensors", OUTSIDE),
@@ -151,7 +151,7 @@ def test_a_tensor_in_two_shards_is_refused(in_process: Command, tmp_path: Path, 
     folder = sharded(tmp_path / "model", index)
     (folder / A).write_bytes(two_floats("a", "b"))
     message = refusal(in_process, folder, folder=tmp_path)
-    assert message == f"{folder / INDEX}: in two shards, '{A}' and another: 'b'. {AGAIN}"
+    assert message == f"{folder / INDEX}: the shard '{A}' and another one both contain 'b'. {AGAIN}"
 
 
 @pytest.mark.guarantee("index-damage")
@@ -160,7 +160,7 @@ def test_a_tensor_that_the_index_does_not_name_is_refused(in_process: Command, t
     folder = sharded(tmp_path / "model")
     (folder / A).write_bytes(two_floats("a", "c"))
     message = refusal(in_process, folder, folder=tmp_path)
-    assert message == f"{folder / INDEX}: the shard '{A}' holds 'c', which the index does not name. {AGAIN}"
+    assert message == f"{folder / INDEX}: the shard '{A}' contains 'c', which the index does not list. {AGAIN}"
 
 
 @pytest.mark.guarantee("missing-shards")
@@ -170,7 +170,7 @@ def test_missing_shards_are_all_named_and_a_long_list_is_cut(in_process: Command
     folder = sharded(tmp_path / "model", json.dumps({"weight_map": {name: name for name in files}}))
     message = refusal(in_process, folder, folder=tmp_path)
     assert message.startswith(f"{folder / INDEX}: 30 shards of 30 missing: '{files[0]}', '{files[1]}', ")
-    assert message.endswith(f"'{files[19]}', … and 10 more. Copy them beside the index.")
+    assert message.endswith(f"'{files[19]}', … and 10 more. Copy them next to the index.")
 
 
 # --- links -------------------------------------------------------------------------------------------------
@@ -610,7 +610,7 @@ def paths(**keys: tuple[str, ...]) -> bytes:
 
 SOUND = metadata("w")
 MISLEADING: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "{}/.metadata: the pickle is cut. Save or copy it again."),
+    "nothing": (b"", "{}/.metadata: the pickle is truncated. Save or copy it again."),
     "another pickle": (
         b"\x80\2}.", "{}/.metadata: expected the metadata of torch.distributed.checkpoint, got another pickle. "),
     "a file above": (
@@ -624,10 +624,10 @@ MISLEADING: dict[str, tuple[bytes, str]] = {
         "{}/.metadata: tensor 'w': expected a shape and chunks with offsets and sizes. ",
     ),
     "a tensor that is stored nowhere": (
-        metadata("w", entry=described(start=1)), "{}: tensor 'w': the part at (1,) is stored nowhere. Save it again."),
+        metadata("w", entry=described(start=1)), "{}: tensor 'w': the part at (1,) is not stored anywhere. Save it"),
     "a hole": (
         metadata("w", entry=described(shape=3)),
-        "{}: tensor 'w': expected parts that hold each of 3 elements once, got 1 parts with 2 elements. Is a shard",
+        "{}: tensor 'w': expected each of 3 elements in exactly one part, got 1 parts with 2 elements. A shard",
     ),
     "two names of one place": (
         metadata("a", "b", planner_data=paths(a=("x",), b=("x",))),
@@ -667,7 +667,7 @@ def test_a_part_that_lies_is_refused_by_its_tensors_name(in_process: Command, tm
     (folder / "__0_0.distcp").write_bytes(part)
     message = refusal(in_process, folder, folder=tmp_path)
     assert message.startswith(f"{folder / '__0_0.distcp'}: ")
-    assert "expected its elements inside a record of 8 bytes, got a view that ends at byte 12." in message
+    assert "expected elements inside a record of 8 bytes, got a view that ends at byte 12." in message
     assert "'w'" in message
 
 

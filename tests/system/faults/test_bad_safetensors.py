@@ -211,7 +211,7 @@ SPOILT_SHARDS: dict[str, tuple[bytes, str]] = {
     ),
     "two offsets for one dimension": (
         lay_out('{"__metadata__":{"DCP_SHARDING_INFO":"{\\"w\\":{\\"saved_offsets\\":[0,0]}}"},' + ENTRY + "}", b"\1"),
-        "tensor 'w': expected U8 and 1 offsets, got U8 and (0, 0). Save or copy the checkpoint again.",
+        "tensor 'w': expected U8 and 1 offsets, got U8 and (0, 0). The file is damaged: save or copy it again.",
     ),
 }
 

@@ -29,7 +29,7 @@ from ckpt_avg.limits import LIMITS
 
 Command = Callable[..., tuple[int, str, str]]
 DATA = struct.pack("<2f", 1, 2)
-DAMAGED = "The file is damaged or was not written by torch.save: save or copy it again."
+DAMAGED = "The file is damaged: save or copy it again."
 DISTRUST = "Don't trust this file; save the weights again where they come from."
 
 
@@ -155,17 +155,17 @@ INNER = RECORD.header()  # a complete member, hidden in the bytes of another
 OUTER = Member(b"a/outer", b"\0" * 10 + INNER)
 
 ZIPS: dict[str, tuple[bytes, str]] = {
-    "cut to 10 bytes": (WHOLE[:10], "a zip archive cut to 10 bytes"),
-    "cut by one byte": (WHOLE[:-1], "expected the file to end with the directory of its zip archive"),
-    "cut in the middle": (WHOLE[: len(WHOLE) // 2], "got other bytes; it is probably cut"),
-    "a byte behind it": (WHOLE + b"\0", "expected the file to end with the directory"),
+    "cut to 10 bytes": (WHOLE[:10], "expected a zip archive, got 10 bytes of one"),
+    "cut by one byte": (WHOLE[:-1], "expected the zip directory at the end of the file"),
+    "cut in the middle": (WHOLE[: len(WHOLE) // 2], "got other bytes: it is probably truncated"),
+    "a byte behind it": (WHOLE + b"\0", "expected the zip directory at the end"),
     "bytes before it": (b"PK\3\4" + WHOLE, "expected the directory to end at byte"),
     "bytes before it, offsets made to fit": (
         b"PK\3\4" + BODY + changed(PICKLE).entry(4) + RECORD.entry(4 + RECORD_AT)
         + end(2, len(DIRECTORY), 4 + len(BODY)),
         "expected the archive at byte 0, got its first member at byte 4",
     ),
-    "one name twice": (archive(PICKLE, RECORD, RECORD), "member 'a/data/0' stands twice"),
+    "one name twice": (archive(PICKLE, RECORD, RECORD), "member 'a/data/0' appears twice"),
     "one member inside another": (
         archive(PICKLE, OUTER, changed(RECORD, at=RECORD_AT + 30 + len(OUTER.name) + 10)),
         "member 'a/data/0' overlaps the one before it",
@@ -194,20 +194,20 @@ ZIPS: dict[str, tuple[bytes, str]] = {
     "another size in the local header": (
         archive(PICKLE, changed(RECORD, local=(None, None, None, None, 4))), "/0': its local header contradicts"),
     "a name that is no text": (
-        archive(PICKLE, changed(RECORD, name=b"a/data/\xff")), r"the member name b'a/data/\xff' is no UTF-8"),
+        archive(PICKLE, changed(RECORD, name=b"a/data/\xff")), r"the member name b'a/data/\xff' is not UTF-8"),
     "a member beyond the file": (
         archive(PICKLE, changed(RECORD, at=10**6)), "member 'a/data/0' begins outside the archive"),
     "a member at no local header": (
-        archive(PICKLE, changed(RECORD, at=RECORD_AT + 1)), "member 'a/data/0' lies outside the archive"),
+        archive(PICKLE, changed(RECORD, at=RECORD_AT + 1)), "member 'a/data/0' is outside the archive"),
     "a member longer than the file": (
         archive(PICKLE, changed(RECORD, size=10**6, local=(None, None, None, None, 10**6))),
-        "member 'a/data/0' lies outside the archive",
+        "member 'a/data/0' is outside the archive",
     ),
-    "a member on another disk": (archive(PICKLE, changed(RECORD, disk=1)), "an archive split over several disks"),
+    "a member on another disk": (archive(PICKLE, changed(RECORD, disk=1)), "got one split over several disks"),
     "an archive on several disks": (
-        with_end(end(2, len(DIRECTORY), len(BODY), disk=1)), "an archive split over several disks"),
+        with_end(end(2, len(DIRECTORY), len(BODY), disk=1)), "got one split over several disks"),
     "members on other disks": (
-        with_end(end(2, len(DIRECTORY), len(BODY), here=1)), "an archive split over several disks"),
+        with_end(end(2, len(DIRECTORY), len(BODY), here=1)), "got one split over several disks"),
     "fewer members than counted": (
         with_end(end(3, len(DIRECTORY), len(BODY))), "the directory is shorter than it says"),
     "more members than counted": (
@@ -223,7 +223,7 @@ ZIPS: dict[str, tuple[bytes, str]] = {
         archive(PICKLE, changed(RECORD, at=2**32 - 1, size=2**32 - 1, extra=struct.pack("<2HQ", 1, 8, 8))),
         "a member's zip64 sizes are missing",
     ),
-    "a zip64 end beyond the file": (zip64(at=2**63), "the zip64 directory record lies outside the archive"),
+    "a zip64 end beyond the file": (zip64(at=2**63), "the zip64 directory record is outside the archive"),
     "a zip64 end elsewhere": (zip64(at=0), "the zip64 directory record is not where the archive says"),
     "a zip64 end of something else": (zip64(magic=b"PK\6\5"), "the zip64 directory record is not where"),
 }  # fmt: skip
@@ -319,13 +319,13 @@ HELD: dict[str, tuple[bytes, str]] = {
         holding(weights(tensor(storage(key=text("../data.pkl"))))), "expected the record '../data.pkl', got none"),
     "a record that is too long": (
         archive(PICKLE, Member(b"a/data/0", DATA + b"\0")),
-        "tensor 'w': expected a record of 8 bytes, got 9. Copy or save the file again.",
+        "tensor 'w': expected a record of 8 bytes, got 9. The file is damaged: save or copy it again.",
     ),
     "a record of another dtype": (
         holding(weights(stored_as("DoubleStorage"))), "tensor 'w': expected a record of 16 bytes, got 8."),
     "a view past its end": (
         holding(weights(tensor(offset=1))),
-        "tensor 'w': expected its elements inside a record of 8 bytes, got a view that ends at byte 12. Save it again.",
+        "tensor 'w': expected elements inside a record of 8 bytes, got a view that ends at byte 12. Save it again.",
     ),
     "a view before its begin": (holding(weights(tensor(offset=-1))), "tensor 'w': expected sizes and strides from 0"),
     "a negative stride": (
@@ -340,7 +340,7 @@ HELD: dict[str, tuple[bytes, str]] = {
     ),
     "an expansion bomb": (
         holding(weights(tensor(shape=(10**6, 10**6), stride=(0, 0)))),
-        "tensor 'w': expected a tensor no larger than its record of 8 bytes, got an expanded view of "
+        "tensor 'w': expected at most the 8 bytes of its record, got an expanded view of "
         "4,000,000,000,000 bytes. Save tensor.contiguous() instead.",
     ),
     "65 dimensions": (
@@ -359,16 +359,9 @@ HELD: dict[str, tuple[bytes, str]] = {
         name: (holding(weights(content)), f"tensor 'w': expected a plain tensor, got {kind}")
         for name, (content, kind) in KINDS.items()
     },
-    "an array that is none": (
+    "a numpy array": (
         holding(weights(named("numpy._core.multiarray", "_reconstruct") + b")R")),
-        "tensor 'w': expected a plain tensor, got a numpy array without contents. Save it as a plain tensor.",
-    ),
-    "a big-endian array": (
-        holding(weights(
-            named("numpy._core.multiarray", "_reconstruct") + b")R"
-            + sequence(b"K\1", whole(1) + b"\x85", named("numpy", "dtype") + text("f4") + b"\x85R"
-                       + sequence(b"K\3", text(">")) + b"b", b"\x89", text("abcd")) + b"b")),
-        "tensor 'w': expected a plain tensor, got a numpy array of dtype '>f4'. Save it as a plain tensor.",
+        "tensor 'w': expected a plain tensor, got a numpy array. Save torch.from_numpy(array) in its place and run",
     ),
     # names
     "a number as name": (
@@ -378,15 +371,15 @@ HELD: dict[str, tuple[bytes, str]] = {
         "the file: expected tensor names, got the key b'w'.",
     ),
     "a lone surrogate in a name": (
-        holding(state((b"X\3\0\0\0\xed\xa0\x80", tensor()))), "the name holds a lone surrogate, so it is no text."),
-    "NUL in a name": (holding(weights(tensor(), "a\0b")), r"tensor 'a\x00b': expected a name without NUL"),
+        holding(state((b"X\3\0\0\0\xed\xa0\x80", tensor()))), "its name has a lone surrogate, so it is not text."),
+    "NUL in a name": (holding(weights(tensor(), "a\0b")), r"tensor 'a\x00b': its name has a NUL character"),
     "the name of the metadata": (
         holding(weights(tensor(), "__metadata__")),
-        "tensor '__metadata__': safetensors keeps this name for its metadata. Rename the tensor.",
+        "tensor '__metadata__': safetensors reserves this name for its metadata. Rename the tensor.",
     ),
     "two names that become one": (
         holding(state(*((text(f"{wrapper}w"), tensor()) for wrapper in ("model.", "")))),
-        "without their prefix two tensors would have one name: 'w'. Choose another --strip-prefix.",
+        "without the prefix two tensors would have the same name: 'w'. Choose another --strip-prefix.",
     ),
     # state dicts
     "two state dicts": (
@@ -484,14 +477,6 @@ def test_a_damaged_number_beside_the_weights_is_named_or_does_no_harm(in_process
 
 
 REBUILD = named("torch._utils", "_rebuild_tensor_v2")
-ARRAY = named("numpy._core.multiarray", "_reconstruct") + b")R"
-FLOAT = named("numpy", "dtype") + text("f4") + b"\x85R" + sequence(b"K\3", text("<")) + b"b"
-
-
-def restored(shape: bytes, contents: bytes) -> bytes:
-    """A float32 array of a shape, out of some bytes."""
-    return ARRAY + sequence(b"K\1", shape, FLOAT, b"\x89", contents) + b"b"
-
 
 MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 
@@ -503,9 +488,9 @@ def module(parameters: bytes, modules: bytes = b"}") -> bytes:
 
 
 PICKLES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "the pickle is cut"),
-    "no STOP": (b"\x80\2}", "the pickle is cut"),
-    "cut in a text": (b"\x80\2X\4\0\0\0ab", "the pickle is cut"),
+    "empty": (b"", "the pickle is truncated"),
+    "no STOP": (b"\x80\2}", "the pickle is truncated"),
+    "cut in a text": (b"\x80\2X\4\0\0\0ab", "the pickle is truncated"),
     "an empty stack": (b"\x80\2R.", "the pickle is damaged (IndexError: "),
     "a protocol of the future": (b"\x80\x7f}.", "the pickle is damaged (ValueError: unsupported pickle protocol: 127)"),
     "an unknown operation": (b"\x80\2\xc5.", f"unknown pickle operation 0xc5. {DISTRUST}"),
@@ -533,18 +518,6 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "another encoding": (
         proto(2, named("_codecs", "encode") + text("x") + text("rot13") + b"\x86R"),
         f"the pickle encodes something other than bytes as latin1 text. {DISTRUST}",
-    ),
-    "an array of an unknown form": (
-        proto(2, ARRAY + b"Nb"), f"a numpy array of the pickle has an unknown form. {DISTRUST}"),
-    "an array whose shape is no tuple": (
-        proto(2, restored(b"K\1", text("abcd"))), f"expected the shape of a numpy array, got 1. {DISTRUST}"),
-    "an array of a negative size": (
-        proto(2, restored(whole(-1) + b"\x85", text("abcd"))),
-        f"expected the shape of a numpy array, got (-1,). {DISTRUST}",
-    ),
-    "an array of fewer bytes than its shape": (
-        proto(2, restored(whole(2) + b"\x85", text("abcd"))),
-        f"expected 8 bytes in a numpy array, got 4. {DISTRUST}",
     ),
     "a module with a name that is no text": (
         proto(2, module(state((b"K\1", tensor())))),
@@ -630,7 +603,7 @@ def test_the_pickles_of_pythons_own_tests_hold_no_weights(tmp_path: Path) -> Non
 
 @pytest.mark.guarantee("pickle-bombs")
 def test_a_pickle_over_the_limit_is_not_read(in_process: Command, tmp_path: Path) -> None:
-    """256 MiB and a byte, in an archive and on its own; sparse, so that nothing of it is on the disk."""
+    """256 MiB and a byte; sparse, so that nothing of it is on the disk."""
     size = LIMITS.pickle + 1
     member = Member(b"a/data.pkl", b"", size=size, local=(None, None, None, None, size))
     _, directory = joined(member)
@@ -644,10 +617,6 @@ def test_a_pickle_over_the_limit_is_not_read(in_process: Command, tmp_path: Path
     assert (
         message == f"{path}: expected a pickle of at most {size - 1:,} bytes, got {size:,}. Save only the state dict."
     )
-    path.write_bytes(b"\x80\2}.")
-    os.truncate(path, size)
-    message = refusal_of(in_process, path, folder=tmp_path)
-    assert f"expected a pickle of at most {size - 1:,} bytes, got {size:,}. In a trusted environment, save" in message
 
 
 def test_a_part_of_a_file_is_never_left(tmp_path: Path) -> None:
@@ -687,7 +656,7 @@ def stream(*, version: bytes = VERSION, machine: bytes = MACHINE, contents: byte
     return MAGIC + version + machine + (contents or proto(2, weights(tensor(old_storage())))) + keys + stored
 
 
-PLAIN = "expected plain storages, got one that is "
+PLAIN = "expected a plain storage, got one that is "
 STREAMS: dict[str, tuple[bytes, str]] = {
     "another version": (stream(version=proto(2, b"M\xe8\3")), "expected version 1001 of torch's stream, got 1000."),
     "big-endian": (
@@ -699,7 +668,7 @@ STREAMS: dict[str, tuple[bytes, str]] = {
     "a key of no storage": (stream(keys=proto(2, b"]" + text("1") + b"a")), PLAIN + "of unknown size"),
     "a quantized storage": (
         stream(contents=proto(2, weights(tensor(old_storage(named("torch", "QInt8Storage")))))),
-        PLAIN + "a quantized tensor, so those behind it cannot be found. Save it again: "
+        PLAIN + "a quantized tensor, so those after it cannot be found. Save it again: "
         "torch.save(torch.load(path, weights_only=True), new_path).",
     ),
     "an untyped storage": (
@@ -723,11 +692,11 @@ STREAMS: dict[str, tuple[bytes, str]] = {
     "no storage": (stream(stored=b""), "expected 8 bytes at byte"),
     "a byte behind it": (
         stream(stored=STORED + b"\0"), "got 1 byte more. The file is damaged: save or copy it again."),
-    "cut in its pickles": ((MAGIC + VERSION)[:-1], "the pickle is cut"),
+    "cut in its pickles": ((MAGIC + VERSION)[:-1], "the pickle is truncated"),
     "hostile": (stream(machine=proto(2, named("os", "system") + b"NR")), f"without a tuple of arguments. {DISTRUST}"),
     "a tar": (
         b"sys_info".ljust(257, b"\0") + b"ustar" + bytes(250),
-        "got a tar archive. If torch before 0.1.10 wrote it, load it there and save it again; else unpack it",
+        "got a tar archive. If torch before 0.1.10 wrote it, load it there and save it again. Otherwise unpack",
     ),
 }  # fmt: skip
 

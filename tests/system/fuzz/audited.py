@@ -64,12 +64,15 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def by_this_package(paths: list[Path]) -> dict[str, tuple[bool, Events]]:
-    """Opens each; returns whether it was accepted, and the events."""
+    """Opens each, or reads it as the pickle of a checkpoint; returns whether it was accepted, and the events."""
     ear, found = Ear(), {}
     for path in [*paths, *paths]:  # the first time imports what is imported late
         before, opened = set(sys.modules), False
         with ear.listen(path.parent), contextlib.suppress(CheckpointFormatError):
-            open_checkpoint(path).close()
+            if path.suffix == ".pickle":
+                read_pickle(path.read_bytes(), str(path))
+            else:
+                open_checkpoint(path).close()
             opened = True
         found[path.name] = (opened, ear.events + [f"imported {name}" for name in sorted(set(sys.modules) - before)])
     return found

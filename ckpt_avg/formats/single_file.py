@@ -1,0 +1,134 @@
+"""Checkpoints that are one file. The first bytes decide how it is read, never the suffix alone."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN_KEY, Checkpoint
+from ckpt_avg.errors import NoWeightsError, fail
+from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.formats import safetensors_header, torch_legacy, torch_zip
+from ckpt_avg.formats.reading import Reading
+from ckpt_avg.formats.tensor_names import TensorTable, settle_names, shared_table
+from ckpt_avg.formats.torch_file import open_torch_file
+from ckpt_avg.text import argument, plural
+
+DCP_SHARDING = "DCP_SHARDING_INFO"
+
+_EXPECTED = "expected a safetensors file or one written by torch.save, got"
+# Converts a pickle of named arrays, such as those of detectron2's model zoo. File names are its arguments.
+_CONVERT = (
+    "import pickle, sys, torch; d = pickle.load(open(sys.argv[1], 'rb'), encoding='latin1'); "
+    "torch.save({k: torch.as_tensor(v) for k, v in d.get('model', d).items()}, sys.argv[2])"
+)
+
+
+def open_file(path: Path, reading: Reading, *, strip: bool = True) -> Checkpoint:
+    """Opens a checkpoint file and reads its header.
+
+    Args:
+        path: the file.
+        reading: how to read it.
+        strip: whether to strip wrappers' prefixes; shards keep them, since they belong to the whole model.
+
+    Raises:
+        CheckpointFormatError: the file is corrupt, unsafe, or of an unknown kind.
+    """
+    with ExitStack() as on_error:
+        file = on_error.enter_context(InputFile(path))
+        head = file.read(0, min(file.size, 512))
+        if head.startswith(torch_zip.MAGIC):
+            checkpoint = open_torch_file(file, "torch zip", torch_zip.read_contents(file), reading, strip=strip)
+        elif safetensors_header.matches(head):
+            checkpoint = _open_safetensors(file, reading, strip=strip)
+        elif torch_legacy.matches(head):
+            checkpoint = open_torch_file(file, "torch stream", torch_legacy.read_contents(file), reading, strip=strip)
+        elif head.startswith(b"\x80") and len(head) > 32:  # less may be the start of a torch file
+            raise NoWeightsError(
+                f"{path}: {_EXPECTED} a Python pickle, such as those of detectron2's model zoo. If you trust it, "
+                f'convert it first with `python -c "{_CONVERT}" {argument(path.name)} model.pth`.'
+            )
+        else:
+            got, advice = _describe(head, path.name)
+            fail(path, f"{_EXPECTED} {got}", advice)
+        on_error.pop_all()  # the checkpoint keeps the file open
+        return checkpoint
+
+
+def refuse_options(reading: Reading, path: Path) -> None:
+    """Raises CheckpointFormatError if an option chooses among state dicts, of which safetensors have only one."""
+    if reading.state_key is not None or reading.ema:
+        option = "--ema" if reading.ema else f"--state-key {reading.state_key}"
+        fail(path, f"a safetensors file has one flat state dict, so {option} matches nothing in it", "Leave it out")
+
+
+def _open_safetensors(file: InputFile, reading: Reading, *, strip: bool) -> Checkpoint:
+    refuse_options(reading, file.path)
+    header = safetensors_header.read_header(file)
+    digest = hashlib.sha256(header).hexdigest()
+
+    def make() -> TensorTable:
+        tensors, metadata = safetensors_header.parse_header(file, header)
+        scalars = {name: tensor.shape == () for name, tensor in tensors.items()}
+        names = settle_names(scalars, reading.strip_prefix, file.path, strip=strip)
+        return TensorTable(tensors.values(), names, metadata)
+
+    table = shared_table((digest, file.size, reading.strip_prefix, strip), make)
+    metadata = table.metadata
+    if DCP_SHARDING in metadata and file.path.name.startswith("shard-"):
+        problem = "one shard of a checkpoint that torch.distributed.checkpoint wrote, with parts of tensors"
+        fail(file.path, problem, f"Name its folder: {file.path.parent}")
+    notes: tuple[str, ...] = ()
+    if strip and (shard := re.search(r"-(\d+)-of-(\d+)\.safetensors$", file.path.name)) and int(shard[2]) > 1:
+        notes = (f"one of {int(shard[2])} shards, by its name. For the whole model name the folder or its index",)
+    spec = table.names.make_spec(
+        file.path,
+        "safetensors",
+        table,
+        kind="torch DCP" if DCP_SHARDING in metadata else None,
+        averaged="ckpt-avg made it" if metadata.get(METHOD_KEY) == "mean" or ORIGIN_KEY in metadata else "",
+        notes=notes,
+        metadata=metadata,
+        digest=digest,
+    )
+    return Checkpoint(spec, (file,))
+
+
+def _describe(head: bytes, name: str) -> tuple[str, str]:
+    """Returns what a file that cannot be opened seems to be, and what to do.
+
+    Args:
+        head: its first 512 bytes.
+        name: its name.
+    """
+    if not head:
+        return "an empty file", "Copy or save it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer", "Fetch the file: git lfs pull"
+    if name.endswith(".nemo"):
+        return "a NeMo archive", (
+            f"Unpack it (tar xf {argument(name)}) and name the model_weights.ckpt in it, or its folder "
+            "model_weights, which is a distributed checkpoint"
+        )
+    if len(head) > 262 and head[257:262] == b"ustar":
+        return "a tar archive", (
+            "If torch before 0.1.10 wrote it, load it there and save it again. Otherwise unpack it and name the "
+            "checkpoint in it"
+        )
+    for magic, what, advice in (
+        (b"\x1f\x8b", "a gzip file", "Unpack it first"),
+        (b"\x28\xb5\x2f\xfd", "a Zstandard file", "Unpack it first"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "Save the weights with torch.save or safetensors"),
+        (b"GGUF", "a GGUF file, whose weights are quantized", "Average the checkpoints that it was made from"),
+        (b"\x93NUMPY", "a numpy file", "Save a dict of named tensors with torch.save or safetensors"),
+    ):
+        if head.startswith(magic):
+            return what, advice
+    if head.lstrip()[:1] == b"<" and b"\0" not in head:
+        return "an HTML or XML page, probably a failed download", "Download the file again"
+    if len(head) < 8:
+        return plural(len(head), "byte"), "Copy or save it again"
+    return f"something else (first bytes {head[:8]!r})", "Name checkpoint files only"

@@ -1,0 +1,175 @@
+"""numpy's arrays and scalars in a pickle: scalars are read without numpy, arrays are stepped over or refused."""
+
+from __future__ import annotations
+
+import codecs
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
+from ckpt_avg.formats.open import open_checkpoint
+
+
+def write(path: Path, contents: object, protocol: int, container: str = "zip") -> Path:
+    """By torch.save in either of its forms."""
+    torch.save(contents, path, pickle_protocol=protocol, _use_new_zipfile_serialization=container == "zip")
+    return path
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_numpy_numbers_are_metrics_steps_and_rates(tmp_path: Path, protocol: int) -> None:
+    """Many scripts save ``np.mean(losses)``: without it there would be nothing to rank by."""
+    contents = {
+        "model": {"w": torch.ones(2)},
+        "epoch": np.int64(3),
+        "global_step": np.int32(70),
+        "val_loss": np.float32(0.5),
+        "accuracy": np.float64(0.75),
+        "half": np.float16(0.25),
+        "wide": np.array(1.5),
+        "big": np.dtype(">f4").type(8),
+        "optimizer": {"param_groups": [{"lr": np.float64(0.125)}]},
+        "broken": np.float64("nan"),
+        "good": np.bool_(True),
+        "complex": np.complex64(1),
+    }
+    for container in ("zip", "stream"):
+        with open_checkpoint(write(tmp_path / "a.pt", contents, protocol, container)) as checkpoint:
+            record = checkpoint.spec.record
+            assert (record.epoch, record.step, record.learning_rate) == (3, 70, 0.125)
+            assert dict(record.metrics) == {"val_loss": 0.5, "accuracy": 0.75, "half": 0.25, "big": 8.0}
+
+
+ARRAYS: dict[str, Any] = {
+    "float": np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3),
+    "columns first": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "scalar": np.array(2.5),
+    "no elements": np.zeros((0, 3)),
+    "object": np.array([1, "a", None], dtype=object),
+    "tensors": np.array([torch.ones(1)], dtype=object),
+    "big-endian": np.arange(3.0).astype(">f4"),
+    "text": np.array(["a", "b"]),
+    "dates": np.array(["2020-01-01"], dtype="datetime64[D]"),
+    "fields": np.zeros(2, dtype=[("x", "f4"), ("y", "i4")]),
+    "complex128": np.zeros(2, dtype=np.complex128),
+    "long double": np.zeros(2, dtype=np.longdouble),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("container", ["zip", "stream"])
+def test_arrays_are_refused_as_weights_only(tmp_path: Path, name: str, protocol: int, container: str) -> None:
+    """Next to the weights they do no harm; among them the error names one and says what to save."""
+    array = ARRAYS[name]
+    path = write(tmp_path / "a.pt", {"model": {"w": torch.ones(1), "odd": array}}, protocol, container)
+    with pytest.raises(CheckpointFormatError) as caught:
+        open_checkpoint(path)
+    assert str(caught.value) == (
+        f"{path}: key 'model': tensor 'odd': expected a plain tensor, got a numpy array. Save torch.from_numpy(array) "
+        "in its place and run again."
+    )
+    write(path, {"model": {"w": torch.ones(1)}, "odd": array, "rng_state": ("MT19937", array, 3)}, protocol, container)
+    with open_checkpoint(path) as checkpoint:
+        assert list(checkpoint.spec.tensors) == ["w"]
+
+
+class Forged:
+    """An array, a scalar or bytes as a pickle makes them, from arguments and a state that its author chose."""
+
+    def __init__(self, function: object, arguments: tuple[object, ...], state: object = None) -> None:
+        self.made = (function, arguments, state) if state is not None else (function, arguments)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self.made
+
+
+def deep() -> object:
+    value: object = ()
+    for _ in range(40):
+        value = (value, value)
+    return value
+
+
+RECONSTRUCT, FROM_BUFFER = np.arange(0).__reduce__()[0], np.arange(2.0).__reduce_ex__(5)[0]
+SCALAR = np.float32(0).__reduce__()[0]
+FLOAT = np.dtype("f4")
+FORGED: dict[str, object] = {
+    "an array of too few bytes": Forged(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (3,), FLOAT, False, b"\1" * 8)),
+    "an array of an endless shape": Forged(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (deep(),), FLOAT, False, b"")),
+    "an array of a short state": Forged(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (2,), FLOAT)),
+    "a buffer of nothing": Forged(FROM_BUFFER, (None, None, deep(), 7)),
+    "a scalar of too few bytes": Forged(SCALAR, (FLOAT, b"\1")),
+    "a scalar of no dtype": Forged(SCALAR, (None, b"\1" * 4)),
+    "a scalar of text that is not bytes": Forged(SCALAR, (FLOAT, "ab\u2028")),
+    "a dtype of an endless code": Forged(np.dtype, (deep(),), (3, deep(), None)),
+    "a dtype of a long code": Forged(SCALAR, (Forged(np.dtype, ("f4" * 10**5,)), b"\1" * 4)),
+}
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("forged", FORGED)
+def test_forged_arrays_and_scalars_are_never_values(tmp_path: Path, forged: str, protocol: int) -> None:
+    """Next to the weights they are skipped, whatever they claim; a number is never made of them."""
+    path = write(tmp_path / "a.pt", {"model": {"w": torch.ones(1)}, "val_loss": FORGED[forged]}, protocol)
+    with open_checkpoint(path) as checkpoint:
+        assert dict(checkpoint.spec.record.metrics) == {}
+
+
+@pytest.mark.usefixtures("in_time")
+def test_many_bytes_of_one_text_are_limited(tmp_path: Path) -> None:
+    """The pickle has the text once and refers to it with two bytes: each call would make a copy of its own."""
+    text = "x" * 2**20
+    path = write(tmp_path / "a.pt", [Forged(codecs.encode, (text, "latin1")) for _ in range(5_000)], 4)
+    assert path.stat().st_size < 2 * 2**20
+    with pytest.raises(CheckpointFormatError, match="operations in the pickle"):
+        open_checkpoint(path)
+
+
+def test_numpy_is_not_needed_to_look_at_a_checkpoint(tmp_path: Path) -> None:
+    """``inspect`` and ``check`` answer at once, and without numpy."""
+    path = write(tmp_path / "a.pt", {"model": {"w": torch.ones(3)}, "epoch": np.int64(3), "x": np.arange(3.0)}, 4)
+    script = (
+        "import sys\n"
+        "sys.modules['numpy'] = None\n"
+        "from ckpt_avg import open_checkpoint\n"
+        f"spec = open_checkpoint({str(path)!r}).spec\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(spec.tensors['w'].shape, spec.record.epoch)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("(3,) 3\n", "")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "contents", [{"w": np.ones(2)}, {"w": torch.ones(2)}, {"w": [1.0] * 9}], ids=["arrays", "tensors", "numbers"]
+)
+def test_a_bare_pickle_is_refused_with_how_to_convert_it(tmp_path: Path, contents: object, protocol: int) -> None:
+    """It is not read at all. What a run folder contains of the kind is skipped."""
+    path = tmp_path / "model it's.pkl"
+    path.write_bytes(pickle.dumps(contents, protocol))
+    with pytest.raises(NoWeightsError, match="got a Python pickle, such as those of detectron2's model zoo") as caught:
+        open_checkpoint(path)
+    assert str(caught.value).endswith(""" 'model it'"'"'s.pkl' model.pth`.""")
+
+
+def test_the_command_that_converts_works(tmp_path: Path) -> None:
+    """Pasted as it is; Caffe2's pickles of Python 2 included."""
+    weights = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.int64(3) * np.ones((), np.int64)}
+    path = tmp_path / "model it's.pkl"
+    path.write_bytes(pickle.dumps({"model": weights, "__author__": "Detectron2 Model Zoo"}, 2))
+    with pytest.raises(CheckpointFormatError) as caught:
+        open_checkpoint(path)
+    command = str(caught.value).partition("convert it first with `python ")[2].removesuffix("`.")
+    subprocess.run(f"{sys.executable} {command}", shell=True, cwd=tmp_path, check=True)
+    with open_checkpoint(tmp_path / "model.pth") as checkpoint:
+        assert {name: tensor.shape for name, tensor in checkpoint.spec.tensors.items()} == {"w": (2, 3), "n": ()}

@@ -118,7 +118,7 @@ rank_timeout = _only_here(
     default=RANK_TIMEOUT,
     show_default=True,
     metavar="SECONDS",
-    help="Stop if a torchrun rank gives no sign of life for this long.",
+    help="Stop if another rank is silent for this long.",
 )
 sources = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 

@@ -42,3 +42,16 @@ def test_modules_import_from_lower_layers_only() -> None:
     ]
     assert wrong == []
     assert {"batchnorm", "runs", "mean", "user_code"} <= imports(SOURCE / "commands" / "prepare.py")  # it sees imports
+
+
+def test_only_the_command_line_knows_click() -> None:
+    """The package can be used without the parts of the command line."""
+    knowing = {
+        path.relative_to(SOURCE).parts[0]
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
+        if name.split(".")[0] in ("click", "tqdm")
+    }
+    assert knowing == {"cli"}

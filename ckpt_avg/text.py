@@ -75,6 +75,11 @@ def listing(items: Iterable[str], *, separator: str = ", ") -> str:
     return separator.join(shown)
 
 
+def ends(items: Sequence[str]) -> str:
+    """Joins at most four items; of more, the first two and the last."""
+    return ", ".join(items if len(items) <= 4 else [*items[:2], "…", items[-1]])
+
+
 def suggestion(word: object, choices: Iterable[str]) -> str:
     """Returns `` Did you mean 'bfloat16'?`` for the choice closest to a word, or an empty string."""
     import difflib  # only on the way to an error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec, batch_norm_layers
 from ckpt_avg.runs.compatibility import CompatibilityReport
-from ckpt_avg.text import distinct_names, escaped, listing, one_line, plural, quote, size, table
+from ckpt_avg.text import distinct_names, ends, escaped, listing, one_line, plural, quote, size, table
 
 if TYPE_CHECKING:
     from ckpt_avg.checkpoint.training_record import Record
@@ -140,9 +140,7 @@ def inspection_text(found: Inspection) -> str:
 
 
 def _names(paths: Sequence[Path]) -> str:
-    """Returns the names of checkpoints; of more than four, the first two and the last."""
-    names = [escaped(name) for name in distinct_names(paths)]
-    return ", ".join(names if len(names) <= 4 else [*names[:2], "…", names[-1]])
+    return ends([escaped(name) for name in distinct_names(paths)])
 
 
 def _skipped(items: Sequence[Skipped]) -> list[str]:

@@ -21,7 +21,7 @@ from ckpt_avg.formats.trainers.file_names import record_from_name, stem
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import Discovery, refuse_repeated
 from ckpt_avg.runs.run_folder import Skipped, in_order, natural_key
-from ckpt_avg.text import escaped, listing, plural, quote
+from ckpt_avg.text import ends, escaped, listing, plural, quote
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
 Unit = Literal["step", "epoch"]
@@ -83,7 +83,7 @@ def survey(
     if not any(wanted(path.name) for path in paths):
         message = (
             f"nothing to average: --include and --exclude skip all {len(paths):,} checkpoints "
-            f"({listing(escaped(path.name) for path in paths)}). The patterns match file names."
+            f"({ends([escaped(path.name) for path in paths])}). The patterns match file names."
         )
         others = [quote(each.path.name) for each in discovery.skipped if wanted(each.path.name)]
         if others:
@@ -95,10 +95,11 @@ def survey(
     for source in discovery.sources:
         found: list[Candidate] = []
         try:
-            found += (_open(path, reading, stack, source.is_run) for path in source.paths if wanted(path.name))
+            found += (_open(path, reading, stack) for path in source.paths if wanted(path.name))
         except TooManyFilesError as error:
             raise _too_many_files(error, [*candidates, *found], sum(wanted(path.name) for path in paths)) from error
         if source.is_run:
+            _advise_to_exclude(found)
             kept = _one_series(_in_order(_without_others(found, skipped, copy_test)), skipped, notes)
             paths_kept = {candidate.path for candidate in kept}
             for candidate in found:
@@ -141,14 +142,20 @@ def _identity(candidate: Candidate) -> frozenset[tuple[int, int]]:
     return frozenset(file.identity for file in files if isinstance(file, InputFile))
 
 
-def _open(path: Path, reading: Reading, stack: ExitStack, is_run: bool) -> Candidate:
+def _open(path: Path, reading: Reading, stack: ExitStack) -> Candidate:
     try:
         checkpoint = stack.enter_context(open_with(path, reading))
     except CheckpointFormatError as error:
-        if is_run and not isinstance(error, NoWeightsError):
-            error.args = (f"{error} To average the others, add --exclude {quote(path.name)}.",)
         return Candidate(path, None, error, record_from_name(path.name))
     return Candidate(path, checkpoint, None, checkpoint.spec.record)
+
+
+def _advise_to_exclude(found: Sequence[Candidate]) -> None:
+    """Adds to the errors of a run how to average the others, if there are others."""
+    if any(candidate.checkpoint is not None for candidate in found):
+        for each in found:
+            if each.error is not None and not isinstance(each.error, NoWeightsError):
+                each.error.args = (f"{each.error} To average the others, add --exclude {quote(each.path.name)}.",)
 
 
 def _without_others(found: list[Candidate], skipped: list[Skipped], copy_test: CopyTest) -> list[Candidate]:

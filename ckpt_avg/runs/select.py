@@ -14,7 +14,7 @@ from ckpt_avg.runs.candidates import Candidate, CopyTest, Unit, position, survey
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.runs.selection import Selection
-from ckpt_avg.text import escaped, listing, plural, quote, suggestion
+from ckpt_avg.text import ends, escaped, listing, plural, quote, suggestion
 
 _NEAR = 0.05  # of the amplitude: how far the first or last minimum of a run may be from its neighbour
 _FAR = 0.25  # of the distance between minima: a checkpoint further from one was not saved at it
@@ -77,7 +77,7 @@ def select(
 
 
 def _names(candidates: Sequence[Candidate]) -> str:
-    return listing(escaped(candidate.path.name) for candidate in candidates)
+    return ends([escaped(candidate.path.name) for candidate in candidates])
 
 
 def _enough(kept: list[Candidate], number: int, option: str) -> list[Candidate]:
@@ -170,7 +170,7 @@ def _at_minima(kept: list[Candidate], notice: Callable[[str], None]) -> list[Can
         rates = [candidate.record.learning_rate for candidate in kept if candidate.record.learning_rate is not None]
         raise IncompatibleError(
             f"{option}: expected a learning rate that falls and rises again at least twice, got "
-            f"{listing(f'{rate:g}' for rate in rates)} in the checkpoints. If each was saved at the end of a cycle, "
+            f"{ends([f'{rate:g}' for rate in rates])} in the checkpoints. If each was saved at the end of a cycle, "
             "remove the option. Otherwise use --every or --include."
         )
     chosen = [

@@ -309,9 +309,10 @@ def test_no_name_is_wanted(tmp_path: Path) -> None:
         look(tmp_path, options={"wanted": lambda name: False})
     message = str(caught.value)
     assert caught.value.exit_code == 4
-    assert message.startswith("nothing to average: --include and --exclude skip all 25 checkpoints (step_0.pt, ")
-    assert "step_19.pt, … and 5 more" in message
-    assert "The patterns match file names." in message
+    assert message == (
+        "nothing to average: --include and --exclude skip all 25 checkpoints (step_0.pt, step_1.pt, …, step_24.pt). "
+        "The patterns match file names."
+    )
 
 
 # --- what stays open ---------------------------------------------------------------------------------------
@@ -471,6 +472,8 @@ def test_an_unreadable_checkpoint_of_a_run_says_how_to_leave_it_out(tmp_path: Pa
         assert str(caught.value).endswith(" To average the others, add --exclude 'step_2.pt'.") is advised
         assert ("--exclude" in str(caught.value)) is advised
     assert names(look(tmp_path, options={"wanted": Selection(exclude=("step_2.pt",)).wants})) == ["step_1.pt"]
+    (tmp_path / "step_1.pt").write_bytes(b"junk")  # no others that could be averaged
+    assert all("--exclude" not in str(each.error) for each in look(tmp_path).candidates)
 
 
 @pytest.mark.parametrize("stray", [".metadata", "model-00001-of-00002.safetensors"])

@@ -51,28 +51,28 @@ class Averager:
             NonFiniteError: an input contains NaN or Inf, or the mean overflows the output dtype.
             torch.OutOfMemoryError: the device has no memory even for the smallest chunk.
         """
-        while not self._has_averaged(block, inputs, output):
+        while True:
+            try:
+                self._average(block, inputs, output)
+                return
+            except torch.OutOfMemoryError:
+                if self._chunk <= LEAST_CHUNK:
+                    raise
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # a copy into the buffers may not be finished
             self._buffers = None
             self._chunk = max(LEAST_CHUNK, self._chunk // 8)
             torch.cuda.empty_cache()
 
-    def _has_averaged(self, block: Block, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> bool:
-        try:
-            if self._buffers is None:
-                self._buffers = _Buffers(self._device, self._chunk)
-            with self._buffers.staging.context():
-                count = torch.tensor(float(len(inputs)), dtype=torch.float64, device=self._device)
-                for start in range(0, block.numel, self._chunk):
-                    stop = min(block.numel, start + self._chunk)
-                    chunks = [values[start:stop] for values in inputs]
-                    self._average_chunk(self._buffers, block, start, chunks, count, output[start:stop])
-        except torch.OutOfMemoryError:
-            if self._chunk <= LEAST_CHUNK:
-                raise
-            return False
-        return True
+    def _average(self, block: Block, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+        if self._buffers is None:
+            self._buffers = _Buffers(self._device, self._chunk)
+        with self._buffers.staging.context():
+            count = torch.tensor(float(len(inputs)), dtype=torch.float64, device=self._device)
+            for start in range(0, block.numel, self._chunk):
+                stop = min(block.numel, start + self._chunk)
+                chunks = [values[start:stop] for values in inputs]
+                self._average_chunk(self._buffers, block, start, chunks, count, output[start:stop])
 
     def _average_chunk(
         self,

@@ -108,22 +108,19 @@ def make_plan(specs: Sequence[CheckpointSpec], *, dtype: str = "keep", non_float
     _refuse_scaled_codes(specs[0])
     layers = batch_norm_layers(tensors)
     counters = {batch_norm_buffer(layer, "num_batches_tracked") for layer in layers}
-    outputs: list[tuple[DType, bytes, Rule, str]] = []
-    for name, tensor in tensors.items():
-        kind = tensor.dtype.kind
-        output_dtype = tensor.dtype
-        if dtype != "keep" and kind in ("float", "float8"):
-            output_dtype = BY_TORCH_NAME[dtype]
-        rule: Rule = "mean"
-        if kind == "exact":
-            rule = "last" if name in counters or non_float == "last" else "equal"
-        outputs.append((output_dtype, name.encode(), rule, name))
-    outputs.sort(key=lambda output: (_DTYPE_ORDER[output[0]], output[1]))
+
+    def output_dtype(source: DType) -> DType:
+        return BY_TORCH_NAME[dtype] if dtype != "keep" and source.kind in ("float", "float8") else source
+
+    in_order = sorted(tensors.items(), key=lambda item: (_DTYPE_ORDER[output_dtype(item[1].dtype)], item[0].encode()))
     placed: list[OutputTensor] = []
     offset = 0
-    for output_dtype, _, rule, name in outputs:
-        source = tensors[name]
-        placed.append(OutputTensor(name, source.shape, source.dtype, output_dtype, rule, offset, source.numel))
+    for name, tensor in in_order:
+        rule: Rule = "mean"
+        if tensor.dtype.kind == "exact":
+            rule = "last" if name in counters or non_float == "last" else "equal"
+        target = output_dtype(tensor.dtype)
+        placed.append(OutputTensor(name, tensor.shape, tensor.dtype, target, rule, offset, tensor.numel))
         offset += placed[-1].nbytes
     return Plan(tuple(placed), tuple(layers), len(specs))
 

@@ -1,7 +1,4 @@
-"""What passes each BatchNorm layer while batches run through a model: measured at its input, and handed to it.
-
-Nothing but these layers normalises by the batch, and afterwards everything is as it was.
-"""
+"""Measures the input of each BatchNorm layer while batches run through a model, and makes it normalise by the batch."""
 
 from __future__ import annotations
 
@@ -29,8 +26,8 @@ class LayerStatistics:
         count: values per channel, over all samples and positions.
         mean: float64, (channels,).
         variance: float64, (channels,), unbiased (divided by count − 1), as PyTorch stores it.
-        calls_per_batch: how often a batch passed the layer; more than once where a module is used twice.
-        batches_tracked: what ``num_batches_tracked`` is set to.
+        calls_per_batch: how often a batch passes the layer; more than once if the model uses it twice.
+        batches_tracked: the new ``num_batches_tracked``.
     """
 
     count: int
@@ -41,11 +38,15 @@ class LayerStatistics:
 
 
 class Pool:
-    """What has passed one layer so far.
+    """Collects the moments of one layer over all calls.
 
     Args:
-        name: the layer's.
+        name: the layer's name.
         estimator: ``pooled`` or ``batch-mean``, as for `refresh_batch_norm`.
+
+    Attributes:
+        batch: the number of the current batch, for messages.
+        calls: how often the layer was called.
     """
 
     def __init__(self, name: str, estimator: str) -> None:
@@ -54,69 +55,61 @@ class Pool:
         self._name = name
         self._is_pooled = estimator == "pooled"
         self._count = 0
-        # Of all values together, or sums over the calls.
-        self._pooled: Moments | None = None
-        self._means: torch.Tensor | None = None
-        self._variances: torch.Tensor | None = None
-        self._unchecked: torch.Tensor | None = None
+        # pooled: mean and sum of squares of all values; batch-mean: sums of the calls' means and variances.
+        self._totals: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._is_unchecked = False
 
     def add(self, moments: Moments) -> None:
-        """Adds what one call saw."""
-        self.calls += 1
-        self._count += moments.count
-        if self._is_pooled:
-            self._pooled = moments if self._pooled is None else self._pooled.pooled_with(moments)
-            self._unchecked = self._pooled.mean
-        else:
-            self._means = moments.mean if self._means is None else self._means + moments.mean
-            variance = moments.variance
-            self._variances = variance if self._variances is None else self._variances + variance
-            self._unchecked = self._means
-        # On CUDA a look would wait for the device, so there it is taken once the batch is through.
+        """Adds the moments of one call."""
+        self._add(1, moments.count, moments.mean, moments.squares if self._is_pooled else moments.variance)
+        self._is_unchecked = True
+        # On CUDA checking waits for the device, so it is done once per batch.
         if not moments.mean.is_cuda:
             self.refuse_nonfinite()
 
+    def _add(self, calls: int, count: int, first: torch.Tensor, second: torch.Tensor) -> None:
+        if self._totals is None:
+            self._totals = first, second
+        elif self._is_pooled:
+            both = Moments(self._count, *self._totals).pooled_with(Moments(count, first, second))
+            self._totals = both.mean, both.squares
+        else:
+            self._totals = self._totals[0] + first, self._totals[1] + second
+        self.calls += calls
+        self._count += count
+
     def refuse_nonfinite(self) -> None:
-        """Raises UserCodeError if the last batch held NaN or Inf here."""
-        unchecked, self._unchecked = self._unchecked, None
-        # One number tells, but for a sum that overflows by itself.
-        if unchecked is not None and not math.isfinite(unchecked.sum().item()) and not unchecked.isfinite().all():
+        """Raises UserCodeError if the last batch contained NaN or Inf here."""
+        if self._totals is None or not self._is_unchecked:
+            return
+        self._is_unchecked = False
+        mean = self._totals[0]
+        # The sum shows it, except that a sum of finite numbers may overflow.
+        if not math.isfinite(mean.sum().item()) and not mean.isfinite().all():
             raise UserCodeError(
-                f"BatchNorm refresh: layer {quote(self._name)}, batch {self.batch}: expected finite activations, got "
-                "NaN or Inf. It is the first layer to see them: check the data and the weights before it."
+                f"BatchNorm refresh: layer {quote(self._name)}, batch {self.batch}: the activations contain NaN or "
+                "Inf. It is the first such layer: check the data and the weights before it."
             )
 
     def state(self) -> list[Any] | None:
-        """Returns what was measured as JSON holds it, every bit of it; None before the first call."""
-        if self._pooled is not None:
-            return [self.calls, self._count, self._pooled.mean.tolist(), self._pooled.squares.tolist()]
-        if self._means is not None and self._variances is not None:
-            return [self.calls, self._count, self._means.tolist(), self._variances.tolist()]
-        return None
+        """Returns what was measured, exactly, as JSON can contain it; None before the first call."""
+        return None if self._totals is None else [self.calls, self._count, *(each.tolist() for each in self._totals)]
 
     def add_state(self, state: list[Any] | None) -> None:
-        """Adds what another pool of the same layer has measured."""
-        if state is None:
-            return
-        calls, count, *values = state
-        first, second = (torch.tensor(each, dtype=torch.float64) for each in values)
-        self.calls += calls
-        self._count += count
-        if self._is_pooled:
-            moments = Moments(count, first, second)
-            self._pooled = moments if self._pooled is None else self._pooled.pooled_with(moments)
-        else:
-            self._means = first if self._means is None else self._means + first
-            self._variances = second if self._variances is None else self._variances + second
+        """Adds the `state` of another pool for the same layer."""
+        if state is not None:
+            calls, count, *totals = state
+            self._add(calls, count, *(torch.tensor(each, dtype=torch.float64) for each in totals))
 
     def statistics(self, batches: int) -> LayerStatistics:
         """Returns what was measured over so many batches."""
-        per_batch = -(-self.calls // batches)
-        if self._pooled is not None:
-            return LayerStatistics(self._count, self._pooled.mean, self._pooled.variance, per_batch, batches)
-        if self._means is None or self._variances is None:
+        if self._totals is None:
             raise ValueError(f"layer {self._name} was never called")
-        mean, variance = self._means / self.calls, self._variances / self.calls
+        per_batch = -(-self.calls // batches)
+        if self._is_pooled:
+            moments = Moments(self._count, *self._totals)
+            return LayerStatistics(self._count, moments.mean, moments.variance, per_batch, batches)
+        mean, variance = (total / self.calls for total in self._totals)
         return LayerStatistics(self._count, mean, variance, per_batch, self.calls)
 
 
@@ -124,32 +117,32 @@ class Pool:
 def measuring(
     model: torch.nn.Module, layers: Mapping[str, _BatchNorm], pools: Mapping[str, Pool]
 ) -> Iterator[list[Pool]]:
-    """Makes the layers, and nothing else, normalise by the batch and measure it; undoes all of it in the end.
+    """Makes only these layers normalise by the batch, and measures their inputs. Everything is restored in the end.
 
-    Yields a list to which each layer that is reached adds its pool, in the order of the calls.
+    Yields a list to which each call of a layer appends the layer's pool.
     """
     hooks = []
     reached: list[Pool] = []
-    # What torch.compile has made before would run without the hooks.
+    # Code that torch.compile has compiled before would run without the hooks.
     compiler = sys.modules.get("torch._dynamo")
     eager = torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext()
     with undisturbed(model), eager:
         try:
             for name, layer in layers.items():
                 hooks.append(layer.register_forward_pre_hook(_hook(name, pools[name], reached), with_kwargs=True))
-                layer.training = not _takes_statistics(layer)
+                layer.training = not _can_use_statistics(layer)
             yield reached
         finally:
             for hook in hooks:
                 hook.remove()
 
 
-def _takes_statistics(layer: _BatchNorm) -> bool:
-    """Whether a layer can be handed the batch's statistics as its running ones, which spares it measuring them again.
+def _can_use_statistics(layer: _BatchNorm) -> bool:
+    """Whether a layer may run in evaluation mode with the batch's statistics in its buffers, instead of in train mode.
 
-    torch's own layers in evaluation mode compute (x − running_mean) / √(running_var + ε), and with the batch's mean and
-    biased variance in these places that is what they do in training mode. A user's own forward may do anything, and a
-    buffer of half precision would round the statistics.
+    So it need not measure the batch again. torch's own layers in evaluation mode compute
+    (x − running_mean) / √(running_var + ε); with the batch's mean and biased variance that equals train mode. The
+    user's own forward may do anything, and a buffer of half precision would round the statistics.
     """
     own = "forward" not in vars(layer) and type(layer).forward in (_BatchNorm.forward, torch.nn.SyncBatchNorm.forward)
     wide = (torch.float32, torch.float64)
@@ -166,15 +159,15 @@ def _hook(
         if values.dim() < 2 or values.numel() <= values.shape[1]:
             raise UserCodeError(
                 f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected more than one value per "
-                f"channel, got an input of shape {list(values.shape)}. Use larger batches, or drop_last=True where the "
-                "last batch is a single sample."
+                f"channel, got an input of shape {list(values.shape)}. Use larger batches, or drop_last=True if only "
+                "the last batch is so small."
             )
         mean, variance = module.running_mean, module.running_var
         channels = mean.numel() if isinstance(mean, torch.Tensor) else values.shape[1]
         if values.shape[1] != channels:
             raise UserCodeError(
                 f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected {channels:,} channels in "
-                f"dimension 1, got an input of shape {list(values.shape)}. Channels elsewhere aren't supported."
+                f"dimension 1, got an input of shape {list(values.shape)}. Other layouts aren't supported."
             )
         moments = moments_of(values)
         reached.append(pool)

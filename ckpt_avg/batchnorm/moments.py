@@ -1,7 +1,7 @@
 """Count, mean and centred sum of squares per channel, in float64: of one input, and pooled over many.
 
-Values are widened to float64 a piece at a time, so that the working memory does not grow with the activations, and
-centred wherever their mean is far from zero, so that nothing cancels.
+Values are converted to float64 a piece at a time, so that the working memory does not grow with the activations, and
+centred where their mean is far from zero, so that no digits cancel.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-# Activations widened to float64 at a time, 8 MiB; on CUDA a kernel must outweigh its launch.
-_PIECE = 1024 * 1024
-_FEW = 0.2
-_CUDA_PIECE = 16 * 1024 * 1024
+_PIECE = 1024 * 1024  # elements converted to float64 at a time, 8 MiB
+_CUDA_PIECE = 16 * 1024 * 1024  # on CUDA a kernel must do more work than its launch costs
+_CANCELLED = 0.2  # the squares are centred if less than this part of their sum around zero is left
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What is known of a set of values.
+    """The moments of a set of values.
 
     Attributes:
         count: values per channel.
@@ -72,9 +71,9 @@ def moments_of(values: torch.Tensor) -> Moments:
 def _moments_of_piece(part: torch.Tensor) -> Moments:
     """Returns the moments of values shaped (samples, channels, positions).
 
-    The squares are first taken around zero, and n·mean² subtracted: that spares writing the centred values. It loses
-    digits where the mean is far from zero, so where it leaves less than `_FEW` of the sum the squares are taken again
-    around the mean.
+    The squares are first summed around zero, and n·mean² is subtracted, which avoids writing centred values. That
+    cancels digits in channels whose mean is far from zero. If less than `_CANCELLED` of the sum is left, they are
+    summed again around the mean.
     """
     wide = part.to(torch.float64, copy=True)
     count = wide.shape[0] * wide.shape[2]
@@ -82,13 +81,13 @@ def _moments_of_piece(part: torch.Tensor) -> Moments:
         rows = wide.squeeze(2)
         mean = rows.mean(0)
         return Moments(count, mean, rows.sub_(mean).square_().sum(0))
-    # Not vector_norm, which would save a pass: it adds one after the other, and loses digits with a million of them.
+    # vector_norm would be faster, but adds values one by one and loses digits with a million of them.
     mean = wide.sum(2).sum(0).div_(count)
-    if part.is_cuda:  # which channels are far from zero, the device alone knows
+    if part.is_cuda:  # only the device knows which channels are far from zero
         return Moments(count, mean, wide.sub_(mean.view(1, -1, 1)).square_().sum(2).sum(0))
     total = wide.square_().sum(2).sum(0)
     squares = torch.addcmul(total, mean, mean, value=-count)
-    far = (squares < _FEW * total).nonzero().squeeze(1)
+    far = (squares < _CANCELLED * total).nonzero().squeeze(1)
     if far.numel():
         centred = part.index_select(1, far).to(torch.float64).sub_(mean[far].view(1, -1, 1))
         squares[far] = centred.square_().sum(2).sum(0)

@@ -1,4 +1,4 @@
-"""Where the output's running statistics come from: measured anew, the checkpoints' mean, or as they are."""
+"""Where the output's running statistics come from: a refresh, the mean of the checkpoints, or a checkpoint as it is."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ COUNTS_ROOM = 2 * 15  # bytes by which the metadata may grow once the refresh ha
 
 
 def frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[str]:
-    """Returns the running statistics of layers where they are the same in every one of several checkpoints."""
+    """Returns the running statistics of the layers in which they are the same in each of several checkpoints."""
     if len(checkpoints) < 2:
-        return frozenset()  # one checkpoint says nothing about whether they ever change
+        return frozenset()  # one checkpoint doesn't show whether they ever change
     pairs = [
         (batch_norm_buffer(layer, "running_mean"), batch_norm_buffer(layer, "running_var")) for layer in plan.batch_norm
     ]
-    moved = differing(checkpoints, (name for pair in pairs for name in pair))
-    return frozenset(name for pair in pairs if not any(name in moved for name in pair) for name in pair)
+    moving = differing(checkpoints, (name for pair in pairs for name in pair))
+    return frozenset(name for pair in pairs if not any(name in moving for name in pair) for name in pair)
 
 
 def moving_layers(plan: Plan, frozen: Collection[str]) -> list[str]:
@@ -40,67 +40,55 @@ def moving_layers(plan: Plan, frozen: Collection[str]) -> list[str]:
 def needs_refresh(
     plan: Plan, frozen: Collection[str], *, bn: str, has_model: bool, has_data: bool, notice: Callable[[str], None]
 ) -> bool:
-    """Says whether statistics are to be measured anew.
-
-    Raises:
-        UsageError: they are, and the model or the data is missing.
-    """
+    """Whether statistics are to be recomputed. Raises UsageError if they are, and the model or the data is missing."""
     moving = moving_layers(plan, frozen)
     if len(moving) < len(plan.batch_norm):
         kept = [layer for layer in plan.batch_norm if layer not in moving]
         notice(
-            f"{plural(len(kept), 'frozen BatchNorm layer')} left as found, the statistics being the same in every "
+            f"{plural(len(kept), 'frozen BatchNorm layer')} kept, because the statistics are the same in every "
             f"checkpoint: {listing(map(quote, kept))}"
         )
     if plan.checkpoints == 1 and not has_data and bn != "refresh":
         return False  # a copy of the weights keeps the statistics that belong to them
     if not moving or bn == "keep":
         if not plan.batch_norm and (has_data or bn == "refresh"):
-            notice("the checkpoints hold no BatchNorm statistics, so there is nothing to refresh")
+            notice("the checkpoints contain no BatchNorm statistics, so there is nothing to refresh")
         elif moving and plan.checkpoints > 1:
+            advice = "Leave out --bn keep" if has_data else "Add --model and --data"
             notice(
                 f"the running statistics of {plural(len(moving), 'BatchNorm layer')} are the mean of the checkpoints', "
-                "not those of the averaged weights; "
-                + ("without --bn keep they are recomputed" if has_data else "--model and --data recompute them")
+                f"not those of the averaged weights. {advice} to recompute them."
             )
         return False
-    if not has_model or not has_data:
-        missing = " and ".join(
-            text
-            for text, given in (("--model MODULE:FACTORY", has_model), ("--data MODULE:FACTORY", has_data))
-            if not given
-        )
+    given = {"--model MODULE:FACTORY": has_model, "--data MODULE:FACTORY": has_data}
+    if missing := [option for option, is_given in given.items() if not is_given]:
         examples = ", ".join(map(quote, moving[:3])) + (", …" if len(moving) > 3 else "")
         raise UsageError(
-            f"the checkpoints hold running statistics of {plural(len(moving), 'BatchNorm layer')} ({examples}), which "
-            f"are wrong for averaged weights until they are recomputed over training data. Add {missing}, or accept "
-            "the mean of the statistics with --bn keep."
+            f"the checkpoints contain running statistics of {plural(len(moving), 'BatchNorm layer')} ({examples}), "
+            "which are wrong for averaged weights until they are recomputed over training data. Add "
+            f"{' and '.join(missing)}, or accept the mean of the statistics with --bn keep."
         )
     return True
 
 
 def choose_refresh(
-    plan: Plan,
-    frozen: Collection[str],
-    model: torch.nn.Module,
-    passes: Passes,
-    notice: Callable[[str], None],
+    plan: Plan, frozen: Collection[str], model: torch.nn.Module, passes: Passes, notice: Callable[[str], None]
 ) -> PreparedRefresh | None:
-    """Returns the model and the batches to refresh with; None where the model has none of the moving layers."""
+    """Returns the prepared refresh; None if the model has none of the layers with moving statistics."""
     moving = moving_layers(plan, frozen)
     prepared = prepare_refresh(model, passes, plan)
     names = {name for buffers in prepared.buffers.values() for name in buffers["running_mean"]}
     others = [layer for layer in moving if batch_norm_buffer(layer, "running_mean") not in names]
     if others:
         notice(
-            f"{plural(len(others), 'layer')} with running statistics are no BatchNorm layers of the model, so theirs "
-            f"are the mean of the checkpoints': {listing(map(quote, others))}"
+            f"{plural(len(others), 'layer')} with running statistics are no BatchNorm layers of the model, so their "
+            f"statistics are the mean of the checkpoints': {listing(map(quote, others))}"
         )
     return prepared if len(others) < len(moving) else None
 
 
 def source_of_statistics(plan: Plan, frozen: frozenset[str], refresh: PreparedRefresh | None) -> Statistics:
-    """Returns in one word what the output's running statistics are."""
+    """Returns where the output's running statistics come from."""
     if not plan.batch_norm:
         return "none"
     if refresh is not None:

@@ -1,10 +1,10 @@
-"""The BatchNorm refresh: running statistics recomputed for weights that have none of their own yet.
+"""The BatchNorm refresh of a model in memory.
 
 Averaged weights produce activations that no checkpoint had, so the running statistics must be measured again over
-training data (Izmailov et al. 2018, section 3.2, arXiv 1803.05407). Each BatchNorm layer normalises by the batch,
-as in training; everything else stays in evaluation mode. Two estimators are there: the statistics of all values
-together, pooled in float64 ("precise BN", Wu & Johnson 2021, section 3, arXiv 2105.07576), and the mean over the
-batches' statistics, which is what `torch.optim.swa_utils.update_bn` computes.
+training data (Izmailov et al. 2018, section 3.2, arXiv 1803.05407). Each BatchNorm layer normalises by the batch, as in
+training; everything else stays in evaluation mode. There are two estimators: the statistics of all values together,
+pooled in float64 ("precise BN", Wu & Johnson 2021, section 3, arXiv 2105.07576), and the mean of the batches'
+statistics, as `torch.optim.swa_utils.update_bn` computes it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class BatchNormReport:
     """What a refresh did.
 
     Attributes:
-        batches, samples: how many passed through the model.
-        statistics: layer name → what was measured there.
-        frozen: layers that were left as they are.
-        untracked: layers that keep no running statistics (``track_running_stats=False``).
+        batches, samples: how many the model ran on.
+        statistics: layer name → what was measured.
+        frozen: layers that were not changed.
+        untracked: layers without running statistics (``track_running_stats=False``).
         estimator: ``pooled`` or ``batch-mean``.
         amp: the dtype of automatic mixed precision, or ``off``.
     """
@@ -55,7 +55,7 @@ class BatchNormReport:
 
     @property
     def used_twice(self) -> tuple[str, ...]:
-        """The layers that each batch passed more than once; their statistics cover all passes."""
+        """The layers that the model uses more than once per batch; their statistics cover all uses."""
         return tuple(name for name, layer in self.statistics.items() if layer.calls_per_batch > 1)
 
 
@@ -72,29 +72,28 @@ def refresh_batch_norm(
     ranks: Ranks | None = None,
     progress: Progress = lambda batches, samples: None,
 ) -> BatchNormReport:
-    """Measures the running statistics of a model's BatchNorm layers anew and stores them in the model.
+    """Recomputes the running statistics of a model's BatchNorm layers and stores them in the model.
 
     With n_b values per channel in batch b, their mean m_b and centred sum of squares s_b, in float64:
 
     - ``pooled``: ``running_mean`` = Σ n_b·m_b / n and ``running_var`` = s / (n − 1), for n = Σ n_b and the sum of
-      squares s around the mean of all, as Chan, Golub & LeVeque (1979) pool it (`Moments.pooled_with`). The first
-      layer's statistics are therefore those of all samples at once, however they are split into batches; a later
-      layer's depend on the split as far as the layers before it normalise by the batch. ``num_batches_tracked`` = the
-      number of batches. (Precise BN: Wu & Johnson 2021, section 3, arXiv 2105.07576.)
+      squares s around the mean of all, pooled as by Chan, Golub & LeVeque (1979) (`Moments.pooled_with`). So the first
+      layer's statistics don't depend on the split into batches. A later layer's do, because the layers before it
+      normalise by the batch. ``num_batches_tracked`` = the number of batches. (Precise BN: Wu & Johnson 2021,
+      section 3, arXiv 2105.07576.)
     - ``batch-mean``: over the B calls of a layer ``running_mean`` = Σ m_b / B, ``running_var`` = Σ s_b/(n_b − 1) / B
       and ``num_batches_tracked`` = B, as `torch.optim.swa_utils.update_bn` does (Izmailov et al. 2018, arXiv
-      1803.05407), but for dropout, which stays off here.
+      1803.05407), except that dropout is off.
 
-    Only these buffers change. Modes, every other buffer and the random states are as before, and on any error
-    the buffers are, too.
+    Only these buffers change. Modes, other buffers and random states are restored, and on any error these buffers, too.
 
     Args:
-        model: the model, its weights loaded.
+        model: the model, with its weights loaded.
         batches: tensors, tuples or lists (the first element is the input), mappings (passed as keywords), or what
             ``forward_batch`` takes.
         estimator: ``pooled`` or ``batch-mean``.
         max_batches: stop after this many.
-        frozen: names of layers to leave in evaluation mode, as they are.
+        frozen: names of layers that stay in evaluation mode and are not changed.
         device: where the model is; batches are moved there.
         amp: ``off``, ``bfloat16`` or ``float16``: automatic mixed precision of the forward passes.
         forward_batch: called as ``forward_batch(model, batch)`` instead of the model.
@@ -107,7 +106,7 @@ def refresh_batch_norm(
         What was measured.
 
     Raises:
-        UsageError: there is no such estimator, mixed precision, or layer in ``frozen``.
+        UsageError: an option has no such value, or ``frozen`` names no such layer.
         UserCodeError: the loader or the model raised, there was no batch, a layer was not reached, a batch has one
             value per channel, or an activation is NaN or Inf; or the ranks were given different batches.
         RankError: another rank failed.
@@ -124,7 +123,8 @@ def refresh_batch_norm(
     ranks = ranks or Ranks()
     pools: Mapping[str, Pool] = {name: Pool(name, estimator) for name in layers}
     samples = done = 0
-    kind = torch.device(device).type if device is not None else _device_type(model)
+    where = device if device is not None else next((tensor.device for tensor in model.parameters()), "cpu")
+    kind = torch.device(where).type
     autocast = torch.autocast(kind, getattr(torch, amp)) if amp != "off" else contextlib.nullcontext()
     with ranks.share_errors(), measuring(model, layers, pools) as reached, torch.no_grad(), autocast:
         share = BatchShare(batches, ranks, max_batches)
@@ -144,17 +144,17 @@ def refresh_batch_norm(
         done, samples, pools = _pooled(ranks, share, done, samples, pools, estimator)
         if done == 0:
             raise UserCodeError(
-                "BatchNorm refresh: expected at least one batch, got an empty dataloader. A generator is used up after "
-                "one pass: make a new one in the factory."
+                "BatchNorm refresh: the dataloader is empty. A generator is used up after one pass: make a new one in "
+                "the factory."
             )
         unreached = [name for name, pool in pools.items() if pool.calls == 0]
         if unreached:
             raise UserCodeError(
-                f"BatchNorm refresh: expected every BatchNorm layer to be used, got no input for "
-                f"{listing(map(quote, unreached))}. Let the dataloader or forward_batch(model, batch) reach them."
+                f"BatchNorm refresh: no batch reaches the BatchNorm layers {listing(map(quote, unreached))}. Use "
+                "batches or a forward_batch(model, batch) that reach them."
             )
         statistics = {name: pool.statistics(done) for name, pool in pools.items()}
-        # All of them are rounded, which can fail, before the first is stored.
+        # Rounding can fail, so all statistics are rounded before the first is stored.
         stored = [
             (layer, buffer, rounded_statistic(name, buffer, values, getattr(layer, buffer).dtype))
             for name, layer in layers.items()
@@ -165,21 +165,19 @@ def refresh_batch_norm(
     for name, layer in layers.items():
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(statistics[name].batches_tracked)
-    untracked = tuple(name for name, layer in model.named_modules() if _is_untracked(layer))
+    untracked = tuple(
+        name for name, layer in model.named_modules() if isinstance(layer, _BatchNorm) and layer.running_mean is None
+    )
     return BatchNormReport(done, samples, statistics, tuple(frozen), untracked, estimator, amp)
 
 
 def rounded_statistic(layer: str, buffer: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns measured statistics in a buffer's dtype.
-
-    Raises:
-        UserCodeError: they are beyond its range.
-    """
+    """Returns measured statistics in a buffer's dtype. Raises UserCodeError if they exceed its range."""
     rounded = round_to(values, dtype)
     if not rounded.isfinite().all():
         raise UserCodeError(
-            f"BatchNorm refresh: layer {quote(layer)}: expected a {buffer} within the range of {dtype}, got "
-            f"{values.abs().max().item():g}. Choose a wider dtype."
+            f"BatchNorm refresh: layer {quote(layer)}: a {buffer} of {values.abs().max().item():g} exceeds the range "
+            f"of {dtype}. Choose a wider dtype."
         )
     return rounded
 
@@ -227,24 +225,24 @@ def _refreshed_layers(model: torch.nn.Module, frozen: Collection[str]) -> dict[s
         other = owners.setdefault(id(layer.running_mean), name)
         if other != name:
             raise UserCodeError(
-                f"BatchNorm refresh: expected running statistics of one layer each, got {quote(other)} and "
-                f"{quote(name)} with the same tensor. Use one module in both places."
+                f"BatchNorm refresh: the layers {quote(other)} and {quote(name)} share their running statistics. Use "
+                "the same module in both places, or separate buffers."
             )
     return {name: layer for name, layer in layers.items() if name not in frozen}
 
 
 def _refuse_unusable(model: torch.nn.Module) -> None:
-    """Raises UserCodeError where a model's layers cannot be measured, whatever the data."""
+    """Raises UserCodeError if a model's layers cannot be measured with any data."""
     lazy = [name for name, tensor in _tensors(model) if is_lazy(tensor)]
     if lazy:
         raise UserCodeError(
-            f"BatchNorm refresh: expected a model with weights, got lazy tensors without a shape: "
-            f"{listing(map(quote, lazy))}. Load the weights first."
+            f"BatchNorm refresh: the model has lazy tensors without a shape: {listing(map(quote, lazy))}. Load the "
+            "weights first."
         )
     if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for _, tensor in _tensors(model)):
         raise UserCodeError(
-            "BatchNorm refresh: expected a model that can be written to, got one that was made in inference mode. Make "
-            "it outside of torch.inference_mode()."
+            "BatchNorm refresh: the model was made in inference mode, so its buffers cannot be written. Make it "
+            "outside torch.inference_mode()."
         )
     scripted = [
         name
@@ -255,17 +253,9 @@ def _refuse_unusable(model: torch.nn.Module) -> None:
     ]
     if scripted:
         raise UserCodeError(
-            f"BatchNorm refresh: expected layers in Python, got {listing(map(quote, scripted))} as TorchScript, which "
-            "cannot be measured. Make the model without torch.jit.script or torch.jit.trace."
+            f"BatchNorm refresh: the layers {listing(map(quote, scripted))} are TorchScript, which cannot be measured. "
+            "Make the model without torch.jit.script and torch.jit.trace."
         )
-
-
-def _is_untracked(module: torch.nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is None
-
-
-def _device_type(model: torch.nn.Module) -> str:
-    return next((tensor.device.type for tensor in model.parameters()), "cpu")
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,7 +1,7 @@
 """The BatchNorm refresh as a step of averaging.
 
-The model is loaded from the unpublished output, so it holds the very weights that users will load, and the measured
-statistics replace the buffers in that output.
+The model loads its weights from the unpublished output, so they are exactly those that users will load. The measured
+statistics then replace the buffers in that output.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ckpt_avg.user_code.model import Passes, batch_norm_modules, load_weights, m
 
 @dataclass(frozen=True, slots=True)
 class PreparedRefresh:
-    """A model that takes the checkpoints' tensors, and the batches to run through it.
+    """A model that takes the checkpoints' tensors, and the batches to run it on.
 
     Attributes:
         model: the model.
         passes: the batches.
-        buffers: BatchNorm layer → its buffer (``running_mean``, …) → the output tensors that hold it. A module that
-            is reachable under several names has several.
+        buffers: BatchNorm layer → its buffer (``running_mean``, …) → the output tensors that contain it: several if
+            the module has several names.
     """
 
     model: torch.nn.Module
@@ -42,7 +42,7 @@ class PreparedRefresh:
 
 
 def prepare_refresh(model: torch.nn.Module, passes: Passes, plan: Plan) -> PreparedRefresh:
-    """Finds the output tensors that hold the running statistics of each of the model's BatchNorm layers.
+    """Finds the output tensors that contain the running statistics of each of the model's BatchNorm layers.
 
     Raises:
         UserCodeError: a layer's running statistics are not among the checkpoints' tensors.
@@ -54,20 +54,20 @@ def prepare_refresh(model: torch.nn.Module, passes: Passes, plan: Plan) -> Prepa
     buffers: dict[str, dict[str, tuple[str, ...]]] = {}
     for layer, module in batch_norm_modules(model).items():
         buffers[layer] = {
-            # By identity, since a module may have several names; by name where state_dict() gives copies.
+            # By identity, because a module may have several names; by name if state_dict() returns copies.
             buffer: tuple(name for name in names.get(id(value), [batch_norm_buffer(layer, buffer)]) if name in planned)
             for buffer, value in module.named_buffers(recurse=False)
         }
         if not all(buffers[layer].get(buffer) for buffer in ("running_mean", "running_var")):
             raise UserCodeError(
-                f"BatchNorm refresh: layer {quote(layer)}: expected its running statistics among the checkpoints' "
-                "tensors, got none. Save the checkpoints from model.state_dict()."
+                f"BatchNorm refresh: layer {quote(layer)}: the checkpoints don't contain its running statistics. Save "
+                "checkpoints with model.state_dict()."
             )
     return PreparedRefresh(model, passes, buffers)
 
 
 def frozen_layers(prepared: PreparedRefresh, frozen: Collection[str]) -> tuple[str, ...]:
-    """Returns the model's layers whose statistics lie in output tensors named in ``frozen``."""
+    """Returns the model's layers whose statistics are in output tensors named in ``frozen``."""
     return tuple(
         layer for layer, buffers in prepared.buffers.items() if all(name in frozen for name in buffers["running_mean"])
     )
@@ -90,13 +90,13 @@ def refresh_output(
     Args:
         prepared: the model and the batches.
         plan: the output's tensors.
-        weights: gives the output's tensors, as they are written.
-        write: takes bytes and their offset in the data section.
-        frozen: layers to leave as they are.
+        weights: returns the tensors of the unpublished output.
+        write: called with bytes and their offset in the data section.
+        frozen: layers that are not refreshed.
         options: how to refresh.
         device: where to run the model.
-        progress: told when it begins, after each batch, and of layers that are used twice.
-        ranks: share the batches out.
+        progress: callbacks.
+        ranks: the ranks that share the batches.
 
     Raises:
         UserCodeError: the loader or the model failed, or the refresh could not be done.
@@ -120,10 +120,10 @@ def refresh_output(
         )
     if report.used_twice:
         names = listing(map(quote, report.used_twice))
-        progress.notice(f"layers used more than once in a pass, over all uses: {names}")
+        progress.notice(f"layers that the model uses more than once, measured over all uses: {names}")
     if report.untracked:
         names = listing(map(quote, report.untracked))
-        progress.notice(f"layers without running statistics (track_running_stats=False), nothing to measure: {names}")
+        progress.notice(f"layers without running statistics (track_running_stats=False), not measured: {names}")
     planned = plan.by_name()
     for layer, statistics in report.statistics.items():
         values = {

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from batchnorm.oracles import all_at_once, assert_close, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,10 +17,6 @@ from ckpt_avg.batchnorm import moments
 from ckpt_avg.batchnorm.moments import Moments, moments_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def channels_of(values: Tensor) -> list[list[float]]:
@@ -119,8 +116,16 @@ def test_any_order_of_strides_is_measured_exactly(
         assert_exact(moments_of(values), values)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cancellation
+def test_values_beyond_the_size_of_a_piece_are_measured_piece_by_piece() -> None:
+    """Split along samples, and along positions within a sample."""
+    values = randn(2, 3, 1100, 1100) * 3 + 5
+    assert values[0].numel() > moments._PIECE
+    found, (mean, variance) = moments_of(values), all_at_once(values)
+    assert_close(found.mean, mean)
+    assert_close(found.variance, variance)
+
+
+# -- Cancellation -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offset", [1e6, -1e7, 1e8])
@@ -179,8 +184,7 @@ def test_a_million_values_keep_twelve_digits(shape: tuple[int, ...], kind: str) 
     assert abs(found.squares.item() / squares - 1) <= 1e-12
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pooling
+# -- Pooling ----------------------------------------------------------------------------------------------------------
 
 
 def pooled(parts: list[Moments]) -> Moments:

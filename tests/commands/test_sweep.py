@@ -394,7 +394,7 @@ def test_one_checkpoint(run: list[Path]) -> None:
         ({"bn_estimator": "x"}, "--bn-estimator"),
         ({"bn_batches": 0}, "--bn-batches"),
         ({"last": 0}, "--last: 0 is out of range. Use 1 or more."),
-        ({"data": None}, "the checkpoints hold running statistics of 2 BatchNorm layers"),
+        ({"data": None}, "the checkpoints contain running statistics of 2 BatchNorm layers"),
     ],
 )
 def test_what_makes_no_sense(run: list[Path], options: dict[str, Any], message: str) -> None:

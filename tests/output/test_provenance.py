@@ -8,7 +8,6 @@ import os
 import re
 import struct
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -59,19 +58,6 @@ def test_keys_are_sorted_and_nothing_tells_when_or_where(tmp_path: Path, run_fol
     keys = list(json.loads(contents[0][8 : 8 + length])["__metadata__"])
     assert keys == sorted(keys)
     assert str(tmp_path).encode() not in contents[0]
-
-
-def test_the_refresh_is_described(tmp_path: Path, run_folder: Path, train: ModuleType) -> None:
-    output = tmp_path / "out.safetensors"
-    ckpt_avg.average(run_folder, output, last=2, model=train.make_model, data=train.train_loader, bn_batches=3)
-    assert json.loads(metadata(output)["ckpt_avg.batch_norm"]) == {
-        "statistics": "refreshed",
-        "estimator": "pooled",
-        "amp": "off",
-        "batches": 3,
-        "samples": 384,
-        "data": "train_loader",
-    }
 
 
 def test_the_digest_of_each_kind_of_header(tmp_path: Path) -> None:

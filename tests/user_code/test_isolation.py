@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import re
-import signal
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from user_code.everything import (
     BATCHES,
     CHILDREN,
@@ -169,7 +166,7 @@ def test_activations_that_are_nan_at_any_layer_move_nothing(layer: str, at: int)
         lambda _, arguments: (arguments[0] * (float("nan") if next(calls) == at else 1),)
     )
     before = snapshot(model)
-    with pytest.raises(UserCodeError, match=f"layer '{layer}', batch .*expected finite activations"):
+    with pytest.raises(UserCodeError, match=f"layer '{layer}', batch .*the activations contain NaN or Inf"):
         refresh_batch_norm(model, batches(), frozen=["frozen"])
     assert changed(before, snapshot(model)) == set()
 
@@ -183,7 +180,7 @@ def test_statistics_that_the_last_layer_cannot_hold_move_nothing(estimator: str)
     model.last.register_forward_pre_hook(lambda _, arguments: (arguments[0] * 1e5,))
     model.last.forward = lambda values: values
     before = snapshot(model)
-    with pytest.raises(UserCodeError, match="layer 'last': expected a running_var within the range"):
+    with pytest.raises(UserCodeError, match=r"layer 'last': a running_var of .* exceeds the range"):
         refresh_batch_norm(model, batches(), frozen=["frozen"], estimator=estimator)
     assert changed(before, snapshot(model)) == set()
 
@@ -359,27 +356,3 @@ def test_what_is_raised_passes_through() -> None:
     with pytest.raises(KeyError) as caught, undisturbed(nn.Dropout()):
         raise error
     assert caught.value is error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A worker process that dies
-
-
-class Mortal(Dataset[Tensor]):
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, index: int) -> Tensor:
-        if index == 7:
-            time.sleep(0.2)  # what was queued before is delivered, so no lock dies with the process
-            os.kill(os.getpid(), signal.SIGKILL)
-        return randn(3, seed=index)
-
-
-def test_the_only_worker_of_a_loader_dies() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(3))
-    before = snapshot(model)
-    loader = DataLoader(Mortal(), batch_size=2, num_workers=1, multiprocessing_context="fork")
-    with pytest.raises(UserCodeError, match="the dataloader raised at batch"):
-        refresh_batch_norm(model, loader)
-    assert changed(before, snapshot(model)) == set()

@@ -1,4 +1,4 @@
-"""What each kind of layer puts out and stores while it is measured: as in training, by either estimator."""
+"""What each kind of layer returns and stores while it is measured: as in training, by either estimator."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from batchnorm.oracles import all_at_once, assert_close, assert_measured, randn
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
@@ -19,21 +20,7 @@ from ckpt_avg import UsageError, UserCodeError, refresh_batch_norm
 CHANNELS = 5
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def all_at_once(samples: Tensor) -> tuple[Tensor, Tensor]:
-    channels = samples.double().transpose(0, 1).flatten(1)
-    return channels.mean(1), channels.var(1, correction=1)
-
-
-def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The output of a layer that is handed the batch's statistics is that of train mode
+# -- A layer with the batch's statistics in its buffers returns what it does in train mode --------------------------
 
 
 class Checked(nn.BatchNorm2d):
@@ -81,7 +68,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 0.0, tor
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_layer_puts_out_what_it_does_in_train_mode(
+def test_each_layer_returns_what_it_does_in_train_mode(
     kind: str, layout: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """Otherwise the next layer would be measured at something that training never showed it."""
@@ -122,12 +109,11 @@ def test_half_precision_activations_at_a_full_precision_layer(dtype: torch.dtype
     assert outputs[0].dtype == expected.dtype
     one_step = torch.finfo(dtype).eps
     torch.testing.assert_close(outputs[0], expected, rtol=one_step, atol=one_step)
-    assert_close(report.statistics["0"].mean, all_at_once(values)[0])
-    assert_close(report.statistics["0"].variance, all_at_once(values)[1])
+    assert_measured(report.statistics["0"], values)
 
 
-def test_a_layer_far_from_zero_puts_out_what_it_does_in_train_mode() -> None:
-    """The mean that is handed over is rounded to float32, which must cost no more than it does in torch."""
+def test_a_layer_far_from_zero_returns_what_it_does_in_train_mode() -> None:
+    """The mean in the buffer is rounded to float32, which must cost no more than it does in torch."""
     values = randn(200, 3) + torch.tensor([1e3, -1e5, 1e6])
     layer = nn.BatchNorm1d(3, affine=False)
     reference, exact = copy.deepcopy(layer).train(), copy.deepcopy(layer).double().train()
@@ -180,8 +166,7 @@ def test_a_forward_batch_that_calls_eval_disturbs_no_measurement(make: Callable[
     assert all(module.training for module in model.modules())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# batch-mean: what torch's update_bn computes
+# -- batch-mean: what torch's update_bn computes ----------------------------------------------------------------------
 
 
 class Network(nn.Module):
@@ -228,25 +213,6 @@ def test_batch_mean_is_update_bn(sizes: list[int], dtype: torch.dtype, tolerance
         assert layer.num_batches_tracked.item() == len(sizes) * (2 if name == "twice" else 1)
 
 
-def test_batch_mean_of_a_layer_that_some_batches_pass_by_is_update_bn() -> None:
-    class Sometimes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(3)
-
-        def forward(self, values: Tensor) -> Tensor:
-            return self.norm(values) if len(values) > 4 else values
-
-    ours, theirs = Sometimes().double(), Sometimes().double()
-    batches = list(randn(17, 3).double().split([5, 4, 8]))
-    report = refresh_batch_norm(ours, batches, estimator="batch-mean")
-    update_bn(batches, theirs)
-    assert_close(ours.norm.running_mean, theirs.norm.running_mean)
-    assert_close(ours.norm.running_var, theirs.norm.running_var)
-    assert ours.norm.num_batches_tracked == theirs.norm.num_batches_tracked == 2
-    assert report.statistics["norm"].count == 13
-
-
 def test_both_estimators_show_deeper_layers_the_same() -> None:
     """They differ in what they make of the moments, not in what passes the layers."""
     batches = randn(23, 3, 6, 6).split(8)
@@ -271,13 +237,12 @@ def test_of_one_batch_both_estimators_give_the_same() -> None:
             assert torch.equal(layer.running_var, other.running_var)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Half precision and mixed precision
+# -- Half precision and mixed precision -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ["pooled", "batch-mean"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models_are_pooled_in_float64(dtype: torch.dtype, estimator: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_models_of_any_precision_are_measured_in_float64(dtype: torch.dtype, estimator: str) -> None:
     """At every layer, over the activations that torch itself shows it in train mode."""
     model, reference = network(dtype), network(dtype).train()
     batches = randn(20, 3, 6, 6).to(dtype).split([9, 8, 3])
@@ -319,9 +284,7 @@ def test_mixed_precision_measures_what_autocast_shows_the_layers(amp: str) -> No
     report = refresh_batch_norm(model, batches, amp=amp)
     assert report.amp == amp
     assert not torch.is_autocast_enabled("cpu")
-    mean, variance = all_at_once(torch.cat(seen["first.1"]))
-    assert_close(report.statistics["first.1"].mean, mean)
-    assert_close(report.statistics["first.1"].variance, variance)
+    assert_measured(report.statistics["first.1"], torch.cat(seen["first.1"]))
     full = network()
     refresh_batch_norm(full, batches)
     for (_, layer), (_, other) in zip(norms(model), norms(full), strict=True):
@@ -340,8 +303,7 @@ def test_mixed_precision_ends_when_the_loader_raises() -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers and models of other kinds
+# -- Layers and models of other kinds ---------------------------------------------------------------------------------
 
 
 def test_lazy_layers_without_weights_are_refused_and_stay_lazy() -> None:
@@ -369,13 +331,11 @@ def test_a_hook_of_the_user_that_changes_the_input_counts() -> None:
     layer = nn.BatchNorm1d(3)
     layer.register_forward_pre_hook(lambda module, arguments: (5 * arguments[0] - 1,))
     measured = refresh_batch_norm(nn.Sequential(layer), [randn(8, 3)]).statistics["0"]
-    mean, variance = all_at_once(5 * randn(8, 3) - 1)
-    assert_close(measured.mean, mean)
-    assert_close(measured.variance, variance)
+    assert_measured(measured, 5 * randn(8, 3) - 1)
 
 
 def test_a_layer_under_two_names_is_measured_once_and_frozen_by_its_first() -> None:
-    """Its second name is refused; were it ignored, a layer that was to be left would be measured."""
+    """Its second name is refused: if it were ignored, a layer that should be frozen would be measured."""
 
     class Shared(nn.Module):
         def __init__(self) -> None:
@@ -397,8 +357,8 @@ def test_a_layer_under_two_names_is_measured_once_and_frozen_by_its_first() -> N
     assert model.a.num_batches_tracked.item() == 0
 
 
-def test_a_layer_whose_buffers_alone_are_used_is_unreached() -> None:
-    """`F.batch_norm(x, layer.running_mean, …)` passes by the layer: nothing is seen of what it normalises."""
+def test_a_layer_of_which_only_the_buffers_are_used_is_unreached() -> None:
+    """`F.batch_norm(x, layer.running_mean, …)` bypasses the layer: its hook sees nothing."""
 
     class Functional(nn.Module):
         def __init__(self) -> None:
@@ -410,7 +370,7 @@ def test_a_layer_whose_buffers_alone_are_used_is_unreached() -> None:
             return nn.functional.batch_norm(self.seen(values), mean, variance, training=self.training)
 
     model = Functional()
-    with pytest.raises(UserCodeError, match="got no input for 'fused'"):
+    with pytest.raises(UserCodeError, match="no batch reaches the BatchNorm layers 'fused'"):
         refresh_batch_norm(model, [randn(8, 3)])
     assert model.seen.running_mean.tolist() == [0.0, 0.0, 0.0]
 
@@ -435,23 +395,24 @@ def test_a_forward_that_reads_the_running_mean_ends_with_the_right_statistics() 
         assert_close(read, all_at_once(batch)[0].float())  # that of the batch, while it passes
 
 
-def test_a_layer_called_by_its_own_keyword_is_measured() -> None:
-    """A pre-hook sees the keywords of the call, whatever the layer's forward names its argument."""
+class Renamed(nn.BatchNorm1d):
+    """A subclass whose forward has another name for its argument."""
 
-    class Renamed(nn.BatchNorm1d):
-        def forward(self, values: Tensor) -> Tensor:
-            return super().forward(values)
+    def forward(self, values: Tensor) -> Tensor:
+        return super().forward(values)
 
+
+@pytest.mark.parametrize(("make", "keyword"), [(nn.BatchNorm1d, "input"), (Renamed, "values")])
+def test_a_layer_called_by_a_keyword_is_measured(make: Callable[..., nn.Module], keyword: str) -> None:
     class Caller(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm = Renamed(3)
+            self.norm = make(3)
 
         def forward(self, values: Tensor) -> Tensor:
-            return self.norm(values=values)
+            return self.norm(**{keyword: values})
 
-    measured = refresh_batch_norm(Caller(), [randn(8, 3)]).statistics["norm"]
-    assert_close(measured.mean, all_at_once(randn(8, 3))[0])
+    assert_measured(refresh_batch_norm(Caller(), [randn(8, 3)]).statistics["norm"], randn(8, 3))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -519,7 +480,7 @@ def test_a_scripted_part_without_statistics_is_run_like_any_other() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_two_layers_that_share_their_buffers_are_not_mixed_up_silently() -> None:
+def test_two_layers_that_share_their_buffers_are_refused() -> None:
     """One buffer cannot hold the statistics of both."""
 
     class Tied(nn.Module):

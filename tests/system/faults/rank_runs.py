@@ -182,12 +182,12 @@ def rank_server() -> RankServer:
 
 def _serve() -> int:
     """Answers groups until there are no more; returns the exit code of this process, which may be a rank by then."""
-    import ckpt_avg.cli.reports
     import torch.testing
     import torch.utils.data.distributed  # noqa: F401
 
     import ckpt_avg.cli.main
     import ckpt_avg.cli.progress_bars
+    import ckpt_avg.cli.reports
     import ckpt_avg.commands.average
     import ckpt_avg.commands.refresh_bn  # noqa: F401
 

@@ -48,7 +48,7 @@ def find_weights(path: Path) -> WeightFiles | None:
             return WeightFiles(path / found[0], stored, others=(*found[1:], *further), kind=own)
     for trainer in TRAINERS:
         if weights := trainer.weights(folder):
-            weights = replace(weights, kind=kind or trainer.name)
+            weights = replace(weights, kind=kind or (None if trainer.folder_files else trainer.name))
             return _inside(weights) if weights.stored is Stored.FOLDER else weights
     return None
 
@@ -56,7 +56,7 @@ def find_weights(path: Path) -> WeightFiles | None:
 def _inside(weights: WeightFiles) -> WeightFiles | None:
     inner = find_weights(weights.path)
     others = (*weights.others, *(inner.others if inner else ()))
-    return inner and replace(inner, kind=weights.kind, others=others, nested=weights.nested)
+    return inner and replace(inner, kind=weights.kind or inner.kind, others=others, nested=weights.nested)
 
 
 def open_folder(path: Path, reading: Reading) -> Checkpoint:

@@ -19,10 +19,14 @@ from ckpt_avg.formats.pickles.stand_ins import Foreign, PickledTensor, Unreadabl
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.trainers.any_script import EMA_KEYS, RAW_KEYS, TRAINING_STATE
 from ckpt_avg.formats.trainers.records import recognise
+from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import argument, listing, quote
 
+# Of files without a known layout: keys of any script, and of trainers that keep only their EMA weights there.
+_TRAINERS_KEYS = (layout.ema for trainer in TRAINERS for layout in trainer.layouts)
+_EMA_KEYS = (*EMA_KEYS, *(key for key in _TRAINERS_KEYS if key and key not in (*EMA_KEYS, *RAW_KEYS)))
 _MOST_VALUES = 1000  # of one entry of a state dict that are searched for tensors
 
 
@@ -56,7 +60,7 @@ def find_state_dict(root: object, path: Path, reading: Reading) -> StateDict:
     contents = Contents(root)
     trainer, layout = recognise(contents) or (None, None)
     if (key := reading.state_key) is not None:
-        is_ema = key == layout.ema if layout else key in EMA_KEYS
+        is_ema = key == layout.ema if layout else key in _EMA_KEYS
         found = replace(_state_dict(_walk(root, path, key), path, key), ema=is_ema)
     else:
         found = _search(contents, path, reading, trainer, layout)
@@ -76,7 +80,7 @@ def _search(
         return replace(_state_dict(root, path, None), notes=(note,))
     if isinstance(root, Foreign) and not is_module(root):
         raise NoWeightsError(f"{path}: {_pickled(root)}")
-    raw, ema = _those_that_hold(contents, RAW_KEYS), _those_that_hold(contents, EMA_KEYS)
+    raw, ema = _those_that_hold(contents, RAW_KEYS), _those_that_hold(contents, _EMA_KEYS)
     ema = ema or _those_that_hold(contents, [key for key in _top(root) if "ema" in key.lower().split("_")])
     if len(raw) <= 1 and len(ema) <= 1 and (raw or ema):
         return _choose(contents, path, reading, raw, ema)

@@ -133,6 +133,14 @@ def test_a_key_that_names_no_state_dict(value: object, what: str) -> None:
         assert "tensor" in message
 
 
+@pytest.mark.parametrize("key", ["ema", "params_ema", "my_ema", "extra_state.ema", "model_avg"])
+def test_ema_weights_alone_are_known_as_such(key: str) -> None:
+    """In a file without a known layout: raw weights are not there to compare with."""
+    first, _, second = key.partition(".")
+    found = find_state_dict({first: {second: {"w": W}} if second else {"w": W}, "epoch": 1}, PATH, Reading())
+    assert (found.key, found.ema, found.notes) == (key, True, (f"there are only EMA weights, under '{key}'",))
+
+
 @pytest.mark.guarantee("nested-state-dicts")
 def test_nested_candidates_are_listed_and_none_is_taken() -> None:
     message = refusal({"generator": {"w": W}, "nets": {"critic": {"w": W}}, "epoch": 3})

@@ -17,7 +17,7 @@ RAW_KEYS = (
 )  # fmt: skip
 EMA_KEYS = (
     "state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict",
-    "ema_model_state_dict", "params_ema", "model_avg", "averaged_model",
+    "ema_model_state_dict", "params_ema", "averaged_model",
 )  # fmt: skip
 # Tensors under keys with these words are not weights: moments of optimizers, states of generators, counters.
 TRAINING_STATE = re.compile(

@@ -19,5 +19,5 @@ TRAINER = Trainer(
     step=("state.timestamp.Timestamp.batch", "state.timestamp.batch"),
     epoch=("state.timestamp.Timestamp.epoch", "state.timestamp.epoch"),
     optimizer=("state.optimizers",),
-    file_names=(r"(ep(?P<epoch>\d+)-)?ba(?P<step>\d+)(-rank\d+)?\.pt",),
+    file_names=(r"(|.*?[^A-Za-z0-9])(ep(?P<epoch>\d+)-)?ba(?P<step>\d+)(-rank\d+)?\.pt",),
 )

@@ -25,10 +25,10 @@ def recognise(contents: Contents) -> tuple[Trainer, Layout] | None:
 
 
 def record_of(contents: Contents, trainer: Trainer | None = None) -> Record:
-    """Returns what a torch file records: by the keys of its trainer and of any script, or of all trainers."""
+    """Returns what a torch file records: by the keys of its trainer, then of any script, then of other trainers."""
     if not isinstance(contents.root, dict):
         return Record()
-    trainers = (trainer, ANY_SCRIPT) if trainer else (ANY_SCRIPT, *TRAINERS)
+    trainers = (*([trainer] if trainer else ()), ANY_SCRIPT, *TRAINERS)
     record = Record()
     for each in trainers:
         record = record.or_else(_by_keys(contents, each)).or_else(each.record(contents))

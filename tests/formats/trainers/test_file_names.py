@@ -41,6 +41,7 @@ from ckpt_avg.formats.trainers.file_names import is_alias, is_average, record_fr
         ("iter_4000.pth", 4000, None),
         ("model_0004999.pth", 4999, None),
         ("ep1-ba100-rank0.pt", 100, 1),
+        ("my-run-ep1-ba100.pt", 100, 1),
         # by hand
         ("step_9.safetensors", 9, None),
         ("global_step100", 100, None),

@@ -12,6 +12,8 @@ from formats.reading import Command, assert_same, averaged, check_saved, listed,
 from layouts import save, tokens
 from safetensors.torch import save_file
 
+from ckpt_avg import open_checkpoint
+
 FORMS = ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json"]
 STEPS = ["checkpoint-500", "checkpoint-1000", "checkpoint-1500"]
 
@@ -65,6 +67,14 @@ def test_with_deepspeed(tmp_path: Path, in_process: Command) -> None:
 def test_folders_of_other_writers(tmp_path: Path, stem: str, suffix: str) -> None:
     layouts.sharded(tmp_path, tokens(1), stem=stem, suffix=suffix, count=3)
     assert_same(read(tmp_path), tokens(1))
+
+
+def test_one_shard_is_the_whole_without_an_index(tmp_path: Path) -> None:
+    """The names are transformers', which does not make its Trainer the writer."""
+    save_file(tokens(1), tmp_path / "model-00001-of-00001.safetensors")
+    assert_same(read(tmp_path), tokens(1))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.spec.kind is None
 
 
 def test_weights_in_both_formats_are_one_checkpoint(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ Average = Callable[..., dict[str, Any]]
 
 # What lies in each run folder beside its checkpoints, and why it is no further one.
 LEFT_OUT = {
-    "bert": {"model.safetensors": "the weights of the whole run", "training_args.bin": "training state"},
+    "bert": {"model.safetensors": "the run's own weights", "training_args.bin": "training state"},
     "lightning": {"last.ckpt": "last|same weights as epoch=5-step=18"},
     "lightning_metric": {"last.ckpt": "same file as epoch=5-val_loss="},
     "lightning_top": {"last.ckpt": "last|same weights as epoch=1-step=6"},

@@ -28,7 +28,7 @@ def test_json_has_every_digit_and_every_row() -> None:
 
 
 def test_json_has_null_for_what_it_cannot_say() -> None:
-    """NaN and Infinity are no JSON: strict parsers refuse the whole document."""
+    """NaN and Infinity are no JSON: strict parsers refuse the document."""
     assert plain({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.0}) == {
         "a": None,
         "b": None,

@@ -124,7 +124,7 @@ def test_a_best_average_of_the_first(drawn: Callable[[SweepResult], Any]) -> Non
 @pytest.mark.parametrize("kind", [".png", ".svg"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_windows_and_a_last_checkpoint_without_a_number(value: float, kind: str) -> None:
-    """A diverged window leaves a gap; the picture is drawn all the same."""
+    """A diverged window leaves a gap; the picture is drawn anyway."""
     values = {**VALUES, ("last", 1): value, ("first", 2): value}
     assert draw_sweep(swept(values, last=value), kind).startswith(MAGIC[kind])
 
@@ -157,7 +157,7 @@ def test_names_are_text_and_no_formula(where: str, name: str) -> None:
 
 
 def test_dollar_signs_are_shown(drawn: Callable[[SweepResult], Any]) -> None:
-    """They are part of the name, and what stands between them is not set in italics."""
+    """They are part of the name, and the text between them is not set in italics."""
     axes = drawn(swept(metric="cost in $, or US$"))
     assert axes.get_ylabel() == "cost in $, or US$"
     assert not axes.yaxis.get_label().get_parse_math()

@@ -1,4 +1,4 @@
-"""Texts for people, compared with lines written out by hand."""
+"""Texts, compared with expected lines."""
 
 from __future__ import annotations
 

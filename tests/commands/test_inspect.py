@@ -1,4 +1,4 @@
-"""What a path holds, told even where nobody prepared it: a way out for each file, and no error for a folder."""
+"""What a path contains, even if it cannot be averaged: what to do about each file, and no error for a folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def seen(found: Inspection) -> dict[str, str]:
 
 
 def unprepared(folder: Path) -> Path:
-    """A folder as a download leaves it: nothing in it can be averaged."""
+    """A folder of failed downloads: nothing in it can be averaged."""
     folder.mkdir(exist_ok=True)
     (folder / "model.ckpt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
     (folder / "page.pt").write_bytes(b"<!DOCTYPE html><html>404</html>")
@@ -101,7 +101,7 @@ def test_one_file(tmp_path: Path) -> None:
 
 
 def test_keys_are_shown_for_every_file_that_has_some(tmp_path: Path) -> None:
-    """A tensor beside the state dict (the state of a generator) does not make the file a bare one."""
+    """A tensor next to the state dict (the state of a generator) does not make the file a bare state dict."""
     torch.save({"model": {"w": torch.ones(1)}, "rng_state": torch.get_rng_state(), "epoch": 1}, tmp_path / "a.pt")
     found = inspect(tmp_path / "a.pt")
     assert found.checkpoint is not None
@@ -238,13 +238,13 @@ def test_each_file_of_an_unprepared_folder_is_described_with_what_to_do(tmp_path
     folder = unprepared(tmp_path / "download")
     found = inspect(folder)
     assert found.listed == ()
-    told = seen(found)
-    assert set(told) == {"model.ckpt", "page.pt", "notes.bin", "zipped.pth", "other.pt"}
-    assert "a Git LFS pointer. Fetch the file: git lfs pull." in told["model.ckpt"]
-    assert "an HTML or XML page, probably a failed download" in told["page.pt"]
-    assert "something else (first bytes b'just som')" in told["notes.bin"]
-    assert "a gzip file. Unpack it first." in told["zipped.pth"]
-    assert "expected a zip written by torch.save, got one with 'a.txt'" in told["other.pt"]
+    described = seen(found)
+    assert set(described) == {"model.ckpt", "page.pt", "notes.bin", "zipped.pth", "other.pt"}
+    assert "a Git LFS pointer. Fetch the file: git lfs pull." in described["model.ckpt"]
+    assert "an HTML or XML page, probably a failed download" in described["page.pt"]
+    assert "something else (first bytes b'just som')" in described["notes.bin"]
+    assert "a gzip file. Unpack it first." in described["zipped.pth"]
+    assert "expected a zip written by torch.save, got one with 'a.txt'" in described["other.pt"]
     assert found.needed
     text = inspection_text(found)
     assert f"cannot be read: {folder / 'model.ckpt'}: expected" in text
@@ -261,13 +261,13 @@ def test_files_of_other_kinds_are_described(tmp_path: Path) -> None:
     (tmp_path / "model.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 20)
     (tmp_path / "README.md").write_bytes(b"x" * 1234)
     (tmp_path / "empty").mkdir()
-    told = seen(inspect(tmp_path))
-    assert "a TorchScript program" in told["model.jit"]
-    assert "a NeMo archive. Unpack it (tar xf model.nemo)" in told["model.nemo"]
-    assert "a GGUF file" in told["model.gguf"]
-    assert "an HDF5 file" in told["model.h5"]
-    assert told["README.md"] == "not a checkpoint, by its name; 1,234 bytes"
-    assert told["empty"] == "a folder with 0 entries"
+    described = seen(inspect(tmp_path))
+    assert "a TorchScript program" in described["model.jit"]
+    assert "a NeMo archive. Unpack it (tar xf model.nemo)" in described["model.nemo"]
+    assert "a GGUF file" in described["model.gguf"]
+    assert "an HDF5 file" in described["model.h5"]
+    assert described["README.md"] == "not a checkpoint, by its name; 1,234 bytes"
+    assert described["empty"] == "a folder with 0 entries"
 
 
 @pytest.mark.guarantee("torchscript")
@@ -304,9 +304,9 @@ def test_pipes_and_links_are_described_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "gone.pt").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
-    told = seen(inspect(tmp_path))
-    assert set(told) == {"pipe.pt", "gone.pt", "loop"}
-    assert all("pipe" in what or "link" in what for what in told.values())
+    described = seen(inspect(tmp_path))
+    assert set(described) == {"pipe.pt", "gone.pt", "loop"}
+    assert all("pipe" in what or "link" in what for what in described.values())
 
 
 def test_a_folder_of_a_great_many_files_is_cut(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ HOSTILE = "\x1b[31m\rstep"
 def test_names_of_files_are_shown_escaped_wherever_inspect_names_one(
     tmp_path: Path, in_process: InProcess, as_json: bool
 ) -> None:
-    """In the table, among what is left out, what cannot be read, and in the notes on where the checkpoints are."""
+    """In the table, among skipped and unreadable files, and in the notes on where the checkpoints are."""
     folder = tmp_path / "\x1b[2Jruns" / "\rinside"
     folder.mkdir(parents=True)
     for step in (1, 2):

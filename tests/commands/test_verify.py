@@ -123,7 +123,7 @@ def test_ten_thousand_flipped_bits_are_found(tmp_path: Path, run_folder: Path) -
 
 @pytest.mark.guarantee("verify-damage")
 def test_flipped_bits_catch_a_check_that_skips_the_header(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: the same harness finds out that a part of the file is not looked at."""
+    """The control: the same harness finds out that a part of the file is not checked."""
     monkeypatch.setattr(verifying, "header_digest", lambda header: ckpt_avg.open_checkpoint(output).spec.digest)
     compare = verifying._refuse_other
     monkeypatch.setattr(
@@ -158,7 +158,7 @@ def test_bytes_after_the_data_are_found(output: Path, tail: bytes) -> None:
 
 
 def test_swapped_leaves_are_found(tmp_path: Path) -> None:
-    """Two whole leaves of the tree that changed places, each undamaged by itself."""
+    """Two leaves of the tree that changed places, each undamaged."""
     save_file({"w": torch.arange(2**19, dtype=torch.float32)}, tmp_path / "a.safetensors")
     ckpt_avg.average(tmp_path / "a.safetensors", tmp_path / "out.safetensors")
     content = (tmp_path / "out.safetensors").read_bytes()
@@ -242,7 +242,7 @@ def test_a_checkpoint_too_few_or_too_many_is_found(output: Path, inputs: list[Pa
 
 
 def test_a_forged_mean_is_found(tmp_path: Path, inputs: list[Path], output: Path) -> None:
-    """Digests can be made anew by anyone; the mean cannot."""
+    """Anyone can compute new digests, but not a new mean."""
     tensors = load_file(output)
     tensors["a.weight"].view(-1)[4] += 1e-6
     torch.save(tensors, tmp_path / "forged.pt")
@@ -353,7 +353,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("key", HOSTILE)
 def test_hostile_metadata_is_an_error_of_ours(inputs: list[Path], output: Path, key: str) -> None:
-    """Anyone who changes the metadata can compute the digests anew, and must not get further than an error."""
+    """Anyone who changes the metadata can compute new digests, and must get no further than an error."""
     honest = ckpt_avg.verify(output).metadata
     for value in HOSTILE[key]:
         seal(output, {**honest, key: value})
@@ -365,7 +365,7 @@ def test_hostile_metadata_is_an_error_of_ours(inputs: list[Path], output: Path, 
             ckpt_avg.verify(output, sources=inputs)
 
 
-# -- found by others --------------------------------------------------------------------------------------------------
+# -- found in review --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"strip_prefix": "a"}])
@@ -441,7 +441,7 @@ def test_a_checkpoint_may_be_named_by_its_folder_or_its_file(tmp_path: Path) -> 
 @pytest.mark.parametrize("command", ["verify", "average"])
 @pytest.mark.skipif(sys.platform != "linux", reason="sparse files, and signals as Linux has them")
 def test_a_signal_ends_the_reading_of_large_files(tmp_path: Path, command: str) -> None:
-    """If it failed, the process would read on for minutes, and be killed by whoever sent the signal."""
+    """If it failed, the process would read on for minutes, and the sender of the signal would kill it."""
     large = tmp_path / "large.safetensors"
     header = json.dumps({"w": {"dtype": "U8", "shape": [2**37], "data_offsets": [0, 2**37]}}).encode()
     header += b" " * (-len(header) % 8)

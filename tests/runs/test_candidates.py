@@ -27,8 +27,8 @@ def weights(seed: float) -> dict[str, torch.Tensor]:
     return {"w": torch.full((3,), float(seed)), "b": torch.full((1,), float(seed) / 2)}
 
 
-def put(path: Path, seed: float, **beside: Any) -> Path:
-    torch.save({"model": weights(seed), **beside} if beside else weights(seed), path)
+def put(path: Path, seed: float, **recorded: Any) -> Path:
+    torch.save({"model": weights(seed), **recorded} if recorded else weights(seed), path)
     return path
 
 
@@ -44,7 +44,7 @@ def names(found: Survey) -> list[str]:
 
 def reasons(found: Survey) -> dict[str, str]:
     made = {item.path.name: item.reason for item in found.skipped}
-    assert len(made) == len(found.skipped), "each is told once"
+    assert len(made) == len(found.skipped), "each once"
     return made
 
 
@@ -87,7 +87,7 @@ def test_the_step_of_the_name_serves_where_the_file_records_none(tmp_path: Path)
 
 
 def test_the_state_of_the_run_is_not_that_of_each_checkpoint(tmp_path: Path) -> None:
-    """The Trainer leaves its last state in the run folder too: there it would give every file one step."""
+    """The Trainer writes its last state into the run folder, too; it would give every file the same step."""
     for step in (1, 2, 10):
         save_file(weights(step), tmp_path / f"step_{step}.safetensors")
     state = {"global_step": 10, "epoch": 1.0, "log_history": [{"step": 10, "eval_loss": 0.5}]}
@@ -231,7 +231,7 @@ def test_aliases_are_used_if_there_is_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mean.safetensors", "release.pt", "A.BIN"])
 def test_an_earlier_average_is_known_by_its_metadata_whatever_its_name(tmp_path: Path, name: str) -> None:
-    """An output of ours in the run folder must not enter the next average; one named by hand may."""
+    """An output of ours in the run folder must not enter the next average, unless it is named."""
     for step in (1, 2):
         save_file(weights(step), tmp_path / f"step_{step}.safetensors", metadata={"format": "pt"})
     save_file(weights(1.5), tmp_path / name, metadata={"format": "pt", METHOD_KEY: "mean"})
@@ -379,8 +379,8 @@ def test_ema_files_next_to_raw_ones_are_skipped_and_can_be_selected(tmp_path: Pa
     assert reasons(found) == dict.fromkeys(
         ("ema_0.9999_000100.pt", "ema_0.9999_000200.pt"), "EMA weights, by its name; --include selects them"
     )
-    taken = average([tmp_path], tmp_path / "out.safetensors", include="ema*", dry_run=True)
-    assert [path.name for path in taken.checkpoints] == ["ema_0.9999_000100.pt", "ema_0.9999_000200.pt"]
+    selected = average([tmp_path], tmp_path / "out.safetensors", include="ema*", dry_run=True)
+    assert [path.name for path in selected.checkpoints] == ["ema_0.9999_000100.pt", "ema_0.9999_000200.pt"]
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_two_series_through_the_same_steps_are_refused(
 
 
 def test_two_checkpoints_of_one_step_are_used_with_a_note(tmp_path: Path) -> None:
-    """One step that stands twice is no second series."""
+    """One repeated step is not a second series."""
     for seed, name in enumerate(("a_step_1.pt", "a_step_2.pt", "b_step_2.pt")):
         put(tmp_path / name, seed)
     found = look(tmp_path)
@@ -462,7 +462,7 @@ def test_the_second_file_of_one_step_follows_the_first(tmp_path: Path) -> None:
 
 @pytest.mark.guarantee("half-written")
 def test_an_unreadable_checkpoint_of_a_run_says_how_to_leave_it_out(tmp_path: Path) -> None:
-    """With the name quoted for what it is; of one named by hand there is nothing to leave out."""
+    """With the name quoted; nothing can be excluded if only this one is named."""
     for step in (1, 2):
         put(tmp_path / f"step_{step}.pt", step)
     (tmp_path / "step_2.pt").write_bytes(b"junk")

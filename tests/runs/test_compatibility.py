@@ -127,7 +127,7 @@ def test_a_prefix_of_some_checkpoints_is_advised_to_be_stripped(tmp_path: Path, 
 
 
 def test_a_prefix_that_no_checkpoint_carries_is_refused(tmp_path: Path) -> None:
-    """A misspelt prefix must not pass for one that was taken off, not even where part of it was."""
+    """A misspelt prefix must not pass as stripped, not even if a part of it was."""
     for tensors in (PLAIN, under("module.", PLAIN)):
         for prefix in ("mdel.", "e", "le.", "odule"):
             with pytest.raises(CkptAvgError, match="--strip-prefix"):

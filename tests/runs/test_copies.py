@@ -1,4 +1,4 @@
-"""The same weights under two names are found, whatever the file around them; nothing else is taken for a copy."""
+"""The same weights in two files are found, whatever else the files contain; nothing else counts as a copy."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_one_tensor_less_is_no_copy(tmp_path: Path) -> None:
 @given(index=st.integers(0, 9_999), bit=st.integers(0, 31))
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_one_bit_anywhere_makes_it_another_checkpoint(tmp_path: Path, index: int, bit: int) -> None:
-    """Wherever it lies, inside what is sampled and outside: taken for a copy, a checkpoint would be lost."""
+    """Inside the samples and outside: otherwise a checkpoint would be skipped as a copy."""
     first = torch.arange(10_000, dtype=torch.int32)
     second = first.clone()
     second[index] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)

@@ -229,7 +229,7 @@ def test_a_checkpoint_folder_under_a_second_name_counts_once(tmp_path: Path) -> 
 
 
 def test_hard_links_under_numbers_and_aliases(tmp_path: Path) -> None:
-    """As timm leaves them: last, model_best and the milestones are checkpoint-N once more."""
+    """As timm saves them: last, model_best and the milestones are links to checkpoint-N."""
     touch(tmp_path, *(f"checkpoint-{epoch}.pth.tar" for epoch in (8, 9, 10)), "recovery-3-99.pth.tar")
     for alias, epoch in (("last", 10), ("model_best", 8), ("milestone-8", 8)):
         (tmp_path / f"{alias}.pth.tar").hardlink_to(tmp_path / f"checkpoint-{epoch}.pth.tar")
@@ -406,7 +406,7 @@ def test_a_sharded_final_model_next_to_the_checkpoints_is_skipped(tmp_path: Path
 
 @pytest.mark.guarantee("half-written")
 def test_checkpoint_folders_that_were_not_finished(tmp_path: Path) -> None:
-    """Each way in which trainers leave one: under a name for the time being, or without what is written last."""
+    """In each way that trainers have: with a temporary name, or without the file that is written last."""
     for step in (1, 2):
         tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
     tree(tmp_path / "tmp-checkpoint-3", *CHECKPOINT_FOLDERS["transformers"])
@@ -415,13 +415,13 @@ def test_checkpoint_folders_that_were_not_finished(tmp_path: Path) -> None:
     tree(tmp_path / "checkpoint-6", "__0_0.distcp", "__1_0.distcp")
     tree(tmp_path / "checkpoint-7", "model-00001-of-00002.safetensors")
     tree(tmp_path / ".hidden", "notes.txt")
-    found, told = listed(tmp_path)
+    found, skipped = listed(tmp_path)
     assert found == ["checkpoint-1", "checkpoint-2"]
-    assert set(told) == {f"checkpoint-{rest}" for rest in ("4.tmp", "5", "6", "7")} | {"tmp-checkpoint-3"}
-    assert all(reason.startswith("incomplete") for reason in told.values())
-    assert "trainer_state.json" in told["checkpoint-5"]
-    assert ".metadata" in told["checkpoint-6"]
-    assert "'model-00001-of-00002.safetensors'" in told["checkpoint-7"]
+    assert set(skipped) == {f"checkpoint-{rest}" for rest in ("4.tmp", "5", "6", "7")} | {"tmp-checkpoint-3"}
+    assert all(reason.startswith("incomplete") for reason in skipped.values())
+    assert "trainer_state.json" in skipped["checkpoint-5"]
+    assert ".metadata" in skipped["checkpoint-6"]
+    assert "'model-00001-of-00002.safetensors'" in skipped["checkpoint-7"]
 
 
 def test_folders_are_complete_without_trainer_state_if_none_has_it(tmp_path: Path) -> None:
@@ -592,7 +592,7 @@ def deny(monkeypatch: pytest.MonkeyPatch, method: str, folder: Path) -> None:
 def test_an_unreadable_folder_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, below: bool
 ) -> None:
-    """Somebody else's folder beside the checkpoints must not keep the run from being averaged."""
+    """Another user's folder next to the checkpoints must not stop the averaging of the run."""
     tree(tmp_path, *(f"{'checkpoints/' if below else ''}epoch_{epoch}.pt" for epoch in (1, 2)), "theirs/epoch_3.pt")
     deny(monkeypatch, method, tmp_path / "theirs")
     found, skipped = listed(tmp_path)

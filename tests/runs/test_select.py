@@ -48,9 +48,9 @@ def refusal(kind: type[CkptAvgError], candidates: Sequence[Candidate], **options
 
 
 def notices(candidates: Sequence[Candidate], **options: Any) -> list[str]:
-    told: list[str] = []
-    select(candidates, Selection(**options), told.append)
-    return told
+    found: list[str] = []
+    select(candidates, Selection(**options), found.append)
+    return found
 
 
 # --- every and last ----------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def notices(candidates: Sequence[Candidate], **options: Any) -> list[str]:
     ],
 )
 def test_the_rules(selection: Selection, expected: list[int]) -> None:
-    """``every`` counts back from the last that is left, which is always taken; bounds are included."""
+    """``every`` counts back from the last remaining one, which is always used; bounds are included."""
     assert chosen(selection) == expected
 
 
@@ -163,7 +163,7 @@ def test_more_than_there_are(options: dict[str, int], message: str) -> None:
     ],
 )
 def test_patterns_let_names_through(selection: Selection, expected: list[int]) -> None:
-    """They match whole file names, their case included; no other rule has a say in it."""
+    """They match complete file names, with their case; the other rules don't matter."""
     assert numbers([each for each in TEN if selection.wants(each.path.name)]) == expected
 
 
@@ -176,7 +176,7 @@ def test_a_single_pattern_may_be_given_as_it_is(run_folder: Path) -> None:
 
 
 def test_names_come_before_the_other_rules(run_folder: Path) -> None:
-    """``--every 4 --last 2`` of what the patterns leave, not the other way round."""
+    """``--every 4 --last 2`` apply to the names that match."""
     report = check(run_folder, exclude="epoch_20*", every=4, last=2)
     assert [Path(path).name for path in report.checkpoints] == ["epoch_15.pt", "epoch_19.pt"]
 
@@ -271,13 +271,13 @@ def test_no_skipped_checkpoint_is_better(values: list[float], data: st.DataObjec
     best = data.draw(st.integers(1, len(values)))
     mode = data.draw(st.sampled_from(["min", "max"]))
     runs = measured(dict(enumerate(values)))
-    taken = chosen(Selection(best=best, mode=mode), runs)
-    assert taken == sorted(taken)
-    assert len(taken) == best
+    used = chosen(Selection(best=best, mode=mode), runs)
+    assert used == sorted(used)
+    assert len(used) == best
     sign = 1 if mode == "min" else -1
-    out = [index for index in range(len(values)) if index not in taken]
+    out = [index for index in range(len(values)) if index not in used]
     assert all(
-        (sign * values[inside], -inside) < (sign * values[outside], -outside) for inside in taken for outside in out
+        (sign * values[inside], -inside) < (sign * values[outside], -outside) for inside in used for outside in out
     )
 
 
@@ -408,7 +408,7 @@ def test_a_rate_without_cycles_is_refused(rates: list[float]) -> None:
 
 
 def test_of_two_as_near_to_a_minimum_the_later_is_used() -> None:
-    """The later one has been trained longer in that cycle; the earlier would be taken for the order of a list."""
+    """The later one has been trained longer in that cycle."""
     assert chosen(Selection(at_lr_minima=True), logged(8, 10, 18, 20, 28, 30)) == [10, 20, 30]
 
 
@@ -416,7 +416,7 @@ FOLLOWED = "each of these is followed by a checkpoint with the highest rate"
 
 
 @pytest.mark.parametrize(
-    ("rates", "told"),
+    ("rates", "doubted"),
     [
         ([0.01, 0.1, 0.05, 0.01, 0.1, 0.05, 0.01, 0.1], True),  # each bottom is the last before a restart
         ([0.05, 0.01, 0.1, 0.05, 0.01, 0.096, 0.05], True),  # within 5 %
@@ -424,10 +424,10 @@ FOLLOWED = "each of these is followed by a checkpoint with the highest rate"
         ([0.1, 0.05, 0.01, 0.05, 0.1, 0.05, 0.01, 0.05, 0.1], False),  # triangles
     ],
 )
-def test_minima_before_the_highest_rate_are_doubted(rates: list[float], told: bool) -> None:
+def test_minima_before_the_highest_rate_are_doubted(rates: list[float], doubted: bool) -> None:
     """A scheduler that stepped before the checkpoint was saved shows the next rate: then the tops are the ends."""
     bare = [candidate(f"x_{index}.pt", learning_rate=rate) for index, rate in enumerate(rates)]
-    assert any(FOLLOWED in text for text in notices(bare, at_lr_minima=True)) is told
+    assert any(FOLLOWED in text for text in notices(bare, at_lr_minima=True)) is doubted
 
 
 def test_minima_by_the_log_are_not_doubted() -> None:
@@ -451,7 +451,7 @@ RATES = st.lists(st.sampled_from([0.01, 0.02, 0.05, 0.1]), max_size=30)
         ([0.1, 0.2, 0.1], []),
         ([0.2, 0.1, 0.2], [1]),
         ([0.1, 0.05, 0.01, 0.1, 0.05, 0.01, 0.1, 0.05], [2, 5]),
-        # As low as the bottom beside them, the first and the last count too.
+        # The first and the last count, too, if they are as low as the next minimum.
         ([0.01, 0.1, 0.01, 0.1, 0.01], [0, 2, 4]),
         ([0.01, 0.1, 0.01], []),
         ([0.1, 0.01, 0.1, 0.01], [1, 3]),

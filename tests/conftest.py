@@ -70,13 +70,16 @@ class HangError(BaseException):
 
 @pytest.fixture
 def in_time() -> Iterator[None]:
-    """Fails the test after some seconds, where the code under test would go on for ever."""
+    """Fails the test after some seconds of processor time, or a minute of waiting: it would not end."""
 
     def fail(*_: object) -> None:
         raise HangError
 
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, 4)
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, 5), signal.ITIMER_REAL: (signal.SIGALRM, 60)}
+    before = {number: signal.signal(number, fail) for number, _ in timers.values()}
+    for timer, (_, seconds) in timers.items():
+        signal.setitimer(timer, seconds)
     yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    for timer, (number, _) in timers.items():
+        signal.setitimer(timer, 0)
+        signal.signal(number, before[number])

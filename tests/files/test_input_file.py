@@ -22,7 +22,7 @@ import pytest
 from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError
 from ckpt_avg.files import platform
 from ckpt_avg.files.input_file import _SMALL as SMALL
-from ckpt_avg.files.input_file import FileMapping, InputFile
+from ckpt_avg.files.input_file import FileMapping, FileRange, InputFile
 
 PAGE = mmap.PAGESIZE
 CONTENT = random.Random(1).randbytes(3 * SMALL + 777)
@@ -495,6 +495,16 @@ def test_maps_need_a_kernel_that_can_fault_them_in(path: Path, monkeypatch: pyte
             opened.use_io("mmap")
         opened.use_io("auto")
         assert isinstance(opened.map(0, SMALL).buffer, bytearray)
+
+
+def test_a_part_of_a_file_is_never_left(path: Path) -> None:
+    """The bytes around a part of a file belong to another tensor."""
+    with InputFile(path) as opened:
+        region = FileRange(opened, 2, 5)
+        assert region.read(1, 4) == CONTENT[3:7]
+        for offset, length in ((-1, 1), (0, 6), (5, 1), (0, -1)):
+            with pytest.raises(CheckpointFormatError, match=f": expected {length} bytes at byte {2 + offset}"):
+                region.read(offset, length)
 
 
 @pytest.mark.parametrize("io", ["auto", "mmap", "pread"])

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from formats.test_safetensors_header import REJECTED
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.metadata import (
@@ -259,6 +260,7 @@ def test_no_file_outside_the_folder_is_reached(tmp_path: Path, name: str) -> Non
     edit(folder, lambda metadata: setattr(entry(metadata, "w")[1], "relative_path", name))
     message = refusal(folder)
     assert "expected the name of a file next to it" in message or "missing" in message
+    assert "missing" in message or message.endswith("Don't trust it.")
 
 
 @pytest.mark.guarantee("shard-links")
@@ -338,13 +340,13 @@ def test_metadata_that_does_not_fit_the_files_is_refused(tmp_path: Path, lie: st
 def test_two_names_of_one_place_do_not_lose_a_tensor(tmp_path: Path) -> None:
     """The planner's data says where names stood: it must not put one over the other, nor a dict over a tensor."""
     folder = save({"a": torch.zeros(2), "b": torch.ones(2), "c": torch.ones(3)}, tmp_path / "c")
-    for paths in (
-        {"a": ("x",), "b": ("x",), "c": ("c",)},
-        {"a": ("x", "y"), "b": ("x",), "c": ("c",)},
-        {"a": ("x",), "b": ("x", "y"), "c": ("c",)},
+    for paths, other in (
+        ({"a": ("x",), "b": ("x",), "c": ("c",)}, "that of another tensor"),
+        ({"a": ("x", "y"), "b": ("x",), "c": ("c",)}, "that of another tensor"),
+        ({"a": ("x",), "b": ("x", "y"), "c": ("c",)}, "one inside another tensor"),
     ):
         edit(folder, lambda metadata, paths=paths: setattr(metadata, "planner_data", paths))
-        refusal(folder)
+        assert f"'b': expected a name of its own, got {other}." in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -486,6 +488,7 @@ def write_shards(folder: Path, *shards: Shard, total: int = 1) -> Path:
 
 
 WHOLE = torch.arange(24.0).view(6, 4)
+ONLY = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def test_safetensors_shards_are_put_together(tmp_path: Path) -> None:
@@ -555,11 +558,31 @@ def test_one_shard_named_by_itself_is_refused(tmp_path: Path) -> None:
      '{"w": {"saved_offsets": [0, ' + "9" * 6000 + "]}}"],
 )  # fmt: skip
 def test_sharding_info_that_is_none_is_refused(tmp_path: Path, info: str) -> None:
-    folder = tmp_path / "c"
-    folder.mkdir()
-    path = folder / "shard-00001-model-00001-of-00001.safetensors"
-    save_file({"w": WHOLE.contiguous()}, path, metadata={"DCP_SHARDING_INFO": info})
-    refusal(folder)
+    save_file({"w": WHOLE.contiguous()}, tmp_path / ONLY, metadata={"DCP_SHARDING_INFO": info})
+    message = refusal(tmp_path)
+    says = (
+        f"{ONLY}: {fact}" for fact in ("DCP_SHARDING_INFO: ", "tensor 'w': expected F32 and 2 offsets", "the header: ")
+    )
+    assert any(each in message for each in says), message
+
+
+@pytest.mark.guarantee("safetensors-bytes")
+@pytest.mark.parametrize(
+    ("case", "fact"),
+    [
+        ("under 8 bytes", "expected 8 bytes at byte 0, got a file of 5 bytes"),
+        ("header is a list", "expected a JSON object as header"),
+        ("leading space", "expected a JSON object as header"),
+        ("no data at all", "8 bytes missing"),
+        ("duplicate tensor", "duplicate key 'w'"),
+    ],
+)
+def test_a_shard_is_held_to_the_rules_of_a_file(tmp_path: Path, case: str, fact: str) -> None:
+    """It is opened by its folder, past the look at the first bytes that a file of its own gets."""
+    (tmp_path / ONLY).write_bytes(REJECTED[case][0])
+    message = refusal(tmp_path)
+    assert f"{ONLY}: " in message
+    assert fact in message
 
 
 def test_shards_of_different_dtypes_are_refused(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def shards(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
 
 OUTSIDE = ["../secret.safetensors", "{absolute}", "..\\secret.safetensors", "a/../../secret.safetensors", "..", ".", "",
            "./../secret.safetensors", "secret.safetensors\0", "C:\\secret.safetensors", "\\\\host\\s.safetensors",
-           "file://{absolute}", "~/secret.safetensors", "-", "nul\n.safetensors"]  # fmt: skip
+           "file://{absolute}", "~/secret.safetensors"]  # fmt: skip
 
 
 @pytest.mark.guarantee("no-file-outside")
@@ -211,34 +211,45 @@ def test_an_index_reaches_no_file_outside_its_folder(
     index["weight_map"]["lm_head.weight"] = shard.format(absolute=secret)
     layouts.write_index(folder, index)
     message = refusal(folder)
-    assert "index" in message
+    assert message.startswith(f"{folder / 'model.safetensors.index.json'}: expected the name of a file next to it, ")
+    assert message.endswith("Don't trust it.")
 
 
 FIRST, SECOND = layouts.shard_names("model", "safetensors", 2)
 WEIGHT_MAP = dict(zip(tokens(1), (FIRST, SECOND, FIRST, SECOND), strict=True))
-BROKEN: dict[str, object] = {
-    "a tensor that its shard lacks": {"weight_map": WEIGHT_MAP | {"extra.weight": FIRST}},
-    "a tensor in the other shard": {"weight_map": WEIGHT_MAP | {"model.embed.weight": SECOND}},
-    "a tensor that the index leaves out": {"weight_map": dict(list(WEIGHT_MAP.items())[:3])},
-    "a .bin shard in a safetensors index": {"weight_map": WEIGHT_MAP | {"lm_head.weight": "pytorch_model.bin"}},
-    "an optimizer as a shard": {"weight_map": WEIGHT_MAP | {"exp_avg": "optimizer.pt"}},
-    "the index itself": {"weight_map": WEIGHT_MAP | {"lm_head.weight": "model.safetensors.index.json"}},
-    "no weight_map": {"metadata": {}},
-    "an empty weight_map": {"weight_map": {}},
-    "a list": [],
-    "a weight_map that is a list": {"weight_map": [FIRST]},
-    "a number as file": {"weight_map": WEIGHT_MAP | {"lm_head.weight": 1}},
-    "nothing as file": {"weight_map": WEIGHT_MAP | {"lm_head.weight": None}},
-    "a list as file": {"weight_map": WEIGHT_MAP | {"lm_head.weight": [FIRST]}},
-    "no JSON": "weight_map: {}",
-    "nothing": "",
-    "cut off": json.dumps({"weight_map": WEIGHT_MAP})[:-20],
-    "deep": "[" * 100_000,
-    "a huge number": '{"weight_map": ' + "9" * 100_000 + "}",
-    "a lone surrogate": '{"weight_map": {"\\ud800": "' + FIRST + '"}}',
-}
+NO_INDEX, NO_MAP = "expected a shard index in JSON, got other text: ", "expected a shard index {"
+NO_NAME = "expected file names in weight_map, got other values"
+OTHER = "expected safetensors shards, as its own name says, got "
+BROKEN: dict[str, tuple[object, str]] = {
+    "a tensor that its shard lacks": ({"weight_map": WEIGHT_MAP | {"extra.weight": FIRST}}, "lacks 'extra.weight'"),
+    "a tensor in the other shard": (
+        {"weight_map": WEIGHT_MAP | {"model.embed.weight": SECOND}}, "lacks 'model.embed.weight'"),
+    "a tensor that the index leaves out": (
+        {"weight_map": dict(list(WEIGHT_MAP.items())[:3])}, "contains 'lm_head.weight', which the index does not list"),
+    "a .bin shard in a safetensors index": (
+        {"weight_map": WEIGHT_MAP | {"lm_head.weight": "pytorch_model.bin"}}, f"{OTHER}'pytorch_model.bin'"),
+    "an optimizer as a shard": ({"weight_map": WEIGHT_MAP | {"exp_avg": "optimizer.pt"}}, OTHER),
+    "the index itself": ({"weight_map": WEIGHT_MAP | {"lm_head.weight": "model.safetensors.index.json"}}, OTHER),
+    "no weight_map": ({"metadata": {}}, NO_MAP),
+    "an empty weight_map": ({"weight_map": {}}, NO_MAP),
+    "a list": ([], NO_MAP),
+    "a weight_map that is a list": ({"weight_map": [FIRST]}, NO_MAP),
+    "a number as file": ({"weight_map": WEIGHT_MAP | {"lm_head.weight": 1}}, NO_NAME),
+    "nothing as file": ({"weight_map": WEIGHT_MAP | {"lm_head.weight": None}}, NO_NAME),
+    "a list as file": ({"weight_map": WEIGHT_MAP | {"lm_head.weight": [FIRST]}}, NO_NAME),
+    "no JSON": ("weight_map: {}", f"{NO_INDEX}Expecting value"),
+    "nothing": ("", f"{NO_INDEX}Expecting value"),
+    "cut off": (json.dumps({"weight_map": WEIGHT_MAP})[:-20], NO_INDEX),
+    "deep": ("[" * 100_000, NO_INDEX),
+    "a huge number": ('{"weight_map": ' + "9" * 100_000 + "}", f"{NO_INDEX}Exceeds the limit"),
+    "another kind of file": ({"weight_map": WEIGHT_MAP | {"lm_head.weight": "-"}}, OTHER),
+    "a name of two lines": (
+        {"weight_map": WEIGHT_MAP | {"lm_head.weight": "nul\n.safetensors"}}, r"of 3 missing: 'nul\n.safetensors'"),
+    "a lone surrogate": ('{"weight_map": {"\\ud800": "' + FIRST + '"}}', ""),
+}  # fmt: skip
 
 
+@pytest.mark.guarantee("index-damage")
 @pytest.mark.parametrize("change", BROKEN)
 def test_an_index_that_does_not_fit_its_shards_is_refused(shards: tuple[Path, dict[str, Any]], change: str) -> None:
     """A tensor is silently left out of the average, or a traceback instead of a message."""
@@ -246,16 +257,21 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(shards: tuple[Path, di
     assert index["weight_map"] == WEIGHT_MAP
     save(tokens(2), folder / "pytorch_model.bin")
     save(adam(), folder / "optimizer.pt")
-    layouts.write_index(folder, BROKEN[change])
-    assert str(folder) in refusal(folder)
+    content, fact = BROKEN[change]
+    layouts.write_index(folder, content)
+    message = refusal(folder)
+    assert str(folder) in message
+    assert fact in message
 
 
+@pytest.mark.guarantee("index-damage")
 @pytest.mark.parametrize("content", [b"\xff\xfe{}", b'{"weight_map": {"\xff": "a"}}', b"\0" * 64])
 def test_an_index_that_is_no_text_is_refused(shards: tuple[Path, dict[str, Any]], content: bytes) -> None:
     (shards[0] / "model.safetensors.index.json").write_bytes(content)
-    refusal(shards[0])
+    assert NO_INDEX in refusal(shards[0])
 
 
+@pytest.mark.guarantee("index-damage")
 def test_a_tensor_in_two_shards_is_refused(shards: tuple[Path, dict[str, Any]]) -> None:
     """Which of the two is averaged depends on the order of reading."""
     folder, index = shards

@@ -350,7 +350,9 @@ def test_tensors_without_plain_elements_are_refused_by_kind_and_name(tmp_path: P
     assert named.replace("(Tagged)", f"({Tagged.__module__}.Tagged)") in message
 
 
-@pytest.mark.parametrize("kind", ["quantized", "sparse", "complex128", "subclass", "meta"])
+@pytest.mark.parametrize(
+    "kind", ["quantized", "sparse", "sparse csr", "nested", "complex128", "subclass", "meta", "uninitialised"]
+)
 def test_unusual_tensors_beside_the_state_dict_do_no_harm(tmp_path: Path, kind: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -379,11 +381,30 @@ def test_files_without_a_state_dict_are_refused(tmp_path: Path, contents: Any, f
         assert fact in message
 
 
-def test_tensors_under_numbers_are_refused(tmp_path: Path) -> None:
+@pytest.mark.guarantee("tensor-keys")
+@pytest.mark.parametrize("key", [0, b"w"])
+def test_tensors_under_keys_that_are_no_text_are_refused(tmp_path: Path, key: object) -> None:
     """There are weights, so that leaving the file out of a run would be wrong."""
-    message = refusal(saved(tmp_path, {"w": torch.ones(1), 0: torch.ones(1)}))
-    assert "expected tensor names" in message
-    assert "key 0" in message
+    assert f"expected tensor names, got the key {key!r}" in refusal(
+        saved(tmp_path, {"v": torch.ones(1), key: torch.ones(1)})
+    )
+
+
+def test_tensors_inside_a_list_are_refused(tmp_path: Path) -> None:
+    message = refusal(saved(tmp_path, {"w": torch.ones(1), "v": [torch.ones(1)]}))
+    assert "the file: 'v': expected a plain tensor, got tensors inside a list." in message
+
+
+@pytest.mark.guarantee("tensor-keys")
+def test_of_one_name_twice_in_a_dict_the_last_counts(tmp_path: Path) -> None:
+    """As Python itself reads it, and torch.load."""
+    raw = pickled({"v": view(shape=(1,), stride=(1,))["w"], "w": view(offset=1, shape=(1,), stride=(1,))["w"]})
+    twice = raw.replace(b"\x01\0\0\0v", b"\x01\0\0\0w")
+    assert twice != raw
+    archive(tmp_path / "a.pt", {"a/data.pkl": twice, "a/version": b"3\n", "a/data/0": DATA})
+    assert torch.load(tmp_path / "a.pt")["w"].tolist() == [1]
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert elements(checkpoint, "w", 4).tolist() == [1]
 
 
 @pytest.mark.guarantee("pickled-modules")
@@ -562,7 +583,7 @@ def test_an_archive_made_by_hand_is_read_before_it_is_spoilt(tmp_path: Path) -> 
         (view(offset=-1), ("tensor 'w'", "offset -1")),
         (view(shape=(-2, 3)), ("tensor 'w'", "(-2, 3)")),
         (view(stride=(1,)), ("tensor 'w'", "shape (2, 3)", "stride (1,)")),
-        (view(shape=(1,) * 65, stride=(1,) * 65), ("expected",)),
+        (view(shape=(1,) * 65, stride=(1,) * 65), ("expected a shape or stride of at most 64 integers, got 65",)),
         (view(shape=(2**62, 2**62), stride=(0, 0)), ("tensor 'w'", "overflows 63 bits", "Save it again")),
         (view(shape=(10**6, 10**6), stride=(0, 0)), ("tensor 'w'", "an expanded view of 4,000,000,000,000 bytes")),
         (view(shape=(2**63, 1)), ("tensor 'w'", str(2**63))),
@@ -576,19 +597,19 @@ def test_an_archive_made_by_hand_is_read_before_it_is_spoilt(tmp_path: Path) -> 
         (view(kind=torch.DoubleStorage), ("tensor 'w'", "expected a record of 48 bytes", "got 24")),
         (view(key="1"), ("tensor 'w'", "expected the record '1'", "got none")),
         (view(key="../data.pkl"), ("tensor 'w'", "expected the record '../data.pkl'", "got none")),
-        (view(key=0), ("storage",)),
-        (view(numel=-6), ("storage",)),
+        (view(key=0), ("a storage of the pickle has no known type, name or size",)),
+        (view(numel=-6), ("a storage of the pickle has no known type, name or size",)),
         (view(numel=True), ("storage",)),
         (view(numel=6.0), ("storage",)),
         (view(kind=OrderedDict), ("storage",)),
         (view(kind="FloatStorage"), ("storage",)),
         (view(tag="module"), ("storage",)),
-        (view(shape="23"), ("shape or stride",)),
+        (view(shape="23"), ("expected a tuple of integers as shape or stride, got 'str'",)),
         (view(shape=(2.0, 3)), ("shape or stride",)),
         (view(shape=(True, 3)), ("shape or stride",)),
         (view(shape=None), ("shape or stride",)),
         (view(offset=None), ("storage",)),
-        ({"w": Rebuilt(None, 0, (1,), (1,))}, ("storage",)),
+        ({"w": Rebuilt(None, 0, (1,), (1,))}, ("a tensor of the pickle refers to no storage", "Don't trust this file")),
     ],
 )
 def test_tensors_that_lie_about_their_storage(tmp_path: Path, contents: Any, facts: tuple[str, ...]) -> None:
@@ -786,6 +807,8 @@ def test_truncated_anywhere(layout: Layout) -> None:
     for end in range(len(whole)):
         layout.content = bytearray(whole[:end])
         message = refusal(layout.write())
+        if 8 <= end < 22:
+            assert f"expected a zip archive, got {end} bytes of one" in message
         if end >= 22:
             assert "expected the zip directory at the end of the file" in message
             assert "probably truncated" in message

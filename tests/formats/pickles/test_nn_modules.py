@@ -145,3 +145,23 @@ def test_a_module_of_nothing_in_many_places_is_refused(tmp_path: Path, made: Any
     outer = made(_parameters={"w": torch.ones(1)}, _modules=dict.fromkeys(map(str, range(20_000)), inner))
     with pytest.raises(CheckpointFormatError, match="modules and tensors"):
         open_checkpoint(save(outer, tmp_path / "a.pt"))
+
+
+@pytest.mark.guarantee("pickle-bombs")
+def test_modules_nested_too_deeply_are_refused(tmp_path: Path, made: Any) -> None:
+    """A hundred, one in the other, are a module like any other."""
+    thing = made(_parameters={"w": torch.ones(1)})
+    for _ in range(99):
+        thing = made(_modules={"m": thing})
+    with open_checkpoint(save(thing, tmp_path / "a.pt")) as checkpoint:
+        assert list(checkpoint.spec.tensors) == ["m." * 99 + "w"]
+    with pytest.raises(CheckpointFormatError, match="modules and tensors, 100 deep, got more"):
+        open_checkpoint(save(made(_modules={"m": made(_modules={"m": thing})}), tmp_path / "b.pt"))
+
+
+@pytest.mark.guarantee("pickled-modules")
+@pytest.mark.parametrize("name", [1, "x" * 4097])
+def test_names_that_no_module_has_are_refused(tmp_path: Path, made: Any, name: object) -> None:
+    path = save(made(_parameters={name: torch.ones(1)}), tmp_path / "a.pt")
+    with pytest.raises(CheckpointFormatError, match="expected names of at most 4,096 characters in a pickled module"):
+        open_checkpoint(path)

@@ -492,6 +492,13 @@ def test_damaged_pickles_are_refused(stream: bytes) -> None:
         (b"\x80\x04\x95" + struct.pack("<Q", 3) + b"N.N", "bytes follow the end of the pickle"),
         (b"\x80\x02\xc5.", "unknown pickle operation 0xc5"),
         (b"\x80\x02h\x07.", "Memo value not found at index 7"),
+        (b"\x80\2R.", "the pickle is damaged (IndexError: "),
+        (b"\x80\2Np4294967296\n.", "expected a memo index below 2³² in the pickle, got a larger one"),
+        (proto(2, named("builtins", "bytes") + whole(9) + b"\x85R"), "the pickle makes bytes of something"),
+        (
+            proto(2, named("_codecs", "encode") + text("x") + text("rot13") + b"\x86R"),
+            "the pickle encodes something other than bytes as latin1 text",
+        ),
     ],
 )
 def test_what_is_said_of_damage(stream: bytes, fact: str) -> None:

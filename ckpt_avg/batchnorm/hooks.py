@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -86,9 +86,9 @@ class Pool:
         mean = self._totals[0]
         # The sum shows it, except that a sum of finite numbers may overflow.
         if not math.isfinite(mean.sum().item()) and not mean.isfinite().all():
-            raise UserCodeError(
-                f"BatchNorm refresh: layer {quote(self._name)}, batch {self.batch}: the activations contain NaN or "
-                "Inf. It is the first such layer: check the data and the weights before it."
+            refuse(
+                f"layer {quote(self._name)}, batch {self.batch}: the activations contain NaN or Inf",
+                "It is the first such layer: check the data and the weights before it",
             )
 
     def state(self) -> list[Any] | None:
@@ -156,19 +156,16 @@ def _hook(
 ) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def measure(module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         values = next(iter((*arguments, *keywords.values()))).detach()
+        where, got = f"layer {quote(name)}, batch {pool.batch}", f"got an input of shape {list(values.shape)}"
         if values.dim() < 2 or values.numel() <= values.shape[1]:
-            raise UserCodeError(
-                f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected more than one value per "
-                f"channel, got an input of shape {list(values.shape)}. Use larger batches, or drop_last=True if only "
-                "the last batch is so small."
+            refuse(
+                f"{where}: expected more than one value per channel, {got}",
+                "Use larger batches, or drop_last=True if only the last batch is so small",
             )
         mean, variance = module.running_mean, module.running_var
         channels = mean.numel() if isinstance(mean, torch.Tensor) else values.shape[1]
         if values.shape[1] != channels:
-            raise UserCodeError(
-                f"BatchNorm refresh: layer {quote(name)}, batch {pool.batch}: expected {channels:,} channels in "
-                f"dimension 1, got an input of shape {list(values.shape)}. Other layouts aren't supported."
-            )
+            refuse(f"{where}: expected {channels:,} channels in dimension 1, {got}", "Other layouts aren't supported")
         moments = moments_of(values)
         reached.append(pool)
         pool.add(moments)
@@ -177,3 +174,8 @@ def _hook(
             variance.copy_(moments.biased_variance)
 
     return measure
+
+
+def refuse(problem: str, advice: str) -> NoReturn:
+    """Raises UserCodeError: the refresh cannot be done."""
+    raise UserCodeError(f"BatchNorm refresh: {problem}. {advice}.")

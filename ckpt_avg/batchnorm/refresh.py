@@ -10,7 +10,7 @@ statistics, as `torch.optim.swa_utils.update_bn` computes it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ckpt_avg.batchnorm.batch_share import BatchShare, refuse_other_counts
-from ckpt_avg.batchnorm.hooks import LayerStatistics, Pool, measuring
+from ckpt_avg.batchnorm.hooks import LayerStatistics, Pool, measuring, refuse
 from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.distributed.ranks import Ranks
-from ckpt_avg.errors import UsageError, UserCodeError
+from ckpt_avg.errors import UsageError
 from ckpt_avg.mean.arithmetic import round_to
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import ForwardBatch, count_samples, run_batch, to_device
@@ -143,15 +143,11 @@ def refresh_batch_norm(
             ranks.check()
         done, samples, pools = _pooled(ranks, share, done, samples, pools, estimator)
         if done == 0:
-            raise UserCodeError(
-                "BatchNorm refresh: the dataloader is empty. A generator is used up after one pass: make a new one in "
-                "the factory."
-            )
-        unreached = [name for name, pool in pools.items() if pool.calls == 0]
-        if unreached:
-            raise UserCodeError(
-                f"BatchNorm refresh: no batch reaches the BatchNorm layers {listing(map(quote, unreached))}. Use "
-                "batches or a forward_batch(model, batch) that reach them."
+            refuse("the dataloader is empty", "A generator is used up after one pass: make a new one in the factory")
+        if unreached := [name for name, pool in pools.items() if pool.calls == 0]:
+            refuse(
+                f"no batch reaches the BatchNorm layers {listing(map(quote, unreached))}",
+                "Use batches or a forward_batch(model, batch) that reach them",
             )
         statistics = {name: pool.statistics(done) for name, pool in pools.items()}
         # Rounding can fail, so all statistics are rounded before the first is stored.
@@ -175,10 +171,8 @@ def rounded_statistic(layer: str, buffer: str, values: torch.Tensor, dtype: torc
     """Returns measured statistics in a buffer's dtype. Raises UserCodeError if they exceed its range."""
     rounded = round_to(values, dtype)
     if not rounded.isfinite().all():
-        raise UserCodeError(
-            f"BatchNorm refresh: layer {quote(layer)}: a {buffer} of {values.abs().max().item():g} exceeds the range "
-            f"of {dtype}. Choose a wider dtype."
-        )
+        largest = values.abs().max().item()
+        refuse(f"layer {quote(layer)}: a {buffer} of {largest:g} exceeds the range of {dtype}", "Choose a wider dtype")
     return rounded
 
 
@@ -189,26 +183,21 @@ def _pooled(
     if ranks.size == 1:
         return batches, samples, pools
 
-    def pool_all(brought: list[list[Any]]) -> list[Any]:
-        together = _added(estimator, [states for *_, states in brought])
-        counts = [count for count, *_ in brought]
-        totals = [sum(each[1] for each in brought), sum(each[2] for each in brought)]
-        return [counts, *totals, {name: pool.state() for name, pool in together.items()}]
+    def pool_all(states: Iterable[Mapping[str, list[Any] | None]]) -> dict[str, Pool]:
+        pooled = {name: Pool(name, estimator) for name in pools}
+        for each in states:
+            for name, pool in pooled.items():
+                pool.add_state(each[name])
+        return pooled
 
-    states = {name: pool.state() for name, pool in pools.items()}
-    counts, batches, samples, together = ranks.exchange(
-        "statistics", [share.count_to_compare, batches, samples, states], pool_all
-    )
+    def combine(values: list[list[Any]]) -> list[Any]:
+        counts, batches, samples, states = zip(*values, strict=True)
+        return [counts, sum(batches), sum(samples), {name: pool.state() for name, pool in pool_all(states).items()}]
+
+    mine = [share.count_to_compare, batches, samples, {name: pool.state() for name, pool in pools.items()}]
+    counts, batches, samples, states = ranks.exchange("statistics", mine, combine)
     refuse_other_counts(counts)
-    return batches, samples, _added(estimator, [together])
-
-
-def _added(estimator: str, states: Sequence[Mapping[str, list[Any] | None]]) -> dict[str, Pool]:
-    added = {name: Pool(name, estimator) for name in states[0]}
-    for name, pool in added.items():
-        for state in states:
-            pool.add_state(state[name])
-    return added
+    return batches, samples, pool_all([states])
 
 
 def _refreshed_layers(model: torch.nn.Module, frozen: Collection[str]) -> dict[str, _BatchNorm]:
@@ -224,25 +213,22 @@ def _refreshed_layers(model: torch.nn.Module, frozen: Collection[str]) -> dict[s
     for name, layer in layers.items():
         other = owners.setdefault(id(layer.running_mean), name)
         if other != name:
-            raise UserCodeError(
-                f"BatchNorm refresh: the layers {quote(other)} and {quote(name)} share their running statistics. Use "
-                "the same module in both places, or separate buffers."
+            refuse(
+                f"the layers {quote(other)} and {quote(name)} share their running statistics",
+                "Use the same module in both places, or separate buffers",
             )
     return {name: layer for name, layer in layers.items() if name not in frozen}
 
 
 def _refuse_unusable(model: torch.nn.Module) -> None:
     """Raises UserCodeError if a model's layers cannot be measured with any data."""
-    lazy = [name for name, tensor in _tensors(model) if is_lazy(tensor)]
-    if lazy:
-        raise UserCodeError(
-            f"BatchNorm refresh: the model has lazy tensors without a shape: {listing(map(quote, lazy))}. Load the "
-            "weights first."
-        )
-    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for _, tensor in _tensors(model)):
-        raise UserCodeError(
-            "BatchNorm refresh: the model was made in inference mode, so its buffers cannot be written. Make it "
-            "outside torch.inference_mode()."
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
+        refuse(f"the model has lazy tensors without a shape: {listing(map(quote, lazy))}", "Load the weights first")
+    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for _, tensor in tensors):
+        refuse(
+            "the model was made in inference mode, so its buffers cannot be written",
+            "Make it outside torch.inference_mode()",
         )
     scripted = [
         name
@@ -252,12 +238,7 @@ def _refuse_unusable(model: torch.nn.Module) -> None:
         and getattr(module, "running_mean", None) is not None
     ]
     if scripted:
-        raise UserCodeError(
-            f"BatchNorm refresh: the layers {listing(map(quote, scripted))} are TorchScript, which cannot be measured. "
-            "Make the model without torch.jit.script and torch.jit.trace."
+        refuse(
+            f"the layers {listing(map(quote, scripted))} are TorchScript, which cannot be measured",
+            "Make the model without torch.jit.script and torch.jit.trace",
         )
-
-
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ckpt_avg.batchnorm.hooks import refuse
 from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.batchnorm.refresh import BatchNormReport, refresh_batch_norm, rounded_statistic
 from ckpt_avg.checkpoint.spec import batch_norm_buffer
 from ckpt_avg.checkpoint.tensor_reads import torch_dtype
 from ckpt_avg.distributed.ranks import Ranks
-from ckpt_avg.errors import UserCodeError
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.progress import Progress
 from ckpt_avg.text import listing, quote
@@ -59,9 +59,9 @@ def prepare_refresh(model: torch.nn.Module, passes: Passes, plan: Plan) -> Prepa
             for buffer, value in module.named_buffers(recurse=False)
         }
         if not all(buffers[layer].get(buffer) for buffer in ("running_mean", "running_var")):
-            raise UserCodeError(
-                f"BatchNorm refresh: layer {quote(layer)}: the checkpoints don't contain its running statistics. Save "
-                "checkpoints with model.state_dict()."
+            refuse(
+                f"layer {quote(layer)}: the checkpoints don't contain its running statistics",
+                "Save checkpoints with model.state_dict()",
             )
     return PreparedRefresh(model, passes, buffers)
 
@@ -124,7 +124,7 @@ def refresh_output(
     if report.untracked:
         names = listing(map(quote, report.untracked))
         progress.notice(f"layers without running statistics (track_running_stats=False), not measured: {names}")
-    planned = plan.by_name()
+    tensors = plan.by_name()
     for layer, statistics in report.statistics.items():
         values = {
             "running_mean": statistics.mean,
@@ -132,9 +132,9 @@ def refresh_output(
             "num_batches_tracked": torch.tensor(statistics.batches_tracked),
         }
         for buffer, measured in values.items():
-            for name in prepared.buffers[layer].get(buffer, ()):
-                dtype = torch_dtype(planned[name].dtype)
-                exact = buffer == "num_batches_tracked"
-                value = measured.to(dtype) if exact else rounded_statistic(layer, buffer, measured.cpu(), dtype)
-                write(memoryview(bytes(value.reshape(-1).view(torch.uint8).tolist())), planned[name].offset)
+            for tensor in (tensors[name] for name in prepared.buffers[layer].get(buffer, ())):
+                dtype = torch_dtype(tensor.dtype)
+                is_count = buffer == "num_batches_tracked"
+                value = measured.to(dtype) if is_count else rounded_statistic(layer, buffer, measured.cpu(), dtype)
+                write(memoryview(bytes(value.reshape(-1).view(torch.uint8).tolist())), tensor.offset)
     return report

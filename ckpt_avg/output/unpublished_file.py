@@ -1,7 +1,7 @@
 """The output while it is written: until `UnpublishedFile.publish` its path is absent or an older file, never a part.
 
-The data goes to a file without a name (``O_TMPFILE``). Where the file system has none, or several ranks fill the file,
-it has a hidden name next to the output. Space is reserved first. Publishing syncs the data, gives the file its name in
+The data goes to a file without a name (``O_TMPFILE``). If the file system has none, or several ranks fill the file, it
+has a temporary name next to the output. Space is reserved first. Publishing syncs the data, gives the file its name in
 one system call, and syncs the folder, because POSIX lets a crash lose a name whose folder was not synced. A file whose
 fsync failed is discarded: the kernel has marked its pages clean, so a second fsync would succeed without writing them
 (Rebello et al., USENIX ATC 2020).
@@ -36,19 +36,19 @@ class UnpublishedFile:
     def __init__(self, target: Path) -> None:
         self.target = target
         self._fd = -1
-        self._hidden: Path | None = None
+        self._temporary: Path | None = None
 
-    def hide_as(self, name: str) -> None:
-        """Sets the hidden name. `close` removes a file of this name, so it must be known before the file exists."""
-        self._hidden = self.target.with_name(name)
+    def set_temporary_name(self, name: str) -> None:
+        """Sets the temporary name. `close` removes that file, so the name must be known before the file exists."""
+        self._temporary = self.target.with_name(name)
 
     def open(self, size: int) -> None:
         """Creates the file and reserves ``size`` bytes for it."""
         try:
-            descriptor = platform.open_unnamed(self.target.parent) if self._hidden is None else None
+            descriptor = platform.open_unnamed(self.target.parent) if self._temporary is None else None
             if descriptor is None:
-                self._hidden = self._hidden or self.target.with_name(_hidden_name(self.target))
-                descriptor = os.open(self._hidden, platform.WRITE_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
+                self._temporary = self._temporary or self.target.with_name(_temporary_name(self.target))
+                descriptor = os.open(self._temporary, platform.WRITE_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
             self._fd = descriptor
         except OSError as error:
             raise _output_error(self.target, "creating the file failed", error) from error
@@ -64,7 +64,7 @@ class UnpublishedFile:
             ) from error
 
     def open_existing(self) -> None:
-        """Opens the file that rank 0 has created under the hidden name."""
+        """Opens the file that rank 0 has created under the temporary name."""
         try:
             self._fd = os.open(self.readable_path, platform.WRITE_FLAGS)
         except OSError as error:
@@ -76,7 +76,7 @@ class UnpublishedFile:
     @property
     def readable_path(self) -> Path:
         """A path by which this process can read the file before it is published."""
-        return self._hidden or Path(f"/proc/self/fd/{self._fd}")
+        return self._temporary or Path(f"/proc/self/fd/{self._fd}")
 
     def write(self, contents: memoryview | bytes, offset: int) -> None:
         """Writes all of ``contents`` at ``offset``.
@@ -144,7 +144,7 @@ class UnpublishedFile:
             OutputError: syncing failed, or the path exists by now and ``overwrite`` is off. Nothing is published then.
         """
         self.sync()
-        if self._hidden is not None:
+        if self._temporary is not None:
             self._close_descriptor()  # Windows renames no open file
         try:
             if overwrite:
@@ -166,27 +166,27 @@ class UnpublishedFile:
             ) from error
 
     def _create(self) -> None:
-        if self._hidden is None:
+        if self._temporary is None:
             platform.link_unnamed(self._fd, self.target)
             return
         try:
-            os.link(self._hidden, self.target)
+            os.link(self._temporary, self.target)
         except FileExistsError:
             raise
         except (OSError, AttributeError):
             # No hard links here (FAT, some network file systems): check, then rename, which is not one step.
             if os.path.lexists(self.target):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.target)) from None
-            os.rename(self._hidden, self.target)
-            self._hidden = None
+            os.rename(self._temporary, self.target)
+            self._temporary = None
 
     def _replace(self) -> None:
-        if self._hidden is None:
-            # A link cannot replace a name, so the file gets a hidden one first.
-            self._hidden = self.target.with_name(_hidden_name(self.target))
-            platform.link_unnamed(self._fd, self._hidden)
-        os.replace(self._hidden, self.target)
-        self._hidden = None
+        if self._temporary is None:
+            # A link cannot replace a name, so the file gets a temporary one first.
+            self._temporary = self.target.with_name(_temporary_name(self.target))
+            platform.link_unnamed(self._fd, self._temporary)
+        os.replace(self._temporary, self.target)
+        self._temporary = None
 
     def _close_descriptor(self) -> None:
         if self._fd >= 0:
@@ -194,12 +194,12 @@ class UnpublishedFile:
             platform.close(descriptor)
 
     def close(self) -> None:
-        """Closes the file and removes its hidden name. An unpublished file is then gone."""
+        """Closes the file and removes its temporary name. An unpublished file is then gone."""
         self._close_descriptor()
-        if self._hidden is not None:
+        if self._temporary is not None:
             with contextlib.suppress(OSError):  # gone or out of reach: the error that led here matters more
-                os.unlink(self._hidden)
-            self._hidden = None
+                os.unlink(self._temporary)
+            self._temporary = None
 
 
 @contextlib.contextmanager
@@ -234,8 +234,8 @@ def unpublished_file(target: Path, size: int, ranks: Ranks | None = None) -> Ite
 
 def _open_shared(file: UnpublishedFile, size: int, ranks: Ranks) -> None:
     # Every rank knows the name before the file exists, so that any rank can remove it.
-    name, mark = ranks.exchange("output", None, lambda _: [_hidden_name(file.target), secrets.token_hex(_MARK)])
-    file.hide_as(name)
+    name, mark = ranks.exchange("output", None, lambda _: [_temporary_name(file.target), secrets.token_hex(_MARK)])
+    file.set_temporary_name(name)
     if ranks.is_first:
         file.open(size)
         file.write(bytes.fromhex(mark), 0)
@@ -258,7 +258,7 @@ def publish_bytes(target: Path, contents: bytes, *, overwrite: bool) -> None:
         file.publish(overwrite=overwrite)
 
 
-def _hidden_name(target: Path) -> str:
+def _temporary_name(target: Path) -> str:
     # Cut, so that a name at the system's limit still leaves room for the suffix.
     return f".{target.name.encode()[:200].decode(errors='ignore')}.{secrets.token_hex(6)}.tmp"
 

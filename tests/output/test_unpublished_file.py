@@ -22,12 +22,12 @@ from ckpt_avg.output.unpublished_file import UnpublishedFile, unpublished_file
 CONTENTS = bytes(range(256)) * 40
 
 
-@pytest.fixture(params=["O_TMPFILE", "hidden name"])
+@pytest.fixture(params=["O_TMPFILE", "temporary name"])
 def named(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the unpublished file has a hidden name, as where the system has no O_TMPFILE."""
-    if request.param == "hidden name":
+    """Whether the unpublished file has a temporary name, as where the system has no O_TMPFILE."""
+    if request.param == "temporary name":
         monkeypatch.delattr(os, "O_TMPFILE")
-    return bool(request.param == "hidden name")
+    return bool(request.param == "temporary name")
 
 
 @pytest.fixture(params=[False, True], ids=["new", "overwrite"])
@@ -313,7 +313,7 @@ def test_a_folder_that_takes_no_file_is_an_error(
 
 @pytest.mark.guarantee("hidden-name")
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT])
-def test_a_file_system_without_unnamed_files_gets_a_hidden_one(
+def test_a_file_system_without_unnamed_files_gets_a_temporary_one(
     target: Path, overwrite: bool, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How old kernels, NFS, FUSE and overlays answer O_TMPFILE."""
@@ -344,7 +344,7 @@ def test_descriptors_are_closed(target: Path, overwrite: bool, named: bool, monk
 @pytest.mark.guarantee("output-names")
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "-o", " ", "a\nb", "x.safetensors.tmp", ".hidden"])
 def test_names_of_any_kind_work(tmp_path: Path, named: bool, name: str) -> None:
-    """Even at the system's limit of 255 bytes, which leaves no room for the suffix of the hidden name."""
+    """Even at the system's limit of 255 bytes, which leaves no room for the suffix of the temporary name."""
     for overwrite in (False, True):
         write(tmp_path / name, overwrite=overwrite)
         assert (tmp_path / name).read_bytes() == CONTENTS
@@ -389,7 +389,7 @@ def test_every_rank_writes_into_the_same_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_its_name_is_hidden_and_nothing_is_left_without_publishing(tmp_path: Path) -> None:
+def test_its_name_is_temporary_and_nothing_is_left_without_publishing(tmp_path: Path) -> None:
     """If it failed, a failed run would leave files, or one that looks like an output."""
 
     def work(ranks: Ranks) -> list[str]:

@@ -118,3 +118,10 @@ def test_the_shares_of_ranks_cover_every_element_once_and_begin_at_pages(
         edges = sorted(found[tensor.name])
         assert [start for start, _ in edges] == [0, *(stop for _, stop in edges)][: len(edges)]
         assert (edges[-1][1] if edges else 0) == tensor.numel
+
+
+def test_one_tensor_is_shared_evenly() -> None:
+    """If it failed, a model that is one tensor would be left to one rank."""
+    plan = plan_of({"w": ("F32", (1_000_003,))})
+    shares = [plan.share(rank, 4, begin=128) for rank in range(4)]
+    assert all(abs(len(share) - 1_000_003) <= 64 * 1024 for share in shares)

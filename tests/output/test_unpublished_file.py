@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable
@@ -140,45 +141,58 @@ def test_short_writes_are_continued(
     assert target.read_bytes() == CONTENTS
 
 
-@pytest.mark.guarantee("write-errors")
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_failed_write_is_an_error_and_leaves_nothing(
-    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
+FAILURES = [
+    ("open", errno.EACCES, "creating the file failed"),
+    ("open", errno.EROFS, "creating the file failed"),
+    ("open", errno.EMFILE, "creating the file failed"),
+    ("open", errno.EIO, "creating the file failed"),
+    ("posix_fallocate", errno.EIO, "reserving 10.0 KiB failed"),
+    ("posix_fallocate", errno.EFBIG, "reserving 10.0 KiB failed"),
+    ("posix_fallocate", errno.ENOSPC, "not enough space: it needs 10.0 KiB, and "),
+    ("posix_fallocate", errno.EDQUOT, "not enough space: it needs 10.0 KiB, and "),
+    ("pwrite", errno.EIO, "writing failed"),
+    ("pwrite", errno.ENOSPC, "writing failed"),
+    ("pwrite", errno.EDQUOT, "writing failed"),
+    ("pwrite", errno.EFBIG, "writing failed"),
+    ("fsync", errno.EIO, "fsync failed, so the data is discarded"),
+    ("fsync", errno.ENOSPC, "fsync failed, so the data is discarded"),
+    ("fsync", errno.EDQUOT, "fsync failed, so the data is discarded"),
+]
+
+
+@pytest.mark.guarantee("write-errors", "fsync-errors", "file-size-limit")
+@pytest.mark.parametrize(("call", "code", "says"), FAILURES)
+def test_a_call_that_fails_is_an_error_and_leaves_nothing(
+    target: Path, overwrite: bool, named: bool, call: str, code: int, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "pwrite", failing(os.pwrite, code))
+    """No call is repeated: after a failed fsync the pages count as clean, so a second one would write nothing."""
+    failed = failing(getattr(os, call), code, times=1)
+    monkeypatch.setattr(os, call, failed)
     with pytest.raises(OutputError) as error:
         write(target, overwrite=overwrite)
+    monkeypatch.undo()
     assert error.value.exit_code == 5
-    for fact in (str(target), "writing failed", os.strerror(code), "run again"):
-        assert fact in str(error.value)
+    assert str(error.value).startswith(f"{target}: {says}")
+    if "space" in says:
+        assert re.search(r"and .*iB are free\. Free some space or write elsewhere\.$", str(error.value))
+    else:
+        assert f": {os.strerror(code)}. Check the disk and the permissions, then run again." in str(error.value)
+    assert failed.count == 1
     assert untouched(target, overwrite)
 
 
 @pytest.mark.guarantee("fsync-errors")
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_a_failed_fsync_discards_the_file_and_is_never_tried_again(
-    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [("posix_fallocate", errno.EOPNOTSUPP), ("posix_fallocate", errno.EINVAL), ("fsync", errno.EINVAL)],
+)
+def test_a_file_system_that_cannot_reserve_or_sync_folders_is_accepted(
+    target: Path, overwrite: bool, named: bool, call: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the failure the pages count as clean, so a second fsync would succeed without writing them."""
-    fsync = failing(os.fsync, code, times=1)
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OutputError) as error:
-        write(target, overwrite=overwrite)
-    assert error.value.exit_code == 5
-    for fact in (str(target), "fsync failed, so the data is discarded", os.strerror(code)):
-        assert fact in str(error.value)
-    assert fsync.count == 1
-    assert untouched(target, overwrite)
-
-
-@pytest.mark.guarantee("fsync-errors")
-def test_a_file_system_that_cannot_sync_folders_is_accepted(
-    target: Path, overwrite: bool, named: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fsync = failing(os.fsync, errno.EINVAL, when=is_folder)
-    monkeypatch.setattr(os, "fsync", fsync)
+    refused = failing(getattr(os, call), code, when=is_folder if call == "fsync" else lambda *arguments: True)
+    monkeypatch.setattr(os, call, refused)
     write(target, overwrite=overwrite)
-    assert fsync.count == 1
+    assert refused.count == 1
     assert target.read_bytes() == CONTENTS
 
 
@@ -261,54 +275,6 @@ def test_whatever_appears_at_the_path_is_kept(tmp_path: Path, named: bool, other
     assert os.listdir(tmp_path) == ["mean.safetensors"]
     assert {"file": target.is_file, "folder": target.is_dir, "dangling link": target.is_symlink}[other]()
     assert other != "file" or target.read_bytes() == b"theirs"
-
-
-@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_that_cannot_reserve_is_accepted(
-    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", failing(os.posix_fallocate, code))
-    write(target, overwrite=overwrite)
-    assert target.read_bytes() == CONTENTS
-
-
-@pytest.mark.guarantee("file-size-limit")
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_says_how_much_is_needed_and_free(
-    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", failing(os.posix_fallocate, code))
-    with pytest.raises(
-        OutputError, match=r"not enough space: it needs 10\.0 KiB, and .*iB are free\. Free some"
-    ) as error:
-        write(target, overwrite=overwrite)
-    assert error.value.exit_code == 5
-    assert str(target) in str(error.value)
-    assert untouched(target, overwrite)
-
-
-@pytest.mark.parametrize("code", [errno.EIO, errno.EFBIG])
-def test_a_failed_reservation_is_an_error(
-    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", failing(os.posix_fallocate, code))
-    with pytest.raises(OutputError, match=r"reserving 10\.0 KiB failed: ") as error:
-        write(target, overwrite=overwrite)
-    assert os.strerror(code) in str(error.value)
-    assert untouched(target, overwrite)
-
-
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EMFILE, errno.EIO])
-def test_a_folder_that_takes_no_file_is_an_error(
-    target: Path, overwrite: bool, named: bool, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "open", failing(os.open, code))
-    with pytest.raises(OutputError, match="creating the file failed") as error:
-        write(target, overwrite=overwrite)
-    assert error.value.exit_code == 5
-    assert os.strerror(code) in str(error.value)
-    monkeypatch.undo()
-    assert untouched(target, overwrite)
 
 
 @pytest.mark.guarantee("hidden-name")

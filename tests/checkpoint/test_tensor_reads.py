@@ -90,7 +90,7 @@ def test_ranges_are_returned_in_the_order_asked_for(
     chosen: list[View],
     data: st.DataObject,
 ) -> None:
-    """Whatever lies beside, inside or over what in the file, and however windows are joined."""
+    """Even if they overlap in the file, and however windows are shared."""
     monkeypatch.setattr(reads, "_WASTE", gap)
     tensors = [make(str(i), *view[:3], view[3] + data.draw(st.integers(0, 3000))) for i, view in enumerate(chosen)]
     ranges = [(tensor, 0, tensor.numel) for tensor in tensors]

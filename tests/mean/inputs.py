@@ -96,8 +96,8 @@ def ties(number: int, fmt: Format, count: int, rng: np.random.Generator) -> np.n
     inputs[0] = _floor(number * middle, fmt.mantissa)
     inputs[1] = number * middle - inputs[0]
     if number > 2:
-        crumb = 2.0**-24 if fmt is FLOAT16 else 2.0**-40
-        inputs[2] = rng.choice([-crumb, 0, crumb], count)
+        little = 2.0**-24 if fmt is FLOAT16 else 2.0**-40
+        inputs[2] = rng.choice([-little, 0, little], count)
     return rng.permuted(inputs, axis=0) * rng.choice([-1, 1], count)
 
 

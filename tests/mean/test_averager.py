@@ -83,7 +83,7 @@ def average_on_cpu(inputs: list[torch.Tensor], chunk: int, times: int = 1) -> No
 @pytest.mark.guarantee("cuda-memory")
 @pytest.mark.parametrize("room", [1024, 5000, 70_000])
 def test_smaller_chunks_where_the_device_is_full(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    """An average must not fail, nor change, because another program has taken the GPU's memory."""
+    """An average must not fail, nor change, because another program uses the GPU's memory."""
     made: list[int] = []
     buffers = averager._Buffers
 

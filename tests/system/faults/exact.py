@@ -83,7 +83,7 @@ class Format:
         twice, middle = 2 * size, (self.magnitude(below) + self.magnitude(above)) * denominator
         code = above if twice > middle or (twice == middle and below % 2) else below
         if code > self.largest:
-            assert self.infinity is not None, "the number lies beyond the range of a format without infinities"
+            assert self.infinity is not None, "the number is out of the range of a format without infinities"
             code = self.infinity
         if negative and (code or self.negative_zero):
             code |= 1 << (self.bits - 1)

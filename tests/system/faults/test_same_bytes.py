@@ -1,4 +1,4 @@
-"""One average has one set of bytes, whatever surrounds the run; and each of its elements is the exact mean."""
+"""One average has the same bytes in any environment, and each of its elements is the exact mean."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def expected(run: Path) -> str:
     return digest(run.parent / "mean.safetensors")
 
 
-# -- What surrounds a run -------------------------------------------------------------------------------------------
+# -- The environment of a run ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Circumstances:
-    """Under what a process runs.
+class Environment:
+    """How a process is started.
 
     Attributes:
         flags: of Python.
         options: of the command, none of which may change a byte.
         variables: of the environment.
-        umask: as `os.umask` takes it.
+        umask: for `os.umask`.
         source: how the run folder is named, seen from its parent; empty: by its absolute path, from somewhere else.
     """
 
@@ -62,12 +62,12 @@ class Circumstances:
     source: str = ""
 
 
-PLAIN = Circumstances(
+PLAIN = Environment(
     flags=["-O"],
     variables={"PYTHONHASHSEED": "1", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "0", "TZ": "America/New_York"},
     umask=0,
 )
-STRANGE = Circumstances(
+STRANGE = Environment(
     flags=["-OO"],
     options=["--threads", "3", "--memory", "1MiB", "--io", "pread"],
     variables={
@@ -94,7 +94,7 @@ header.encode_header = lambda plan, metadata, **given: encode(plan, {{**metadata
 """
 
 
-def digests(run: Path, folder: Path, several: Sequence[Circumstances], *, more: str = "") -> set[str]:
+def digests(run: Path, folder: Path, several: Sequence[Environment], *, more: str = "") -> set[str]:
     """Averages in processes of their own; returns the digests of what they wrote."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(_CLOCK + (_WRONG.format(value=more) if more else ""))
@@ -138,7 +138,7 @@ def test_neither_clock_nor_seed_nor_folder_nor_flags_change_a_byte(run: Path, ex
     ],
     ids=["time", "order of a set"],
 )
-def test_the_circumstances_catch_a_writer_that_depends_on_them(run: Path, tmp_path: Path, more: str) -> None:
+def test_the_environments_catch_a_writer_that_depends_on_them(run: Path, tmp_path: Path, more: str) -> None:
     """A control: the time in the metadata, and the order of a set."""
     assert len(digests(run, tmp_path / "wrong", [PLAIN, STRANGE], more=more)) == 2
 
@@ -159,10 +159,10 @@ def test_the_number_of_ranks_does_not_change_a_byte(run: Path, expected: str, tm
 
 @pytest.mark.guarantee("same-bytes")
 @pytest.mark.campaign
-def test_many_circumstances_and_ranks_give_one_digest(run: Path, expected: str, tmp_path: Path) -> None:
+def test_many_environments_and_ranks_give_one_digest(run: Path, expected: str, tmp_path: Path) -> None:
     rng = random.Random(0)
     several = [
-        Circumstances(
+        Environment(
             flags=rng.choice([[], ["-O"], ["-OO"], ["-X", "dev"]]),
             options=["--threads", rng.choice("12358"), "--memory", rng.choice(["1MiB", "3MiB", "64MiB", "1GiB"]),
                      "--io", rng.choice(["auto", "mmap", "pread"]), "--device", rng.choice(["auto", "cpu"])],

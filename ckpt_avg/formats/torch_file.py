@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
 from ckpt_avg.checkpoint.training_record import measure
 from ckpt_avg.errors import CheckpointFormatError, fail
 from ckpt_avg.files.input_file import InputFile
@@ -15,7 +16,7 @@ from ckpt_avg.formats.pickles.stand_ins import StoredTensor
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.state_dict import StateDict, find_state_dict
 from ckpt_avg.formats.tensor_names import settle_names
-from ckpt_avg.formats.trainers.records import element, plain_values, record_of
+from ckpt_avg.formats.trainers.records import record_of
 from ckpt_avg.formats.trainers.trainer import Contents
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, plural, quote
@@ -111,7 +112,7 @@ def locate(path: Path, name: str, tensor: StoredTensor, contents: FileContents) 
         got = f"shape {quote(shape)}, stride {quote(stride)}, offset {quote(offset)}"
         fail(path, f"expected sizes and strides from 0 to 2⁶³−1, got {got}", "Save it again", tensor=name)
     spec = TensorSpec(name, tensor.dtype, shape, stride, 0, begin + offset * itemsize, (begin, length))
-    if prod(max(extent, 1) for extent in shape) * itemsize > LIMITS.elements:
+    if math.prod(max(extent, 1) for extent in shape) * itemsize > LIMITS.elements:
         fail(path, f"shape {quote(shape)} overflows 63 bits", "Save it again", tensor=name)
     if 0 in shape:
         return spec
@@ -149,3 +150,30 @@ def top_keys(contents: object, state_key: str | None) -> tuple[str, ...]:
 def describe_ema(found: StateDict) -> str:
     """Returns how weights that are an EMA show that; nothing for others."""
     return f"{RUNNING_AVERAGE}, under {quote(found.key)}" if found.ema else ""
+
+
+def plain_values(root: object) -> dict[str, str | int | float | bool | None]:
+    """Returns the plain values at the top of a torch file: epoch, step, metric, version and the like."""
+    if not isinstance(root, dict):
+        return {}
+    return {
+        key: value
+        for key, value in root.items()
+        if isinstance(key, str)
+        # What JSON cannot hold tells nothing: NaN, Inf, integers of thousands of digits.
+        and (isinstance(value, (str, bool, type(None))) or (isinstance(value, (int, float)) and abs(value) < 2.0**1000))
+    }
+
+
+def element(dtype: DType, content: bytes) -> float | None:
+    """Returns the value of one stored element of a float or integer dtype."""
+    if dtype.name == "BF16":
+        content, letter = b"\0\0" + content, "f"
+    else:
+        letter = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}.get(
+            dtype.name, ""
+        )
+    if not letter or struct.calcsize(letter) != len(content):
+        return None
+    value = float(struct.unpack(f"<{letter}", content)[0])
+    return value if math.isfinite(value) else None

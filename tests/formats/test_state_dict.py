@@ -15,7 +15,7 @@ from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.pickles.stand_ins import Foreign, PlainDict, StorageRef, StoredTensor, UnreadableTensor
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.state_dict import find_state_dict
-from ckpt_avg.formats.trainers.records import plain_values
+from ckpt_avg.formats.torch_file import plain_values
 
 PATH = Path("run/epoch_3.pt")
 F32 = DTYPES["F32"]

@@ -1,4 +1,4 @@
-"""detectron2 (fvcore): model_0004999.pth and model_final.pth; pickles of numpy arrays in its model zoo."""
+"""detectron2 (fvcore): model_0004999.pth and model_final.pth, which is the last of them once more."""
 
 from ckpt_avg.formats.trainers.trainer import Layout, Trainer
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
-import struct
 from dataclasses import replace
 
-from ckpt_avg.checkpoint.spec import DType
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.formats.trainers.any_script import ANY_SCRIPT
 from ckpt_avg.formats.trainers.registry import TRAINERS
@@ -58,30 +55,3 @@ def _learning_rate(contents: Contents, key: str) -> float | None:
     optimizers = itertools.chain([state], state.values() if isinstance(state, dict) else ())
     rates = (Contents(each, contents.scalar).number("param_groups.lr") for each in optimizers)
     return next((rate for rate in rates if rate is not None), None)
-
-
-def plain_values(root: object) -> dict[str, str | int | float | bool | None]:
-    """Returns the plain values at the top of a torch file: epoch, step, metric, version and the like."""
-    if not isinstance(root, dict):
-        return {}
-    return {
-        key: value
-        for key, value in root.items()
-        if isinstance(key, str)
-        # What JSON cannot hold tells nothing: NaN, Inf, integers of thousands of digits.
-        and (isinstance(value, (str, bool, type(None))) or (isinstance(value, (int, float)) and abs(value) < 2.0**1000))
-    }
-
-
-def element(dtype: DType, contents: bytes) -> float | None:
-    """Returns the value of one stored element of a float or integer dtype."""
-    if dtype.name == "BF16":
-        contents, letter = b"\0\0" + contents, "f"
-    else:
-        letter = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}.get(
-            dtype.name, ""
-        )
-    if not letter or struct.calcsize(letter) != len(contents):
-        return None
-    value = float(struct.unpack(f"<{letter}", contents)[0])
-    return value if math.isfinite(value) else None

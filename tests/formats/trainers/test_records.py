@@ -14,7 +14,8 @@ from ckpt_avg import inspect
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME
 from ckpt_avg.checkpoint.training_record import Record, count, measure
 from ckpt_avg.formats.open import open_checkpoint
-from ckpt_avg.formats.trainers.records import element, record_of
+from ckpt_avg.formats.torch_file import element
+from ckpt_avg.formats.trainers.records import record_of
 from ckpt_avg.formats.trainers.trainer import Contents
 
 W = {"w": torch.ones(2)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,7 +85,7 @@ def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:
     for spec in specs[1:]:
         if spec.tensors is reference.tensors:
             continue  # the headers have the same bytes
-        for key in (*_differences(reference, spec), *_differently_tied(tied, spec)):
+        for key in _differences(reference, tied, spec):
             found.setdefault(key, []).append(str(spec.path))
     differences = tuple(
         Difference(tensor, aspect, expected, got, tuple(paths))
@@ -102,39 +102,30 @@ def refuse_differences(specs: Sequence[CheckpointSpec]) -> None:
         raise IncompatibleError(str(report), lines=True)
 
 
-def _differences(reference: CheckpointSpec, spec: CheckpointSpec) -> list[tuple[str, Aspect, str, str]]:
-    result: list[tuple[str, Aspect, str, str]] = []
+def _differences(
+    reference: CheckpointSpec, tied: dict[str, tuple[str, ...]], spec: CheckpointSpec
+) -> Iterator[tuple[str, Aspect, str, str]]:
     for name, expected in reference.tensors.items():
         tensor = spec.tensors.get(name)
         if tensor is None:
-            result.append((name, "missing", _describe(expected), "no such tensor"))
+            yield name, "missing", _describe(expected), "no such tensor"
             continue
         if tensor.shape != expected.shape:
-            result.append((name, "shape", str(list(expected.shape)), str(list(tensor.shape))))
+            yield name, "shape", str(list(expected.shape)), str(list(tensor.shape))
         if tensor.dtype != expected.dtype:
-            result.append((name, "dtype", expected.dtype.name, tensor.dtype.name))
-    result += [
-        (name, "unexpected", "no such tensor", _describe(tensor))
-        for name, tensor in spec.tensors.items()
-        if name not in reference.tensors
-    ]
-    return result
+            yield name, "dtype", expected.dtype.name, tensor.dtype.name
+    for name, tensor in spec.tensors.items():
+        if name not in reference.tensors:
+            yield name, "unexpected", "no such tensor", _describe(tensor)
+    found = _partners(spec)
+    for name in dict.fromkeys((*tied, *found)):
+        if name in spec.tensors and tied.get(name) != found.get(name):
+            yield name, "tied", _tie(name, tied), _tie(name, found)
 
 
 def _partners(spec: CheckpointSpec) -> dict[str, tuple[str, ...]]:
     """Returns, for each tied tensor, the names that share its storage."""
     return {name: tuple(sorted(names)) for names in spec.tied() for name in names}
-
-
-def _differently_tied(expected: dict[str, tuple[str, ...]], spec: CheckpointSpec) -> list[tuple[str, Aspect, str, str]]:
-    """Returns the tensors that are tied to other tensors than in the reference checkpoint."""
-    found = _partners(spec)
-    names = [name for name in (*expected, *(name for name in found if name not in expected)) if name in spec.tensors]
-    return [
-        (name, "tied", _tie(name, expected), _tie(name, found))
-        for name in names
-        if expected.get(name) != found.get(name)
-    ]
 
 
 def _tie(name: str, partners: dict[str, tuple[str, ...]]) -> str:
@@ -157,16 +148,9 @@ def _advice(specs: Sequence[CheckpointSpec], differences: Sequence[Difference]) 
     return "Average checkpoints of one architecture and one run; skip others with --exclude."
 
 
-def _prefix_between(specs: Sequence[CheckpointSpec]) -> str | None:
-    """Returns the prefix that all names of some checkpoints have, and no name of the others."""
-    shortest = min(specs, key=lambda spec: sum(map(len, spec.tensors)))
-    bare = set(shortest.tensors)
-    prefixes = set()
-    for spec in specs:
-        if spec.tensors and set(spec.tensors) != bare:
-            first = next(iter(spec.tensors))
-            ends = [name for name in bare if first.endswith(f".{name}")]
-            prefixes.add(first[: -len(max(ends, key=len))] if ends else "")
-    prefix = prefixes.pop() if len(prefixes) == 1 else ""
-    stripped = ({name.removeprefix(prefix) for name in spec.tensors} for spec in specs)
-    return prefix if prefix and all(names == bare for names in stripped) else None
+def _prefix_between(specs: Sequence[CheckpointSpec]) -> str:
+    """Returns the prefix that all names of some checkpoints have, and no name of the others; empty if there is none."""
+    bare = set(min(specs, key=lambda spec: sum(map(len, spec.tensors))).tensors)
+    first = next((name for spec in specs if set(spec.tensors) != bare for name in spec.tensors), "")
+    prefix = min((first.removesuffix(name) for name in bare if first.endswith(f".{name}")), key=len, default="")
+    return prefix if all({name.removeprefix(prefix) for name in spec.tensors} == bare for spec in specs) else ""

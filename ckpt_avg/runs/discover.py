@@ -16,7 +16,7 @@ from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.formats.trainers.any_script import SUFFIXES
 from ckpt_avg.formats.trainers.file_names import is_alias
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.runs.run_folder import ALIAS, Listing, Skipped, entries_of, identity_of, list_folder
+from ckpt_avg.runs.run_folder import ALIAS, Skipped, SourceContents, entries_of, identity_of, list_folder
 from ckpt_avg.text import listing, quote
 
 _DEEPEST = 3  # levels of folders that are searched below a run folder without checkpoints of its own
@@ -29,7 +29,7 @@ Sources = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 class Discovery:
     """The checkpoints of all sources."""
 
-    sources: tuple[Listing, ...]
+    sources: tuple[SourceContents, ...]
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -79,7 +79,7 @@ def refuse_repeated(checkpoints: Iterable[tuple[Path, Hashable]]) -> None:
         seen[identity] = path
 
 
-def _list_source(original: str | os.PathLike[str]) -> Listing:
+def _list_source(original: str | os.PathLike[str]) -> SourceContents:
     source = Path(original)
     if not os.fspath(original):
         raise UsageError("expected the path of a checkpoint file or a run folder, got an empty path.")
@@ -93,14 +93,14 @@ def _list_source(original: str | os.PathLike[str]) -> Listing:
         what = "broken symbolic link" if source.is_symlink() else "no such file or folder"
         raise UsageError(f"{source}: {what}. Check the path.")
     if not source.is_dir():
-        return Listing((source,), False)
+        return SourceContents((source,), False)
     found = _search(source, _DEEPEST, itertools.count())
     if found is None:
         raise IncompatibleError(_nothing(source))
     return found
 
 
-def _search(folder: Path, depth: int, visits: Iterator[int]) -> Listing | None:
+def _search(folder: Path, depth: int, visits: Iterator[int]) -> SourceContents | None:
     """Returns the checkpoints of a folder, or of the only folder inside it that has some; None without any."""
     if next(visits) > LIMITS.folders:
         raise IncompatibleError(

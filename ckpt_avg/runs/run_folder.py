@@ -27,7 +27,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class SourceContents:
     """The checkpoints of one source.
 
     Attributes:
@@ -43,7 +43,7 @@ class Listing:
     notes: tuple[str, ...] = ()
 
 
-def list_folder(folder: Path) -> Listing:
+def list_folder(folder: Path) -> SourceContents:
     """Lists the first level of a folder.
 
     Raises:
@@ -54,14 +54,14 @@ def list_folder(folder: Path) -> Listing:
     except CheckpointFormatError as error:
         raise UsageError(str(error)) from error
     if own is not None and own.is_inside(folder) and not own.problem:
-        return Listing((folder,), False)  # its weights are in a folder inside, which is no run
+        return SourceContents((folder,), False)  # its weights are in a folder inside, which is no run
     files, folders, models, skipped = _sort_entries(folder)
     if own is not None:
         used = {own.path.name, *own.others}
         files = [path for path in files if path.name not in used and not _is_shard(path)]
-        # Only checkpoints with numbers next to them show that the folder's own weights are those of a whole run.
+        # Only checkpoints with numbers next to them show that the folder's own weights are those of a run.
         if not folders and not any(map(_numbered, files)):
-            return Listing((folder,), False)
+            return SourceContents((folder,), False)
         skipped.append(Skipped(own.path, own.problem or "the run's own weights, next to its checkpoints"))
     incomplete = _without_last_file(folders)
     skipped += incomplete
@@ -77,7 +77,7 @@ def list_folder(folder: Path) -> Listing:
     if named or any(item.reason == EARLIER_AVERAGE for item in skipped):  # an alias alone is not the run
         skipped += [Skipped(path, ALIAS) for path in kept if path not in named]
         kept = named
-    return Listing(tuple(sorted(kept, key=in_order)), True, tuple(skipped))
+    return SourceContents(tuple(sorted(kept, key=in_order)), True, tuple(skipped))
 
 
 def natural_key(name: str) -> tuple[tuple[object, ...], str]:
@@ -193,13 +193,9 @@ def _once(paths: Sequence[Path]) -> tuple[list[Path], list[Skipped]]:
     chosen: dict[tuple[int, int], Path] = {}
     for path in sorted(paths, key=lambda path: (path.is_symlink(), is_alias(path.name), natural_key(path.name))):
         chosen.setdefault(identity_of(path), path)
-    kept = [path for path in paths if chosen[identity_of(path)] == path]
-    repeated = [
-        Skipped(path, f"the same file as {chosen[identity_of(path)].name}")
-        for path in paths
-        if chosen[identity_of(path)] != path
-    ]
-    return kept, repeated
+    firsts = {path: chosen[identity_of(path)] for path in paths}
+    repeated = [Skipped(path, f"the same file as {first.name}") for path, first in firsts.items() if path != first]
+    return [path for path, first in firsts.items() if path == first], repeated
 
 
 def identity_of(path: Path) -> tuple[int, int]:

@@ -355,6 +355,11 @@ CHECKPOINT_FOLDERS = {
 }  # fmt: skip
 
 
+def transformers_run(folder: Path, *steps: int) -> None:
+    for step in steps:
+        tree(folder / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
+
+
 @pytest.mark.parametrize("form", CHECKPOINT_FOLDERS)
 def test_a_checkpoint_folder_is_one_checkpoint(tmp_path: Path, form: str) -> None:
     """Not as many as it has files, nor its optimizer another one; named itself, or found in a run."""
@@ -376,8 +381,7 @@ def test_checkpoint_folders_and_files_of_one_run(tmp_path: Path) -> None:
 
 def test_the_final_model_next_to_the_checkpoints_is_skipped(tmp_path: Path) -> None:
     """The Trainer saves the last or best once more at the top: it would count double."""
-    for step in (500, 1000):
-        tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
+    transformers_run(tmp_path, 500, 1000)
     tree(tmp_path, "model.safetensors", "config.json", "training_args.bin", "trainer_state.json")
     assert listed(tmp_path) == (
         ["checkpoint-500", "checkpoint-1000"],
@@ -396,8 +400,7 @@ def test_further_weights_in_a_checkpoint_folder_do_not_make_it_a_run(tmp_path: P
 
 def test_a_sharded_final_model_next_to_the_checkpoints_is_skipped(tmp_path: Path) -> None:
     """Its shards are no checkpoints either."""
-    for step in (500, 1000):
-        tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
+    transformers_run(tmp_path, 500, 1000)
     tree(tmp_path, *CHECKPOINT_FOLDERS["transformers sharded"])
     found, skipped = listed(tmp_path)
     assert found == ["checkpoint-500", "checkpoint-1000"]
@@ -407,8 +410,7 @@ def test_a_sharded_final_model_next_to_the_checkpoints_is_skipped(tmp_path: Path
 @pytest.mark.guarantee("half-written")
 def test_checkpoint_folders_that_were_not_finished(tmp_path: Path) -> None:
     """In each way that trainers have: with a temporary name, or without the file that is written last."""
-    for step in (1, 2):
-        tree(tmp_path / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
+    transformers_run(tmp_path, 1, 2)
     tree(tmp_path / "tmp-checkpoint-3", *CHECKPOINT_FOLDERS["transformers"])
     tree(tmp_path / "checkpoint-4.tmp", "model.safetensors")
     tree(tmp_path / "checkpoint-5", "model.safetensors")
@@ -515,16 +517,14 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
 
 def test_the_parent_of_a_run_with_a_final_model_leads_to_its_checkpoints(tmp_path: Path) -> None:
     """Taken for a checkpoint for the sake of its final model, the run would be one checkpoint, and not averaged."""
-    for step in (500, 1000):
-        tree(tmp_path / "out" / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
+    transformers_run(tmp_path / "out", 500, 1000)
     tree(tmp_path / "out", "model.safetensors", "config.json")
     for source in (tmp_path, tmp_path / "out"):
         found = discover([source])
         assert found.paths == (tmp_path / "out" / "checkpoint-500", tmp_path / "out" / "checkpoint-1000")
         assert found.sources[0].is_run
         assert listed(source)[1]["model.safetensors"] == FINAL
-    for step in (500, 1000):
-        tree(tmp_path / "other" / f"checkpoint-{step}", *CHECKPOINT_FOLDERS["transformers"])
+    transformers_run(tmp_path / "other", 500, 1000)
     tree(tmp_path / "other", "model.safetensors", "config.json")
     assert "got 2 folders with checkpoints: 'other', 'out'. Name one of them." in refusal(IncompatibleError, tmp_path)
 

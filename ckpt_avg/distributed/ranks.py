@@ -158,7 +158,7 @@ class Ranks:
 
     def stopped(self) -> RankError:
         """Returns the error that says which rank failed, and why."""
-        return RankError(f"{self.failure}. The output path is as it was, or complete if it had been published.")
+        return RankError(f"{self.failure}. The output path is unchanged, or complete if it was already published.")
 
     def _meet(self, step: str, others: Iterable[int]) -> None:
         """Waits until ``others`` have come to this step."""
@@ -189,15 +189,15 @@ class Ranks:
         lost = self._lost()  # before the store, in which a rank leaves word before it closes its connections
         mine = json.dumps([*self._step, time.monotonic()])
         try:
-            self._ask(lambda store: store.set(f"rank/{self.rank}", mine))
-            failure, *said = self._ask(lambda store: store.multi_get(self._keys))
+            self._ask("set", f"rank/{self.rank}", mine)
+            failure, *said = self._ask("multi_get", self._keys)
         except ConnectionError as error:
             return [], Failure(lost[0] if lost else 0, f"was lost: {error}")
         known = Failure(lost[0], f"was lost: {_CLOSED}") if lost else None
         return [json.loads(each or '[0, ""]') for each in said], Failure(**json.loads(failure)) if failure else known
 
-    def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """Returns the store's answer; raises ConnectionError if the process that holds it, mostly rank 0, is gone.
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the store; raises ConnectionError if the process that holds it, mostly rank 0, is gone.
 
         A thread asks: the call would neither return nor hear a signal if that process were frozen.
         """
@@ -205,7 +205,7 @@ class Ranks:
 
         def ask() -> None:
             try:
-                answers.put([question(self._store)])
+                answers.put([getattr(self._store, method)(*arguments)])
             except RuntimeError:
                 answers.put([])
 
@@ -245,7 +245,7 @@ class Ranks:
         self.failure = failure
         mine = json.dumps(asdict(failure))
         with contextlib.suppress(ConnectionError):
-            self.failure = Failure(**json.loads(self._ask(lambda store: store.compare_set("failure", "", mine))))
+            self.failure = Failure(**json.loads(self._ask("compare_set", "failure", "", mine)))
 
     def _report(self, error: BaseException) -> None:
         if self._group is not None and self.failure is None and _is_signal(error):
@@ -259,15 +259,16 @@ class Ranks:
     def _wait_for_cause(self) -> None:
         """After a launcher's signal, waits until it is known which rank caused it, or that all ranks got one."""
         deadline = time.monotonic() + _AFTER_SIGNAL
-        with contextlib.suppress(ConnectionError):
-            signalled = self._ask(lambda store: store.add("signalled", 1))
-            while signalled < self.size and time.monotonic() < deadline:
-                failure = self._look()[1]
-                if failure is not None:
-                    self._post(failure)
-                    break
-                time.sleep(_PAUSE)
-                signalled = self._ask(lambda store: store.add("signalled", 0))
+        signalled, mine = 0, 1
+        while signalled < self.size and time.monotonic() < deadline:
+            failure = self._look()[1]
+            if failure is not None:
+                self._post(failure)
+                break
+            with contextlib.suppress(ConnectionError):  # the next look says why
+                signalled = self._ask("add", "signalled", mine)
+            mine = 0
+            time.sleep(_PAUSE)
 
     def _gather(self, value: Any) -> list[Any]:
         import torch

@@ -18,7 +18,7 @@ from ckpt_avg.distributed import ranks as ranks_module
 from ckpt_avg.distributed.ranks import Failure, Ranks, first_difference
 from ckpt_avg.errors import RankError
 
-STOP = "The output path is as it was, or complete if it had been published."
+STOP = "The output path is unchanged, or complete if it was already published."
 
 
 class Terminated(BaseException):

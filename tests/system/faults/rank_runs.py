@@ -1,16 +1,14 @@
-"""Ranks for tests: threads that talk through queues, and processes that are killed or starved at chosen moments.
+"""Ranks for tests: threads of one process, and processes that fail, freeze or are killed at chosen moments.
 
-The `RankServer` imports torch once and forks every group of ranks, so that a group takes well under a second. This file
-is also the server's own program.
+A `RankServer` has imported everything and forks each group of ranks, so that a group takes about a second. This file is
+also the server's own program.
 """
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import errno
 import functools
-import gc
 import json
 import os
 import runpy
@@ -29,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 HUNG = 9999  # in place of the exit code of a process that had to be killed
-NO_MOUNTS = 77  # the exit code of a rank that may not mount anything
 
 
 # -- Threads --------------------------------------------------------------------------------------------------------
@@ -38,14 +35,8 @@ NO_MOUNTS = 77  # the exit code of a rank that may not mount anything
 def in_threads(size: int, work: Callable[..., Any], *, timeout: float = 20.0, silence: float = 20.0) -> list[Any]:
     """Calls ``work(ranks)`` on as many ranks, a thread each: what it returned or raised, by rank.
 
-    As `ckpt_avg.join_ranks` does, each rank leaves at the end, with its error if there is one. Fails if one does not
-    end in time.
-
-    Args:
-        size: how many.
-        work: what each does.
-        timeout: seconds for all of it.
-        silence: the ranks' own timeout.
+    As with `ckpt_avg.join_ranks`, each rank leaves at the end, with its error if there is one. Fails if one does not
+    end within ``timeout`` seconds. ``silence`` is the timeout of the ranks.
     """
     from torch import distributed
 
@@ -88,7 +79,7 @@ def lose(ranks: Any) -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How one rank ended: its exit code as `subprocess` gives it, what it printed, and when, from the beginning."""
+    """How one rank ended: its exit code as `subprocess` gives it, what it printed, and after how many seconds."""
 
     code: int
     out: str
@@ -105,14 +96,11 @@ class Group:
         arguments: of the command, on each of them.
         script: run this Python file instead, with the arguments.
         folder: the current one.
-        own_folders: rank → its own in its place.
-        own_arguments: rank → its own in their place.
-        environment: variables of all ranks.
-        own_environment: rank → variables of its own; None takes one away.
-        faults: rank → [point, action] pairs, see `_interfere`.
+        environment: variables of all ranks; None takes one away.
+        own: rank → its own values for ``arguments`` and ``folder``.
+        faults: rank → [point, action] pairs, see `_interfere` and `_act`.
         signal: sent, once the file ``marker`` exists, to the ranks in ``struck``.
         terminates: whether the others get SIGTERM as soon as one has failed, as launchers do.
-        finalises: whether the interpreters end as they do in processes of their own, which takes longer.
         timeout: seconds after which those that are left are killed.
     """
 
@@ -120,16 +108,13 @@ class Group:
     arguments: Sequence[object] = ()
     script: Path | None = None
     folder: Path = Path("/")
-    own_folders: Mapping[int, Path] = field(default_factory=dict)
-    own_arguments: Mapping[int, Sequence[object]] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-    own_environment: Mapping[int, Mapping[str, str | None]] = field(default_factory=dict)
+    environment: Mapping[str, str | None] = field(default_factory=dict)
+    own: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     faults: Mapping[int, Sequence[tuple[str, str]]] = field(default_factory=dict)
     signal: int = signal.SIGTERM
     marker: Path | None = None
     struck: Sequence[int] = ()
     terminates: bool = False
-    finalises: bool = False
     timeout: float = 30.0
 
 
@@ -145,12 +130,10 @@ class RankServer:
     """Forks groups of ranks from a process that has already imported everything."""
 
     def __init__(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        command = [sys.executable, __file__]
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
     def run(self, group: Group) -> list[Ended]:
@@ -180,19 +163,10 @@ def rank_server() -> RankServer:
 # -- The server's side ----------------------------------------------------------------------------------------------
 
 
-def _serve() -> int:
-    """Answers groups until there are no more; returns the exit code of this process, which may be a rank by then."""
-    import torch.testing
-    import torch.utils.data.distributed  # noqa: F401
+def _serve() -> None:
+    from forking import import_everything
 
-    import ckpt_avg.cli.main
-    import ckpt_avg.cli.progress_bars
-    import ckpt_avg.cli.reports
-    import ckpt_avg.commands.average
-    import ckpt_avg.commands.refresh_bn  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
+    import_everything()
     while line := sys.stdin.readline():
         group = json.loads(line)
         scratch = Path(tempfile.mkdtemp())
@@ -202,11 +176,15 @@ def _serve() -> int:
         for rank in range(group["size"]):
             child = os.fork()
             if child == 0:
-                code = _be(group, rank, port, scratch)
-                if group["finalises"]:
-                    return code
-                sys.stderr.flush()
-                os._exit(code)
+                code = 1
+                try:
+                    code = _be(group, rank, port, scratch)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
             children.append(child)
         answer = [
             {
@@ -219,7 +197,6 @@ def _serve() -> int:
         ]
         shutil.rmtree(scratch)
         print(json.dumps(answer), flush=True)
-    return 0
 
 
 def _wait(group: dict[str, Any], children: list[int], begin: float) -> list[tuple[int, float]]:
@@ -258,35 +235,26 @@ def _wait(group: dict[str, Any], children: list[int], begin: float) -> list[tupl
 
 def _be(group: dict[str, Any], rank: int, port: int, scratch: Path) -> int:
     """Is one rank; returns its exit code."""
-    # Nothing of what it raises may reach the server's loop.
-    try:
-        return _start(group, rank, port, scratch)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-
-
-def _start(group: dict[str, Any], rank: int, port: int, scratch: Path) -> int:
     for number, path in enumerate((Path(os.devnull), scratch / f"out.{rank}", scratch / f"err.{rank}")):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), number)
-    os.chdir(group["own_folders"].get(str(rank), group["folder"]))
+    faults = group["faults"].get(str(rank), ())
+    group |= group["own"].get(str(rank), {})
+    os.chdir(group["folder"])
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(group["size"]), "LOCAL_RANK": str(rank)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(group["size"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= group["environment"]
-    for name, value in group["own_environment"].get(str(rank), {}).items():
+    for name, value in group["environment"].items():
         os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-    _interfere(group["faults"].get(str(rank), ()))
-    arguments = group["own_arguments"].get(str(rank), group["arguments"])
+    _interfere(faults)
+    arguments = list(map(str, group["arguments"]))
     if group["script"] is not None:
-        sys.argv = [group["script"], *map(str, arguments)]
+        sys.argv = [group["script"], *arguments]
         sys.path.insert(0, os.path.dirname(group["script"]))
         runpy.run_path(group["script"], run_name="__main__")
-        sys.stdout.flush()
         return 0
     from ckpt_avg.cli.exits import run
     from ckpt_avg.cli.main import cli
 
-    return run(cli, list(map(str, arguments)))
+    return run(cli, arguments)
 
 
 def _act(action: str) -> None:
@@ -298,37 +266,14 @@ def _act(action: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif word == "sleep":
         time.sleep(float(rest))
-    elif word == "hold":  # the interpreter, so that no thread runs
-        ctypes.PyDLL(None).usleep(int(float(rest) * 1e6))
     elif word == "mark":
         Path(rest).touch()
-    elif word == "log":
-        with open(rest, "a") as log:
-            log.write(f"{time.monotonic_ns()} {os.environ['RANK']}\n")
-    elif word == "version":
-        import ckpt_avg.commands.agreement
-
-        ckpt_avg.commands.agreement.__version__ = "0.0.1"
-    elif word == "hide":
-        _mount_over(rest)
     else:
         raise OSError(getattr(errno, word), os.strerror(getattr(errno, word)))
 
 
-def _mount_over(folder: str) -> None:
-    """Gives this process alone an empty folder in place of one."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    new_namespace, private, recursive = 0x00020000, 1 << 18, 1 << 14
-    if (
-        libc.unshare(new_namespace)
-        or libc.mount(b"none", b"/", None, private | recursive, None)
-        or libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, None)
-    ):
-        os._exit(NO_MOUNTS)
-
-
 def _interfere(faults: Sequence[tuple[str, str]]) -> None:
-    """Makes this process act at points of its work.
+    """Makes this process act, once, at points of its work.
 
     These are ``start``; ``before STEP`` and ``after STEP`` of `Ranks.exchange`; ``before CALL`` and ``after CALL`` of a
     function in `os`, and of ``destroy_process_group``; and ``in write``: when a piece of the data section is half
@@ -339,18 +284,16 @@ def _interfere(faults: Sequence[tuple[str, str]]) -> None:
     from ckpt_avg.distributed.ranks import Ranks
 
     lock = threading.Lock()
-    done: set[tuple[str, str]] = set()
+    left = list(map(tuple, faults))
 
     def at(point: str) -> None:
-        for where, action in faults:
-            with lock:
-                if where != point or (where, action) in done:
-                    continue
-                if not action.startswith("log"):
-                    done.add((where, action))
+        with lock:
+            due = [fault for fault in left if fault[0] == point]
+            left[:] = [fault for fault in left if fault[0] != point]
+        for _, action in due:
             _act(action)
 
-    def around(owner: Any, name: str, what: Callable[..., str | None]) -> None:
+    def around(owner: Any, name: str, what: Callable[..., str]) -> None:
         real = getattr(owner, name)
 
         def call(*arguments: Any, **keywords: Any) -> Any:
@@ -366,12 +309,12 @@ def _interfere(faults: Sequence[tuple[str, str]]) -> None:
         return
     around(Ranks, "exchange", lambda ranks, step, *rest: step)
     around(distributed, "destroy_process_group", lambda *arguments: "destroy_process_group")
-    for name in ("fsync", "link", "replace", "unlink", "posix_fallocate"):
+    for name in ("fsync", "link", "replace", "posix_fallocate"):
         around(os, name, lambda *arguments, name=name: name)
     pwrite = os.pwrite
 
     def half(descriptor: int, contents: memoryview, offset: int) -> int:
-        if offset and any(where == "in write" for where, _ in faults):
+        if offset and any(where == "in write" for where, _ in left):
             pwrite(descriptor, contents[: len(contents) // 2], offset)
             at("in write")
         return pwrite(descriptor, contents, offset)
@@ -381,4 +324,4 @@ def _interfere(faults: Sequence[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_serve())
+    _serve()

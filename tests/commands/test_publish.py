@@ -184,6 +184,7 @@ def test_no_room_is_told_by_rank_0_and_passed_on(tmp_path: Path, monkeypatch: py
     assert os.listdir(tmp_path / "out") == []
 
 
+@pytest.mark.guarantee("rank-0-publishes")
 def test_all_ranks_sync_before_rank_0_alone_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it failed, a power cut could keep the name of a file whose bytes were lost, or two ranks would publish."""
     log: list[tuple[str, int]] = []

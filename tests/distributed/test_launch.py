@@ -130,8 +130,8 @@ for time in range(3):
 CATCHES = """
 with join_ranks() as ranks:
     try:
-        average([f"{folder}/0.safetensors", f"{folder}/1.safetensors"], f"{folder}/no.safetensors", bn="keep",
-                model=lambda: torch.nn.Linear(5, 3), evaluate=lambda model: {"value": 1.0}, require="value>=2", ranks=ranks)
+        average([f"{folder}/0.safetensors", f"{folder}/1.safetensors"], f"{folder}/no.safetensors", ranks=ranks,
+                model=lambda: torch.nn.Linear(5, 3), evaluate=lambda model: {"value": 1.0}, require="value>=2")
     except RequirementError as error:
         print("caught")
 print("left")

@@ -121,20 +121,16 @@ def measuring(
 
     Yields a list to which each call of a layer appends the layer's pool.
     """
-    hooks = []
     reached: list[Pool] = []
     # Code that torch.compile has compiled before would run without the hooks.
     compiler = sys.modules.get("torch._dynamo")
     eager = torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext()
-    with undisturbed(model), eager:
-        try:
-            for name, layer in layers.items():
-                hooks.append(layer.register_forward_pre_hook(_hook(name, pools[name], reached), with_kwargs=True))
-                layer.training = not _can_use_statistics(layer)
-            yield reached
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with undisturbed(model), eager, contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = _hook(name, pools[name], reached)
+            hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            layer.training = not _can_use_statistics(layer)
+        yield reached
 
 
 def _can_use_statistics(layer: _BatchNorm) -> bool:

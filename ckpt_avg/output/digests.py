@@ -1,4 +1,4 @@
-"""SHA-256 digests: of the output's data section as a tree, of whole files as ``sha256sum`` prints them.
+"""SHA-256 digests: of the output's data section as a tree, and of files as ``sha256sum`` prints them.
 
 The data section is cut into chunks of 1 MiB from its first byte; the last chunk may be shorter. Its digest is the
 SHA-256 of the chunks' SHA-256 digests, 32 bytes each, in order. So several threads can compute it while writing, and

@@ -93,7 +93,7 @@ def seal(header: bytes) -> bytes:
 
 
 def header_digest(header: bytes) -> str | None:
-    """Returns the SHA-256, in hex, of a header with zeros in place of its own digest; None if it has no such place.
+    """Returns the SHA-256, in hex, of a header with zeros in place of its own digest; None if it has none.
 
     ``header`` is all bytes before the data, the first eight included.
     """

@@ -259,7 +259,7 @@ def publish_bytes(target: Path, contents: bytes, *, overwrite: bool) -> None:
 
 
 def _temporary_name(target: Path) -> str:
-    # Cut, so that a name at the system's limit still leaves room for the suffix.
+    # Cut, so that a name at the system's limit still has room for the suffix.
     return f".{target.name.encode()[:200].decode(errors='ignore')}.{secrets.token_hex(6)}.tmp"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,9 @@ def evaluate_weights(
     before = _structure_of(model)
     in_train_mode: set[str] = set()
     with undisturbed(model), seeded(device), torch.no_grad(), user_errors(f"the --eval function raised for {name}:"):
-        with _watching(model, in_train_mode):
+        with contextlib.ExitStack() as hooks:
+            for layer, module in batch_norm_modules(model).items():
+                hooks.enter_context(module.register_forward_pre_hook(_note_train_mode(layer, in_train_mode)))
             returned = function(model)
         metrics = _as_metrics(returned, getattr(function, "__name__", type(function).__name__))
     if in_train_mode:
@@ -86,19 +88,9 @@ def evaluate_weights(
     return metrics
 
 
-@contextlib.contextmanager
-def _watching(model: torch.nn.Module, in_train_mode: set[str]) -> Iterator[None]:
-    """Adds the names of BatchNorm layers that are called in train mode."""
-
-    def note(name: str) -> Callable[[torch.nn.Module, object], None]:
-        return lambda module, _: in_train_mode.add(name) if module.training else None
-
-    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in batch_norm_modules(model).items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _note_train_mode(layer: str, in_train_mode: set[str]) -> Callable[[torch.nn.Module, object], None]:
+    """Returns a hook that adds the layer to the set if it is called in train mode."""
+    return lambda module, _: in_train_mode.add(layer) if module.training else None
 
 
 def refuse_other_metrics(before: Mapping[str, float], now: Mapping[str, float], name: str) -> None:

@@ -464,7 +464,7 @@ def test_a_compiled_model_is_measured_like_any_other(has_run: bool) -> None:
 
 @pytest.mark.filterwarnings("default")  # TorchScript is deprecated
 def test_a_scripted_model_is_no_model_without_statistics() -> None:
-    """Its layers are no BatchNorm modules to Python, and take no hooks."""
+    """Its layers are no BatchNorm modules to Python, and have no hooks."""
     model = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
     with pytest.raises(UserCodeError, match=r"'1'.*TorchScript"):
         refresh_batch_norm(model, [randn(8, 3)])

@@ -108,8 +108,8 @@ def test_any_order_of_strides_is_measured_exactly(
     shape: tuple[int, ...], dimensions: int, order: list[int], piece: int, seed: int
 ) -> None:
     shape, order = shape[:dimensions], [axis for axis in order if axis < dimensions]
-    lying = randn(*(shape[axis] for axis in order), seed=seed)
-    values = lying.permute([order.index(axis) for axis in range(dimensions)])
+    permuted = randn(*(shape[axis] for axis in order), seed=seed)
+    values = permuted.permute([order.index(axis) for axis in range(dimensions)])
     assert values.shape == shape
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moments, "_PIECE", piece)

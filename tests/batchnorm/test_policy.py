@@ -1,4 +1,4 @@
-"""Where running statistics come from: when they are recomputed, when they are kept, and what the user is told."""
+"""Where running statistics come from: when they are recomputed, when they are kept, and which notices the user gets."""
 
 from __future__ import annotations
 

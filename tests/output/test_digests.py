@@ -139,7 +139,7 @@ def test_a_torch_file_whose_bytes_are_not_those_that_were_saved_is_refused(tmp_p
 
 
 def test_shards_of_two_formats_are_digested(tmp_path: Path) -> None:
-    """Only what begins as an archive is held against the CRC-32 of its members."""
+    """CRC-32 is checked only in files that are archives."""
     index = write(tmp_path / "sharded", {"a": torch.ones(2)}, {"b": torch.ones(3)}, suffix="bin", stem="pytorch_model")
     shard = index.parent / "pytorch_model-00002-of-00002.bin"
     save_file({"b": torch.ones(3)}, shard)

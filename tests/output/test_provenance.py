@@ -123,14 +123,14 @@ def test_what_is_recorded_of_very_many_files_can_be_read_again(tmp_path: Path) -
     options = {"dtype": "keep", "strip_prefix": None}
     many = {f"model-{number:06}.safetensors": "0" * 64 for number in range(150_000)}
     with open_checkpoint(checkpoint) as opened:
-        told = provenance.make_metadata([opened], options, batch_norm=None, digests=[many])
-    save_file({"w": torch.ones(2)}, tmp_path / "out.safetensors", told)
+        recorded = provenance.make_metadata([opened], options, batch_norm=None, digests=[many])
+    save_file({"w": torch.ones(2)}, tmp_path / "out.safetensors", recorded)
     with open_checkpoint(tmp_path / "out.safetensors") as opened:
         assert opened.spec.metadata["ckpt_avg.sources"].count(":") > 150_000
 
 
 def test_a_source_cannot_plant_digests(tmp_path: Path) -> None:
-    """The metadata of a copied file is kept, but not what would stand for the copy's own digests."""
+    """The metadata of a copied file is kept, except what would replace the copy's own digests."""
     planted = {
         "ckpt_avg.header_digest": "sha256:" + "1" * 64,
         "ckpt_avg.data_digest": "x",

@@ -227,7 +227,7 @@ def test_a_failed_publication_is_an_error_and_leaves_nothing(
     used = failing(getattr(os, call), code)
     monkeypatch.setattr(os, call, used)
     if call == "rename" and named and not overwrite:
-        monkeypatch.setattr(os, "link", failing(os.link, errno.EPERM))  # rename stands in where there are no links
+        monkeypatch.setattr(os, "link", failing(os.link, errno.EPERM))  # without links, rename is used
     try:
         write(target, overwrite=overwrite)
     except OutputError as error:
@@ -425,7 +425,7 @@ def test_a_folder_that_is_another_one_on_some_rank_is_refused(tmp_path: Path) ->
 def test_another_file_under_the_same_name_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: bytes
 ) -> None:
-    """If it failed, a folder that is synchronised late would take a rank's share and lose it."""
+    """If it failed, a folder that is synchronised late would lose a rank's share."""
     for name in ("shared", "own"):
         (tmp_path / name).mkdir()
     open_existing = UnpublishedFile.open_existing

@@ -1,4 +1,4 @@
-"""The user's batches, of any kind: what reaches the model, and what is said of those that cannot."""
+"""The user's batches, of any kind: what reaches the model, and which are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``MODULE:NAME``: the user's own code is found where it was named, and its mistakes are told from ours."""
+"""``MODULE:NAME``: finds the user's code where it was named, and tells its errors from ours."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_a_missing_name_says_which_file_was_looked_at(
 def test_a_module_of_the_same_name_elsewhere_is_recognised_by_its_file(
     tmp_path: Path, write: Callable[..., str]
 ) -> None:
-    """A user's own platform.py is hidden by Python's, which is imported already: the message shows which was taken."""
+    """A user's own platform.py is hidden by Python's, which is imported already: the message shows the file."""
     write("def make():\n    pass\n", name="platform")
     message = refused(UsageError, "platform:make", tmp_path)
     assert platform.__file__ in message

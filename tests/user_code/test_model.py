@@ -1,4 +1,4 @@
-"""The user's model and data: built, loaded, passed over again and again, and every failure told as theirs."""
+"""The user's model and data: built, loaded, used for several passes; every failure is reported as theirs."""
 
 from __future__ import annotations
 

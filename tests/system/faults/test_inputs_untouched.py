@@ -1,7 +1,6 @@
-"""No command writes to its inputs, or beside them.
+"""No command writes to its inputs, or next to them.
 
-strace sees every call of a run that might, and what lies there is compared. Reading times (atime) are the system's own
-affair.
+strace shows every call of a run that might, and the contents of the folder are compared. Access times are ignored.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ def contents(folder: Path) -> dict[str, tuple[object, ...]]:
 
 
 def app(folder: Path) -> list[str]:
-    """The options for a model and batches, whose module lies in a folder of its own."""
+    """The options for a model and batches, with their module in a folder of its own."""
     folder.mkdir()
     (folder / "untouched_app.py").write_text(MODULE)
     return ["--model", "untouched_app:Net", "--data", "untouched_app:batches", "--app-dir", str(folder)]
 
 
 def commands(sources: list[Path], output: Path, options: list[str]) -> list[tuple[object, ...]]:
-    """Every command, with these checkpoints, those that read in the simplest way first; their output lies elsewhere."""
+    """Every command, with these checkpoints, those that only read first; their output is in another folder."""
     first = sources[0] / "model_10.pth" if sources[0].name == "inputs" else sources[0]
     score = ("--eval", "untouched_app:score")
     return [
@@ -88,12 +87,12 @@ def assert_untouched(runs: Runs, inputs: Path, commands: Sequence[tuple[object, 
 def test_no_kind_of_input_is_written_to(
     runs: Runs, inputs: Path, output: Path, tmp_path: Path, write: Callable[[Path], list[Path]]
 ) -> None:
-    """Nor is anything beside it: by `check`, `inspect`, `average` and `verify`."""
+    """Nor is anything next to it: by `check`, `inspect`, `average` and `verify`."""
     assert_untouched(runs, inputs, commands(write(inputs), output, app(tmp_path / "app"))[:4])
 
 
 def test_no_command_writes_to_its_inputs(runs: Runs, inputs: Path, output: Path, tmp_path: Path) -> None:
-    """Nor beside them: with a refresh, measurements, a sweep, reading with ``pread``, a dry run."""
+    """Nor next to them: with a refresh, measurements, a sweep, reading with ``pread``, a dry run."""
     assert_untouched(runs, inputs, commands(run_folder(inputs), output, app(tmp_path / "app"))[4:])
 
 

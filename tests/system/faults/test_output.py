@@ -19,7 +19,7 @@ from system.faults.harness import Outcome, Server, litter, state, tmpfs
 
 from ckpt_avg import OutputError, average
 
-OLD = b"what stood here before" * 1000
+OLD = b"the old output" * 1500
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Exit 0 means durable: after a power cut the output is there, whole; a cut in the middle of a run leaves no part.
+"""Exit 0 means durable: after a power cut the output is complete; a cut during a run leaves no part of it.
 
-The output lies on an ext4 file system of its own, which is shut down as if the power failed: what was not written to
+The output is on an ext4 file system of its own, which is shut down as if the power failed: what was not written to
 its device by then is lost. The next mount replays the journal. (What a device itself may lose is not shown.)
 """
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 FS_IOC_SHUTDOWN = 0x8004587D
 WITHOUT_LOG_FLUSH = 2
 ELEMENTS = 250_000
-OLD = b"what stood here before" * 1000
+OLD = b"the old output" * 1500
 TIGHT = ("-q", "--memory", "1MiB", "--threads", "1")
 naming = pytest.mark.parametrize("unnamed", [True, False], ids=["O_TMPFILE", "hidden name"])
 
@@ -236,6 +236,6 @@ def test_many_power_cuts_during_runs_leave_the_old_output_or_the_new(
 def test_power_cuts_during_runs_catch_a_writer_that_opens_the_output_itself(
     disk: Disk, runs: Runs, sources: list[Path], new: bytes
 ) -> None:
-    """A control: what it overwrote is lost, and a part may stand there."""
+    """A control: what it overwrote is lost, and a part may be left."""
     found, _ = cut_during(disk, runs, sources, new, 6, unnamed=True, wrong=("in_place",))
     assert found["partial"] + found["lost"] >= 1, found

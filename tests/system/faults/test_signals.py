@@ -1,6 +1,6 @@
-"""A signal at any moment ends a run with its code and without litter; of runs that race for one name, one gets it.
+"""A signal at any moment ends a run with its exit code and no litter; of runs that write to one path, one succeeds.
 
-`test_output` sends signals at chosen system calls, and to whole commands; here they come at moments spread over a run.
+`test_output` sends signals at chosen system calls, and to commands; here they come at moments spread over a run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ckpt_avg import average
 
 pytestmark = pytest.mark.slow
 
-OLD = b"what stood here before" * 1000
+OLD = b"the old output" * 1500
 TIGHT = ("-q", "--memory", "1MiB", "--threads", "1")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -67,8 +67,8 @@ def interrupt(
 ) -> tuple[Counter[str], list[str]]:
     """Sends a signal at moments spread over runs, until so many were hit.
 
-    Over an old output and not, and with `O_TMPFILE` and without if nothing else is said, in turn. Returns the counts of
-    what stands at the output's path, and what was wrong.
+    In turn with an old output and without one, and with `O_TMPFILE` and without, unless ``unnamed`` says so. Returns
+    how often each state of the output was found, and what was wrong.
     """
     wrong = (*wrong, "writing_slowly")
     usual = []
@@ -171,7 +171,7 @@ def test_signals_catch_a_command_that_ends_with_another_code(
 @pytest.mark.guarantee("no-clobber")
 @pytest.mark.campaign
 def test_a_race_catches_writers_that_all_believe_to_have_won(tmp_path: Path, sources: list[Path], output: Path) -> None:
-    """A control of the races in `test_output`: writers that open the output themselves all end with 0."""
+    """A control of the races in `test_output`: if writers open the output themselves, all end with 0."""
     with Server(tmp_path) as server:
         outcome = server.run(sources, output, count=10, writer="naive")
     assert outcome.codes.count(0) > 1

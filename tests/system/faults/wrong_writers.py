@@ -91,7 +91,7 @@ def keeping_hidden_files(arguments: Sequence[str]) -> None:
 
 
 def taking_signals_for_one(arguments: Sequence[str]) -> None:
-    """Whoever sends SIGTERM or SIGHUP is told that it was Ctrl-C."""
+    """SIGTERM and SIGHUP are reported as Ctrl-C."""
     import ckpt_avg.cli.exits
 
     ckpt_avg.cli.exits._Terminated = lambda number: KeyboardInterrupt()  # type: ignore[assignment,misc]
@@ -119,7 +119,7 @@ def touching_inputs(arguments: Sequence[str]) -> None:
 
 
 def leaving_a_note(arguments: Sequence[str]) -> None:
-    """A file appears beside the inputs, and is gone again."""
+    """A file appears next to the inputs, and is removed again."""
     from ckpt_avg.files.input_file import InputFile
 
     real = InputFile.close

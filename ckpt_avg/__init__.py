@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ckpt_avg.commands.average import average as average
     from ckpt_avg.commands.check import check as check
     from ckpt_avg.commands.inspect import Inspection as Inspection, Listed as Listed, inspect as inspect
-    from ckpt_avg.commands.publish import AverageResult as AverageResult
+    from ckpt_avg.commands.draft import AverageResult as AverageResult
     from ckpt_avg.commands.refresh_bn import refresh_weights as refresh_weights
     from ckpt_avg.commands.sweep import Measured as Measured, SweepResult as SweepResult, sweep as sweep
     from ckpt_avg.commands.verify import VerifyReport as VerifyReport, verify as verify
@@ -55,7 +55,7 @@ _HOMES = {
     "ckpt_avg.commands.average": ("average",),
     "ckpt_avg.commands.check": ("check",),
     "ckpt_avg.commands.inspect": ("Inspection", "Listed", "inspect"),
-    "ckpt_avg.commands.publish": ("AverageResult",),
+    "ckpt_avg.commands.draft": ("AverageResult",),
     "ckpt_avg.commands.refresh_bn": ("refresh_weights",),
     "ckpt_avg.commands.sweep": ("Measured", "SweepResult", "sweep"),
     "ckpt_avg.commands.verify": ("VerifyReport", "verify"),

@@ -13,8 +13,8 @@ from ckpt_avg.runs.compatibility import CompatibilityReport
 
 if TYPE_CHECKING:
     from ckpt_avg.checkpoint.training_record import Record
+    from ckpt_avg.commands.draft import AverageResult
     from ckpt_avg.commands.inspect import Inspection
-    from ckpt_avg.commands.publish import AverageResult
     from ckpt_avg.commands.sweep import Measured, SweepResult
     from ckpt_avg.commands.verify import VerifyReport
     from ckpt_avg.user_code.evaluate import Evaluation

@@ -12,8 +12,8 @@ from ckpt_avg.text import distinct_names, ends, escaped, listing, one_line, plur
 
 if TYPE_CHECKING:
     from ckpt_avg.checkpoint.training_record import Record
+    from ckpt_avg.commands.draft import AverageResult
     from ckpt_avg.commands.inspect import Inspection
-    from ckpt_avg.commands.publish import AverageResult
     from ckpt_avg.commands.sweep import SweepResult
     from ckpt_avg.commands.verify import VerifyReport
     from ckpt_avg.runs.run_folder import Skipped

@@ -16,7 +16,7 @@ from ckpt_avg.distributed.launch import join_ranks, launch_of
 from ckpt_avg.errors import CkptAvgError, RequirementError
 
 if TYPE_CHECKING:
-    from ckpt_avg.commands.publish import AverageResult
+    from ckpt_avg.commands.draft import AverageResult
     from ckpt_avg.output.paths import SideFiles
     from ckpt_avg.progress import Progress
     from ckpt_avg.runs.discover import Sources

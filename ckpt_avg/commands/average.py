@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ckpt_avg.commands.agreement import agree_on_files, agree_on_request
 from ckpt_avg.commands.context import Context
+from ckpt_avg.commands.draft import AverageResult, Draft
 from ckpt_avg.commands.prepare import prepare
-from ckpt_avg.commands.publish import AverageResult, Draft, publish, source_digests
+from ckpt_avg.commands.publish import publish
 from ckpt_avg.commands.requests import AverageRequest, takes
 from ckpt_avg.output.paths import check_checksum, check_output
-from ckpt_avg.runs.discover import discover
+from ckpt_avg.runs.discover import Discovery, discover
 
 
 @takes(AverageRequest)
@@ -42,16 +45,18 @@ def average(request: AverageRequest) -> AverageResult:
     with Context(request.ranks, request.progress) as context:
         agree_on_request(context.ranks, request)
         discovery = discover(request.sources)
-        output, overwrite = request.output, request.overwrite
-        target = check_output(output, discovery, overwrite=overwrite)
-        if target.suffix != ".safetensors":
-            context.notice(f"{output}: this will be a safetensors file, although its name does not end in .safetensors")
-        checksum = check_checksum(output, discovery, wanted=request.sha256, overwrite=overwrite, notice=context.notice)
-        prepared = prepare(discovery, request, context)
+        target, checksum = _check_paths(request, discovery, context)
+        prepared = prepare(discovery, request, context)  # open → check → plan
         agree_on_files(context.ranks, prepared.checkpoints)
-        if request.dry_run:
-            if request.evaluate is not None:
-                context.notice("a dry run measures nothing, so --eval and --require are not tried")
-            return Draft(request, prepared, context, target, checksum).result()
-        sources = source_digests(prepared, context) if request.sha256 else None
-        return publish(Draft(request, prepared, context, target, checksum, sources))
+        draft = Draft(request, prepared, context, target, checksum)
+        return draft.result() if request.dry_run else publish(draft)  # mean → refresh → evaluate → publish
+
+
+def _check_paths(request: AverageRequest, discovery: Discovery, context: Context) -> tuple[Path, Path | None]:
+    """Returns where the output goes, and where its checksum goes, if it is to have one."""
+    output, overwrite = request.output, request.overwrite
+    target = check_output(output, discovery, overwrite=overwrite)
+    if target.suffix != ".safetensors":
+        context.notice(f"{output}: this will be a safetensors file, although its name does not end in .safetensors")
+    checksum = check_checksum(output, discovery, wanted=request.sha256, overwrite=overwrite, notice=context.notice)
+    return target, checksum

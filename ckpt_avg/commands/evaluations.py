@@ -27,6 +27,8 @@ class Evaluations:
         self.measured: list[Evaluation] = []
         self._request, self._prepared, self._context = request, prepared, context
         self._measures = request.evaluate is not None and context.ranks.is_first
+        if request.evaluate is not None and request.dry_run:
+            context.notice("a dry run measures nothing, so --eval and --require are not tried")
 
     def measure_checkpoints(self) -> None:
         """Measures the last checkpoint, or all of them, before the long work begins.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckpt_avg.commands.average import average
-from ckpt_avg.commands.publish import AverageResult
+from ckpt_avg.commands.draft import AverageResult
 from ckpt_avg.commands.requests import RefreshRequest, takes
 from ckpt_avg.errors import UsageError
 from ckpt_avg.runs.discover import discover

@@ -1,0 +1,152 @@
+"""The output of `average` before it is published: its header, and what is reported of it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt_avg.batchnorm.policy import COUNTS_ROOM, Statistics, summary
+from ckpt_avg.batchnorm.refresh import BatchNormReport
+from ckpt_avg.commands.context import Context
+from ckpt_avg.commands.evaluations import Evaluations
+from ckpt_avg.commands.prepare import Prepared
+from ckpt_avg.commands.requests import AverageRequest, RecordedOptions
+from ckpt_avg.machine import gc_paused
+from ckpt_avg.output.digests import digest_files
+from ckpt_avg.output.header import encode_header, encode_tensors
+from ckpt_avg.output.provenance import make_metadata, seal
+from ckpt_avg.runs.run_folder import Skipped
+from ckpt_avg.user_code.evaluate import Evaluation
+from ckpt_avg.user_code.gate import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class AverageResult:
+    """What `average` did, or with ``dry_run`` would do.
+
+    Attributes:
+        output: the file that was asked for.
+        written: whether it was published; False for a dry run, and if a requirement was not met.
+        checkpoints: what was averaged, in order.
+        skipped: files of run folders that were skipped, with reasons.
+        tensors: how many tensors the output holds.
+        nbytes: the output's size in bytes.
+        device: where the mean was computed.
+        statistics: where the BatchNorm statistics come from: ``none`` (no BatchNorm layers), ``refreshed``,
+            ``mean`` (of the checkpoints' statistics), ``frozen`` (the same in every checkpoint, kept), or ``copied``
+            (from the only checkpoint).
+        batch_norm: what the refresh did, if there was one.
+        data_digest: of the output's data section, as its metadata records it; None for a dry run, and on every rank but
+            the first.
+        sha256: of the whole output, if it was asked for.
+        evaluations: what ``evaluate`` measured: checkpoints in their order, then the average, before and after the
+            refresh. The last one is that of the output.
+        outcomes: each requirement, and whether it was met.
+        notices: what the user should know.
+    """
+
+    output: Path
+    written: bool
+    checkpoints: tuple[Path, ...]
+    skipped: tuple[Skipped, ...]
+    tensors: int
+    nbytes: int
+    device: str
+    statistics: Statistics
+    batch_norm: BatchNormReport | None
+    data_digest: str | None
+    sha256: str | None
+    evaluations: tuple[Evaluation, ...]
+    outcomes: tuple[Outcome, ...]
+    notices: tuple[str, ...]
+
+
+class Draft:
+    """An output before it is published.
+
+    Attributes:
+        request, prepared, context: what is to be done, with what.
+        target: the file to write.
+        checksum: where its SHA-256 goes, if anywhere.
+        evaluations: what is measured.
+    """
+
+    def __init__(
+        self, request: AverageRequest, prepared: Prepared, context: Context, target: Path, checksum: Path | None
+    ) -> None:
+        self.request, self.prepared, self.context = request, prepared, context
+        self.target, self.checksum = target, checksum
+        self.evaluations = Evaluations(request, prepared, context)
+
+    @functools.cached_property
+    def header(self) -> bytes:
+        """The output's header before its digests and the refresh's counts are known; `final_header` is as long."""
+        return self._encode(None, room=COUNTS_ROOM if self.prepared.statistics == "refreshed" else 0)
+
+    @property
+    def nbytes(self) -> int:
+        """The output's size in bytes."""
+        return len(self.header) + self.prepared.plan.nbytes
+
+    def final_header(self, report: BatchNormReport | None, data_digest: str) -> bytes:
+        """Returns the header with the digests and the counts of the refresh."""
+        return seal(self._encode(report, data_digest, size=len(self.header)))
+
+    def result(
+        self,
+        report: BatchNormReport | None = None,
+        data_digest: str | None = None,
+        sha256: str | None = None,
+        *,
+        written: bool = False,
+    ) -> AverageResult:
+        """Returns what was done so far."""
+        prepared = self.prepared
+        return AverageResult(
+            output=Path(self.request.output),
+            written=written,
+            checkpoints=tuple(spec.path for spec in prepared.specs),
+            skipped=prepared.skipped,
+            tensors=len(prepared.plan.tensors),
+            nbytes=self.nbytes,
+            device=str(prepared.mean_device),
+            statistics=prepared.statistics,
+            batch_norm=report,
+            data_digest=data_digest,
+            sha256=sha256,
+            evaluations=tuple(self.evaluations.measured),
+            outcomes=self.evaluations.outcomes,
+            notices=tuple(self.context.notices),
+        )
+
+    @functools.cached_property
+    def _tensors(self) -> str:
+        with gc_paused():
+            return encode_tensors(self.prepared.plan)
+
+    @functools.cached_property
+    def _source_digests(self) -> list[dict[str, str]] | None:
+        """For each checkpoint SHA-256 of its files, which rank 0 reads for all; None if not asked for."""
+        if self.checksum is None or self.request.dry_run:
+            return None
+        ranks, prepared = self.context.ranks, self.prepared
+        found: list[dict[str, str]] = ranks.exchange(
+            "digests",
+            None,
+            lambda _: digest_files(prepared.checkpoints, threads=prepared.threads, progress=lambda _: ranks.check()),
+        )
+        return found
+
+    def _encode(
+        self, report: BatchNormReport | None, data_digest: str | None = None, *, room: int = 0, size: int = 0
+    ) -> bytes:
+        with gc_paused():
+            metadata = make_metadata(
+                self.prepared.checkpoints,
+                RecordedOptions.values(self.request),
+                batch_norm=summary(self.prepared.statistics, report, self.request),
+                digests=self._source_digests,
+                data_digest=data_digest,
+            )
+            return encode_header(self._tensors, metadata, room=room, size=size)

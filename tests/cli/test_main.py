@@ -838,7 +838,7 @@ def test_inspect_of_a_folder_shows_the_others_beside_a_damaged_file(
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """A run: two checkpoint files, a checkpoint folder, an alias, a incomplete file, and a final sharded model."""
+    """A run: two checkpoint files, a checkpoint folder, an alias, an incomplete file, and a final sharded model."""
     folder = tmp_path / "run"
     (folder / "checkpoint-3").mkdir(parents=True)
     for step in (1, 2):
@@ -847,6 +847,10 @@ def trained(tmp_path: Path) -> Path:
     (folder / "checkpoint-3" / "trainer_state.json").write_text("{}")
     save_file({"w": torch.full((3,), 4.0)}, folder / "last.safetensors")
     (folder / "step_4.safetensors.tmp").write_bytes(b"cut off")
+    shards = {"w": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    for name, file in shards.items():
+        save_file({name: torch.full((3,), 9.0)}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     return folder
 
 
@@ -858,7 +862,8 @@ def contents_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "output",
     ["step_1.safetensors", "step_2.safetensors", "last.safetensors", "step_4.safetensors.tmp",
-     "checkpoint-3/model.safetensors", "checkpoint-3/trainer_state.json", "../link.safetensors", "../hard.safetensors"],
+     "checkpoint-3/model.safetensors", "checkpoint-3/trainer_state.json", "model-00001-of-00002.safetensors",
+     "../link.safetensors", "../hard.safetensors", "../linked/model.safetensors"],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "selection",
@@ -868,9 +873,13 @@ def contents_of(folder: Path) -> dict[str, bytes]:
 def test_overwrite_replaces_no_file_of_any_checkpoint(
     in_process: InProcess, trained: Path, tmp_path: Path, output: str, selection: tuple[str, ...], dry_run: bool
 ) -> None:
-    """Chosen or not, excluded or left out: what training wrote is not to be had again."""
+    """Whether it is used, excluded or skipped; also what a checkpoint folder links to, as in the hub's cache."""
     (tmp_path / "link.safetensors").symlink_to(trained / "step_1.safetensors")
     (tmp_path / "hard.safetensors").hardlink_to(trained / "step_1.safetensors")
+    (trained / "checkpoint-3").rename(tmp_path / "linked")
+    (trained / "checkpoint-3").mkdir()
+    for path in (tmp_path / "linked").iterdir():
+        (trained / "checkpoint-3" / path.name).symlink_to(path)
     before = contents_of(tmp_path)
     options = ("--dry-run",) if dry_run else ()
     code, out, err = in_process("average", trained, "--output", trained / output, "--overwrite", *selection, *options)
@@ -884,7 +893,9 @@ def test_overwrite_replaces_no_file_of_any_checkpoint(
 def test_overwrite_replaces_an_earlier_average_in_the_run_folder(
     in_process: InProcess, trained: Path, name: str
 ) -> None:
-    """Whether its name says what it is or not; without --overwrite it stays."""
+    """Whether its name says what it is or not, also next to a stray shard; without --overwrite it stays."""
+    (trained / "model.safetensors.index.json").unlink()
+    (trained / "model-00002-of-00002.safetensors").unlink()
     output = trained / name
     assert in_process("average", trained, "--last", 2, "--output", output)[0] == 0
     first = output.read_bytes()
@@ -892,57 +903,6 @@ def test_overwrite_replaces_an_earlier_average_in_the_run_folder(
     assert output.read_bytes() == first
     assert in_process("average", trained, "--output", output, "--overwrite")[0] == 0
     assert load_file(output)["w"].tolist() == [2.0] * 3
-
-
-def sharded(folder: Path, values: float = 9.0) -> Path:
-    """Writes a model in two shards; returns the index."""
-    folder.mkdir(exist_ok=True)
-    files = {"w": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    for name, file in files.items():
-        save_file({name: torch.full((3,), values)}, folder / file)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": files}))
-    return index
-
-
-def test_overwrite_replaces_no_shard_of_an_index_named_by_hand(in_process: InProcess, tmp_path: Path) -> None:
-    index = sharded(tmp_path / "model")
-    before = contents_of(tmp_path)
-    shard = index.with_name("model-00002-of-00002.safetensors")
-    assert in_process("average", index, "--output", shard, "--overwrite")[0] == 2
-    assert contents_of(tmp_path) == before
-
-
-def test_overwrite_replaces_no_shard_of_the_final_model(in_process: InProcess, tmp_path: Path, trained: Path) -> None:
-    """It is left out as the weights of the whole run; its shards are as precious as itself."""
-    sharded(trained)
-    before = contents_of(tmp_path)
-    shard = trained / "model-00001-of-00002.safetensors"
-    assert in_process("average", trained, "--output", shard, "--overwrite")[0] == 2
-    assert contents_of(tmp_path) == before
-
-
-def test_overwrite_replaces_no_file_that_a_checkpoint_folder_links_to(in_process: InProcess, tmp_path: Path) -> None:
-    """As in the hub's cache, where each file of a snapshot is a link to a blob."""
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshots" / "rev1").mkdir(parents=True)
-    save_file({"w": torch.ones(3)}, tmp_path / "blobs" / "abc")
-    (tmp_path / "snapshots" / "rev1" / "model.safetensors").symlink_to("../../blobs/abc")
-    before = contents_of(tmp_path)
-    arguments = ("average", tmp_path / "snapshots" / "rev1", "--output", tmp_path / "blobs" / "abc", "--overwrite")
-    assert in_process(*arguments)[0] == 2
-    assert contents_of(tmp_path) == before
-
-
-def test_overwrite_replaces_an_earlier_average_beside_a_stray_shard(in_process: InProcess, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for step in (1, 2):
-        save_file({"w": torch.full((3,), float(step))}, folder / f"step_{step}.safetensors")
-    save_file({"w": torch.zeros(3)}, folder / "model-00001-of-00002.safetensors")
-    output = folder / "average.safetensors"
-    assert in_process("average", folder, "--output", output)[0] == 0
-    assert in_process("average", folder, "--output", output, "--overwrite")[0] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

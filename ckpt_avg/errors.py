@@ -25,7 +25,7 @@ import errno
 import sys
 from typing import Any, ClassVar, NoReturn, TypeVar
 
-from ckpt_avg.text import one_line, quote, suggestion
+from ckpt_avg.text import one_line, quote, size, suggestion
 
 _Value = TypeVar("_Value")
 
@@ -181,8 +181,9 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
         near = suggestion(value, choices)
         raise UsageError(f"{flag_of(field)}: {str(value)!r} is not one of {', '.join(choices)}.{near}")
     if least is not None and not least <= value <= (value if most is None else most):
-        allowed = f"{least:,} or more" if most is None else f"{least:,} to {most:,}"
-        raise UsageError(f"{flag_of(field)}: {value:,} is out of range. Use {allowed}.")
+        shown = size if field.metadata.get("metavar") == "SIZE" else "{:,}".format
+        allowed = f"{shown(least)} or more" if most is None else f"{shown(least)} to {shown(most)}"
+        raise UsageError(f"{flag_of(field)}: {shown(value)} is out of range. Use {allowed}.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

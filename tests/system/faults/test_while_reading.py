@@ -67,6 +67,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         paths[1].write_bytes(content)
         average(paths[:3], folder / "mean.safetensors", overwrite=True)
         outputs.append((folder / "mean.safetensors").read_bytes())
+    paths[1].write_bytes(contents[0])
     return Inputs(paths[:3], *contents, *outputs)
 
 
@@ -245,7 +246,7 @@ def test_a_file_that_is_cut_while_its_window_is_in_use_is_an_error(
 
 def in_worker() -> bool:
     """Whether tensors, not headers, are being read."""
-    return threading.current_thread().name.startswith("mean")
+    return threading.current_thread().name.startswith("worker")
 
 
 @pytest.fixture
@@ -258,7 +259,7 @@ def fail_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
         def fails() -> bool:
             calls.append(1)
-            return len(calls) > 4 and threading.current_thread().name.startswith("mean")
+            return len(calls) > 4 and threading.current_thread().name.startswith("worker")
 
         def read(fd: int, buffers: Any, offset: int, *flags: int) -> int:
             if not flags and fails():  # with flags it is a hint to the system

@@ -1,4 +1,4 @@
-"""What the ranks compare before they begin: that they were asked for the same, and see the same files."""
+"""What ranks compare before they start: their options, their versions and what they see of the checkpoints."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def agree_on_request(ranks: Ranks, request: AverageRequest) -> None:
         if rank is None:
             return None
         names = [name for name in mine if requests[rank].get(name) != requests[0][name]]
-        found = listing(f"{name}: {requests[0][name]!r} and {requests[rank].get(name)!r}" for name in names)
-        return f"expected the same arguments and versions on all ranks, got on rank 0 and on rank {rank} {found}."
+        found = listing(f"{name} {requests[rank].get(name)!r}, not {requests[0][name]!r}" for name in names)
+        return f"rank {rank} has other arguments or versions than rank 0: {found}"
 
     difference = ranks.exchange("request", mine, compare)
     if difference:
-        raise RankError(f"{difference} Start all ranks with the same command.")
+        raise RankError(f"{difference}. Start all ranks with the same command.")
 
 
 def agree_on_files(ranks: Ranks, checkpoints: Sequence[Checkpoint]) -> None:
-    """Compares what all ranks see of the checkpoints: names, sizes, headers, and samples of the bytes.
+    """Compares what the ranks see of the checkpoints: names, sizes, headers and samples of the bytes.
 
     Raises:
         CheckpointFormatError: they differ.
@@ -59,11 +59,10 @@ def agree_on_files(ranks: Ranks, checkpoints: Sequence[Checkpoint]) -> None:
         rank = first_difference(seen)
         if rank is None:
             return None
-        where = f"expected the same files on all ranks, got on rank {rank} other ones than on rank 0"
         if [path for path, _ in seen[rank]] != [path for path, _ in seen[0]]:
-            return f"{where}: {_paths(seen[rank])} rather than {_paths(seen[0])}"
+            return f"rank {rank} has other checkpoints than rank 0: {_paths(seen[rank])}, not {_paths(seen[0])}"
         other = next(a[0] for a, b in zip(seen[0], seen[rank], strict=True) if a != b)
-        return f"{other}: {where}"
+        return f"{other}: rank {rank} has another file than rank 0"
 
     difference = ranks.exchange("files", mine, compare)
     if difference:
@@ -71,7 +70,7 @@ def agree_on_files(ranks: Ranks, checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def agree_on_header(ranks: Ranks, header: bytes) -> None:
-    """Compares the header that each rank has planned: where its own share of the file begins depends on it.
+    """Compares the header that each rank has planned, since its length decides where the shares of the file begin.
 
     Raises:
         CheckpointFormatError: they differ.
@@ -80,8 +79,8 @@ def agree_on_header(ranks: Ranks, header: bytes) -> None:
     rank = ranks.exchange("header", digest, first_difference)
     if rank is not None:
         raise CheckpointFormatError(
-            f"expected the same plan on all ranks, got another one on rank {rank} than on rank 0: they see different "
-            "checkpoints. Put these on storage that all ranks share, or copy them."
+            f"rank {rank} plans another output than rank 0, so they see different checkpoints. Put the checkpoints on "
+            "storage that all ranks share, or copy them."
         )
 
 
@@ -90,7 +89,7 @@ def _paths(seen: list[list[str]]) -> str:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Returns a digest of what a checkpoint holds and where, and of bytes spread over its files."""
+    """Returns a digest of a checkpoint's tensor table, and of bytes spread over its files."""
     digest = hashlib.sha256()
     for tensor in checkpoint.spec.tensors.values():
         digest.update(repr(tensor).encode())
@@ -104,7 +103,7 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value as JSON holds it; of objects their names."""
+    """Returns a value that JSON can hold: an object's name instead of the object."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

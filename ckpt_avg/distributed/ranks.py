@@ -182,7 +182,7 @@ class Ranks:
             pause = min(1.5 * pause, self._pulse)
         steps = sorted({said[rank][1] for rank in others if said[rank][0] == number})  # the rest has gone on
         if len(steps) > 1:
-            raise RankError(f"expected all ranks at the same step, got {' and '.join(steps)}. Start all of them alike.")
+            raise RankError(f"the ranks are at different steps: {' and '.join(steps)}. Start all of them alike.")
 
     def _look(self) -> tuple[list[Any], Failure | None]:
         """Gives a sign of life; returns what each rank has said last (step number, step, time), and what has failed."""

@@ -101,9 +101,7 @@ def test_another_argument_on_one_rank_is_refused_on_all_and_named(name: str) -> 
     ends = compared(**{name: OTHER[name]})
     assert all(isinstance(end, RankError) for end in ends)
     for end in ends:
-        assert str(end).startswith(
-            f"expected the same arguments and versions on all ranks, got on rank 0 and on rank 2 {name}: "
-        )
+        assert str(end).startswith(f"rank 2 has other arguments or versions than rank 0: {name} ")
         assert str(end).endswith("Start all ranks with the same command.")
 
 
@@ -162,11 +160,8 @@ def test_other_versions_are_refused(which: str, monkeypatch: pytest.MonkeyPatch)
     ends = in_threads(2, lambda ranks: agree_on_request(ranks, request()))
     for end in ends:
         assert isinstance(end, RankError)
-        assert (
-            f"got on rank 0 and on rank 1 {name}: {(ckpt_avg if which == 'ckpt_avg' else torch).__version__!r}"
-            in str(end)
-        )
-        assert "'0.0.1'" in str(end)
+        mine = (ckpt_avg if which == "ckpt_avg" else torch).__version__
+        assert str(end).startswith(f"rank 1 has other arguments or versions than rank 0: {name} '0.0.1', not {mine!r}.")
 
 
 def test_arguments_of_any_kind_can_be_sent() -> None:
@@ -223,10 +218,7 @@ def test_another_file_of_the_same_shape_is_refused_and_named(views: tuple[Path, 
     ends = agreed(see(views[0], NAMES), see(views[1], NAMES))
     for end in ends:
         assert type(end) is CheckpointFormatError
-        assert str(end) == (
-            "/data/epoch_19.pt: expected the same files on all ranks, got on rank 1 other ones than on rank 0. "
-            f"{ADVICE}"
-        )
+        assert str(end) == f"/data/epoch_19.pt: rank 1 has another file than rank 0. {ADVICE}"
 
 
 @pytest.mark.parametrize("names", [NAMES[:2], NAMES[1:], NAMES[::-1]], ids=["fewer", "others", "order"])
@@ -235,9 +227,9 @@ def test_another_selection_is_refused_and_listed(views: tuple[Path, Path], names
     ends = agreed(see(views[0], NAMES), see(views[1], names))
     for end in ends:
         assert type(end) is CheckpointFormatError
-        assert str(end).startswith("expected the same files on all ranks, got on rank 1 other ones than on rank 0: ")
+        assert str(end).startswith("rank 1 has other checkpoints than rank 0: ")
         assert all(f"/data/{name}" in str(end) for name in names)
-        assert " rather than '/data/epoch_18.pt', '/data/epoch_19.pt', '/data/epoch_20.pt'. " in str(end)
+        assert " not '/data/epoch_18.pt', '/data/epoch_19.pt', '/data/epoch_20.pt'. " in str(end)
 
 
 @pytest.mark.parametrize(

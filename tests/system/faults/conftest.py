@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from system.faults.forked_runs import Runs, shared_runs
+from system.faults.runs import Runs, shared_runs
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from system.faults.checkpoints import FORMS, run_folder, safetensors_files
-from system.faults.forked_runs import Ended, Runs
+from system.faults.runs import Ended, Runs
 from system.faults.tracing import OPENS, TRACE, changes
 
 pytestmark = pytest.mark.slow

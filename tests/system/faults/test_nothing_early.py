@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from system.faults.checkpoints import safetensors_files, sharded_folders, zip_files
-from system.faults.forked_runs import Runs
+from system.faults.runs import Runs
 from system.faults.tracing import TRACE, changes
 
 pytestmark = pytest.mark.slow

@@ -17,23 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from system.faults.forked_runs import Ended, Runs
-from system.faults.harness import state, tmpfs
+from system.faults.outputs import TIGHT, Averaging, begin, few_or, make_averaging, naming, state, state_after, tmpfs
+from system.faults.runs import Ended, Runs
 from system.faults.tracing import refuse_or_skip
-
-from ckpt_avg import average
 
 pytestmark = pytest.mark.slow
 
 FS_IOC_SHUTDOWN = 0x8004587D
 WITHOUT_LOG_FLUSH = 2
 ELEMENTS = 250_000
-OLD = b"the old output" * 1500
-TIGHT = ("-q", "--memory", "1MiB", "--threads", "1")
-naming = pytest.mark.parametrize("unnamed", [True, False], ids=["O_TMPFILE", "hidden name"])
 
 
 class Disk:
@@ -82,32 +75,15 @@ class Disk:
 
     def begin(self, output: Path, *, overwrite: bool) -> tuple[str, ...]:
         """Empties it, or leaves an old output alone in it, durably; returns the options that a run needs."""
-        for path in self.folder.iterdir():
-            if path.name != "lost+found":
-                path.unlink()
-        if overwrite:
-            output.write_bytes(OLD)
+        options = begin(output, overwrite)
         subprocess.run(["sync", "-f", str(self.folder)], check=True)
-        return ("--overwrite",) if overwrite else ()
+        return options
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Averaging:
     """Three checkpoints, elsewhere."""
-    folder = tmp_path_factory.mktemp("sources")
-    paths = [folder / f"{seed}.safetensors" for seed in range(3)]
-    for seed, path in enumerate(paths):
-        generator = torch.Generator().manual_seed(seed)
-        save_file({"w": torch.rand(ELEMENTS, generator=generator), "b": torch.ones(5)}, path)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def new(sources: list[Path]) -> bytes:
-    """The bytes of their average."""
-    output = sources[0].with_name("mean.safetensors")
-    average(sources, output)
-    return output.read_bytes()
+    return make_averaging(tmp_path_factory.mktemp("sources"), ELEMENTS)
 
 
 @pytest.fixture
@@ -121,47 +97,31 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def cut_after_success(
-    disk: Disk, runs: Runs, sources: list[Path], new: bytes, cuts: int, *, unnamed: bool, wrong: tuple[str, ...] = ()
+    disk: Disk, runs: Runs, run: Averaging, cuts: int, *, unnamed: bool, wrong: tuple[str, ...] = ()
 ) -> Counter[str]:
     """Cuts the power as soon as a run has ended with 0, so many times; counts what is found afterwards."""
     output = disk.folder / "mean.safetensors"
     found: Counter[str] = Counter()
     for index in range(cuts):
         options = disk.begin(output, overwrite=index % 2 == 1)
-        ended = runs.run("average", *sources, "-o", output, *TIGHT, *options, unnamed=unnamed, wrong=wrong)
+        ended = runs.run(*run.command(output, *TIGHT, *options), unnamed=unnamed, wrong=wrong)
         disk.cut()
         assert ended.code == 0, ended.error
         disk.restart()
-        found[state(output, new, OLD)] += 1
+        found[state(output, run.new)] += 1
     return found
 
 
-def assert_readable(output: Path) -> None:
-    """By the reader of safetensors."""
-    with safe_open(str(output), framework="pt") as reader:
-        assert reader.get_tensor("w").shape == (ELEMENTS,)
-        assert bool(reader.get_tensor("w").isfinite().all())
-
-
 @pytest.mark.guarantee("durable")
+@pytest.mark.parametrize("cuts", few_or(100, 3))
 @naming
 def test_what_succeeded_is_there_after_a_power_cut(
-    disk: Disk, runs: Runs, sources: list[Path], new: bytes, unnamed: bool
+    disk: Disk, runs: Runs, run: Averaging, cuts: int, unnamed: bool
 ) -> None:
-    assert cut_after_success(disk, runs, sources, new, 3, unnamed=unnamed) == {"new": 3}
-    assert_readable(disk.folder / "mean.safetensors")
-
-
-@pytest.mark.guarantee("durable")
-@pytest.mark.campaign
-@naming
-def test_what_succeeded_is_there_after_many_power_cuts(
-    disk: Disk, runs: Runs, sources: list[Path], new: bytes, unnamed: bool
-) -> None:
-    found = cut_after_success(disk, runs, sources, new, 100, unnamed=unnamed)
-    print(found)
-    assert found == {"new": 100}
-    assert_readable(disk.folder / "mean.safetensors")
+    assert cut_after_success(disk, runs, run, cuts, unnamed=unnamed) == {"new": cuts}
+    with safe_open(str(disk.folder / "mean.safetensors"), framework="pt") as reader:
+        assert reader.get_tensor("w").shape == (ELEMENTS,)
+        assert bool(reader.get_tensor("w").isfinite().all())
 
 
 @pytest.mark.parametrize(
@@ -169,23 +129,23 @@ def test_what_succeeded_is_there_after_many_power_cuts(
     [("without_fsync_of_the_file", "partial"), ("without_fsync_of_the_folder", "absent")],
 )
 def test_power_cuts_catch_a_writer_that_leaves_out_a_sync(
-    disk: Disk, runs: Runs, sources: list[Path], new: bytes, wrong: str, loses: str
+    disk: Disk, runs: Runs, run: Averaging, wrong: str, loses: str
 ) -> None:
     """A control: exit 0, and the bytes or the name are lost."""
-    found = cut_after_success(disk, runs, sources, new, 2, unnamed=True, wrong=(wrong,))
+    found = cut_after_success(disk, runs, run, 2, unnamed=True, wrong=(wrong,))
     assert found["new"] == 0, found
     assert found[loses] >= 1, found
 
 
 def cut_during(
-    disk: Disk, runs: Runs, sources: list[Path], new: bytes, cuts: int, *, unnamed: bool, wrong: tuple[str, ...] = ()
+    disk: Disk, runs: Runs, run: Averaging, cuts: int, *, unnamed: bool, wrong: tuple[str, ...] = ()
 ) -> tuple[Counter[str], list[Ended]]:
     """Cuts the power at moments spread over a run; counts what is found afterwards, and returns how runs ended."""
     output = disk.folder / "mean.safetensors"
     rng = random.Random(cuts)
     wrong = (*wrong, "writing_slowly")
     disk.begin(output, overwrite=False)
-    usual = runs.run("average", *sources, "-o", output, *TIGHT, unnamed=unnamed, wrong=wrong).seconds
+    usual = runs.run(*run.command(output, *TIGHT), unnamed=unnamed, wrong=wrong).seconds
     found: Counter[str] = Counter()
     ends = []
     for index in range(cuts):
@@ -193,49 +153,36 @@ def cut_during(
         options = disk.begin(output, overwrite=overwrite)
         timer = threading.Timer((index + rng.random()) / cuts * 1.1 * usual, disk.cut)
         timer.start()
-        ended = runs.run("average", *sources, "-o", output, *TIGHT, *options, unnamed=unnamed, wrong=wrong)
+        ended = runs.run(*run.command(output, *TIGHT, *options), unnamed=unnamed, wrong=wrong)
         timer.join()
         disk.restart()
-        left = state(output, new, OLD)
-        found["lost" if left == "absent" and overwrite else left] += 1
+        left = state_after(output, run.new, overwrite)
+        found[left] += 1
         found["success"] += ended.code == 0
         found["success, and not there"] += ended.code == 0 and left != "new"
         ends.append(ended)
     return found, ends
 
 
-def assert_old_or_new(found: Counter[str], ends: list[Ended]) -> None:
+@pytest.mark.guarantee("durable")
+@pytest.mark.parametrize("cuts", few_or(100, 5))
+@naming
+def test_a_power_cut_during_a_run_leaves_the_old_output_or_the_new(
+    disk: Disk, runs: Runs, run: Averaging, cuts: int, unnamed: bool
+) -> None:
+    """And the run, which sees its disk fail, ends with exit 5."""
+    found, ends = cut_during(disk, runs, run, cuts, unnamed=unnamed)
+    print(found, Counter(ended.code for ended in ends))
     assert (found["partial"], found["lost"], found["success, and not there"]) == (0, 0, 0), found
     for ended in ends:
         assert ended.code in (0, 5), ended.error
         assert "Traceback" not in ended.error
-
-
-@naming
-def test_a_power_cut_during_a_run_leaves_the_old_output_or_the_new(
-    disk: Disk, runs: Runs, sources: list[Path], new: bytes, unnamed: bool
-) -> None:
-    """And the run, which sees its disk fail, ends with exit 5."""
-    found, ends = cut_during(disk, runs, sources, new, 5, unnamed=unnamed)
-    assert_old_or_new(found, ends)
-    assert found["absent"] + found["old"] >= 1, found
-
-
-@pytest.mark.guarantee("durable")
-@pytest.mark.campaign
-@naming
-def test_many_power_cuts_during_runs_leave_the_old_output_or_the_new(
-    disk: Disk, runs: Runs, sources: list[Path], new: bytes, unnamed: bool
-) -> None:
-    found, ends = cut_during(disk, runs, sources, new, 100, unnamed=unnamed)
-    print(found, Counter(ended.code for ended in ends))
-    assert_old_or_new(found, ends)
-    assert found["absent"] + found["old"] >= 30, found
+    assert found["absent"] + found["old"] >= (1 if cuts < 100 else 30), found
 
 
 def test_power_cuts_during_runs_catch_a_writer_that_opens_the_output_itself(
-    disk: Disk, runs: Runs, sources: list[Path], new: bytes
+    disk: Disk, runs: Runs, run: Averaging
 ) -> None:
     """A control: what it overwrote is lost, and a part may be left."""
-    found, _ = cut_during(disk, runs, sources, new, 6, unnamed=True, wrong=("in_place",))
+    found, _ = cut_during(disk, runs, run, 6, unnamed=True, wrong=("in_place",))
     assert found["partial"] + found["lost"] >= 1, found

@@ -1,64 +1,34 @@
-"""A signal at any moment ends a run with its exit code and no litter; of runs that write to one path, one succeeds.
+"""A signal at any moment ends a run with its exit code and no litter.
 
 `test_output` sends signals at chosen system calls, and to commands; here they come at moments spread over a run.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from system.faults.forked_runs import Ended, Runs
-from system.faults.harness import Server, litter, state
-
-from ckpt_avg import average
+from system.faults.outputs import TIGHT, Averaging, begin, few_or, litter, make_averaging, state_after
+from system.faults.runs import Ended, Runs
 
 pytestmark = pytest.mark.slow
 
-OLD = b"the old output" * 1500
-TIGHT = ("-q", "--memory", "1MiB", "--threads", "1")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Averaging:
     """Three small checkpoints."""
-    folder = tmp_path_factory.mktemp("sources")
-    paths = [folder / f"{seed}.safetensors" for seed in range(3)]
-    for seed, path in enumerate(paths):
-        generator = torch.Generator().manual_seed(seed)
-        save_file({"w": torch.rand(300_000, generator=generator), "b": torch.ones(5)}, path)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def new(sources: list[Path]) -> bytes:
-    """The bytes of their average."""
-    output = sources[0].with_name("mean.safetensors")
-    average(sources, output)
-    return output.read_bytes()
-
-
-def begin(output: Path, *, overwrite: bool) -> tuple[str, ...]:
-    """Prepares the output's folder; returns the options."""
-    for name in os.listdir(output.parent):
-        (output.parent / name).unlink()
-    if overwrite:
-        output.write_bytes(OLD)
-    return ("--overwrite",) if overwrite else ()
+    return make_averaging(tmp_path_factory.mktemp("sources"), 300_000)
 
 
 def interrupt(
     runs: Runs,
-    sources: list[Path],
+    run: Averaging,
     output: Path,
-    new: bytes,
     number: int,
     hits: int,
     *,
@@ -74,7 +44,7 @@ def interrupt(
     usual = []
     for _ in range(1 if hits < 10 else 3):
         options = begin(output, overwrite=True)
-        usual.append(runs.run("average", *sources, "-o", output, *TIGHT, *options, wrong=wrong).seconds)
+        usual.append(runs.run(*run.command(output, *TIGHT, *options), wrong=wrong).seconds)
     rng = random.Random(number)
     found: Counter[str] = Counter()
     complaints = []
@@ -83,10 +53,10 @@ def interrupt(
         can_be_unnamed = found["runs"] // 2 % 2 == 0 if unnamed is None else unnamed
         # In turn from equal parts of the duration, so that none is left out.
         moment = (found["runs"] % hits + rng.random()) / hits * sorted(usual)[len(usual) // 2]
-        arguments = ("average", *sources, "-o", output, *TIGHT, *begin(output, overwrite=overwrite))
+        arguments = run.command(output, *TIGHT, *begin(output, overwrite=overwrite))
         ended = runs.run(*arguments, signalled=(number, moment), unnamed=can_be_unnamed, wrong=wrong)
-        left = state(output, new, OLD)
-        found["lost" if left == "absent" and overwrite else left] += 1
+        left = state_after(output, run.new, overwrite)
+        found[left] += 1
         found["runs"] += 1
         found["hit"] += ended.code != 0
         found["litter"] += len(litter(output))
@@ -106,36 +76,26 @@ def complaint(ended: Ended, number: int, left: str) -> str | None:
     return "a traceback" if "Traceback" in ended.error or "Error: " not in ended.error else None
 
 
+@pytest.mark.guarantee("signals")
+@pytest.mark.parametrize("hits", few_or(200, 6))
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_at_a_random_moment_ends_the_run_cleanly(
-    runs: Runs, sources: list[Path], output: Path, new: bytes, number: int
+    runs: Runs, run: Averaging, output: Path, number: int, hits: int
 ) -> None:
-    found, complaints = interrupt(runs, sources, output, new, number, 6)
-    assert complaints == []
-    assert (found["partial"], found["lost"], found["litter"]) == (0, 0, 0), found
-    assert found["hit"] == 6
-
-
-@pytest.mark.guarantee("signals")
-@pytest.mark.campaign
-@pytest.mark.parametrize("number", SIGNALS)
-def test_signals_at_many_random_moments_end_runs_cleanly(
-    runs: Runs, sources: list[Path], output: Path, new: bytes, number: int
-) -> None:
-    found, complaints = interrupt(runs, sources, output, new, number, 200)
+    found, complaints = interrupt(runs, run, output, number, hits)
     print(found)
     assert complaints == []
     assert (found["partial"], found["lost"], found["litter"]) == (0, 0, 0), found
-    assert found["hit"] == 200
+    assert found["hit"] == hits
 
 
 @pytest.mark.guarantee("all-or-nothing")
 @pytest.mark.campaign
 def test_kills_at_many_random_moments_leave_the_old_output_or_the_new_without_unnamed_files(
-    runs: Runs, sources: list[Path], output: Path, new: bytes
+    runs: Runs, run: Averaging, output: Path
 ) -> None:
     """Where the system has no O_TMPFILE; a file under a hidden name may be left then."""
-    found, complaints = interrupt(runs, sources, output, new, signal.SIGKILL, 200, unnamed=False)
+    found, complaints = interrupt(runs, run, output, signal.SIGKILL, 200, unnamed=False)
     print(found)
     assert complaints == []
     assert (found["partial"], found["lost"]) == (0, 0), found
@@ -143,35 +103,20 @@ def test_kills_at_many_random_moments_leave_the_old_output_or_the_new_without_un
 
 
 @pytest.mark.guarantee("signals")
-def test_signals_catch_a_writer_that_leaves_its_hidden_file(
-    runs: Runs, sources: list[Path], output: Path, new: bytes
-) -> None:
+def test_signals_catch_a_writer_that_leaves_its_hidden_file(runs: Runs, run: Averaging, output: Path) -> None:
     """A control of what counts as litter."""
-    found, _ = interrupt(runs, sources, output, new, signal.SIGTERM, 6, unnamed=False, wrong=("keeping_hidden_files",))
+    found, _ = interrupt(runs, run, output, signal.SIGTERM, 6, unnamed=False, wrong=("keeping_hidden_files",))
     assert found["litter"] >= 1, found
 
 
-def test_signals_catch_a_writer_that_opens_the_output_itself(
-    runs: Runs, sources: list[Path], output: Path, new: bytes
-) -> None:
+def test_signals_catch_a_writer_that_opens_the_output_itself(runs: Runs, run: Averaging, output: Path) -> None:
     """A control of what counts as partial."""
-    found, _ = interrupt(runs, sources, output, new, signal.SIGINT, 6, wrong=("in_place",))
+    found, _ = interrupt(runs, run, output, signal.SIGINT, 6, wrong=("in_place",))
     assert found["partial"] + found["lost"] >= 1, found
 
 
-def test_signals_catch_a_command_that_ends_with_another_code(
-    runs: Runs, sources: list[Path], output: Path, new: bytes
-) -> None:
+def test_signals_catch_a_command_that_ends_with_another_code(runs: Runs, run: Averaging, output: Path) -> None:
     """A control of the exit code, with a command that takes every signal for Ctrl-C."""
-    _, complaints = interrupt(runs, sources, output, new, signal.SIGTERM, 2, wrong=("taking_signals_for_one",))
+    _, complaints = interrupt(runs, run, output, signal.SIGTERM, 2, wrong=("taking_signals_for_one",))
     assert len(complaints) == 2
     assert all("exit 130" in fact for fact in complaints), complaints
-
-
-@pytest.mark.guarantee("no-clobber")
-@pytest.mark.campaign
-def test_a_race_catches_writers_that_all_believe_to_have_won(tmp_path: Path, sources: list[Path], output: Path) -> None:
-    """A control of the races in `test_output`: if writers open the output themselves, all end with 0."""
-    with Server(tmp_path) as server:
-        outcome = server.run(sources, output, count=10, writer="naive")
-    assert outcome.codes.count(0) > 1

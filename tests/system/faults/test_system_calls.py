@@ -6,20 +6,16 @@ main thread and in the one that computes.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from system.faults.forked_runs import Ended, Runs
-from system.faults.harness import litter, state
+from system.faults.outputs import Averaging, begin, litter, make_averaging, state
+from system.faults.runs import Ended, Runs
 from system.faults.tracing import Call
-
-from ckpt_avg import average
 
 pytestmark = pytest.mark.slow
 
@@ -36,18 +32,9 @@ ERRORS = ("EIO", "ENOSPC", "EACCES", "EINTR")
 CLEAN = (2, 3, 5, 6)  # exit codes that may follow: a call failed, so the checkpoints cannot be to blame (4)
 # What a message says of a failure after the output had its name.
 PUBLISHED = ("written, but syncing its folder failed", "stdout: cannot be written")
-OLD = b"what stood here before" * 1000
 # How the output comes about: with a name or without until it is published, and over an old one or not.
 WAYS = [(True, False), (True, True), (False, False), (False, True)]
 MAIN, WORKER = 0, 1
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Checkpoints, and the bytes of their average."""
-
-    sources: list[Path]
-    new: bytes
 
 
 @dataclass(frozen=True)
@@ -78,29 +65,18 @@ def errors_of(call: Call) -> list[str]:
     return [*ERRORS, *["EMFILE"] * (call.name in OPENS), *["ENOMEM"] * (call.name == "mmap")]
 
 
-def make_inputs(folder: Path, write: Callable[[dict[str, torch.Tensor], Path], None]) -> Inputs:
-    """Two checkpoints, large enough to be mapped in part and read in part."""
-    sources = []
-    for seed in range(2):
-        sources.append(folder / f"{seed}.ckpt")
-        generator = torch.Generator().manual_seed(seed)
-        write({"w": torch.rand(200_000, generator=generator), "b": torch.ones(5)}, sources[-1])
-    average(sources, folder / "mean.safetensors")
-    return Inputs(sources, (folder / "mean.safetensors").read_bytes())
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, runs: Runs) -> Averaging:
+    """Files of safetensors, mapped in part and read in part; later runs have imported all that they need."""
+    run = make_averaging(tmp_path_factory.mktemp("small"), 200_000, count=2)
+    runs.run(*run.command(run.sources[0].with_name("learnt.safetensors")), learn=True)
+    return run
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, runs: Runs) -> Inputs:
-    """Files of safetensors; the runs that follow have imported all that they need."""
-    inputs = make_inputs(tmp_path_factory.mktemp("small"), save_file)
-    runs.run("average", *inputs.sources, "-o", inputs.sources[0].parent / "learnt.safetensors", "-q", learn=True)
-    return inputs
-
-
-@pytest.fixture(scope="module")
-def zipped(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+def zipped(tmp_path_factory: pytest.TempPathFactory) -> Averaging:
     """Files of ``torch.save``."""
-    return make_inputs(tmp_path_factory.mktemp("zipped"), torch.save)
+    return make_averaging(tmp_path_factory.mktemp("zipped"), 200_000, count=2, write=torch.save)
 
 
 @dataclass(frozen=True)
@@ -108,7 +84,7 @@ class Trial:
     """Runs of one command in one way, each with one fault."""
 
     runs: Runs
-    inputs: Inputs
+    averaging: Averaging
     output: Path
     unnamed: bool = True
     overwrite: bool = False
@@ -116,12 +92,7 @@ class Trial:
 
     def run(self, thread: int, options: Sequence[str]) -> Ended:
         """One run, in an output folder like new."""
-        for name in os.listdir(self.output.parent):
-            (self.output.parent / name).unlink()
-        if self.overwrite:
-            self.output.write_bytes(OLD)
-        replace = ("--overwrite",) if self.overwrite else ()
-        arguments = ("average", *self.inputs.sources, "-o", self.output, "-q", "--threads", "1", *replace)
+        arguments = self.averaging.command(self.output, "--threads", "1", *begin(self.output, self.overwrite))
         return self.runs.run(*arguments, strace=options, thread=thread, wrong=self.wrong, unnamed=self.unnamed)
 
     def faults(self) -> list[Fault]:
@@ -139,7 +110,7 @@ class Trial:
     @property
     def left(self) -> str:
         """What stands at the output's path."""
-        return state(self.output, self.inputs.new, OLD)
+        return state(self.output, self.averaging.new)
 
     def complaint(self, fault: Fault) -> str | None:
         """Lets a call fail; returns what was wrong with the end, or ``missed`` if there was no such call."""
@@ -195,7 +166,7 @@ def spread(faults: Sequence[Fault], positions: int = 4) -> list[Fault]:
 @pytest.mark.guarantee("interrupted-calls", "system-calls")
 @pytest.mark.parametrize(("unnamed", "overwrite", "half"), [(True, False, 0), (False, True, 1)])
 def test_a_failed_system_call_is_a_clean_error(
-    runs: Runs, small: Inputs, output: Path, unnamed: bool, overwrite: bool, half: int
+    runs: Runs, small: Averaging, output: Path, unnamed: bool, overwrite: bool, half: int
 ) -> None:
     trial = Trial(runs, small, output, unnamed, overwrite)
     faults = spread(trial.faults())[half::2]
@@ -209,7 +180,7 @@ def test_a_failed_system_call_is_a_clean_error(
 @pytest.mark.parametrize(("unnamed", "overwrite"), WAYS)
 def test_any_failed_system_call_is_a_clean_error(
     runs: Runs,
-    small: Inputs,
+    small: Averaging,
     output: Path,
     unnamed: bool,
     overwrite: bool,
@@ -224,7 +195,7 @@ def test_any_failed_system_call_is_a_clean_error(
     assert counts["struck"] >= 0.95 * len(faults) >= 300
 
 
-def test_the_harness_catches_a_writer_that_swallows_errors(runs: Runs, small: Inputs, output: Path) -> None:
+def test_the_harness_catches_a_writer_that_swallows_errors(runs: Runs, small: Averaging, output: Path) -> None:
     """A control: it says that it is done, and bytes are missing."""
     trial = Trial(runs, small, output, wrong=["swallowing_errors_of_writes"])
     complaint = trial.complaint(Fault(WORKER, "pwrite64", 1, "EIO"))
@@ -232,7 +203,7 @@ def test_the_harness_catches_a_writer_that_swallows_errors(runs: Runs, small: In
     assert "exit 0, and the output is partial" in complaint
 
 
-def test_the_harness_catches_a_writer_that_opens_the_output_itself(runs: Runs, small: Inputs, output: Path) -> None:
+def test_the_harness_catches_a_writer_that_opens_the_output_itself(runs: Runs, small: Averaging, output: Path) -> None:
     """A control: a write fails, it says so, and what it had written stays."""
     trial = Trial(runs, small, output, wrong=["in_place"])
     complaint = trial.complaint(Fault(WORKER, "pwrite64", 2, "ENOSPC"))
@@ -241,7 +212,7 @@ def test_the_harness_catches_a_writer_that_opens_the_output_itself(runs: Runs, s
 
 
 @pytest.mark.guarantee("system-calls")
-def test_no_failed_look_lets_an_input_be_replaced(runs: Runs, small: Inputs, output: Path) -> None:
+def test_no_failed_look_lets_an_input_be_replaced(runs: Runs, small: Averaging, output: Path) -> None:
     """The output is one of the checkpoints and ``--overwrite`` is given: refused, also where looking at it fails."""
     output.write_bytes(small.sources[0].read_bytes())
     before = output.read_bytes()

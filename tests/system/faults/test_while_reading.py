@@ -11,9 +11,8 @@ import resource
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from system.faults.harness import Outcome, Server, litter
+from system.faults.outputs import litter
+from system.faults.runs import Ended, Runs
 
 from ckpt_avg import average
 
@@ -47,6 +47,10 @@ class Inputs:
     old: bytes = field(repr=False)
     new: bytes = field(repr=False)
 
+    def command(self, output: Path, *options: object) -> tuple[object, ...]:
+        """Returns the arguments that average them."""
+        return ("average", *self.sources, "-o", output, "-q", *options)
+
     @property
     def victim(self) -> Path:
         """The file that changes."""
@@ -69,19 +73,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         outputs.append((folder / "mean.safetensors").read_bytes())
     paths[1].write_bytes(contents[0])
     return Inputs(paths[:3], *contents, *outputs)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Forks runs."""
-    with Server(tmp_path_factory.mktemp("server")) as started:
-        yield started
-
-
-def altered(folder: Path, text: str) -> dict[str, str]:
-    """Returns variables with which every Python process runs some lines first."""
-    (folder / "sitecustomize.py").write_text(text)
-    return {"PYTHONPATH": str(folder)}
 
 
 # -- Changes at random moments --------------------------------------------------------------------------------------
@@ -116,36 +107,34 @@ CHANGES: dict[str, Change] = {each.__name__: each for each in (cut, overwrite, a
 
 
 def run_and_change(
-    server: Server, inputs: Inputs, output: Path, *options: str, after: float, change: Change
-) -> Outcome:
+    runs: Runs, inputs: Inputs, output: Path, *options: str, after: float, change: Change, **settings: object
+) -> Ended:
     """Averages, and changes an input meanwhile."""
-    ended: list[Outcome] = []
-    thread = threading.Thread(target=lambda: ended.append(server.run(inputs.sources, output, *options)))
-    thread.start()
-    time.sleep(after)
-    change(inputs, random.Random(after))
-    thread.join()
-    return ended[0]
+    timer = threading.Timer(after, change, (inputs, random.Random(after)))
+    timer.start()
+    ended = runs.run(*inputs.command(output, *options), **settings)
+    timer.join()
+    return ended
 
 
-def judge(inputs: Inputs, output: Path, outcome: Outcome, change: str) -> str:
+def judge(inputs: Inputs, output: Path, ended: Ended, change: str) -> str:
     """Returns what became of a run: ``old`` or ``new`` output, ``refused``, ``absent``, or what must never be."""
-    if outcome.code == 0:
+    if ended.code == 0:
         contents = output.read_bytes()
         known = {inputs.old: "old"} | ({inputs.new: "new"} if change in ("overwrite", "replace") else {})
         return known.get(contents, "mixed output")
     if output.exists() or litter(output):
         return "litter"
-    if "Traceback" in outcome.error or str(inputs.victim) not in outcome.error:
-        return f"exit {outcome.code}: {outcome.error or 'no message'}"
-    if outcome.code == 2 and change == "delete":
+    if "Traceback" in ended.error or str(inputs.victim) not in ended.error:
+        return f"exit {ended.code}: {ended.error or 'no message'}"
+    if ended.code == 2 and change == "delete":
         return "absent"  # it had not been looked at yet
-    is_clear = re.search(r"changed while reading|missing|empty file|too many|(?i:no such file)", outcome.error)
-    return "refused" if outcome.code == 3 and is_clear else f"exit {outcome.code}: {outcome.error}"
+    is_clear = re.search(r"changed while reading|missing|empty file|too many|(?i:no such file)", ended.error)
+    return "refused" if ended.code == 3 and is_clear else f"exit {ended.code}: {ended.error}"
 
 
 def change_at_random(
-    server: Server, inputs: Inputs, output: Path, change: str, *options: str, runs: int, seed: int
+    runs: Runs, inputs: Inputs, output: Path, change: str, *options: str, times: int, **settings: object
 ) -> Counter[str]:
     """Changes an input at moments spread over the duration of runs; counts what became of them."""
 
@@ -156,97 +145,65 @@ def change_at_random(
     durations = []
     for _ in range(3):
         prepare()
-        outcome = server.run(inputs.sources, output, *options)
-        assert (outcome.code, output.read_bytes()) == (0, inputs.old)
-        durations.append(outcome.seconds)
-    rng = random.Random(seed)
+        ended = runs.run(*inputs.command(output, *options), **settings)
+        assert (ended.code, output.read_bytes()) == (0, inputs.old)
+        durations.append(ended.seconds)
+    rng = random.Random(times)
     found: Counter[str] = Counter()
-    for number in range(runs):
+    for number in range(times):
         prepare()
         after = (number % 10 + rng.random()) / 10 * sorted(durations)[1]
-        outcome = run_and_change(server, inputs, output, *options, after=after, change=CHANGES[change])
-        found[judge(inputs, output, outcome, change)] += 1
+        ended = run_and_change(runs, inputs, output, *options, after=after, change=CHANGES[change], **settings)
+        found[judge(inputs, output, ended, change)] += 1
     prepare()
     return found
+
+
+SAMPLE = {"cut": "pread"} | dict.fromkeys(("overwrite", "append", "replace", "delete"), "auto")
+MANY = [(change, io, 200) for change in CHANGES for io in ("auto", "pread")]
 
 
 @pytest.mark.guarantee("changing-inputs")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("change", "io"),
-    [("cut", "pread"), ("overwrite", "auto"), ("append", "auto"), ("replace", "auto"), ("delete", "auto")],
+    ("change", "io", "times"),
+    [*((*each, 10) for each in SAMPLE.items()), *(pytest.param(*each, marks=pytest.mark.campaign) for each in MANY)],
 )
 def test_an_input_that_changes_at_any_moment_never_reaches_the_output_in_part(
-    server: Server, inputs: Inputs, output: Path, change: str, io: str
+    runs: Runs, inputs: Inputs, output: Path, change: str, io: str, times: int
 ) -> None:
     """If it failed, an average of halves of two checkpoints would be published, or a crash would say nothing."""
-    found = change_at_random(server, inputs, output, change, "--io", io, runs=10, seed=1)
-    assert found.keys() <= {"old", "new", "refused", "absent"}, found
-    if change == "replace":
-        assert "refused" not in found, found
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("io", ["auto", "pread"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_many_changes_at_random_moments(server: Server, inputs: Inputs, output: Path, change: str, io: str) -> None:
-    """The same, 200 times for each change and each way of reading."""
-    found = change_at_random(server, inputs, output, change, "--io", io, runs=200, seed=2)
+    found = change_at_random(runs, inputs, output, change, "--io", io, times=times)
     print(change, io, dict(found))
     assert found.keys() <= {"old", "new", "refused", "absent"}, found
-    assert change in ("replace", "delete") or found["refused"] >= 20, found
+    assert change != "replace" or "refused" not in found, found
+    assert times < 200 or change in ("replace", "delete") or found["refused"] >= 20, found
 
 
 @pytest.mark.guarantee("changing-inputs")
 @pytest.mark.slow
-def test_the_harness_catches_a_reader_that_does_not_look_again(
-    inputs: Inputs, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changes_catch_a_reader_that_does_not_look_again(runs: Runs, inputs: Inputs, output: Path) -> None:
     """A control: without the look at the end, files that were overwritten meanwhile give outputs of both."""
-    lines = "import ckpt_avg.files.input_file as f\nf.InputFile.check_unchanged = lambda self: None\n"
-    for name, value in altered(tmp_path, lines).items():
-        monkeypatch.setenv(name, value)
-    with Server(tmp_path) as careless:
-        found = change_at_random(careless, inputs, output, "overwrite", "--io", "pread", runs=12, seed=3)
+    wrong = ("not_looking_again",)
+    found = change_at_random(runs, inputs, output, "overwrite", "--io", "pread", times=12, wrong=wrong)
     assert found["mixed output"] >= 1, found
-
-
-_CUT_BETWEEN = """
-import mmap, os
-import ckpt_avg.files.platform as platform
-bring = platform.populate
-def bring_and_cut(window):
-    code = bring(window)
-    if len(window) > mmap.PAGESIZE:  # no trial whether it works at all
-        os.truncate(os.environ["TEST_VICTIM"], 0)
-    return code
-platform.populate = bring_and_cut
-"""
 
 
 @pytest.mark.guarantee("changing-inputs")
 @pytest.mark.slow
 @linux
-def test_a_file_that_is_cut_while_its_window_is_in_use_is_an_error(
-    ckpt_avg: Command, inputs: Inputs, output: Path, tmp_path: Path
-) -> None:
+def test_a_file_that_is_cut_while_its_mapping_is_in_use_is_an_error(runs: Runs, inputs: Inputs, output: Path) -> None:
     """If it failed, the process would die of SIGBUS: no message, no cause, and an exit code that no script knows."""
-    variables = altered(tmp_path, _CUT_BETWEEN) | {"TEST_VICTIM": str(inputs.victim)}
     try:
-        ended = ckpt_avg("average", *inputs.sources, "-o", output, "--io", "mmap", env=os.environ | variables)
+        ended = runs.run(*inputs.command(output, "--io", "mmap"), wrong=("cutting_an_input",))
     finally:
         inputs.victim.write_bytes(inputs.before)
     assert os.listdir(output.parent) == []
-    assert ended.returncode == 3, ended
-    assert f"{inputs.victim}: changed while reading" in ended.stderr
+    assert ended.code == 3, ended
+    assert f"{inputs.victim}: changed while reading" in ended.error
 
 
 # -- Disks that fail, and file systems without maps -----------------------------------------------------------------
-
-
-def in_worker() -> bool:
-    """Whether tensors, not headers, are being read."""
-    return threading.current_thread().name.startswith("worker")
 
 
 @pytest.fixture
@@ -322,7 +279,7 @@ def test_a_file_system_without_maps_gives_the_same_average(
     assert refused
     ended, _, err = in_process("average", *inputs.sources, "-o", f"{output}.2", "--io", "mmap")
     assert ended == 6
-    assert f"--io mmap: the system refused to map it: {os.strerror(code)}. Use --io auto." in err
+    assert f"--io mmap: the system refused the mapping: {os.strerror(code)}. Use --io auto." in err
     assert os.listdir(output.parent) == [output.name]
 
 

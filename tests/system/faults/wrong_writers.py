@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import stat
 import time
@@ -55,6 +56,21 @@ def in_place(arguments: Sequence[str]) -> None:
     UnpublishedFile.write = write  # type: ignore[method-assign]
     UnpublishedFile.open = open_in_place  # type: ignore[method-assign]
     UnpublishedFile.publish = lambda file, *, overwrite: file.sync()  # type: ignore[method-assign]
+
+
+def naive(arguments: Sequence[str]) -> Any:
+    """Returns a command that copies the first checkpoint into the output itself, bit by bit."""
+
+    def write(arguments: Sequence[str]) -> int:
+        contents = Path(arguments[1]).read_bytes()
+        descriptor = os.open(arguments[arguments.index("-o") + 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        step = max(1, len(contents) // 12)
+        for offset in range(0, len(contents), step):
+            os.pwrite(descriptor, contents[offset : offset + step], offset)
+            os.fsync(descriptor)
+        return 0
+
+    return write
 
 
 def writing_slowly(arguments: Sequence[str]) -> None:
@@ -131,6 +147,28 @@ def leaving_a_note(arguments: Sequence[str]) -> None:
         note.unlink()
 
     InputFile.close = close  # type: ignore[method-assign]
+
+
+def not_looking_again(arguments: Sequence[str]) -> None:
+    """A file that has changed meanwhile passes for the same."""
+    from ckpt_avg.files.input_file import InputFile
+
+    InputFile.check_unchanged = lambda file: None  # type: ignore[method-assign]
+
+
+def cutting_an_input(arguments: Sequence[str]) -> None:
+    """Nothing wrong with the command: the second checkpoint is cut between being mapped and being read."""
+    import ckpt_avg.files.platform
+
+    real = ckpt_avg.files.platform.populate
+
+    def populate(mapping: Any) -> int:
+        code = real(mapping)
+        if len(mapping) > mmap.PAGESIZE:  # no trial whether it works at all
+            os.truncate(arguments[2], 0)
+        return code
+
+    ckpt_avg.files.platform.populate = populate
 
 
 def creating_early(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a caller may want to be told while the work goes on."""
+"""Callbacks that tell a caller how far the work is."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class Progress:
     """Callbacks; each may be called from several threads, one at a time.
 
     Attributes:
-        start: the input bytes that will be read.
-        read: input bytes that have just been averaged.
-        refreshing: a BatchNorm refresh begins; with the number of its batches, if that is known.
-        refreshed: batches and samples that have passed the model so far.
-        evaluating: what is being measured now.
-        notice: something that the user should know.
+        start: a pass over the inputs starts; with the bytes to read.
+        read: some bytes of the inputs have been averaged; with how many.
+        refreshing: a BatchNorm refresh starts; with the number of its batches, None if unknown.
+        refreshed: a batch has been run; with the batches and the samples so far.
+        evaluating: a measurement starts; with the name of the weights.
+        notice: there is something that the user should know.
     """
 
     start: Callable[[int], None] = lambda total: None

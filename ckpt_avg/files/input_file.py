@@ -87,10 +87,10 @@ class InputFile:
         Raises:
             ResourceError: this system has no mappings that can be faulted in safely.
         """
-        if io == "mmap" and not platform.can_populate():
+        if io == "mmap" and not platform.can_map():
             raise ResourceError("--io mmap: needs a kernel with MADV_POPULATE_READ (Linux 5.14). Use --io auto.")
         self._must_map = io == "mmap"
-        self._can_map = self._must_map or (io == "auto" and platform.can_populate())
+        self._can_map = self._must_map or (io == "auto" and platform.can_map())
         self._is_known_local = io != "auto"
 
     def prefetch(self, offset: int, length: int) -> None:
@@ -177,7 +177,7 @@ class InputFile:
         begin = offset - offset % mmap.ALLOCATIONGRANULARITY
         if not self._is_known_local:
             self._is_known_local = True
-            if platform.remote_kind(self._descriptor()) is not None:
+            if platform.is_remote(self._descriptor()):
                 self._can_map = False
                 return None
         try:

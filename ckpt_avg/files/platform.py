@@ -27,32 +27,24 @@ WRITE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 
 # Numbers of file systems that fetch pages over a network or ask another process for each of them: linux/magic.h,
 # and the sources of those outside the kernel. A page fault there is a round trip.
 _REMOTE = {
-    0x6969: "NFS",
-    0xFF534D42: "CIFS",
-    0xFE534D42: "SMB2",
-    0x517B: "SMB",
-    0x65735546: "FUSE",
-    0x01021997: "9P",
-    0x00C36400: "Ceph",
-    0x5346414F: "AFS",
-    0x6B414653: "kAFS",
-    0x73757245: "Coda",
-    0x564C: "NCP",
-    0x7461636F: "OCFS2",
-    0x01161970: "GFS2",
-    0x0BD00BD0: "Lustre",
-    0x47504653: "GPFS",
-    0x19830326: "BeeGFS",
-    0x20030528: "PVFS2",
-    0x786F4256: "VirtualBox shared folders",
-    0xBACBACBC: "VMware shared folders",
-    0xAAD7AAEA: "PanFS",
+    *(0x6969, 0xFF534D42, 0xFE534D42, 0x517B),  # NFS, CIFS, SMB2, SMB
+    *(0x65735546, 0x01021997, 0x786F4256, 0xBACBACBC),  # FUSE, 9P, shared folders of VirtualBox and VMware
+    *(0x00C36400, 0x5346414F, 0x6B414653, 0x73757245, 0x564C),  # Ceph, AFS, kAFS, Coda, NCP
+    *(0x7461636F, 0x01161970, 0x0BD00BD0, 0x47504653),  # OCFS2, GFS2, Lustre, GPFS
+    *(0x19830326, 0x20030528, 0xAAD7AAEA),  # BeeGFS, PVFS2, PanFS
 }
 _POSITION = threading.Lock()  # Windows: a descriptor has one position, which all threads share
 _SYNC_FILE_RANGE_WRITE = 2
 _MADV_POPULATE_READ = 22
 # A mapping needs no descriptor of its own; Python can be told so from 3.13 on.
 _WITHOUT_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
+_LIBC: Any = None  # on Linux: calls that Python lacks, or makes with the interpreter lock held
+if sys.platform == "linux":
+    _LIBC = ctypes.CDLL(None, use_errno=True)
+    _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    _LIBC.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    _LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 def prefetch(descriptor: int, offset: int, length: int) -> None:
@@ -184,63 +176,45 @@ else:
         return None if soft == resource.RLIM_INFINITY else soft
 
 
-if sys.platform == "linux":
-    _LIBC = ctypes.CDLL(None, use_errno=True)
-    _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    _LIBC.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
-    _LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+def can_map() -> bool:
+    """Whether files can be mapped safely: on Linux, with MADV_POPULATE_READ (5.14)."""
+    return _LIBC is not None and _can_populate()
 
-    def map_range(descriptor: int, offset: int, length: int) -> mmap.mmap:
-        """Returns a private mapping; writable only because torch takes no read-only buffer. Don't write to it."""
-        access = mmap.PROT_READ | mmap.PROT_WRITE
-        return mmap.mmap(descriptor, length, flags=mmap.MAP_PRIVATE, prot=access, offset=offset, **_WITHOUT_DESCRIPTOR)
 
-    def populate(mapped: mmap.mmap) -> int:
-        """Faults all pages of a mapping in. Returns 0, or the errno: EFAULT where the file has shrunk."""
-        # mmap.madvise keeps the interpreter lock while pages come from the disk; a ctypes call does not.
-        first = ctypes.c_char.from_buffer(mapped)
-        watch(mapped, ctypes.addressof(first))
-        while _LIBC.madvise(ctypes.addressof(first), len(mapped), _MADV_POPULATE_READ) != 0:
-            if (code := ctypes.get_errno()) != errno.EINTR:
-                return code
-        return 0
+@functools.cache
+def _can_populate() -> bool:
+    return populate(mmap.mmap(-1, mmap.PAGESIZE)) == 0
 
-    @functools.cache
-    def can_populate() -> bool:
-        """Whether `populate` works: the kernel has MADV_POPULATE_READ (Linux 5.14)."""
-        return populate(mmap.mmap(-1, mmap.PAGESIZE)) == 0
 
-    def start_writing(descriptor: int, offset: int, length: int) -> None:
-        """Asks the system to start writing a range to the disk, so that the final fsync finds little left.
+def map_range(descriptor: int, offset: int, length: int) -> mmap.mmap:
+    """Returns a private mapping; writable only because torch takes no read-only buffer. Don't write to it."""
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    return mmap.mmap(descriptor, length, flags=mmap.MAP_PRIVATE, prot=access, offset=offset, **_WITHOUT_DESCRIPTOR)
 
-        Errors are ignored: fsync reports them.
-        """
+
+def populate(mapped: mmap.mmap) -> int:
+    """Faults all pages of a mapping in. Returns 0, or the errno: EFAULT if the file has shrunk."""
+    # mmap.madvise keeps the interpreter lock while pages come from the disk; a ctypes call does not.
+    first = ctypes.c_char.from_buffer(mapped)
+    watch(mapped, ctypes.addressof(first))
+    while _LIBC.madvise(ctypes.addressof(first), len(mapped), _MADV_POPULATE_READ) != 0:
+        if (code := ctypes.get_errno()) != errno.EINTR:
+            return code
+    return 0
+
+
+def start_writing(descriptor: int, offset: int, length: int) -> None:
+    """Asks the system to start writing a range to the disk, so that the final fsync finds little left.
+
+    Errors are ignored: fsync reports them.
+    """
+    if _LIBC is not None:
         _LIBC.sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)
 
-    def remote_kind(descriptor: int) -> str | None:
-        """Returns the name of the network or user-space file system of an open file; None if it is local."""
-        status = (ctypes.c_long * 64)()  # the first field of struct statfs is the type, as wide as a long
-        if _LIBC.fstatfs(descriptor, ctypes.byref(status)) != 0:
-            return None
-        return _REMOTE.get(status[0] & 0xFFFFFFFF)
 
-else:
-
-    def map_range(descriptor: int, offset: int, length: int) -> mmap.mmap:
-        """Refuses: without `populate` a file that shrinks would end the process."""
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    def populate(mapped: mmap.mmap) -> int:
-        """Returns ENOSYS."""
-        return errno.ENOSYS
-
-    def can_populate() -> bool:
-        """Returns False."""
+def is_remote(descriptor: int) -> bool:
+    """Whether an open file is on a network or user-space file system, as far as the system tells."""
+    status = (ctypes.c_long * 64)()  # the first field of struct statfs is the type, as wide as a long
+    if _LIBC is None or _LIBC.fstatfs(descriptor, ctypes.byref(status)) != 0:
         return False
-
-    def start_writing(descriptor: int, offset: int, length: int) -> None:
-        """Does nothing."""
-
-    def remote_kind(descriptor: int) -> str | None:
-        """Returns None."""
-        return None
+    return status[0] & 0xFFFFFFFF in _REMOTE

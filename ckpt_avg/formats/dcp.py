@@ -90,9 +90,7 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
             return archives[stored]
 
         _check_present(folder, chosen, storage)
-        combined = {
-            new: _combine(new, chosen[old], storage, part_of, folder) for old, new in names.stripped.names.items()
-        }
+        combined = {new: _combine(new, chosen[old], storage, part_of, folder) for old, new in names.renamed.items()}
         spec = names.make_spec(
             path,
             "torch DCP",

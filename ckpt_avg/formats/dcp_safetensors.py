@@ -60,7 +60,7 @@ def open_dcp_safetensors(shards: Sequence[Path], path: Path, reading: Reading) -
         scalars = {name: tensor.shape == () for name, tensor in first.items()}
         names = settle_names(scalars, reading.strip_prefix, path)
         combined = {}
-        for old, new in names.stripped.names.items():
+        for old, new in names.renamed.items():
             corners = [
                 [start + extent for start, extent in zip(part.starts, part.tensor.shape, strict=True)]
                 for part in parts[old]

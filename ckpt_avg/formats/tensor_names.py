@@ -30,39 +30,26 @@ _COUNTERS = tuple(trainer.counter for trainer in TRAINERS if trainer.counter)
 
 
 @dataclass(frozen=True, slots=True)
-class Stripped:
-    """The names of a state dict without the prefixes of wrappers.
-
-    Attributes:
-        names: name in the file → name without prefixes; counters are left out.
-        prefix: what was stripped from every name.
-        counters: the counters that were left out.
-        notes: what the user should know.
-        lacking: whether no name has the prefix that the user gave.
-    """
-
-    names: Mapping[str, str]
-    prefix: str = ""
-    counters: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    lacking: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Names:
     """The names of a checkpoint's tensors, and what they say about the checkpoint.
 
     Attributes:
-        stripped: the names without prefixes.
+        renamed: name in the file → name without prefixes; counters are left out.
+        prefix: what was stripped from every name.
+        counters: the counters that were left out.
+        notes: what the user should know.
+        lacks_prefix: whether no name has the prefix that the user gave.
         kind: the trainer or library, if known.
         averaged: what shows that the weights are already an average; empty if nothing does.
-        notes: what the user should know.
     """
 
-    stripped: Stripped
-    kind: str | None
-    averaged: str
-    notes: tuple[str, ...]
+    renamed: Mapping[str, str]
+    prefix: str = ""
+    counters: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    lacks_prefix: bool = False
+    kind: str | None = None
+    averaged: str = ""
 
     def make_spec(
         self,
@@ -81,8 +68,8 @@ class Names:
             form,
             tensors,
             kind=self.kind or kind,
-            prefix=self.stripped.prefix,
-            lacks_prefix=self.stripped.lacking,
+            prefix=self.prefix,
+            lacks_prefix=self.lacks_prefix,
             averaged=averaged or self.averaged,
             notes=(*notes, *self.notes),
             **more,
@@ -104,23 +91,23 @@ def settle_names(
     Raises:
         CheckpointFormatError: a name cannot be written, or two names become equal.
     """
-    stripped = Stripped({name: name for name in scalars})
+    names = Names({name: name for name in scalars})
     if strip:
-        stripped = strip_prefixes(scalars, {name for name in scalars if scalars[name]}, prefix, str(path))
-    for name in stripped.names.values():
+        names = strip_prefixes(scalars, {name for name in scalars if scalars[name]}, prefix, str(path))
+    for name in names.renamed.values():
         check_name(name, path)
-    kind, averaged, notes = trainer.name if trainer else None, "", stripped.notes
+    kind, averaged, notes = trainer.name if trainer else None, "", names.notes
     for each in TRAINERS:
-        if each.counter in stripped.counters and each is not trainer:
+        if each.counter in names.counters and each is not trainer:
             averaged = f"it holds {each.counter}, the counter of {each.name}"
             kind = kind or each.name
-        if each.tensor_names and any(map(re.compile(each.tensor_names).search, stripped.names.values())):
+        if each.tensor_names and any(map(re.compile(each.tensor_names).search, names.renamed.values())):
             kind = kind or each.name
             notes += (each.note,)
-    return Names(stripped, kind, averaged, notes)
+    return replace(names, kind=kind, averaged=averaged, notes=notes)
 
 
-def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str | None, where: str) -> Stripped:
+def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str | None, where: str) -> Names:
     """Strips the prefixes of wrappers.
 
     Args:
@@ -138,7 +125,7 @@ def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str
         counters, weights = (), list(names)
     common, stripped = _strip_common(weights)
     notes: list[str] = []
-    lacking = False
+    lacks_prefix = False
     if prefix:
         prefix = prefix if prefix.endswith(".") else f"{prefix}."
         count = sum(name.startswith(prefix) and name != prefix for name in stripped)
@@ -149,7 +136,7 @@ def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str
             else:
                 notes.append(f"{quote(prefix)} stripped from {count:,} of {plural(len(stripped), 'name')}")
         elif f".{prefix}" not in f".{common}":
-            lacking = True
+            lacks_prefix = True
     clean = [_without_wrappers(name) for name in stripped]
     if clean != stripped and len(set(clean)) == len(clean):
         changed = sum(a != b for a, b in zip(clean, stripped, strict=True))
@@ -164,7 +151,7 @@ def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str
         fail(where, problem, "Choose another --strip-prefix")
     if common:
         notes.insert(0, f"{quote(common)} stripped from every name")
-    return Stripped(result, common, counters, tuple(notes), lacking)
+    return Names(result, common, counters, tuple(notes), lacks_prefix)
 
 
 def _strip_common(names: Iterable[str]) -> tuple[str, list[str]]:
@@ -229,7 +216,7 @@ class TensorTable(dict[str, TensorSpec]):
         metadata: Mapping[str, str] | None = None,
         parts: Collection[Mapping[str, TensorSpec]] = (),
     ) -> None:
-        new = names.stripped.names
+        new = names.renamed
         renamed = (replace(each, name=new[each.name]) if new[each.name] != each.name else each
                    for each in tensors if each.name in new)  # fmt: skip
         super().__init__((tensor.name, tensor) for tensor in renamed)

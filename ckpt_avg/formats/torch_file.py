@@ -60,7 +60,7 @@ def open_torch_file(
     stored = {name: tensor for name, tensor in found.tensors.items() if isinstance(tensor, StoredTensor)}
     scalars = {name: tensor.shape == () for name, tensor in stored.items()}
     names = settle_names(scalars, reading.strip_prefix, file.path, found.trainer, strip=strip)
-    tensors = {new: locate(file.path, new, stored[old], contents) for old, new in names.stripped.names.items()}
+    tensors = {new: locate(file.path, new, stored[old], contents) for old, new in names.renamed.items()}
 
     def scalar(value: object) -> float | None:
         if not isinstance(value, StoredTensor) or value.shape not in ((), (1,)):

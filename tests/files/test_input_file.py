@@ -50,7 +50,7 @@ def path(tmp_path: Path) -> Path:
 def file(path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[InputFile]:
     """The same file through both ways of reading."""
     if request.param == "copied":
-        monkeypatch.setattr("ckpt_avg.files.platform.can_populate", lambda: False)
+        monkeypatch.setattr("ckpt_avg.files.platform.can_map", lambda: False)
     with InputFile(path) as opened:
         yield opened
 
@@ -93,7 +93,7 @@ def test_both_ways_are_really_taken(path: Path, monkeypatch: pytest.MonkeyPatch)
     with InputFile(path) as opened:
         assert isinstance(opened.map(1, SMALL).buffer, mmap.mmap)
         assert isinstance(opened.map(1, SMALL - 1).buffer, bytearray)
-    monkeypatch.setattr("ckpt_avg.files.platform.can_populate", lambda: False)
+    monkeypatch.setattr("ckpt_avg.files.platform.can_map", lambda: False)
     with InputFile(path) as opened:
         assert isinstance(opened.map(1, SMALL).buffer, bytearray)
 
@@ -489,7 +489,7 @@ def test_a_refused_map_is_an_error_only_where_maps_were_asked_for(path: Path, mo
 
 def test_maps_need_a_kernel_that_can_fault_them_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without MADV_POPULATE_READ a truncated file would kill the process."""
-    monkeypatch.setattr("ckpt_avg.files.platform.can_populate", lambda: False)
+    monkeypatch.setattr("ckpt_avg.files.platform.can_map", lambda: False)
     with InputFile(path) as opened:
         with pytest.raises(ResourceError, match=r"--io mmap: .*Linux 5.14"):
             opened.use_io("mmap")

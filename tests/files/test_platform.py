@@ -1,4 +1,4 @@
-"""Which storage is read with ``pread``: told by the kernel's number of its file system."""
+"""Calls that only Linux has: which storage is remote, reading ahead, and writing early."""
 
 from __future__ import annotations
 
@@ -12,32 +12,30 @@ import pytest
 
 from ckpt_avg.files import platform
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.files.platform import prefetch, remote_kind, start_writing
+from ckpt_avg.files.platform import can_map, is_remote, prefetch, start_writing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked")
 
 
-def test_of_local_files(tmp_path: Path) -> None:
-    """A local disk must not lose its maps."""
+def test_local_files_are_not_remote(tmp_path: Path) -> None:
+    """A local disk must not lose its mappings; a descriptor that cannot be asked counts as local."""
     for path in (tmp_path, Path("/dev/shm"), Path("/proc")):
         if path.exists():
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                assert remote_kind(descriptor) is None, path
+                assert not is_remote(descriptor), path
             finally:
                 os.close(descriptor)
-
-
-def test_a_descriptor_that_cannot_be_asked() -> None:
-    assert remote_kind(-1) is None
+    assert not is_remote(-1)
 
 
 @pytest.mark.parametrize(
-    ("number", "name"),
-    [(0x6969, "NFS"), (0x65735546, "FUSE"), (0xFF534D42, "CIFS"), (0x0BD00BD0, "Lustre"), (0xEF53, None)],
+    ("number", "remote"),
+    [(0x6969, True), (0x65735546, True), (0xFF534D42, True), (0x0BD00BD0, True), (0xEF53, False)],
+    ids=["NFS", "FUSE", "CIFS", "Lustre", "ext4"],
 )
-def test_the_numbers_of_network_file_systems(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, name: str | None
+def test_network_file_systems_are_read_and_not_mapped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, remote: bool
 ) -> None:
     """CIFS' number has its highest bit set, and a long of 64 bits must not turn it negative."""
 
@@ -46,13 +44,20 @@ def test_the_numbers_of_network_file_systems(
         return 0
 
     monkeypatch.setattr(platform._LIBC, "fstatfs", fstatfs)
-    assert remote_kind(0) == name
+    assert is_remote(0) == remote
     path = tmp_path / "file"
     path.write_bytes(bytes(600_000))
     with InputFile(path) as file:
-        assert isinstance(file.map(0, 600_000).buffer, bytearray) == (name is not None)
+        assert isinstance(file.map(0, 600_000).buffer, bytearray) == remote
         file.use_io("mmap")
         assert not isinstance(file.map(0, 600_000).buffer, bytearray)
+
+
+def test_other_systems_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS and Windows have none of these calls."""
+    monkeypatch.setattr(platform, "_LIBC", None)
+    assert (can_map(), is_remote(0)) == (False, False)
+    start_writing(0, 0, 10)
 
 
 def test_the_first_field_is_where_it_is_looked_for(tmp_path: Path) -> None:

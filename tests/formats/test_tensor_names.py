@@ -15,14 +15,14 @@ from torch import nn
 
 from ckpt_avg import open_checkpoint
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.formats.tensor_names import PREFIXES, Stripped, strip_prefixes
+from ckpt_avg.formats.tensor_names import PREFIXES, Names, strip_prefixes
 
 MIDDLE = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # Parts that begin like a wrapper, or hold one: taking these for wrappers would rename weights.
 PARTS = ("weight", "bias", "0", "module", "modules", "my_orig_mod", "_orig", "fc", "_fsdp_wrapped", "steps")
 
 
-def strip(names: list[str], prefix: str | None = None, scalars: tuple[str, ...] = ()) -> Stripped:
+def strip(names: list[str], prefix: str | None = None, scalars: tuple[str, ...] = ()) -> Names:
     return strip_prefixes(names, scalars, prefix, "here")
 
 
@@ -40,7 +40,7 @@ def test_wrappers_in_any_order_and_number_come_off(names: list[str], wrappers: l
     """And nothing else does: one layer too many would rename weights, one too few would not load."""
     front = "".join(wrappers)
     stripped = strip([front + name for name in names])
-    assert dict(stripped.names) == {front + name: name for name in names}
+    assert dict(stripped.renamed) == {front + name: name for name in names}
     assert stripped.prefix == front
     assert stripped.counters == ()
     assert stripped.notes == ((f"{front!r} stripped from every name",) if front else ())
@@ -51,7 +51,7 @@ def test_a_prefix_that_one_name_lacks_stays(names: list[str], prefix: str) -> No
     """It belongs to the model then: a module that is called ``module``."""
     kept = ["bare", *(prefix + name for name in names)]
     assert strip(kept).prefix == ""
-    assert list(strip(kept).names.values()) == kept
+    assert list(strip(kept).renamed.values()) == kept
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -59,12 +59,12 @@ def test_a_name_is_never_stripped_to_nothing(prefix: str) -> None:
     """A tensor without a name could not be written."""
     names = [f"{prefix}w", prefix]
     stripped = strip(names)
-    assert "" not in stripped.names.values()
+    assert "" not in stripped.renamed.values()
     assert stripped.prefix == ""
 
 
 def test_no_names_at_all() -> None:
-    assert strip([]) == Stripped({})
+    assert strip([]) == Names({})
 
 
 # --- wrappers in the middle of names -----------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_wrappers_of_inner_modules_come_out_of_the_middle(names: list[str], data
             parts.insert(spot, data.draw(st.sampled_from(MIDDLE)).removesuffix("."))
         wrapped[".".join(parts)] = name
     front = "bare."  # so that no prefix is common to all
-    assert dict(strip([front + name for name in wrapped]).names) == {front + k: front + v for k, v in wrapped.items()}
+    assert dict(strip([front + name for name in wrapped]).renamed) == {front + k: front + v for k, v in wrapped.items()}
 
 
 def test_real_activation_checkpointing_gives_the_names_of_the_bare_model() -> None:
@@ -93,14 +93,14 @@ def test_real_activation_checkpointing_gives_the_names_of_the_bare_model() -> No
     # The wrapper's own hook gives clean names; what it holds inside are the names that other writers save.
     inner = [name for name, _ in bare.named_parameters()]
     raw = ["1._checkpoint_wrapped_module.0.weight", "1.0._checkpoint_wrapped_module._checkpoint_wrapped_module.bias"]
-    assert set(strip(inner).names.values()) == set(names)
-    assert list(strip(raw).names.values()) == ["1.0.weight", "1.0.bias"]
+    assert set(strip(inner).renamed.values()) == set(names)
+    assert list(strip(raw).renamed.values()) == ["1.0.weight", "1.0.bias"]
 
 
 def test_names_that_would_become_one_stay_apart() -> None:
     """Two tensors are never merged, nor one of them lost."""
     names = ["a._fsdp_wrapped_module.w", "a.w", "b._fsdp_wrapped_module.w"]
-    assert list(strip(names).names.values()) == names
+    assert list(strip(names).renamed.values()) == names
 
 
 def test_what_was_taken_out_is_said() -> None:
@@ -116,7 +116,7 @@ def test_what_was_taken_out_is_said() -> None:
 def test_the_counter_of_an_averaging_model_is_set_aside(counter: str) -> None:
     """It would keep ``module.`` from being common to all names, and is no weight."""
     stripped = strip([counter, "module.w", "module.b"], scalars=(counter, "module.b"))
-    assert dict(stripped.names) == {"module.w": "w", "module.b": "b"}
+    assert dict(stripped.renamed) == {"module.w": "w", "module.b": "b"}
     assert stripped.counters == (counter,)
 
 
@@ -124,7 +124,7 @@ def test_a_real_averaged_model() -> None:
     averaged = torch.optim.swa_utils.AveragedModel(nn.DataParallel(nn.Linear(2, 2)))
     state = averaged.state_dict()
     stripped = strip(list(state), scalars=tuple(name for name, value in state.items() if value.ndim == 0))
-    assert list(stripped.names.values()) == ["weight", "bias"]
+    assert list(stripped.renamed.values()) == ["weight", "bias"]
     assert stripped.counters == ("n_averaged",)
 
 
@@ -142,7 +142,7 @@ def test_a_real_averaged_model() -> None:
 def test_a_weight_of_that_name_is_kept(names: list[str], scalars: tuple[str, ...]) -> None:
     """Only beside ``module.*`` is it a counter; anywhere else leaving it out would lose a tensor."""
     stripped = strip(names, scalars=scalars)
-    assert len(stripped.names) == len(names)
+    assert len(stripped.renamed) == len(names)
     assert stripped.counters == ()
 
 
@@ -154,13 +154,13 @@ def test_a_named_prefix_comes_off_where_it_is(names: list[str], prefix: str, dot
     """With or without its dot, under wrappers and over them."""
     for front in (prefix, f"module.{prefix}", f"{prefix}_orig_mod.", f"module.{prefix}module."):
         stripped = strip([front + name for name in names], prefix if dot else prefix[:-1])
-        assert list(stripped.names.values()) == names
+        assert list(stripped.renamed.values()) == names
         assert stripped.prefix == front
 
 
 def test_a_named_prefix_that_only_some_carry_comes_off_these_and_is_said() -> None:
     stripped = strip(["model.a", "model.b.w", "head.w"], "model.")
-    assert list(stripped.names.values()) == ["a", "b.w", "head.w"]
+    assert list(stripped.renamed.values()) == ["a", "b.w", "head.w"]
     assert stripped.prefix == ""
     assert stripped.notes == ("'model.' stripped from 2 of 3 names",)
 
@@ -168,16 +168,16 @@ def test_a_named_prefix_that_only_some_carry_comes_off_these_and_is_said() -> No
 def test_a_named_prefix_is_whole_parts() -> None:
     """``--strip-prefix mod`` must not make ``ule.w`` of ``module.w`` or ``el.w`` of ``model.w``."""
     stripped = strip(["mod.w", "model.w"], "mod")
-    assert list(stripped.names.values()) == ["w", "model.w"]
+    assert list(stripped.renamed.values()) == ["w", "model.w"]
 
 
 def test_a_named_prefix_is_never_a_whole_name() -> None:
-    assert "" not in strip(["model.", "model.w"], "model.").names.values()
+    assert "" not in strip(["model.", "model.w"], "model.").renamed.values()
 
 
 def test_a_named_wrapper_that_came_off_by_itself_is_no_error() -> None:
     stripped = strip(["module.w", "module.b"], "module.")
-    assert list(stripped.names.values()) == ["w", "b"]
+    assert list(stripped.renamed.values()) == ["w", "b"]
     assert stripped.prefix == "module."
 
 

@@ -176,16 +176,8 @@ def _rebuild_tensor(storage: object, offset: object, shape: object, stride: obje
     return _view(storage, offset, shape, stride, getattr(storage, "dtype", None))
 
 
-def _rebuild_tensor_v3(
-    storage: object,
-    offset: object,
-    shape: object,
-    stride: object,
-    requires_grad: object,
-    hooks: object,
-    dtype: object,
-    *rest: object,
-) -> object:
+def _rebuild_tensor_v3(storage: object, offset: object, shape: object, stride: object, *rest: object) -> object:
+    dtype = rest[2] if len(rest) > 2 else None  # after requires_grad and the hooks
     if isinstance(dtype, type) and issubclass(dtype, Foreign):
         return UnreadableTensor(f"a {dtype.described()} tensor")
     return _view(storage, offset, shape, stride, dtype if isinstance(dtype, DType) else None)
@@ -272,6 +264,16 @@ _UNREADABLE_STORAGES = {
     "ComplexDoubleStorage": "a complex128 tensor, which safetensors cannot hold",
     **{f"{kind}Storage": "a quantized tensor" for kind in ("QUInt8", "QInt8", "QInt32", "QUInt4x2", "QUInt2x4")},
 }
+_UNREADABLE = {
+    "qtensor": "a quantized tensor",
+    "sparse_tensor": "a sparse tensor",
+    "sparse_csr_tensor": "a sparse tensor",
+    "nested_tensor": "a nested tensor",
+    "wrapper_subclass": "a tensor subclass",
+    "meta_tensor_no_storage": "a tensor on the meta device, without data",
+    "device_tensor_from_numpy": "a tensor of a device that saves numpy arrays",
+    "device_tensor_from_cpu_tensor": "a tensor of another device",
+}
 _numpy_array = _unreadable("a numpy array", "Save torch.from_numpy(array) in its place")
 _FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
@@ -281,14 +283,7 @@ _FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("torch._tensor", "_rebuild_from_type"): _rebuild_from_type,
-    ("torch._utils", "_rebuild_qtensor"): _unreadable("a quantized tensor"),
-    ("torch._utils", "_rebuild_sparse_tensor"): _unreadable("a sparse tensor"),
-    ("torch._utils", "_rebuild_sparse_csr_tensor"): _unreadable("a sparse tensor"),
-    ("torch._utils", "_rebuild_nested_tensor"): _unreadable("a nested tensor"),
-    ("torch._utils", "_rebuild_wrapper_subclass"): _unreadable("a tensor subclass"),
-    ("torch._utils", "_rebuild_meta_tensor_no_storage"): _unreadable("a tensor on the meta device, without data"),
-    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _unreadable("a tensor of a device that saves numpy arrays"),
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _unreadable("a tensor of another device"),
+    **{("torch._utils", f"_rebuild_{name}"): _unreadable(kind) for name, kind in _UNREADABLE.items()},
     ("torch.nn.parameter", "UninitializedParameter"): _unreadable("an uninitialised parameter"),
     ("torch", "Size"): _size,
     ("numpy", "dtype"): _numpy_dtype,

@@ -151,6 +151,19 @@ def test_a_file_with_holes(tmp_path: Path) -> None:
         assert content(opened.map(48_999_999, SMALL), 3) == b"\0x\0"
 
 
+def test_a_range_of_a_file_is_never_left(path: Path) -> None:
+    """What is outside a part of a file belongs to another tensor."""
+    with InputFile(path) as file:
+        part = FileRange(file, 20, 50)
+        assert (part.path, part.size, part.read(1, 4)) == (path, 50, CONTENT[21:25])
+        for offset, length in ((-1, 1), (0, 51), (50, 1), (0, -1)):
+            with pytest.raises(CheckpointFormatError, match=rf"expected {length} bytes at byte {20 + offset}\. It is"):
+                part.read(offset, length)
+        for begin, size in ((-1, 5), (0, -1), (0, len(CONTENT) + 1), (len(CONTENT), 1)):
+            with pytest.raises(CheckpointFormatError, match=rf"expected {size:,} bytes at byte {begin:,}, got a"):
+                FileRange(file, begin, size)
+
+
 # --- what is no file ---------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from layouts import Saved
 from safetensors.torch import load_file
 
 from ckpt_avg import CheckpointFormatError, open_checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import stream
 
 Command = Callable[..., tuple[int, str, str]]
@@ -24,16 +25,34 @@ def read(path: Path, **options: Any) -> State:
     found = {}
     with open_checkpoint(path, **options) as checkpoint:
         for name, tensor in checkpoint.spec.tensors.items():
-            parts = [part.clone() for _, part in stream(checkpoint, tensor, 5)]
-            found[name] = (torch.cat(parts) if parts else torch.empty(0)).view(tensor.shape)
+            parts = [part.clone() for _, part in stream(checkpoint, tensor, 5 if tensor.numel < 1000 else 100_001)]
+            dtype = getattr(torch, tensor.dtype.torch_name)
+            found[name] = (torch.cat(parts) if parts else torch.empty(0, dtype=dtype)).view(tensor.shape)
     return found
+
+
+def assert_as_torch_loads(
+    path: Path, key: str | None = None, given: str | None = None, *, form: str = "torch zip"
+) -> Checkpoint:
+    """Names, order, dtypes, shapes and bits are those that torch.load gives; returns the checkpoint, closed."""
+    expected = torch.load(path, weights_only=False)
+    for part in key.split(".") if key else ():
+        expected = expected[part]
+    expected = expected.state_dict() if isinstance(expected, torch.nn.Module) else expected
+    expected = {name: value for name, value in expected.items() if isinstance(value, torch.Tensor)}
+    with open_checkpoint(path, state_key=given) as checkpoint:
+        assert (checkpoint.spec.format, checkpoint.spec.state_key) == (form, key)
+        assert list(checkpoint.spec.tensors) == list(expected)
+    assert_same(read(path, state_key=given), expected)
+    return checkpoint
 
 
 def assert_same(found: State, expected: State) -> None:
     """The same names, dtypes, shapes and bits."""
 
     def bits(tensor: torch.Tensor) -> bytes:
-        return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        flat = tensor.detach().contiguous().reshape(-1)
+        return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
     assert sorted(found) == sorted(expected)
     for name, tensor in expected.items():
@@ -63,12 +82,14 @@ def mean(states: Sequence[State]) -> State:
     return result
 
 
-def refusal(path: Path, **options: Any) -> str:
-    """The message of a refusal with exit code 3."""
+def refusal(path: Path, kind: type[CheckpointFormatError] | None = None, **options: Any) -> str:
+    """The message of a refusal with exit code 3, and of that class."""
     with pytest.raises(CheckpointFormatError) as caught:
         open_checkpoint(path, **options)
     message = str(caught.value)
+    assert kind in (None, type(caught.value))
     assert caught.value.exit_code == 3
+    assert message.startswith(str(path))
     assert message.isprintable()
     assert len(message) < 2000
     return message

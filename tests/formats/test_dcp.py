@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from formats.reading import assert_same, read, refusal
 from formats.test_safetensors_header import REJECTED
 from safetensors.torch import save_file
 from torch import nn
@@ -26,7 +27,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME
-from ckpt_avg.checkpoint.tensor_reads import stream
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.open import open_checkpoint
 
@@ -39,38 +39,6 @@ def save(contents: dict[str, Any], folder: Path) -> Path:
         warnings.simplefilter("ignore")
         dcp.save(contents, checkpoint_id=folder, no_dist=True)
     return folder
-
-
-def read(path: Path, **options: Any) -> State:
-    with open_checkpoint(path, **options) as checkpoint:
-        found = {}
-        for name, tensor in checkpoint.spec.tensors.items():
-            parts = [values.clone() for _, values in stream(checkpoint, tensor, 7 if tensor.numel < 1000 else 100_001)]
-            dtype = getattr(torch, tensor.dtype.torch_name)
-            found[name] = (torch.cat(parts) if parts else torch.empty(0, dtype=dtype)).view(tensor.shape)
-        return found
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def assert_same(found: State, expected: State) -> None:
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
-        assert bits(found[name]) == bits(value), name
-
-
-def refusal(path: Path, **options: Any) -> str:
-    with pytest.raises(CheckpointFormatError) as caught:
-        open_checkpoint(path, **options)
-    message = str(caught.value)
-    assert caught.value.exit_code == 3
-    assert message.isprintable()
-    assert len(message) < 3000
-    return message
 
 
 def model() -> nn.Module:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from formats.reading import refusal
+from formats.safetensors_bytes import lay_out, one
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -25,17 +27,6 @@ from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.limits import LIMITS
 
 TORCH_DTYPES = {name: getattr(torch, dtype.torch_name) for name, dtype in DTYPES.items()}
-
-
-def lay_out(header: str | bytes, data: bytes = b"", length: int | None = None) -> bytes:
-    """The bytes of a file: length, header, data. ``length`` may lie."""
-    raw = header.encode() if isinstance(header, str) else header
-    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
-
-
-def one(dtype: str = '"U8"', shape: str = "[1]", offsets: str = "[0,1]", name: str = "w", data: bytes = b"\1") -> bytes:
-    """A file of one tensor, each field as JSON text; valid as it stands."""
-    return lay_out(f'{{"{name}":{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}}}', data)
 
 
 def two(first: str, second: str, data: bytes) -> bytes:
@@ -57,20 +48,6 @@ def write(folder: Path, content: bytes) -> Path:
 def spec_of(path: Path) -> CheckpointSpec:
     with open_checkpoint(path) as checkpoint:
         return checkpoint.spec
-
-
-def refusal(path: Path) -> str:
-    """Opens a file that must be refused; returns the message, once its class, code and path are as promised."""
-    with pytest.raises(CheckpointFormatError) as caught:
-        open_checkpoint(path)
-    message = str(caught.value)
-    assert type(caught.value) is CheckpointFormatError
-    assert caught.value.exit_code == 3
-    assert message.startswith(f"{path}: ")
-    assert "\n" not in message
-    assert message.isprintable()
-    assert len(message) < 2000
-    return message
 
 
 def assert_same_as_safetensors(path: Path) -> None:

@@ -5,7 +5,9 @@ Pickles are written opcode by opcode. What could hang, eat memory or crash runs 
 
 from __future__ import annotations
 
+import ast
 import copyreg
+import importlib.util
 import io
 import json
 import pickle
@@ -20,6 +22,9 @@ from typing import Any
 
 import pytest
 import torch
+from formats.pickles.opcodes import named, proto, sequence, text, whole
+from formats.torch_bytes import DISTRUST, RECORD, Member, storage
+from formats.torch_bytes import archive as archive_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,30 +36,6 @@ from ckpt_avg.formats.pickles import unpickler as pickle_specs
 from ckpt_avg.formats.pickles.stand_ins import Foreign, StorageRef, StoredTensor
 from ckpt_avg.formats.pickles.unpickler import read_pickle
 from ckpt_avg.limits import LIMITS
-
-# --- pickles, opcode by opcode -----------------------------------------------------------------------------
-
-
-def proto(version: int, body: bytes) -> bytes:
-    return b"\x80" + bytes([version]) + body + b"."
-
-
-def text(value: str) -> bytes:
-    raw = value.encode()
-    return b"X" + struct.pack("<I", len(raw)) + raw
-
-
-def whole(value: int) -> bytes:
-    return b"J" + struct.pack("<i", value)
-
-
-def named(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-def sequence(*items: bytes) -> bytes:
-    return b"(" + b"".join(items) + b"t"
-
 
 STORAGE = sequence(text("storage"), named("torch", "FloatStorage"), text("0"), text("cpu"), whole(6)) + b"Q"
 TENSOR = (
@@ -80,7 +61,7 @@ def refused(stream: bytes) -> str:
 
 
 def test_the_tensor_of_these_tests_is_read() -> None:
-    assert read_pickle(proto(2, TENSOR), "file.pt") == EXPECTED
+    assert read_pickle(proto(TENSOR), "file.pt") == EXPECTED
 
 
 def test_plain_values_come_through() -> None:
@@ -161,7 +142,7 @@ def archive(path: Path, stream: bytes) -> Path:
 def beside_weights(payload: bytes, version: int = 4) -> bytes:
     """A checkpoint whose state dict does not depend on the payload."""
     weights = b"}" + text("w") + TENSOR + b"s"
-    return proto(version, b"}" + text("evil") + payload + b"s" + text("state_dict") + weights + b"s")
+    return proto(b"}" + text("evil") + payload + b"s" + text("state_dict") + weights + b"s", version)
 
 
 @pytest.mark.parametrize("name", EVIL)
@@ -175,7 +156,7 @@ def test_what_a_hostile_object_calls_is_not_called_and_the_weights_open(tmp_path
 
 @pytest.mark.parametrize("name", sorted(EVIL.keys() - {"hooks of a tensor"}))
 def test_a_hostile_object_as_the_weights_is_refused(tmp_path: Path, name: str) -> None:
-    stream = proto(4, b"}" + text("state_dict") + b"}" + text("evil") + EVIL[name] + b"ss")
+    stream = proto(b"}" + text("state_dict") + b"}" + text("evil") + EVIL[name] + b"ss", 4)
     with pytest.raises(CheckpointFormatError, match=r"expected a (state dict|plain tensor)") as caught:
         open_checkpoint(archive(tmp_path / "evil.pt", stream))
     assert caught.value.exit_code == 3
@@ -265,7 +246,7 @@ def extension() -> Iterator[None]:
 @pytest.mark.usefixtures("extension")
 @pytest.mark.parametrize("code", [b"\x82\x7f", b"\x83\x7f\0", b"\x84\x7f\0\0\0"], ids=["EXT1", "EXT2", "EXT4"])
 def test_extension_codes_are_refused_though_registered(code: bytes) -> None:
-    assert "the pickle uses extension code 127" in refused(proto(2, code + TOUCH + b"\x85R"))
+    assert "the pickle uses extension code 127" in refused(proto(code + TOUCH + b"\x85R"))
 
 
 @pytest.mark.parametrize(
@@ -274,10 +255,12 @@ def test_extension_codes_are_refused_though_registered(code: bytes) -> None:
      sequence(text("storage"), named("os", "system"), text("0"), text("cpu"), whole(6)),
      sequence(text("storage"), named("torch", "FloatStorage"), text("0"), text("cpu")),
      sequence(text("storage"), named("torch", "FloatStorage"), whole(0), text("cpu"), whole(6)),
-     sequence(text("storage"), named("torch", "FloatStorage"), text("0"), text("cpu"), text("6"))],
+     sequence(text("storage"), named("torch", "FloatStorage"), text("0"), text("cpu"), text("6")),
+     *(storage(numel=numel) for numel in (whole(-1), b"\x88", b"G" + bytes(8))),
+     *(storage(kind) for kind in (named("collections", "OrderedDict"), text("FloatStorage")))],
 )  # fmt: skip
 def test_persistent_ids_that_name_no_storage(pid: bytes) -> None:
-    assert "storage" in refused(proto(2, pid + b"Q"))
+    assert "storage" in refused(proto(pid + b"Q"))
 
 
 def test_a_persistent_id_as_text() -> None:
@@ -305,7 +288,7 @@ STATE = b"}" + text("name") + text("evil") + b"s" + text("__code__") + text("evi
 def test_build_on_what_takes_no_state(target: str, state: bytes) -> None:
     """No attribute of a function, class, dtype or storage can be set."""
     made = {**TARGETS, "list": b"]", "dict": b"}", "set": b"\x8f"}[target]
-    assert "the pickle restores a state into a" in refused(proto(4, made + state + b"b"))
+    assert "the pickle restores a state into a" in refused(proto(made + state + b"b", 4))
     assert vars(stand_ins._rebuild_tensor) == {}
     assert DTYPES["F32"].name == "F32"
     assert "evil" not in vars(Foreign).values()
@@ -313,19 +296,19 @@ def test_build_on_what_takes_no_state(target: str, state: bytes) -> None:
 
 @pytest.mark.parametrize("state", [STATE, b"}" + text("shape") + b"K\x63\x85s", b"N" + STATE + b"\x86", b"N"])
 def test_build_on_a_tensor_changes_nothing(state: bytes) -> None:
-    assert read_pickle(proto(2, TENSOR + state + b"b"), "file.pt") == EXPECTED
+    assert read_pickle(proto(TENSOR + state + b"b"), "file.pt") == EXPECTED
 
 
 def test_build_on_an_ordered_dict_changes_nothing_but_its_items() -> None:
     """``_metadata`` of a state dict is set in this way; it is not needed."""
     state = b"}" + text("_metadata") + b"}s" + text("update") + SYSTEM + b"s"
-    result = read_pickle(proto(4, named("collections", "OrderedDict") + b")R" + state + b"b"), "file.pt")
+    result = read_pickle(proto(named("collections", "OrderedDict") + b")R" + state + b"b", 4), "file.pt")
     assert result == {}
     assert not hasattr(result, "_metadata")
 
 
 def test_build_on_a_foreign_object_is_kept_and_not_applied() -> None:
-    result = read_pickle(proto(4, named("foo", "Bar") + b")\x81" + STATE + b"b"), "file.pt")
+    result = read_pickle(proto(named("foo", "Bar") + b")\x81" + STATE + b"b", 4), "file.pt")
     assert isinstance(result, Foreign)
     assert result.described() == "foo.Bar"
     assert result.state == {"name": "evil", "__code__": "evil"}
@@ -333,7 +316,7 @@ def test_build_on_a_foreign_object_is_kept_and_not_applied() -> None:
 
 
 def test_classes_of_one_name_are_the_same_and_others_are_not() -> None:
-    stream = proto(2, sequence(named("a", "B"), named("a", "B"), named("a", "C")))
+    stream = proto(sequence(named("a", "B"), named("a", "B"), named("a", "C")))
     first, again, other = read_pickle(stream, "file.pt")  # type: ignore[misc]
     assert first is again is not other
 
@@ -351,23 +334,23 @@ def test_classes_of_one_name_are_the_same_and_others_are_not() -> None:
     ids=["APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"],
 )
 def test_filling_what_is_no_container(target: str, operation: bytes, what: str) -> None:
-    assert f"the pickle {what} a" in refused(proto(4, TARGETS[target] + operation))
+    assert f"the pickle {what} a" in refused(proto(TARGETS[target] + operation, 4))
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS.keys() - {"function", "class", "dict class"}))
 @pytest.mark.parametrize("operation", [b")R", b")\x81", b")}\x92"], ids=["REDUCE", "NEWOBJ", "NEWOBJ_EX"])
 def test_calling_what_is_no_function(target: str, operation: bytes) -> None:
-    assert "which is no function" in refused(proto(4, TARGETS[target] + operation))
+    assert "which is no function" in refused(proto(TARGETS[target] + operation, 4))
 
 
 @pytest.mark.parametrize("made", [b"]", b"}", b"\x8f"], ids=["list", "dict", "set"])
 def test_calling_a_container(made: bytes) -> None:
-    refused(proto(4, made + b")R"))
+    refused(proto(made + b")R", 4))
 
 
 @pytest.mark.parametrize("arguments", [b"]", b"N", TOUCH, b"}"])
 def test_arguments_that_are_no_tuple(arguments: bytes) -> None:
-    assert "without a tuple of arguments" in refused(proto(4, named("os", "system") + arguments + b"R"))
+    assert "without a tuple of arguments" in refused(proto(named("os", "system") + arguments + b"R", 4))
 
 
 @pytest.mark.parametrize(
@@ -376,7 +359,7 @@ def test_arguments_that_are_no_tuple(arguments: bytes) -> None:
 @pytest.mark.parametrize("key", sorted(stand_ins._FUNCTIONS), ids=lambda key: key[1])
 def test_rebuilding_from_junk(key: tuple[str, str], arguments: bytes) -> None:
     """Wrong arguments of the functions that are known give the documented exception or an inert value."""
-    stream = proto(2, named(*key) + arguments + b"R")
+    stream = proto(named(*key) + arguments + b"R")
     try:
         result = read_pickle(stream, "file.pt")
     except CheckpointFormatError:
@@ -492,12 +475,13 @@ def test_damaged_pickles_are_refused(stream: bytes) -> None:
         (b"\x80\x04\x95" + struct.pack("<Q", 3) + b"N.N", "bytes follow the end of the pickle"),
         (b"\x80\x02\xc5.", "unknown pickle operation 0xc5"),
         (b"\x80\x02h\x07.", "Memo value not found at index 7"),
+        (b"\x80\2X\4\0\0\0ab", "the pickle is truncated. Save or copy it again."),
         (b"\x80\2R.", "the pickle is damaged (IndexError: "),
-        (b"\x80\2Np4294967296\n.", "expected a memo index below 2³² in the pickle, got a larger one"),
-        (proto(2, named("builtins", "bytes") + whole(9) + b"\x85R"), "the pickle makes bytes of something"),
+        (b"\x80\2Np4294967296\n.", f"expected a memo index below 2³² in the pickle, got a larger one. {DISTRUST}"),
+        (proto(named("builtins", "bytes") + whole(9) + b"\x85R"), f"the pickle makes bytes of something. {DISTRUST}"),
         (
-            proto(2, named("_codecs", "encode") + text("x") + text("rot13") + b"\x86R"),
-            "the pickle encodes something other than bytes as latin1 text",
+            proto(named("_codecs", "encode") + text("x") + text("rot13") + b"\x86R"),
+            f"the pickle encodes something other than bytes as latin1 text. {DISTRUST}",
         ),
     ],
 )
@@ -510,6 +494,32 @@ def test_truncation_of_a_real_pickle_anywhere() -> None:
     stream = beside_weights(EVIL["OBJ"])
     for end in range(len(stream)):
         refused(stream[:end])
+
+
+def foreign_pickles() -> list[bytes]:
+    """All bytes in the tests of Python's own pickle module, damaged ones among them; none where they are missing."""
+    found = importlib.util.find_spec("test") and importlib.util.find_spec("test.pickletester")
+    if not found or not found.origin:
+        return []
+    tree = ast.parse(Path(found.origin).read_bytes())
+    return sorted({node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
+                   and isinstance(node.value, bytes)})  # fmt: skip
+
+
+@pytest.mark.guarantee("damaged-pickles")
+def test_the_pickles_of_pythons_own_tests_hold_no_weights(tmp_path: Path) -> None:
+    """Streams of every protocol, sound, damaged and hostile: the documented exception and nothing else."""
+    streams = foreign_pickles()
+    if not streams:
+        pytest.skip("this Python comes without its tests")
+    assert len(streams) > 100
+    path = tmp_path / "step_1.pt"
+    for stream in streams:
+        path.write_bytes(archive_of(Member(b"a/data.pkl", stream), RECORD))
+        with pytest.raises(CheckpointFormatError) as caught:
+            open_checkpoint(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert str(caught.value).isprintable()
 
 
 # --- bombs -------------------------------------------------------------------------------------------------
@@ -625,7 +635,7 @@ QUICK = ("frozen sets compared", "bytearray of 10^11 bytes", "billion laughs")
 )
 def test_bombs_end_soon_and_small(name: str) -> None:
     """At most what a harmless pickle of all allowed operations takes, 64 MiB and 4 × the pickle; never a crash."""
-    stream = proto(4, BOMBS[name])
+    stream = proto(BOMBS[name], 4)
     try:
         done = subprocess.run([sys.executable, "-c", _BOMB], input=stream, capture_output=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
@@ -640,8 +650,8 @@ def test_bombs_end_soon_and_small(name: str) -> None:
 @pytest.mark.guarantee("pickle-bombs")
 def test_the_limit_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle_specs._Counted, "left", 100)
-    assert read_pickle(proto(2, b"N0" * 48 + b"N"), "file.pt") is None
-    message = refused(proto(2, b"N0" * 50 + b"N"))
+    assert read_pickle(proto(b"N0" * 48 + b"N"), "file.pt") is None
+    message = refused(proto(b"N0" * 50 + b"N"))
     assert f"expected at most {LIMITS.pickle_operations:,} operations in the pickle, got more" in message
     assert "don't trust the file" in message
 
@@ -649,14 +659,14 @@ def test_the_limit_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_limit_counts_each_pickle_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle_specs._Counted, "left", 100)
     for _ in range(3):
-        assert read_pickle(proto(2, b"N0" * 40 + b"N"), "file.pt") is None
+        assert read_pickle(proto(b"N0" * 40 + b"N"), "file.pt") is None
 
 
 @pytest.mark.guarantee("pickle-bombs")
 def test_the_limit_of_globals() -> None:
     enough = b"".join(named("m", f"n{number}") + b"0" for number in range(LIMITS.pickle_globals))
-    assert read_pickle(proto(2, enough + named("m", "n0") + b"0N"), "file.pt") is None
-    message = refused(proto(2, enough + named("m", "one more") + b"0N"))
+    assert read_pickle(proto(enough + named("m", "n0") + b"0N"), "file.pt") is None
+    message = refused(proto(enough + named("m", "one more") + b"0N"))
     assert "expected at most 10,000 names in the pickle, got more" in message
 
 
@@ -676,7 +686,7 @@ class Keyworded:
 
 def test_a_deeply_shared_key_is_never_hashed() -> None:
     """Hashing it would take 2^60 steps; it stands under a key of its own instead."""
-    result = read_pickle(proto(2, b"}" + b")" + b"2\x86" * 60 + b"Ns"), "x")
+    result = read_pickle(proto(b"}" + b")" + b"2\x86" * 60 + b"Ns"), "x")
     assert list(result.values()) == [None]  # type: ignore[attr-defined]
 
 

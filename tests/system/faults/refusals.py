@@ -61,10 +61,3 @@ def mean(command: Command, *sources: object, folder: Path) -> tuple[dict[str, li
     found = {name: value.tolist() for name, value in load_file(output).items()}
     output.unlink()
     return found, out + err
-
-
-def write(folder: Path, content: bytes, name: str = "step_1.pt") -> Path:
-    """Writes a file; returns its path."""
-    path = folder / name
-    path.write_bytes(content)
-    return path

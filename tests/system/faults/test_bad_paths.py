@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats import test_dcp, test_torch_zip
-from formats.test_safetensors_header import lay_out, one
+from formats import test_dcp
+from formats.safetensors_bytes import lay_out, one
+from formats.torch_bytes import holding, tensor, weights, write
 from system.faults.checkpoints import dcp_folders
-from system.faults.refusals import Command, mean, refusal, refusal_of, write
+from system.faults.refusals import Command, mean, refusal, refusal_of
 
 from ckpt_avg import open_checkpoint
 from ckpt_avg.errors import CheckpointFormatError, UsageError
@@ -423,9 +424,9 @@ def test_of_several_forms_of_weights_the_first_of_a_fixed_order_is_taken_and_sai
     """One safetensors file, shards of them, one torch file, shards of these: as transformers loads them."""
     folder = sharded(tmp_path / "model")
     write(folder, double("w", 1023), PREFERRED[0])
-    test_torch_zip.claim(folder / PREFERRED[2], {"t": test_torch_zip.view()["w"]})
+    write(folder, holding(weights(tensor(), "t")), PREFERRED[2])
     write(folder, f'{{"weight_map":{{"t":"{PREFERRED[2]}"}}}}'.encode(), PREFERRED[3])
-    expected = ({"w": [1.0]}, {"a": [1.0], "b": [2.0]}, {"t": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]})
+    expected = ({"w": [1.0]}, {"a": [1.0], "b": [2.0]}, {"t": [1.0, 2.0]})
     for taken, values in enumerate(expected):
         found, said = mean(in_process, folder, folder=tmp_path)
         others = ", ".join(map(repr, PREFERRED[taken + 1 :]))
@@ -539,8 +540,7 @@ def test_a_part_that_lies_is_refused_by_its_tensors_name(in_process: Command, tm
     """Each part is an archive of its own, without a name; a model has thousands of them."""
     folder = test_dcp.save({"w": torch.ones(2)}, tmp_path / "step_1")
     part = folder / "__0_0.distcp"
-    lie = test_torch_zip.Rebuilt(test_torch_zip.Storage(numel=2), 1, (2,), (1,))
-    size = test_torch_zip.claim(part, lie, bytes(8)).stat().st_size
+    size = write(folder, holding(tensor(offset=1)), part.name).stat().st_size
     test_dcp.edit(folder, lambda metadata: setattr(test_dcp.entry(metadata, "w")[1], "length", size))
     message = refusal(in_process, folder, folder=tmp_path)
     assert message.startswith(f"{part}: ")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 
-from system.fuzz.opcodes import called, listed, mapping, named, proto, sequence, text, whole
+from formats.pickles.opcodes import called, listed, mapping, named, proto, sequence, text, whole
 
 TOUCH = text("touch touched")
 CODE = text("open('touched','w').close()")

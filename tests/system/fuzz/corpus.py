@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from system.fuzz.opcodes import (
+from formats.pickles.opcodes import (
     MAGIC,
     called,
     large,

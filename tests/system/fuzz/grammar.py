@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from random import Random
 
-from system.fuzz.opcodes import STOP, named, tensor, text, whole
+from formats.pickles.opcodes import STOP, named, tensor, text, whole
 
 NAMES = [
     *(("os", "system"), ("os", "getcwd"), ("posix", "times"), ("subprocess", "getoutput"), ("builtins", "eval")),

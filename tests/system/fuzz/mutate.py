@@ -7,8 +7,8 @@ import struct
 from collections.abc import Iterator, Sequence
 from random import Random
 
+from formats.pickles.opcodes import named, tensor, text
 from system.fuzz.corpus import SEEDS, Seed
-from system.fuzz.opcodes import named, tensor, text
 
 _NUMBERS = [0, 1, 2, 7, 8, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**60]
 _NUMBERS += [2**62, 2**63 - 1, 2**63, 2**64 - 1]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import safetensors
+from formats.pickles.opcodes import listed, mapping, proto, restored, text
 from system.fuzz.corpus import safetensors_file
-from system.fuzz.opcodes import listed, mapping, proto, restored, text
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.open import open_checkpoint

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from formats.pickles.opcodes import MAGIC, called, large, listed, mapping, proto, tensor, text, whole
 from system.fuzz.bypasses import BYPASSES, INDIRECT, PARSED_OTHERWISE, SYSTEM, TOUCH, UNLISTED
 from system.fuzz.corpus import FLOATS, array, checkpoint_pickle, stored_zip, torch_zip
-from system.fuzz.opcodes import MAGIC, called, large, listed, mapping, proto, tensor, text, whole
 
 pytestmark = pytest.mark.slow
 

@@ -26,7 +26,7 @@ def whole(value: int) -> bytes:
 
 def large(value: int) -> bytes:
     raw = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
-    return b"\x8a" + bytes([len(raw)]) + raw
+    return (b"\x8a" + bytes([len(raw)]) if len(raw) < 256 else b"\x8b" + struct.pack("<i", len(raw))) + raw
 
 
 def named(module: str, name: str) -> bytes:

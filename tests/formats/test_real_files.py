@@ -18,7 +18,7 @@ import pytest
 import torch
 from layouts import save, state, torchscript
 from safetensors.torch import load_file, save_file
-from system.faults.harness import REQUIRE
+from system.faults.tracing import REQUIRE
 
 from ckpt_avg import CheckpointFormatError, average, open_checkpoint
 from ckpt_avg.checkpoint.spec import batch_norm_layers

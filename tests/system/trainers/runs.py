@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from system.faults.exact import BFLOAT16, FLOAT16, exact_mean
-from system.faults.harness import REQUIRE
+from system.faults.tracing import REQUIRE
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import stream, torch_dtype

@@ -1,13 +1,29 @@
-"""What BatchNorm statistics should be, computed in another way than the package does."""
+"""Small models, and what their BatchNorm statistics should be, computed in another way than the package does."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def model_of(forward: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> Any:
+    """A module with these layers and this forward, in train mode."""
+
+    class Model(nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            return forward(self, values)
+
+    model = Model()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    return model
 
 
 def all_at_once(samples: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from batchnorm.oracles import all_at_once, assert_close, assert_measured, randn
+from batchnorm.oracles import all_at_once, assert_close, assert_measured, model_of, randn
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
@@ -337,20 +337,11 @@ def test_a_hook_of_the_user_that_changes_the_input_counts() -> None:
 def test_a_layer_under_two_names_is_measured_once_and_frozen_by_its_first() -> None:
     """Its second name is refused: if it were ignored, a layer that should be frozen would be measured."""
 
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.BatchNorm1d(3)
-            self.b = self.a
-            self.c = nn.BatchNorm1d(3)
-
-        def forward(self, values: Tensor) -> Tensor:
-            return self.c(self.b(self.a(values)))
-
-    measured = refresh_batch_norm(Shared(), [randn(8, 3)])
+    first, other = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    model = model_of(lambda model, values: model.c(model.b(model.a(values))), a=first, b=first, c=other)
+    measured = refresh_batch_norm(copy.deepcopy(model), [randn(8, 3)])
     assert list(measured.statistics) == ["a", "c"]
     assert measured.used_twice == ("a",)
-    model = Shared()
     with pytest.raises(UsageError, match=r"got 'b'.*The model has 'a', 'c'"):
         refresh_batch_norm(model, [randn(8, 3)], frozen=["b"])
     assert list(refresh_batch_norm(model, [randn(8, 3)], frozen=["a"]).statistics) == ["c"]
@@ -360,38 +351,29 @@ def test_a_layer_under_two_names_is_measured_once_and_frozen_by_its_first() -> N
 def test_a_layer_of_which_only_the_buffers_are_used_is_unreached() -> None:
     """`F.batch_norm(x, layer.running_mean, …)` bypasses the layer: its hook sees nothing."""
 
-    class Functional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen, self.fused = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    def forward(model: Any, values: Tensor) -> Tensor:
+        mean, variance = model.fused.running_mean, model.fused.running_var
+        return nn.functional.batch_norm(model.seen(values), mean, variance, training=model.training)
 
-        def forward(self, values: Tensor) -> Tensor:
-            mean, variance = self.fused.running_mean, self.fused.running_var
-            return nn.functional.batch_norm(self.seen(values), mean, variance, training=self.training)
-
-    model = Functional()
+    model = model_of(forward, seen=nn.BatchNorm1d(3), fused=nn.BatchNorm1d(3))
     with pytest.raises(UserCodeError, match="no batch reaches the BatchNorm layers 'fused'"):
         refresh_batch_norm(model, [randn(8, 3)])
     assert model.seen.running_mean.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_forward_that_reads_the_running_mean_ends_with_the_right_statistics() -> None:
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(3)
-            self.read: list[Tensor] = []
+    means: list[Tensor] = []
 
-        def forward(self, values: Tensor) -> Tensor:
-            values = self.norm(values)
-            self.read.append(self.norm.running_mean.clone())
-            return values
+    def forward(model: Any, values: Tensor) -> Tensor:
+        values = model.norm(values)
+        means.append(model.norm.running_mean.clone())
+        return values
 
-    model = Reader()
+    model = model_of(forward, norm=nn.BatchNorm1d(3))
     batches = randn(8, 3).split(4)
     refresh_batch_norm(model, batches)
     assert_close(model.norm.running_mean, all_at_once(randn(8, 3))[0].float())
-    for batch, read in zip(batches, model.read, strict=True):
+    for batch, read in zip(batches, means, strict=True):
         assert_close(read, all_at_once(batch)[0].float())  # that of the batch, while it passes
 
 
@@ -404,30 +386,18 @@ class Renamed(nn.BatchNorm1d):
 
 @pytest.mark.parametrize(("make", "keyword"), [(nn.BatchNorm1d, "input"), (Renamed, "values")])
 def test_a_layer_called_by_a_keyword_is_measured(make: Callable[..., nn.Module], keyword: str) -> None:
-    class Caller(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = make(3)
-
-        def forward(self, values: Tensor) -> Tensor:
-            return self.norm(**{keyword: values})
-
-    assert_measured(refresh_batch_norm(Caller(), [randn(8, 3)]).statistics["norm"], randn(8, 3))
+    model = model_of(lambda model, values: model.norm(**{keyword: values}), norm=make(3))
+    assert_measured(refresh_batch_norm(model, [randn(8, 3)]).statistics["norm"], randn(8, 3))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_measures_each_batch_once(reentrant: bool) -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(3)
-
-        def forward(self, values: Tensor) -> Tensor:
-            return checkpoint(self.norm, values, use_reentrant=reentrant)
-
+    model = model_of(
+        lambda model, values: checkpoint(model.norm, values, use_reentrant=reentrant), norm=nn.BatchNorm1d(3)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are no gradients
-        measured = refresh_batch_norm(Checkpointed(), [randn(8, 3)]).statistics["norm"]
+        measured = refresh_batch_norm(model, [randn(8, 3)]).statistics["norm"]
     assert (measured.calls_per_batch, measured.count) == (1, 8)
 
 
@@ -483,14 +453,7 @@ def test_a_scripted_part_without_statistics_is_run_like_any_other() -> None:
 def test_two_layers_that_share_their_buffers_are_refused() -> None:
     """One buffer cannot hold the statistics of both."""
 
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-            self.b.running_mean, self.b.running_var = self.a.running_mean, self.a.running_var
-
-        def forward(self, values: Tensor) -> Tensor:
-            return self.b(5 * self.a(values))
-
+    model = model_of(lambda model, values: model.b(5 * model.a(values)), a=nn.BatchNorm1d(3), b=nn.BatchNorm1d(3))
+    model.b.running_mean, model.b.running_var = model.a.running_mean, model.a.running_var
     with pytest.raises(UserCodeError, match=r"'a'.*'b'|'b'.*'a'"):
-        refresh_batch_norm(Tied(), [randn(8, 3)])
+        refresh_batch_norm(model, [randn(8, 3)])

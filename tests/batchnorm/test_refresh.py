@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from batchnorm.oracles import all_at_once, assert_close, assert_measured, randn
+from batchnorm.oracles import all_at_once, assert_close, assert_measured, model_of, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -88,18 +88,12 @@ def test_a_constant_channel_has_no_variance() -> None:
 
 @pytest.mark.guarantee("layer-used-twice")
 def test_a_layer_used_twice_covers_both_uses() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(3)
-            self.once = nn.BatchNorm1d(3)
-
-        def forward(self, values: Tensor) -> Tensor:
-            self.once(values)
-            return self.norm(values) + self.norm(5 * values + 1)
-
     samples = randn(12, 3)
-    model = Twice()
+    model = model_of(
+        lambda model, values: model.once(model.norm(values) + model.norm(5 * values + 1)),
+        norm=nn.BatchNorm1d(3),
+        once=nn.BatchNorm1d(3),
+    )
     report = refresh_batch_norm(model, samples.split(4))
     assert_measured(report.statistics["norm"], torch.cat([samples, 5 * samples + 1]))
     assert report.statistics["norm"].calls_per_batch == 2
@@ -107,26 +101,18 @@ def test_a_layer_used_twice_covers_both_uses() -> None:
     assert model.norm.num_batches_tracked.item() == 3
 
 
-class Sometimes(nn.Module):
-    """Skips its layer for small batches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(3)
-
-    def forward(self, values: Tensor) -> Tensor:
-        return self.norm(values) if len(values) > 4 else values
-
-
 def test_a_layer_that_some_batches_skip_is_measured_on_the_others() -> None:
-    samples = randn(15, 3)
-    report = refresh_batch_norm(Sometimes(), samples.split([5, 4, 6]))
+    def sometimes() -> Any:
+        return model_of(lambda model, x: model.norm(x) if len(x) > 4 else x, norm=nn.BatchNorm1d(3)).double()
+
+    samples = randn(15, 3).double()
+    report = refresh_batch_norm(sometimes(), samples.split([5, 4, 6]))
     assert_measured(report.statistics["norm"], torch.cat([samples[:5], samples[9:]]))
     assert report.used_twice == ()
 
-    ours, theirs = Sometimes().double(), Sometimes().double()
-    report = refresh_batch_norm(ours, samples.double().split([5, 4, 6]), estimator="batch-mean")
-    update_bn(samples.double().split([5, 4, 6]), theirs)
+    ours, theirs = sometimes(), sometimes()
+    report = refresh_batch_norm(ours, samples.split([5, 4, 6]), estimator="batch-mean")
+    update_bn(samples.split([5, 4, 6]), theirs)
     assert_close(ours.norm.running_mean, theirs.norm.running_mean)
     assert_close(ours.norm.running_var, theirs.norm.running_var)
     assert ours.norm.num_batches_tracked == theirs.norm.num_batches_tracked == 2
@@ -329,15 +315,8 @@ def test_statistics_beyond_the_range_of_the_buffer_are_refused() -> None:
 
 
 def test_layers_that_no_batch_reaches_are_listed() -> None:
-    class Detour(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.left, self.right = (nn.BatchNorm1d(3) for _ in range(3))
-
-        def forward(self, values: Tensor) -> Tensor:
-            return self.used(values)
-
-    message = failure_of([randn(4, 3)], Detour())
+    layers = {name: nn.BatchNorm1d(3) for name in ("used", "left", "right")}
+    message = failure_of([randn(4, 3)], model_of(lambda model, values: model.used(values), **layers))
     assert "no batch reaches the BatchNorm layers 'left', 'right'. Use" in message
     assert "forward_batch" in message
 

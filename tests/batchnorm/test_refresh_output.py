@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from batchnorm.oracles import model_of
 from batchnorm.small_runs import Small, batches, fail, measure, metadata, raw, refuse, save, trained
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -227,21 +228,19 @@ def test_two_runs_give_the_same_bytes(small: Path, tmp_path: Path, shuffles: boo
 
 @pytest.mark.guarantee("layer-used-twice")
 def test_a_layer_under_two_names_is_refreshed_under_both(tmp_path: Path) -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 3)
-            self.norm = nn.BatchNorm1d(3)
-            self.again = self.norm
+    def shared() -> Any:
+        norm = nn.BatchNorm1d(3)
+        return model_of(
+            lambda model, values: model.norm(model.inner(values)) + model.again(3 * model.inner(values)),
+            inner=nn.Linear(4, 3),
+            norm=norm,
+            again=norm,
+        )
 
-        def forward(self, values: Tensor) -> Tensor:
-            values = self.inner(values)
-            return self.norm(values) + self.again(3 * values)
-
-    run = save(trained(Shared), tmp_path / "run")
-    result = average([run], tmp_path / "swa.safetensors", model=Shared, data=batches, device="cpu")
+    run = save(trained(shared), tmp_path / "run")
+    result = average([run], tmp_path / "swa.safetensors", model=shared, data=batches, device="cpu")
     tensors = load_file(tmp_path / "swa.safetensors")
-    model = Shared()
+    model = shared()
     model.load_state_dict(tensors)
     with torch.no_grad():
         inner = model.inner(torch.cat(batches()))

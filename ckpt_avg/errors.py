@@ -187,13 +187,11 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the exception says that memory ran out, torch's own forms of it included."""
+    """Whether the exception says that memory ran out, in Python's words or torch's."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
-        return True
     torch = sys.modules.get("torch")
-    return torch is not None and (
-        isinstance(error, torch.OutOfMemoryError)
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    return isinstance(error, RuntimeError) and (
+        any(words in str(error) for words in ("can't start new thread", "can't allocate memory", "std::bad_alloc"))
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
     )

@@ -349,6 +349,7 @@ STRICTER = {
 }
 
 
+@pytest.mark.guarantee("safetensors-bytes", "tensor-names")
 @pytest.mark.parametrize("case", REJECTED)
 def test_each_violation_is_refused_by_name(tmp_path: Path, case: str) -> None:
     """The message holds the path, the tensor, what was expected and what was found."""

@@ -17,6 +17,10 @@ from typing import Any
 
 import pytest
 
+# A shell's background jobs ignore Ctrl-C, and so would the commands that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 RUN = Path(__file__).parent.parent / "fixtures" / "mnist_cnn"
 
 

@@ -1,7 +1,7 @@
 """The exceptions, and the exit code that each gives on the command line.
 
     CkptAvgError
-    ├── UsageError                  2  the request itself makes no sense
+    ├── UsageError                  2  the command line or the arguments are invalid
     ├── CheckpointFormatError       3  an input is corrupt, unsafe or of an unknown kind
     │   ├── NoWeightsError             … or holds no state dict
     │   └── ChangedWhileReadingError   … or it changed under us
@@ -37,7 +37,7 @@ class CkptAvgError(Exception):
 
     Attributes:
         exit_code: of the command.
-        document: what ``--json`` can say of the result all the same; the command fills it in.
+        document: what ``--json`` still reports of the result; the command sets it.
     """
 
     exit_code = 1
@@ -49,7 +49,7 @@ class CkptAvgError(Exception):
 
 
 class UsageError(CkptAvgError):
-    """The request cannot be carried out as it was worded."""
+    """The command line or the arguments are invalid."""
 
     exit_code = 2
 
@@ -61,7 +61,7 @@ class CheckpointFormatError(CkptAvgError):
 
 
 class NoWeightsError(CheckpointFormatError):
-    """A file that is sound, but holds no state dict: in a run folder it is left out."""
+    """A sound file that contains no state dict. In a run folder it is skipped."""
 
 
 class ChangedWhileReadingError(CheckpointFormatError):
@@ -79,7 +79,7 @@ class NonFiniteError(IncompatibleError):
 
 
 class OutputError(CkptAvgError):
-    """The output could not be written; whatever stood at its path still does."""
+    """The output could not be written; an existing file is left unchanged."""
 
     exit_code = 5
 
@@ -115,7 +115,7 @@ class UserCodeError(CkptAvgError):
 
 
 class RankError(CkptAvgError):
-    """Another rank failed or was lost, or the ranks were not started alike."""
+    """Another rank failed or was lost, or the ranks were started differently."""
 
     exit_code = 8
     _may_have_lines = True  # another rank's words
@@ -136,7 +136,7 @@ class RequirementError(CkptAvgError):
 
 
 class VerificationError(CkptAvgError):
-    """A file is damaged, was not written here, or is not the mean of the checkpoints that it is held against."""
+    """A file is damaged, was not written here, or is not the mean of these checkpoints."""
 
     exit_code = 9
 

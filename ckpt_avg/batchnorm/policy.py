@@ -54,7 +54,7 @@ def needs_refresh(
         if not plan.batch_norm and (has_data or bn == "refresh"):
             notice("the checkpoints contain no BatchNorm statistics, so there is nothing to refresh")
         elif moving and plan.checkpoints > 1:
-            advice = "Leave out --bn keep" if has_data else "Add --model and --data"
+            advice = "Omit --bn keep" if has_data else "Add --model and --data"
             notice(
                 f"the running statistics of {plural(len(moving), 'BatchNorm layer')} are the mean of the checkpoints', "
                 f"not those of the averaged weights. {advice} to recompute them."
@@ -62,11 +62,10 @@ def needs_refresh(
         return False
     given = {"--model MODULE:FACTORY": has_model, "--data MODULE:FACTORY": has_data}
     if missing := [option for option, is_given in given.items() if not is_given]:
-        examples = ", ".join(map(quote, moving[:3])) + (", …" if len(moving) > 3 else "")
+        examples = ", ".join(map(quote, moving[:2])) + (", …" if len(moving) > 2 else "")
         raise UsageError(
-            f"the checkpoints contain running statistics of {plural(len(moving), 'BatchNorm layer')} ({examples}), "
-            "which are wrong for averaged weights until they are recomputed over training data. Add "
-            f"{' and '.join(missing)}, or accept the mean of the statistics with --bn keep."
+            f"running statistics of {plural(len(moving), 'BatchNorm layer')} ({examples}): must be recomputed for "
+            f"averaged weights. Add {' and '.join(missing)}, or --bn keep to average them."
         )
     return True
 

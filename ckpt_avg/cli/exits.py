@@ -18,7 +18,7 @@ import click
 from ckpt_avg.distributed.launch import launched_rank
 from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UserCodeError, is_out_of_memory
 from ckpt_avg.files.sigbus import catch_bus_errors
-from ckpt_avg.text import safe_text
+from ckpt_avg.text import safe_text, suggestion
 
 # A signal may come between publishing and the last line of output.
 _UNTOUCHED = "the output path is unchanged, or complete if it was already published"
@@ -117,6 +117,8 @@ def _message_of(error: click.ClickException, command: click.Command, name: str) 
     """Returns click's message in the form of ours: where, what is wrong, what to do."""
     message, is_value = re.subn(r"^Invalid value for '(\S+)': ", r"\1: ", error.format_message())
     known = f" {name}" if isinstance(command, click.Group) and name in command.commands else ""
+    if isinstance(error, click.NoSuchOption):
+        message = f"{error.option_name}: no such option.{suggestion(error.option_name, error.possibilities or ())}"
     return message if is_value else f"{message} See ckpt-avg{known} --help."
 
 

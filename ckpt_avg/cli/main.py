@@ -56,7 +56,7 @@ def cli() -> None:
 @options.quiet
 @options.verbose
 def average_command(sources: Sequence[str], output: str, verbose: bool, **given: Any) -> None:
-    """Write the equal-weighted mean of the checkpoints, BatchNorm statistics recomputed.
+    """Write the mean of checkpoints, with recomputed BatchNorm.
 
     \b
     ckpt-avg average RUN --last 8 -o swa.safetensors
@@ -86,7 +86,7 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **given:
 @options.rank_timeout
 @options.quiet
 def refresh_command(weights: str, output: str, **given: Any) -> None:
-    """Write WEIGHTS with recomputed BatchNorm statistics, and everything else as it is.
+    """Write WEIGHTS with recomputed BatchNorm statistics.
 
     \b
     ckpt-avg refresh-bn weights.pt -o refreshed.safetensors --model train:make_model --data train:train_loader
@@ -125,7 +125,7 @@ def sweep_command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Measure the average of the last k checkpoints for each k, and of the first k, to find the best window.
+    """Find the best window of checkpoints to average. Measures the last k and the first k, for each k.
 
     \b
     ckpt-avg sweep RUN --model train:make_model --data train:train_loader \\
@@ -161,7 +161,7 @@ def sweep_command(
 @options.as_json
 @options.verbose
 def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given: Any) -> None:
-    """Say whether the checkpoints fit together, from their headers alone."""
+    """Check that checkpoints fit together, from headers alone."""
     from ckpt_avg.cli.documents import compatibility_json
     from ckpt_avg.cli.reports import compatibility_text
 
@@ -182,7 +182,7 @@ def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given:
 @options.options_from(InspectRequest)
 @options.as_json
 def inspect_command(path: str, as_json: bool, **given: Any) -> None:
-    """Show what a checkpoint or a run folder holds, and how it would be read."""
+    """Show what a path contains, and how it would be read."""
     from ckpt_avg.cli.documents import inspection_json
     from ckpt_avg.cli.reports import inspection_text
 
@@ -206,7 +206,7 @@ def inspect_command(path: str, as_json: bool, **given: Any) -> None:
 def verify_command(
     output: str, checkpoints: Sequence[str], sources: bool, as_json: bool, quiet: bool, **given: Any
 ) -> None:
-    """Say whether OUT, which ckpt-avg wrote, is complete and undamaged, and the mean of its checkpoints.
+    """Check that OUT is undamaged and the mean of its checkpoints.
 
     \b
     ckpt-avg verify swa.safetensors

@@ -169,8 +169,8 @@ def load_all(app_dir: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def average_command_for(context: click.Context, window: Measured) -> list[str]:
     """Returns the ``average`` command that makes one average of a sweep, from the options that the sweep was given.
 
-    The last k of what was selected are asked for with ``--last k``. Where that says something else, because of
-    ``--best`` or at the other end of the run, the checkpoints are named one by one, and nothing needs to be selected.
+    The last k of the selected checkpoints become ``--last k``. With ``--best``, and for the first k, the command lists
+    the checkpoints instead and selects nothing.
     """
     by_name = window.side == "first" or context.params["best"] is not None
     groups = (Reading, MeanOptions, RefreshOptions) if by_name else (Selection, Reading, MeanOptions, RefreshOptions)

@@ -11,7 +11,7 @@ from ckpt_avg.progress import Progress
 
 
 class Context:
-    """The ranks, the callbacks, the notices so far, and the open files. Inside, an error is told to the other ranks.
+    """The ranks, the callbacks, the notices so far, and the open files. Errors inside are reported to the other ranks.
 
     Attributes:
         ranks: who shares the work.
@@ -28,7 +28,7 @@ class Context:
         self.progress = replace(self._callbacks, notice=self.notice)
 
     def notice(self, text: str) -> None:
-        """Tells the user something, unless it has been told before."""
+        """Shows a notice, unless it was shown before."""
         if text not in self.notices:
             self.notices.append(text)
             self._callbacks.notice(text)

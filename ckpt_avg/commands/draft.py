@@ -26,7 +26,7 @@ class AverageResult:
     """What `average` did, or with ``dry_run`` would do.
 
     Attributes:
-        output: the file that was asked for.
+        output: the path that was given.
         written: whether it was published; False for a dry run, and if a requirement was not met.
         checkpoints: what was averaged, in order.
         skipped: files of run folders that were skipped, with reasons.
@@ -39,7 +39,7 @@ class AverageResult:
         batch_norm: what the refresh did, if there was one.
         data_digest: of the output's data section, as its metadata records it; None for a dry run, and on every rank but
             the first.
-        sha256: of the whole output, if it was asked for.
+        sha256: of the whole output, if requested.
         evaluations: what ``evaluate`` measured: checkpoints in their order, then the average, before and after the
             refresh. The last one is that of the output.
         outcomes: each requirement, and whether it was met.
@@ -127,7 +127,7 @@ class Draft:
 
     @functools.cached_property
     def _source_digests(self) -> list[dict[str, str]] | None:
-        """For each checkpoint SHA-256 of its files, which rank 0 reads for all; None if not asked for."""
+        """For each checkpoint SHA-256 of its files, which rank 0 reads for all; None if not requested."""
         if self.checksum is None or self.request.dry_run:
             return None
         ranks, prepared = self.context.ranks, self.prepared

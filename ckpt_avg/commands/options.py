@@ -183,7 +183,7 @@ class SweepOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressOptions(OptionGroup):
-    """What a Python caller is told while the command runs."""
+    """Callbacks for Python callers."""
 
     heading = "Progress"
     progress: Progress | None = option(None, doc="Callbacks.", own=True)
@@ -191,7 +191,7 @@ class ProgressOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions(OptionGroup):
-    """Who shares the work. They are told of options that are not allowed."""
+    """The ranks that share the work. An option that is not allowed is an error on all of them."""
 
     heading = "Ranks"
     ranks: Ranks | None = option(

@@ -31,7 +31,7 @@ class Prepared:
 
     Attributes:
         checkpoints: open, in order.
-        skipped: what was left out of run folders.
+        skipped: files of run folders that were skipped.
         plan: every output tensor and its offset.
         frozen: running statistics that are the same in every checkpoint; empty if each window has its own.
         model: built, if it is needed.

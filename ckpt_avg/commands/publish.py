@@ -125,7 +125,7 @@ def _refresh_and_measure(draft: Draft, unpublished: UnpublishedFile, digest: Tre
 def _complete(
     draft: Draft, unpublished: UnpublishedFile, digest: TreeDigest, report: BatchNormReport | None
 ) -> tuple[str, str | None]:
-    """Writes the final header; returns the digest of the data section, and SHA-256 of the file if it was asked for."""
+    """Writes the final header; returns the digest of the data section, and SHA-256 of the file if requested."""
     begin = len(draft.header)
 
     def read(offset: int, length: int) -> bytes:

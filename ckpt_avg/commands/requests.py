@@ -35,7 +35,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class MeanRequest(Selection, Reading, MeanOptions, RefreshOptions, EvalOptions):
-    """What the commands that average are asked for."""
+    """The arguments that `average` and `sweep` share."""
 
     sources: Sources = field(
         metadata={
@@ -52,14 +52,14 @@ class MeanRequest(Selection, Reading, MeanOptions, RefreshOptions, EvalOptions):
 
 @dataclass(frozen=True)
 class AverageRequest(RankOptions, MeanRequest, OutputOptions, ProgressOptions):
-    """What `average` is asked for."""
+    """The arguments of `average`."""
 
     output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
 
 
 @dataclass(frozen=True)
 class RefreshRequest(RankOptions, Reading, MeanOptions, RefreshOptions, EvalOptions, OutputOptions, ProgressOptions):
-    """What `refresh_weights` is asked for."""
+    """The arguments of `refresh_weights`."""
 
     weights: str | os.PathLike[str] = field(metadata={"doc": "One checkpoint of any kind that can be read."})
     output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
@@ -81,7 +81,7 @@ class RefreshRequest(RankOptions, Reading, MeanOptions, RefreshOptions, EvalOpti
 
 @dataclass(frozen=True)
 class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
-    """What `sweep` is asked for."""
+    """The arguments of `sweep`."""
 
     evaluate_all: bool = field(default=False, init=False)
     require: str | Sequence[str] = field(default=(), init=False)
@@ -94,7 +94,7 @@ class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
 
 @dataclass(frozen=True)
 class VerifyRequest(ResourceOptions, ProgressOptions):
-    """What `verify` is asked for."""
+    """The arguments of `verify`."""
 
     path: str | os.PathLike[str] = field(metadata={"doc": "The file."})
     sources: Sources | None = field(
@@ -109,14 +109,14 @@ class VerifyRequest(ResourceOptions, ProgressOptions):
 
 @dataclass(frozen=True)
 class CheckRequest(Selection, Reading):
-    """What `check` is asked for."""
+    """The arguments of `check`."""
 
     sources: Sources = field(metadata={"doc": "Checkpoint files, checkpoint folders and run folders."})
 
 
 @dataclass(frozen=True)
 class InspectRequest(Reading):
-    """What `inspect` is asked for."""
+    """The arguments of `inspect`."""
 
     path: str | os.PathLike[str] = field(
         metadata={"doc": "A checkpoint file, a checkpoint folder, a run folder, or any other folder."}

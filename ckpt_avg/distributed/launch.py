@@ -123,7 +123,7 @@ def _enter(stack: contextlib.ExitStack, group: distributed.ProcessGroup | None, 
             rank, members = distributed.get_rank(group), distributed.get_process_group_ranks(group)
             store = c10d._get_default_store()  # torch has no public way to a store that all members reach
         if rank < 0:
-            raise UsageError("join_ranks: this process is not in the group. Call it on the group's members only.")
+            raise UsageError("join_ranks: this process is not in the group. Call it only in processes of the group.")
         # torchrun may keep the store when it starts the ranks again.
         attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{members}"
         _joins[attempt] += 1

@@ -21,7 +21,7 @@ from ckpt_avg.errors import CkptAvgError, RankError, UsageError
 
 RANK_TIMEOUT = 1800.0  # seconds without a sign of life; torch has the same for its groups
 _PULSE = 0.5  # seconds between two signs of life
-_PAUSE = 0.002  # seconds between two looks at the store, at first
+_PAUSE = 0.002  # seconds between two reads of the store, at first
 _AFTER_SIGNAL = 6.0  # seconds; the workers of a data loader hold the connections of a dead rank for up to 5
 _LAST_WORDS = 5.0  # seconds for which rank 0, which may hold the store, stays for the others
 _PROBE = 1  # the tag of a receive that nobody answers
@@ -180,9 +180,9 @@ class Ranks:
                     self._stop_for(Failure(rank, f"{what} {self._timeout:g} s"))
             time.sleep(pause)
             pause = min(1.5 * pause, self._pulse)
-        steps = sorted({said[rank][1] for rank in others if said[rank][0] == number})  # the rest has gone on
+        steps = sorted({said[rank][1] for rank in others if said[rank][0] == number})  # the others have continued
         if len(steps) > 1:
-            raise RankError(f"the ranks are at different steps: {' and '.join(steps)}. Start all of them alike.")
+            raise RankError(f"the ranks are at different steps: {' and '.join(steps)}. Use one command for all.")
 
     def _look(self) -> tuple[list[Any], Failure | None]:
         """Gives a sign of life; returns what each rank has said last (step number, step, time), and what has failed."""
@@ -241,7 +241,7 @@ class Ranks:
             raise self.stopped()
 
     def _post(self, failure: Failure) -> None:
-        """Makes a failure known to all; if there was one already, that one stands."""
+        """Makes a failure known to all; an earlier failure stays the first cause."""
         self.failure = failure
         mine = json.dumps(asdict(failure))
         with contextlib.suppress(ConnectionError):
@@ -310,5 +310,5 @@ def first_difference(values: Sequence[Any]) -> int | None:
 
 
 def _is_signal(error: BaseException) -> bool:
-    """Whether it stands for a signal such as launchers send, unlike Ctrl-C."""
+    """Whether it is a signal such as launchers send, unlike Ctrl-C."""
     return not isinstance(error, (Exception, KeyboardInterrupt, SystemExit, GeneratorExit))

@@ -11,7 +11,7 @@ It promises:
   of the whole file with MADV_DONTNEED after each range does not achieve that: the kernel maps whole folios of up to
   2 MiB, and what is outside the range that is given back stays resident.
 
-Bytes are read with ``pread`` behind the same interface where the kernel lacks MADV_POPULATE_READ (Linux before 5.14,
+Bytes are read with ``pread`` through the same interface where the kernel lacks MADV_POPULATE_READ (Linux before 5.14,
 macOS, Windows) or refuses the mapping, on network storage, where each page fault is a round trip, and for ranges too
 small to be worth a mapping.
 """

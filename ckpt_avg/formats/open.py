@@ -21,7 +21,7 @@ from ckpt_avg.formats.sharded import is_index, open_sharded
 from ckpt_avg.formats.single_file import open_file
 from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_name
 from ckpt_avg.formats.trainers.sidecars import sidecar_record
-from ckpt_avg.text import listing, quote
+from ckpt_avg.text import ends, quote
 
 __all__ = ["Checkpoint", "Reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
 
@@ -86,6 +86,6 @@ def open_with(path: Path, reading: Reading) -> Checkpoint:
 def refuse_missing_prefix(specs: Sequence[CheckpointSpec], reading: Reading) -> None:
     """Raises CheckpointFormatError if no name of any checkpoint has the prefix to strip."""
     if specs and all(spec.lacks_prefix for spec in specs):
-        got = listing(map(quote, specs[0].tensors))
+        got = ends(list(map(quote, specs[0].tensors)))
         problem = f"--strip-prefix {reading.strip_prefix}: expected names that begin with it, got {got}"
-        fail(specs[0].path, problem, "Change it or leave it out")
+        fail(specs[0].path, problem, "Change it or omit it")

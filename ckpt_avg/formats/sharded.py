@@ -114,7 +114,7 @@ def _combine(
     for number, (name, spec) in enumerate(shards.items()):
         shard = f"the shard {quote(name)}"
         if lacking := sorted(promised[name] - set(spec.tensors)):
-            fail(index, f"{shard} lacks {listing(map(quote, lacking))}, which the index places there", _AGAIN)
+            fail(index, f"{shard} lacks {listing(map(quote, lacking))}, which the index says it contains", _AGAIN)
         extra = sorted(set(spec.tensors) - promised[name])
         if twice := [tensor for tensor in extra if tensor in weight_map]:
             fail(index, f"{shard} and another one both contain {listing(map(quote, twice))}", _AGAIN)

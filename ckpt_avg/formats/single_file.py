@@ -62,7 +62,7 @@ def refuse_options(reading: Reading, path: Path) -> None:
     """Raises CheckpointFormatError if an option chooses among state dicts, of which safetensors have only one."""
     if reading.state_key is not None or reading.ema:
         option = "--ema" if reading.ema else f"--state-key {reading.state_key}"
-        fail(path, f"a safetensors file has one flat state dict, so {option} matches nothing in it", "Leave it out")
+        fail(path, f"a safetensors file has one flat state dict, so {option} matches nothing in it", "Omit it")
 
 
 def _open_safetensors(file: InputFile, reading: Reading, *, strip: bool) -> Checkpoint:

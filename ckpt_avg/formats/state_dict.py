@@ -1,6 +1,6 @@
 """Which part of a torch file is the state dict.
 
-In order: the key that the user names; the place where the file's trainer keeps it (`Trainer.layouts`); a key that many
+In order: the key that the user names; the key where the file's trainer stores it (`Trainer.layouts`); a key that many
 scripts use; the file itself, if its values are tensors; the only other dict of named tensors. If several remain, the
 error lists them. A pickled module counts as its state dict.
 """
@@ -176,7 +176,7 @@ def _candidates(value: object, seen: set[int] | None = None) -> list[tuple[str, 
                 continue
             seen.add(id(item))
             if _is_state_dict(item) or is_module(item):
-                found.append(keys)  # what lies deeper belongs to it
+                found.append(keys)  # anything deeper belongs to it
             elif isinstance(item, dict):
                 inner += [((*keys, key), item[key]) for key in _top(item) if isinstance(item[key], (dict, Foreign))]
         level = inner

@@ -2,7 +2,7 @@
 
 Wrappers such as DataParallel (``module.``) or torch.compile (``_orig_mod.``) put a prefix in front of every name. Such
 a prefix is stripped, repeatedly, if *all* names have it, so that the average loads into the bare model. A counter that
-averaging models store next to the weights is left out first.
+averaging models store next to the weights is removed first.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def note_without_tensor(names: Sequence[str]) -> tuple[str, ...]:
     """Returns a note on the entries of a state dict that are not tensors, if there are any."""
     if not names:
         return ()
-    return (f"{plural(len(names), 'entry')} without a tensor left out: {listing(map(quote, names))}",)
+    return (f"{plural(len(names), 'entry')} without a tensor skipped: {listing(map(quote, names))}",)
 
 
 def _beside(contents: object, found: StateDict) -> object:

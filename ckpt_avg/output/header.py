@@ -51,7 +51,7 @@ def encode_header(tensors: str, metadata: Mapping[str, str], *, room: int = 0, s
     if length > LIMITS.header:
         raise IncompatibleError(
             f"the output's header would be {length:,} bytes long, but safetensors allows {LIMITS.header:,}. "
-            "Average fewer tensors or checkpoints at once, or leave out --sha256."
+            "Average fewer tensors or checkpoints at once, or omit --sha256."
         )
     return struct.pack("<Q", length) + text.ljust(length)
 

@@ -55,7 +55,7 @@ def make_metadata(
         checkpoints: the checkpoints that were averaged, in order.
         options: the options to record.
         batch_norm: where the running statistics come from; None without BatchNorm layers.
-        digests: for each checkpoint the SHA-256 of its files, by name; None if not asked for.
+        digests: for each checkpoint the SHA-256 of its files, by name; None if not requested.
         data_digest: of the output's data section, in hex; None while it is not known.
     """
     specs = [checkpoint.spec for checkpoint in checkpoints]

@@ -63,7 +63,7 @@ def discover(sources: Sources) -> Discovery:
         found = Discovery(tuple(map(_list_source, originals)))
         refuse_repeated((path, identity_of(path)) for path in found.paths)
     except OSError as error:  # a file disappeared, or became unreadable, after its folder was listed
-        raise UsageError(f"{quote(error.filename)}: {error.strerror}. If the run goes on, try again.") from error
+        raise UsageError(f"{quote(error.filename)}: {error.strerror}. If training still runs, try again.") from error
     return found
 
 

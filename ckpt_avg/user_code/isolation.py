@@ -16,7 +16,7 @@ _SEED = 0
 def seeded(device: torch.device | None = None) -> Iterator[None]:
     """Sets the random states to the same seed each time, then restores them. A generator object is not touched.
 
-    So a loader that shuffles does so alike in every run. Of CUDA only the state of ``device`` is set.
+    So a loader that shuffles gives the same order in every run. Of CUDA only the state of ``device`` is set.
     """
     cuda = []
     if device is not None and device.type == "cuda":

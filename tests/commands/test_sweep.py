@@ -394,7 +394,7 @@ def test_one_checkpoint(run: list[Path]) -> None:
         ({"bn_estimator": "x"}, "--bn-estimator"),
         ({"bn_batches": 0}, "--bn-batches"),
         ({"last": 0}, "--last: 0 is out of range. Use 1 or more."),
-        ({"data": None}, "the checkpoints contain running statistics of 2 BatchNorm layers"),
+        ({"data": None}, "running statistics of 2 BatchNorm layers"),
     ],
 )
 def test_what_makes_no_sense(run: list[Path], options: dict[str, Any], message: str) -> None:
@@ -713,7 +713,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_lose_the_numbers(
     [
         ({"direction": None}, 2, "got neither"),
         ({"more": ["--maximize", "loss"]}, 2, "got both"),
-        ({"direction": "--maximise"}, 2, "No such option"),
+        ({"direction": "--maximise"}, 2, "--maximise: no such option. Did you mean '--maximize'?"),
         ({"more": ["--windows", "all"]}, 2, "--windows: 'all' is not one of last, first, both."),
         ({"more": ["--hold", "much"]}, 2, "Write for example 256MiB"),
         ({"more": ["--last", "1"]}, 4, "Name at least two to compare"),
@@ -738,7 +738,7 @@ def test_exit_codes(app: App, in_process: InProcess, change: dict[str, Any], exi
     [
         ("--model", "--eval needs a model. Add --model MODULE:FACTORY."),
         ("--eval", "--eval is missing. Add --eval MODULE:FUNCTION to measure each average."),
-        ("--data", "Add --data MODULE:FACTORY, or accept the mean of the statistics with --bn keep."),
+        ("--data", "Add --data MODULE:FACTORY, or --bn keep to average them."),
     ],
 )
 def test_what_is_missing(app: App, in_process: InProcess, missing: str, advice: str) -> None:

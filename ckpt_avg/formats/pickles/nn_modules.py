@@ -18,7 +18,7 @@ _DEEPEST = 100
 
 
 def is_module(value: object) -> bool:
-    """Whether it stands for a module with its state, or for such a one that torch.compile has wrapped."""
+    """Whether it represents a module with its state, or one that torch.compile has wrapped."""
     value = _unwrapped(value)
     return (
         isinstance(value, Foreign)
@@ -50,7 +50,7 @@ def _collect(module: Foreign, prefix: str, found: dict[str, object], depth: int,
     state = module.state
     if not isinstance(state, dict):
         return
-    # A module that stands in several places is visited in each, so a few can make very many.
+    # A module that occurs several times is visited each time, so a few can make very many.
     at = [next(visits) for _ in range(10)][-1]  # a module costs as much as ten tensors
     if depth == 0 or len(found) > LIMITS.tensors or at > LIMITS.module_items:
         refuse(f"expected at most {LIMITS.module_items:,} modules and tensors, {_DEEPEST} deep, got more")

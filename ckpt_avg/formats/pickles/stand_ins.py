@@ -98,7 +98,7 @@ class Foreign:
 
     @classmethod
     def described(cls) -> str:
-        """Returns the dotted name of the class that this one stands for."""
+        """Returns the dotted name of the class that this one represents."""
         return escaped(f"{cls.module}.{cls.qualname}")
 
 
@@ -135,7 +135,7 @@ class Opaque:
 
 
 def safe_key(key: object) -> object:
-    """Returns what stands for a key in a dict or set.
+    """Returns what represents a key in a dict or set.
 
     Hashing a deeply shared tuple takes time exponential in its depth, and large integers (multiples of 2⁶¹ − 1) and
     tuples can be made to collide by the thousand.
@@ -146,7 +146,7 @@ def safe_key(key: object) -> object:
 
 
 def is_known(function: object) -> bool:
-    """Whether it is one of the functions that stand for torch's and numpy's."""
+    """Whether it is one of the functions that represent torch's and numpy's."""
     # The type is checked first, so that nothing hostile is hashed.
     return isinstance(function, FunctionType) and function in _KNOWN
 

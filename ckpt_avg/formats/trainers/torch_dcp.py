@@ -21,7 +21,7 @@ def _weights(folder: Folder) -> WeightFiles | None:
     if parts:
         problem = (
             f"incomplete: there is no {METADATA} next to the *.distcp files, which is saved last. Copy it again or "
-            "leave it out."
+            "exclude it."
         )
         return WeightFiles(folder.path, problem=problem, incomplete=True)
     return None

@@ -39,7 +39,7 @@ def _weights(folder: Folder) -> WeightFiles | None:
         return WeightFiles(path)
     problem = (
         f"incomplete: there is no shard index (*.index.json) next to {quote(path.name)}, which is saved last. "
-        "Copy it again or leave it out."
+        "Copy it again or exclude it."
     )
     return WeightFiles(path, problem=problem, incomplete=True)
 

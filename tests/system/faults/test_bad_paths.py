@@ -77,7 +77,7 @@ INDEXES: dict[str, tuple[str, str]] = {
     "cut off": (MAP[:-5], "expected a shard index in JSON, got other text: "),
     "a list": ("[]", 'expected a shard index {"weight_map": {tensor: file}}, got other JSON'),
     "a tensor that its shard lacks": (
-        MAP.replace('"b"', f'"c":"{B}","b"'), f"the shard '{B}' lacks 'c', which the index places there"),
+        MAP.replace('"b"', f'"c":"{B}","b"'), f"the shard '{B}' lacks 'c', which the index says it contains"),
 }  # fmt: skip
 
 
@@ -334,7 +334,7 @@ def test_a_file_that_goes_while_folders_are_listed_is_said(
 
     monkeypatch.setattr("ckpt_avg.runs.discover.identity_of", gone)
     message = refusal(in_process, path, folder=tmp_path, code=2)
-    assert message == f"'{path}': No such file or directory. If the run goes on, try again."
+    assert message == f"'{path}': No such file or directory. If training still runs, try again."
 
 
 def test_a_folder_that_goes_while_it_is_listed_is_said(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_of_several_forms_of_weights_the_first_of_a_fixed_order_is_taken_and_sai
         (folder / PREFERRED[taken]).unlink()
 
 
-LAST = "which is saved last. Copy it again or leave it out."
+LAST = "which is saved last. Copy it again or exclude it."
 NO_METADATA = f"incomplete: there is no .metadata next to the *.distcp files, {LAST}"
 NO_INDEX = f"incomplete: there is no shard index (*.index.json) next to '{A}', {LAST}"
 # What a writer that was stopped leaves: paths and contents, then why it is left out of a run, and what is said of it

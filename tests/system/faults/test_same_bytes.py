@@ -199,7 +199,7 @@ def test_many_environments_and_ranks_give_one_digest(run: Path, expected: str, t
 @pytest.mark.campaign
 @pytest.mark.parametrize("fmt", [FLOAT32, BFLOAT16, FLOAT16], ids=lambda fmt: str(fmt.dtype))
 def test_each_of_many_elements_is_the_exact_mean_rounded_once(tmp_path: Path, fmt: Format) -> None:
-    """`test_mean` with other numbers of checkpoints and elements; and arbitrary bits, where sums in float64 may err."""
+    """Many numbers of checkpoints and elements; and arbitrary bits, where sums in float64 may err."""
     counts = {"exact": 0, "wrong": 0, "of any bits": 0, "of any bits, other than exact": 0, "out of bounds": 0}
     for number, more in itertools.product([2, 3, 5, 7, 8, 16, 33, 64, 100], range(4)):
         inputs = awkward_inputs(number, fmt, 600 + more)

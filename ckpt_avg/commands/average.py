@@ -22,7 +22,7 @@ def average(request: AverageRequest) -> AverageResult:
     to the output dtype. Until everything is done the output path is untouched.
 
     Args:
-        {arguments}
+        The fields of `AverageRequest`.
 
     Returns:
         What was done.

@@ -21,7 +21,7 @@ def check(request: CheckRequest) -> CompatibilityReport:
     """Compares checkpoints by their headers alone. The report's ``compatible`` says whether they can be averaged.
 
     Args:
-        {arguments}
+        The fields of `CheckRequest`.
 
     Raises:
         CkptAvgError: a checkpoint cannot be opened, or there is none.

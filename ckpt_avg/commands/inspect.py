@@ -59,7 +59,7 @@ def inspect(request: InspectRequest) -> Inspection:
     """Returns what a checkpoint or a run folder contains, from headers only. Other folders are described, too.
 
     Args:
-        {arguments}
+        The fields of `InspectRequest`.
 
     Raises:
         UsageError: ``path`` does not exist.

@@ -17,7 +17,7 @@ def refresh_weights(request: RefreshRequest) -> AverageResult:
     A safetensors file's own metadata is kept. For a model in memory there is `refresh_batch_norm`.
 
     Args:
-        {arguments}
+        The fields of `RefreshRequest`.
 
     Returns:
         What was done.

@@ -127,7 +127,7 @@ def options_of(request: Any) -> Iterator[tuple[str, Field[Any]]]:
     """Yields the heading and the field of each argument of a request, group by group."""
     declared = {each.name: each for each in fields(request) if each.init}
     for group in request.__mro__:
-        for name in vars(group).get("__annotations__", {}):
+        for name in inspect.get_annotations(group):
             if name in declared:
                 yield group.heading, declared.pop(name)
 
@@ -137,7 +137,7 @@ def takes(
 ) -> Callable[[Callable[[_Request], _Result]], Callable[_Arguments, _Result]]:
     """Gives a function of one request the request's fields as its arguments.
 
-    In its docstring, ``{arguments}`` is replaced by what the fields' metadata say of them.
+    In its docstring, the line ``The fields of `…`.`` is replaced by a list of them.
     """
     signature = inspect.signature(request)
     declared = {each.name: each for _, each in options_of(request)}
@@ -160,7 +160,7 @@ def takes(
 
         returned = inspect.signature(function).return_annotation
         vars(with_arguments)["__signature__"] = signature.replace(parameters=parameters, return_annotation=returned)
-        with_arguments.__doc__ = (function.__doc__ or "").replace("{arguments}", text)
+        with_arguments.__doc__ = (function.__doc__ or "").replace(f"The fields of `{request.__name__}`.", text)
         with_arguments.__annotations__ = {}
         return with_arguments
 

@@ -97,7 +97,7 @@ def sweep(request: SweepRequest) -> SweepResult:
     Every average is what `average` would write for these checkpoints, bit for bit. Nothing is written.
 
     Args:
-        {arguments}
+        The fields of `SweepRequest`.
 
     Returns:
         What was measured.

@@ -49,7 +49,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
     damage, not forgery: anyone who can change the file can change them, too.
 
     Args:
-        {arguments}
+        The fields of `VerifyRequest`.
 
     Raises:
         VerificationError: the file is damaged, was not written by this package, or is not the mean of the sources.

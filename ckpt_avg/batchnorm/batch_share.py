@@ -59,8 +59,8 @@ def refuse_other_counts(counts: Sequence[int | None]) -> None:
     """Raises UserCodeError if ranks that share the batches by number got different numbers of them."""
     rank = first_difference(counts)
     if rank is not None:
-        first, other = ("batches of its own" if count is None else f"{count:,}" for count in (counts[0], counts[rank]))
+        gave = ["its part by DistributedSampler" if count is None else f"{count:,} batches" for count in counts]
         raise UserCodeError(
-            f"BatchNorm refresh: expected the same batches on every rank, got {first} on rank 0 and {other} on rank "
-            f"{rank}. Use the same loader on every rank, or a DistributedSampler on every rank."
+            f"BatchNorm refresh: the loader gave rank 0 {gave[0]}, and rank {rank} {gave[rank]}. Use the same loader on "
+            "every rank, or a DistributedSampler on every rank."
         )

@@ -148,7 +148,7 @@ class Ranks:
                 self._meet("leave", range(self.size))
         deadline = time.monotonic() + _LAST_WORDS
         while self.is_first and len(self._lost()) < self.size - 1 and time.monotonic() < deadline:
-            time.sleep(_PAUSE)
+            time.sleep(10 * _PAUSE)
         self._group = None  # closes the connections
 
     def explains(self, error: BaseException) -> bool:
@@ -268,7 +268,7 @@ class Ranks:
             with contextlib.suppress(ConnectionError):  # the next look says why
                 signalled = self._ask("add", "signalled", mine)
             mine = 0
-            time.sleep(_PAUSE)
+            time.sleep(10 * _PAUSE)
 
     def _gather(self, value: Any) -> list[Any]:
         import torch

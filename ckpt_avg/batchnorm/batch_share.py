@@ -61,6 +61,6 @@ def refuse_other_counts(counts: Sequence[int | None]) -> None:
     if rank is not None:
         gave = ["its part by DistributedSampler" if count is None else f"{count:,} batches" for count in counts]
         raise UserCodeError(
-            f"BatchNorm refresh: the loader gave rank 0 {gave[0]}, and rank {rank} {gave[rank]}. Use the same loader on "
-            "every rank, or a DistributedSampler on every rank."
+            f"BatchNorm refresh: the loader gave rank 0 {gave[0]}, and rank {rank} {gave[rank]}. Use the same loader "
+            "on every rank, or a DistributedSampler on every rank."
         )

@@ -71,7 +71,6 @@ def misfits(tmp_path: Path) -> list[Path]:
 
 MODEL = """
 import os, signal, sys, time
-from pathlib import Path
 import torch
 from torch import nn
 
@@ -98,10 +97,6 @@ def data_that_is_killed():
     os.kill(os.getpid(), getattr(signal, os.environ["TEST_SIGNAL"]))
     time.sleep(20)
 
-def data_that_waits():
-    yield data()[0]
-    Path("ready").touch()
-    time.sleep(60)
 """
 
 
@@ -455,34 +450,6 @@ def test_a_signal_during_the_refresh_has_its_code(
     assert handlers == [unhandled] * 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_from_outside_leaves_nothing_behind(
-    normed: Path, tmp_path: Path, app: str, number: int, expected: int
-) -> None:
-    output = tmp_path / "out" / "swa.safetensors"
-    output.parent.mkdir()
-    options = refresh_options(tmp_path, app, "data_that_waits")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ckpt_avg", "average", str(normed), "-o", str(output), *map(str, options)],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "ready").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=30)
-    assert process.returncode == expected
-    assert out == ""
-    assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("Error: ")
-    assert files(output.parent) == []
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Streams: stdout, stderr, terminals
 
@@ -640,13 +607,8 @@ def test_the_c_locale_changes_nothing(tmp_path: Path, ckpt_avg: Command) -> None
         assert "averaged 2 checkpoints" in result.stdout
         outputs.append(output.read_bytes())
     assert outputs[0] == outputs[1]
-
-
-def test_inspect_in_the_c_locale_shows_what_it_can(tmp_path: Path, ckpt_avg: Command) -> None:
-    save_file({"größe": torch.zeros(2, 2)}, tmp_path / "schritt ✓.safetensors")
-    result = ckpt_avg("inspect", tmp_path / "schritt ✓.safetensors", env=os.environ | C_LOCALE)
-    assert result.returncode == 0
-    assert result.stderr == ""
+    result = ckpt_avg("inspect", folder / "schritt_0.safetensors", env=os.environ | C_LOCALE)
+    assert (result.returncode, result.stderr) == (0, "")
     assert "F32" in result.stdout
 
 

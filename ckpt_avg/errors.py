@@ -160,6 +160,8 @@ class OptionGroup:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type] # every group is a dataclass
+            if getattr(self, field.name) is None and field.default is not dataclasses.MISSING:
+                object.__setattr__(self, field.name, field.default)  # None: as if the option was not given
             _check(field, getattr(self, field.name))
 
 
@@ -175,7 +177,7 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     choices, least, most = (field.metadata.get(key) for key in ("choices", "least", "most"))
-    if value is None and field.default is None:
+    if value is None:
         return
     if choices is not None and value not in choices:
         near = suggestion(value, choices)

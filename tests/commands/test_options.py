@@ -98,7 +98,6 @@ def test_an_unknown_keyword_is_named_with_the_nearest_known_one() -> None:
     [
         ({"dtype": "bf16"}, "--dtype: 'bf16' is not one of keep, float64, float32, bfloat16, float16. Did you mean "),
         ({"io": "direct"}, "--io: 'direct' is not one of auto, mmap, pread."),
-        ({"amp": None}, "--amp: 'None' is not one of off, bfloat16, float16."),
         ({"bn_batches": 0}, "--bn-batches: 0 is out of range. Use 1 or more."),
         ({"threads": 2000}, "--threads: 2,000 is out of range. Use 1 to 1,024."),
         ({"device": "cuda:300"}, "--device: 'cuda:300' cannot be used. Use auto, cpu, cuda or cuda:N."),
@@ -109,6 +108,13 @@ def test_a_value_that_is_not_allowed(options: dict[str, Any], message: str) -> N
     with pytest.raises(UsageError) as caught:
         AverageRequest("run", "out", **options)
     assert str(caught.value).startswith(message)
+
+
+def test_none_stands_for_the_default() -> None:
+    """So a caller can pass on what it was not given."""
+    given = {option.name: None for _, option in options_of(AverageRequest) if option.kw_only}
+    found, expected = AverageRequest("run", "out", **given), AverageRequest("run", "out")
+    assert all(getattr(found, name) == getattr(expected, name) for name in given)
 
 
 @pytest.mark.parametrize(

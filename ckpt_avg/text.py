@@ -84,7 +84,7 @@ def suggestion(word: object, choices: Iterable[str]) -> str:
     """Returns `` Did you mean 'bfloat16'?`` for the choice closest to a word, or an empty string."""
     import difflib  # only on the way to an error
 
-    near = difflib.get_close_matches(str(word).lower(), list(choices), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word).lower(), list(choices), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

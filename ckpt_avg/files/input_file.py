@@ -231,9 +231,8 @@ def _open(path: Path) -> tuple[int, os.stat_result]:
             raise TooManyFilesError(str(path), limit + 1, limit) from error
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise ResourceError(f"{path}: cannot be opened: {error.strerror}. Close other programs.") from error
-        raise CheckpointFormatError(
-            f"{path}: cannot be opened: {error.strerror}. Check its permissions and kind."
-        ) from error
+        advice = "Check the path" if error.errno in (errno.ENOENT, errno.ENOTDIR) else "Check its permissions and kind"
+        raise CheckpointFormatError(f"{path}: cannot be opened: {error.strerror}. {advice}.") from error
     try:
         if limit is not None and fd >= limit - min(_RESERVE, limit // 4):  # the system hands out the lowest free number
             raise TooManyFilesError(str(path), limit + 1, limit)

@@ -77,7 +77,7 @@ def survey(
 
     Raises:
         IncompatibleError: nothing is wanted, or a run folder contains several series of checkpoints.
-        UsageError: a checkpoint is named twice.
+        UsageError: a checkpoint is listed twice.
     """
     paths = discovery.paths
     if not any(wanted(path.name) for path in paths):

@@ -55,7 +55,7 @@ def discover(sources: Sources) -> Discovery:
             level is searched below.
 
     Raises:
-        UsageError: a source does not exist, or a checkpoint is named twice.
+        UsageError: a source does not exist, or a checkpoint is listed twice.
         IncompatibleError: a folder contains no checkpoint, or several folders with checkpoints.
     """
     originals = [sources] if isinstance(sources, (str, os.PathLike)) else sources
@@ -72,9 +72,9 @@ def refuse_repeated(checkpoints: Iterable[tuple[Path, Hashable]]) -> None:
     seen: dict[Hashable, Path] = {}
     for path, identity in checkpoints:
         if identity and identity in seen:
+            also = f" (also as {seen[identity]})" if seen[identity] != path else ""
             raise UsageError(
-                f"{path}: the same checkpoint is named twice (also as {seen[identity]}), so it would count double. "
-                "Name it once."
+                f"{path}: the same checkpoint is listed twice{also}, so it would count double. List it once."
             )
         seen[identity] = path
 

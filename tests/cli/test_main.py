@@ -735,20 +735,6 @@ def test_torch_is_not_imported_for(command: list[object], run_folder: Path) -> N
     assert "numpy" not in modules
 
 
-def best_of_five(*arguments: str) -> float:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, timeout=60, check=True)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def test_help_answers_at_once() -> None:
-    """Within 0.3 s of what Python itself takes to start."""
-    assert best_of_five("-m", "ckpt_avg", "--help") < best_of_five("-c", "pass") + 0.3
-
-
 def test_what_the_users_code_prints_is_no_result(
     tmp_path: Path, in_process: Callable[..., tuple[int, str, str]], run_folder: Path
 ) -> None:

@@ -196,7 +196,7 @@ def test_a_folder_and_the_file_in_it_are_one_checkpoint(tmp_path: Path) -> None:
     folder.mkdir()
     save_file(weights(1), folder / "model.safetensors")
     (folder / "trainer_state.json").write_text("{}")
-    with pytest.raises(UsageError, match="named twice"), ExitStack() as stack:
+    with pytest.raises(UsageError, match="listed twice"), ExitStack() as stack:
         open_selected(discover([folder, folder / "model.safetensors"]), Selection(), Reading(), stack)
 
 

@@ -279,9 +279,9 @@ def test_the_same_checkpoint_named_twice_is_refused(tmp_path: Path, how: str) ->
     else:
         again = tmp_path
     message = refusal(UsageError, path, again)
-    assert "the same checkpoint is named twice" in message
+    assert "the same checkpoint is listed twice" in message
     assert str(path) in message
-    assert message.endswith("Name it once.")
+    assert message.endswith("List it once.")
 
 
 # --- nothing there -----------------------------------------------------------------------------------------

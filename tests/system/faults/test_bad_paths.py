@@ -381,7 +381,7 @@ def test_one_checkpoint_named_twice_by_hand_is_refused(in_process: Command, tmp_
     message = refusal(in_process, path, run, folder=tmp_path, code=2)
     assert ": the same checkpoint is listed twice" in message
     assert str(path) in message
-    assert message.endswith("), so it would count double. List it once.")
+    assert message.endswith(", so it would count double. List it once.")
 
 
 @pytest.mark.guarantee("too-few-checkpoints")

@@ -74,12 +74,12 @@ class HangError(BaseException):
 
 @pytest.fixture
 def in_time() -> Iterator[None]:
-    """Fails the test after some seconds of processor time, or a minute of waiting: it would not end."""
+    """Fails the test after half a minute of processor time, or two of waiting: it would not end."""
 
     def fail(*_: object) -> None:
         raise HangError
 
-    timers = {signal.ITIMER_PROF: (signal.SIGPROF, 5), signal.ITIMER_REAL: (signal.SIGALRM, 60)}
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, 30), signal.ITIMER_REAL: (signal.SIGALRM, 120)}
     before = {number: signal.signal(number, fail) for number, _ in timers.values()}
     for timer, (_, seconds) in timers.items():
         signal.setitimer(timer, seconds)

@@ -1,10 +1,7 @@
 """The BatchNorm refresh of a model in memory.
 
 Averaged weights produce activations that no checkpoint had, so the running statistics must be measured again over
-training data (Izmailov et al. 2018, section 3.2, arXiv 1803.05407). Each BatchNorm layer normalises by the batch, as in
-training; everything else stays in evaluation mode. There are two estimators: the statistics of all values together,
-pooled in float64 ("precise BN", Wu & Johnson 2021, section 3, arXiv 2105.07576), and the mean of the batches'
-statistics, as `torch.optim.swa_utils.update_bn` computes it.
+training data (Izmailov et al. 2018, section 3.2, arXiv 1803.05407).
 """
 
 from __future__ import annotations

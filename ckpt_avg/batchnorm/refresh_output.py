@@ -66,13 +66,6 @@ def prepare_refresh(model: torch.nn.Module, passes: Passes, plan: Plan) -> Prepa
     return PreparedRefresh(model, passes, buffers)
 
 
-def frozen_layers(prepared: PreparedRefresh, frozen: Collection[str]) -> tuple[str, ...]:
-    """Returns the model's layers whose statistics are in output tensors named in ``frozen``."""
-    return tuple(
-        layer for layer, buffers in prepared.buffers.items() if all(name in frozen for name in buffers["running_mean"])
-    )
-
-
 def refresh_output(
     prepared: PreparedRefresh,
     plan: Plan,
@@ -88,19 +81,18 @@ def refresh_output(
     """Loads the averaged weights, measures, and writes the statistics over those in the output.
 
     Args:
-        prepared: the model and the batches.
-        plan: the output's tensors.
+        prepared, plan, options, progress, ranks: what is refreshed, and how.
         weights: returns the tensors of the unpublished output.
         write: called with bytes and their offset in the data section.
-        frozen: layers that are not refreshed.
-        options: how to refresh.
+        frozen: output tensors with statistics that are kept.
         device: where to run the model.
-        progress: callbacks.
-        ranks: the ranks that share the batches.
 
     Raises:
         UserCodeError: the loader or the model failed, or the refresh could not be done.
     """
+    layers = tuple(
+        layer for layer, buffers in prepared.buffers.items() if all(name in frozen for name in buffers["running_mean"])
+    )
     load_weights(prepared.model, weights())
     move_model(prepared.model, device)
     batches = prepared.passes.next_pass()
@@ -111,7 +103,7 @@ def refresh_output(
             batches,
             estimator=options.bn_estimator,
             max_batches=options.bn_batches,
-            frozen=frozen,
+            frozen=layers,
             device=device,
             amp=options.amp,
             forward_batch=options.forward_batch,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ckpt_avg.batchnorm.refresh import BatchNormReport
-from ckpt_avg.batchnorm.refresh_output import frozen_layers, refresh_output
+from ckpt_avg.batchnorm.refresh_output import refresh_output
 from ckpt_avg.commands.agreement import agree_on_header
 from ckpt_avg.commands.draft import AverageResult, Draft
 from ckpt_avg.errors import RankError, RequirementError
@@ -112,7 +112,7 @@ def _refresh_and_measure(draft: Draft, unpublished: UnpublishedFile, digest: Tre
         prepared.plan,
         weights,
         overwrite,
-        frozen=frozen_layers(prepared.refresh, prepared.frozen),
+        frozen=prepared.frozen,
         options=draft.request,
         device=prepared.model_device,
         progress=draft.context.progress,

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from ckpt_avg.batchnorm.policy import frozen_buffers, moving_layers
-from ckpt_avg.batchnorm.refresh_output import frozen_layers, refresh_output
+from ckpt_avg.batchnorm.refresh_output import refresh_output
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.prepare import Prepared, prepare
 from ckpt_avg.commands.requests import SweepRequest, takes
@@ -191,7 +191,7 @@ def _measure(
                     prepared.plan,
                     output.tensors,
                     output.write,
-                    frozen=frozen_layers(prepared.refresh, frozen),
+                    frozen=frozen,
                     options=request,
                     device=prepared.model_device,
                     progress=context.progress,

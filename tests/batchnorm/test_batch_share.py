@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from system.faults.rank_runs import in_threads
 from torch import nn
@@ -21,8 +21,7 @@ from ckpt_avg.batchnorm.batch_share import BatchShare, has_distributed_sampler
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import RankError
 
-ESTIMATORS = ["pooled", "batch-mean"]
-estimators = pytest.mark.parametrize("estimator", ESTIMATORS)
+estimators = pytest.mark.parametrize("estimator", ["pooled", "batch-mean"])
 Loader = Callable[[Ranks], Iterable[Any]]
 
 
@@ -143,6 +142,17 @@ def test_the_limit_counts_batches_of_all_ranks_together_and_ends_an_endless_load
     assert expected[0].batches == limit
     for found in refreshed(3, lambda ranks: endless(), max_batches=limit, estimator=estimator):
         assert_same(found, expected)
+
+
+@given(st.integers(0, 40), st.integers(1, 7), st.one_of(st.none(), st.integers(1, 50)))
+def test_shares_by_number_are_apart_and_cover_what_is_run(count: int, size: int, limit: int | None) -> None:
+    """If it failed, a batch would be run twice, or by nobody."""
+    shares = []
+    for rank in range(size):
+        share = BatchShare(map(torch.tensor, range(count)), Ranks(rank, size), limit)
+        shares.append([int(batch) for batch in share])
+        assert share.seen == min(count, math.inf if limit is None else limit)
+    assert sorted(itertools.chain(*shares)) == list(range(share.seen))
 
 
 def test_an_empty_loader_is_refused_on_every_rank() -> None:
@@ -273,49 +283,3 @@ def test_a_layer_that_no_rank_reached_is_refused_on_every_rank() -> None:
     ends = in_threads(2, work)
     assert [type(end) for end in ends] == [UserCodeError] * 2
     assert all("no batch reaches the BatchNorm layers 'unused'" in str(end) for end in ends)
-
-
-# -- Properties -----------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=6, deadline=None)
-@given(
-    st.lists(st.lists(st.integers(2, 9), max_size=4), min_size=2, max_size=4).filter(any),
-    st.sampled_from(ESTIMATORS),
-    st.booleans(),
-    st.one_of(st.none(), st.integers(1, 9)),
-)
-def test_whatever_the_batches_the_statistics_are_those_of_one_process(
-    own: list[list[int]], estimator: str, shared: bool, limit: int | None
-) -> None:
-    """If it failed, some number of ranks, batches or samples would change the statistics."""
-    size = len(own)
-    if shared:
-        loaders = [some(*itertools.chain(*own))] * size
-        expected = alone(loaders[0], estimator=estimator, max_batches=limit)
-    else:
-        loaders = [some(*sizes, seed=rank + 1) for rank, sizes in enumerate(own)]
-        most = [None if limit is None else len(range(rank, limit, size)) for rank in range(size)]
-        ran = [batch for each, end in zip(loaders, most, strict=True) for batch in each[:end]]
-        if not ran:
-            return
-        expected = alone(ran, estimator=estimator)
-    for found in refreshed(
-        size,
-        lambda ranks: loaders[ranks.rank] if shared else Own(loaders[ranks.rank]),
-        estimator=estimator,
-        max_batches=limit,
-    ):
-        assert not isinstance(found, BaseException), found
-        assert_same(found, expected)
-
-
-@given(st.integers(0, 40), st.integers(1, 7), st.one_of(st.none(), st.integers(1, 50)))
-def test_shares_by_number_are_apart_and_cover_what_is_run(count: int, size: int, limit: int | None) -> None:
-    """If it failed, a batch would be run twice, or by nobody."""
-    shares = []
-    for rank in range(size):
-        share = BatchShare(map(torch.tensor, range(count)), Ranks(rank, size), limit)
-        shares.append([int(batch) for batch in share])
-        assert share.seen == min(count, math.inf if limit is None else limit)
-    assert sorted(itertools.chain(*shares)) == list(range(share.seen))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_avg.checkpoint import tensor_reads as reads
@@ -18,12 +18,6 @@ from ckpt_avg.files.input_file import InputFile
 
 View = tuple[str, tuple[int, ...], tuple[int, ...], int]  # dtype, shape, stride, offset
 DTYPES = ("int8", "int16", "int32", "int64", "complex64", "bool", "float8_e4m3fn", "bfloat16", "uint64")
-
-
-def checkpoint_of(path: Path, contents: bytes, tensors: Sequence[TensorSpec] = ()) -> Checkpoint:
-    path.write_bytes(contents)
-    spec = CheckpointSpec(path, "raw", {tensor.name: tensor for tensor in tensors})
-    return Checkpoint(spec, (InputFile(path),))
 
 
 def make(name: str, dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> TensorSpec:
@@ -54,6 +48,15 @@ def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 NOISE = bytes(torch.randint(0, 2, (200_000,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).tolist())
 
 
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    """A file of 200,000 bytes, none of which makes a NaN."""
+    path = tmp_path_factory.mktemp("noise") / "raw"
+    path.write_bytes(NOISE)
+    with Checkpoint(CheckpointSpec(path, "raw", {}), (InputFile(path),)) as checkpoint:
+        yield checkpoint
+
+
 @st.composite
 def views(draw: st.DrawFn) -> View:
     dtype = draw(st.sampled_from(DTYPES))
@@ -63,46 +66,36 @@ def views(draw: st.DrawFn) -> View:
     return dtype, shape, stride, draw(st.integers(0, 40))
 
 
-@given(view=views(), data=st.data())
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@pytest.mark.parametrize("window", [16, 200, 4 * 2**20])
-def test_any_range_of_any_view_equals_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, view: View, data: st.DataObject
-) -> None:
+@given(view=views(), window=st.sampled_from([16, 200, 4 * 2**20]), data=st.data())
+@settings(max_examples=500, deadline=None)
+def test_any_range_of_any_view_equals_torch(noise: Checkpoint, view: View, window: int, data: st.DataObject) -> None:
     """Any strides (repeated, overlapping, none), any offset, through windows of any size."""
-    monkeypatch.setattr(reads, "_SPAN", window)
     tensor = make("w", *view)
     start = data.draw(st.integers(0, tensor.numel))
     stop = data.draw(st.integers(start, tensor.numel))
-    with checkpoint_of(tmp_path / "raw", NOISE[:12_000] if window < 1000 else NOISE) as checkpoint:
-        found = read_ranges(checkpoint, [(tensor, start, stop)])
-    assert len(found) == 1
-    assert same(found[0], expected(NOISE, tensor)[start:stop])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reads, "_SPAN", window)
+        (found,) = read_ranges(noise, [(tensor, start, stop)])
+    assert same(found, expected(NOISE, tensor)[start:stop])
 
 
-@given(chosen=st.lists(views(), min_size=1, max_size=8), data=st.data())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@pytest.mark.parametrize("gap", [0, 64])
+@given(chosen=st.lists(views(), min_size=1, max_size=8), gap=st.sampled_from([0, 64]), data=st.data())
+@settings(max_examples=100, deadline=None)
 def test_ranges_are_returned_in_the_order_asked_for(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    gap: int,
-    chosen: list[View],
-    data: st.DataObject,
+    noise: Checkpoint, chosen: list[View], gap: int, data: st.DataObject
 ) -> None:
     """Even if they overlap in the file, and however windows are shared."""
-    monkeypatch.setattr(reads, "_WASTE", gap)
     tensors = [make(str(i), *view[:3], view[3] + data.draw(st.integers(0, 3000))) for i, view in enumerate(chosen)]
-    ranges = [(tensor, 0, tensor.numel) for tensor in tensors]
-    with checkpoint_of(tmp_path / "raw", NOISE) as checkpoint:
-        found = read_ranges(checkpoint, ranges)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reads, "_WASTE", gap)
+        found = read_ranges(noise, [(tensor, 0, tensor.numel) for tensor in tensors])
     for tensor, values in zip(tensors, found, strict=True):
         assert same(values, expected(NOISE, tensor))
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8), data=st.data())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_joined_ranges_have_the_elements_of_all(tmp_path: Path, lengths: list[int], data: st.DataObject) -> None:
+@settings(max_examples=100, deadline=None)
+def test_joined_ranges_have_the_elements_of_all(noise: Checkpoint, lengths: list[int], data: st.DataObject) -> None:
     """Tensors that are consecutive, apart, in another order, strided or cut off are joined only where it is right."""
     ranges, offset = [], 0
     for length in lengths:
@@ -112,8 +105,7 @@ def test_joined_ranges_have_the_elements_of_all(tmp_path: Path, lengths: list[in
         ranges.append((tensor, start, data.draw(st.sampled_from([length, length, start + 1]))))
         offset += 4 * length
     ranges = data.draw(st.sampled_from([ranges, ranges[::-1]]))
-    with checkpoint_of(tmp_path / "raw", NOISE) as checkpoint:
-        found = torch.cat(read_ranges(checkpoint, join_ranges(ranges)))
+    found = torch.cat(read_ranges(noise, join_ranges(ranges)))
     assert same(found, torch.cat([expected(NOISE, tensor)[start:stop] for tensor, start, stop in ranges]))
 
 
@@ -126,29 +118,21 @@ def test_consecutive_tensors_are_one_range_and_one_window() -> None:
 
 @pytest.mark.parametrize("offset", [0, 1, 3, 4, 4095, 4096, 4097])
 @pytest.mark.parametrize("mapped", [True, False])
-def test_large_windows_at_any_offset_equal_torch(tmp_path: Path, offset: int, mapped: bool) -> None:
-    """Offsets that no page and no element begins at; by a map, and by reading."""
+def test_large_windows_at_any_offset_equal_torch(noise: Checkpoint, offset: int, mapped: bool) -> None:
+    """Offsets that no page and no element begins at; by a map, and by reading; valid after the file is closed."""
     tensor = make("w", "int32", (40_000,), (1,), offset)
-    with checkpoint_of(tmp_path / "raw", NOISE) as checkpoint:
+    with Checkpoint(noise.spec, (InputFile(noise.spec.path),)) as checkpoint:
         checkpoint.files[0]._can_map &= mapped
-        found = read_ranges(checkpoint, [(tensor, 0, 40_000)])[0]
-    assert same(found, expected(NOISE, tensor))
+        (found,) = read_ranges(checkpoint, [(tensor, 5, 39_000)])
+    assert same(found, expected(NOISE, tensor)[5:39_000])
     assert found.data_ptr() % found.element_size() == 0, "kernels may rely on aligned elements"
 
 
-def test_elements_stay_valid_after_the_file_is_closed(tmp_path: Path) -> None:
-    tensor = make("w", "int32", (40_000,), (1,), 8)
-    with checkpoint_of(tmp_path / "raw", NOISE) as checkpoint:
-        found = read_ranges(checkpoint, [(tensor, 5, 39_000)])[0]
-    assert same(found, expected(NOISE, tensor)[5:39_000])
-
-
 @given(view=views(), step=st.integers(1, 50))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_stream_yields_each_element_once_and_in_order(tmp_path: Path, view: View, step: int) -> None:
+@settings(max_examples=60, deadline=None)
+def test_a_stream_yields_each_element_once_and_in_order(noise: Checkpoint, view: View, step: int) -> None:
     tensor = make("w", *view)
-    with checkpoint_of(tmp_path / "raw", NOISE, [tensor]) as checkpoint:
-        parts = list(stream(checkpoint, tensor, step))
+    parts = list(stream(noise, tensor, step))
     assert [start for start, _ in parts] == list(range(0, tensor.numel, step))
     values = [part for _, part in parts] or [torch.empty(0, dtype=torch_dtype(tensor.dtype))]
     assert same(torch.cat([part.view(torch.uint8) for part in values]), expected(NOISE, tensor).view(torch.uint8))

@@ -19,7 +19,7 @@ FLOAT32 = BY_TORCH_NAME["float32"]
 
 
 @given(tensors=tensors, elements=st.integers(1, 500), dtype=st.sampled_from(["keep", "float32"]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_blocks_cover_every_element_once_and_in_order(tensors: Tensors, elements: int, dtype: str) -> None:
     plan = plan_of(tensors, dtype=dtype)
     lists = list(cut_into_blocks(plan, elements))
@@ -104,7 +104,7 @@ def test_the_shares_of_ranks_cover_every_element_once_and_begin_at_pages(
     assert all(before.stop == after.start for before, after in itertools.pairwise(shares))
     inner = {share.start for share in shares} - {0, plan.nbytes}
     assert all((begin + bound) % page == 0 for bound in inner)
-    assert max(map(len, shares)) <= plan.nbytes / size + page
+    assert all(abs(len(share) - plan.nbytes / size) <= page for share in shares)
     found: dict[str, list[tuple[int, int]]] = {tensor.name: [] for tensor in plan.tensors}
     for share in shares:
         covered = 0
@@ -118,10 +118,3 @@ def test_the_shares_of_ranks_cover_every_element_once_and_begin_at_pages(
         edges = sorted(found[tensor.name])
         assert [start for start, _ in edges] == [0, *(stop for _, stop in edges)][: len(edges)]
         assert (edges[-1][1] if edges else 0) == tensor.numel
-
-
-def test_one_tensor_is_shared_evenly() -> None:
-    """If it failed, a model that is one tensor would be left to one rank."""
-    plan = plan_of({"w": ("F32", (1_000_003,))})
-    shares = [plan.share(rank, 4, begin=128) for rank in range(4)]
-    assert all(abs(len(share) - 1_000_003) <= 64 * 1024 for share in shares)

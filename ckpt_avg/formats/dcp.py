@@ -58,12 +58,7 @@ _Storage = Mapping[tuple[str, tuple[int, ...] | None], _Stored]  # (tensor, star
 
 
 def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
-    """Opens a folder that ``torch.distributed.checkpoint.save`` wrote.
-
-    Args:
-        folder: the folder with ``.metadata``.
-        path: what the checkpoint is called.
-        reading: how to read it.
+    """Opens a folder with ``.metadata``; ``path`` is what the checkpoint is called.
 
     Raises:
         CheckpointFormatError: the metadata is damaged, or a file or a part of a tensor is missing.
@@ -75,8 +70,7 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
     contents = _nested(metadata, tensors, where)
     found = find_state_dict(contents, path, reading)
     chosen = {name: tensor for name, tensor in found.tensors.items() if isinstance(tensor, _Distributed)}
-    scalars = {name: tensor.shape == () for name, tensor in chosen.items()}
-    names = settle_names(scalars, reading.strip_prefix, path, found.trainer)
+    names = settle_names(chosen, reading.strip_prefix, path, found.trainer)
     files: dict[str, tuple[int, InputFile]] = {}
     archives: dict[_Stored, TensorSpec] = {}  # each is read once, however often the metadata names it
     with ExitStack() as on_error:

@@ -12,14 +12,7 @@ from ckpt_avg.text import quote
 
 
 def combine_parts(name: str, dtype: DType, shape: tuple[int, ...], parts: Sequence[Part], where: str) -> TensorSpec:
-    """Returns a tensor that is stored in parts.
-
-    Args:
-        name: its name.
-        dtype: of the tensor and each part.
-        shape: of the whole tensor.
-        parts: the parts; of equal ones (replicas) the last is used.
-        where: what errors name.
+    """Returns a tensor that is stored in parts; of equal parts (replicas) the last is used.
 
     Raises:
         CheckpointFormatError: the parts do not cover each element exactly once.

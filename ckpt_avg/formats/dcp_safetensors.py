@@ -28,12 +28,7 @@ from ckpt_avg.text import quote
 
 
 def open_dcp_safetensors(shards: Sequence[Path], path: Path, reading: Reading) -> Checkpoint:
-    """Opens the shards of all ranks as one checkpoint.
-
-    Args:
-        shards: the files, in the order of their names.
-        path: what the checkpoint is called.
-        reading: how to read it.
+    """Opens the shards of all ranks as one checkpoint; ``path`` is what it is called.
 
     Raises:
         CheckpointFormatError: a shard is damaged or missing, or is not such a shard.
@@ -57,8 +52,7 @@ def open_dcp_safetensors(shards: Sequence[Path], path: Path, reading: Reading) -
                     expected = f"expected {dtype.name} and {len(tensor.shape)} offsets"
                     fail(shard, f"{expected}, got {tensor.dtype.name} and {quote(starts)}", tensor=name)
                 parts.setdefault(name, []).append(Part(starts, replace(tensor, name="", file=number)))
-        scalars = {name: tensor.shape == () for name, tensor in first.items()}
-        names = settle_names(scalars, reading.strip_prefix, path)
+        names = settle_names(first, reading.strip_prefix, path)
         combined = {}
         for old, new in names.renamed.items():
             corners = [

@@ -52,14 +52,7 @@ def read_header(file: InputFile) -> bytes:
 
 
 def parse_header(file: InputFile, header: bytes) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Parses and checks the whole header.
-
-    Args:
-        file: the file, whose size must be what the header says.
-        header: what `read_header` returned.
-
-    Returns:
-        The tensors by name, in the order of the header, and ``__metadata__``.
+    """Returns the tensors by name, in the order of the header, and ``__metadata__``.
 
     Raises:
         CheckpointFormatError: the header breaks a rule of the format, or exceeds a limit.

@@ -35,12 +35,7 @@ def is_index(path: Path) -> bool:
 
 
 def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
-    """Opens every shard that an index names.
-
-    Args:
-        index: the index file.
-        path: what the checkpoint is called: the index, or its folder.
-        reading: how to read each shard.
+    """Opens every shard that an index names; ``path`` is what the checkpoint is called: the index, or its folder.
 
     Raises:
         CheckpointFormatError: the index is damaged or unsafe, shards are missing, or index and shards disagree.
@@ -60,8 +55,7 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
 
         def make() -> TensorTable:
             tensors = _combine(index, weight_map, shards)
-            scalars = {name: tensor.shape == () for name, tensor in tensors.items()}
-            names = settle_names(scalars, reading.strip_prefix, path)
+            names = settle_names(tensors, reading.strip_prefix, path)
             return TensorTable(tensors.values(), names, parts=[spec.tensors for spec in shards.values()])
 
         # Checkpoints of one run mostly share the tables of their shards, which live as long as the table made of them.
@@ -129,11 +123,6 @@ def safe_sibling(folder: Path, name: object, where: str) -> Path:
 
     A symbolic link may lead out of the folder only as in the Hugging Face cache, where ``snapshots/<revision>/<file>``
     points into ``blobs``.
-
-    Args:
-        folder: the folder.
-        name: the untrusted name.
-        where: what errors name.
 
     Raises:
         CheckpointFormatError: the name, or the link of that name, leads out of the folder.

@@ -27,12 +27,7 @@ _CONVERT = (
 
 
 def open_file(path: Path, reading: Reading, *, strip: bool = True) -> Checkpoint:
-    """Opens a checkpoint file and reads its header.
-
-    Args:
-        path: the file.
-        reading: how to read it.
-        strip: whether to strip wrappers' prefixes; shards keep them, since they belong to the whole model.
+    """Opens a checkpoint file and reads its header. Shards are not stripped: a prefix belongs to the whole model.
 
     Raises:
         CheckpointFormatError: the file is corrupt, unsafe, or of an unknown kind.
@@ -72,8 +67,7 @@ def _open_safetensors(file: InputFile, reading: Reading, *, strip: bool) -> Chec
 
     def make() -> TensorTable:
         tensors, metadata = safetensors_header.parse_header(file, header)
-        scalars = {name: tensor.shape == () for name, tensor in tensors.items()}
-        names = settle_names(scalars, reading.strip_prefix, file.path, strip=strip)
+        names = settle_names(tensors, reading.strip_prefix, file.path, strip=strip)
         return TensorTable(tensors.values(), names, metadata)
 
     table = shared_table((digest, file.size, reading.strip_prefix, strip), make)
@@ -98,12 +92,7 @@ def _open_safetensors(file: InputFile, reading: Reading, *, strip: bool) -> Chec
 
 
 def _describe(head: bytes, name: str) -> tuple[str, str]:
-    """Returns what a file that cannot be opened seems to be, and what to do.
-
-    Args:
-        head: its first 512 bytes.
-        name: its name.
-    """
+    """Returns what a file with these first 512 bytes seems to be, and what to do."""
     if not head:
         return "an empty file", "Copy or save it again"
     if head.startswith(b"version https://git-lfs"):

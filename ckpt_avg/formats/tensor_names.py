@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec, TensorSpec
@@ -29,14 +29,22 @@ _ANYWHERE = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _COUNTERS = tuple(trainer.counter for trainer in TRAINERS if trainer.counter)
 
 
+class HasShape(Protocol):
+    """A tensor in any form."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The dimensions."""
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """The names of a checkpoint's tensors, and what they say about the checkpoint.
 
     Attributes:
-        renamed: name in the file → name without prefixes; counters are left out.
+        renamed: name in the file → name without prefixes; counters are not in it.
         prefix: what was stripped from every name.
-        counters: the counters that were left out.
+        counters: the skipped counters.
         notes: what the user should know.
         lacks_prefix: whether no name has the prefix that the user gave.
         kind: the trainer or library, if known.
@@ -77,23 +85,21 @@ class Names:
 
 
 def settle_names(
-    scalars: Mapping[str, bool], prefix: str | None, path: Path, trainer: Trainer | None = None, *, strip: bool = True
+    tensors: Mapping[str, HasShape],
+    prefix: str | None,
+    path: Path,
+    trainer: Trainer | None = None,
+    *,
+    strip: bool = True,
 ) -> Names:
-    """Strips and checks the names of a state dict.
-
-    Args:
-        scalars: name → whether the tensor has no dimensions.
-        prefix: one more prefix to strip.
-        path: what errors name.
-        trainer: the trainer, if it is known.
-        strip: whether to strip prefixes.
+    """Strips and checks the names of a state dict's tensors; ``prefix`` is one more prefix to strip.
 
     Raises:
         CheckpointFormatError: a name cannot be written, or two names become equal.
     """
-    names = Names({name: name for name in scalars})
+    names = Names({name: name for name in tensors})
     if strip:
-        names = strip_prefixes(scalars, {name for name in scalars if scalars[name]}, prefix, str(path))
+        names = strip_prefixes(tensors, {name for name in tensors if tensors[name].shape == ()}, prefix, str(path))
     for name in names.renamed.values():
         check_name(name, path)
     kind, averaged, notes = trainer.name if trainer else None, "", names.notes
@@ -108,13 +114,7 @@ def settle_names(
 
 
 def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str | None, where: str) -> Names:
-    """Strips the prefixes of wrappers.
-
-    Args:
-        names: the names in the file.
-        scalars: the names of tensors without dimensions.
-        prefix: one more prefix, stripped from the names that have it.
-        where: what errors name.
+    """Strips the prefixes of wrappers, then ``prefix`` from the names that have it; ``scalars`` have no dimensions.
 
     Raises:
         CheckpointFormatError: two names become equal.

@@ -44,22 +44,14 @@ class FileContents:
 def open_torch_file(
     file: InputFile, form: str, contents: FileContents, reading: Reading, *, strip: bool = True
 ) -> Checkpoint:
-    """Returns the open checkpoint of a torch file.
-
-    Args:
-        file: the file.
-        form: the name of its format.
-        contents: what it contains.
-        reading: how to read it.
-        strip: whether to strip wrappers' prefixes.
+    """Returns the open checkpoint of a torch file; ``form`` is the name of its format.
 
     Raises:
         CheckpointFormatError: there is no single state dict, or a tensor is damaged.
     """
     found = find_state_dict(contents.objects, file.path, reading)
     stored = {name: tensor for name, tensor in found.tensors.items() if isinstance(tensor, StoredTensor)}
-    scalars = {name: tensor.shape == () for name, tensor in stored.items()}
-    names = settle_names(scalars, reading.strip_prefix, file.path, found.trainer, strip=strip)
+    names = settle_names(stored, reading.strip_prefix, file.path, found.trainer, strip=strip)
     tensors = {new: locate(file.path, new, stored[old], contents) for old, new in names.renamed.items()}
 
     def scalar(value: object) -> float | None:
@@ -88,12 +80,6 @@ def open_torch_file(
 
 def locate(path: Path, name: str, tensor: StoredTensor, contents: FileContents) -> TensorSpec:
     """Returns where the elements of a tensor are, checked against its storage.
-
-    Args:
-        path: what errors name.
-        name: the tensor's name.
-        tensor: the view of a storage, as the pickle gives it.
-        contents: of the file.
 
     Raises:
         CheckpointFormatError: the storage is missing or has another size, or the view is not inside it.

@@ -8,8 +8,10 @@ Each storage follows in the order of the keys: eight bytes with its number of el
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 from ckpt_avg.errors import fail
 from ckpt_avg.files.input_file import Readable
@@ -37,7 +39,7 @@ def read_contents(file: Readable) -> FileContents:
         CheckpointFormatError: a pickle is damaged, or the storages do not fit them.
     """
     where = str(file.path)
-    source = _Pickles(file)
+    source = _Pickles(_Start(file), _BLOCK)
     magic, _ = read_next_pickle(source, where)
     version, _ = read_next_pickle(source, where)
     machine, _ = read_next_pickle(source, where)
@@ -47,44 +49,41 @@ def read_contents(file: Readable) -> FileContents:
         fail(where, BYTE_ORDER, CONVERT)
     contents, storages = read_next_pickle(source, where)
     keys, _ = read_next_pickle(source, where)
-    digest = hashlib.sha256(file.read(0, source.position)).hexdigest()
-    return FileContents(contents, _locate_storages(file, keys, storages, source.position).get, digest)
+    position = source.tell()
+    digest = hashlib.sha256(file.read(0, position)).hexdigest()
+    return FileContents(contents, _locate_storages(file, keys, storages, position).get, digest)
 
 
-class _Pickles:
-    """The start of a file as a source of pickles, read in blocks and never beyond its end."""
+class _Start(io.RawIOBase):
+    """The first bytes of a file, as many as pickles may have."""
 
     def __init__(self, file: Readable) -> None:
         self._file = file
-        self._end = min(file.size, LIMITS.pickle)
-        self.position = 0
-        self._block = b""
-        self._begin = 0
+        self._position = 0
+        self.size = min(file.size, LIMITS.pickle)
 
-    def read(self, length: int, /) -> bytes:
-        """Returns the next bytes, fewer at the end."""
-        stop = min(self.position + max(length, 0), self._end)
-        if stop > self._begin + len(self._block) or self.position < self._begin:
-            self._begin = self.position
-            self._block = self._file.read(self._begin, min(max(_BLOCK, stop - self._begin), self._end - self._begin))
-        found = self._block[self.position - self._begin : stop - self._begin]
-        self.position = stop
-        return found
+    def readable(self) -> bool:
+        return True
 
-    def readline(self) -> bytes:
-        """Returns the bytes up to and including the next newline."""
-        parts = []
-        while found := self.read(min(_BLOCK, self.left())):
-            end = found.find(b"\n") + 1
-            parts.append(found[:end] if end else found)
-            if end:
-                self.position -= len(found) - end
-                break
-        return b"".join(parts)
+    def tell(self) -> int:
+        return self._position
 
-    def left(self) -> int:
-        """Returns the number of bytes that follow."""
-        return self._end - self.position
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer)
+        length = min(len(view), self.size - self._position)
+        view[:length] = self._file.read(self._position, length)
+        self._position += length
+        return length
+
+
+class _Pickles(io.BufferedReader):
+    """A source of pickles, which allocates no more than its file has."""
+
+    raw: _Start
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = self.raw.size - self.tell()
+        return super().read(left if size is None else min(size, left))
 
 
 def _locate_storages(

@@ -23,11 +23,7 @@ CONVERT = "Save it again on a little-endian machine (torch.load converts)"
 
 
 def read_contents(file: Readable, *, is_part: bool = False) -> FileContents:
-    """Reads the directory and the pickle.
-
-    Args:
-        file: the archive.
-        is_part: whether it has one part of a tensor: few members and a short pickle.
+    """Reads the directory and the pickle; the archive of one part of a tensor has few members and a short pickle.
 
     Raises:
         CheckpointFormatError: the archive or its pickle is damaged, or torch did not write it.

@@ -21,7 +21,7 @@ import io
 import pickle
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn
 
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.pickles.stand_ins import (
@@ -43,47 +43,24 @@ from ckpt_avg.text import quote
 _SIZED = (dict, list, tuple, set, frozenset)
 
 
-class Source(Protocol):
-    """The bytes of one pickle or of several."""
-
-    def read(self, length: int, /) -> bytes:
-        """Returns the next ``length`` bytes, fewer at the end, without allocating more than there are."""
-
-    def readline(self) -> bytes:
-        """Returns the bytes up to and including the next newline."""
-
-    def left(self) -> int:
-        """Returns the number of bytes that follow."""
-
-
-class _Bytes(io.BytesIO):
-    def left(self) -> int:
-        return len(self.getbuffer()) - self.tell()
+Source = io.BufferedIOBase  # whose read must not allocate more bytes than there are
 
 
 def read_pickle(stream: bytes, where: str) -> object:
     """Returns the object that a pickle describes, made of plain values and stand-ins.
 
-    Args:
-        stream: the pickle.
-        where: what errors name.
-
     Raises:
-        CheckpointFormatError: the pickle is damaged, hostile or exceeds a limit.
+        CheckpointFormatError: the pickle is damaged, hostile or exceeds a limit; the message names ``where``.
     """
-    source = _Bytes(stream)
+    source = io.BytesIO(stream)
     result, _ = read_next_pickle(source, where)
-    if source.left():
+    if source.tell() < len(stream):
         raise CheckpointFormatError(f"{where}: bytes follow the end of the pickle. Save the checkpoint again.")
     return result
 
 
 def read_next_pickle(source: Source, where: str) -> tuple[object, Mapping[str, StorageRef | UnreadableTensor]]:
-    """Reads one of several consecutive pickles, and leaves the source at the byte after it.
-
-    Returns:
-        The object, as `read_pickle` does, and the storages that it refers to, by key.
-    """
+    """Reads one of several consecutive pickles: the object as `read_pickle` returns it, and its storages by key."""
     machine = _SpecUnpickler(source)
     try:
         result = machine.load()

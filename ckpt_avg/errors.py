@@ -1,21 +1,7 @@
 """The exceptions, and the exit code that each gives on the command line.
 
-    CkptAvgError
-    ├── UsageError                  2  the command line or the arguments are invalid
-    ├── CheckpointFormatError       3  an input is corrupt, unsafe or of an unknown kind
-    │   ├── NoWeightsError             … or holds no state dict
-    │   └── ChangedWhileReadingError   … or it changed under us
-    ├── IncompatibleError           4  the checkpoints don't fit together, or there is nothing to average
-    │   └── NonFiniteError             … or hold NaN or Inf
-    ├── OutputError                 5  the output could not be written
-    ├── ResourceError               6  out of memory or of another resource
-    ├── UserCodeError               7  the user's model, data or metric failed, or the refresh could not be done
-    ├── RankError                   8  another rank failed, or the ranks were started differently
-    ├── RequirementError            9  the average does not meet a --require
-    └── VerificationError           9  a file is damaged, or not the mean of these checkpoints
-
-Every message says where, what was expected, what was found and what to do. An exception that is none of
-these is a bug of ours: it keeps its traceback and exits with 1.
+Every message says where, what was expected, what was found and what to do. An exception that is none of these is a bug
+of ours: it keeps its traceback and exits with 1.
 """
 
 from __future__ import annotations

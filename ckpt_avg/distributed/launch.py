@@ -86,8 +86,8 @@ def join_ranks(group: distributed.ProcessGroup | None = None, *, timeout: float 
         >>> ranks.size
         1
     """
-    if timeout <= 0:
-        raise UsageError(f"--rank-timeout: {timeout:g} is not more than 0 seconds.")
+    if not timeout > 0:
+        raise UsageError(f"--rank-timeout: {timeout:g} is out of range. Use more than 0 seconds, for example 1800.")
     ranks, first = Ranks(), None
     try:
         with contextlib.ExitStack() as stack:
@@ -118,17 +118,17 @@ def _enter(stack: contextlib.ExitStack, group: distributed.ProcessGroup | None, 
     c10d: Any = distributed.distributed_c10d
     try:
         if launch is not None:
-            rank, members, store = launch.rank, list(range(launch.size)), _store_of(launch, timeout)
+            rank, group_ranks, store = launch.rank, list(range(launch.size)), _store_of(launch, timeout)
         else:
-            rank, members = distributed.get_rank(group), distributed.get_process_group_ranks(group)
-            store = c10d._get_default_store()  # torch has no public way to a store that all members reach
+            rank, group_ranks = distributed.get_rank(group), distributed.get_process_group_ranks(group)
+            store = c10d._get_default_store()  # torch has no public way to a store that all of them reach
         if rank < 0:
             raise UsageError("join_ranks: this process is not in the group. Call it only in processes of the group.")
         # torchrun may keep the store when it starts the ranks again.
-        attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{members}"
+        attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{group_ranks}"
         _joins[attempt] += 1
         store = c10d.PrefixStore(f"ckpt_avg/{attempt}/{_joins[attempt]}", store)
-        ranks = Ranks(rank, len(members), store, timeout)
+        ranks = Ranks(rank, len(group_ranks), store, timeout)
         ranks.connect()
         if launch is not None:  # the user's code may use the default group, as a DistributedSampler does
             seconds = datetime.timedelta(seconds=timeout)

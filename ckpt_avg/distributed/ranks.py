@@ -1,8 +1,6 @@
 """`Ranks`: the processes of one torchrun group, which share a piece of work, agree on each step and stop together.
 
-Values travel as JSON through collectives of gloo. What must be known at any time is in a store of torch: the step that
-each rank has come to, a sign of life, and the first failure. Ranks wait in Python, where a signal ends the wait; a
-collective begins once all ranks have come to it.
+docs/how-it-works.md (Ranks) says what goes through gloo's collectives, and what through torch's store.
 """
 
 from __future__ import annotations
@@ -83,11 +81,11 @@ class Ranks:
         c10d: Any = distributed
         for key in self._keys:  # reading a key that nobody has set would block
             self._store.compare_set(key, "", "")
-        self._meet("join", range(self.size))
+        self._wait_for("join", range(self.size))
         seconds = datetime.timedelta(seconds=self._timeout)
         # Not the user's own group, whose collectives are the user's.
         self._group = c10d.ProcessGroupGloo(self._store, self.rank, self.size, seconds)
-        self._meet("connect", range(self.size))  # one that fails at once must not cut off one that still connects
+        self._wait_for("connect", range(self.size))  # one that fails at once must not cut off one that still connects
 
     @property
     def is_first(self) -> bool:
@@ -109,12 +107,12 @@ class Ranks:
             return combine([value])
         if self._group is None:
             raise UsageError("ranks: used after the end of join_ranks. Call this inside of `with join_ranks()`.")
-        self._meet(step, range(self.size))
+        self._wait_for(step, range(self.size))
         values, result = self._gather(value), None
         if self.is_first:
             with self.share_errors():
                 result = combine(values)
-        self._meet(step, [0])
+        self._wait_for(step, [0])
         result = self._broadcast(result)
         self._done += 1
         return result
@@ -126,7 +124,7 @@ class Ranks:
         """
         if self._group is not None and (at_once or time.monotonic() > self._next_check):
             self._next_check = time.monotonic() + self._pulse
-            self._stop_for(self._look()[1])
+            self._stop_for(self._read_store()[1])
 
     @contextlib.contextmanager
     def share_errors(self) -> Iterator[None]:
@@ -145,7 +143,7 @@ class Ranks:
             self._report(error)
         elif self.failure is None:
             with contextlib.suppress(RankError):  # the work of this rank is done
-                self._meet("leave", range(self.size))
+                self._wait_for("leave", range(self.size))
         deadline = time.monotonic() + _LAST_WORDS
         while self.is_first and len(self._lost()) < self.size - 1 and time.monotonic() < deadline:
             time.sleep(10 * _PAUSE)
@@ -160,41 +158,41 @@ class Ranks:
         """Returns the error that says which rank failed, and why."""
         return RankError(f"{self.failure}. The output path is unchanged, or complete if it was already published.")
 
-    def _meet(self, step: str, others: Iterable[int]) -> None:
+    def _wait_for(self, step: str, others: Iterable[int]) -> None:
         """Waits until ``others`` have come to this step."""
         number = self._step[0] + 1
         self._step = (number, step)
         heard: dict[int, tuple[Any, float]] = {}
         pause = _PAUSE
         while True:
-            said, failure = self._look()
-            if said and all(said[rank][0] >= number for rank in others):
+            reports, failure = self._read_store()
+            if reports and all(reports[rank][0] >= number for rank in others):
                 break
             self._stop_for(failure)
             now = time.monotonic()
             for rank in others:
-                if rank not in heard or heard[rank][0] != said[rank]:
-                    heard[rank] = said[rank], now
+                if rank not in heard or heard[rank][0] != reports[rank]:
+                    heard[rank] = reports[rank], now
                 elif now - heard[rank][1] > self._timeout:
-                    what = f"was lost: {_SILENT}" if said[rank][0] else "did not join within"
+                    what = f"was lost: {_SILENT}" if reports[rank][0] else "did not join within"
                     self._stop_for(Failure(rank, f"{what} {self._timeout:g} s"))
             time.sleep(pause)
             pause = min(1.5 * pause, self._pulse)
-        steps = sorted({said[rank][1] for rank in others if said[rank][0] == number})  # the others have continued
+        steps = sorted({reports[rank][1] for rank in others if reports[rank][0] == number})  # the others have continued
         if len(steps) > 1:
             raise RankError(f"the ranks are at different steps: {' and '.join(steps)}. Use one command for all.")
 
-    def _look(self) -> tuple[list[Any], Failure | None]:
-        """Gives a sign of life; returns what each rank has said last (step number, step, time), and what has failed."""
+    def _read_store(self) -> tuple[list[Any], Failure | None]:
+        """Gives a sign of life; returns what each rank reported last (step number, step, time), and what has failed."""
         lost = self._lost()  # before the store, in which a rank leaves word before it closes its connections
         mine = json.dumps([*self._step, time.monotonic()])
         try:
             self._ask("set", f"rank/{self.rank}", mine)
-            failure, *said = self._ask("multi_get", self._keys)
+            failure, *reports = self._ask("multi_get", self._keys)
         except ConnectionError as error:
             return [], Failure(lost[0] if lost else 0, f"was lost: {error}")
         known = Failure(lost[0], f"was lost: {_CLOSED}") if lost else None
-        return [json.loads(each or '[0, ""]') for each in said], Failure(**json.loads(failure)) if failure else known
+        return [json.loads(each or '[0, ""]') for each in reports], Failure(**json.loads(failure)) if failure else known
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Calls a method of the store; raises ConnectionError if the process that holds it, mostly rank 0, is gone.
@@ -261,11 +259,11 @@ class Ranks:
         deadline = time.monotonic() + _AFTER_SIGNAL
         signalled, mine = 0, 1
         while signalled < self.size and time.monotonic() < deadline:
-            failure = self._look()[1]
+            failure = self._read_store()[1]
             if failure is not None:
                 self._post(failure)
                 break
-            with contextlib.suppress(ConnectionError):  # the next look says why
+            with contextlib.suppress(ConnectionError):  # the next read of the store says why
                 signalled = self._ask("add", "signalled", mine)
             mine = 0
             time.sleep(10 * _PAUSE)

@@ -4,16 +4,9 @@ It promises:
 - Opening never blocks on a FIFO or a device, and only regular files are read.
 - No read goes past the end that the file had when it was opened.
 - A file that shrinks while it is mapped gives `ChangedWhileReadingError` instead of SIGBUS: each mapping is faulted in
-  with ``madvise(MADV_POPULATE_READ)``, which returns EFAULT where a plain access would end the process. The command
-  also catches a truncation between that call and the last use of the mapping (`sigbus`); a program that calls this
-  package is ended by it.
-- A mapping is unmapped as soon as nothing refers to it, so the resident set does not grow with the file. One mapping
-  of the whole file with MADV_DONTNEED after each range does not achieve that: the kernel maps whole folios of up to
-  2 MiB, and what is outside the range that is given back stays resident.
-
-Bytes are read with ``pread`` through the same interface where the kernel lacks MADV_POPULATE_READ (Linux before 5.14,
-macOS, Windows) or refuses the mapping, on network storage, where each page fault is a round trip, and for ranges too
-small to be worth a mapping.
+  with ``madvise(MADV_POPULATE_READ)``, which returns EFAULT where a plain access would end the process. `sigbus`
+  catches a later truncation in the command; a program that calls this package is ended by it.
+- A mapping is unmapped as soon as nothing refers to it.
 """
 
 from __future__ import annotations
@@ -212,7 +205,7 @@ class FileRange:
         self._file, self.begin, self.size, self.path = file, begin, size, file.path
 
     def read(self, offset: int, length: int) -> bytes:
-        """Returns exactly ``length`` bytes from ``offset``."""
+        """As `InputFile.read`, from the first byte of the range."""
         if offset < 0 or length < 0 or offset + length > self.size:
             fail(self.path, f"expected {length:,} bytes at byte {self.begin + offset:,}", _TRUNCATED)
         return self._file.read(self.begin + offset, length)

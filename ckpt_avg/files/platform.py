@@ -1,8 +1,4 @@
-"""Everything that only some systems have: hints to the kernel, mapped memory, limits, and what replaces them elsewhere.
-
-Linux has all of it. On macOS and Windows files are read with plain reads, and hints do nothing. Windows has neither
-reads and writes at an offset nor an fsync for folders.
-"""
+"""Everything that only some systems have, and what replaces it elsewhere: plain reads, and hints that do nothing."""
 
 from __future__ import annotations
 
@@ -125,55 +121,38 @@ def drop_cache(descriptor: int) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-if hasattr(os, "pwrite"):
-
-    def write_at(descriptor: int, contents: memoryview, offset: int) -> int:
-        """Writes some bytes at an offset and returns how many."""
+def write_at(descriptor: int, contents: memoryview, offset: int) -> int:
+    """Writes some bytes at an offset and returns how many."""
+    if hasattr(os, "pwrite"):
         return os.pwrite(descriptor, contents, offset)
-
-else:
-
-    def write_at(descriptor: int, contents: memoryview, offset: int) -> int:
-        """Writes some bytes at an offset and returns how many."""
-        with _POSITION:
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            return os.write(descriptor, contents)
+    with _POSITION:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, contents)
 
 
-if hasattr(os, "preadv"):
-
-    def read_into(descriptor: int, target: memoryview, offset: int) -> int:
-        """Reads some bytes from an offset into ``target`` and returns how many."""
+def read_into(descriptor: int, target: memoryview, offset: int) -> int:
+    """Reads some bytes from an offset into ``target`` and returns how many."""
+    if hasattr(os, "preadv"):
         return os.preadv(descriptor, [target], offset)
-
-else:
-
-    def read_into(descriptor: int, target: memoryview, offset: int) -> int:
-        """Reads some bytes from an offset into ``target`` and returns how many."""
-        with _POSITION:
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            chunk = os.read(descriptor, len(target))
-        target[: len(chunk)] = chunk
-        return len(chunk)
+    with _POSITION:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        chunk = os.read(descriptor, len(target))
+    target[: len(chunk)] = chunk
+    return len(chunk)
 
 
-if sys.platform == "win32":
-
-    def raise_open_file_limit() -> int | None:
-        """Returns None: there is no such limit here."""
+def raise_open_file_limit() -> int | None:
+    """Raises the soft limit on open files to the hard one; returns the limit, None if there is none."""
+    if sys.platform == "win32":
         return None
-
-else:
     import resource
 
-    def raise_open_file_limit() -> int | None:
-        """Raises the soft limit on open files to the hard one; returns the limit, None if there is none."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != hard:
-            with contextlib.suppress(OSError, ValueError):  # macOS refuses RLIM_INFINITY
-                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-                soft = hard
-        return None if soft == resource.RLIM_INFINITY else soft
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # macOS refuses RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def can_map() -> bool:

@@ -180,7 +180,8 @@ class SideFiles:
             return
         where = f"{option} {path}"
         if os.path.splitext(path)[1].lower() not in suffixes:
-            raise UsageError(f"{where}: expected a name that ends in {' or '.join(suffixes)}.")
+            example = f"{option} {option[2:]}{suffixes[0]}"
+            raise UsageError(f"{where}: expected a name that ends in {' or '.join(suffixes)}, for example {example}.")
         owner = self._owners.setdefault(os.path.realpath(path), option)
         if owner != option:
             raise UsageError(f"{where}: is the path of {owner}. Choose another one.")

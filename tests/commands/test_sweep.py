@@ -670,7 +670,10 @@ def test_plot_and_report_to_one_path(app: App, in_process: InProcess, overwrite:
 def test_another_suffix(app: App, in_process: InProcess) -> None:
     code, _, stderr = in_process("sweep", "a run", *app.words("--plot", "sweep.jpg", function="raises"))
     assert (code, Path("sweep.jpg").exists()) == (2, False)
-    assert stderr == "Error: --plot sweep.jpg: expected a name that ends in .png or .svg or .pdf.\n"
+    assert (
+        stderr
+        == "Error: --plot sweep.jpg: expected a name that ends in .png or .svg or .pdf, for example --plot plot.png.\n"
+    )
 
 
 @pytest.mark.usefixtures("run")

@@ -213,7 +213,9 @@ def test_another_suffix_is_refused_with_those_that_are_known(path: str, run: Pat
     """Found before hours of work; a hidden file ``.png`` has no suffix."""
     with pytest.raises(UsageError) as caught:
         SideFiles([run], output=None, overwrite=False).check("--plot", path, PICTURES)
-    assert str(caught.value) == f"--plot {path}: expected a name that ends in .png or .svg or .pdf."
+    assert str(caught.value) == (
+        f"--plot {path}: expected a name that ends in .png or .svg or .pdf, for example --plot plot.png."
+    )
 
 
 def test_the_name_of_a_shard_index_is_refused(tmp_path: Path, run: Path) -> None:

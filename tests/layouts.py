@@ -117,15 +117,16 @@ def rng() -> dict[str, Any]:
     }
 
 
-def save(contents: object, path: Path, *, stream: bool = False, buffered: bool = False) -> Path:
+def save(contents: object, path: Path, *, stream: bool = False, buffered: bool = False, protocol: int = 2) -> Path:
     """``torch.save``; as a stream, the format of torch before 1.6; buffered, by way of an open file."""
+    options: dict[str, Any] = {"_use_new_zipfile_serialization": not stream, "pickle_protocol": protocol}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a class without source, in a stream
         if buffered:
             with path.open("wb") as file:
-                torch.save(contents, file, _use_new_zipfile_serialization=not stream)
+                torch.save(contents, file, **options)
         else:
-            torch.save(contents, path, _use_new_zipfile_serialization=not stream)
+            torch.save(contents, path, **options)
     return path
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from formats.pickles.opcodes import Runs, deep
 from formats.reading import assert_same, read, refusal
 from formats.test_safetensors_header import REJECTED
 from safetensors.torch import save_file
@@ -329,14 +330,6 @@ def test_odd_data_of_the_planner_is_no_crash(tmp_path: Path, planner: object) ->
         assert str(error).isprintable()
 
 
-def deep() -> object:
-    """A small pickle whose text has 2⁴⁰ parts."""
-    value: object = ()
-    for _ in range(40):
-        value = (value, value)
-    return value
-
-
 @pytest.mark.usefixtures("in_time")
 @pytest.mark.parametrize("where", ["planner", "fqn", "size", "version"])
 def test_endless_values_are_not_shown(tmp_path: Path, where: str) -> None:
@@ -373,18 +366,6 @@ def open_or_refuse(path: Path) -> Iterator[None]:
     except CheckpointFormatError as error:
         assert len(str(error)) < 3000
     yield
-
-
-class Runs:
-    """A pickle that calls ``os.system`` when it is loaded."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        import os
-
-        return os.system, (self.command,)
 
 
 @pytest.mark.parametrize("where", ["metadata", "planner_data", "storage_data", "state_dict_metadata", "meta.pt"])

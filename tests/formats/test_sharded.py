@@ -10,16 +10,13 @@ from typing import Any
 import layouts
 import pytest
 import torch
-from formats import reading
-from formats.reading import Command, refusal
+from formats.reading import Command, assert_same, read, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import adam, save, tokens
 from safetensors.torch import save_file
 
 from ckpt_avg import CkptAvgError
-from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import read_ranges
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.sharded import is_index
@@ -41,19 +38,6 @@ def write(folder: Path, *shards: State, suffix: str = "safetensors", stem: str =
     index = folder / f"{stem}.{suffix}.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 3}, "weight_map": weight_map}))
     return index
-
-
-def values(checkpoint: Checkpoint) -> State:
-    tensors = checkpoint.spec.tensors
-    found = read_ranges(checkpoint, [(tensor, 0, tensor.numel) for tensor in tensors.values()])
-    return {name: part.clone().view(tensors[name].shape) for name, part in zip(tensors, found, strict=True)}
-
-
-def assert_same(found: State, expected: State) -> None:
-    assert list(found) == list(expected)
-    for name, value in expected.items():
-        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
-        assert torch.equal(found[name], value), name
 
 
 STATE: State = {
@@ -90,7 +74,8 @@ def test_any_spread_over_shards_gives_the_same_tensors(tmp_path: Path, spread: l
             assert checkpoint.spec.format == ("sharded torch zip" if suffix == "bin" else "sharded safetensors")
             assert checkpoint.spec.metadata == {"shards": len(used)}
             assert len(checkpoint.files) == len(used)
-            assert_same(values(checkpoint), {name: STATE[name] for shard in used for name in shard})
+        assert list(read(path)) == [name for shard in used for name in shard]
+        assert_same(read(path), STATE)
 
 
 def test_the_order_is_that_of_the_index(tmp_path: Path) -> None:
@@ -103,7 +88,7 @@ def test_the_order_is_that_of_the_index(tmp_path: Path) -> None:
         assert list(checkpoint.spec.tensors) == ["b", "a"]
 
 
-def test_wrappers_come_off_where_all_shards_carry_them(tmp_path: Path) -> None:
+def test_prefixes_of_wrappers_are_stripped_if_all_shards_have_them(tmp_path: Path) -> None:
     """And not off one shard alone, in which all names happen to carry one."""
     index = write(tmp_path / "all", {"module.a": torch.ones(1)}, {"module.b": torch.ones(2)})
     with open_checkpoint(index) as checkpoint:
@@ -115,7 +100,7 @@ def test_wrappers_come_off_where_all_shards_carry_them(tmp_path: Path) -> None:
         assert checkpoint.spec.prefix == ""
 
 
-def test_a_named_prefix_is_taken_off_the_whole(tmp_path: Path) -> None:
+def test_a_given_prefix_is_stripped_from_all_shards(tmp_path: Path) -> None:
     """A shard without any name that carries it is no error."""
     index = write(tmp_path, {"model.a": torch.ones(1)}, {"head": torch.ones(2)})
     with open_checkpoint(index, strip_prefix="model.") as checkpoint:
@@ -143,7 +128,7 @@ def test_tensors_at_one_offset_of_two_shards_are_not_tied(tmp_path: Path) -> Non
         first, second = checkpoint.spec.tensors.values()
         assert first.offset == second.offset
         assert checkpoint.spec.tied() == []
-        assert_same(values(checkpoint), {"a": torch.zeros(3), "b": torch.ones(3)})
+    assert_same(read(index), {"a": torch.zeros(3), "b": torch.ones(3)})
 
 
 @pytest.mark.guarantee("missing-shards")
@@ -151,11 +136,8 @@ def test_every_missing_shard_is_named_at_once(tmp_path: Path) -> None:
     index = write(tmp_path, *({f"w{number}": torch.ones(1)} for number in range(5)))
     for number in (2, 4):
         (tmp_path / f"model-{number:05}-of-00005.safetensors").unlink()
-    with pytest.raises(CheckpointFormatError) as caught:
-        open_checkpoint(tmp_path)
-    assert str(caught.value).startswith(
-        f"{index}: 2 shards of 5 missing: 'model-00002-of-00005.safetensors', 'model-00004-of-00005.safetensors'."
-    )
+    missing = "'model-00002-of-00005.safetensors', 'model-00004-of-00005.safetensors'"
+    assert refusal(tmp_path).startswith(f"{index}: 2 shards of 5 missing: {missing}.")
 
 
 def test_nothing_stays_open_where_the_last_shard_is_damaged(tmp_path: Path) -> None:
@@ -176,11 +158,7 @@ def test_a_shard_whose_name_no_file_can_have(tmp_path: Path, name: str) -> None:
     content["weight_map"]["b"] = name
     index.write_text(json.dumps(content))
     for path in (index, tmp_path):
-        with pytest.raises(CheckpointFormatError) as caught:
-            open_checkpoint(path)
-        assert str(caught.value).startswith(f"{index}: ")
-        assert str(caught.value).isprintable()
-        assert len(str(caught.value)) < 1000
+        assert refusal(path).startswith(f"{index}: ")
 
 
 # --- an index and its shards that don't fit ---
@@ -289,7 +267,7 @@ def test_a_shard_that_is_no_file_is_refused(shards: tuple[Path, dict[str, Any]])
     assert shard.name in refusal(folder)
 
 
-def test_shards_without_their_index_are_not_taken_for_whole(tmp_path: Path, in_process: Command) -> None:
+def test_shards_without_their_index_are_refused(tmp_path: Path, in_process: Command) -> None:
     """Each shard counted as a checkpoint of a run."""
     layouts.sharded(tmp_path, tokens(1))
     (tmp_path / "model.safetensors.index.json").unlink()
@@ -303,7 +281,7 @@ def test_links_inside_the_folder_are_followed(shards: tuple[Path, dict[str, Any]
     name = index["weight_map"]["lm_head.weight"]
     (folder / name).rename(folder / "stored")
     (folder / name).symlink_to("stored")
-    reading.assert_same(reading.read(folder), tokens(1))
+    assert_same(read(folder), tokens(1))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])

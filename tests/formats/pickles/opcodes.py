@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import pickletools
 import struct
 from collections.abc import Mapping
 
 MAGIC = 0x1950A86A20F9469CFC6C
 STOP = b"."
+
+
+class Runs:
+    """An object whose pickle calls ``os.system`` when it is loaded."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (self.command,)
+
+
+def deep() -> object:
+    """A value whose pickle is small, and whose text has 2⁴⁰ parts."""
+    value: object = ()
+    for _ in range(40):
+        value = (value, value)
+    return value
 
 
 def proto(body: bytes, version: int = 2) -> bytes:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from layouts import save, throwaway
 from torch import nn
 
 from ckpt_avg.errors import CheckpointFormatError
@@ -17,38 +16,28 @@ from ckpt_avg.formats.open import open_checkpoint
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Iterator[Any]:
-    """Makes objects of a class that exists only while they are saved, with any state."""
-    module = types.ModuleType("somewhere_else")
+def made() -> Iterator[Any]:
+    """Makes objects with any state, of a class that exists only while they are saved."""
 
     class Thing:
         pass
-
-    Thing.__module__, Thing.__qualname__ = module.__name__, "Thing"
-    module.Thing = Thing  # type: ignore[attr-defined]
-    sys.modules[module.__name__] = module
 
     def make(**state: Any) -> Thing:
         thing = Thing()
         thing.__dict__.update({"_parameters": {}, "_buffers": {}, "_modules": {}} | state)
         return thing
 
-    yield make
-    del sys.modules[module.__name__]
-
-
-def save(contents: object, path: Path, **options: Any) -> Path:
-    torch.save(contents, path, **options)
-    return path
+    with throwaway("somewhere_else", Thing=Thing):
+        yield make
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_buffers_that_are_not_persistent_are_left_out(tmp_path: Path, protocol: int) -> None:
+def test_buffers_that_are_not_persistent_are_skipped(tmp_path: Path, protocol: int) -> None:
     """As ``state_dict()`` does: their names are in a set, for which each protocol has a form of its own."""
     net = nn.Sequential(nn.Linear(2, 2), nn.Module())
     net[1].register_buffer("kept", torch.ones(1))
     net[1].register_buffer("passing", torch.ones(1), persistent=False)
-    with open_checkpoint(save(net, tmp_path / "a.pt", pickle_protocol=protocol)) as checkpoint:
+    with open_checkpoint(save(net, tmp_path / "a.pt", protocol=protocol)) as checkpoint:
         assert list(checkpoint.spec.tensors) == list(net.state_dict()) == ["0.weight", "0.bias", "1.kept"]
 
 
@@ -72,14 +61,14 @@ def test_a_module_used_twice_has_both_names(tmp_path: Path) -> None:
         assert checkpoint.spec.tied() == [("0.weight", "2.weight")]
 
 
-def test_real_wrappers_come_off(tmp_path: Path) -> None:
+def test_prefixes_of_real_wrappers_are_stripped(tmp_path: Path) -> None:
     for wrapped in (nn.DataParallel(nn.Linear(2, 2)), torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2))):
         with open_checkpoint(save({"model": wrapped}, tmp_path / "a.pt")) as checkpoint:
             assert list(checkpoint.spec.tensors) == ["weight", "bias"]
             assert checkpoint.spec.prefix == "module."
 
 
-def test_a_state_dict_beside_a_module_goes_before_it(tmp_path: Path) -> None:
+def test_a_state_dict_is_preferred_to_a_module(tmp_path: Path) -> None:
     contents = {"model": nn.Linear(2, 2), "state_dict": {"w": torch.ones(3)}}
     with open_checkpoint(save(contents, tmp_path / "a.pt")) as checkpoint:
         assert list(checkpoint.spec.tensors) == ["w"]
@@ -138,7 +127,7 @@ def test_a_submodule_whose_state_is_no_modules_is_refused(
 
 @pytest.mark.usefixtures("in_time")
 @pytest.mark.parametrize("part", ["_parameters", "_buffers", "_non_persistent_buffers_set"])
-def test_a_module_of_nothing_in_many_places_is_refused(tmp_path: Path, made: Any, part: str) -> None:
+def test_an_empty_module_under_many_names_is_refused(tmp_path: Path, made: Any, part: str) -> None:
     """A hundred thousand names without a tensor, in twenty thousand places, are looked at two billion times."""
     nothing: dict[str, None] = dict.fromkeys(map(str, range(100_000)))
     inner = made(**{part: set(nothing) if part.endswith("set") else nothing})

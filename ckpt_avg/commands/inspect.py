@@ -13,7 +13,7 @@ from ckpt_avg.errors import CkptAvgError, IncompatibleError
 from ckpt_avg.formats.folder import find_weights
 from ckpt_avg.formats.open import open_checkpoint, open_with
 from ckpt_avg.formats.trainers.any_script import SUFFIXES
-from ckpt_avg.runs.candidates import survey
+from ckpt_avg.runs.candidates import open_candidates
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.run_folder import Skipped, entries_of
 from ckpt_avg.text import plural
@@ -75,15 +75,15 @@ def inspect(request: InspectRequest) -> Inspection:
             return Inspection(path, checkpoint.spec)
     with ExitStack() as stack:
         try:
-            found = survey(discovery, request, stack, copy_test="samples")
+            found = open_candidates(discovery, request, stack, copy_test="samples")
         except IncompatibleError as error:
             return Inspection(path, skipped=discovery.skipped, seen=_described_entries(path), needed=str(error))
         listed = [
             Listed(candidate.checkpoint.spec, candidate.record)
-            for candidate in found.candidates
+            for candidate in found.ordered
             if candidate.checkpoint is not None
         ]
-        unreadable = [(each.path.name, str(each.error)) for each in found.candidates if each.checkpoint is None]
+        unreadable = [(each.path.name, str(each.error)) for each in found.ordered if each.checkpoint is None]
         needed = "" if listed else "no checkpoint could be read (see the errors above)"
         seen = () if listed else _described_entries(path)
         return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, found.notes)

@@ -57,22 +57,22 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
-    """The candidates in order, what is not averaged, and what the user should know."""
+class Candidates:
+    """All checkpoints that could be averaged, each once and in order; what is skipped; what the user should know."""
 
-    candidates: tuple[Candidate, ...]
+    ordered: tuple[Candidate, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...] = ()
 
 
-def survey(
+def open_candidates(
     discovery: Discovery,
     reading: Reading,
     stack: ExitStack,
     wanted: Callable[[str], bool] = lambda name: True,
     *,
     copy_test: CopyTest = "full",
-) -> Survey:
+) -> Candidates:
     """Opens every discovered checkpoint whose file name is wanted; ``stack`` closes them.
 
     Raises:
@@ -111,7 +111,7 @@ def survey(
         reasons = listing((f"{quote(item.path.name)}: {item.reason}" for item in skipped), separator="; ")
         raise IncompatibleError(f"nothing to average: all checkpoints are skipped ({reasons}). Name others.")
     refuse_repeated((each.path, _identity(each)) for each in candidates)  # a folder, and the file in it
-    return Survey(tuple(candidates), tuple(skipped), tuple(notes))
+    return Candidates(tuple(candidates), tuple(skipped), tuple(notes))
 
 
 def _too_many_files(error: TooManyFilesError, opened: Sequence[Candidate], count: int) -> TooManyFilesError:

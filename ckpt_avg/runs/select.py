@@ -10,7 +10,7 @@ from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.formats.open import refuse_missing_prefix
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.runs.candidates import Candidate, CopyTest, Unit, position, survey, unit_of
+from ckpt_avg.runs.candidates import Candidate, CopyTest, Unit, open_candidates, position, unit_of
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.runs.selection import Selection
@@ -42,13 +42,13 @@ def open_selected(
     Raises:
         CkptAvgError: a selected checkpoint cannot be opened, or there is none.
     """
-    found = survey(discovery, reading, stack, selection.wants, copy_test=copy_test)
+    found = open_candidates(discovery, reading, stack, selection.wants, copy_test=copy_test)
     for note in found.notes:
         notice(note)
-    checkpoints = tuple(candidate.opened() for candidate in select(found.candidates, selection, notice))
+    checkpoints = tuple(candidate.opened() for candidate in select(found.ordered, selection, notice))
     refuse_missing_prefix([checkpoint.spec for checkpoint in checkpoints], reading)
     chosen = set(map(id, checkpoints))
-    for candidate in found.candidates:
+    for candidate in found.ordered:
         if candidate.checkpoint is not None and id(candidate.checkpoint) not in chosen:
             candidate.checkpoint.close()
     return checkpoints, found.skipped

@@ -16,7 +16,7 @@ from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.runs.candidates import EARLIER_AVERAGE, Candidate, Survey, position, survey, unit_of
+from ckpt_avg.runs.candidates import EARLIER_AVERAGE, Candidate, Candidates, open_candidates, position, unit_of
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.select import open_selected
@@ -32,17 +32,17 @@ def put(path: Path, seed: float, **recorded: Any) -> Path:
     return path
 
 
-def look(*sources: Path, options: dict[str, Any] | None = None) -> Survey:
-    """Surveys the sources and closes what was opened."""
+def look(*sources: Path, options: dict[str, Any] | None = None) -> Candidates:
+    """Opens the candidates and closes what was opened."""
     with ExitStack() as stack:
-        return survey(discover(sources), Reading(), stack, **(options or {}))
+        return open_candidates(discover(sources), Reading(), stack, **(options or {}))
 
 
-def names(found: Survey) -> list[str]:
-    return [each.path.name for each in found.candidates]
+def names(found: Candidates) -> list[str]:
+    return [each.path.name for each in found.ordered]
 
 
-def reasons(found: Survey) -> dict[str, str]:
+def reasons(found: Candidates) -> dict[str, str]:
     made = {item.path.name: item.reason for item in found.skipped}
     assert len(made) == len(found.skipped), "each once"
     return made
@@ -73,11 +73,11 @@ def test_the_order_of_a_run(
     for seed, (name, values) in enumerate(recorded.items()):
         put(tmp_path / f"{name}.pt", seed, **values)
     found = look(tmp_path)
-    assert [each.path.stem for each in found.candidates] == expected
-    assert {each.path.stem: each.record.step for each in found.candidates} == {
+    assert [each.path.stem for each in found.ordered] == expected
+    assert {each.path.stem: each.record.step for each in found.ordered} == {
         name: values.get("step") for name, values in recorded.items()
     }
-    assert unit_of(found.candidates) == unit
+    assert unit_of(found.ordered) == unit
 
 
 def test_the_step_of_the_name_serves_where_the_file_records_none(tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_the_state_of_the_run_is_not_that_of_each_checkpoint(tmp_path: Path) -> 
     state = {"global_step": 10, "epoch": 1.0, "log_history": [{"step": 10, "eval_loss": 0.5}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     found = look(tmp_path)
-    assert [each.record.step for each in found.candidates] == [1, 2, 10]
-    assert dict(found.candidates[0].record.metrics) == {}
+    assert [each.record.step for each in found.ordered] == [1, 2, 10]
+    assert dict(found.ordered[0].record.metrics) == {}
 
 
 def test_named_checkpoints_keep_their_order(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_what_a_copy_records_is_kept(tmp_path: Path) -> None:
     put(tmp_path / "epoch_2.pt", 2)
     found = look(tmp_path)
     assert names(found) == ["epoch_1.pt", "epoch_2.pt"]
-    record = found.candidates[0].record
+    record = found.ordered[0].record
     assert (record.step, record.epoch, dict(record.metrics)) == (7, 1, {"acc": 0.5})
 
 
@@ -167,13 +167,13 @@ def test_a_weight_of_one_element_is_no_metric(tmp_path: Path) -> None:
         torch.save({"model": weights(seed + 10), "temperature": torch.tensor(0.5)}, tmp_path / f"y{seed}.pt")
     found = look(tmp_path)
     assert names(found) == ["x1.pt", "x2.pt", "y1.pt", "y2.pt"]
-    assert [dict(each.record.metrics) for each in found.candidates] == [
+    assert [dict(each.record.metrics) for each in found.ordered] == [
         {},
         {},
         {"temperature": 0.5},
         {"temperature": 0.5},
     ]
-    assert [each.record.step for each in found.candidates] == [None] * 4
+    assert [each.record.step for each in found.ordered] == [None] * 4
 
 
 def test_one_changed_element_is_no_copy(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_an_earlier_average_is_known_by_its_metadata_whatever_its_name(tmp_path:
     found = look(tmp_path)
     assert names(found) == ["step_1.safetensors", "step_2.safetensors"]
     assert reasons(found) == {name: EARLIER_AVERAGE}
-    (by_hand,) = look(tmp_path / name).candidates
+    (by_hand,) = look(tmp_path / name).ordered
     assert by_hand.opened().spec.averaged == "ckpt-avg made it"
 
 
@@ -268,9 +268,9 @@ def test_a_named_file_without_weights_is_an_error(tmp_path: Path) -> None:
     torch.save({"loss": [0.5]}, tmp_path / "history.pt")
     found = look(tmp_path / "step_1.pt", tmp_path / "history.pt")
     with pytest.raises(NoWeightsError):
-        found.candidates[1].opened()
+        found.ordered[1].opened()
     (tmp_path / "step_1.pt").unlink()
-    (only,) = look(tmp_path).candidates  # a run of such files
+    (only,) = look(tmp_path).ordered  # a run of such files
     with pytest.raises(NoWeightsError, match="which holds no named tensors"):
         only.opened()
 
@@ -285,9 +285,9 @@ def test_an_unreadable_checkpoint_stays_a_candidate(tmp_path: Path) -> None:
     (tmp_path / "step_2.pt").write_bytes((tmp_path / "step_2.pt").read_bytes()[:-100])
     found = look(tmp_path)
     assert names(found) == ["step_1.pt", "step_2.pt", "step_3.pt"]
-    assert found.candidates[1].record.step == 2
+    assert found.ordered[1].record.step == 2
     with pytest.raises(CheckpointFormatError, match=r"step_2\.pt"):
-        found.candidates[1].opened()
+        found.ordered[1].opened()
     with ExitStack() as stack:
         checkpoints, _ = open_selected(discover([tmp_path]), Selection(last=1), Reading(), stack)
         assert [each.spec.path.name for each in checkpoints] == ["step_3.pt"]
@@ -352,11 +352,11 @@ def test_a_run_of_more_checkpoints_than_files_may_be_open(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_find_copies_is_what_the_survey_asks(tmp_path: Path) -> None:
+def test_copies_among_open_candidates(tmp_path: Path) -> None:
     paths = [put(tmp_path / f"{index}.pt", seed) for index, seed in enumerate((1, 2, 1, 3, 2, 1))]
     with ExitStack() as stack:
-        found = survey(discover(paths), Reading(), stack)
-        assert find_copies([each.opened() for each in found.candidates]) == {2: 0, 4: 1, 5: 0}
+        found = open_candidates(discover(paths), Reading(), stack)
+        assert find_copies([each.opened() for each in found.ordered]) == {2: 0, 4: 1, 5: 0}
 
 
 # --- several series in one folder --------------------------------------------------------------------------
@@ -473,7 +473,7 @@ def test_an_unreadable_checkpoint_of_a_run_says_how_to_leave_it_out(tmp_path: Pa
         assert ("--exclude" in str(caught.value)) is advised
     assert names(look(tmp_path, options={"wanted": Selection(exclude=("step_2.pt",)).wants})) == ["step_1.pt"]
     (tmp_path / "step_1.pt").write_bytes(b"junk")  # no others that could be averaged
-    assert all("--exclude" not in str(each.error) for each in look(tmp_path).candidates)
+    assert all("--exclude" not in str(each.error) for each in look(tmp_path).ordered)
 
 
 @pytest.mark.parametrize("stray", [".metadata", "model-00001-of-00002.safetensors"])

@@ -60,6 +60,9 @@ from ckpt_avg.formats.trainers.file_names import is_alias, is_average, record_fr
         ("net_batch32.pth", None, None),
         ("wav2vec2.pt", None, None),
         ("v1.9", None, None),
+        ("²epoch.pth", None, None),
+        ("step_²", None, None),
+        ("step_٣.pt", 3, None),
         ("2024-05-01.pt", None, None),
         ("run-2024-05-01_12-00-30.ckpt", None, None),
         ("weights.12-0.34.pt", None, None),
@@ -103,7 +106,7 @@ def test_names_with_both_give_both_back(step: int, epoch: int, suffix: str) -> N
     assert record_from_name(f"step={step:08}{suffix}") == Record(step)
 
 
-@given(st.text(max_size=40))
+@given(st.text("ab_-=. /e3٣²\0\ud800é", max_size=40))
 def test_any_name_is_looked_at_without_an_error(name: str) -> None:
     """Names come from anywhere, digits of other scripts and endless numbers among them."""
     found = record_from_name(name)
@@ -118,11 +121,6 @@ def test_endless_numbers_tell_nothing(name: str) -> None:
     """Python turns no text of more than 4,300 digits into an integer: that must be no crash."""
     found = record_from_name(name)
     assert (found.step, found.epoch, dict(found.metrics)) == (None, None, {})
-
-
-@pytest.mark.parametrize("name", ["٣.pt", "step_٣.pt", "²epoch.pth", "step_²"])
-def test_digits_of_other_scripts_are_no_crash(name: str) -> None:
-    assert record_from_name(name).epoch is None
 
 
 def test_stems() -> None:

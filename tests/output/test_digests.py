@@ -7,7 +7,7 @@ import itertools
 import random
 import shutil
 import subprocess
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -76,15 +76,9 @@ def test_threads_may_share_it() -> None:
     digest = TreeDigest(len(data))
     step = 100_003
 
-    def work(worker: int) -> None:
-        for start in range(worker * step, len(data), 4 * step):
-            digest.add(memoryview(data)[start : start + step], start)
-
-    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        for start in range(0, len(data), step):
+            pool.submit(digest.add, memoryview(data)[start : start + step], start)
     assert digest.finish(never) == expected(data)
 
 

@@ -8,6 +8,8 @@ import re
 import stat
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +88,14 @@ def test_a_published_file_is_complete_and_alone(target: Path, overwrite: bool, n
     assert os.stat(target).st_nlink == 1
 
 
-def test_an_unpublished_file_vanishes(target: Path, overwrite: bool, named: bool) -> None:
-    with unpublished_file(target, len(CONTENTS)) as file:
-        file.write(CONTENTS, 0)
-    assert untouched(target, overwrite)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
-def test_an_unpublished_file_vanishes_after_any_exception(
-    target: Path, overwrite: bool, named: bool, error: type[BaseException]
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, MemoryError, SystemExit])
+def test_an_unpublished_file_vanishes_after_any_exception_and_without_one(
+    target: Path, overwrite: bool, named: bool, error: type[BaseException] | None
 ) -> None:
-    with pytest.raises(error), unpublished_file(target, len(CONTENTS)) as file:
+    with pytest.raises(error) if error else nullcontext(), unpublished_file(target, len(CONTENTS)) as file:
         file.write(CONTENTS, 0)
-        raise error
+        if error:
+            raise error
     assert untouched(target, overwrite)
 
 
@@ -114,18 +111,9 @@ def test_the_path_is_as_it_was_until_the_file_is_published(target: Path, overwri
 def test_threads_write_side_by_side(target: Path, overwrite: bool, named: bool) -> None:
     step = 100
     with unpublished_file(target, len(CONTENTS)) as file:
-        threads = [
-            threading.Thread(
-                target=lambda first=first: [
-                    file.write(memoryview(CONTENTS)[at : at + step], at) for at in range(first, len(CONTENTS), 4 * step)
-                ]
-            )
-            for first in range(0, 4 * step, step)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as pool:
+            for at in range(0, len(CONTENTS), step):
+                pool.submit(file.write, memoryview(CONTENTS)[at : at + step], at)
         file.publish(overwrite=overwrite)
     assert target.read_bytes() == CONTENTS
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from formats import test_dcp
-from formats.safetensors_bytes import lay_out, one
+from formats.safetensors_bytes import one
 from formats.torch_bytes import holding, tensor, weights, write
 from system.faults.checkpoints import dcp_folders
 from system.faults.refusals import Command, mean, refusal, refusal_of
@@ -44,52 +43,7 @@ def sharded(folder: Path, index: str | bytes = MAP) -> Path:
     return folder
 
 
-# --- names in an index -------------------------------------------------------------------------------------
-
-OUTSIDE = "expected the name of a file next to it, got "
-NAMES = {
-    "a folder up": ("../secret.safetensors", OUTSIDE + "'../secret.safetensors'"),
-    "absolute": ("/secret.safetensors", OUTSIDE + "'/secret.safetensors'"),
-    "a name without end": ("x" * 300 + ".safetensors", "cannot be the name of a file"),
-}
-
-
-@pytest.mark.guarantee("no-file-outside")
-@pytest.mark.parametrize("case", NAMES)
-def test_an_index_names_files_beside_it_alone(in_process: Command, tmp_path: Path, case: str) -> None:
-    """A stranger's index must not read a file of the user's; there is one wherever the name could lead."""
-    name, fact = NAMES[case]
-    folder = sharded(tmp_path / "model", MAP.replace(B, name))
-    write(tmp_path, double("b", 1025), "secret.safetensors")
-    message = refusal_of(in_process, folder / INDEX, folder=tmp_path)
-    assert fact in message
-    assert message.endswith("Don't trust it.")
-
-
-def test_the_folder_is_sound_before_its_index_is_spoilt(in_process: Command, tmp_path: Path) -> None:
-    """By its folder and by its index."""
-    folder = sharded(tmp_path / "model")
-    for source in (folder, folder / INDEX):
-        assert mean(in_process, source, folder=tmp_path)[0] == {"a": [1.0], "b": [2.0]}
-
-
-INDEXES: dict[str, tuple[str, str]] = {
-    "cut off": (MAP[:-5], "expected a shard index in JSON, got other text: "),
-    "a list": ("[]", 'expected a shard index {"weight_map": {tensor: file}}, got other JSON'),
-    "a tensor that its shard lacks": (
-        MAP.replace('"b"', f'"c":"{B}","b"'), f"the shard '{B}' lacks 'c', which the index says it contains"),
-}  # fmt: skip
-
-
-@pytest.mark.guarantee("index-damage")
-@pytest.mark.parametrize("case", INDEXES)
-def test_an_index_that_is_damaged_or_lies_is_refused(in_process: Command, tmp_path: Path, case: str) -> None:
-    """Or a tensor would be missing from the average without a word."""
-    content, fact = INDEXES[case]
-    folder = sharded(tmp_path / "model", content)
-    message = refusal(in_process, folder, folder=tmp_path)
-    assert message.startswith(f"{folder / INDEX}: {fact}")
-    assert message.endswith(AGAIN)
+# --- an index ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.guarantee("index-damage")
@@ -100,32 +54,6 @@ def test_an_index_over_the_limit_is_not_read(in_process: Command, tmp_path: Path
     assert f"expected a shard index of at most {LIMITS.index:,} bytes, got {LIMITS.index + 1:,}. {AGAIN}" in refusal(
         in_process, folder, folder=tmp_path
     )
-
-
-def two_floats(first: str, second: str) -> bytes:
-    """A safetensors file of two float64 elements."""
-    entry = '"%s":{"dtype":"F64","shape":[1],"data_offsets":[%s]}'
-    return lay_out(f"{{{entry % (first, '0,8')},{entry % (second, '8,16')}}}", bytes(16))
-
-
-@pytest.mark.guarantee("index-damage")
-@pytest.mark.parametrize("index", [MAP, MAP.replace('"a"', f'"b":"{A}","a"')], ids=["index", "named twice in it"])
-def test_a_tensor_in_two_shards_is_refused(in_process: Command, tmp_path: Path, index: str) -> None:
-    """Nothing says which of the two is meant."""
-    folder = sharded(tmp_path / "model", index)
-    (folder / A).write_bytes(two_floats("a", "b"))
-    message = refusal(in_process, folder, folder=tmp_path)
-    assert message == f"{folder / INDEX}: the shard '{A}' and another one both contain 'b'. {AGAIN}"
-
-
-@pytest.mark.guarantee("missing-shards")
-def test_missing_shards_are_all_named_and_a_long_list_is_cut(in_process: Command, tmp_path: Path) -> None:
-    """A download that stopped: one by one they would take thirty attempts."""
-    files = [f"model-{number:05}-of-00030.safetensors" for number in range(1, 31)]
-    folder = sharded(tmp_path / "model", json.dumps({"weight_map": {name: name for name in files}}))
-    message = refusal(in_process, folder, folder=tmp_path)
-    assert message.startswith(f"{folder / INDEX}: 30 shards of 30 missing: '{files[0]}', '{files[1]}', ")
-    assert message.endswith(f"'{files[19]}', … and 10 more. Copy them next to the index.")
 
 
 # --- links -------------------------------------------------------------------------------------------------
@@ -373,47 +301,6 @@ def test_one_checkpoint_under_several_names_of_a_run_counts_once(in_process: Com
     assert "skipped 3 entries (-v lists them with the reasons)" in mean(in_process, run, folder=tmp_path)[1]
 
 
-@pytest.mark.guarantee("same-checkpoint-twice")
-def test_one_checkpoint_named_twice_by_hand_is_refused(in_process: Command, tmp_path: Path) -> None:
-    """It would count double, and nobody means that."""
-    run = run_of(tmp_path / "run", 9, 10)
-    path = run / "step_9.safetensors"
-    message = refusal(in_process, path, run, folder=tmp_path, code=2)
-    assert ": the same checkpoint is listed twice" in message
-    assert str(path) in message
-    assert message.endswith(", so it would count double. List it once.")
-
-
-@pytest.mark.guarantee("too-few-checkpoints")
-def test_nothing_there_and_too_few_are_refused(in_process: Command, tmp_path: Path) -> None:
-    """What was asked for, what is there, and what to ask for instead."""
-    run = run_of(tmp_path / "run", 9, 10)
-    gone, empty = tmp_path / "gone", tmp_path / "empty"
-    empty.mkdir()
-    for source, options, code, says in (
-        (gone, (), 2, f"{gone}: no such file or folder. Check the path."),
-        (empty, (), 4, f"{empty}: expected checkpoint files (.safetensors, .pt, .pth, .bin, .ckpt, .pth.tar) or "
-                       "checkpoint folders, got none. Name a folder or files with checkpoints."),
-        (run, ("--last", 3), 4, "--last 3: expected at least 3 checkpoints, got 2 (step_9.safetensors, "
-                                "step_10.safetensors). Use --last 2, or name more checkpoints."),
-        (run, ("--from-step", 11), 4, "nothing to average: none of 2 checkpoints matches --from-step 11; their steps"),
-        (run, ("--include", "epoch*"), 4, "nothing to average: --include and --exclude skip all 2 checkpoints"),
-    ):  # fmt: skip
-        assert refusal(in_process, source, *options, folder=tmp_path, code=code).startswith(says)
-
-
-@pytest.mark.guarantee("natural-order")
-def test_natural_order_is_printed_and_taken(in_process: Command, tmp_path: Path) -> None:
-    """Of step_9, step_10 and step_11 the last two are not step_9 and step_11, as the alphabet has it."""
-    run = run_of(tmp_path / "run", 11, 9, 10)
-    found, said = mean(in_process, run, "--last", 2, folder=tmp_path)
-    assert found == {"w": [3.0]}
-    assert "averaged 2 checkpoints: step_10.safetensors, step_11.safetensors" in said
-    code, out, _ = in_process("inspect", run)
-    lines = [line.split()[0] for line in out.splitlines() if line.startswith("step_")]
-    assert (code, lines) == (0, [f"step_{step}.safetensors" for step in (9, 10, 11)])
-
-
 PREFERRED = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -438,62 +325,20 @@ def test_of_several_forms_of_weights_the_first_of_a_fixed_order_is_taken_and_sai
         (folder / PREFERRED[taken]).unlink()
 
 
-LAST = "which is saved last. Copy it again or exclude it."
-NO_METADATA = f"incomplete: there is no .metadata next to the *.distcp files, {LAST}"
-NO_INDEX = f"incomplete: there is no shard index (*.index.json) next to '{A}', {LAST}"
-# What a writer that was stopped leaves: paths and contents, then why it is left out of a run, and what is said of it
-# where it is named by hand.
-INCOMPLETE: dict[str, tuple[dict[str, bytes], str, str]] = {
-    "an empty file": (
-        {"step_11.safetensors": b""}, "incomplete: it is empty", "got an empty file. Copy or save it again."),
-    "a file for the time being": (
-        {"step_11.safetensors.tmp": double("w", 1025)[:-4]}, "incomplete, by its name",
-        "4 bytes missing. It is truncated: copy it again."),
-    "parts without their metadata": (
-        {"step_11/__0_0.distcp": b"PK"},
-        NO_METADATA, NO_METADATA,
-    ),
-    "shards without their index": (
-        {f"step_11/{A}": double("w", 1025)},
-        NO_INDEX, NO_INDEX,
-    ),
-    "a folder for the time being": (
-        {"tmp-step_11/model.safetensors": double("w", 1025)[:-1]}, "incomplete, by its name",
-        "1 byte missing. It is truncated: copy it again."),
-}  # fmt: skip
-
-
 @pytest.mark.guarantee("half-written")
-@pytest.mark.parametrize("case", INCOMPLETE)
-def test_an_incomplete_checkpoint_is_left_out_of_a_run_and_refused_by_name(
-    in_process: Command, tmp_path: Path, case: str
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("__0_0.distcp", "no .metadata next to the *.distcp files"), (A, f"no shard index (*.index.json) next to '{A}'")],
+)
+def test_a_folder_without_the_file_that_is_saved_last_is_refused_by_name(
+    in_process: Command, tmp_path: Path, name: str, missing: str
 ) -> None:
-    """The run that is still going on can be averaged; its unfinished checkpoint cannot."""
-    files, reason, fact = INCOMPLETE[case]
-    run = run_of(tmp_path / "run", 9, 10)
-    (name,) = {path.split("/")[0] for path in files}
-    for path, content in files.items():
-        (run / path).parent.mkdir(exist_ok=True)
-        (run / path).write_bytes(content)
-    found, said = mean(in_process, run, "--verbose", folder=tmp_path)
-    assert found == {"w": [1.5]}
-    assert f"skipped: '{name}': {reason}" in said
-    assert "skipped 1 entry (-v lists them with the reasons)" in mean(in_process, run, folder=tmp_path)[1]
-    message = refusal_of(in_process, run / name, folder=tmp_path)
-    assert message.endswith(fact)
-
-
-@pytest.mark.guarantee("half-written")
-def test_a_truncated_checkpoint_of_a_run_is_refused_with_the_way_to_leave_it_out(
-    in_process: Command, tmp_path: Path
-) -> None:
-    """By its name alone it looks whole, so that leaving it out would be a guess."""
-    run = run_of(tmp_path / "run", 9, 10)
-    bad = write(run, double("w", 1025)[:-1], "step_11.safetensors")
-    message = refusal(in_process, run, folder=tmp_path)
-    assert message.startswith(f"{bad}: ")
-    assert message.endswith("To average the others, add --exclude 'step_11.safetensors'.")
-    assert mean(in_process, run, "--exclude", bad.name, folder=tmp_path)[0] == {"w": [1.5]}
+    """In a run it is skipped; named by hand, it must not count as whole."""
+    folder = tmp_path / "step_11"
+    folder.mkdir()
+    write(folder, double("w", 1025), name)
+    message = refusal_of(in_process, folder, folder=tmp_path)
+    assert message.endswith(f"incomplete: there is {missing}, which is saved last. Copy it again or exclude it.")
 
 
 @pytest.mark.guarantee("too-few-checkpoints")
@@ -521,19 +366,6 @@ def test_a_folder_that_is_no_checkpoint_is_not_opened_as_one(tmp_path: Path) -> 
 
 
 # --- the metadata of torch.distributed.checkpoint ----------------------------------------------------------
-
-
-@pytest.mark.guarantee("index-damage")
-def test_metadata_that_lies_is_refused(in_process: Command, tmp_path: Path) -> None:
-    folder, other, _ = dcp_folders(tmp_path)
-    name = next(iter(folder.glob("*.distcp"))).name
-    test_dcp.edit(folder, lambda metadata: [setattr(info, "relative_path", f"../{name}")
-                                            for info in metadata.storage_data.values()])  # fmt: skip
-    message = refusal(in_process, folder, folder=tmp_path)
-    assert message == f"{folder}/.metadata: {OUTSIDE}'../{name}'. Don't trust it."
-    (other / name).unlink()
-    message = refusal(in_process, other, folder=tmp_path)
-    assert message == f"{other}: 1 file of 1 missing: '{name}'. Copy those of every rank."
 
 
 def test_a_part_that_lies_is_refused_by_its_tensors_name(in_process: Command, tmp_path: Path) -> None:

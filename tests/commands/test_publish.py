@@ -78,6 +78,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], torch.dtype, tuple[int, ...], dict
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_any_number_of_ranks_gives_the_bytes_of_one(tmp_path: Path, case: str) -> None:
     """If it failed, the borders between ranks' shares would show in the weights, or small outputs would hang."""

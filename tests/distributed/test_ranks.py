@@ -202,6 +202,7 @@ def test_a_result_is_not_lost_by_a_failure_that_follows_it() -> None:
         assert [type(end) for end in in_threads(4, work)] == [UserCodeError] * 4
 
 
+@pytest.mark.slow
 def test_ranks_leave_together_however_long_one_takes() -> None:
     """If it failed, a slow rank would find the others gone, and report a failure after success."""
 
@@ -226,6 +227,7 @@ def test_a_lost_rank_stops_all_others(lost: int, waits: bool) -> None:
     assert [str(end) for end in ends] == [f"rank {lost} was lost: its connection was closed. {STOP}"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_rank_without_a_sign_of_life_is_lost(silent: int) -> None:
     """If it failed, one frozen process would freeze all."""
@@ -242,6 +244,7 @@ def test_a_rank_without_a_sign_of_life_is_lost(silent: int) -> None:
     assert [str(end) for end in ends] == [f"rank {silent} was lost: it gave no sign of life for 0.5 s. {STOP}"] * 2
 
 
+@pytest.mark.slow
 def test_work_that_gives_signs_of_life_may_take_longer_than_the_timeout() -> None:
     """If it failed, a long mean or evaluation on one rank would be stopped by those that wait for it."""
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import ckpt_avg
 from ckpt_avg.cli.main import cli
@@ -29,29 +31,21 @@ def _block(text: str, marker: str) -> str:
     return found[1]
 
 
-def _readme_average() -> list[str]:
-    command = _block(README, "command: average").replace("\\\n>", " ").removeprefix("$ ")
-    return shlex.split(command.partition("&&")[2])[1:]
+def _readme_command(marker: str, output: Path) -> list[str]:
+    """The arguments of a command that the README marks, with another path for its output."""
+    command = _block(README, f"command: {marker}").replace("\\\n>", " ")
+    words = shlex.split(command.partition("ckpt-avg ")[2])
+    return [str(output) if word.endswith(".safetensors") else word for word in words]
 
 
-def test_readme_command_prints_what_the_readme_shows(
-    in_process: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    arguments = [str(tmp_path / word) if word == "swa.safetensors" else word for word in _readme_average()]
-    code, out, err = in_process(*arguments)
-    assert (code, err) == (0, "")
-    assert out.replace(f"{tmp_path}/", "") == _block(README, "output: average")
-
-
-def test_readme_command_output_loads_into_the_model(
+def test_readme_command_prints_what_the_readme_shows_and_its_output_loads(
     in_process: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: object
 ) -> None:
-    from safetensors.torch import load_file
-
     monkeypatch.chdir(ROOT)
     output = tmp_path / "swa.safetensors"
-    in_process(*[str(output) if word == "swa.safetensors" else word for word in _readme_average()])
+    code, out, err = in_process(*_readme_command("average", output))
+    assert (code, err) == (0, "")
+    assert out.replace(f"{tmp_path}/", "") == _block(README, "output: average")
     model = train.make_model()  # type: ignore[attr-defined]
     model.load_state_dict(load_file(output), strict=True)
     assert train.evaluate(model.eval())["accuracy"] > 0.98  # type: ignore[attr-defined]
@@ -62,15 +56,13 @@ def test_readme_evaluation_prints_what_the_readme_shows(
 ) -> None:
     """The words to the letter, the metrics to two digits: other processors round otherwise."""
     monkeypatch.chdir(ROOT)
-    command = _block(README, "command: eval").replace("\\\n>", " ").removeprefix("$ ")
-    arguments = [str(tmp_path / word) if word == "best.safetensors" else word for word in shlex.split(command)[1:]]
-    code, out, err = in_process(*arguments)
+    code, out, err = in_process(*_readme_command("eval", tmp_path / "best.safetensors"))
     assert (code, err) == (0, "")
     shown = _block(README, "output: eval")
     number = r"[-+]?\d[\d.]*(?:e[-+]\d+)?"
     words, found = (re.sub(rf"{number}|  +", " ", text.replace(f"{tmp_path}/", "")) for text in (shown, out))
     assert found == words
-    metrics, measured = (
+    rows, measured = (
         [
             [float(value) for value in re.findall(number, line)[-4::2]]
             for line in text.splitlines()
@@ -78,9 +70,8 @@ def test_readme_evaluation_prints_what_the_readme_shows(
         ]
         for text in (shown, out)
     )
-    assert len(metrics) == 2
-    for expected, got in zip(metrics, measured, strict=True):
-        assert got == pytest.approx(expected, rel=0.05)
+    assert len(rows) == 2
+    assert measured == [pytest.approx(row, rel=0.05) for row in rows]
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\$ (ckpt-avg [^\\\n]*?)(?:  +#.*)?$", README, re.MULTILINE))
@@ -88,20 +79,16 @@ def test_other_commands_of_the_readme_work(
     line: str, in_process: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The README's RUN and a.pt, b.pt, … stand for the reader's own; the fixture run takes their place."""
-    import torch
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "RUN").symlink_to(run_folder)
     tensors = {"weight": torch.ones(3)}
     torch.save(tensors, "a.pt")
     torch.save(tensors, "b.pt")
-    from safetensors.torch import save_file
-
     save_file(tensors, "c.safetensors")
     (tmp_path / "weights.pt").symlink_to(run_folder / "epoch_20.pt")
     arguments = shlex.split(line)[1:]
     if "--model" in arguments:
-        arguments += ["--app-dir", str(run_folder)]
+        arguments += ["--app-dir", str(run_folder), "--bn-batches", "2"]
     if arguments[0] == "sweep":
         arguments += ["--last", "2"]
     if arguments[0] == "average" and "RUN" in arguments:

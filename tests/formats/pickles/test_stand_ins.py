@@ -154,6 +154,7 @@ def test_a_bare_pickle_is_refused_with_how_to_convert_it(tmp_path: Path, content
     assert str(caught.value).endswith(""" 'model it'"'"'s.pkl' model.pth`.""")
 
 
+@pytest.mark.slow
 def test_the_command_that_converts_works(tmp_path: Path) -> None:
     """Pasted as it is; Caffe2's pickles of Python 2 included."""
     weights = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.int64(3) * np.ones((), np.int64)}

@@ -24,6 +24,15 @@ from ckpt_avg.text import safe_text, suggestion
 _UNTOUCHED = "the output path is unchanged, or complete if it was already published"
 
 
+# click's sentences → ours
+_FORMS = (
+    (r"^Got unexpected extra arguments? \((.*)\)$", r"\1: unexpected."),
+    (r"^Option '(\S+)' requires an argument\.$", r"\1: its value is missing."),
+    (r"^Option '(\S+)' does not take a value\.$", r"\1: takes no value."),
+    (r"^No such command '(.*?)'\.", r"\1: no such command."),
+)
+
+
 class _Terminated(BaseException):
     """SIGTERM or SIGHUP, raised in the main thread so that everything is cleaned up."""
 
@@ -116,10 +125,17 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
 def _message_of(error: click.ClickException, command: click.Command, name: str) -> str:
     """Returns click's message in the form of ours: where, what is wrong, what to do."""
     message, is_value = re.subn(r"^Invalid value for '(\S+)': ", r"\1: ", error.format_message())
+    if is_value:
+        return message
     known = f" {name}" if isinstance(command, click.Group) and name in command.commands else ""
     if isinstance(error, click.NoSuchOption):
         message = f"{error.option_name}: no such option.{suggestion(error.option_name, error.possibilities or ())}"
-    return message if is_value else f"{message} See ckpt-avg{known} --help."
+    elif isinstance(error, click.MissingParameter) and error.param is not None:
+        is_option = isinstance(error.param, click.Option)
+        message = f"{error.param.opts[-1] if is_option else error.param.human_readable_name}: missing."
+    for form, ours in _FORMS:
+        message = re.sub(form, ours, message)
+    return f"{message} See ckpt-avg{known} --help."
 
 
 def error_json(kind: str, message: str, code: int) -> dict[str, object]:

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -48,12 +49,7 @@ def cli() -> None:
 @cli.command("average", cls=Command)
 @options.sources
 @options.options_from(AverageRequest)
-@options.app_dir
-@options.output
-@options.report
-@options.as_json
-@options.rank_timeout
-@options.quiet
+@options.makes_output
 @options.verbose
 def average_command(sources: Sequence[str], output: str, verbose: bool, **given: Any) -> None:
     """Write the mean of checkpoints, with recomputed BatchNorm.
@@ -66,25 +62,13 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **given:
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.reports import average_text
 
-    make_output(
-        AverageRequest,
-        "average",
-        lambda result: average_text(result, verbose=verbose),
-        sources,
-        output,
-        **given,
-    )
+    make_output(AverageRequest, "average", partial(average_text, verbose=verbose), sources, output, **given)
 
 
 @cli.command("refresh-bn", cls=Command)
 @click.argument("weights")
 @options.options_from(RefreshRequest)
-@options.app_dir
-@options.output
-@options.report
-@options.as_json
-@options.rank_timeout
-@options.quiet
+@options.makes_output
 def refresh_command(weights: str, output: str, **given: Any) -> None:
     """Write WEIGHTS with recomputed BatchNorm statistics.
 
@@ -93,14 +77,7 @@ def refresh_command(weights: str, output: str, **given: Any) -> None:
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.reports import refreshed_text
 
-    make_output(
-        RefreshRequest,
-        "refresh_weights",
-        refreshed_text,
-        weights,
-        output,
-        **given,
-    )
+    make_output(RefreshRequest, "refresh_weights", refreshed_text, weights, output, **given)
 
 
 @cli.command("sweep", cls=Command)
@@ -133,7 +110,7 @@ def sweep_command(
     """  # noqa: D301 (click needs the backspace character itself)
     if launch_of() is not None:
         raise UsageError("sweep: runs in one process only. Start it without torchrun.")
-    SweepRequest(sources, **given)  # checks the options before the user's code is imported
+    SweepRequest(sources, **given).discover()  # checks options and sources before the user's code is imported
     from ckpt_avg.cli.documents import sweep_json
     from ckpt_avg.cli.plots import KINDS, draw_sweep, refuse_without_matplotlib
     from ckpt_avg.cli.reports import sweep_text

@@ -26,46 +26,34 @@ if TYPE_CHECKING:
     from ckpt_avg.commands.sweep import Measured
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "K": 2**10,
-    "M": 2**20,
-    "G": 2**30,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-}
 
 
-def parse_size(text: str) -> int:
+def _size(text: str) -> int:
     """Returns bytes: ``256MiB`` → 268435456."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMG])(I?B)?|B)?", text.strip().upper())
+    if match is None:
         raise click.BadParameter(f"{text[:40]!r} is not a size. Write for example 256MiB.")
-    amount = float(match[1]) * _UNITS[match[2].upper()]
+    number, prefix, unit = match.groups()
+    amount = float(number) * (1000 if unit == "B" else 1024) ** " KMG".index(prefix or " ")
     if amount > sys.maxsize:
         raise click.BadParameter(f"{text[:40]!r} is too large. Write for example 256MiB.")
     return int(amount)
 
 
-def parse_whole(text: str) -> int:
-    """Returns a whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise click.BadParameter(f"{text[:40]!r} is not a whole number. Write for example 8.") from None
+def _number(kind: Callable[[str], float], form: str) -> Callable[[str], float]:
+    """Returns a parser of numbers, for click."""
+
+    def parse(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise click.BadParameter(f"{text[:40]!r} is not a {form}.") from None
+
+    return parse
 
 
-def parse_seconds(text: str) -> float:
-    """Returns a number of seconds."""
-    try:
-        return float(text)
-    except ValueError:
-        raise click.BadParameter(f"{text[:40]!r} is not a number of seconds. Write for example 600.") from None
+_whole = _number(int, "whole number. Write for example 8")
+_seconds = _number(float, "number of seconds. Write for example 600")
 
 
 class Option(click.Option):
@@ -114,13 +102,20 @@ app_dir = _only_here(
 rank_timeout = _only_here(
     "--rank-timeout",
     heading=MeanOptions.heading,
-    type=parse_seconds,
+    type=_seconds,
     default=RANK_TIMEOUT,
     show_default=True,
     metavar="SECONDS",
     help="Stop if another rank is silent for this long.",
 )
 sources = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+
+
+def makes_output(command: _Command) -> _Command:
+    """Gives a command the options that `run.make_output` takes."""
+    for option in (quiet, rank_timeout, as_json, report, output, app_dir):
+        command = option(command)
+    return command
 
 
 def options_from(request: type, *, only: Collection[str] = ()) -> Callable[[_Command], _Command]:
@@ -142,13 +137,10 @@ def _click_option(heading: str, option: Field[Any]) -> Callable[[_Command], _Com
     if kind == "bool":
         settings |= {"is_flag": True}
     elif metavar == "SIZE":
-        settings |= {"type": parse_size, "metavar": metavar, "default": size(int(str(default))).replace(".0 ", "")}
+        settings |= {"type": _size, "metavar": metavar, "default": size(int(str(default))).replace(".0 ", "")}
     else:
-        settings |= {
-            "type": parse_whole if kind.startswith("int") else str,
-            "metavar": metavar,
-            "multiple": default == (),
-        }
+        number = _whole if kind.startswith("int") else str
+        settings |= {"type": number, "metavar": metavar, "multiple": default == ()}
     return click.option(flag_of(option), option.name, cls=Option, heading=heading, **settings)
 
 

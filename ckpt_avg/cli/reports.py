@@ -135,7 +135,7 @@ def inspection_text(found: Inspection) -> str:
         lines.append(f"{found.path} {'also ' if unreadable else ''}contains:")
         lines += [f"  {escaped(name)}: {what}" for name, what in seen]
     if found.needed:
-        lines.append(f"nothing to average: {found.needed}")
+        lines.append(found.needed)
     return "\n".join(lines)
 
 

@@ -17,13 +17,14 @@ from ckpt_avg.errors import CkptAvgError, RequirementError
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.draft import AverageResult
+    from ckpt_avg.commands.requests import AverageRequest, RefreshRequest
     from ckpt_avg.output.paths import SideFiles
     from ckpt_avg.progress import Progress
     from ckpt_avg.runs.discover import Sources
 
 
 def make_output(
-    request: Callable[..., object],
+    request: Callable[..., AverageRequest | RefreshRequest],
     function: str,
     text: Callable[[AverageResult], str],
     sources: Sources,
@@ -39,7 +40,7 @@ def make_output(
     """Runs what makes an output, on one rank or many; prints and reports the result, even if a requirement is not met.
 
     Args:
-        request: checks the options before the user's code is imported.
+        request: checks the options and the sources before the user's code is imported.
         function: ``average`` or ``refresh_weights``; torch is imported with it.
         text: returns the text to print.
         sources, output: its arguments.
@@ -57,7 +58,7 @@ def make_output(
     unmet: RequirementError | None = None
     try:
         with computing(quiet=quiet or not speaks) as progress, join_ranks(timeout=rank_timeout) as ranks:
-            request(sources, output, ranks=ranks, **given)
+            request(sources, output, ranks=ranks, **given).discover()
             if speaks:
                 files.check("--report", report, (".json",))
             options = {**load_all(app_dir, given), "ranks": ranks, "progress": progress}

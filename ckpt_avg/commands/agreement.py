@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,71 +17,61 @@ from ckpt_avg.version import __version__
 
 _SAMPLES = 256  # of each checkpoint, spread over its files; at least both ends of each file
 _SAMPLE = 4096  # bytes
+_SHARE = "Put the checkpoints on storage that all ranks share, or copy them."
 
 
 def agree_on_request(ranks: Ranks, request: AverageRequest) -> None:
-    """Compares the options and versions of all ranks, except options that no byte of the output depends on.
-
-    Raises:
-        RankError: they differ.
-    """
-    compared = [option for _, option in options_of(type(request)) if not option.metadata.get("own")]
+    """Raises RankError if options or versions differ, except options that no byte of the output depends on."""
+    compared = [option for _, option in options_of(type(request)) if not option.metadata.get("per_rank")]
     mine = {
         option.name: (_name if option.metadata.get("code") else _plain)(getattr(request, option.name))
         for option in compared
     }
     mine |= {"version of ckpt_avg": __version__, "version of torch": torch.__version__}
 
-    def compare(requests: list[dict[str, Any]]) -> str | None:
-        rank = first_difference(requests)
-        if rank is None:
-            return None
-        names = [name for name in mine if requests[rank].get(name) != requests[0][name]]
-        found = listing(f"{name} {requests[rank].get(name)!r}, not {requests[0][name]!r}" for name in names)
+    def describe(rank: int, first: dict[str, Any], other: dict[str, Any]) -> str:
+        found = listing(f"{name} {other[name]!r}, not {first[name]!r}" for name in mine if other[name] != first[name])
         return f"rank {rank} has other arguments or versions than rank 0: {found}"
 
-    difference = ranks.exchange("request", mine, compare)
-    if difference:
+    if difference := _difference(ranks, "request", mine, describe):
         raise RankError(f"{difference}. Start all ranks with the same command.")
 
 
 def agree_on_files(ranks: Ranks, checkpoints: Sequence[Checkpoint]) -> None:
-    """Compares what the ranks see of the checkpoints: names, sizes, headers and samples of the bytes.
-
-    Raises:
-        CheckpointFormatError: they differ.
-    """
+    """Raises CheckpointFormatError if names, sizes, headers or samples of the checkpoints' bytes differ."""
     if ranks.size == 1:
         return
     mine = [[str(checkpoint.spec.path), _fingerprint(checkpoint)] for checkpoint in checkpoints]
 
-    def compare(seen: list[list[list[str]]]) -> str | None:
-        rank = first_difference(seen)
-        if rank is None:
-            return None
-        if [path for path, _ in seen[rank]] != [path for path, _ in seen[0]]:
-            return f"rank {rank} has other checkpoints than rank 0: {_paths(seen[rank])}, not {_paths(seen[0])}"
-        other = next(a[0] for a, b in zip(seen[0], seen[rank], strict=True) if a != b)
-        return f"{other}: rank {rank} has another file than rank 0"
+    def describe(rank: int, first: list[list[str]], other: list[list[str]]) -> str:
+        if [path for path, _ in other] != [path for path, _ in first]:
+            return f"rank {rank} has other checkpoints than rank 0: {_paths(other)}, not {_paths(first)}"
+        path = next(a[0] for a, b in zip(first, other, strict=True) if a != b)
+        return f"{path}: rank {rank} has another file than rank 0"
 
-    difference = ranks.exchange("files", mine, compare)
-    if difference:
-        raise CheckpointFormatError(f"{difference}. Put the checkpoints on storage that all ranks share, or copy them.")
+    if difference := _difference(ranks, "files", mine, describe):
+        raise CheckpointFormatError(f"{difference}. {_SHARE}")
 
 
 def agree_on_header(ranks: Ranks, header: bytes) -> None:
-    """Compares the header that each rank has planned, since its length decides where the shares of the file begin.
-
-    Raises:
-        CheckpointFormatError: they differ.
-    """
+    """Raises CheckpointFormatError if planned headers differ: their length decides where the ranks' shares begin."""
     digest = hashlib.sha256(header).hexdigest()
     rank = ranks.exchange("header", digest, first_difference)
     if rank is not None:
         raise CheckpointFormatError(
-            f"rank {rank} plans another output than rank 0, so they see different checkpoints. Put the checkpoints on "
-            "storage that all ranks share, or copy them."
+            f"rank {rank} plans another output than rank 0, so they see different checkpoints. {_SHARE}"
         )
+
+
+def _difference(ranks: Ranks, step: str, mine: Any, describe: Callable[[int, Any, Any], str]) -> str | None:
+    """Returns the description of the first rank that differs from rank 0, on every rank."""
+
+    def compare(values: list[Any]) -> str | None:
+        rank = first_difference(values)
+        return None if rank is None else describe(rank, values[0], values[rank])
+
+    found: str | None = ranks.exchange(step, mine, compare)
+    return found
 
 
 def _paths(seen: list[list[str]]) -> str:

@@ -11,7 +11,7 @@ from ckpt_avg.commands.prepare import prepare
 from ckpt_avg.commands.publish import publish
 from ckpt_avg.commands.requests import AverageRequest, takes
 from ckpt_avg.output.paths import check_checksum, check_output
-from ckpt_avg.runs.discover import Discovery, discover
+from ckpt_avg.runs.discover import Discovery
 
 
 @takes(AverageRequest)
@@ -44,7 +44,7 @@ def average(request: AverageRequest) -> AverageResult:
     """
     with Context(request.ranks, request.progress) as context:
         agree_on_request(context.ranks, request)
-        discovery = discover(request.sources)
+        discovery = request.discover()
         target, checksum = _check_paths(request, discovery, context)
         prepared = prepare(discovery, request, context)  # open → check → plan
         agree_on_files(context.ranks, prepared.checkpoints)

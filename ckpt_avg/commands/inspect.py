@@ -84,7 +84,7 @@ def inspect(request: InspectRequest) -> Inspection:
             if candidate.checkpoint is not None
         ]
         unreadable = [(each.path.name, str(each.error)) for each in found.ordered if each.checkpoint is None]
-        needed = "" if listed else "no checkpoint could be read (see the errors above)"
+        needed = "" if listed else f"{path}: no checkpoint could be read (see the errors above)"
         seen = () if listed else _described_entries(path)
         return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, found.notes)
 

@@ -12,7 +12,7 @@ To add an option, add a field to its group and use it: ``name: type = option(def
 - ``flag``: the name on the command line, if not ``--`` and the field's name
 - ``metavar``, ``choices``, ``least``, ``most``: the values
 - ``recorded``: the output's metadata says what was given
-- ``own``: ranks may differ in it
+- ``per_rank``: ranks may differ in it
 - ``code``: an object of the user's; ranks compare its name
 """
 
@@ -41,7 +41,7 @@ class ResourceOptions(OptionGroup):
 
     heading = "How to compute"
     threads: int | None = option(
-        None, "Use N threads (default: one per usable core).", metavar="N", least=1, most=1024, own=True
+        None, "Use N threads (default: one per usable core).", metavar="N", least=1, most=1024, per_rank=True
     )
     memory: int = option(
         128 * 2**20,
@@ -49,7 +49,7 @@ class ResourceOptions(OptionGroup):
         doc="Bytes of working memory of all threads together.",
         metavar="SIZE",
         least=2**20,
-        own=True,
+        per_rank=True,
     )
     io: IO = option(
         "auto",
@@ -57,7 +57,7 @@ class ResourceOptions(OptionGroup):
         doc="``mmap`` maps files into memory, ``pread`` reads them. ``auto`` maps them, except on network storage and "
         "where the system refuses it.",
         choices=("auto", "mmap", "pread"),
-        own=True,
+        per_rank=True,
     )
 
 
@@ -71,7 +71,7 @@ class MeanOptions(ResourceOptions):
         doc="Sum, and run the model, on ``cpu``, ``cuda`` or ``cuda:N``. ``auto`` sums on the CPU, and runs the model "
         "on CUDA if torch finds a CUDA device.",
         metavar="auto|cpu|cuda|cuda:N",
-        own=True,
+        per_rank=True,
     )
     dtype: str = option(
         "keep",
@@ -186,7 +186,7 @@ class ProgressOptions(OptionGroup):
     """Callbacks for Python callers."""
 
     heading = "Progress"
-    progress: Progress | None = option(None, doc="Callbacks.", own=True)
+    progress: Progress | None = option(None, doc="Callbacks.", per_rank=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ class RankOptions(OptionGroup):
         None,
         doc="From `join_ranks`, if several processes share the work. Each calls this function with the same arguments; "
         "rank 0 measures and publishes.",
-        own=True,
+        per_rank=True,
     )
 
     def __post_init__(self) -> None:

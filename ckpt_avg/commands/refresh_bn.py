@@ -5,9 +5,6 @@ from __future__ import annotations
 from ckpt_avg.commands.average import average
 from ckpt_avg.commands.draft import AverageResult
 from ckpt_avg.commands.requests import RefreshRequest, takes
-from ckpt_avg.errors import UsageError
-from ckpt_avg.runs.discover import discover
-from ckpt_avg.text import plural
 
 
 @takes(RefreshRequest)
@@ -25,10 +22,4 @@ def refresh_weights(request: RefreshRequest) -> AverageResult:
     Raises:
         CkptAvgError: as `average`; UsageError also if ``weights`` holds several checkpoints.
     """
-    found = discover(request.weights).paths
-    if len(found) != 1:
-        raise UsageError(
-            f"{request.weights}: contains {plural(len(found), 'checkpoint')}. Name one, for example {found[-1]}, "
-            "or use ckpt-avg average."
-        )
-    return average(found[0], **request.keywords())
+    return average(request.discover().paths[0], **request.keywords())

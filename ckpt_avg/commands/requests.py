@@ -1,4 +1,7 @@
-"""What each command takes: groups of options and arguments of its own. These are the signatures of the public API."""
+"""What each command takes: groups of options and arguments of its own. These are the signatures of the public API.
+
+The requests have no ``__eq__`` and ``__repr__``, which nobody uses: to make them for so many fields delays ``--help``.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,17 @@ from ckpt_avg.commands.options import (
 from ckpt_avg.errors import UsageError
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.runs.selection import Selection
-from ckpt_avg.text import suggestion
+from ckpt_avg.text import plural, suggestion
 
 if TYPE_CHECKING:
-    from ckpt_avg.runs.discover import Sources
+    from ckpt_avg.runs.discover import Discovery, Sources
 
 _Arguments = ParamSpec("_Arguments")
 _Request = TypeVar("_Request")
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MeanRequest(Selection, Reading, MeanOptions, RefreshOptions, EvalOptions):
     """The arguments that `average` and `sweep` share."""
 
@@ -49,15 +52,21 @@ class MeanRequest(Selection, Reading, MeanOptions, RefreshOptions, EvalOptions):
         if self.evaluate is not None and self.model is None:
             raise UsageError("--eval needs a model. Add --model MODULE:FACTORY.")
 
+    def discover(self) -> Discovery:
+        """Lists the checkpoints of the sources, as `runs.discover.discover` does."""
+        from ckpt_avg.runs.discover import discover  # not for --help
 
-@dataclass(frozen=True)
+        return discover(self.sources)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class AverageRequest(RankOptions, MeanRequest, OutputOptions, ProgressOptions):
     """The arguments of `average`."""
 
     output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RefreshRequest(RankOptions, Reading, MeanOptions, RefreshOptions, EvalOptions, OutputOptions, ProgressOptions):
     """The arguments of `refresh_weights`."""
 
@@ -73,13 +82,25 @@ class RefreshRequest(RankOptions, Reading, MeanOptions, RefreshOptions, EvalOpti
             if given is None:
                 raise UsageError(f"{flag} is missing. Add {flag} MODULE:FACTORY to measure the statistics.")
 
+    def discover(self) -> Discovery:
+        """Lists the only checkpoint. Raises UsageError if there are several."""
+        from ckpt_avg.runs.discover import discover  # not for --help
+
+        discovery = discover(self.weights)
+        if len(discovery.paths) != 1:
+            raise UsageError(
+                f"{self.weights}: contains {plural(len(discovery.paths), 'checkpoint')}. Name one, for example "
+                f"{discovery.paths[-1]}, or use ckpt-avg average."
+            )
+        return discovery
+
     def keywords(self) -> dict[str, Any]:
         """Returns the keywords with which `average` does the same."""
         names = {each.name for each in fields(AverageRequest)} & {each.name for each in fields(self)}
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
     """The arguments of `sweep`."""
 
@@ -92,7 +113,7 @@ class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
             raise UsageError("--eval is missing. Add --eval MODULE:FUNCTION to measure each average.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class VerifyRequest(ResourceOptions, ProgressOptions):
     """The arguments of `verify`."""
 
@@ -107,14 +128,14 @@ class VerifyRequest(ResourceOptions, ProgressOptions):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CheckRequest(Selection, Reading):
     """The arguments of `check`."""
 
     sources: Sources = field(metadata={"doc": "Checkpoint files, checkpoint folders and run folders."})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class InspectRequest(Reading):
     """The arguments of `inspect`."""
 

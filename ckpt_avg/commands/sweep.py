@@ -20,7 +20,6 @@ from ckpt_avg.commands.prepare import Prepared, prepare
 from ckpt_avg.commands.requests import SweepRequest, takes
 from ckpt_avg.errors import IncompatibleError, UsageError, UserCodeError
 from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
-from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import listing, quote, suggestion
 from ckpt_avg.user_code.evaluate import Evaluation, evaluate_weights, refuse_other_metrics
@@ -115,7 +114,7 @@ def sweep(request: SweepRequest) -> SweepResult:
         [('last', 1), ('last', 2), ('last', 3), ('first', 1), ('first', 2)]
     """
     with Context(progress=request.progress) as context:
-        prepared = prepare(discover(request.sources), request, context, by_window=True)
+        prepared = prepare(request.discover(), request, context, by_window=True)
         if len(prepared.checkpoints) < 2:
             raise IncompatibleError(f"{prepared.specs[0].path}: is the only checkpoint. Name at least two to compare.")
         if prepared.refresh is not None and prepared.refresh.passes.is_single:

@@ -83,7 +83,8 @@ def open_candidates(
     if not any(wanted(path.name) for path in paths):
         message = (
             f"nothing to average: --include and --exclude skip all {len(paths):,} checkpoints "
-            f"({ends([escaped(path.name) for path in paths])}). The patterns match file names."
+            f"({ends([escaped(path.name) for path in paths])}). Change the patterns, which match file "
+            "names."
         )
         others = [quote(each.path.name) for each in discovery.skipped if wanted(each.path.name)]
         if others:

@@ -233,49 +233,6 @@ def test_check_of_misfits_fails(in_process: InProcess, misfits: list[Path]) -> N
     assert report["advice"]
 
 
-def test_inspect_of_a_file(in_process: InProcess, run_folder: Path) -> None:
-    code, out, err = in_process("inspect", run_folder / "epoch_9.pt")
-    assert (code, err) == (0, "")
-    assert "torch zip" in out
-    assert "state dict: under 'model'" in out
-    assert "'features.bn1', 'features.bn2', 'features.bn3', 'classifier.bn'" in out
-    state = torch.load(run_folder / "epoch_9.pt", weights_only=False)["model"]
-    rows = [line.split() for line in out.splitlines()]
-    for name, tensor in state.items():
-        dtype = "F32" if tensor.is_floating_point() else "I64"
-        assert [name, dtype, "×".join(map(str, tensor.shape)) or "scalar"] in rows
-    code, out, _ = in_process("inspect", run_folder / "epoch_9.pt", "--json")
-    assert code == 0
-    spec = load_json(out)
-    assert {each["name"]: each["shape"] for each in spec["tensors"]} == {
-        name: list(tensor.shape) for name, tensor in state.items()
-    }
-    assert spec["state_key"] == "model"
-    assert spec["metadata"]["epoch"] == 9
-    assert spec["batch_norm_layers"] == ["features.bn1", "features.bn2", "features.bn3", "classifier.bn"]
-
-
-def test_inspect_of_a_folder_lists_it_in_natural_order(in_process: InProcess, run_folder: Path) -> None:
-    names = [f"epoch_{epoch}.pt" for epoch in range(9, 21)]
-    code, out, _ = in_process("inspect", run_folder)
-    assert code == 0
-    assert [line.split()[0] for line in out.splitlines() if line.startswith("epoch_")] == names
-    code, out, _ = in_process("inspect", run_folder, "--json")
-    assert code == 0
-    listed = load_json(out)["checkpoints"]
-    assert [item["path"] for item in listed] == [str(run_folder / name) for name in names]
-    assert {item["tensors"] for item in listed} == {26}
-
-
-def test_inspect_shows_hostile_names_escaped(in_process: InProcess, tmp_path: Path) -> None:
-    """A tensor's name must not reach the terminal as control characters."""
-    save_file({"\x1b[2Jw\n": torch.zeros(2)}, tmp_path / "x.safetensors")
-    code, out, _ = in_process("inspect", tmp_path / "x.safetensors")
-    assert code == 0
-    assert "\x1b" not in out
-    assert "\\x1b[2Jw\\n" in out
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Exit codes, each with one JSON document
 
@@ -700,6 +657,25 @@ def test_other_sizes_are_refused(in_process: InProcess, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["avrage"], "avrage: no such command. Did you mean 'average'? See ckpt-avg --help."),
+        (["average", "-o", "x"], "SOURCE...: missing. See ckpt-avg average --help."),
+        (["average", "run"], "--output: missing. See ckpt-avg average --help."),
+        (["inspect"], "PATH: missing. See ckpt-avg inspect --help."),
+        (["inspect", "a", "b", "c"], "b c: unexpected. See ckpt-avg inspect --help."),
+        (["check", "a", "--last"], "--last: its value is missing. See ckpt-avg check --help."),
+        (["check", "a", "--json=1"], "--json: takes no value. See ckpt-avg check --help."),
+        (["check", "a", "--lst", "3"], "--lst: no such option. Did you mean '--last'? See ckpt-avg check --help."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_messages_on_words_that_are_missing_or_wrong(in_process: InProcess, arguments: list[str], message: str) -> None:
+    """In the form of all our messages: where, what is wrong, what to do."""
+    assert in_process(*arguments) == (2, "", f"Error: {message}\n")
+
+
+@pytest.mark.parametrize(
     "arguments", [["--help"], ["-h"], ["average", "--help"], ["check", "-h"], ["inspect", "--help"]]
 )
 def test_help_is_on_stdout(in_process: InProcess, arguments: list[str]) -> None:
@@ -754,7 +730,7 @@ def test_what_the_users_code_prints_is_no_result(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
-def test_a_stdout_that_is_full_is_said_and_the_output_stands(tmp_path: Path, pair: list[Path]) -> None:
+def test_a_full_stdout_is_an_error_and_the_output_is_kept(tmp_path: Path, pair: list[Path]) -> None:
     output = tmp_path / "o.safetensors"
     command = [sys.executable, "-m", "ckpt_avg", "average", *map(str, pair), "-o", str(output)]
     with open("/dev/full", "w") as full:
@@ -763,20 +739,6 @@ def test_a_stdout_that_is_full_is_said_and_the_output_stands(tmp_path: Path, pai
     assert "Error: stdout: cannot be written: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
     assert output.exists()
-
-
-def test_inspect_of_a_folder_shows_the_others_beside_a_damaged_file(
-    tmp_path: Path, in_process: Callable[..., tuple[int, str, str]], run_folder: Path
-) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "epoch_1.pt").write_bytes((run_folder / "epoch_9.pt").read_bytes())
-    (folder / "epoch_2.pt").write_bytes((run_folder / "epoch_9.pt").read_bytes()[:5000])
-    code, out, _ = in_process("inspect", folder)
-    assert code == 0
-    assert "epoch_1.pt  torch zip" in out
-    assert f"cannot be read: {folder / 'epoch_2.pt'}" in out
-    assert list(json.loads(in_process("inspect", folder, "--json")[1])["unreadable"]) == ["epoch_2.pt"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -129,17 +129,17 @@ def test_windows_and_a_last_checkpoint_without_a_number(value: float, kind: str)
     assert draw_sweep(swept(values, last=value), kind).startswith(MAGIC[kind])
 
 
-def test_infinitely_good() -> None:
-    assert draw_sweep(swept({**VALUES, ("last", 2): math.inf}), ".png")
-
-
-def test_all_the_same_number() -> None:
-    assert draw_sweep(swept(dict.fromkeys(VALUES, 0.5), last=0.5), ".png")
-
-
-@pytest.mark.parametrize("value", [1e-300, 1e30, -1e30])
-def test_very_small_and_very_large_numbers(value: float) -> None:
-    assert draw_sweep(swept({key: value * number for key, number in VALUES.items()}, last=value), ".png")
+@pytest.mark.parametrize(
+    ("values", "last"),
+    [
+        ({**VALUES, ("last", 2): math.inf}, 0.5),
+        (dict.fromkeys(VALUES, 0.5), 0.5),
+        *(({key: scale * number for key, number in VALUES.items()}, scale) for scale in (1e-300, 1e30, -1e30)),
+    ],
+    ids=["infinitely good", "all the same", "very small", "very large", "very negative"],
+)
+def test_awkward_numbers_are_drawn(values: dict[tuple[str, int], float], last: float) -> None:
+    assert draw_sweep(swept(values, last=last), ".png")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

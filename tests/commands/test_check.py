@@ -19,13 +19,6 @@ def write(folder: Path, *contents: dict[str, torch.Tensor]) -> None:
         save_file(tensors, folder / f"step_{number}.safetensors")
 
 
-def test_the_real_run_fits_together(run_folder: Path) -> None:
-    report = check([run_folder])
-    assert report.compatible
-    assert len(report.checkpoints) == 12
-    assert str(report) == f"12 checkpoints of {report.tensors} tensors each: names, shapes and dtypes agree"
-
-
 def test_check_uses_the_checkpoints_that_average_uses(tmp_path: Path) -> None:
     """With ``--last``, a copy that only one of them skips would move the choice of the other."""
     for name, value in (("step_1", 1.0), ("step_2", 2.0), ("step_3", 3.0), ("step_3_copy", 3.0)):

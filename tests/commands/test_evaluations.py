@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from commands.user_modules import NET, InProcess, data, make, names, of_file, score, trained, write_module
+from commands.user_modules import NET, App, InProcess, data, make, names, of_file, score, trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -102,7 +102,7 @@ def test_of_all_checkpoints_in_their_order(run: list[Path], out: Path) -> None:
     ]
 
 
-def test_checkpoints_of_the_same_name_are_told_apart(run: list[Path], out: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_the_same_name_are_shown_with_their_folders(run: list[Path], out: Path, tmp_path: Path) -> None:
     """Checkpoint folders often hold files of one name each, which may be named by hand."""
     paths = []
     for number, path in enumerate(run):
@@ -470,7 +470,7 @@ def test_an_unknown_metric_is_found_before_anything_is_made(run: list[Path], out
         ({"require": ["m>=last", ""]}, "--require '': expected a metric, then"),
     ],
 )
-def test_what_makes_no_sense_is_refused_first(out: Path, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_options_are_refused_first(out: Path, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     """Before the sources are even looked at."""
     with pytest.raises(UsageError) as caught:
         average(tmp_path / "no such run", out, bn="keep", **options)
@@ -493,9 +493,6 @@ def falls(model):
     calls += 1
     return {{"m": 1.0 / calls}}
 
-def nothing(model):
-    return {{"m": float("nan"), "n": float("inf")}}
-
 def text(model):
     return "0.93"
 
@@ -510,31 +507,24 @@ def signs(model):
 """
 
 
-class App:
-    """A module of the user's in a folder with spaces, and a run of its model."""
+class AverageApp(App):
+    """With a run of its model."""
 
-    def __init__(self, folder: Path, run: list[Path]) -> None:
-        self.folder = folder / "my app"
-        self.folder.mkdir()
-        self.module = write_module(self.folder, APP)
-        self.run = run[0].parent.rename(folder / "a run")
-        self.out = folder / "out" / "swa.safetensors"
-        self.out.parent.mkdir()
+    def __init__(self, folder: Path, run: list[Path], out: Path) -> None:
+        super().__init__(folder, APP)
+        self.run, self.out = run[0].parent.rename(folder / "a run"), out
 
-    def arguments(self, function: str | None, *more: object, data: bool = False) -> list[object]:
-        words = ["average", self.run, "-o", self.out, "--app-dir", self.folder, "--model", f"{self.module}:make"]
-        words += ["--data", f"{self.module}:data"] if data else ["--bn", "keep"]
-        words += ["--eval", f"{self.module}:{function}"] if function else []
-        return [*words, "--device", "cpu", *more]
+    def arguments(self, function: str, *more: object, data: bool = False) -> list[object]:
+        return ["average", self.run, "-o", self.out, *self.options(function, data=data), *more]
 
 
 @pytest.fixture
-def app(tmp_path: Path, run: list[Path], monkeypatch: pytest.MonkeyPatch) -> App:
+def app(tmp_path: Path, run: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch) -> AverageApp:
     monkeypatch.setattr(sys, "path", list(sys.path))
-    return App(tmp_path, run)
+    return AverageApp(tmp_path, run, out)
 
 
-def test_the_table(app: App, in_process: InProcess) -> None:
+def test_the_table(app: AverageApp, in_process: InProcess) -> None:
     """On stdout, with what the function prints on stderr; the numbers are those of the files."""
     code, stdout, stderr = in_process(*app.arguments("noisy", "--require", "loss<=last+1e9", data=True))
     assert code == 0, stderr
@@ -551,7 +541,7 @@ def test_the_table(app: App, in_process: InProcess) -> None:
     assert stderr.count("printed by the function") == 3
 
 
-def test_json_and_report_say_the_same(app: App, in_process: InProcess) -> None:
+def test_json_and_report_say_the_same(app: AverageApp, in_process: InProcess) -> None:
     report = app.out.parent / "swa.json"
     code, stdout, _ = in_process(*app.arguments("score", "--eval-all", "--json", "--report", report, data=True))
     assert code == 0
@@ -568,7 +558,7 @@ def test_json_and_report_say_the_same(app: App, in_process: InProcess) -> None:
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["absent", "old"])
-def test_an_unmet_requirement(app: App, in_process: InProcess, old: bool) -> None:
+def test_an_unmet_requirement(app: AverageApp, in_process: InProcess, old: bool) -> None:
     """Exit 9, nothing published, the table on stdout, the reason on stderr, the report written."""
     report = app.out.parent / "swa.json"
     if old:
@@ -592,7 +582,7 @@ def test_an_unmet_requirement(app: App, in_process: InProcess, old: bool) -> Non
     assert (document["written"], [each["met"] for each in document["requirements"]]) == (False, [False, True])
 
 
-def test_an_unmet_requirement_in_json(app: App, in_process: InProcess) -> None:
+def test_an_unmet_requirement_in_json(app: AverageApp, in_process: InProcess) -> None:
     """One document, which has both what was measured and why nothing was published; the report is the same."""
     report = app.out.parent / "swa.json"
     code, stdout, stderr = in_process(
@@ -612,17 +602,6 @@ def test_an_unmet_requirement_in_json(app: App, in_process: InProcess) -> None:
     assert json.loads(report.read_text()) == document
 
 
-def test_json_stays_json_for_nan_and_infinity(app: App, in_process: InProcess) -> None:
-    def refuse(constant: str) -> None:
-        pytest.fail(f"{constant} is no JSON")
-
-    code, stdout, _ = in_process(*app.arguments("nothing", "--require", "m<=last", "--eval-all", "--json"))
-    document = json.loads(stdout, parse_constant=refuse)
-    assert code == 9
-    assert [each["metrics"] for each in document["evaluations"]] == [{"m": None, "n": None}] * 4
-    assert document["requirements"] == [{"requirement": "m<=last", "value": None, "threshold": None, "met": False}]
-
-
 @pytest.mark.parametrize(
     ("function", "exit_code", "message"),
     [
@@ -633,7 +612,7 @@ def test_json_stays_json_for_nan_and_infinity(app: App, in_process: InProcess) -
         ("missing", 2, "has no 'missing'"),
     ],
 )
-def test_exit_codes(app: App, in_process: InProcess, function: str, exit_code: int, message: str) -> None:
+def test_exit_codes(app: AverageApp, in_process: InProcess, function: str, exit_code: int, message: str) -> None:
     """And in JSON, of which there is one document, whatever fails."""
     code, stdout, stderr = in_process(*app.arguments(function, "--json"))
     assert code == exit_code
@@ -643,26 +622,7 @@ def test_exit_codes(app: App, in_process: InProcess, function: str, exit_code: i
     assert names(app.out.parent) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--require", "m>=last"], "--require needs a metric"),
-        (["--eval-all"], "--eval-all needs a metric"),
-        (["--eval", "MODULE:score", "--require", "nonsense"], "--require 'nonsense': expected a metric"),
-        (["--eval", "MODULE:score", "--require", "acuracy>=last"], "returns no 'acuracy'"),
-        (["--eval", "MODULE"], "--eval MODULE: expected MODULE:NAME"),
-        (["--eval", "no_such_module_here:score"], "no module"),
-    ],
-)
-def test_what_exits_with_2(app: App, in_process: InProcess, arguments: list[str], message: str) -> None:
-    given = [each.replace("MODULE", app.module) for each in arguments]
-    code, _, stderr = in_process(*app.arguments(None, *given))
-    assert code == 2
-    assert message.replace("MODULE:NAME", "\0").replace("MODULE", app.module).replace("\0", "MODULE:NAME") in stderr
-    assert names(app.out.parent) == []
-
-
-def test_a_dry_run_with_everything(app: App, in_process: InProcess) -> None:
+def test_a_dry_run_with_everything(app: AverageApp, in_process: InProcess) -> None:
     """The function fails if it is called; requirements are checked as far as words go."""
     code, stdout, stderr = in_process(*app.arguments("raises", "--require", "m>=best", "--eval-all", "--dry-run"))
     assert (code, names(app.out.parent)) == (0, []), stderr
@@ -671,33 +631,17 @@ def test_a_dry_run_with_everything(app: App, in_process: InProcess) -> None:
     assert code == 2
 
 
-@pytest.mark.parametrize(
-    ("place", "exit_code"),
-    [("output", 2), ("checkpoint", 2), ("folder", 2), ("no folder", 2), ("exists", 5)],
-)
-def test_a_report_that_cannot_be_is_found_before_the_work(
-    app: App, in_process: InProcess, place: str, exit_code: int
-) -> None:
-    checkpoint = app.run / "step_1.pt"
-    (app.out.parent / "old.json").write_text("old")
-    report = {
-        "output": app.out,
-        "checkpoint": checkpoint,
-        "folder": app.run,
-        "no folder": app.out.parent / "x" / "y.json",
-        "exists": app.out.parent / "old.json",
-    }[place]
-    before = checkpoint.read_bytes()
-    more = [] if place == "exists" else ["--overwrite"]
-    code, _, stderr = in_process(*app.arguments("raises", "--report", report, *more))
-    assert code == exit_code
+def test_a_report_that_cannot_be_written_is_found_before_the_work(app: AverageApp, in_process: InProcess) -> None:
+    report = app.out.parent / "old.json"
+    report.write_text("old")
+    code, _, stderr = in_process(*app.arguments("raises", "--report", report))
+    assert code == 5
     assert str(report) in stderr
     assert "no test set" not in stderr, "the function was called"
-    assert (names(app.out.parent), checkpoint.read_bytes()) == (["old.json"], before)
-    assert (app.out.parent / "old.json").read_text() == "old"
+    assert (names(app.out.parent), report.read_text()) == (["old.json"], "old")
 
 
-def test_control_characters_of_a_metric_do_not_reach_the_terminal(app: App, in_process: InProcess) -> None:
+def test_control_characters_of_a_metric_do_not_reach_the_terminal(app: AverageApp, in_process: InProcess) -> None:
     code, stdout, _ = in_process(*app.arguments("signs"))
     assert code == 0
     assert "\x1b" not in stdout
@@ -707,6 +651,7 @@ def test_control_characters_of_a_metric_do_not_reach_the_terminal(app: App, in_p
 # The real run
 
 
+@pytest.mark.slow
 def test_the_real_run(run_folder: Path, train: Any, in_process: InProcess, tmp_path: Path) -> None:
     """Digits: averaging the last four helps, the numbers are those of the file, and the gate lets it through."""
     out, report = tmp_path / "swa.safetensors", tmp_path / "swa.json"
@@ -725,7 +670,7 @@ def test_the_real_run(run_folder: Path, train: Any, in_process: InProcess, tmp_p
     assert stdout.count("\nmet: ") == 2
 
 
-def test_batch_norm_in_train_mode_is_said(run: list[Path], out: Path) -> None:
+def test_batch_norm_in_train_mode_gives_a_notice(run: list[Path], out: Path) -> None:
     """The numbers would be the same whatever the statistics, and look like an answer."""
 
     def forgetful(model: nn.Module) -> float:

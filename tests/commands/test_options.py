@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -43,15 +44,8 @@ def test_every_option_reaches_the_function_with_the_same_default(name: str) -> N
     command, signature = cli.commands[name], inspect.signature(FUNCTIONS[name]).parameters
     context = click.Context(command)
     options = [each for each in command.params if isinstance(each, click.Option)]
-    shared = [
-        each
-        for each in options
-        if each.name in signature
-        and each.name != "output"
-        and not (
-            name == "verify" and each.name == "sources"  # a flag there, before the sources
-        )
-    ]
+    # Of `verify`, --sources is a flag before the sources.
+    shared = [each for each in options if each.name in signature and each.name not in ("output", "sources")]
     assert {each.name for each in options} - {each.name for each in shared} <= OF_THE_COMMAND_LINE | {"sources"}
     for each in shared:
         assert each.type_cast_value(context, each.get_default(context)) == signature[str(each.name)].default, each.name
@@ -72,13 +66,13 @@ def test_every_option_is_explained_in_few_words(name: str, in_process: Callable[
 
 
 @commands
-def test_the_docstring_tells_every_argument(name: str) -> None:
+def test_the_docstring_explains_every_argument(name: str) -> None:
     """For `help()`: each with its text, and with its choices where it has some."""
     function = FUNCTIONS[name]
     parameters, text = inspect.signature(function).parameters, function.__doc__ or ""
     assert "The fields of" not in text
-    told = [line.split(":")[0].strip() for line in text.splitlines() if line.startswith("        ") and ": " in line]
-    assert [each for each in told if each in parameters] == list(parameters)
+    explained = re.findall(r"^ {8,}(\w+): ", text, re.MULTILINE)
+    assert [each for each in explained if each in parameters] == list(parameters)
     assert name != "average" or "``bfloat16``" in text
 
 
@@ -110,7 +104,7 @@ def test_a_value_that_is_not_allowed(options: dict[str, Any], message: str) -> N
     assert str(caught.value).startswith(message)
 
 
-def test_none_stands_for_the_default() -> None:
+def test_none_means_the_default() -> None:
     """So a caller can pass on what it was not given."""
     given = {option.name: None for _, option in options_of(AverageRequest) if option.kw_only}
     found, expected = AverageRequest("run", "out", **given), AverageRequest("run", "out")
@@ -131,7 +125,7 @@ def test_none_stands_for_the_default() -> None:
     ],
     ids=str,
 )
-def test_recorded_options_that_make_no_sense(recorded: dict[str, Any]) -> None:
+def test_recorded_options_that_are_not_valid(recorded: dict[str, Any]) -> None:
     """The metadata of a file is not to be trusted; a later version may record what this one does not know."""
     assert RecordedOptions.read(recorded) is None
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands.user_modules import NET, InProcess, data, make, of_file, score, trained, write_module
+from commands.user_modules import NET, App, InProcess, data, make, of_file, score, trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,9 +29,6 @@ calls = itertools.count()
 def picked(model):
     # The first call is for the last checkpoint as it is, then come the windows: one of them is the best.
     return {{**score(model), "picked": next(calls) == int(os.environ["PICKED"])}}
-
-def nothing(model):
-    return {{"loss": float("nan")}}
 
 def prints(model):
     print("printed by the function")
@@ -264,21 +261,6 @@ def test_a_pass_reads_only_what_its_windows_need(run: list[Path]) -> None:
 # Nothing else changes
 
 
-def test_nothing_is_written(run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = tree(tmp_path)
-    swept(run[0].parent, hold=1)
-    assert tree(tmp_path) == before
-
-
-def test_the_model_that_is_passed_in_stays_as_it_is(run: list[Path]) -> None:
-    torch.manual_seed(9)
-    model = make()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    swept(run, model=model)
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
-
-
 @pytest.mark.parametrize(
     "disturb",
     [
@@ -397,7 +379,7 @@ def test_one_checkpoint(run: list[Path]) -> None:
         ({"data": None}, "running statistics of 2 BatchNorm layers"),
     ],
 )
-def test_what_makes_no_sense(run: list[Path], options: dict[str, Any], message: str) -> None:
+def test_options_that_are_refused(run: list[Path], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         swept(run, **options)
     assert str(caught.value).startswith(message)
@@ -441,14 +423,6 @@ def test_a_function_that_fails_names_the_window(run: list[Path], at: int) -> Non
         swept(run, evaluate=fails, minimize="fails")
 
 
-def test_an_interrupt_passes(run: list[Path]) -> None:
-    def interrupted(model: nn.Module) -> float:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        swept(run, evaluate=interrupted)
-
-
 @pytest.mark.parametrize("other", [{"n": 1.0}, {"m": 1.0, "n": 2.0}], ids=["another", "one more"])
 def test_other_metrics_at_another_call(run: list[Path], other: dict[str, float]) -> None:
     """As `average` says it; and not a KeyError after an hour's work."""
@@ -472,23 +446,15 @@ def test_progress_says_what_is_measured(run: list[Path]) -> None:
 # The command
 
 
-class App:
-    """A module of the user's, in a folder whose name has spaces."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "my app's folder"
-        self.folder.mkdir()
-        self.module = write_module(self.folder, MODULE)
+class SweepApp(App):
+    """The command line of a sweep."""
 
     def words(
-        self, *more: object, function: str = "score", direction: object = "--minimize", data: bool = True
+        self, *more: object, function: str = "score", direction: str = "--minimize", data: bool = True
     ) -> list[object]:
         """The command's options, without the sources."""
-        words: list[object] = ["--app-dir", self.folder, "--model", f"{self.module}:make", "--device", "cpu"]
-        words += ["--data", f"{self.module}:data"] if data else ["--bn", "keep"]
-        words += ["--eval", f"{self.module}:{function}"]
         metric = "picked" if function == "picked" else "loss"
-        return [*words, *([direction, metric] if direction else []), *more]
+        return [*self.options(function, data=data), direction, metric, *more]
 
     def document(self, in_process: InProcess, *more: object, sources: Sequence[object] = ("a run",), **of: Any) -> Any:
         """What ``sweep --json`` prints."""
@@ -498,10 +464,10 @@ class App:
 
 
 @pytest.fixture
-def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> App:
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepApp:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-    return App(tmp_path)
+    return SweepApp(tmp_path, MODULE)
 
 
 def made_by(in_process: InProcess, command: Sequence[str]) -> dict[str, float]:
@@ -547,7 +513,7 @@ def made_by(in_process: InProcess, command: Sequence[str]) -> dict[str, float]:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_the_command_makes_what_was_measured(
-    app: App,
+    app: SweepApp,
     run: list[Path],
     in_process: InProcess,
     monkeypatch: pytest.MonkeyPatch,
@@ -565,13 +531,13 @@ def test_the_command_makes_what_was_measured(
         assert made_by(in_process, document["command"])["loss"] == best["metrics"]["loss"], document["command"]
 
 
-def test_the_command_without_a_refresh(app: App, run: list[Path], in_process: InProcess) -> None:
+def test_the_command_without_a_refresh(app: SweepApp, run: list[Path], in_process: InProcess) -> None:
     document = app.document(in_process, data=False)
     assert made_by(in_process, document["command"]) == document["best"]["metrics"]
     assert document["refreshed"] is False
 
 
-def test_the_command_for_names_with_a_prefix(app: App, run: list[Path], in_process: InProcess) -> None:
+def test_the_command_for_names_with_a_prefix(app: SweepApp, run: list[Path], in_process: InProcess) -> None:
     for path in run:
         state = torch.load(path)
         torch.save({"deep": {"net": {f"model.{name}": value for name, value in state["model"].items()}}}, path)
@@ -579,7 +545,7 @@ def test_the_command_for_names_with_a_prefix(app: App, run: list[Path], in_proce
     assert made_by(in_process, document["command"]) == document["best"]["metrics"]
 
 
-def test_the_command_for_files_that_look_like_options(app: App, run: list[Path], in_process: InProcess) -> None:
+def test_the_command_for_files_that_look_like_options(app: SweepApp, run: list[Path], in_process: InProcess) -> None:
     """They were given behind ``--``, and so they must be again."""
     files = [f"-{path.name}" for path in run[:2]]
     for path, name in zip(run, files, strict=False):
@@ -589,7 +555,7 @@ def test_the_command_for_files_that_look_like_options(app: App, run: list[Path],
 
 
 @pytest.mark.usefixtures("run")
-def test_what_is_printed(app: App, in_process: InProcess, tmp_path: Path) -> None:
+def test_what_is_printed(app: SweepApp, in_process: InProcess, tmp_path: Path) -> None:
     """The table and the command on stdout; pasted into a shell it is the command of --json. No file is written."""
     before = tree(tmp_path)
     code, stdout, stderr = in_process("sweep", "a run", *app.words(function="prints"))
@@ -612,7 +578,7 @@ def test_what_is_printed(app: App, in_process: InProcess, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("run")
-def test_report_and_plot(app: App, in_process: InProcess, tmp_path: Path) -> None:
+def test_report_and_plot(app: SweepApp, in_process: InProcess, tmp_path: Path) -> None:
     """Both are written, the report being what --json prints, and nothing else."""
     before = tree(tmp_path)
     for option in ("", "--json"):
@@ -626,58 +592,36 @@ def test_report_and_plot(app: App, in_process: InProcess, tmp_path: Path) -> Non
     assert not {"--report", "--plot", "--overwrite", "--json", "--eval", "--minimize"} & set(document["command"])
 
 
-@pytest.mark.parametrize("option", ["--plot", "--report"])
-def test_an_existing_file_is_kept(app: App, run: list[Path], in_process: InProcess, option: str) -> None:
-    """Found before the work: the function is not called."""
-    old = Path("old.png" if option == "--plot" else "old.json")
-    old.write_bytes(b"old")
-    code, _, stderr = in_process("sweep", "a run", *app.words(option, old, function="raises"))
-    assert (code, old.read_bytes()) == (5, b"old")
-    assert "--overwrite" in stderr
-    assert "no test set" not in stderr
-    code, _, _ = in_process("sweep", "a run", *app.words(option, old, "--overwrite", "--last", "2"))
-    assert code == 0
-    assert old.read_bytes() != b"old"
-
-
-@pytest.mark.parametrize("option", ["--plot", "--report"])
-@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["kept", "overwrite"])
-def test_a_checkpoint_is_never_replaced(
-    app: App, run: list[Path], in_process: InProcess, option: str, overwrite: list[str]
+@pytest.mark.parametrize(
+    ("more", "exit_code", "says"),
+    [
+        (["--plot", "old.png"], 5, "--plot old.png: exists already."),
+        (["--report", "old.json"], 5, "--report old.json: exists already."),
+        (["--report", "a run/step_2.json", "--overwrite"], 2, "is one of the checkpoints"),
+        (["--plot", "a.png", "--report", "./a.png"], 2, "--report ./a.png: "),
+        (["--plot", "sweep.jpg"], 2, "--plot sweep.jpg: expected a name that ends in .png or .svg or .pdf, "),
+        (["--last", "1"], 4, "Name at least two to compare"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_faults_that_are_found_before_the_work(
+    app: SweepApp, run: list[Path], in_process: InProcess, more: list[str], exit_code: int, says: str
 ) -> None:
-    """Whatever its suffix is."""
-    path = run[1].with_name("step_2.png" if option == "--plot" else "step_2.json")
-    run[1].rename(path)
-    before = path.read_bytes()
-    sources = [run[0], path]
-    code, _, stderr = in_process("sweep", *sources, *app.words(option, path, *overwrite, function="raises"))
-    assert (code, path.read_bytes()) == (2, before)
-    assert "one of the checkpoints" in stderr
+    """If it failed, hours of work would be lost, or a file that someone needs."""
+    run[1].rename("a run/step_2.json")
+    sources = [run[0], "a run/step_2.json", *run[2:]]
+    for name in ("old.png", "old.json"):
+        Path(name).write_bytes(b"old")
+    before = tree(Path())
+    code, _, stderr = in_process("sweep", *sources, *app.words(*more, function="raises"))
+    assert code == exit_code, stderr
+    assert says in stderr
+    assert "no test set" not in stderr, "the function was called"
+    assert tree(Path()) == before
 
 
 @pytest.mark.usefixtures("run")
-@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["new", "overwrite"])
-def test_plot_and_report_to_one_path(app: App, in_process: InProcess, overwrite: list[str]) -> None:
-    """One of the two would be lost, after all the work is done."""
-    words = app.words("--plot", "a.png", "--report", "./a.png", *overwrite, function="raises")
-    code, _, stderr = in_process("sweep", "a run", *words)
-    assert code == 2, stderr
-    assert "no test set" not in stderr
-    assert not Path("a.png").exists()
-
-
-@pytest.mark.usefixtures("run")
-def test_another_suffix(app: App, in_process: InProcess) -> None:
-    code, _, stderr = in_process("sweep", "a run", *app.words("--plot", "sweep.jpg", function="raises"))
-    assert (code, Path("sweep.jpg").exists()) == (2, False)
-    assert (
-        stderr
-        == "Error: --plot sweep.jpg: expected a name that ends in .png or .svg or .pdf, for example --plot plot.png.\n"
-    )
-
-
-@pytest.mark.usefixtures("run")
-def test_without_matplotlib(app: App, in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib(app: SweepApp, in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before any work; without --plot nobody needs it."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
@@ -692,7 +636,7 @@ def test_without_matplotlib(app: App, in_process: InProcess, monkeypatch: pytest
 
 @pytest.mark.usefixtures("run")
 def test_a_picture_that_cannot_be_drawn_does_not_lose_the_numbers(
-    app: App, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+    app: SweepApp, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sweep may have taken hours; whatever the drawing does, what was measured is printed or in the report."""
     monkeypatch.setattr("ckpt_avg.cli.plots._draw", lambda *_: 1 / 0)
@@ -711,28 +655,9 @@ def test_a_picture_that_cannot_be_drawn_does_not_lose_the_numbers(
 
 
 @pytest.mark.usefixtures("run")
-@pytest.mark.parametrize(
-    ("change", "exit_code", "message"),
-    [
-        ({"direction": None}, 2, "got neither"),
-        ({"more": ["--maximize", "loss"]}, 2, "got both"),
-        ({"direction": "--maximise"}, 2, "--maximise: no such option. Did you mean '--maximize'?"),
-        ({"more": ["--windows", "all"]}, 2, "--windows: 'all' is not one of last, first, both."),
-        ({"more": ["--hold", "much"]}, 2, "Write for example 256MiB"),
-        ({"more": ["--last", "1"]}, 4, "Name at least two to compare"),
-        ({"more": ["--last", "9"]}, 4, "--last 9: expected at least 9 checkpoints"),
-        ({"function": "nothing"}, 7, "is NaN for every average"),
-        ({"function": "raises"}, 7, "raised for step_4.pt: LookupError"),
-        ({"function": "missing"}, 2, "has no 'missing'"),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
-def test_exit_codes(app: App, in_process: InProcess, change: dict[str, Any], exit_code: int, message: str) -> None:
-    more = change.pop("more", [])
-    code, stdout, stderr = in_process("sweep", "a run", *app.words(*more, "--json", **change))
-    assert code == exit_code, stderr
-    assert message in stderr
-    assert json.loads(stdout)["error"]["exit_code"] == exit_code
+def test_a_failing_function_has_its_exit_code(app: SweepApp, in_process: InProcess) -> None:
+    code, stdout, _ = in_process("sweep", "a run", *app.words("--json", function="raises"))
+    assert code == json.loads(stdout)["error"]["exit_code"] == 7
 
 
 @pytest.mark.usefixtures("run")
@@ -744,7 +669,7 @@ def test_exit_codes(app: App, in_process: InProcess, change: dict[str, Any], exi
         ("--data", "Add --data MODULE:FACTORY, or --bn keep to average them."),
     ],
 )
-def test_what_is_missing(app: App, in_process: InProcess, missing: str, advice: str) -> None:
+def test_what_is_missing(app: SweepApp, in_process: InProcess, missing: str, advice: str) -> None:
     words = app.words()
     at = words.index(missing)
     code, _, stderr = in_process("sweep", "a run", *words[:at], *words[at + 2 :])
@@ -756,6 +681,7 @@ def test_what_is_missing(app: App, in_process: InProcess, missing: str, advice: 
 # The real run
 
 
+@pytest.mark.slow
 def test_the_real_run(
     run_folder: Path, train: Any, in_process: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

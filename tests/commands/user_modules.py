@@ -84,6 +84,21 @@ def of_file(path: Path, function: Callable[[nn.Module], Any] = score) -> Any:
     return of(state.get("model", state), function)
 
 
+class App:
+    """A module of the user's, in a folder whose name has spaces and a quote."""
+
+    def __init__(self, folder: Path, source: str) -> None:
+        self.folder = folder / "my app's folder"
+        self.folder.mkdir()
+        self.module = write_module(self.folder, source)
+
+    def options(self, function: str | None = None, *, data: bool = True) -> list[object]:
+        """The options that name the model, the batches and the metric."""
+        words: list[object] = ["--app-dir", self.folder, "--device", "cpu", "--model", f"{self.module}:make"]
+        words += ["--data", f"{self.module}:data"] if data else ["--bn", "keep"]
+        return words + (["--eval", f"{self.module}:{function}"] if function else [])
+
+
 def names(folder: Path) -> list[str]:
     """The names of what is in a folder."""
     return sorted(path.name for path in folder.iterdir())

@@ -311,7 +311,7 @@ def test_no_name_is_wanted(tmp_path: Path) -> None:
     assert caught.value.exit_code == 4
     assert message == (
         "nothing to average: --include and --exclude skip all 25 checkpoints (step_0.pt, step_1.pt, …, step_24.pt). "
-        "The patterns match file names."
+        "Change the patterns, which match file names."
     )
 
 

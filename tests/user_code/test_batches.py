@@ -152,8 +152,8 @@ def test_a_worker_that_raises_is_named() -> None:
 
 
 @on_any_machine
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_that_dies_is_an_error_and_no_hang(workers: int) -> None:
-    message = failure_of(loader(workers, "die"))
+@pytest.mark.slow
+def test_a_worker_that_dies_is_an_error_and_no_hang() -> None:
+    message = failure_of(loader(2, "die"))
     assert "the dataloader raised at batch" in message
     assert "exited unexpectedly" in message or "killed" in message

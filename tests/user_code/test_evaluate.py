@@ -139,7 +139,7 @@ def test_an_integer_beyond_float_is_the_function_s_fault(value: Any) -> None:
         evaluated(lambda model: value)
 
 
-def test_a_number_that_cannot_be_taken_is_the_function_s_fault() -> None:
+def test_a_tensor_without_a_value_is_the_function_s_fault() -> None:
     """A tensor without data, or one whose computation on the GPU failed: ``item()`` raises."""
     with pytest.raises(UserCodeError):
         evaluated(lambda model: torch.empty((), device="meta"))

@@ -275,7 +275,7 @@ def test_buffers_outside_of_inference_mode_stay_as_they_are() -> None:
     assert changed(before, snapshot(model)) == set()
 
 
-def test_batches_made_in_inference_mode_are_taken() -> None:
+def test_batches_made_in_inference_mode_work() -> None:
     with torch.inference_mode():
         rows = [randn(5, 3), randn(4, 3, seed=1)]
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))

@@ -203,7 +203,7 @@ def test_an_app_dir_that_is_no_folder_is_refused(tmp_path: Path, kind: str, says
     assert f"--app-dir {path}: {says}" in message
 
 
-def test_forward_batch_is_found_beside_the_model(tmp_path: Path, write: Callable[..., str]) -> None:
+def test_forward_batch_is_found_in_the_module_of_the_model(tmp_path: Path, write: Callable[..., str]) -> None:
     name = write("def make():\n    pass\ndef forward_batch(model, batch):\n    return 3\n")
     load_user_code(f"{name}:make", "--model", tmp_path)
     assert forward_batch_of(f"{name}:make")(None, None) == 3

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +16,6 @@ import pytest
 import torch
 from system.faults.exact import BFLOAT16, FLOAT16, exact_mean
 from system.faults.tracing import REQUIRE
-
-from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import stream, torch_dtype
 
 PRODUCERS = Path(__file__).parent / "producers"
 TRAINERS = "trainers"  # what REQUIRE calls them
@@ -156,28 +153,6 @@ def execute(library: str, *arguments: object) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-
-
-def read(checkpoint: Checkpoint) -> State:
-    """Reads all tensors of an open checkpoint."""
-    found = {}
-    for name, tensor in checkpoint.spec.tensors.items():
-        pieces = [piece.clone() for _, piece in stream(checkpoint, tensor, 100)]
-        empty = torch.empty(0, dtype=torch_dtype(tensor.dtype))
-        found[name] = (torch.cat(pieces) if pieces else empty).reshape(tensor.shape)
-    return found
-
-
-def differences(found: State, expected: State) -> Iterator[str]:
-    """Yields every difference in names, dtypes, shapes and bits."""
-    for name in found.keys() ^ expected.keys():
-        yield f"{name} is {'missing' if name in expected else 'no tensor of the model'}"
-    for name in found.keys() & expected.keys():
-        one, other = found[name], expected[name]
-        if (one.dtype, one.shape) != (other.dtype, other.shape):
-            yield f"{name}: {one.dtype} {tuple(one.shape)}, expected {other.dtype} {tuple(other.shape)}"
-        elif one.contiguous().flatten().view(torch.uint8).ne(other.contiguous().flatten().view(torch.uint8)).any():
-            yield f"{name}: other values"
 
 
 def mean(states: Sequence[State]) -> State:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from formats.reading import assert_same
 from safetensors.torch import load_file
-from system.trainers.runs import LIBRARIES, RUNS, Run, Saved, Trainers, differences, execute, mean
+from system.trainers.runs import LIBRARIES, RUNS, Run, Saved, Trainers, execute, mean
 
 pytestmark = pytest.mark.trainers
 Average = Callable[..., dict[str, Any]]
@@ -78,7 +79,7 @@ def test_the_mean_is_exact(run: Run, averaged: Average, tmp_path: Path) -> None:
     """Bit for bit, under the names of the model."""
     averaged(run.folder)
     expected = mean([saved.truth for saved in run.checkpoints])
-    assert list(differences(load_file(tmp_path / "mean.safetensors"), expected)) == []
+    assert_same(load_file(tmp_path / "mean.safetensors"), expected)
 
 
 @pytest.mark.parametrize("run", ["lightning_average", "timm", "timm_top", "mmengine_average"], indirect=True)
@@ -86,7 +87,7 @@ def test_ema_averages_the_averages(run: Run, averaged: Average, tmp_path: Path) 
     said = averaged(run.folder, "--ema")
     assert said["checkpoints"] == paths(run.checkpoints)
     expected = mean([saved.ema for saved in run.checkpoints])
-    assert list(differences(load_file(tmp_path / "mean.safetensors"), expected)) == []
+    assert_same(load_file(tmp_path / "mean.safetensors"), expected)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

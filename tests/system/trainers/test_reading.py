@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system.trainers.runs import RUNS, Run, differences, read
+from formats.reading import assert_same, read
+from system.trainers.runs import RUNS, Run
 
 from ckpt_avg import CheckpointFormatError, open_checkpoint
 
@@ -25,16 +26,15 @@ def every_run(test: Any) -> Any:
 def test_the_weights_are_those_that_the_library_saved(run: Run) -> None:
     """Bit for bit, under the names of the model without wrappers, and nothing else."""
     for saved in run.checkpoints:
-        with open_checkpoint(saved.path) as checkpoint:
-            assert list(differences(read(checkpoint), saved.truth)) == [], saved.path
+        assert_same(read(saved.path), saved.truth)
 
 
 @pytest.mark.parametrize("run", WITH_EMA, indirect=True)
 def test_ema_takes_the_average_that_the_library_keeps(run: Run) -> None:
     """Two libraries save it where others save the raw weights."""
     for saved in run.checkpoints:
+        assert_same(read(saved.path, ema=True), saved.ema)
         with open_checkpoint(saved.path, ema=True) as checkpoint:
-            assert list(differences(read(checkpoint), saved.ema)) == [], saved.path
             assert checkpoint.spec.averaged
         with open_checkpoint(saved.path) as checkpoint:
             assert any("--ema" in note for note in checkpoint.spec.notes)
@@ -50,39 +50,19 @@ def test_ema_is_refused_where_there_is_none(run: Run) -> None:
 
 
 @every_run
-def test_averages_are_known_as_such_and_raw_weights_are_not(run: Run) -> None:
+def test_what_the_library_recorded_is_known(run: Run) -> None:
+    """A wrong step puts checkpoints in the wrong order; many carry the metrics of the best one, too."""
     for saved in run.checkpoints:
         with open_checkpoint(saved.path) as checkpoint:
-            assert bool(checkpoint.spec.averaged) == saved.facts.get("averaged", False)
-
-
-@every_run
-def test_the_trainer_is_named(run: Run) -> None:
-    for saved in run.checkpoints:
-        with open_checkpoint(saved.path) as checkpoint:
-            assert checkpoint.spec.kind == saved.facts.get("kind", checkpoint.spec.kind)
-
-
-@every_run
-def test_step_and_epoch_are_those_that_the_library_recorded(run: Run) -> None:
-    """A wrong step puts checkpoints in the wrong order and window."""
-    for saved in run.checkpoints:
-        with open_checkpoint(saved.path) as checkpoint:
-            record = checkpoint.spec.record
-        assert record.step == saved.facts.get("step", record.step)
-        assert record.epoch == saved.facts.get("epoch", record.epoch)
-
-
-@every_run
-def test_metrics_are_those_that_the_library_recorded_of_this_checkpoint(run: Run) -> None:
-    """Not those of the best one, which many checkpoints carry too."""
-    for saved in run.checkpoints:
-        with open_checkpoint(saved.path) as checkpoint:
-            found = dict(checkpoint.spec.record.metrics)
-        expected = saved.facts.get("metrics", {})
-        assert expected.items() <= found.items()
-        validated = saved.facts.get("validated", {})
-        assert all(found[name] == value for name, value in validated.items() if name in found)
+            spec, record = checkpoint.spec, checkpoint.spec.record
+        facts = saved.facts
+        assert bool(spec.averaged) == facts.get("averaged", False)
+        assert spec.kind == facts.get("kind", spec.kind)
+        assert record.step == facts.get("step", record.step)
+        assert record.epoch == facts.get("epoch", record.epoch)
+        assert facts.get("metrics", {}).items() <= record.metrics.items()
+        validated = facts.get("validated", {})
+        assert all(record.metrics[name] == value for name, value in validated.items() if name in record.metrics)
 
 
 @pytest.mark.parametrize("run", [name for name in RUNS if name.startswith("torch_")], indirect=True)
@@ -139,15 +119,13 @@ def test_the_index_of_shards_opens_like_its_folder(run: Run) -> None:
     """Scripts name either."""
     for saved in run.checkpoints:
         (index,) = saved.path.glob("*.index.json")
-        with open_checkpoint(index) as checkpoint:
-            assert list(differences(read(checkpoint), saved.truth)) == []
+        assert_same(read(index), saved.truth)
 
 
 @pytest.mark.parametrize("run", ["accelerate_fsdp"], indirect=True)
 def test_the_folder_of_shards_opens_like_the_checkpoint_around_it(run: Run) -> None:
     for saved in run.checkpoints:
-        with open_checkpoint(saved.path / "pytorch_model_fsdp_0") as checkpoint:
-            assert list(differences(read(checkpoint), saved.truth)) == []
+        assert_same(read(saved.path / "pytorch_model_fsdp_0"), saved.truth)
 
 
 @pytest.mark.parametrize("run", ["accelerate_two"], indirect=True)

@@ -33,7 +33,7 @@ def check(request: CheckRequest) -> CompatibilityReport:
     notices: list[str] = []
     with ExitStack() as stack:
         checkpoints, skipped = open_selected(
-            discover(request.sources), request, request, stack, notices.append, copy_test="same step"
+            discover(request.sources), request, request, stack, notices.append, compare_in_full=False
         )
         notice_what_is_read(checkpoints, notices.append)
         report = compare([checkpoint.spec for checkpoint in checkpoints])

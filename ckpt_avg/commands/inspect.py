@@ -75,7 +75,7 @@ def inspect(request: InspectRequest) -> Inspection:
             return Inspection(path, checkpoint.spec)
     with ExitStack() as stack:
         try:
-            found = open_candidates(discovery, request, stack, copy_test="samples")
+            found = open_candidates(discovery, request, stack, compare_in_full=False)
         except IncompatibleError as error:
             return Inspection(path, skipped=discovery.skipped, seen=_described_entries(path), needed=str(error))
         listed = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,8 +24,6 @@ from ckpt_avg.text import ends, escaped, listing, plural, quote
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
 Unit = Literal["step", "epoch"]
-# How copies are recognised: by all bytes, by a few of each tensor, or by a few where two have the same step.
-CopyTest = Literal["full", "samples", "same step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +68,11 @@ def open_candidates(
     stack: ExitStack,
     wanted: Callable[[str], bool] = lambda name: True,
     *,
-    copy_test: CopyTest = "full",
+    compare_in_full: bool = True,
 ) -> Candidates:
     """Opens every discovered checkpoint whose file name is wanted; ``stack`` closes them.
+
+    Copies are found by a few bytes of each tensor, and compared in full unless that is not wanted.
 
     Raises:
         IncompatibleError: nothing is wanted, or a run folder contains several series of checkpoints.
@@ -101,7 +100,7 @@ def open_candidates(
             raise _too_many_files(error, [*candidates, *found], sum(wanted(path.name) for path in paths)) from error
         if source.is_run:
             _advise_to_exclude(found)
-            kept = _one_series(_in_order(_without_others(found, skipped, copy_test)), skipped, notes)
+            kept = _one_series(_in_order(_without_others(found, skipped, compare_in_full)), skipped, notes)
             paths_kept = {candidate.path for candidate in kept}
             for candidate in found:
                 if candidate.checkpoint is not None and candidate.path not in paths_kept:
@@ -159,7 +158,7 @@ def _advise_to_exclude(found: Sequence[Candidate]) -> None:
                 each.error.args = (f"{each.error} To average the others, add --exclude {quote(each.path.name)}.",)
 
 
-def _without_others(found: list[Candidate], skipped: list[Skipped], copy_test: CopyTest) -> list[Candidate]:
+def _without_others(found: list[Candidate], skipped: list[Skipped], in_full: bool) -> list[Candidate]:
     """Skips what is no checkpoint of a run: earlier averages, files without weights, copies, exports."""
     kept: list[Candidate] = []
     weightless: list[Candidate] = []
@@ -175,7 +174,7 @@ def _without_others(found: list[Candidate], skipped: list[Skipped], copy_test: C
     for each in weightless:
         why = str(each.error).removeprefix(f"{each.path}: ").rstrip(".")
         skipped.append(Skipped(each.path, f"it contains no weights: {why}"))
-    kept = _without_copies(kept, skipped, copy_test)
+    kept = _without_copies(kept, skipped, in_full)
     strays = [each for each in kept if each.checkpoint and each.record.step is None and each.record.epoch is None]
     if 2 * len(strays) >= len(kept):
         return kept
@@ -183,19 +182,16 @@ def _without_others(found: list[Candidate], skipped: list[Skipped], copy_test: C
     return [each for each in kept if each not in strays]
 
 
-def _without_copies(found: list[Candidate], skipped: list[Skipped], copy_test: CopyTest) -> list[Candidate]:
+def _without_copies(found: list[Candidate], skipped: list[Skipped], in_full: bool) -> list[Candidate]:
     """Keeps the plainest name of each checkpoint; it inherits what its copies record."""
     readable = sorted((each for each in found if each.checkpoint is not None), key=lambda each: _plainness(each.path))
-    if copy_test == "same step":
-        moments = Counter((each.record.step, each.record.epoch) for each in readable)
-        readable = [each for each in readable if moments[each.record.step, each.record.epoch] > 1]
     kept = {each.path: each for each in found}
-    copies = find_copies([each.opened() for each in readable], in_full=copy_test == "full")
+    copies = find_copies([each.opened() for each in readable], in_full=in_full)
     for index, original in copies.items():
         copy, first = readable[index], kept[readable[original].path]
         del kept[copy.path]
         kept[first.path] = replace(first, record=first.record.or_else(copy.record))
-        sampled = "" if copy_test == "full" else ", judging by samples"
+        sampled = "" if in_full else ", judging by samples"
         skipped.append(Skipped(copy.path, f"the same weights as {first.path.name}{sampled}"))
     return list(kept.values())
 

@@ -10,7 +10,7 @@ from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.formats.open import refuse_missing_prefix
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.runs.candidates import Candidate, CopyTest, Unit, open_candidates, position, unit_of
+from ckpt_avg.runs.candidates import Candidate, Unit, open_candidates, position, unit_of
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.runs.selection import Selection
@@ -27,7 +27,7 @@ def open_selected(
     stack: ExitStack,
     notice: Callable[[str], None] = lambda text: None,
     *,
-    copy_test: CopyTest = "full",
+    compare_in_full: bool = True,
 ) -> tuple[tuple[Checkpoint, ...], tuple[Skipped, ...]]:
     """Returns the selected checkpoints, open and in order, and what was skipped.
 
@@ -37,12 +37,12 @@ def open_selected(
         reading: how to read them.
         stack: closes them.
         notice: called with what the user should know.
-        copy_test: how copies in run folders are recognised.
+        compare_in_full: whether copies are compared in full, or by a few bytes of each tensor.
 
     Raises:
         CkptAvgError: a selected checkpoint cannot be opened, or there is none.
     """
-    found = open_candidates(discovery, reading, stack, selection.wants, copy_test=copy_test)
+    found = open_candidates(discovery, reading, stack, selection.wants, compare_in_full=compare_in_full)
     for note in found.notes:
         notice(note)
     checkpoints = tuple(candidate.opened() for candidate in select(found.ordered, selection, notice))

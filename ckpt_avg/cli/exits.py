@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType, MappingProxyType
+from types import FrameType
 
 import click
 
@@ -74,11 +74,7 @@ def open_missing_streams() -> None:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Prints a line. A closed pipe is no failure of the command, nor is a broken stderr.
-
-    Raises:
-        OutputError: stdout cannot be written for another reason.
-    """
+    """Prints a line. A closed pipe or a broken stderr is no failure; another failure of stdout is an OutputError."""
     try:
         click.echo(safe_text(text), err=err)
     except OSError as error:
@@ -113,7 +109,7 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
     except CkptAvgError as error:
         if isinstance(error, UserCodeError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
-        return _fail(type(error).__name__, str(error), error.exit_code, as_json, known=error.document)
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json, error.document)
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -143,22 +139,11 @@ def error_json(kind: str, message: str, code: int) -> dict[str, object]:
     return {"kind": kind, "message": message, "exit_code": code}
 
 
-def _label() -> str:
+def _fail(kind: str, message: str, code: int, as_json: bool, known: Mapping[str, object] | None = None) -> int:
     rank = launched_rank()
-    return "" if rank is None else f"[rank {rank}] "
-
-
-def _fail(
-    kind: str,
-    message: str,
-    code: int,
-    as_json: bool,
-    *,
-    known: Mapping[str, object] = MappingProxyType({}),
-) -> int:
-    say(f"{_label()}Error: {message}", err=True)
+    say(f"{'' if rank is None else f'[rank {rank}] '}Error: {message}", err=True)
     if as_json:
-        say(json.dumps({**known, "error": error_json(kind, message, code)}, indent=2))
+        say(json.dumps({**(known or {}), "error": error_json(kind, message, code)}, indent=2))
     return code
 
 

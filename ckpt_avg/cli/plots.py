@@ -24,14 +24,9 @@ def refuse_without_matplotlib() -> None:
 
 
 def draw_sweep(result: SweepResult, kind: str) -> bytes:
-    """Returns a picture: the metric over the number of checkpoints averaged, one line for each side of the run.
+    """Returns a picture of one of the `KINDS`: the metric over the number of checkpoints, a line for each side.
 
-    Args:
-        result: what was measured.
-        kind: one of `KINDS`.
-
-    Raises:
-        OutputError: matplotlib cannot draw it, for example numbers near the end of float64's range.
+    Raises OutputError if matplotlib cannot draw it, for example numbers near the end of float64's range.
     """
     try:
         return _draw(result, kind.removeprefix("."))

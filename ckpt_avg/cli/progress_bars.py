@@ -58,11 +58,9 @@ class _Bars:
 
 @contextlib.contextmanager
 def bars(*, quiet: bool, reading: str = "averaging") -> Iterator[Progress]:
-    """Yields callbacks that draw bars on a terminal, and print notices unless ``quiet``.
+    """Yields callbacks that draw bars on a terminal and print notices, nothing if ``quiet``.
 
-    Args:
-        quiet: draw and print nothing.
-        reading: the name of a pass over the files.
+    ``reading`` names a pass over the files.
     """
     shown = _Bars(reading, quiet)
     try:

@@ -39,13 +39,8 @@ def make_output(
 ) -> None:
     """Runs what makes an output, on one rank or many; prints and reports the result, even if a requirement is not met.
 
-    Args:
-        request: checks the options and the sources before the user's code is imported.
-        function: ``average`` or ``refresh_weights``; torch is imported with it.
-        text: returns the text to print.
-        sources, output: its arguments.
-        app_dir, report, as_json, quiet, rank_timeout: the options that only the command line has.
-        given: its options, with references in place of the user's code.
+    ``request`` checks the options and the sources before the user's code is imported. ``function`` is the name of
+    `average` or `refresh_weights`: torch is imported with it.
     """
     from ckpt_avg.cli.documents import average_json
     from ckpt_avg.output.paths import SideFiles, checksum_path, json_bytes

@@ -43,15 +43,9 @@ def check(request: CheckRequest) -> CompatibilityReport:
 def notice_what_is_read(
     checkpoints: Sequence[Checkpoint], notice: Callable[[str], None], *, copies: bool = True
 ) -> None:
-    """Tells the user how the checkpoints are read, which are averages already, and which tensors are tied.
+    """Tells how the checkpoints are read, which are averages already (``copies``: also of a single one), which tied.
 
-    Args:
-        checkpoints: in order.
-        notice: called with each notice.
-        copies: whether to say that a single checkpoint is copied, or is an average already.
-
-    Raises:
-        IncompatibleError: some hold raw weights, others only a running average.
+    Raises IncompatibleError if some hold raw weights, others only a running average.
     """
     first = checkpoints[0].spec
     for spec in (checkpoint.spec for checkpoint in checkpoints):

@@ -11,14 +11,7 @@ from ckpt_avg.progress import Progress
 
 
 class Context:
-    """The ranks, the callbacks, the notices so far, and the open files. Errors inside are reported to the other ranks.
-
-    Attributes:
-        ranks: who shares the work.
-        progress: callbacks; a notice is passed on once, and kept.
-        notices: what the user should know.
-        files: closes the open checkpoints.
-    """
+    """The ranks, the callbacks, the notices so far, the open files. Errors inside are reported to the other ranks."""
 
     def __init__(self, ranks: Ranks | None = None, progress: Progress | None = None) -> None:
         self.ranks = ranks or Ranks()

@@ -27,30 +27,18 @@ from ckpt_avg.user_code.model import Passes, build_model
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """All that averaging needs.
+    """All that averaging needs."""
 
-    Attributes:
-        checkpoints: open, in order.
-        skipped: files of run folders that were skipped.
-        plan: every output tensor and its offset.
-        frozen: running statistics that are the same in every checkpoint; empty if each window has its own.
-        model: built, if it is needed.
-        refresh: the model and the batches, if statistics are to be measured.
-        statistics: where the output's running statistics come from.
-        mean_device, model_device: where to sum, and where to run the model.
-        threads: that sum on this rank.
-    """
-
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[Checkpoint, ...]  # open, in order
     skipped: tuple[Skipped, ...]
     plan: Plan
-    frozen: frozenset[str]
-    model: torch.nn.Module | None
-    refresh: PreparedRefresh | None
+    frozen: frozenset[str]  # running statistics that are the same in every checkpoint; empty if each window has its own
+    model: torch.nn.Module | None  # if it is needed
+    refresh: PreparedRefresh | None  # if statistics are to be measured
     statistics: Statistics
     mean_device: torch.device
     model_device: torch.device
-    threads: int
+    threads: int  # that sum on this rank
 
     @property
     def specs(self) -> list[CheckpointSpec]:
@@ -66,14 +54,7 @@ class Prepared:
 def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_window: bool = False) -> Prepared:
     """Opens and checks everything, so that what can fail before hours of averaging fails here.
 
-    Args:
-        discovery: what the sources hold.
-        request: which checkpoints, and what is to be done with them.
-        context: keeps the checkpoints open.
-        by_window: parts of the checkpoints will be averaged, each with frozen layers of its own.
-
-    Raises:
-        CkptAvgError: of any kind but OutputError.
+    With ``by_window``, parts of the checkpoints will be averaged, each with frozen layers of its own.
     """
     if request.evaluate is not None and not callable(request.evaluate):
         raise UsageError(f"--eval: got a {type(request.evaluate).__name__}. Name a function of the model.")

@@ -41,12 +41,8 @@ def compare_with_mean(
 ) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Compares a file's data, bit for bit, with the mean of the checkpoints that its metadata records.
 
-    Returns:
-        The checkpoints in order, and the tensors that are not the mean because a BatchNorm refresh measured them.
-
-    Raises:
-        VerificationError: the sources are not the recorded ones, or their mean differs.
-        CheckpointFormatError: a source cannot be read.
+    Returns the checkpoints, and the tensors that are not the mean because a BatchNorm refresh measured them. Raises
+    VerificationError if the sources are not the recorded ones, or their mean differs.
     """
     recorded = recorded_sources(metadata)
     options = RecordedOptions.read(recorded_options(metadata) or {"": None})
@@ -90,8 +86,7 @@ def _recorded_among(
 ) -> list[Checkpoint]:
     """Returns the recorded checkpoints in their order. Folders may contain others; named checkpoints must be recorded.
 
-    Raises:
-        VerificationError: a recorded one is missing or was changed, or one that is not recorded was named.
+    Raises VerificationError if one is missing or was changed, or if one that is not recorded was named.
     """
     names = {source["name"] for source in recorded}
     found = [*discovery.paths, *(each.path for each in discovery.skipped)]
@@ -130,8 +125,7 @@ def _match(
 ) -> Checkpoint | None:
     """Returns the checkpoint that has the recorded name, size and header, and the recorded digest if there is one.
 
-    Raises:
-        VerificationError: several could be meant.
+    Raises VerificationError if several could be meant.
     """
     candidates = [each for each in checkpoints if _fits(each, source)]
     if len(candidates) > 1 and isinstance(source.get("sha256"), dict):
@@ -166,15 +160,9 @@ def _batch_norm_buffers(plan: Plan) -> frozenset[str]:
 
 
 class _Comparison:
-    """Compares the mean with a file, block by block. Threads may share it.
+    """Compares the mean with a file, block by block; tensors in ``refreshed`` may differ. Threads may share it.
 
-    Args:
-        file, tensors: the file and its tensors.
-        plan: of the mean.
-        refreshed: tensors that may differ.
-
-    Raises:
-        VerificationError: the file has other tensors.
+    Raises VerificationError if the file has other tensors.
     """
 
     def __init__(
@@ -194,11 +182,7 @@ class _Comparison:
         self.measured: set[str] = set()
 
     def compare(self, contents: memoryview, offset: int) -> None:
-        """Compares bytes of the mean's data section with the file's.
-
-        Raises:
-            VerificationError: they differ.
-        """
+        """Raises VerificationError if bytes of the mean's data section differ from the file's."""
         contents = contents.cast("B")
         end = offset + len(contents)
         for tensor in self._plan.tensors[bisect.bisect_right(self._begins, offset) - 1 :]:

@@ -30,16 +30,9 @@ def user_errors(what: str, advice: str = "") -> Iterator[None]:
 
 
 def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str]) -> Any:
-    """Imports a module and returns the attribute that a reference names.
+    """Imports a module, with ``app_dir`` first on ``sys.path``; returns what ``MODULE:NAME`` names. NAME may be dotted.
 
-    Args:
-        reference: ``MODULE:NAME``; NAME may be dotted.
-        option: the option that has this value, for messages.
-        app_dir: the folder to put first on ``sys.path``.
-
-    Raises:
-        UsageError: the reference is malformed, or there is no such module or attribute.
-        UserCodeError: the import of the module failed.
+    Raises UsageError if the option's reference is malformed or names nothing, UserCodeError if the import fails.
     """
     module_name, separator, name = reference.partition(":")
     if not separator or not name or not all(module_name.split(".")):

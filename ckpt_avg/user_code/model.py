@@ -23,11 +23,9 @@ Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 def build_model(model: Model, tensors: Mapping[str, tuple[DType, tuple[int, ...]]]) -> torch.nn.Module:
-    """Builds the model, or copies it, and checks that it takes tensors of these dtypes and shapes.
+    """Builds the model, or copies it, and checks that it takes tensors of these dtypes and shapes (`load_weights`).
 
-    Raises:
-        UserCodeError: the factory raised, or returned something else.
-        IncompatibleError: the model has other names or shapes than the checkpoints.
+    Raises UserCodeError if the factory raised, or returned something else.
     """
     if not callable(model):
         raise UserCodeError(
@@ -55,12 +53,7 @@ def batch_norm_modules(model: torch.nn.Module) -> dict[str, _BatchNorm]:
 
 
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Loads a state dict strictly.
-
-    Raises:
-        IncompatibleError: names or shapes differ; the message contains torch's list of them.
-        UserCodeError: the model's own code failed.
-    """
+    """Loads a state dict strictly. Raises IncompatibleError with torch's list of names and shapes that differ."""
     with user_errors("loading the weights into the model raised"):
         try:
             model.load_state_dict(tensors, strict=True)

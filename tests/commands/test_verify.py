@@ -280,7 +280,9 @@ def test_a_refreshed_average_still_is_the_mean_of_its_first_sources(
 ) -> None:
     ckpt_avg.average(run_folder, tmp_path / "kept.safetensors", last=3, bn="keep")
     refreshed = tmp_path / "refreshed.safetensors"
-    ckpt_avg.refresh_weights(tmp_path / "kept.safetensors", refreshed, model=train.make_model, data=train.train_loader)
+    ckpt_avg.refresh_weights(
+        tmp_path / "kept.safetensors", refreshed, model=train.make_model, data=train.train_loader, bn_batches=2
+    )
     assert len(ckpt_avg.verify(refreshed, sources=run_folder).measured) == 12
 
 

@@ -12,21 +12,14 @@ from random import Random
 
 from formats.pickles.opcodes import STOP, named, tensor, text, whole
 
-NAMES = [
-    *(("os", "system"), ("os", "getcwd"), ("posix", "times"), ("subprocess", "getoutput"), ("builtins", "eval")),
-    *(
-        ("builtins", "exec"),
-        ("builtins", "compile"),
-        ("builtins", "getattr"),
-        ("builtins", "open"),
-        ("__hello__", "main"),
-    ),
-    *(("colorsys", "rgb_to_hsv"), ("importlib", "import_module"), ("operator", "attrgetter"), ("no_such", "name")),
-    *(("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "set"), ("argparse", "Namespace")),
-    *(("torch._utils", "_rebuild_tensor_v2"), ("torch._tensor", "_rebuild_from_type_v2"), ("torch", "FloatStorage")),
-    *(("torch", "Size"), ("torch._utils", "_rebuild_parameter"), ("numpy", "dtype"), ("numpy", "ndarray")),
-    *(("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"), ("_codecs", "encode")),
-]
+NAMES = [("os", "system"), ("os", "getcwd"), ("posix", "times"), ("subprocess", "getoutput"), ("builtins", "eval")]
+NAMES += [("builtins", "exec"), ("builtins", "compile"), ("builtins", "getattr"), ("builtins", "open")]
+NAMES += [("__hello__", "main"), ("colorsys", "rgb_to_hsv"), ("importlib", "import_module"), ("operator", "attrgetter")]
+NAMES += [("no_such", "name"), ("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "set")]
+NAMES += [("argparse", "Namespace"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._tensor", "_rebuild_from_type_v2")]
+NAMES += [("torch", "FloatStorage"), ("torch", "Size"), ("torch._utils", "_rebuild_parameter"), ("numpy", "dtype")]
+NAMES += [("numpy", "ndarray"), ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar")]
+NAMES += [("_codecs", "encode")]
 STRINGS = ["true", "1+1", "a", "latin1", "storage", "0", "cpu", "f4", "r", "__setstate__", "__class__", "__dict__", "é"]
 _BOTTOM = 4  # nothing below is popped, so that there is always a value to end with
 

@@ -12,55 +12,20 @@ from system.fuzz.corpus import SEEDS, Seed
 
 _NUMBERS = [0, 1, 2, 7, 8, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**60]
 _NUMBERS += [2**62, 2**63 - 1, 2**63, 2**64 - 1]
-_JSON = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"null", b"true", b"NaN", b" ", b"\t", b"\n", b"\\", b'"\\ud800"']
+_JSON = [*rb"""{ } [ ] , : " null true NaN""".split(), b" ", b"\t", b"\n", b"\\", b'"\\ud800"']
 _JSON += [b"-0", b"-1", b"1.0", b"1e0", b"1e999", b"9" * 400, b"9" * 5000, b"[" * 2000, b'{"a":' * 500, b"\xef\xbb\xbf"]
-_JSON += [
-    b'"__metadata__"',
-    b'"weight_map"',
-    b'"../x"',
-    b'"F4"',
-    b'"U8"',
-    b'"BF16"',
-    b'""',
-    b'"\\u0000"',
-    b"\xff",
-    b"\x00",
-]
+_JSON += [*rb'''"__metadata__" "weight_map" "../x" "F4" "U8" "BF16" "" "\u0000"'''.split(), b"\xff", b"\x00"]
 _JSON += [str(number).encode() for number in (*_NUMBERS, 2**64, 10**30)]
-_PICKLE = [
-    bytes([code]) for code in b"().0123KMJLFGIVSUXTBCRbiocdtlseauagjhpqrPQN\x80\x81\x82\x83\x84\x85\x86\x87\x88\x89"
-]
-_PICKLE += [bytes([code]) for code in range(0x8A, 0x99)] + [b"}", b"]", b")", b"(", b"2", b"0", b"1", b"\x94", b"\x91"]
-_PICKLE += [
-    b"K\0",
-    b"K\2",
-    b"h\1",
-    b"q\1",
-    b"j\xff\xff\xff\xff",
-    b"r\xff\xff\xff\x7f",
-    b"I-1\n",
-    b"L" + b"9" * 5000 + b"L\n",
-]
-_PICKLE += [
-    b"\x8b\xff\xff\xff\x7f",
-    b"B\xff\xff\xff\xff",
-    b"\x96" + b"\xff" * 7 + b"\0",
-    b"\x95" + b"\xff" * 8,
-    b"p99\n",
-]
+_CODES = b"().0123KMJLFGIVSUXTBCRbiocdtlseauagjhpqrPQN\x80\x81\x82\x83\x84\x85\x86\x87\x88\x89"
+_PICKLE = [bytes([code]) for code in (*_CODES, *range(0x8A, 0x99), *b"}])(201\x94\x91")]
+_PICKLE += [b"K\0", b"K\2", b"h\1", b"q\1", b"j\xff\xff\xff\xff", b"r\xff\xff\xff\x7f", b"I-1\n"]
+_PICKLE += [b"L" + b"9" * 5000 + b"L\n", b"\x8b\xff\xff\xff\x7f", b"B\xff\xff\xff\xff", b"\x96" + b"\xff" * 7 + b"\0"]
+_PICKLE += [b"\x95" + b"\xff" * 8, b"p99\n"]
 _PICKLE += [named("os", "system"), named("torch", "Size"), named("numpy", "dtype"), named("torch", "BoolStorage")]
-_PICKLE += [
-    text("storage"),
-    text("0"),
-    text("\ud800"),
-    text("x" * 300),
-    tensor("0", (6,)),
-    b"\x82\1",
-    b"Px\n",
-    b"(i\nx\n",
-]
+_PICKLE += [text("storage"), text("0"), text("\ud800"), text("x" * 300), tensor("0", (6,))]
+_PICKLE += [b"\x82\1", b"Px\n", b"(i\nx\n"]
 
-# Where numbers stand behind each signature of a zip: (offset, bytes).
+# Where numbers follow each signature of a zip: (offset, bytes).
 _ZIP = {
     b"PK\3\4": [(4, 2), (6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2)],
     b"PK\1\2": [(8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (34, 2), (42, 4)],

@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from system.fuzz.campaign import MEMORY, SECONDS, Findings, run
 from system.fuzz.corpus import PARSERS, SEEDS
 from system.fuzz.mutate import inputs
+from system.fuzz.planted import wrong_exception
+from system.fuzz.targets import make_target
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="address space is limited by Linux's own means")
 
@@ -23,6 +26,12 @@ def assert_nothing_found(found: Findings, count: int) -> None:
     assert 0 < found.accepted < count  # both answers are reached
     assert found.worst_seconds <= SECONDS
     assert found.worst_bytes <= MEMORY
+
+
+@pytest.mark.guarantee("hostile-bytes")
+@pytest.mark.parametrize("parser", PARSERS)
+def test_only_our_exceptions(parser: str, tmp_path: Path) -> None:
+    assert set(map(make_target(parser, tmp_path), islice(inputs(parser, 4), 300))) == {True, False}
 
 
 @pytest.mark.guarantee("hostile-bytes")
@@ -67,6 +76,11 @@ def test_mutations_are_many_and_repeat_with_their_seed(parser: str) -> None:
     assert first == again != other
     assert len({content for _, content in first}) > 400
     assert max(len(content) for _, content in first) < 200_000
+
+
+def test_a_reader_with_another_exception_is_caught() -> None:
+    with pytest.raises(IndexError):
+        list(map(wrong_exception, islice(inputs("safetensors", 4), 300)))
 
 
 def test_torch_itself_loads_the_seeds() -> None:

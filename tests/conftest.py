@@ -1,4 +1,4 @@
-"""Shared by all tests: where the real run lies, and how the command is called."""
+"""Shared by all tests: the folder of the real run, and calls of the command."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Makers of run folders with the file names, keys and nesting that trainers' own code writes, and what is true of them.
 
 Each maker fills a folder and returns a `Run`: the checkpoints in the order of training, with their raw and EMA weights,
-and the files beside them that are no further checkpoint. Nothing of a trainer is imported: classes that its pickles
+and the other files, which are no further checkpoint. Nothing of a trainer is imported: classes that its pickles
 name come from modules that exist only while a file is written.
 """
 
@@ -109,7 +109,7 @@ def adam(lr: float = 0.001) -> dict[str, Any]:
 
 
 def rng() -> dict[str, Any]:
-    """The state of random generators, as trainers keep it beside the weights."""
+    """The state of random generators, as trainers save it."""
     return {
         "python": random.Random(0).getstate(),
         "numpy": np.random.RandomState(0).get_state(),
@@ -241,7 +241,7 @@ def espnet2(folder: Path, *, stream: bool = False) -> Run:
 
 
 def wenet_yaml(epoch: int, step: int, loss: float, learning_rate: float, tag: str) -> str:
-    """What PyYAML writes for a checkpoint: the whole configuration lies beside the few numbers."""
+    """What PyYAML writes for a checkpoint: the whole configuration and a few numbers."""
     return f"""accum_grad: 4
 cmvn_conf:
   is_json_cmvn: true
@@ -272,7 +272,7 @@ tag: '{tag}'
 
 
 def wenet(folder: Path, *, stream: bool = False) -> Run:
-    """wenet/bin/train.py: N.pt with N.yaml beside it, and an average that average_model.py made."""
+    """wenet/bin/train.py: N.pt with N.yaml next to it, and an average that average_model.py made."""
     save(ordered(state(98)), folder / "init.pt", stream=stream)
     (folder / "init.yaml").write_text("accum_grad: 4\ninit_infos: {}\nsave_time: 01/02/2024 10:00:00\ntag: init\n")
     (folder / "train.yaml").write_text("accum_grad: 4\nmax_epoch: 100\n")
@@ -291,7 +291,7 @@ def wenet(folder: Path, *, stream: bool = False) -> Run:
 
 
 def icefall(folder: Path, *, stream: bool = False) -> Run:
-    """icefall/checkpoint.py and a recipe's train.py: every parameter of the run lies at the top of the file."""
+    """icefall/checkpoint.py and a recipe's train.py: every parameter of the run is at the top of the file."""
     checkpoints = []
     moments = [("epoch-1.pt", 1, 3000, 0.5), ("checkpoint-4000.pt", 2, 4000, 0.45), ("epoch-2.pt", 2, 6000, 0.4)]
     for seed, (name, epoch, batches, loss) in enumerate([*moments, ("epoch-10.pt", 10, 30000, 0.42)]):
@@ -319,7 +319,7 @@ def icefall(folder: Path, *, stream: bool = False) -> Run:
 
 
 def opennmt(folder: Path, *, stream: bool = False) -> Run:
-    """onmt/models/model_saver.py: the last layer lies apart, under ``generator``."""
+    """onmt/models/model_saver.py: the last layer is apart, under ``generator``."""
     checkpoints = []
     for step in (5000, 10000, 100000):
         weights = {name.replace("head.", "generator."): tensor for name, tensor in state(step // 5000).items()}
@@ -569,7 +569,7 @@ def lightning(folder: Path, *, stream: bool = False, averaging: bool = False) ->
 
 
 def timm(folder: Path, *, stream: bool = False) -> Run:
-    """timm/utils/checkpoint_saver.py: ``last`` and ``model_best`` are hard links; a table of results lies beside."""
+    """timm/utils/checkpoint_saver.py: ``last`` and ``model_best`` are hard links; with a table of results."""
     checkpoints = []
     rows = ["epoch,train_loss,eval_loss,eval_top1,eval_top5,lr"]
     for epoch, top1 in ((8, 70.5), (9, 72.5), (10, 71.5)):
@@ -735,7 +735,7 @@ def write_index(folder: Path, index: object, *, stem: str = "model", suffix: str
 
 
 def hf_trainer(folder: Path, *, form: str = "model.safetensors") -> Run:
-    """transformers/trainer.py: a folder for each checkpoint, training state beside the weights."""
+    """transformers/trainer.py: a folder for each checkpoint, training state next to the weights."""
     checkpoints = []
     losses = {500: 2.5, 1000: 1.75, 1500: 2.0}
     for step, loss in losses.items():
@@ -825,6 +825,6 @@ def lfs_pointer(path: Path) -> Path:
 
 
 def html_page(path: Path) -> Path:
-    """What a download behind a login leaves."""
+    """What a download that needs a login leaves."""
     path.write_text("<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body></body></html>\n")
     return path

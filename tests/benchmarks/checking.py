@@ -40,7 +40,7 @@ class Difference:
 def difference(output: Path, inputs: list[Path]) -> Difference:
     """Compares an output with the mean of safetensors checkpoints.
 
-    The numbers here lie within float64's 53 bits of each other, so that sums in it are exact.
+    The numbers here differ by less than 2²⁹ in magnitude, so float64 sums are exact.
     """
     elements = wrong = 0
     relative = 0.0

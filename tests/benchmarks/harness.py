@@ -5,17 +5,18 @@ The programs of a table run in turn, round after round, so that all of them meet
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import mmap
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from tempfile import mkdtemp
 
 from benchmarks.inputs import files_of, write_random
@@ -88,8 +89,45 @@ def ckpt_avg(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "ckpt_avg", "average", "-q", *map(str, arguments)]
 
 
-Command = Callable[[Path], list[str]]
-Runs = dict[str, list[Run]]
+class Rounds(list[Run]):
+    """The counted runs of one program: medians of times, and the largest memory."""
+
+    @property
+    def wall(self) -> float:
+        return median(one.wall for one in self)
+
+    @property
+    def cpu(self) -> float:
+        return median(one.cpu for one in self)
+
+    @property
+    def peak(self) -> str:
+        return f"{max(one.peak for one in self):.0f}"
+
+    @property
+    def anonymous(self) -> str:
+        return f"{max(one.anonymous for one in self):.0f}"
+
+    def less(self, start: Rounds) -> Rounds:
+        """Returns the rounds without the median wall time of another program, such as an import."""
+        return Rounds(replace(one, wall=one.wall - start.wall) for one in self)
+
+    def ratio(self, to: Rounds) -> float:
+        """Returns the median of the rounds' ratios."""
+        return median(one.wall / other.wall for one, other in zip(self, to, strict=True))
+
+
+def arguments_of(description: str | None, sections: Collection[str], **options: float | str) -> argparse.Namespace:
+    """Parses the command line: ``--only`` some of the sections, ``--folder``, and options with their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME[,NAME]", type=lambda text: text.split(","), default=list(sections))
+    parser.add_argument("--folder", help="where inputs and outputs are written, on a disk")
+    for name, default in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.only if name not in sections]:
+        parser.error(f"--only: expected some of {', '.join(sections)}, got {', '.join(unknown)}")
+    return arguments
 
 
 # -- The page cache: what of a file the kernel holds in memory -------------------------------------------------------
@@ -161,7 +199,7 @@ class Program:
         reads: the files that it reads.
     """
 
-    command: Command
+    command: Callable[[Path], list[str]]
     reads: Sequence[Path] = ()
 
 
@@ -207,10 +245,10 @@ class Setup:
         return self.folder / name
 
     def has_room(self, what: str, nbytes: float) -> bool:
-        """Tells whether the disk has room for so many bytes, those of `plain` included; says so where it has not."""
+        """Tells whether the disk has room for so many bytes, those of `plain` included; prints a line if not."""
         free = shutil.disk_usage(self.folder).free + len(self._plain) * self.nbytes
         if nbytes > free:
-            print(f"{what} left out: it needs {nbytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free\n", flush=True)
+            print(f"{what} skipped: it needs {nbytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free\n", flush=True)
         return nbytes <= free
 
 
@@ -219,7 +257,7 @@ def in_turn(
     rounds: int,
     outputs: Path,
     before: Callable[[str, Program], None] = lambda name, program: warm(program.reads),
-) -> Runs:
+) -> dict[str, Rounds]:
     """Runs every program once in each round, every second round in the opposite order; the first is not counted.
 
     Pages that were just written are slower the first times they are looked at, on a virtual machine three times and
@@ -231,7 +269,7 @@ def in_turn(
         outputs: a folder; the last output of each program stays there, see `output_of`.
         before: called before each run; by default the inputs are brought into the page cache.
     """
-    runs: Runs = {name: [] for name in programs}
+    runs = {name: Rounds() for name in programs}
     for number in range(rounds + 1):
         order = list(programs) if number % 2 == 0 else list(programs)[::-1]
         for name in order:
@@ -246,7 +284,7 @@ def in_turn(
 
 
 def output_of(name: str, programs: Iterable[str], outputs: Path) -> Path:
-    """Returns where a program's output lies."""
+    """Returns the path of a program's output."""
     return outputs / f"{list(programs).index(name)}.safetensors"
 
 
@@ -256,22 +294,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def walls(runs: Sequence[Run], without: Sequence[Run] | None = None) -> list[float]:
-    """Returns each round's wall seconds, less the median of another program's."""
-    less = 0.0 if without is None else median(one.wall for one in without)
-    return [one.wall - less for one in runs]
-
-
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Returns the median of the rounds' ratios."""
-    return median(one / other for one, other in zip(ours, theirs, strict=True))
-
-
-def median(values: Iterable[float]) -> float:
-    """Returns the median."""
-    return statistics.median(values)
 
 
 def table(*columns: str) -> None:
@@ -297,7 +319,7 @@ class Peer:
         imports: the module that it imports before it begins.
         python: by which interpreter.
         exact: whether it sums in float64 and divides once, so that its bits must be those of the mean.
-        tolerance: the relative error that is let through where it does not.
+        tolerance: the relative error that is allowed otherwise.
     """
 
     program: Program
@@ -314,13 +336,8 @@ def script(name: str, inputs: Sequence[Path], python: str = sys.executable) -> P
 
 
 def ours(inputs: Sequence[Path], *options: object) -> Program:
-    """Returns this project's command."""
+    """Returns this project's command over files or folders of shards."""
     return Program(lambda output: ckpt_avg("-o", output, *options, *inputs), files_of(list(inputs)))
-
-
-def floor(inputs: Sequence[Path]) -> Program:
-    """Returns the floor program, which writes as many bytes as the output of these inputs has."""
-    return script("floor", inputs)
 
 
 def comparable(inputs: list[Path], python: str, folder: Path) -> dict[str, Peer]:
@@ -328,11 +345,11 @@ def comparable(inputs: list[Path], python: str, folder: Path) -> dict[str, Peer]
 
     Args:
         inputs: files named ``model.safetensors``, each in a folder with its configuration.
-        python: the interpreter that may have the other tools; what it has not is left out, with a line that says so.
+        python: the interpreter that may have the other tools; a line names those that it lacks.
         folder: for their configuration files.
     """
     found = {
-        FLOOR: Peer(floor(inputs)),
+        FLOOR: Peer(script("floor", inputs)),
         OURS: Peer(ours(inputs)),
         NAIVE: Peer(script("naive", inputs)),
         TIMM: Peer(script("as_timm", inputs)),
@@ -366,6 +383,6 @@ def _version(project: str, module: str, python: str) -> str | None:
     done = subprocess.run([python, "-c", code], check=False, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        print(f"{project} left out: {python} cannot import it ({reason[0]})\n", flush=True)
+        print(f"{project} skipped: {python} cannot import it ({reason[0]})\n", flush=True)
         return None
     return done.stdout.split()[-1]

@@ -63,13 +63,8 @@ def llama(nbytes: int) -> tuple[Shapes, dict[str, object]]:
     return shapes, {**kind, **sizes, **heads, "torch_dtype": "float32"}
 
 
-def write_sparse(path: Path, shapes: Shapes, dtype: str = "F32", itemsize: int = 4) -> None:
-    """Writes a safetensors file of zeros that occupies one block on the disk."""
-    _write_sparse(str(path), *_sparse_head(shapes, dtype, itemsize), None)
-
-
-def write_run(folder: Path, shapes: Shapes, checkpoints: int, shards: int = 1) -> list[Path]:
-    """Writes a run of sparse float32 checkpoints that differ in one element each: files, or folders of shards.
+def write_run(folder: Path, shapes: Shapes, checkpoints: int, shards: int = 1, dtype: str = "F32") -> list[Path]:
+    """Writes a run of sparse checkpoints that differ in four bytes each: files, or folders of shards.
 
     No two files are links of each other. Each takes an inode and a block: 1.6 GB for 400,000 shards.
 
@@ -78,16 +73,18 @@ def write_run(folder: Path, shapes: Shapes, checkpoints: int, shards: int = 1) -
         shapes: of the tensors of each checkpoint, the first of which has some elements.
         checkpoints: how many.
         shards: files of each; with one there is no folder.
+        dtype: ``F32`` or ``BF16``.
     """
     folder.mkdir(exist_ok=True)
     names = [f"model-{number + 1:05}-of-{shards:05}.safetensors" for number in range(shards)]
     items = list(shapes.items())
     size = -(-len(items) // shards)
     parts = [dict(items[number * size : (number + 1) * size]) for number in range(shards)]
-    heads = [_sparse_head(part, "F32", 4) for part in parts]
+    itemsize = 4 if dtype == "F32" else 2
+    heads = [_sparse_head(part, dtype, itemsize) for part in parts]
     weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
     index = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
-    middle = len(heads[0][0]) + 4 * (math.prod(items[0][1]) // 2)  # where copies are looked for first
+    middle = len(heads[0][0]) + itemsize * (math.prod(items[0][1]) // 2)  # where copies are looked for first
     paths = []
     for step in range(1, checkpoints + 1):
         mark = (struct.pack("<f", step), middle)
@@ -144,7 +141,7 @@ def write_random(
         dtype: torch's name of it. The numbers are the same ones in every form, before they are cast.
         form: what to write. Shards are a folder with an index, as transformers writes them.
         shapes: instead of those of `layout`.
-        config: written as ``config.json`` beside each checkpoint, in a folder of its own.
+        config: written as ``config.json`` next to each checkpoint, in a folder of its own.
 
     Returns:
         What names each checkpoint on a command line: a file, or the folder of shards.

@@ -40,7 +40,7 @@ STATISTICS = ("running_mean", "running_var")
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions beside a shortcut (He et al. 2015, arXiv 1512.03385)."""
+    """1×1, 3×3 and 1×1 convolutions and a shortcut (He et al. 2015, arXiv 1512.03385)."""
 
     def __init__(self, given: int, width: int, stride: int) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def main() -> None:
         machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     print(f"{machine}, Linux {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}")
     if update_bn_stats is None:
-        print("fvcore left out: it is not installed (pip install fvcore)")
+        print("fvcore skipped: it is not installed (pip install fvcore)")
     torch.manual_seed(0)
     network, wide = resnet_50().to(device), perceptron().to(device)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format

@@ -9,7 +9,7 @@
     first    the same: time from the end of `import torch` to the first tensor byte
     ranks    the same, warm, shared by the ranks of torchrun
     cuda     the same, warm, on a GPU, where there is one
-    formats  bfloat16, float16, torch.save and shards of the same total bytes, beside float32 safetensors
+    formats  bfloat16, float16, torch.save and shards of the same total bytes, next to float32 safetensors
     peers    mergekit and sd-mecha where PYTHON has them, and what people write by hand
     memory   peak resident sets of models of 0.25, 1 and 4 GiB and of 2, 8 and 32 checkpoints, over sparse files
     tensors  many small tensors, the usual ones, and one large tensor
@@ -21,54 +21,31 @@ most 2 · checkpoints + 2 times as much disk is needed, and for warm caches as m
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import sections
-from benchmarks.harness import Setup
+from benchmarks.harness import Setup, arguments_of
 
-# In this order, since the first ones share their inputs.
-SECTIONS: dict[str, Callable[[Setup], None]] = {
-    "warm": sections.measure_warm,
-    "cold": sections.measure_cold,
-    "threads": sections.measure_threads,
-    "first": sections.measure_first,
-    "ranks": sections.measure_ranks,
-    "cuda": sections.measure_cuda,
-    "formats": sections.measure_formats,
-    "peers": sections.measure_peers,
-    "memory": sections.measure_memory,
-    "tensors": sections.measure_tensors,
-}
+# In the order of their definitions: the first ones share their inputs.
+SECTIONS = {name[8:]: measure for name, measure in vars(sections).items() if name.startswith("measure_")}
 SHARING = ("warm", "cold", "threads", "first", "ranks", "cuda", "formats")
 
 
 def main() -> None:
-    """Prints the tables of the sections that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME[,NAME]", default=",".join(SECTIONS))
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--checkpoints", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", default=None, help="where inputs and outputs are written, on a disk")
-    parser.add_argument("--peers", metavar="PYTHON", default=sys.executable, help="interpreter that has other tools")
-    arguments = parser.parse_args()
-    wanted = arguments.only.split(",")
-    if unknown := [name for name in wanted if name not in SECTIONS]:
-        parser.error(f"--only: expected some of {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+    """Prints the tables of the chosen sections."""
+    arguments = arguments_of(__doc__, SECTIONS, gigabytes=1.0, checkpoints=8, rounds=3, peers=sys.executable)
     _print_machine()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         nbytes = int(arguments.gigabytes * 1e9)
         setup = Setup(nbytes, arguments.checkpoints, arguments.rounds, Path(folder), arguments.peers)
         for name, measure in SECTIONS.items():
-            if name not in wanted:
+            if name not in arguments.only:
                 continue
             if name not in SHARING:
                 setup.release()

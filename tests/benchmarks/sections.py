@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import filecmp
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 from benchmarks.checking import Difference, difference, same
 from benchmarks.harness import (
@@ -14,31 +16,27 @@ from benchmarks.harness import (
     IMPORT,
     OURS,
     Program,
-    Runs,
+    Rounds,
     Setup,
     ckpt_avg,
     comparable,
     cool,
-    floor,
     importing,
     in_turn,
-    median,
     ours,
     output_of,
-    ratio,
     remove,
     resident,
     row,
     run,
     script,
     table,
-    walls,
     warm,
 )  # fmt: skip
-from benchmarks.inputs import Form, Shapes, files_of, layout, llama, many, write_random, write_sparse
+from benchmarks.inputs import Form, Shapes, files_of, layout, llama, many, write_random, write_run
 
 _GIB = 2**30
-_CACHED = 0.6  # of the machine's memory: the page cache holds inputs of this size beside everything else
+_CACHED = 0.6  # of the machine's memory: the page cache holds inputs of this size next to everything else
 CASES: dict[str, tuple[str, Form]] = {
     "bfloat16 safetensors": ("bfloat16", "safetensors"),
     "float16 safetensors": ("float16", "safetensors"),
@@ -48,45 +46,49 @@ CASES: dict[str, tuple[str, Form]] = {
 PLAIN = "float32 safetensors"
 _OUTPUTS = 8  # at most, one of each program
 
+
+def _assert_exact(name: str, found: Difference) -> None:
+    if found.wrong:
+        raise AssertionError(f"{name}: {found}")
+
+
 # -- Float32 safetensors: page cache warm and cold, threads, and how soon the first byte is read -------------------
+
+
+def _described(setup: Setup) -> str:
+    return f"{setup.checkpoints} float32 safetensors checkpoints of {setup.nbytes / 1e9:.2f} GB"
 
 
 def measure_warm(setup: Setup) -> None:
     """Wall seconds, page cache warm, as a ratio to the floor."""
     inputs, outputs = setup.plain(), setup.scratch()
-    programs = {FLOOR: floor(inputs), OURS: ours(inputs)}
+    programs = {FLOOR: script("floor", inputs), OURS: ours(inputs)}
     runs = in_turn(programs, setup.rounds, outputs)
     print(f"{_described(setup)}, page cache warm, whole process, medians of {setup.rounds} rounds\n")
     table("program", "wall, s", "ratio to the floor", "CPU, s", "peak RSS, MiB", "anonymous, MiB")
-    for name, of_program in runs.items():
-        cpu = median(one.cpu for one in of_program)
-        peaks = max(one.peak for one in of_program), max(one.anonymous for one in of_program)
-        times = median(walls(of_program)), ratio(walls(of_program), walls(runs[FLOOR]))
-        row(name, *times, cpu, *(f"{peak:.0f}" for peak in peaks))
+    for name, done in runs.items():
+        row(name, done.wall, done.ratio(runs[FLOOR]), done.cpu, done.peak, done.anonymous)
     found = difference(output_of(OURS, programs, outputs), inputs)
-    if found.wrong:
-        raise AssertionError(f"ckpt-avg: {found}")
+    _assert_exact(OURS, found)
     print(f"\nEach of the {found.elements:,} elements of ckpt-avg's output is the float64 mean, rounded.")
     remove(outputs)
 
 
 def measure_cold(setup: Setup) -> None:
-    """Wall seconds where each program finds nothing of the inputs in the page cache."""
+    """Wall seconds if nothing of the inputs is in the page cache."""
     inputs, outputs = setup.plain(), setup.scratch()
     left: list[str] = []
 
     def before(name: str, program: Program) -> None:
         left.append(f"{cool(program.reads):.4f} ({name.partition(':')[0]})")
 
-    runs = in_turn({FLOOR: floor(inputs), OURS: ours(inputs)}, setup.rounds, outputs, before)
+    runs = in_turn({FLOOR: script("floor", inputs), OURS: ours(inputs)}, setup.rounds, outputs, before)
     after = resident(inputs)
-    nbytes = sum(path.stat().st_size for path in inputs)
+    megabytes = sum(path.stat().st_size for path in inputs) / 1e6
     print(f"{_described(setup)}, page cache of the inputs dropped before each run, medians of {setup.rounds} rounds\n")
     table("program", "wall, s", "ratio to the floor", "input, MB/s", "CPU, s", "peak RSS, MiB")
-    for name, of_program in runs.items():
-        wall, cpu = median(walls(of_program)), median(one.cpu for one in of_program)
-        peak = f"{max(one.peak for one in of_program):.0f}"
-        row(name, wall, ratio(walls(of_program), walls(runs[FLOOR])), f"{nbytes / wall / 1e6:.0f}", cpu, peak)
+    for name, done in runs.items():
+        row(name, done.wall, done.ratio(runs[FLOOR]), f"{megabytes / done.wall:.0f}", done.cpu, done.peak)
     print(f"\nFraction of the inputs' pages in memory before each run: {', '.join(left)}; after the last: {after:.4f}.")
     remove(outputs)
 
@@ -96,20 +98,18 @@ def measure_threads(setup: Setup) -> None:
     inputs, outputs = setup.plain(), setup.scratch()
     cores = len(os.sched_getaffinity(0))
     counts = sorted({1, 2, cores, *(2**power for power in range(cores.bit_length()))})
-    programs = {IMPORT: importing("torch")}
-    programs |= {str(count): ours(inputs, "--threads", count) for count in counts}
+    programs = {IMPORT: importing("torch")} | {str(count): ours(inputs, "--threads", count) for count in counts}
     runs = in_turn(programs, setup.rounds, outputs)
     start = runs.pop(IMPORT)
     print(
         f"{_described(setup)}, page cache warm, medians of {setup.rounds} rounds, {cores} usable cores; "
-        f"`import torch` {median(walls(start)):.2f} s\n"
+        f"`import torch` {start.wall:.2f} s\n"
     )
     table("`--threads`", "wall, s", "ratio to 1", "without `import torch`, s", "ratio to 1", "CPU, s", "peak RSS, MiB")
-    one, net = walls(runs["1"]), walls(runs["1"], start)
-    for name, of_program in runs.items():
-        wall, work = walls(of_program), walls(of_program, start)
-        cpu, peak = median(each.cpu for each in of_program), max(each.peak for each in of_program)
-        row(name, median(wall), ratio(wall, one), median(work), ratio(work, net), cpu, f"{peak:.0f}")
+    one = runs["1"]
+    for name, done in runs.items():
+        net = done.less(start)
+        row(name, done.wall, done.ratio(one), net.wall, net.ratio(one.less(start)), done.cpu, done.peak)
     remove(outputs)
 
 
@@ -128,14 +128,9 @@ def measure_first(setup: Setup) -> None:
     print(f"{_described(setup)}, from the end of `import torch`, {rounds} rounds\n")
     table("page cache of the inputs", "`import ckpt_avg`, s", "first tensor byte, s: median", "least", "most")
     for state, times in seconds.items():
-        first = [started for _, started in times]
-        shown = (median(imported for imported, _ in times), median(first), min(first), max(first))
-        row(state, *(f"{value:.3f}" for value in shown))
+        imports, first = zip(*times, strict=True)
+        row(state, *(f"{value:.3f}" for value in (median(imports), median(first), min(first), max(first))))
     remove(outputs)
-
-
-def _described(setup: Setup) -> str:
-    return f"{setup.checkpoints} float32 safetensors checkpoints of {setup.nbytes / 1e9:.2f} GB"
 
 
 # -- Other processors: several ranks of one machine, and a GPU -----------------------------------------------------
@@ -156,7 +151,7 @@ def measure_cuda(setup: Setup) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        print("left out: torch finds no CUDA device", flush=True)
+        print("skipped: torch finds no CUDA device", flush=True)
         return
     inputs = setup.plain()
     print(f"{torch.cuda.get_device_name()}, page cache warm.\n")
@@ -174,14 +169,13 @@ def _with_ranks(size: int, inputs: list[Path]) -> Program:
 def _compare(setup: Setup, programs: dict[str, Program]) -> None:
     outputs = setup.scratch()
     runs = in_turn({IMPORT: importing("torch"), **programs}, setup.rounds, outputs)
-    first = next(name for name in programs if programs[name].reads)
+    written = [name for name in programs if programs[name].reads]
     table("program", "wall, s", "ratio", "without `import torch`, s", "CPU, s", "peak RSS of one process, MiB")
     for name in programs:
-        wall, cpu = walls(runs[name]), median(each.cpu for each in runs[name])
-        net = median(walls(runs[name], runs[IMPORT]))
-        row(name, median(wall), ratio(wall, walls(runs[first])), net, cpu, f"{max(one.peak for one in runs[name]):.0f}")
-    written = [output_of(name, runs, outputs) for name in programs if programs[name].reads]
-    if not all(filecmp.cmp(written[0], other, shallow=False) for other in written[1:]):
+        done = runs[name]
+        row(name, done.wall, done.ratio(runs[written[0]]), done.less(runs[IMPORT]).wall, done.cpu, done.peak)
+    first, *others = (output_of(name, runs, outputs) for name in written)
+    if not all(filecmp.cmp(first, other, shallow=False) for other in others):
         raise AssertionError("the outputs differ")
     print("\nAll outputs are the same bytes.")
     remove(outputs)
@@ -191,7 +185,7 @@ def _compare(setup: Setup, programs: dict[str, Program]) -> None:
 
 
 def measure_formats(setup: Setup) -> None:
-    """Each format is measured beside float32 safetensors, in the same rounds, and its output is checked."""
+    """Each format is measured in the same rounds as float32 safetensors, and its output is checked."""
     if not setup.has_room("formats", (2 * setup.checkpoints + 2) * setup.nbytes):
         return
     print(
@@ -210,29 +204,23 @@ def measure_formats(setup: Setup) -> None:
         runs = in_turn(programs, setup.rounds, outputs)
         plain, mine = (output_of(each, programs, outputs) for each in (PLAIN, name))
         if name == next(iter(CASES)):
-            if (found := difference(plain, setup.plain())).wrong:
-                raise AssertionError(f"{PLAIN}: {found}")
+            _assert_exact(PLAIN, difference(plain, setup.plain()))
             _format_row(PLAIN, runs, setup.plain(), setup.plain(), "exact")
-        if dtype == "float32":
-            checked, right = "bits of float32 safetensors", same(mine, plain)
-        else:
-            found = difference(mine, inputs)
-            checked, right = str(found), not found.wrong
-        if not right:
-            raise AssertionError(f"{name}: {checked}")
-        _format_row(name, runs, inputs, setup.plain(), checked)
+        if dtype != "float32":
+            _assert_exact(name, difference(mine, inputs))
+        elif not same(mine, plain):
+            raise AssertionError(f"{name}: not the bits of {PLAIN}")
+        _format_row(name, runs, inputs, setup.plain(), "exact" if dtype != "float32" else f"bits of {PLAIN}")
         remove(folder)
         remove(outputs)
 
 
-def _format_row(name: str, runs: Runs, inputs: list[Path], plain: list[Path], checked: str) -> None:
+def _format_row(name: str, runs: dict[str, Rounds], inputs: list[Path], plain: list[Path], checked: str) -> None:
     mine, theirs = (sum(file.stat().st_size for file in files_of(paths)) / 1e6 for paths in (inputs, plain))
     cells: list[object] = []
-    for without in (None, runs[IMPORT]):
-        seconds, reference = walls(runs[name], without), walls(runs[PLAIN], without)
-        relative = median(mine / one / (theirs / other) for one, other in zip(seconds, reference, strict=True))
-        cells += [median(seconds), f"{mine / median(seconds):.0f}", relative]
-    row(name, *cells, f"{max(one.peak for one in runs[name]):.0f}", checked)
+    for done, other in ((runs[name], runs[PLAIN]), (runs[name].less(runs[IMPORT]), runs[PLAIN].less(runs[IMPORT]))):
+        cells += [done.wall, f"{mine / done.wall:.0f}", mine / theirs / done.ratio(other)]
+    row(name, *cells, runs[name].peak, checked)
 
 
 # -- Other tools over the same checkpoints; some of them know only Llamas ------------------------------------------
@@ -265,15 +253,13 @@ def measure_peers(setup: Setup) -> None:
         *("peak RSS, MiB", "anonymous, MiB", "output"),
     )
     for name, peer in peers.items():
-        of_program = runs[name]
-        times = median(walls(of_program)), ratio(walls(of_program), walls(runs[OURS]))
-        start, cpu = median(walls(runs[f"import {peer.imports}"])), median(one.cpu for one in of_program)
-        peaks = max(one.peak for one in of_program), max(one.anonymous for one in of_program)
-        row(name, *times, start, cpu, *(f"{peak:.0f}" for peak in peaks), errors.get(name, "not computed"))
+        done, start = runs[name], runs[f"import {peer.imports}"].wall
+        times = done.wall, done.ratio(runs[OURS]), start, done.cpu
+        row(name, *times, done.peak, done.anonymous, errors.get(name, "not computed"))
     print(
         "\nExact is the float64 mean, rounded to float32, which alone makes relative errors to 6.0e-08. All that sum "
         "in float64 and divide once must be exact. sd-mecha's running average rounds in each step, so that it may miss "
-        "in the last bit where the mean lies halfway between two float32 numbers; float32 sums miss in the last few. "
+        "in the last bit where the mean is halfway between two float32 numbers; float32 sums miss in the last few. "
         "The floor and ckpt-avg fsync their output, the others do not."
     )
     remove(folder)
@@ -296,7 +282,7 @@ def measure_memory(setup: Setup) -> None:
             continue
         for count in (2, 8, 32):
             folder = setup.scratch()
-            paths = _sparse(folder, count, layout(int(gibibytes * _GIB)))
+            paths = write_run(folder, layout(int(gibibytes * _GIB)), count)
             done = run(ckpt_avg("-o", folder / "out.safetensors", *paths))
             row(f"{gibibytes:g}", count, f"{done.peak:.0f}", f"{done.anonymous:.0f}", done.wall)
             peaks.append(done.peak)
@@ -307,7 +293,7 @@ def measure_memory(setup: Setup) -> None:
 def measure_tensors(setup: Setup) -> None:
     """Time without `import torch` for each input byte, and for each tensor and checkpoint.
 
-    Where there are two checkpoints of random numbers, the output is held against the exact mean.
+    Two checkpoints of random numbers are also compared with the exact mean.
     """
     number = max(1000, setup.nbytes // 10_000)
     cases: dict[str, tuple[Shapes, bool]] = {
@@ -327,35 +313,25 @@ def measure_tensors(setup: Setup) -> None:
 
 
 def _measure_tensors(setup: Setup, name: str, shapes: Shapes, count: int, is_sparse: bool) -> None:
-    each = sum(4 * extents[0] * (extents[1] if len(extents) > 1 else 1) for extents in shapes.values())
+    each = 4 * sum(map(math.prod, shapes.values()))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if not setup.has_room(name, (2 if is_sparse else count + 2) * each):
         return
     if count * each > _CACHED * memory:
-        row(f"{name}: left out, the page cache would not hold it", count, count * each / 1e9, *[""] * 9)
+        row(f"{name}: skipped, the page cache would not hold it", count, count * each / 1e9, *[""] * 9)
         return
     folder, outputs = setup.scratch(), setup.scratch()
-    paths = _sparse(folder, count, shapes) if is_sparse else write_random(folder, count, each, shapes=shapes)
-    programs = {"import": importing("torch"), "floor": floor(paths), "ours": ours(paths)}
+    paths = write_run(folder, shapes, count) if is_sparse else write_random(folder, count, each, shapes=shapes)
+    programs = {IMPORT: importing("torch"), FLOOR: script("floor", paths), OURS: ours(paths)}
     runs = in_turn(programs, setup.rounds, outputs)
-    least, mine = (walls(runs[key]) for key in ("floor", "ours"))
-    least_net, net = (median(walls(runs[key], runs["import"])) for key in ("floor", "ours"))
-    per_byte, per_tensor = net / count / each * 1e9, net / count / len(shapes) * 1e6
+    least, mine = runs[FLOOR], runs[OURS]
+    net = mine.less(runs[IMPORT]).wall
     row(
-        *(name, count, f"{count * each / 1e9:.3g}", median(least), median(mine), ratio(mine, least), least_net, net),
-        *(f"{per_byte:.3g}", f"{per_tensor:.3g}"),
-        *(median(one.cpu for one in runs["ours"]), f"{max(one.peak for one in runs['ours']):.0f}"),
+        *(name, count, f"{count * each / 1e9:.3g}", least.wall, mine.wall, mine.ratio(least)),
+        *(least.less(runs[IMPORT]).wall, net, f"{net / count / each * 1e9:.3g}"),
+        *(f"{net / count / len(shapes) * 1e6:.3g}", mine.cpu, mine.peak),
     )
     if count == 2 and not is_sparse:
-        found = difference(output_of("ours", programs, outputs), paths)
-        if found.wrong:
-            raise AssertionError(f"{name}: {found}")
+        _assert_exact(name, difference(output_of(OURS, programs, outputs), paths))
     remove(folder)
     remove(outputs)
-
-
-def _sparse(folder: Path, count: int, shapes: Shapes) -> list[Path]:
-    paths = [folder / f"step_{index}.safetensors" for index in range(count)]
-    for path in paths:
-        write_sparse(path, shapes)
-    return paths

@@ -1,4 +1,4 @@
-"""Opens pickles under an audit hook, in a process of its own, and tells what happened beside reading the file.
+"""Opens pickles under an audit hook, in a process of its own, and tells what happened apart from reading the file.
 
 ``python -m system.fuzz.audited ours FOLDER`` opens every file of a folder with this package. ``standard`` lets the
 standard unpickler loose on each, in a child and a scratch folder of its own: the control. ``grammar SEED COUNT`` reads

@@ -26,7 +26,7 @@ from system.fuzz.planted import PLANTED
 from system.fuzz.targets import FILE_NAMES, Target, make_target, memory_folder
 
 SECONDS = 2.0
-MEMORY = 64 * 2**20  # beside four times the input, which is small here
+MEMORY = 64 * 2**20  # and four times the input, which is small here
 
 
 class TooSlowError(BaseException):

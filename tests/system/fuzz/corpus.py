@@ -1,7 +1,7 @@
 """Small valid inputs for each parser, cut into the pieces that a mutator works with.
 
 A seed is a list of pieces, JSON tokens or pickle operations, and a frame that puts a file around them. So an edit
-of a header or a pickle does not merely break the length in front of it or the directory behind it.
+of a header or a pickle does not merely break the length before it or the directory after it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Seed:
 
     @property
     def content(self) -> bytes:
-        """The input as it stands."""
+        """The input itself."""
         return self.frame(b"".join(self.pieces))
 
 
@@ -105,7 +105,7 @@ def _state() -> dict[bytes, bytes]:
 
 
 def checkpoint_pickle(extra: Mapping[bytes, bytes]) -> bytes:
-    """A training checkpoint, with something beside its weights."""
+    """A training checkpoint, with something next to its weights."""
     return proto(mapping({text("model"): mapping(_state()), text("epoch"): b"K\3", **extra}))
 
 
@@ -137,14 +137,14 @@ def _module() -> bytes:
 
 
 def _pickles() -> list[bytes]:
-    beside = {
+    others = {
         text("optimizer"): _groups(),
         text("keys"): called(named("builtins", "set"), listed(b"K\1", text("a"))),
         text("huge"): large(2**80),
     }
     later = b"\x8f(K\1\x8c\1a\x90\x940\x96" + struct.pack("<Q", 2) + b"ab\x94h\0C\1b\x87"
     return [
-        checkpoint_pickle(beside),
+        checkpoint_pickle(others),
         checkpoint_pickle({text("array"): array()}),
         proto(_module()),
         proto(mapping({text("w"): tensor("0", (2, 3)), text("later"): later}), 5),

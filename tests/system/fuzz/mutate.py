@@ -73,7 +73,7 @@ def _edit_pieces(rng: Random, pieces: list[bytes], tokens: Sequence[bytes]) -> N
         pieces[at] = rng.choice(tokens)
     elif way == 5:
         del pieces[at : at + rng.choice((1, 1, 2, 5))]
-    elif way == 6:  # what stands elsewhere stands here too
+    elif way == 6:  # a copy of other pieces
         begin = rng.randrange(len(pieces))
         pieces[at:at] = pieces[begin : begin + rng.choice((1, 1, 3, 10))]
     elif way == 7:

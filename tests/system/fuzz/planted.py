@@ -39,7 +39,7 @@ def trusting(content: bytes) -> bool:
 
 
 def crashing(content: bytes) -> bool:
-    """Dies where the file is shorter than it says, as an access behind the end of a map does."""
+    """Dies where the file is shorter than it says, as an access after the end of a mapping does."""
     if 8 + _length(content) > len(content):
         os.kill(os.getpid(), signal.SIGBUS)
     return True

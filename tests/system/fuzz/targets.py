@@ -92,4 +92,4 @@ def _check_inside(checkpoint: Checkpoint, tensor: TensorSpec) -> None:
     begin, nbytes = tensor.storage
     size = checkpoint.files[tensor.file].size
     if tensor.numel and not 0 <= begin <= tensor.offset <= end <= begin + nbytes <= size:
-        raise AssertionError(f"{tensor} lies outside its file of {size} bytes")
+        raise AssertionError(f"{tensor} is outside its file of {size} bytes")

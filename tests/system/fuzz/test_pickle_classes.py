@@ -1,6 +1,6 @@
 """No code of a checkpoint runs: every published way past the pickle scanners, and pickles of a grammar.
 
-Everything is opened under an audit hook, in a process of its own. Beside reading the file, nothing may be heard.
+Everything is opened under an audit hook, in a process of its own. Apart from reading the file, nothing may happen.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def around() -> dict[str, bytes]:
         "a version that is a pickle": stored_zip({**members, "a/version": LIVE, "a/byteorder": b"little"}),
         "bytes before the archive": b"\x80\x04" + evil,
         "a pickle before the archive": LIVE + evil,
-        "a pickle behind the archive": sound + LIVE,
-        "a pickle behind the pickle": proto(mapping({text("w"): array()}), 4) + LIVE,
+        "a pickle after the archive": sound + LIVE,
+        "a pickle after the pickle": proto(mapping({text("w"): array()}), 4) + LIVE,
         "a pickle before the pickle": LIVE + proto(mapping({text("w"): array()}), 4),
-        "a pickle behind the stream": streamed(b"N") + LIVE,
+        "a pickle after the stream": streamed(b"N") + LIVE,
         "a pickle for the keys of a stream": streamed(b"N").replace(proto(listed(text("0"))), LIVE),
         "a pickle for the version of a stream": streamed(b"N").replace(proto(whole(1001)), LIVE),
         "a compressed container": b"7z\xbc\xaf\x27\x1c\0\4" + evil,
@@ -98,8 +98,8 @@ def written(folder: Path, files: Mapping[str, bytes], suffix: str = "") -> dict[
 
 @pytest.mark.guarantee("no-code-runs")
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_is_heard_of_a_published_bypass(tmp_path: Path, form: str) -> None:
-    """No import, exec, process, socket, write, nor another event, and the weights beside the payload open."""
+def test_a_published_bypass_does_nothing(tmp_path: Path, form: str) -> None:
+    """No import, exec, process, socket, write, nor another event, and the weights next to the payload open."""
     files = {name: FORMS[form](payload) for name, payload in BYPASSES.items()}
     names = written(tmp_path, files, ".pickle" if form == "bare" else "")
     answers = {names[number]: answer for number, answer in audited("ours", tmp_path).items()}
@@ -112,7 +112,7 @@ def test_nothing_is_heard_of_a_published_bypass(tmp_path: Path, form: str) -> No
 
 @pytest.mark.guarantee("no-code-runs")
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".txt", ".safetensors", ".pickle", ""])
-def test_nothing_is_heard_of_a_misleading_file(tmp_path: Path, suffix: str) -> None:
+def test_a_misleading_file_does_nothing(tmp_path: Path, suffix: str) -> None:
     """A scanner chooses what to look at by names, flags and checksums; here none of them starts anything."""
     names = written(tmp_path, around(), suffix)
     answers = {names[number]: answer for number, answer in audited("ours", tmp_path).items()}
@@ -128,7 +128,7 @@ def let_loose(folder: Path, names: list[str]) -> tuple[set[str], int, set[str]]:
     return silent, sum(touched for touched, _ in answers.values()), kinds
 
 
-def test_the_standard_unpickler_does_what_some_of_them_ask(tmp_path: Path) -> None:
+def test_the_standard_unpickler_runs_some_of_them(tmp_path: Path) -> None:
     """The same hook over every seventh payload: they are live, and the tests above can fail."""
     silent, touched, kinds = let_loose(tmp_path, list(BYPASSES)[2::7])
     assert silent <= {"EXT1"}  # nobody has registered the code
@@ -138,14 +138,14 @@ def test_the_standard_unpickler_does_what_some_of_them_ask(tmp_path: Path) -> No
 
 @pytest.mark.guarantee("no-code-runs")
 @pytest.mark.campaign
-def test_the_standard_unpickler_does_what_they_ask(tmp_path: Path) -> None:
+def test_the_standard_unpickler_runs_them(tmp_path: Path) -> None:
     silent, touched, kinds = let_loose(tmp_path, list(BYPASSES))
     assert silent <= {"EXT1"}  # nobody has registered the code
     assert touched >= 60
     assert {"subprocess.Popen", "os.posix_spawn", "socket.connect", "pty.spawn"} <= kinds
 
 
-def test_nothing_is_heard_of_generated_pickles() -> None:
+def test_generated_pickles_do_nothing() -> None:
     answer = audited("grammar", 0, 500)
     assert (answer["heard"], answer["imported"]) == ({}, [])
     assert answer["accepted"] > 20
@@ -153,7 +153,7 @@ def test_nothing_is_heard_of_generated_pickles() -> None:
 
 @pytest.mark.guarantee("no-code-runs")
 @pytest.mark.campaign
-def test_nothing_is_heard_of_a_hundred_thousand_generated_pickles(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hundred_thousand_generated_pickles_do_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     answer = audited("grammar", 1, 100_000, timeout=3600)
     with capsys.disabled():
         print(f"\n{answer}")
@@ -161,7 +161,7 @@ def test_nothing_is_heard_of_a_hundred_thousand_generated_pickles(capsys: pytest
     assert answer["count"] == 100_000
 
 
-def test_the_standard_unpickler_does_what_generated_pickles_ask() -> None:
+def test_the_standard_unpickler_runs_generated_pickles() -> None:
     """The grammar reaches names and calls: most of its pickles look names up, and many call what they found."""
     answer = audited("wild", 0, 40)
     assert answer["active"] >= 30

@@ -21,6 +21,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -58,6 +59,19 @@ class Run:
 
 
 Maker = Callable[..., Run]
+
+
+def run_of(kind: str | None, *others: str) -> Callable[[Callable[..., Iterator[Saved]]], Maker]:
+    """Turns a function that writes checkpoints one after another into a maker of a run."""
+
+    def wrap(write: Callable[..., Iterator[Saved]]) -> Maker:
+        @wraps(write)
+        def make(folder: Path, *arguments: Any, **options: Any) -> Run:
+            return Run(folder, kind, list(write(folder, *arguments, **options)), frozenset(others))
+
+        return make
+
+    return wrap
 
 
 # --- weights -----------------------------------------------------------------------------------------------
@@ -150,9 +164,9 @@ def throwaway(module: str, **members: type) -> Iterator[types.ModuleType]:
 # --- one file per checkpoint -------------------------------------------------------------------------------
 
 
-def torchvision(folder: Path, *, stream: bool = False, ema: bool = True) -> Run:
+@run_of("torchvision", "checkpoint.pth")
+def torchvision(folder: Path, *, stream: bool = False, ema: bool = True) -> Iterator[Saved]:
     """references/classification/train.py: model_<epoch>.pth, and checkpoint.pth with what the last one holds."""
-    checkpoints = []
     for epoch in range(8, 11):
         model, average = net(epoch), AveragedModel(net(50 + epoch), use_buffers=True)
         average.n_averaged.fill_(32 * epoch)
@@ -169,13 +183,12 @@ def torchvision(folder: Path, *, stream: bool = False, ema: bool = True) -> Run:
         path = save(contents, folder / f"model_{epoch}.pth", stream=stream)
         save(contents, folder / "checkpoint.pth", stream=stream)
         weights = state(50 + epoch) if ema else None
-        checkpoints.append(Saved(path, state(epoch), weights, "model", epoch=epoch, learning_rate=0.1 / epoch))
-    return Run(folder, "torchvision", checkpoints, frozenset({"checkpoint.pth"}))
+        yield Saved(path, state(epoch), weights, "model", epoch=epoch, learning_rate=0.1 / epoch)
 
 
-def fairseq(folder: Path, *, stream: bool = False) -> Run:
+@run_of("fairseq", "checkpoint_best.pt", "checkpoint.best_loss_3.2150.pt", "checkpoint_last.pt")
+def fairseq(folder: Path, *, stream: bool = False) -> Iterator[Saved]:
     """fairseq/trainer.py and checkpoint_utils.py: of a moment's several names, all but the first are copies."""
-    checkpoints = []
     # At the end of an epoch the iterator already counts the next one.
     moments = [("checkpoint_11_5000.pt", 5000, 11, 11, 3.5, 420), ("checkpoint11.pt", 5100, 11, 12, 3.4, 0)]
     moments += [("checkpoint12.pt", 5610, 12, 13, 3.215, 0), ("checkpoint13.pt", 6120, 13, 14, 3.25, 0)]
@@ -203,16 +216,17 @@ def fairseq(folder: Path, *, stream: bool = False) -> Run:
             for copy in ("checkpoint_best.pt", "checkpoint.best_loss_3.2150.pt"):
                 shutil.copyfile(path, folder / copy)
         shutil.copyfile(path, folder / "checkpoint_last.pt")
-        checkpoints.append(
-            Saved(path, state(seed), state(50 + seed), "model", updates, epoch, {"val_loss": loss}, 0.0004)
-        )
-    copies = {"checkpoint_best.pt", "checkpoint.best_loss_3.2150.pt", "checkpoint_last.pt"}
-    return Run(folder, "fairseq", checkpoints, frozenset(copies))
+        yield Saved(path, state(seed), state(50 + seed), "model", updates, epoch, {"val_loss": loss}, 0.0004)
 
 
-def espnet2(folder: Path, *, stream: bool = False) -> Run:
+@run_of(
+    "ESPnet2",
+    *(f"valid.acc.{name}.pth" for name in ("ave_10best", "ave", "ave_1best", "best")),
+    "latest.pth",
+    "checkpoint.pth",
+)
+def espnet2(folder: Path, *, stream: bool = False) -> Iterator[Saved]:
     """espnet2/train/trainer.py and main_funcs/average_nbest_models.py."""
-    checkpoints = []
     accuracies = {1: 0.5, 2: 0.75, 3: 0.625, 10: 0.6875}
     stats = {
         epoch: {"train": {"loss": 2.0, "iter_time": 0.1}, "valid": {"acc": value, "loss": 3 - value}}
@@ -220,7 +234,7 @@ def espnet2(folder: Path, *, stream: bool = False) -> Run:
     }
     for epoch in accuracies:
         path = save(ordered(state(epoch)), folder / f"{epoch}epoch.pth", stream=stream)
-        checkpoints.append(Saved(path, state(epoch), None, None, epoch=epoch))
+        yield Saved(path, state(epoch), None, None, epoch=epoch)
     contents = {
         "model": ordered(state(10)),
         "reporter": {"stats": stats, "epoch": 10},
@@ -236,8 +250,6 @@ def espnet2(folder: Path, *, stream: bool = False) -> Run:
     (folder / "latest.pth").symlink_to("10epoch.pth")
     (folder / "config.yaml").write_text("accum_grad: 1\nkeep_nbest_models: 10\n")
     (folder / "train.log").write_text("")
-    others = {f"valid.acc.{name}.pth" for name in ("ave_10best", "ave", "ave_1best", "best")}
-    return Run(folder, "ESPnet2", checkpoints, frozenset(others | {"latest.pth", "checkpoint.pth"}))
 
 
 def wenet_yaml(epoch: int, step: int, loss: float, learning_rate: float, tag: str) -> str:
@@ -271,28 +283,25 @@ tag: '{tag}'
 """
 
 
-def wenet(folder: Path, *, stream: bool = False) -> Run:
+@run_of("WeNet", "avg_10.pt", "final.pt", "init.pt")
+def wenet(folder: Path, *, stream: bool = False) -> Iterator[Saved]:
     """wenet/bin/train.py: N.pt with N.yaml next to it, and an average that average_model.py made."""
     save(ordered(state(98)), folder / "init.pt", stream=stream)
     (folder / "init.yaml").write_text("accum_grad: 4\ninit_infos: {}\nsave_time: 01/02/2024 10:00:00\ntag: init\n")
     (folder / "train.yaml").write_text("accum_grad: 4\nmax_epoch: 100\n")
-    checkpoints = []
     for epoch, loss in ((8, 4.5), (9, 4.0), (10, 4.25)):
         path = save(ordered(state(epoch)), folder / f"{epoch}.pt", stream=stream)
         text = wenet_yaml(epoch, 1000 * (epoch + 1), loss, 0.001 / epoch, str(epoch))
         path.with_suffix(".yaml").write_text(text)
         metrics = {"cv_loss": loss, "loss": loss, "acc": 1 - loss / 8}
-        checkpoints.append(
-            Saved(path, state(epoch), None, None, 1000 * (epoch + 1), epoch, metrics, learning_rate=0.001 / epoch)
-        )
+        yield Saved(path, state(epoch), None, None, 1000 * (epoch + 1), epoch, metrics, learning_rate=0.001 / epoch)
     save(state(97), folder / "avg_10.pt", stream=stream)
     (folder / "final.pt").symlink_to("10.pt")
-    return Run(folder, "WeNet", checkpoints, frozenset({"avg_10.pt", "final.pt", "init.pt"}))
 
 
-def icefall(folder: Path, *, stream: bool = False) -> Run:
+@run_of("icefall", "best-valid-loss.pt", "best-train-loss.pt")
+def icefall(folder: Path, *, stream: bool = False) -> Iterator[Saved]:
     """icefall/checkpoint.py and a recipe's train.py: every parameter of the run is at the top of the file."""
-    checkpoints = []
     moments = [("epoch-1.pt", 1, 3000, 0.5), ("checkpoint-4000.pt", 2, 4000, 0.45), ("epoch-2.pt", 2, 6000, 0.4)]
     for seed, (name, epoch, batches, loss) in enumerate([*moments, ("epoch-10.pt", 10, 30000, 0.42)]):
         contents = {
@@ -312,15 +321,12 @@ def icefall(folder: Path, *, stream: bool = False) -> Run:
         if name == "epoch-2.pt":
             shutil.copyfile(path, folder / "best-valid-loss.pt")
             shutil.copyfile(path, folder / "best-train-loss.pt")
-        checkpoints.append(
-            Saved(path, state(seed), state(50 + seed), "model", batches, epoch, {"train_loss": loss}, 0.03)
-        )
-    return Run(folder, "icefall", checkpoints, frozenset({"best-valid-loss.pt", "best-train-loss.pt"}))
+        yield Saved(path, state(seed), state(50 + seed), "model", batches, epoch, {"train_loss": loss}, 0.03)
 
 
-def opennmt(folder: Path, *, stream: bool = False) -> Run:
+@run_of("OpenNMT-py")
+def opennmt(folder: Path, *, stream: bool = False) -> Iterator[Saved]:
     """onmt/models/model_saver.py: the last layer is apart, under ``generator``."""
-    checkpoints = []
     for step in (5000, 10000, 100000):
         weights = {name.replace("head.", "generator."): tensor for name, tensor in state(step // 5000).items()}
         contents = {
@@ -331,8 +337,7 @@ def opennmt(folder: Path, *, stream: bool = False) -> Run:
             "optim": {"training_step": step + 1, "decay_step": step + 1, "optimizer": adam(lr=0.0007)},
         }
         path = save(contents, folder / f"model_step_{step}.pt", stream=stream)
-        checkpoints.append(Saved(path, weights, None, "model", step, learning_rate=0.0007))
-    return Run(folder, "OpenNMT-py", checkpoints)
+        yield Saved(path, weights, None, "model", step, learning_rate=0.0007)
 
 
 def yolo(seed: int) -> nn.Module:
@@ -359,9 +364,9 @@ def yolo(seed: int) -> nn.Module:
     return made.half()
 
 
-def ultralytics(folder: Path, *, stream: bool = False, stripped: bool = False) -> Run:
+@run_of("Ultralytics", "best.pt", "last.pt")
+def ultralytics(folder: Path, *, stream: bool = False, stripped: bool = False) -> Iterator[Saved]:
     """ultralytics/engine/trainer.py: the EMA module itself, in float16; stripped: as the end of training leaves it."""
-    checkpoints = []
     for epoch, fitness in ((2, 0.25), (3, 0.5), (10, 0.375)):
         model = yolo(epoch)
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -389,8 +394,7 @@ def ultralytics(folder: Path, *, stream: bool = False, stripped: bool = False) -
             shutil.copyfile(path, folder / "best.pt")
         shutil.copyfile(path, folder / "last.pt")
         key, at, rate = ("model", None, None) if stripped else ("ema", epoch, 0.01 / epoch)
-        checkpoints.append(Saved(path, weights, None, key, None, at, {"fitness": fitness}, rate))
-    return Run(folder, "Ultralytics", checkpoints, frozenset({"best.pt", "last.pt"}))
+        yield Saved(path, weights, None, key, None, at, {"fitness": fitness}, rate)
 
 
 def history_buffer() -> type:
@@ -406,9 +410,9 @@ def history_buffer() -> type:
     return HistoryBuffer
 
 
-def mmengine(folder: Path, *, stream: bool = False, ema: bool = False, by_epoch: bool = True) -> Run:
+@run_of("mmengine", "best_coco_bbox_mAP_epoch_9.pth")
+def mmengine(folder: Path, *, stream: bool = False, ema: bool = False, by_epoch: bool = True) -> Iterator[Saved]:
     """mmengine/runner/runner.py and hooks: with EMAHook, ``state_dict`` holds the EMA weights, swapped by name."""
-    checkpoints = []
     for seed, (epoch, iteration) in enumerate(((8, 8000), (9, 9000), (12, 12000))):
         raw, average = state(seed), state(50 + seed)
         contents: dict[str, Any] = {
@@ -436,14 +440,12 @@ def mmengine(folder: Path, *, stream: bool = False, ema: bool = False, by_epoch:
                 save(lean, folder / f"best_coco_bbox_mAP_{name}", stream=stream, buffered=True)
         (folder / "last_checkpoint").write_text(f"/old/machine/work_dirs/net/{name}")
         key = "ema_state_dict" if ema else "state_dict"
-        checkpoints.append(Saved(path, raw, average if ema else None, key, iteration, epoch, {}, 0.02))
-    best = "best_coco_bbox_mAP_epoch_9.pth" if by_epoch else "best_coco_bbox_mAP_iter_9000.pth"
-    return Run(folder, "mmengine", checkpoints, frozenset({best}))
+        yield Saved(path, raw, average if ema else None, key, iteration, epoch, {}, 0.02)
 
 
-def detectron2(folder: Path, *, stream: bool = False) -> Run:
+@run_of("detectron2", "model_final.pth")
+def detectron2(folder: Path, *, stream: bool = False) -> Iterator[Saved]:
     """fvcore/common/checkpoint.py; of the last iteration there are two files."""
-    checkpoints = []
     for seed, iteration in enumerate((4999, 9999, 14999)):
         weights: dict[str, Any] = ordered(state(seed))
         contents = {
@@ -456,15 +458,14 @@ def detectron2(folder: Path, *, stream: bool = False) -> Run:
         for name in names:
             save(contents, folder / name, stream=stream, buffered=True)
             (folder / "last_checkpoint").write_text(name)
-        checkpoints.append(Saved(folder / names[0], state(seed), None, "model", iteration, learning_rate=0.02))
+        yield Saved(folder / names[0], state(seed), None, "model", iteration, learning_rate=0.02)
     (folder / "metrics.json").write_text('{"iteration": 19, "lr": 0.02, "total_loss": 2.5}\n')
     (folder / "config.yaml").write_text("MODEL:\n  WEIGHTS: ''\n")
-    return Run(folder, "detectron2", checkpoints, frozenset({"model_final.pth"}))
 
 
-def composer(folder: Path, *, stream: bool = False, ema: bool = False) -> Run:
+@run_of("Composer", "latest-rank0.pt")
+def composer(folder: Path, *, stream: bool = False, ema: bool = False) -> Iterator[Saved]:
     """composer/utils/checkpoint.py and core/state.py; its EMA algorithm swaps the weights before they are saved."""
-    checkpoints = []
     for epoch, batch in ((1, 100), (2, 200), (10, 1000)):
         raw, average = state(epoch), state(50 + epoch)
         algorithms: list[tuple[str, dict[str, Any]]] = [("LabelSmoothing", {"repr": "LabelSmoothing(0.1)"})]
@@ -505,13 +506,12 @@ def composer(folder: Path, *, stream: bool = False, ema: bool = False) -> Run:
         latest.unlink(missing_ok=True)
         latest.symlink_to(path.name)
         key = "state.model"
-        checkpoints.append(Saved(path, raw, average if ema else None, key, batch, epoch, learning_rate=0.0005))
-    return Run(folder, "Composer", checkpoints, frozenset({"latest-rank0.pt"}))
+        yield Saved(path, raw, average if ema else None, key, batch, epoch, learning_rate=0.0005)
 
 
-def tutorial(folder: Path, *, stream: bool = False) -> Run:
+@run_of(None)
+def tutorial(folder: Path, *, stream: bool = False) -> Iterator[Saved]:
     """The saving and loading tutorial of PyTorch."""
-    checkpoints = []
     for epoch in (4, 5, 10):
         contents = {
             "epoch": epoch,
@@ -520,15 +520,12 @@ def tutorial(folder: Path, *, stream: bool = False) -> Run:
             "loss": 1 / epoch,
         }
         path = save(contents, folder / f"model_{epoch}.pt", stream=stream)
-        checkpoints.append(
-            Saved(path, state(epoch), None, "model_state_dict", None, epoch, {"loss": 1 / epoch}, learning_rate=0.01)
-        )
-    return Run(folder, None, checkpoints)
+        yield Saved(path, state(epoch), None, "model_state_dict", None, epoch, {"loss": 1 / epoch}, learning_rate=0.01)
 
 
-def lightning(folder: Path, *, stream: bool = False, averaging: bool = False) -> Run:
+@run_of("Lightning", "last.ckpt")
+def lightning(folder: Path, *, stream: bool = False, averaging: bool = False) -> Iterator[Saved]:
     """lightning/pytorch: ModelCheckpoint's names and state; the callback WeightAveraging swaps the weights."""
-    checkpoints = []
     scores = {8: 0.5, 9: 0.25, 10: 0.375}
     for epoch, score in scores.items():
         raw, average = state(epoch), state(50 + epoch)
@@ -564,13 +561,12 @@ def lightning(folder: Path, *, stream: bool = False, averaging: bool = False) ->
         contents["callbacks"][callback] = {**monitor, "last_model_path": str(path)}
         save(contents, folder / "last.ckpt", stream=stream)
         key, ema = ("current_model_state", average) if averaging else ("state_dict", None)
-        checkpoints.append(Saved(path, raw, ema, key, 100 * (epoch + 1), epoch, {"val_loss": score}, 0.002))
-    return Run(folder, "Lightning", checkpoints, frozenset({"last.ckpt"}))
+        yield Saved(path, raw, ema, key, 100 * (epoch + 1), epoch, {"val_loss": score}, 0.002)
 
 
-def timm(folder: Path, *, stream: bool = False) -> Run:
+@run_of("timm", "last.pth.tar", "model_best.pth.tar")
+def timm(folder: Path, *, stream: bool = False) -> Iterator[Saved]:
     """timm/utils/checkpoint_saver.py: ``last`` and ``model_best`` are hard links; with a table of results."""
-    checkpoints = []
     rows = ["epoch,train_loss,eval_loss,eval_top1,eval_top5,lr"]
     for epoch, top1 in ((8, 70.5), (9, 72.5), (10, 71.5)):
         contents = {
@@ -589,44 +585,24 @@ def timm(folder: Path, *, stream: bool = False) -> Run:
             (folder / link).unlink(missing_ok=True)
             (folder / link).hardlink_to(path)
         rows.append(f"{epoch},1.5,{2.0 - top1 / 100},{top1},90.0,0.05")
-        checkpoints.append(
-            Saved(path, state(epoch), state(50 + epoch), "state_dict", None, epoch, {"metric": top1}, 0.05)
-        )
+        yield Saved(path, state(epoch), state(50 + epoch), "state_dict", None, epoch, {"metric": top1}, 0.05)
     (folder / "summary.csv").write_text("\n".join(rows) + "\n")
-    return Run(folder, "timm", checkpoints, frozenset({"last.pth.tar", "model_best.pth.tar"}))
 
 
-ONE_FILE: dict[str, Maker] = {
-    "Lightning": lightning,
-    "timm": timm,
-    "torchvision": torchvision,
-    "fairseq": fairseq,
-    "ESPnet2": espnet2,
-    "WeNet": wenet,
-    "icefall": icefall,
-    "OpenNMT-py": opennmt,
-    "Ultralytics": ultralytics,
-    "mmengine": mmengine,
-    "detectron2": detectron2,
-    "Composer": composer,
-    "tutorial": tutorial,
-}
-WITH_EMA: dict[str, Maker] = {
-    "Lightning": lambda folder: lightning(folder, averaging=True),
-    "timm": timm,
-    "torchvision": torchvision,
-    "fairseq": fairseq,
-    "icefall": icefall,
-    "mmengine": lambda folder: mmengine(folder, ema=True),
+_MAKERS = [lightning, timm, torchvision, fairseq, espnet2, wenet, icefall, opennmt, ultralytics, mmengine, detectron2]
+ONE_FILE: dict[str, Maker] = {make.__name__: make for make in (*_MAKERS, composer, tutorial)}
+WITH_EMA: dict[str, Maker] = {make.__name__: make for make in (timm, torchvision, fairseq, icefall)} | {
+    "lightning": partial(lightning, averaging=True),
+    "mmengine": partial(mmengine, ema=True),
 }
 
 
 # --- folders per checkpoint --------------------------------------------------------------------------------
 
 
-def deepspeed(folder: Path, *, stage: int = 2) -> Run:
+@run_of("DeepSpeed")
+def deepspeed(folder: Path, *, stage: int = 2) -> Iterator[Saved]:
     """deepspeed/runtime/engine.py: 16-bit weights under ``module``, float32 masters flat among the optimizer states."""
-    checkpoints = []
     shapes = [OrderedDict((name, tensor.shape) for name, tensor in Net().named_parameters())]
     for steps in (90, 100):
         tag = folder / f"global_step{steps}"
@@ -658,15 +634,14 @@ def deepspeed(folder: Path, *, stage: int = 2) -> Run:
             save(optimizer, tag / name)
         if stage < 3:
             save(contents, tag / "mp_rank_00_model_states.pt")
-        checkpoints.append(Saved(tag, weights, None, "module", steps))
+        yield Saved(tag, weights, None, "module", steps)
     (folder / "latest").write_text("global_step100")
     (folder / "zero_to_fp32.py").write_text("raise SystemExit('never run')\n")
-    return Run(folder, "DeepSpeed", checkpoints)
 
 
-def megatron(folder: Path, ranks: tuple[str, ...] = ("mp_rank_00",), *, nested: bool = False) -> Run:
+@run_of("Megatron")
+def megatron(folder: Path, ranks: tuple[str, ...] = ("mp_rank_00",), *, nested: bool = False) -> Iterator[Saved]:
     """megatron/training/checkpointing.py: a folder for each tensor or pipeline parallel rank."""
-    checkpoints = []
     for iteration in (90, 100):
         for rank in ranks:
             place = folder / f"iter_{iteration:07d}" / rank
@@ -687,9 +662,8 @@ def megatron(folder: Path, ranks: tuple[str, ...] = ("mp_rank_00",), *, nested: 
                 "num_floating_point_operations_so_far": 1e15,
             }
             save(contents, place / "model_optim_rng.pt")
-        checkpoints.append(Saved(folder / f"iter_{iteration:07d}", weights, None, "model", iteration))
+        yield Saved(folder / f"iter_{iteration:07d}", weights, None, "model", iteration)
     (folder / "latest_checkpointed_iteration.txt").write_text("100")
-    return Run(folder, "Megatron", checkpoints)
 
 
 def tokens(seed: int) -> dict[str, torch.Tensor]:
@@ -734,9 +708,9 @@ def write_index(folder: Path, index: object, *, stem: str = "model", suffix: str
     return path
 
 
-def hf_trainer(folder: Path, *, form: str = "model.safetensors") -> Run:
+@run_of("HF Trainer")
+def hf_trainer(folder: Path, *, form: str = "model.safetensors") -> Iterator[Saved]:
     """transformers/trainer.py: a folder for each checkpoint, training state next to the weights."""
-    checkpoints = []
     losses = {500: 2.5, 1000: 1.75, 1500: 2.0}
     for step, loss in losses.items():
         place = folder / f"checkpoint-{step}"
@@ -764,13 +738,12 @@ def hf_trainer(folder: Path, *, form: str = "model.safetensors") -> Run:
         }  # fmt: skip
         (place / "trainer_state.json").write_text(json.dumps(trainer_state, indent=2))
         metrics = {"eval_loss": loss}
-        checkpoints.append(Saved(place, weights, None, None, step, step // 500, metrics))
-    return Run(folder, "HF Trainer", checkpoints)
+        yield Saved(place, weights, None, None, step, step // 500, metrics)
 
 
-def accelerate(folder: Path) -> Run:
+@run_of("Accelerate")
+def accelerate(folder: Path) -> Iterator[Saved]:
     """accelerate/checkpointing.py: <project>/checkpoints/checkpoint_<i>, numbered by saving, without a step."""
-    checkpoints = []
     for number in (0, 1, 10):
         place = folder / f"checkpoint_{number}"
         place.mkdir()
@@ -779,8 +752,7 @@ def accelerate(folder: Path) -> Run:
         save({"last_epoch": number}, place / "scheduler.bin")
         save({"step": number}, place / "sampler.bin")
         (place / "random_states_0.pkl").write_bytes(pickle.dumps(rng()))
-        checkpoints.append(Saved(place, tokens(number)))
-    return Run(folder, "Accelerate", checkpoints)
+        yield Saved(place, tokens(number))
 
 
 def peft(folder: Path) -> State:

@@ -86,7 +86,7 @@ def test_ema_takes_the_running_average(tmp_path: Path, in_process: Command, name
     assert_same(averaged(in_process, run.folder, "--ema"), mean([saved.ema or {} for saved in run.checkpoints]))
 
 
-@pytest.mark.parametrize("name", ["ESPnet2", "WeNet", "OpenNMT-py", "detectron2", "Composer", "tutorial"])
+@pytest.mark.parametrize("name", ["espnet2", "wenet", "opennmt", "detectron2", "composer", "tutorial"])
 def test_ema_is_refused_without_a_running_average(tmp_path: Path, name: str) -> None:
     """--ema silently gives raw weights."""
     path = ONE_FILE[name](tmp_path).checkpoints[0].path

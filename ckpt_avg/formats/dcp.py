@@ -9,7 +9,8 @@ element has a file and an offset, and one process without a process group reads 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,20 +19,22 @@ from typing import Any
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, Part, TensorSpec
 from ckpt_avg.errors import fail
 from ckpt_avg.files.input_file import FileRange, InputFile
-from ckpt_avg.formats import torch_zip
+from ckpt_avg.formats import safetensors_header, torch_zip
 from ckpt_avg.formats.dcp_parts import combine_parts
+from ckpt_avg.formats.dcp_safetensors import saved_offsets
 from ckpt_avg.formats.pickles.stand_ins import Foreign, Opaque, PickledTensor, StoredTensor, safe_key
 from ckpt_avg.formats.pickles.unpickler import read_pickle
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import safe_sibling
 from ckpt_avg.formats.state_dict import find_state_dict
 from ckpt_avg.formats.tensor_names import settle_names
-from ckpt_avg.formats.torch_file import describe_ema, locate, note_without_tensor, top_keys
+from ckpt_avg.formats.torch_file import describe_ema, locate, note_without_weights, top_keys
 from ckpt_avg.formats.trainers.torch_dcp import METADATA
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, plural, quote
 
-_OPTIMIZER = ("optim", "optimizer", "optimizers")
+# Names of optimizers in flat names: optimizer.state.exp_avg.…, chained_0.optimizer.… (Megatron-Core).
+_OPTIMIZER = re.compile(r"((?:chained_\d+\.)?optim(?:izers?)?[\d_]*)\.(.+)", re.DOTALL)
 _AGAIN = "Save or copy the checkpoint again"
 
 
@@ -71,34 +74,59 @@ def open_dcp(folder: Path, path: Path, reading: Reading) -> Checkpoint:
     found = find_state_dict(contents, path, reading)
     chosen = {name: tensor for name, tensor in found.tensors.items() if isinstance(tensor, _Distributed)}
     names = settle_names(chosen, reading.strip_prefix, path, found.trainer)
-    files: dict[str, tuple[int, InputFile]] = {}
-    archives: dict[_Stored, TensorSpec] = {}  # each is read once, however often the metadata names it
     with ExitStack() as on_error:
-
-        def part_of(stored: _Stored, name: str) -> TensorSpec:
-            if stored.file not in files:
-                file = safe_sibling(folder, stored.file, str(where))
-                files[stored.file] = (len(files), on_error.enter_context(InputFile(file)))
-            if stored not in archives:
-                archives[stored] = _read_part(*files[stored.file], stored, name)
-            return archives[stored]
-
+        parts = _Parts(folder, on_error)
         _check_present(folder, chosen, storage)
-        combined = {new: _combine(new, chosen[old], storage, part_of, folder) for old, new in names.renamed.items()}
+        combined = {new: _combine(new, chosen[old], storage, parts, folder) for old, new in names.renamed.items()}
         spec = names.make_spec(
             path,
             "torch DCP",
             combined,
             kind="torch DCP",
             averaged=names.averaged or describe_ema(found),
-            notes=(*found.notes, *note_without_tensor(found.others)),
+            notes=(*found.notes, *note_without_weights(found.others)),
             keys=top_keys(contents, found.key),
             state_key=found.key,
-            metadata={"files": len(files)},
+            metadata={"files": len(parts.files)},
             digest=digest,
         )
         on_error.pop_all()
-        return Checkpoint(spec, [file for _, file in files.values()])
+        return Checkpoint(spec, parts.files)
+
+
+class _Parts:
+    """Where the stored parts of tensors are. Each archive is read once, however often the metadata names it."""
+
+    def __init__(self, folder: Path, on_error: ExitStack) -> None:
+        self._folder, self._on_error = folder, on_error
+        self._files: dict[str, tuple[int, InputFile]] = {}
+        self._archives: dict[tuple[str, int, int], TensorSpec] = {}
+        self._tables: dict[tuple[str, int], Mapping[str, Part]] = {}
+
+    @property
+    def files(self) -> list[InputFile]:
+        """The files, in the order of their numbers."""
+        return [file for _, file in self._files.values()]
+
+    def locate(self, stored: _Stored, tensor: str, starts: tuple[int, ...]) -> TensorSpec:
+        """Returns where the part of a tensor that begins at ``starts`` is."""
+        if stored.file not in self._files:
+            path = safe_sibling(self._folder, stored.file, str(self._folder / METADATA))
+            self._files[stored.file] = (len(self._files), self._on_error.enter_context(InputFile(path)))
+        number, file = self._files[stored.file]
+        where, archive = (stored.file, stored.offset), (stored.file, stored.offset, stored.length)
+        if where not in self._tables and archive not in self._archives:
+            rest = FileRange(file, stored.offset, max(file.size - stored.offset, 0))
+            if safetensors_header.matches(rest.read(0, min(rest.size, 16))):
+                self._tables[where] = _read_safetensors(rest, number)
+            else:
+                self._archives[archive] = _read_archive(FileRange(file, stored.offset, stored.length), number, tensor)
+        if where not in self._tables:
+            return self._archives[archive]
+        part = self._tables[where].get(tensor)
+        if part is None or part.starts != starts:
+            fail(file.path, f"its safetensors data lacks the part at {quote(starts)}", _AGAIN, tensor=tensor)
+        return part.tensor
 
 
 def _read_metadata(path: Path) -> tuple[Mapping[str, Any], str]:
@@ -168,19 +196,20 @@ def _storage(metadata: Mapping[str, Any], where: Path) -> _Storage:
 def _nested(metadata: Mapping[str, Any], tensors: Mapping[str, _Distributed | None], where: Path) -> dict[object, Any]:
     """Returns the state dict as it was before DCP flattened it.
 
-    ``planner_data`` has the path of each name. Without it, names are taken for nested if they all begin with
-    ``model.``, except those of an optimizer.
+    ``planner_data`` has the path of each name. Without it, names that begin with an optimizer's name are its state. If
+    all others begin with ``model.``, that is the key of the weights.
     """
     planner = metadata.get("planner_data")
     paths: dict[str, tuple[object, ...]] = {}
     for name in tensors:
         path = planner.get(name) if isinstance(planner, dict) else None
         paths[name] = path if isinstance(path, tuple) and 0 < len(path) <= LIMITS.rank else (name,)
-    if all(len(path) == 1 for path in paths.values()):
-        first = {name: name.partition(".")[0] for name in tensors}
-        outer = {word for word in first.values() if word.rstrip("_0123456789") not in _OPTIMIZER}
-        if outer == {"model"} and all("." in name for name in tensors):
-            paths = {name: (word, name[len(word) + 1 :]) for name, word in first.items()}
+    if all(path == (name,) for name, path in paths.items()):
+        optimizers = {name: match.groups() for name in tensors if (match := _OPTIMIZER.fullmatch(name))}
+        weights = [name for name in tensors if name not in optimizers]
+        inside = all(name.startswith("model.") for name in weights)
+        paths = {name: ("model", name.removeprefix("model.")) if inside else (name,) for name in weights}
+        paths |= optimizers
     root: dict[object, Any] = {}
     for name, path in paths.items():
         target = root
@@ -208,22 +237,32 @@ def _check_present(folder: Path, chosen: Mapping[str, _Distributed], storage: _S
         fail(folder, problem, "Copy those of every rank")
 
 
-def _read_part(index: int, file: InputFile, stored: _Stored, name: str) -> TensorSpec:
+def _read_archive(archive: FileRange, file: int, name: str) -> TensorSpec:
     """Returns where the one tensor of an archive inside a file is: a part of the tensor of that name."""
-    archive = FileRange(file, stored.offset, stored.length)
     contents = torch_zip.read_contents(archive, is_part=True)
     if not isinstance(contents.objects, StoredTensor):
-        problem = f"expected a plain tensor in {quote(stored.file)}, got another object at byte {stored.offset:,}"
-        fail(file.path, problem, "Save it as a plain tensor")
-    part = locate(file.path, name, contents.objects, contents)
-    begin, nbytes = part.storage
-    storage = (begin + archive.begin, nbytes)
-    return replace(part, name="", file=index, offset=part.offset + archive.begin, storage=storage)
+        path = archive.path
+        problem = f"expected a plain tensor in {quote(path.name)}, got another object at byte {archive.begin:,}"
+        fail(path, problem, "Save it as a plain tensor")
+    return _shifted(locate(archive.path, name, contents.objects, contents), archive.begin, file)
 
 
-def _combine(
-    name: str, tensor: _Distributed, storage: _Storage, part_of: Callable[[_Stored, str], TensorSpec], folder: Path
-) -> TensorSpec:
+def _read_safetensors(data: FileRange, file: int) -> Mapping[str, Part]:
+    """Returns the parts of tensors that SerializationFormat.SAFETENSORS puts at the end of a file."""
+    tensors, metadata = safetensors_header.parse_header(data, safetensors_header.read_header(data))
+    starts = saved_offsets(data.path, metadata)
+    return {
+        name: Part(starts.get(name, (0,) * len(tensor.shape)), _shifted(tensor, data.begin, file))
+        for name, tensor in tensors.items()
+    }
+
+
+def _shifted(part: TensorSpec, begin: int, file: int) -> TensorSpec:
+    storage = (part.storage[0] + begin, part.storage[1])
+    return replace(part, name="", file=file, offset=part.offset + begin, storage=storage)
+
+
+def _combine(name: str, tensor: _Distributed, storage: _Storage, stored_parts: _Parts, folder: Path) -> TensorSpec:
     if tensor.dtype is None:
         fail(folder, "expected a dtype of safetensors, got another", "Save it in a common dtype", tensor=name)
     parts = []
@@ -235,7 +274,7 @@ def _combine(
             stored = storage.get((tensor.name, None))
         if stored is None:
             fail(folder, f"the part at {quote(starts)} is not stored anywhere", "Save it again", tensor=name)
-        part = part_of(stored, name)
+        part = stored_parts.locate(stored, tensor.name, starts)
         if part.shape != sizes or part.dtype != tensor.dtype:
             expected = f"expected {tensor.dtype.name} {quote(sizes)} in {quote(stored.file)}"
             fail(folder, f"{expected}, got {part.dtype.name} {quote(part.shape)}", _AGAIN, tensor=name)

@@ -44,7 +44,7 @@ def open_dcp_safetensors(shards: Sequence[Path], path: Path, reading: Reading) -
             header = read_header(files[-1])
             digest.update(hashlib.sha256(header).digest())
             tensors, metadata = parse_header(files[-1], header)
-            offsets = _offsets(shard, metadata)
+            offsets = saved_offsets(shard, metadata)
             for name, tensor in tensors.items():
                 dtype = first.setdefault(name, tensor).dtype
                 starts = offsets.get(name, (0,) * len(tensor.shape))
@@ -73,7 +73,8 @@ def open_dcp_safetensors(shards: Sequence[Path], path: Path, reading: Reading) -
         return Checkpoint(spec, files)
 
 
-def _offsets(shard: Path, metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+def saved_offsets(shard: Path, metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Returns where the parts in a shard begin, by tensor name."""
     where = f"{shard}: {DCP_SHARDING}"
     try:
         parsed: Any = json.loads(metadata.get(DCP_SHARDING, "{}"))

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from ckpt_avg.checkpoint.spec import DTYPES, SUB_BYTE_DTYPES, TensorSpec, contiguous_stride
 from ckpt_avg.errors import fail
-from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.files.input_file import Readable
 from ckpt_avg.formats.tensor_names import check_name, is_text
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, plural, quote
@@ -27,7 +27,7 @@ def matches(head: bytes) -> bool:
     return len(head) >= 9 and head[8:9] == b"{"
 
 
-def read_header(file: InputFile) -> bytes:
+def read_header(file: Readable) -> bytes:
     """Returns the JSON of the header, unparsed.
 
     Raises:
@@ -51,7 +51,7 @@ def read_header(file: InputFile) -> bytes:
     return header
 
 
-def parse_header(file: InputFile, header: bytes) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+def parse_header(file: Readable, header: bytes) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """Returns the tensors by name, in the order of the header, and ``__metadata__``.
 
     Raises:
@@ -68,7 +68,7 @@ def parse_header(file: InputFile, header: bytes) -> tuple[dict[str, TensorSpec],
     return {name: by_name[name] for name in entries}, metadata
 
 
-def _parse(file: InputFile, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+def _parse(file: Readable, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         parsed = json.loads(
             header.decode("utf-8"),
@@ -120,7 +120,7 @@ def _plain_integer(text: str) -> int | _NoSize:
     return int(text) if len(text) <= 20 and text != "-0" else _NoSize(text)
 
 
-def _tensor(file: InputFile, name: str, entry: Any, data_start: int) -> TensorSpec:
+def _tensor(file: Readable, name: str, entry: Any, data_start: int) -> TensorSpec:
     path = file.path
     check_name(name, path)
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
@@ -155,7 +155,7 @@ def _sizes(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
 
 
-def _check_no_gaps(file: InputFile, ordered: Iterable[TensorSpec], data_start: int) -> None:
+def _check_no_gaps(file: Readable, ordered: Iterable[TensorSpec], data_start: int) -> None:
     position: int = data_start
     before: TensorSpec | None = None
     for tensor in ordered:

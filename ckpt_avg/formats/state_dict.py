@@ -2,22 +2,24 @@
 
 In order: the key that the user names; the key where the file's trainer stores it (`Trainer.layouts`); a key that many
 scripts use; the file itself, if its values are tensors; the only other dict of named tensors. If several remain, the
-error lists them. A pickled module counts as its state dict.
+error lists them. A pickled module counts as its state dict. Training state is never weights.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ckpt_avg.errors import CheckpointFormatError, NoWeightsError, fail
+from ckpt_avg.formats.pickles.mappings import Attributes
 from ckpt_avg.formats.pickles.nn_modules import is_module, module_tensors
 from ckpt_avg.formats.pickles.stand_ins import Foreign, PickledTensor, UnreadableTensor
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.formats.trainers.any_script import EMA_KEYS, RAW_KEYS, TRAINING_STATE
+from ckpt_avg.formats.trainers.any_script import EMA_KEYS, RAW_KEYS, RNG_STATE, is_training_state
+from ckpt_avg.formats.trainers.ema_pytorch import separate_models
 from ckpt_avg.formats.trainers.records import recognise
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
@@ -40,7 +42,7 @@ class StateDict:
         others: its names without a tensor.
         trainer: the trainer whose layout the file has.
         ema: whether it is a running average of weights.
-        notes: how it was chosen.
+        notes: how it was chosen, and what was skipped.
     """
 
     key: str | None
@@ -57,6 +59,8 @@ def find_state_dict(root: object, path: Path, reading: Reading) -> StateDict:
     Raises:
         CheckpointFormatError: there is none, or several candidates, or it holds tensors without plain elements.
     """
+    for value in (root, *(root.values() if isinstance(root, dict) else ())):
+        separate_models(value)
     contents = Contents(root)
     trainer, layout = recognise(contents) or (None, None)
     if (key := reading.state_key) is not None:
@@ -77,27 +81,46 @@ def _search(
             return _choose(contents, path, reading, raw, ema, trainer, layout)
     if is_module(root) and not reading.ema:
         note = "the file is a pickled module: its tensors have the names of its state_dict()"
-        return replace(_state_dict(root, path, None), notes=(note,))
+        return _with_note(_state_dict(root, path, None), note)
     if isinstance(root, Foreign) and not is_module(root):
-        raise NoWeightsError(f"{path}: {_pickled(root)}")
+        raise NoWeightsError(f"{path}: {_pickled(root.described())}")
     raw, ema = _those_that_hold(contents, RAW_KEYS), _those_that_hold(contents, _EMA_KEYS)
     ema = ema or _those_that_hold(contents, [key for key in _top(root) if "ema" in key.lower().split("_")])
+    candidates = _candidates(root)
+    if ema and not raw and not reading.ema and candidates[:1] != [()]:
+        others = [key for key in map(".".join, candidates) if key not in ema]
+        if len(others) > 1 or (others and not _share_names(contents, others[0], ema[0])):
+            raise CheckpointFormatError(f"{path}: {_no_choice(contents, [*others, *ema])}")
+        raw = others
+    if candidates[:1] == [()] and not raw and not reading.ema:
+        return _state_dict(root, path, None)
     if len(raw) <= 1 and len(ema) <= 1 and (raw or ema):
         return _choose(contents, path, reading, raw, ema)
-    candidates = _candidates(root)
     if not raw and not ema:
         if reading.ema:
             raise CheckpointFormatError(f"{path}: {_no_ema(root)}")
-        if candidates[:1] == [()]:
-            return _state_dict(root, path, None)
         if len(candidates) == 1:
             key = ".".join(candidates[0])
             note = f"the weights are under {quote(key)}, the only dict of named tensors"
-            return replace(_state_dict(_walk(root, path, key), path, key), notes=(note,))
+            return _with_note(_state_dict(_walk(root, path, key), path, key), note)
     if not raw and not ema and not candidates:
         raise NoWeightsError(f"{path}: {_no_choice(contents, ())}")
     several = ema if reading.ema else raw or ema
-    raise CheckpointFormatError(f"{path}: {_no_choice(contents, [(key,) for key in several] or candidates)}")
+    raise CheckpointFormatError(f"{path}: {_no_choice(contents, several or list(map('.'.join, candidates)))}")
+
+
+def _with_note(found: StateDict, note: str) -> StateDict:
+    return replace(found, notes=(note, *found.notes))
+
+
+def _share_names(contents: Contents, *keys: str) -> bool:
+    """Whether two state dicts have a name in common, under wrappers or not."""
+    first, second = ({str(name).removeprefix("module.") for name in _names(contents.get(key))} for key in keys)
+    return bool(first & second)
+
+
+def _names(value: object) -> Iterable[object]:
+    return module_tensors(value) if isinstance(value, Foreign) else value if isinstance(value, dict) else ()
 
 
 def _choose(
@@ -112,26 +135,24 @@ def _choose(
     """Takes the raw weights or their running average, as asked, and notes which, if there are both."""
     if reading.ema and not ema:
         raise CheckpointFormatError(f"{path}: {_no_ema(contents.root)}")
-    notes: list[str] = []
     key = ema[0] if reading.ema or not raw else raw[0]
-    if raw and ema:
-        if reading.ema:
-            notes.append(
-                f"read the EMA weights under {quote(key)}; without --ema, the raw weights under {quote(raw[0])}"
-            )
-        else:
-            notes.append(f"read the raw weights under {quote(key)}; with --ema, the EMA weights under {quote(ema[0])}")
-    elif not raw:
-        notes.append(f"there are only EMA weights, under {quote(key)}")
     found = _state_dict(contents.get(key), path, key)
     tensors = dict(found.tensors)
     also = layout.also if layout else {}
+    used = {each.partition(".")[0] for each in (key, *raw, *ema, *also)}
+    others = [name for name in _top(contents.root) if name not in used and _holds(contents, name)]
+    notes = list(found.notes)
+    if raw and ema and reading.ema:
+        notes.append(f"read the EMA weights under {quote(key)}; without --ema, the raw weights under {quote(raw[0])}")
+    elif raw and ema:
+        notes.append(f"read the raw weights under {quote(key)}; with --ema, the EMA weights under {quote(ema[0])}")
+    elif not raw:
+        notes.append(f"{'read the' if others else 'there are only'} EMA weights, under {quote(key)}")
     for inner, prefix in also.items():
         part = _state_dict(contents.get(inner), path, inner)
         tensors.update({f"{prefix}{name}": tensor for name, tensor in part.tensors.items()})
         notes.append(f"the tensors under {quote(inner)} get the prefix {prefix}, as in the whole model")
-    taken = {key, *raw, *ema, *also}
-    if others := [name for name in _top(contents.root) if name not in taken and _holds(contents, name)]:
+    if others:
         notes.append(f"there are other state dicts: {listing(map(quote, others))} (choose one with --state-key)")
     if trainer and trainer.note:
         notes.append(trainer.note)
@@ -140,8 +161,8 @@ def _choose(
 
 def _top(root: object) -> list[str]:
     """Returns the keys at the top that may lead to weights."""
-    keys = root if isinstance(root, dict) else ()
-    return [key for key in keys if isinstance(key, str) and not TRAINING_STATE.search(key)]
+    items = root.items() if isinstance(root, dict) else ()
+    return [key for key, value in items if isinstance(key, str) and not is_training_state(key, value)]
 
 
 def _holds(contents: Contents, key: str) -> bool:
@@ -214,7 +235,7 @@ def _state_dict(value: object, path: Path, key: str | None) -> StateDict:
     where = f"{path}: {'the file' if key is None else f'key {quote(key)}'}"
     if isinstance(value, Foreign):
         if not is_module(value):
-            raise CheckpointFormatError(f"{where}: {_pickled(value)}")
+            raise CheckpointFormatError(f"{where}: {_pickled(value.described())}")
         try:
             value = module_tensors(value)
         except CheckpointFormatError as error:
@@ -225,16 +246,18 @@ def _state_dict(value: object, path: Path, key: str | None) -> StateDict:
     others: list[str] = []
     looked_at: set[int] = set()
     for name, item in value.items():
+        if isinstance(name, str) and _is_skipped(name, item, at_top=key is None):
+            others.append(name)
+            continue
         if isinstance(item, UnreadableTensor):
             fail(where, f"expected a plain tensor, got {item.kind}", f"{item.advice} and run again", tensor=name)
-        if isinstance(item, dict) and _candidates(item, looked_at):
+        if isinstance(item, dict) and not isinstance(item, Attributes) and _candidates(item, looked_at):
             raise CheckpointFormatError(
                 f"{where}: expected names and tensors, got another dict of tensors under {quote(name)}. "
                 f"Choose one part with --state-key {argument(f'{key}.{name}' if key else str(name))}."
             )
-        is_training_state = isinstance(name, str) and TRAINING_STATE.search(name)
-        if not isinstance(item, PickledTensor) and not is_training_state and _hides_tensors(item):
-            kind = item.described() if isinstance(item, Foreign) else type(item).__name__
+        if not isinstance(item, PickledTensor) and _hides_tensors(item):
+            kind = _class_of(item) or type(item).__name__
             raise CheckpointFormatError(
                 f"{where}: {quote(name)}: expected a plain tensor, got tensors inside a {kind}. Save "
                 "model.state_dict(), whose values are plain tensors."
@@ -250,6 +273,14 @@ def _state_dict(value: object, path: Path, key: str | None) -> StateDict:
     return StateDict(key, tensors, tuple(others))
 
 
+def _is_skipped(name: str, item: object, *, at_top: bool) -> bool:
+    """Whether an entry of a state dict is training state; a tensor only if it can be the state of a generator."""
+    if isinstance(item, PickledTensor):
+        dtype = getattr(item, "dtype", None)
+        return at_top and bool(RNG_STATE.fullmatch(name)) and (dtype is None or dtype.name == "U8")
+    return is_training_state(name, item)
+
+
 def _hides_tensors(item: object) -> bool:
     """Whether a list, a tuple or an object holds a tensor, near its top."""
     found: list[object] = [item]
@@ -260,31 +291,38 @@ def _hides_tensors(item: object) -> bool:
             found += [value.state, *value.arguments[:100]]
         elif isinstance(value, (list, tuple)):
             found += value[:100]
-        elif isinstance(value, dict) and value is not item:
+        elif isinstance(value, dict) and (value is not item or isinstance(value, Attributes)):
             found += itertools.islice(value.values(), 100)
     return False
 
 
-def _pickled(value: Foreign) -> str:
+def _pickled(described: str) -> str:
     return (
-        f"expected a state dict, got a pickled object of class {value.described()!r}. In a trusted environment, "
-        "load it and save model.state_dict() instead."
+        f"expected a state dict, got a pickled object of class {described!r}. In a trusted environment, load it and "
+        "save model.state_dict() instead."
     )
+
+
+def _class_of(value: object) -> str:
+    """Returns the class of a pickled object, also of one that is read as a dict; empty for other values."""
+    return value.described if isinstance(value, Attributes) else value.described() if isinstance(value, Foreign) else ""
 
 
 def _no_ema(root: object) -> str:
     return f"--ema: expected EMA weights (under {', '.join(EMA_KEYS[:5])}, …), got {_contents(root)}. Omit --ema."
 
 
-def _no_choice(contents: Contents, candidates: Sequence[tuple[str, ...]]) -> str:
+def _no_choice(contents: Contents, candidates: Sequence[str]) -> str:
     if candidates:
         return (
-            f"expected one state dict, got several: {listing(quote('.'.join(keys)) for keys in candidates)}. "
-            f"Choose one with --state-key, for example --state-key {argument('.'.join(candidates[0]))}."
+            f"expected one state dict, got several: {listing(map(quote, candidates))}. "
+            f"Choose one with --state-key, for example --state-key {argument(candidates[0])}."
         )
     for key in RAW_KEYS:
-        if isinstance(inner := contents.get(key), Foreign):
-            return f"key {quote(key)}: {_pickled(inner)}"
+        if described := _class_of(contents.get(key)):
+            return f"key {quote(key)}: {_pickled(described)}"
+    if described := _class_of(contents.root):
+        return _pickled(described)
     return (
         f"expected a state dict, got {_contents(contents.root)}, which holds no named tensors. Save model.state_dict()."
     )

@@ -68,7 +68,7 @@ def open_torch_file(
         form,
         tensors,
         averaged=names.averaged or describe_ema(found),
-        notes=(*found.notes, *note_without_tensor(found.others)),
+        notes=(*found.notes, *note_without_weights(found.others)),
         keys=top_keys(contents.objects, found.key),
         state_key=found.key,
         record=record_of(Contents(_beside(contents.objects, found), scalar), found.trainer),
@@ -112,11 +112,11 @@ def locate(path: Path, name: str, tensor: StoredTensor, contents: FileContents) 
     return spec
 
 
-def note_without_tensor(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns a note on the entries of a state dict that are not tensors, if there are any."""
+def note_without_weights(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns a note on the entries of a state dict that are not weights, if there are any."""
     if not names:
         return ()
-    return (f"{plural(len(names), 'entry')} without a tensor skipped: {listing(map(quote, names))}",)
+    return (f"{plural(len(names), 'entry')} without weights skipped: {listing(map(quote, names))}",)
 
 
 def _beside(contents: object, found: StateDict) -> object:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ckpt_avg.errors import fail
 from ckpt_avg.files.input_file import Readable
+from ckpt_avg.formats.pickles.mappings import with_dicts
 from ckpt_avg.formats.pickles.stand_ins import StorageRef, UnreadableTensor
 from ckpt_avg.formats.pickles.unpickler import read_next_pickle
 from ckpt_avg.formats.torch_file import ByteRange, FileContents
@@ -51,7 +52,7 @@ def read_contents(file: Readable) -> FileContents:
     keys, _ = read_next_pickle(source, where)
     position = source.tell()
     digest = hashlib.sha256(file.read(0, position)).hexdigest()
-    return FileContents(contents, _locate_storages(file, keys, storages, position).get, digest)
+    return FileContents(with_dicts(contents), _locate_storages(file, keys, storages, position).get, digest)
 
 
 class _Start(io.RawIOBase):

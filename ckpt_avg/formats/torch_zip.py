@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from ckpt_avg.errors import fail
 from ckpt_avg.files.input_file import Readable
+from ckpt_avg.formats.pickles.mappings import with_dicts
 from ckpt_avg.formats.pickles.unpickler import read_pickle
 from ckpt_avg.formats.torch_file import ByteRange, FileContents
 from ckpt_avg.formats.zip_directory import Member, read_members
@@ -44,7 +45,8 @@ def read_contents(file: Readable, *, is_part: bool = False) -> FileContents:
         return (member.offset, member.size) if member else None
 
     pickle = file.read(record.offset, record.size)
-    return FileContents(read_pickle(pickle, str(file.path)), storage, hashlib.sha256(pickle).hexdigest())
+    objects = with_dicts(read_pickle(pickle, str(file.path)))
+    return FileContents(objects, storage, hashlib.sha256(pickle).hexdigest())
 
 
 def _root(file: Readable, members: Mapping[str, Member]) -> str:

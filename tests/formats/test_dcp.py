@@ -55,7 +55,7 @@ def test_a_flat_state_dict(tmp_path: Path) -> None:
     assert_same(read(save(dict(state), tmp_path / "c")), dict(state))
 
 
-def test_weights_under_a_key_with_an_optimizer_beside_them(tmp_path: Path) -> None:
+def test_weights_under_a_key_with_an_optimizer(tmp_path: Path) -> None:
     """Moments of the optimizer are no weights, however their names look."""
     net = model()
     optimizer = torch.optim.AdamW(net[2].parameters())
@@ -81,7 +81,7 @@ def test_nested_dicts_keep_their_names(tmp_path: Path) -> None:
     assert_same(read(folder), inner)
 
 
-def test_several_state_dicts_are_told_apart_by_their_key(tmp_path: Path) -> None:
+def test_several_state_dicts_are_listed_and_each_can_be_chosen(tmp_path: Path) -> None:
     contents = {"generator": {"w": torch.ones(2)}, "critic": {"w": torch.zeros(3)}}
     folder = save(contents, tmp_path / "c")
     message = refusal(folder)
@@ -98,7 +98,7 @@ def test_names_that_begin_with_model_need_no_planner_data(tmp_path: Path) -> Non
     assert_same(read(save({f"model.{name}": value for name, value in state.items()}, tmp_path / "c")), dict(state))
 
 
-def test_wrappers_come_off(tmp_path: Path) -> None:
+def test_prefixes_of_wrappers_are_stripped(tmp_path: Path) -> None:
     state = model().state_dict()
     folder = save({"model": {f"_orig_mod.{name}": value for name, value in state.items()}}, tmp_path / "c")
     with open_checkpoint(folder) as checkpoint:
@@ -145,6 +145,90 @@ def test_a_parameter_is_a_tensor(tmp_path: Path) -> None:
 
 def test_only_objects_are_no_weights(tmp_path: Path) -> None:
     assert "holds no named tensors" in refusal(save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "c"))
+
+
+# --- training state next to weights at the root ---
+
+WEIGHTS = {"tok_embeddings.weight": torch.arange(8.0).view(4, 2), "layers.0.upsampler.w": torch.ones(2)}
+TORCHTITAN = {
+    "optimizer": {
+        "state.layers.0.w.exp_avg": torch.rand(2),
+        "state.layers.0.w.step": torch.tensor(5.0),
+        "param_groups.layers.0.w.lr": 1e-4,
+    },
+    "lr_scheduler": {"last_epoch": 5},
+    "train_state": {"step": torch.tensor(5)},
+    "dataloader": {"world_size": 1},
+}
+MEGATRON = {
+    "chained_0.optimizer.state.fp32_param.layers.0.w": torch.rand(2),
+    "optimizer.state.exp_avg.module.layers.0.w": torch.rand(2),
+    "optimizer.state.step": torch.tensor(5),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    ("training", "skipped"),
+    [
+        (TORCHTITAN, "4 entries without weights skipped: 'optimizer', 'lr_scheduler', 'train_state', 'dataloader'"),
+        (MEGATRON, "2 entries without weights skipped: 'chained_0.optimizer', 'optimizer'"),
+    ],
+    ids=["torchtitan", "Megatron-Core and NeMo"],
+)
+def test_training_state_next_to_weights_at_the_root_is_skipped(
+    tmp_path: Path, training: dict[str, Any], skipped: str, prefix: str
+) -> None:
+    """Otherwise moments of Adam are averaged, or the whole checkpoint is refused."""
+    folder = save({**{prefix + name: value for name, value in WEIGHTS.items()}, **training}, tmp_path / "c")
+    assert_same(read(folder), WEIGHTS)
+    with open_checkpoint(folder) as checkpoint:
+        assert (checkpoint.spec.state_key, checkpoint.spec.prefix) == (None, prefix)
+        assert skipped in checkpoint.spec.notes
+
+
+# --- parts as safetensors ---
+
+
+def save_as_safetensors(contents: dict[str, Any], folder: Path, threads: int = 1) -> Path:
+    filesystem = pytest.importorskip("torch.distributed.checkpoint.filesystem")
+    if not hasattr(filesystem, "SerializationFormat"):
+        pytest.skip("torch is too old")
+    form = filesystem.SerializationFormat.SAFETENSORS
+    writer = filesystem.FileSystemWriter(folder, serialization_format=form, thread_count=threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(contents, storage_writer=writer, no_dist=True)
+    return folder
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_parts_as_safetensors(tmp_path: Path, threads: int) -> None:
+    """Which torch itself writes and cannot load: each file has one safetensors file after its other objects."""
+    weights = {
+        "w": torch.arange(6.0).view(2, 3),
+        "half": torch.ones(2).half(),
+        "none": torch.empty(0, 3),
+        "n": torch.tensor(2),
+    }
+    contents = {"model": weights, "epoch": 3, "args": "x" * 5000, "optimizer": {"exp_avg": torch.rand(9)}}
+    assert_same(read(save_as_safetensors(contents, tmp_path / "c", threads)), weights)
+
+
+def test_a_part_that_its_safetensors_lack_is_refused(tmp_path: Path) -> None:
+    """A second part of a tensor in one file replaces the first: it must not count for both."""
+    folder = save_as_safetensors({"w": torch.arange(6.0).view(2, 3)}, tmp_path / "c")
+
+    def change(metadata: Any) -> None:
+        _, info = entry(metadata, "w")
+        second = MetadataIndex("w", torch.Size([2, 0]), 1)
+        metadata.storage_data[second] = info
+        described = metadata.state_dict_metadata["w"]
+        described.size = torch.Size([4, 3])
+        described.chunks = [chunk((0, 0), (2, 3)), chunk((2, 0), (2, 3))]
+
+    edit(folder, change)
+    assert "tensor 'w': its safetensors data lacks the part at (2, 0)" in refusal(folder)
 
 
 # --- folders that are not whole ----------------------------------------------------------------------------
@@ -306,7 +390,7 @@ def test_metadata_that_does_not_fit_the_files_is_refused(tmp_path: Path, lie: st
     assert fact in refusal(folder)
 
 
-def test_two_names_of_one_place_do_not_lose_a_tensor(tmp_path: Path) -> None:
+def test_two_names_of_one_path_are_refused(tmp_path: Path) -> None:
     """The planner's data says where names stood: it must not put one over the other, nor a dict over a tensor."""
     folder = save({"a": torch.zeros(2), "b": torch.ones(2), "c": torch.ones(3)}, tmp_path / "c")
     for paths, other in (
@@ -464,7 +548,7 @@ def test_what_torch_itself_writes_in_this_layout(tmp_path: Path) -> None:
     assert_same(read(tmp_path / "c"), state)
 
 
-def test_wrappers_come_off_safetensors_shards(tmp_path: Path) -> None:
+def test_prefixes_are_stripped_from_safetensors_shards(tmp_path: Path) -> None:
     folder = write_shards(
         tmp_path / "c",
         {"module.w": (WHOLE[:2], (0, 0))},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from ckpt_avg.formats.pickles.stand_ins import Foreign, PlainDict, StorageRef, S
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.state_dict import find_state_dict
 from ckpt_avg.formats.torch_file import plain_values
+from ckpt_avg.formats.trainers.any_script import RAW_KEYS
 
 PATH = Path("run/epoch_3.pt")
 F32 = DTYPES["F32"]
 W = StoredTensor(StorageRef("0", F32, 2), F32, 0, (2,), (1,))
 B = StoredTensor(StorageRef("1", F32, 2), F32, 0, (2,), (1,))
+RNG = StoredTensor(StorageRef("2", DTYPES["U8"], 5056), DTYPES["U8"], 0, (5056,), (1,))
 SPARSE = UnreadableTensor("a sparse tensor")
 
 
@@ -68,7 +71,19 @@ def refusal(root: object, key: str | None = None, *, kind: type[CheckpointFormat
             "weights_of_it",
             ["w"],
         ),
-        # names like the wrapper keys are tensors where they are tensors
+        # training state next to tensors
+        ({"w": W, "optimizer": {"state": {0: {"exp_avg": B}}, "exp_avg": {"w": B}}, "rng_state": RNG}, None, ["w"]),
+        (
+            {"w": W, "opt": {"state": {"w": {"exp_avg": B}}, "param_groups": []}, "train_state": {"step": B}},
+            None,
+            ["w"],
+        ),
+        ({"w": W, "cuda_rng_state": [RNG], "random_states_0": {"torch": RNG}, "gradScaler": {"scale": B}}, None, ["w"]),
+        # whole words only
+        *(({key: {"w": W}}, key, ["w"]) for key in ("upsampler", "optimus", "rescaler", "randomized_net", "prng_free")),
+        ({"upsampler.w": W, "optimus.w": B, "random": W}, None, ["upsampler.w", "optimus.w", "random"]),
+        ({"w": W, "rng_state": B}, None, ["w", "rng_state"]),
+        # names like the usual keys may be those of tensors
         ({"model": W, "state_dict": B}, None, ["model", "state_dict"]),
     ],
 )
@@ -77,7 +92,7 @@ def test_the_state_dict_is_found_without_a_key(root: object, key: str | None, na
     assert found.key == key
     assert list(found.tensors) == names
     only = f"the weights are under {key!r}, the only dict of named tensors"
-    assert (only in found.notes) == (key in ("a.b.c", "weights_of_it"))
+    assert (only in found.notes) == (key is not None and key not in RAW_KEYS)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +156,56 @@ def test_ema_weights_alone_are_known_as_such(key: str) -> None:
     first, _, second = key.partition(".")
     found = find_state_dict({first: {second: {"w": W}} if second else {"w": W}, "epoch": 1}, PATH, Reading())
     assert (found.key, found.ema, found.notes) == (key, True, (f"there are only EMA weights, under '{key}'",))
+
+
+@pytest.mark.parametrize(
+    ("nets", "listed"),
+    [
+        ({"g": {"g.w": W}, "d": {"d.w": W}, "g_ema": {"g.w": B}}, "'g', 'd', 'g_ema'"),
+        ({"netD": {"d.w": W}, "params_ema": {"g.w": B}}, "'netD', 'params_ema'"),
+    ],
+)
+def test_an_ema_of_one_of_several_networks_is_not_the_default(nets: dict[str, Any], listed: str) -> None:
+    """With --ema it is clear which network is meant."""
+    first, *_, ema = nets
+    message = refusal(nets)
+    assert f"got several: {listed}. Choose one with --state-key, for example --state-key {first}." in message
+    found = find_state_dict(nets, PATH, Reading(ema=True))
+    assert (found.key, found.ema) == (ema, True)
+    assert found.notes[0] == f"read the EMA weights, under '{ema}'"
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_raw_weights_under_any_key_are_preferred_to_their_ema(prefix: str) -> None:
+    found = find_state_dict({"g": {"w": W}, "g_ema": {f"{prefix}w": B}}, PATH, Reading())
+    assert (found.key, found.ema) == ("g", False)
+    assert found.notes == ("read the raw weights under 'g'; with --ema, the EMA weights under 'g_ema'",)
+
+
+ONLINE, EMA = {"online_model.w": W, "online_model.b": W}, {"ema_model.w": B, "ema_model.b": B}
+MODULE = {"initted": True, "step": 7}
+
+
+@pytest.mark.parametrize(
+    ("root", "raw", "ema"),
+    [
+        ({**MODULE, **ONLINE, **EMA}, "online_model", "ema_model"),
+        ({**MODULE, **EMA}, "ema_model", "ema_model"),
+        ({"ema": {**MODULE, **ONLINE, **EMA}, "opt": {}}, "ema.online_model", "ema.ema_model"),
+        ({"ema": {**MODULE, **EMA}}, "ema.ema_model", "ema.ema_model"),
+        ({"model": {"w": W, "b": W}, "ema": {**MODULE, **ONLINE, **EMA}, "step": 7}, "model", "ema.ema_model"),
+        ({"model": {"w": W, "b": W}, "ema": {**MODULE, **EMA}, "opt": {"exp_avg": {"w": B}}}, "model", "ema.ema_model"),
+    ],
+)
+def test_an_ema_module_has_two_models(root: dict[str, Any], raw: str, ema: str) -> None:
+    """As ema-pytorch saves it: averaged as one model it would hold two, with a step that is a weight."""
+    for options, key in ((Reading(), raw), (Reading(ema=True), ema)):
+        found = find_state_dict(copy.deepcopy(root), PATH, options)
+        assert (found.key, list(found.tensors), found.ema) == (key, ["w", "b"], key == ema)
+        assert all(tensor == (B if key == ema else W) for tensor in found.tensors.values())
+        assert found.trainer is not None
+        assert found.trainer.name == "ema-pytorch"
+        assert not any("other state dicts: 'ema'" in note for note in found.notes)
 
 
 @pytest.mark.guarantee("nested-state-dicts")

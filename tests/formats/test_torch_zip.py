@@ -125,7 +125,7 @@ def test_any_honest_key_next_to_the_weights(tmp_path: Path, key: Any) -> None:
 
 def test_entries_without_a_tensor_are_skipped_with_a_note(tmp_path: Path) -> None:
     checkpoint = assert_as_torch_loads(saved(tmp_path, {"w": torch.ones(1), "extra_state": None, "n": 3}))
-    assert checkpoint.spec.notes == ("2 entries without a tensor skipped: 'extra_state', 'n'",)
+    assert checkpoint.spec.notes == ("2 entries without weights skipped: 'extra_state', 'n'",)
 
 
 @pytest.mark.guarantee("tied-tensors")

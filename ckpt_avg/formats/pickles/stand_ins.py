@@ -79,18 +79,20 @@ class Foreign:
         module, qualname: the class, as the pickle names it.
         arguments: what it was called with.
         state: what it was to be restored from.
+        items: the items that were set in it, as in a subclass of dict; None if none were.
     """
 
-    __slots__ = ("arguments", "state")
+    __slots__ = ("arguments", "items", "state")
     module: ClassVar[str]
     qualname: ClassVar[str]
     arguments: tuple[object, ...]
     state: object
+    items: dict[Any, Any] | None
 
     def __new__(cls, *arguments: object, **_: object) -> Foreign:  # noqa: D102
         made = super().__new__(cls)
         made.arguments = arguments
-        made.state = None
+        made.state = made.items = None
         return made
 
     def __init__(self, *_: object, **__: object) -> None:
@@ -132,6 +134,12 @@ class Opaque:
 
     def __init__(self, value: object) -> None:
         self.value = value
+
+    def __repr__(self) -> str:
+        # Sets in it are not shown: Python sorts them first, which may take for ever.
+        parts = self.value if isinstance(self.value, tuple) else (self.value,)
+        is_plain = all(isinstance(each, (str, bytes, int, float, type(None))) for each in parts)
+        return quote(self.value) if is_plain else f"<{type(self.value).__name__}>"
 
 
 def safe_key(key: object) -> object:

@@ -239,11 +239,14 @@ class _SpecUnpickler(pickle._Unpickler):
 
     def _update(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        if isinstance(target, dict):
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                target[safe_key(key)] = value
-        elif not isinstance(target, Foreign):
+        if isinstance(target, Foreign):
+            if target.items is None:
+                target.items = PlainDict()
+            target = target.items
+        if not isinstance(target, dict):
             refuse(f"the pickle sets an item of a {type(target).__name__}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[safe_key(key)] = value
 
     def load_dict(self) -> None:
         """DICT: a new dict of the keys and values above the mark."""

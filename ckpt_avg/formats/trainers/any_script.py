@@ -19,12 +19,20 @@ EMA_KEYS = (
     "state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict",
     "ema_model_state_dict", "params_ema", "averaged_model",
 )  # fmt: skip
-# Tensors under keys with these words are not weights: moments of optimizers, states of generators, counters.
-TRAINING_STATE = re.compile(
-    "optim|sched|scaler|rng|random|sampler|callback|loops|averaging_state|_extra_state$", re.IGNORECASE
+# Under keys with these words are no weights but moments of optimizers, states of generators, counters.
+_TRAINING_STATE = re.compile(
+    r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"  # whole words: not upsampler, optimus
+    r"(?i:optim(?:s|i[sz]ers?)?|(?:lr|loss|grad)?(?:sched(?:s|ulers?)?|scalers?)|rngs?|random|samplers?|callbacks?|loops"
+    r"|averaging_state|train(?:er|ing)?_state)(?![a-z])|_extra_state$"
 )
+RNG_STATE = re.compile(r"(?:[a-z]+_)?(?:rng|random)_states?(?:_[a-z0-9]+)*", re.IGNORECASE)
 # Words in names of settings and counts, or of the best value so far, which another checkpoint may have.
 _NO_METRIC = {"epoch", "step", "iter", "version", "time", "seed", "lr", "rate", "size", "num", "n", "best", "decay"}
+
+
+def is_training_state(key: str, value: object) -> bool:
+    """Whether an entry of a torch file belongs to the training and not to the model, by its key or as an optimizer."""
+    return bool(_TRAINING_STATE.search(key)) or (isinstance(value, dict) and {"state", "param_groups"} <= value.keys())
 
 
 def _numbers_at_the_top(contents: Contents) -> Record:

@@ -5,6 +5,7 @@ from ckpt_avg.formats.trainers import (
     composer,
     deepspeed,
     detectron2,
+    ema_pytorch,
     espnet,
     fairseq,
     icefall,
@@ -44,6 +45,7 @@ TRAINERS = (
     torch_averaged_model.TRAINER,
     espnet.TRAINER,
     wenet.TRAINER,
+    ema_pytorch.TRAINER,
     nemo.TRAINER,
     meta_llama.TRAINER,
 )

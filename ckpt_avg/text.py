@@ -50,13 +50,13 @@ def _cut(text: str) -> str:
 
 
 def safe_text(text: str) -> str:
-    """Returns text for a terminal, with control characters escaped, except line breaks and tabs."""
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1] for sign in text)
+    """Returns text for a terminal, with control characters escaped, except line breaks."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
 
 
-def one_line(text: str) -> str:
+def one_line(text: str | os.PathLike[str]) -> str:
     """Returns text with line breaks escaped, so that a file's name cannot forge a line of our output."""
-    return text.replace("\n", "\\n")
+    return os.fspath(text).replace("\n", "\\n")
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:

@@ -130,7 +130,7 @@ def test_quoting_never_takes_longer_than_what_it_shows(kind: Callable[[tuple[obj
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("plain é 日本語\ttab\nline", "plain é 日本語\ttab\nline"),
+        ("plain é 日本語\ttab\nline", "plain é 日本語\\ttab\nline"),
         ("\x1b[31mred", "\\x1b[31mred"),
         ("over\rwritten", "over\\rwritten"),
         ("\x07\x00\x7f\x9b", "\\x07\\x00\\x7f\\x9b"),
@@ -141,7 +141,7 @@ def test_quoting_never_takes_longer_than_what_it_shows(kind: Callable[[tuple[obj
     ],
 )
 def test_text_for_a_terminal(text: str, shown: str) -> None:
-    """Lines and tabs stay; whatever else moves a cursor or a direction shows escaped, and nothing else changes."""
+    """Lines stay; whatever else moves a cursor or a direction shows escaped, and nothing else changes."""
     assert safe_text(text) == shown
     assert safe_text(shown) == shown
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec, batch_norm_layers
+from ckpt_avg.output.paths import MARK
 from ckpt_avg.runs.compatibility import CompatibilityReport
+from ckpt_avg.version import __version__
 
 if TYPE_CHECKING:
     from ckpt_avg.checkpoint.training_record import Record
@@ -44,6 +46,7 @@ def average_json(result: AverageResult) -> dict[str, Any]:
     """Returns the result of `average`."""
     report = result.batch_norm
     return {
+        MARK: __version__,
         **_attributes(result, ("output", "written", "checkpoints", "skipped", "tensors")),
         "bytes": result.nbytes,
         **_attributes(result, ("device", "data_digest", "sha256")),
@@ -80,6 +83,7 @@ def sweep_json(result: SweepResult, command: Sequence[str]) -> dict[str, Any]:
         return {**plain(each), "size": len(each.checkpoints)}
 
     return {
+        MARK: __version__,
         **plain(result),
         "last": _attributes(result.last, ("path", "metrics")),
         "windows": [window(each) for each in result.windows],

@@ -32,6 +32,7 @@ from ckpt_avg.commands.requests import (
 )
 from ckpt_avg.distributed.launch import launch_of
 from ckpt_avg.errors import IncompatibleError, UsageError
+from ckpt_avg.text import one_line
 from ckpt_avg.version import __version__
 
 
@@ -144,7 +145,7 @@ def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given:
 
     report = ckpt_avg.check(sources, **given)
     for text in () if as_json else report.notices:
-        say(f"Notice: {text}", err=True)
+        say(f"Notice: {one_line(text)}", err=True)
     if as_json:
         say(json.dumps(compatibility_json(report), indent=2))
     elif report.compatible:

@@ -46,15 +46,14 @@ def refreshed_text(result: AverageResult) -> str:
 
 def compatibility_text(report: CompatibilityReport, *, verbose: bool = False) -> str:
     """Says that the checkpoints fit together; with ``verbose`` also which they are, and what was skipped."""
-    more = [*(f"  {path}" for path in report.checkpoints), *_skipped(report.skipped)] if verbose else []
+    more = [*(f"  {one_line(path)}" for path in report.checkpoints), *_skipped(report.skipped)] if verbose else []
     return "\n".join([str(report), *more])
 
 
 def verify_text(report: VerifyReport) -> str:
     """Says that the file is as it was written, and of which checkpoints it is the mean."""
     lines = [
-        f"{one_line(str(report.path))} is complete and undamaged: {plural(report.tensors, 'tensor')}, "
-        f"{size(report.nbytes)}",
+        f"{one_line(report.path)} is complete and undamaged: {plural(report.tensors, 'tensor')}, {size(report.nbytes)}",
         f"data digest: {report.data_digest}",
     ]
     if report.checkpoints is not None:
@@ -132,7 +131,7 @@ def inspection_text(found: Inspection) -> str:
     lines += _skipped(found.skipped)
     unreadable = {name for name, _ in found.unreadable}
     if seen := [(name, what) for name, what in found.seen if name not in unreadable]:
-        lines.append(f"{found.path} {'also ' if unreadable else ''}contains:")
+        lines.append(f"{one_line(found.path)} {'also ' if unreadable else ''}contains:")
         lines += [f"  {escaped(name)}: {what}" for name, what in seen]
     if found.needed:
         lines.append(found.needed)
@@ -144,7 +143,7 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _skipped(items: Sequence[Skipped]) -> list[str]:
-    return [f"skipped: {quote(item.path.name)}: {item.reason}" for item in items]
+    return [f"skipped: {quote(item.path.name)}: {one_line(item.reason)}" for item in items]
 
 
 def _is_done(result: AverageResult) -> bool:
@@ -171,7 +170,9 @@ def _outcome(result: AverageResult) -> list[str]:
         lines.append(f"BatchNorm statistics: {statistics[result.statistics]}")
     lines += evaluation_lines(result.evaluations, result.outcomes)
     if all(outcome.met for outcome in result.outcomes):
-        lines.append(f"{'wrote' if result.written else 'would write'} {result.output} ({size(result.nbytes)})")
+        lines.append(
+            f"{'wrote' if result.written else 'would write'} {one_line(result.output)} ({size(result.nbytes)})"
+        )
     else:
         lines.append(f"did not write {result.output}")
     return lines
@@ -191,7 +192,7 @@ def _window(side: str, count: int, total: int, article: str = "") -> str:
 
 
 def _checkpoint_text(spec: CheckpointSpec) -> str:
-    lines = [f"{spec.path}: {spec.format}" + (f", {spec.kind}" if spec.kind else "")]
+    lines = [f"{one_line(spec.path)}: {spec.format}" + (f", {spec.kind}" if spec.kind else "")]
     if spec.keys:
         lines.append(f"keys: {listing(map(quote, spec.keys))}")
     if spec.format in ("torch zip", "torch stream", "pickle", "torch DCP"):

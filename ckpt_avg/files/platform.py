@@ -8,6 +8,7 @@ import errno
 import functools
 import mmap
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -71,6 +72,31 @@ def link_unnamed(descriptor: int, name: Path) -> None:
     """Gives a file of `open_unnamed` its name. Raises FileExistsError if the name is taken."""
     with _open_folder("/proc/self/fd") as folder:
         os.link(str(descriptor), name, src_dir_fd=folder, follow_symlinks=True)
+
+
+def lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Locks a file until it is closed; returns False if another process has locked it, or there are no locks here."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def free_space(folder: Path) -> int:
+    """Returns the bytes that this process could write to a folder's file system; a large number if it cannot tell."""
+    if not hasattr(os, "statvfs"):
+        return shutil.disk_usage(folder).free
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return sys.maxsize
+    free = status.f_bfree if os.geteuid() == 0 else status.f_bavail  # some blocks are for root alone
+    return free * status.f_frsize if status.f_blocks else sys.maxsize  # no blocks: without a limit, as tmpfs can be
 
 
 def reserve(descriptor: int, size: int) -> None:

@@ -50,8 +50,8 @@ def refuse_unequal(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> N
     unequal = differing(checkpoints, names)
     if unequal:
         raise IncompatibleError(
-            f"{one_line(str(checkpoints[0].spec.path))}: {plural(len(unequal), 'integer or bool tensor')} differ in "
-            "other checkpoints, and these dtypes are never averaged:"
+            f"{one_line(str(checkpoints[0].spec.path))}: {plural(len(unequal), 'integer or bool tensor')} "
+            f"{'differs' if len(unequal) == 1 else 'differ'} in other checkpoints, and these dtypes are never averaged:"
             f"\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
             "Use --non-float last to copy the last checkpoint's.",
             lines=True,

@@ -5,6 +5,7 @@ Paths are checked before the work starts. A checkpoint that the run reads is nev
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -23,42 +24,75 @@ from ckpt_avg.formats.sharded import is_index
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.output.unpublished_file import publish_bytes
 from ckpt_avg.runs.discover import Discovery, Sources, discover
+from ckpt_avg.text import argument
+
+MARK = "ckpt_avg"  # the first key of a report
+
+# Suffixes of other formats. Loaders go by them: torch.load reads .ckpt, and so do people.
+_OTHER_FORMATS = frozenset(
+    (
+        *(".pt", ".pth", ".pyth", ".ckpt", ".chkpt", ".bin", ".tar", ".t7", ".th", ".model", ".distcp", ".nemo"),
+        *(".pkl", ".pickle", ".joblib", ".pt2", ".pte", ".jit", ".onnx", ".gguf", ".ggml", ".h5", ".hdf5", ".keras"),
+        *(".tflite", ".pb", ".npz", ".npy", ".msgpack", ".mlmodel", ".engine", ".parquet", ".arrow", ".sha256"),
+        *(".json", ".yaml", ".yml", ".toml", ".csv", ".txt", ".md", ".py", ".png", ".svg", ".pdf"),
+        *(".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
+    )
+)
 
 
-def check_output(
-    path: str | os.PathLike[str], discovery: Discovery, *, overwrite: bool, where: str | None = None
-) -> Path:
-    """Returns the path to write to, with symbolic links resolved.
+def check_output(path: str | os.PathLike[str], discovery: Discovery, *, overwrite: bool) -> Path:
+    """Returns the path to write to, with symbolic links resolved. A missing folder is created when the file is.
 
     Args:
         path: the path that the user gave.
         discovery: the checkpoints of this run.
         overwrite: whether an existing file may be replaced.
-        where: what messages call the path; by default the path itself.
 
     Raises:
-        UsageError: the path is a folder, a device or one of the checkpoints, or its folder does not exist.
+        UsageError: the path is a folder, a device or one of the checkpoints, has the suffix of another format, or is
+            below a file.
         OutputError: the file exists and ``overwrite`` is off, or its folder is not writable.
     """
-    where = where or str(path)
+    target = _check_target(path, str(path), discovery)
+    for each in (Path(path), target):
+        if each.suffix.lower() in _OTHER_FORMATS:
+            stem = each
+            while stem.suffix.lower() in _OTHER_FORMATS:
+                stem = stem.with_suffix("")
+            name = f"{stem.name.removesuffix('.safetensors')}.safetensors"
+            raise UsageError(
+                f"{path}: {each.suffix} is the suffix of another format, and the output is a safetensors file. Use "
+                f"-o {argument(stem.with_name(name))}."
+            )
+    if not overwrite:
+        _refuse_existing(target, str(path))
+    return target
+
+
+def _refuse_existing(target: Path, where: str) -> None:
+    if os.path.lexists(target):
+        raise OutputError(f"{where}: exists already. Choose another path, or replace it with --overwrite.")
+
+
+def _check_target(path: str | os.PathLike[str], where: str, discovery: Discovery) -> Path:
+    """As `check_output`, for a new or existing file of any format; messages call the path ``where``."""
     if not os.path.basename(path):
         raise UsageError(f"{os.fspath(path)!r}: is not a file name. Name a file, for example swa.safetensors.")
     target = Path(os.path.realpath(path))
     try:
-        status, folder = stat_or_none(target), stat_or_none(target.parent)
+        status = stat_or_none(path) or stat_or_none(target)  # realpath does not follow /dev/stdout to a pipe
+        folder, folder_status = next((each, found) for each in target.parents if (found := stat_or_none(each)))
     except OSError as error:
         raise UsageError(f"{where}: cannot be used as output: {error.strerror}. Choose another path.") from error
     if status is not None and not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
         raise UsageError(f"{where}: is {kind}. Name a file, for example swa.safetensors.")
-    if folder is None or not stat.S_ISDIR(folder.st_mode):
-        raise UsageError(f"{where}: its folder {target.parent} does not exist. Create it first.")
+    if not stat.S_ISDIR(folder_status.st_mode):
+        raise UsageError(f"{where}: {folder} is not a folder. Choose another path.")
     if status is not None:
         _refuse_checkpoint(where, status, discovery)
-        if not overwrite:
-            raise OutputError(f"{where}: exists already. Choose another path, or replace it with --overwrite.")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{where}: its folder {target.parent} is not writable. Choose another path.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{where}: its folder {folder} is not writable. Choose another path.")
     return target
 
 
@@ -122,7 +156,11 @@ def check_checksum(
         return None
     if os.path.realpath(path) == os.path.realpath(output):
         raise UsageError(f"--sha256: {path}: is a link to the output. Remove it.")
-    return check_output(path, discovery, overwrite=overwrite, where=f"--sha256: {path}")
+    where = f"--sha256: {path}"
+    target = _check_target(path, where, discovery)
+    if not overwrite:
+        _refuse_existing(target, where)
+    return target
 
 
 def write_checksum(path: Path, name: str, sha256: str, *, overwrite: bool) -> None:
@@ -159,7 +197,7 @@ class SideFiles:
     def __init__(self, sources: Sources, *, output: str | os.PathLike[str] | None, overwrite: bool) -> None:
         self._sources = sources
         self._overwrite = overwrite
-        self._targets: dict[str, Path] = {}
+        self._targets: dict[str, tuple[Path, bool]] = {}  # and whether an old file may be replaced
         self._owners: dict[str, str] = {}
         if output is not None:
             self.reserve(output, "the output")
@@ -170,6 +208,8 @@ class SideFiles:
 
     def check(self, option: str, path: str | os.PathLike[str] | None, suffixes: Sequence[str]) -> None:
         """Checks the path of an option's file, for `publish`. Without a path there will be no file.
+
+        An earlier report may always be replaced; a JSON file that is none, never.
 
         Raises:
             UsageError: it has another suffix, belongs to something else, is the name of a shard index, or is refused
@@ -187,7 +227,13 @@ class SideFiles:
             raise UsageError(f"{where}: is the path of {owner}. Choose another one.")
         if os.path.basename(path).endswith(INDEX_SUFFIX):
             raise UsageError(f"{where}: is the name of a shard index. Choose another one.")
-        self._targets[option] = check_output(path, discover(self._sources), overwrite=self._overwrite, where=where)
+        target = _check_target(path, where, discover(self._sources))
+        replaces = _is_report(target) if ".json" in suffixes else self._overwrite
+        if ".json" in suffixes and target.exists() and not replaces:
+            raise OutputError(f"{where}: exists already, and is not a report of ckpt-avg. Choose another path.")
+        if not replaces:
+            _refuse_existing(target, where)
+        self._targets[option] = target, replaces
 
     def publish(self, option: str, contents: Callable[[], bytes]) -> None:
         """Writes an option's file, if its path was given.
@@ -195,13 +241,25 @@ class SideFiles:
         Raises:
             OutputError: the contents could not be made, or the file could not be written.
         """
-        target = self._targets.get(option)
-        if target is None:
+        if option not in self._targets:
             return
+        target, replaces = self._targets[option]
+        if target.suffix.lower() == ".json":
+            replaces &= _is_report(target)  # something else may have replaced it during the work
         try:
-            publish_bytes(target, contents(), overwrite=self._overwrite)
+            publish_bytes(target, contents(), overwrite=replaces)
         except OutputError as error:
             raise OutputError(f"{option}: {error} Only this file is missing.") from error
+
+
+def _is_report(path: Path) -> bool:
+    """Whether there is a report of this package, which begins with its name."""
+    if not path.is_file():
+        return False
+    begin = json_bytes({MARK: ""}).partition(b": ")[0]
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(len(begin)) == begin
+    return False
 
 
 def json_bytes(document: Mapping[str, object]) -> bytes:

@@ -6,16 +6,19 @@ one system call, and syncs the folder, because POSIX lets a crash lose a name wh
 fsync failed is discarded: the kernel has marked its pages clean, so a second fsync would succeed without writing them
 (Rebello et al., USENIX ATC 2020).
 
-If the output path is a symbolic link, the file that it points to is replaced and the link stays.
+A run that is killed can leave a file under its temporary name. The file of a run that lives is locked, so the next run
+for the same output can tell the two apart, and removes what is left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
 import secrets
-import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,18 +40,24 @@ class UnpublishedFile:
         self.target = target
         self._fd = -1
         self._temporary: Path | None = None
+        self._folders: list[Path] = []  # that were created for the file, the outermost first
 
     def set_temporary_name(self, name: str) -> None:
         """Sets the temporary name. `close` removes that file, so the name must be known before the file exists."""
         self._temporary = self.target.with_name(name)
 
     def open(self, size: int) -> None:
-        """Creates the file and reserves ``size`` bytes for it."""
+        """Creates the file, and its folder if there is none, and reserves ``size`` bytes for it."""
         try:
+            self._make_folder()
+            _remove_leftovers(self.target)
+            self._refuse_too_large(size)
             descriptor = platform.open_unnamed(self.target.parent) if self._temporary is None else None
-            if descriptor is None:
+            if descriptor is not None:
+                platform.lock(descriptor)
+            else:
                 self._temporary = self._temporary or self.target.with_name(_temporary_name(self.target))
-                descriptor = os.open(self._temporary, platform.WRITE_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
+                descriptor = _create(self._temporary)
             self._fd = descriptor
         except OSError as error:
             raise _output_error(self.target, "creating the file failed", error) from error
@@ -57,11 +66,29 @@ class UnpublishedFile:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise _output_error(self.target, f"reserving {readable_size(size)} failed", error) from error
-            free = shutil.disk_usage(self.target.parent).free
+            self._remove()  # gives back what was reserved before the disk was full
+            self._refuse_too_large(size)
+            raise OutputError(
+                f"{self.target}: not enough space: the system does not reserve {readable_size(size)}: "
+                f"{error.strerror}. Free some space or write elsewhere."
+            ) from error
+
+    def _make_folder(self) -> None:
+        parent = self.target.parent
+        missing = [each for each in (parent, *parent.parents) if not os.path.isdir(each)]
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another run has created it
+                folder.mkdir()
+                self._folders.append(folder)
+
+    def _refuse_too_large(self, size: int) -> None:
+        # Before anything is reserved: that would take the whole disk from others until it fails.
+        free = platform.free_space(self.target.parent)
+        if size > free:
             raise OutputError(
                 f"{self.target}: not enough space: it needs {readable_size(size)}, and {readable_size(free)} are "
                 "free. Free some space or write elsewhere."
-            ) from error
+            )
 
     def open_existing(self) -> None:
         """Opens the file that rank 0 has created under the temporary name."""
@@ -144,13 +171,13 @@ class UnpublishedFile:
             OutputError: syncing failed, or the path exists by now and ``overwrite`` is off. Nothing is published then.
         """
         self.sync()
-        if self._temporary is not None:
+        if sys.platform == "win32":
             self._close_descriptor()  # Windows renames no open file
         try:
             if overwrite:
                 self._replace()
             else:
-                self._create()
+                self._link()
         except FileExistsError as error:
             raise OutputError(
                 f"{self.target}: was created by something else during the run, and is kept. Choose another path, or "
@@ -159,13 +186,16 @@ class UnpublishedFile:
         except OSError as error:
             raise _output_error(self.target, "publishing failed", error) from error
         try:
-            return platform.sync_folder(self.target.parent)
+            parents = [self.target.parent, *(folder.parent for folder in reversed(self._folders))]
+            synced = [platform.sync_folder(parent) for parent in parents]
         except OSError as error:
             raise _output_error(
                 self.target, "written, but syncing its folder failed, so a crash may lose it", error
             ) from error
+        self._folders = []  # whatever becomes of the file, they stay
+        return all(synced)
 
-    def _create(self) -> None:
+    def _link(self) -> None:
         if self._temporary is None:
             platform.link_unnamed(self._fd, self.target)
             return
@@ -194,7 +224,14 @@ class UnpublishedFile:
             platform.close(descriptor)
 
     def close(self) -> None:
-        """Closes the file and removes its temporary name. An unpublished file is then gone."""
+        """Closes the file and removes its temporary name. An unpublished file, and a folder made for it, are gone."""
+        self._remove()
+        with contextlib.suppress(OSError):  # a folder that contains something stays
+            for folder in reversed(self._folders):
+                folder.rmdir()
+        self._folders = []
+
+    def _remove(self) -> None:
         self._close_descriptor()
         if self._temporary is not None:
             with contextlib.suppress(OSError):  # gone or out of reach: the error that led here matters more
@@ -259,8 +296,38 @@ def publish_bytes(target: Path, contents: bytes, *, overwrite: bool) -> None:
 
 
 def _temporary_name(target: Path) -> str:
-    # Cut, so that a name at the system's limit still has room for the suffix.
-    return f".{target.name.encode()[:200].decode(errors='ignore')}.{secrets.token_hex(6)}.tmp"
+    return f"{_temporary_prefix(target)}{secrets.token_hex(6)}.tmp"
+
+
+def _temporary_prefix(target: Path) -> str:
+    # Cut, so that a name at the system's limit still has room for the rest. The machine is named because locks on
+    # network storage may not be known to other machines.
+    machine = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:6] if hasattr(os, "uname") else "0" * 6
+    return f".{target.name.encode(errors='surrogateescape')[:200].decode(errors='ignore')}.{machine}."
+
+
+def _create(path: Path) -> int:
+    """Creates and locks a file; returns its descriptor."""
+    while True:
+        descriptor = os.open(path, platform.WRITE_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
+        platform.lock(descriptor, wait=True)
+        if os.path.exists(path):
+            return descriptor
+        platform.close(descriptor)  # another run took it for a leftover before it was locked
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what runs that were killed on this machine have left of an output: files that nobody has locked."""
+    pattern = re.compile(rf"{re.escape(_temporary_prefix(target))}[0-9a-f]{{12}}\.tmp")
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # a folder can be writable and not readable
+        names = os.listdir(target.parent)
+    for name in filter(pattern.fullmatch, names):
+        with contextlib.suppress(OSError):  # it only costs space
+            descriptor = os.open(target.with_name(name), platform.READ_FLAGS)
+            if platform.lock(descriptor):
+                os.unlink(target.with_name(name))
+            platform.close(descriptor)
 
 
 def _output_error(target: Path, what: str, error: OSError) -> OutputError:

@@ -45,8 +45,8 @@ def test_sweep_as_json() -> None:
     result = swept(VALUES, ("first", 2), last=0.5)
     document = json.loads(json.dumps(sweep_json(result, ["ckpt-avg", "average", "a b"]), allow_nan=False))
     assert set(document) == {
-        "checkpoints", "skipped", "metric", "mode", "refreshed", "last", "windows", "best", "command", "passes",
-        "notices",
+        "ckpt_avg", "checkpoints", "skipped", "metric", "mode", "refreshed", "last", "windows", "best", "command",
+        "passes", "notices",
     }  # fmt: skip
     assert document["checkpoints"] == ["run/step_1.pt", "run/step_2.pt", "run/step_3.pt"]
     assert document["skipped"] == [{"path": "run/log.txt", "reason": "no checkpoint"}]

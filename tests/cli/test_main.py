@@ -817,7 +817,7 @@ def test_overwrite_replaces_an_earlier_average_in_the_run_folder(
 # ---------------------------------------------------------------------------------------------------------------------
 # Names of files on a terminal
 
-HOSTILE = "\x1b[31m\rstep"
+HOSTILE = "\x1b[31m\r\n\tstep"
 
 
 @pytest.fixture
@@ -834,22 +834,23 @@ def hostile(tmp_path: Path) -> Path:
 
 
 def assert_plain(out: str, err: str) -> None:
-    assert "\\rstep" in out + err, "the name is there"
-    assert not set("\x1b\r") & set(out + err)
+    assert "\\r\\n\\tstep" in out + err, "the name is there"
+    assert not set("\x1b\r\t") & set(out + err)
+    assert not any(line.startswith("\\tstep") for line in (out + err).splitlines()), "a line break in a name"
     assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("options", [(), ("--json",), ("--verbose",), ("--dry-run",)], ids="".join)
 def test_results_show_names_escaped(in_process: InProcess, hostile: Path, options: tuple[str, ...]) -> None:
     """A name from a stranger's archive must not clear the screen or write over a line."""
-    output = hostile / f"{HOSTILE}_mean.bin"
+    output = hostile / f"{HOSTILE}_mean.weights"
     code, out, err = in_process("average", hostile, "--output", output, *options)
     assert code == 0
     assert_plain(out, err)
     if "--dry-run" not in options:
         code, out, err = in_process("check", hostile / f"{HOSTILE}_1.safetensors", output, *options)
         assert code == 0
-        assert not set("\x1b\r") & set(out + err)
+        assert_plain(out, err)
 
 
 def broken(hostile: Path) -> None:
@@ -890,7 +891,7 @@ def test_errors_show_names_escaped(
     if command == "average" or spoil in (broken, misfit, doubled):
         assert code in (3, 4)
         assert_plain(out, err)
-    assert not set("\x1b\r") & set(out + err)
+    assert not set("\x1b\r\t") & set(out + err)
 
 
 @pytest.mark.parametrize("command", ["average", "check", "inspect"])
@@ -907,7 +908,7 @@ def test_errors_about_paths_show_them_escaped(in_process: InProcess, hostile: Pa
         assert code in (2, 4)
         assert_plain(out, err)
     if command == "average":
-        for target in (first, hostile / f"{HOSTILE}_gone" / "x.safetensors", hostile / f"{HOSTILE}.tmp"):
+        for target in (first, first / "x.safetensors", hostile / f"{HOSTILE}.pt", hostile / f"{HOSTILE}.tmp"):
             target.mkdir() if target.suffix == ".tmp" else None
             code, out, err = in_process("average", hostile, "--output", target)
             assert code == 2

@@ -23,6 +23,7 @@ from torch import nn
 
 from ckpt_avg import RequirementError, UsageError, UserCodeError, average
 from ckpt_avg.errors import CkptAvgError
+from ckpt_avg.output.paths import MARK, json_bytes
 from ckpt_avg.progress import Progress
 
 
@@ -563,7 +564,7 @@ def test_an_unmet_requirement(app: AverageApp, in_process: InProcess, old: bool)
     report = app.out.parent / "swa.json"
     if old:
         app.out.write_bytes(b"old")
-        report.write_bytes(b"old")
+        report.write_bytes(json_bytes({MARK: "0.0.1"}))
     code, stdout, stderr = in_process(
         *app.arguments("falls", "--require", "m>=last", "--require", "m>=0", "--report", report, "--overwrite")
     )

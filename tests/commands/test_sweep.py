@@ -596,7 +596,7 @@ def test_report_and_plot(app: SweepApp, in_process: InProcess, tmp_path: Path) -
     ("more", "exit_code", "says"),
     [
         (["--plot", "old.png"], 5, "--plot old.png: exists already."),
-        (["--report", "old.json"], 5, "--report old.json: exists already."),
+        (["--report", "old.json"], 5, "--report old.json: exists already, and is not a report of ckpt-avg. "),
         (["--report", "a run/step_2.json", "--overwrite"], 2, "is one of the checkpoints"),
         (["--plot", "a.png", "--report", "./a.png"], 2, "--report ./a.png: "),
         (["--plot", "sweep.jpg"], 2, "--plot sweep.jpg: expected a name that ends in .png or .svg or .pdf, "),

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 import ckpt_avg
 from ckpt_avg.errors import CkptAvgError, OutputError, UsageError
 from ckpt_avg.output import paths
-from ckpt_avg.output.paths import SideFiles, check_output, checksum_line, checksum_path, json_bytes
+from ckpt_avg.output.paths import MARK, SideFiles, check_output, checksum_line, checksum_path, json_bytes
 from ckpt_avg.runs.discover import discover
 
 Run = Callable[..., tuple[int, str, str]]
 JSON = (".json",)
 PICTURES = (".png", ".svg", ".pdf")
+REPORT = json_bytes({MARK: "0.0.1"})
 
 
 @pytest.fixture
@@ -112,9 +113,8 @@ def test_an_average_in_the_run_folder_may_be_replaced_unless_it_is_named(run: Pa
         ("run", r"run: is a folder\. Name a file, for example swa\.safetensors"),
         ("/dev/null", r"/dev/null: is a device, pipe or socket\. Name a file"),
         ("fifo", r"fifo: is a device, pipe or socket\. Name a file"),
-        ("no/x", r"no/x: its folder .*no does not exist\. Create it first"),
-        ("link", r"link: its folder .*missing does not exist\. Create it first"),
-        ("run/step_2.pt/x", r"step_2\.pt/x: .*(Not a directory|does not exist)"),
+        ("run/step_2.pt/x", r"step_2\.pt/x: .*/run/step_2\.pt is not a folder\. Choose another path"),
+        ("run/step_2.pt/new/x", r"step_2\.pt/new/x: .*/run/step_2\.pt is not a folder\. Choose another path"),
         ("loop", r"loop: cannot be used as output: Too many levels of symbolic links\. Choose another path"),
         ("x" * 256, r"x: cannot be used as output: File name too long\. Choose another path"),
     ],
@@ -124,13 +124,64 @@ def test_a_path_that_can_be_no_file_is_refused(
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "link").symlink_to("missing/new")
     monkeypatch.chdir(tmp_path)
     names = sorted(os.listdir(tmp_path))
     with pytest.raises(UsageError, match=says) as error:
         check_output(path, discover(run), overwrite=overwrite)
     assert error.value.exit_code == 2
     assert sorted(os.listdir(tmp_path)) == names
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="descriptors have no paths here")
+def test_a_pipe_that_is_open_is_refused(run: Path) -> None:
+    """``-o /dev/stdout`` in a pipe: its resolved path is no file that could be made."""
+    reading, writing = os.pipe()
+    message = f"/dev/fd/{writing}: is a device, pipe or socket. Name a file, for example swa.safetensors."
+    assert refusal(f"/dev/fd/{writing}", run) == message
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.parametrize(
+    ("path", "suffix", "instead"),
+    [
+        ("best.ckpt", ".ckpt", "best.safetensors"),
+        ("new/swa.pth.tar", ".tar", "new/swa.safetensors"),
+        ("swa.safetensors.PT", ".PT", "swa.safetensors"),
+        ("v1.2.onnx", ".onnx", "v1.2.safetensors"),
+        ("a b.bin", ".bin", "'a b.safetensors'"),
+        ("link", ".pkl", "real.safetensors"),
+    ],
+)
+def test_the_suffix_of_another_format_is_refused(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, path: str, suffix: str, instead: str
+) -> None:
+    """Users would load it with torch.load and, as that fails, with weights_only=False."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("real.pkl")
+    message = f"{path}: {suffix} is the suffix of another format, and the output is a safetensors file. Use -o "
+    assert refusal(path, run).startswith(message)
+    assert refusal(path, run).endswith(f"{instead}.")
+
+
+@pytest.mark.parametrize("name", ["mean", "swa.v1.2", "x.safetensors.tmp", "pt", ".bin", "a.SAFETENSORS"])
+def test_other_names_are_taken(tmp_path: Path, run: Path, name: str) -> None:
+    assert check_output(tmp_path / name, discover(run), overwrite=False) == tmp_path / name
+
+
+def test_a_missing_folder_is_created_with_the_output_and_not_before(tmp_path: Path, run: Path) -> None:
+    """A run that fails must leave nothing, and one that succeeds hours later must not fail for a folder."""
+    output = tmp_path / "new" / "deeper" / "swa.safetensors"
+    ckpt_avg.average(run, output, dry_run=True)
+    nan = tmp_path / "nan.safetensors"
+    save_file({"w": torch.full((2,), float("nan"))}, nan)
+    with pytest.raises(ckpt_avg.NonFiniteError):
+        ckpt_avg.average([nan, run / "step_2.pt"], output)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["nan.safetensors", "run"]
+    (tmp_path / "link").symlink_to("new/deeper/linked.safetensors")
+    for path in (output, tmp_path / "link"):
+        ckpt_avg.average(run, path)
+    assert sorted(os.listdir(output.parent)) == ["linked.safetensors", "swa.safetensors"]
 
 
 @pytest.mark.guarantee("existing-output")
@@ -252,7 +303,41 @@ def test_two_options_with_one_path(tmp_path: Path, run: Path, overwrite: bool, m
         files.check("--plot", "./a.png", PICTURES)
 
 
-@pytest.mark.parametrize("bad", ["folder", "no folder", "exists", "suffix", "checkpoint"])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("old", "replaced"),
+    [
+        (json_bytes({MARK: "0.0.1", "output": "swa.safetensors"}), True),
+        (json_bytes({"output": "swa.safetensors", MARK: "0.0.1"}), False),
+        (b'{"loss": 0.5}', False),
+        (b"", False),
+    ],
+)
+def test_an_earlier_report_is_replaced_and_no_other_file(
+    tmp_path: Path, run: Path, overwrite: bool, old: bytes, replaced: bool
+) -> None:
+    """A job that runs again reports again; a trainer's metrics.json is not lost for a name that was typed wrongly."""
+    path = tmp_path / "report.json"
+    path.write_bytes(old)
+    if replaced:
+        checked(path, run, overwrite=overwrite).publish("--report", lambda: b"new")
+    else:
+        with pytest.raises(OutputError, match="exists already, and is not a report of ckpt-avg"):
+            checked(path, run, overwrite=overwrite)
+    assert path.read_bytes() == (b"new" if replaced else old)
+
+
+def test_a_report_that_became_another_file_during_the_work_is_kept(tmp_path: Path, run: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(REPORT)
+    files = checked(path, run)
+    path.write_bytes(b"theirs")
+    with pytest.raises(OutputError, match="is kept"):
+        files.publish("--report", lambda: b"ours")
+    assert path.read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("bad", ["folder", "below a file", "exists", "suffix", "checkpoint"])
 def test_messages_name_the_option_and_the_path(tmp_path: Path, run: Path, bad: str) -> None:
     """There are more paths on the command line: the message must say which one it is about."""
     (tmp_path / "folder.json").mkdir()
@@ -260,7 +345,7 @@ def test_messages_name_the_option_and_the_path(tmp_path: Path, run: Path, bad: s
     torch.save({"w": torch.ones(2)}, run / "step_3.json")
     path, says = {
         "folder": (tmp_path / "folder.json", "is a folder"),
-        "no folder": (tmp_path / "x" / "y.json", "does not exist"),
+        "below a file": (tmp_path / "exists.json" / "y.json", "is not a folder"),
         "exists": (tmp_path / "exists.json", "exists already"),
         "suffix": (tmp_path / "a.txt", "expected a name"),
         "checkpoint": (run / "step_3.json", "is one of the checkpoints"),
@@ -274,7 +359,7 @@ def test_messages_name_the_option_and_the_path(tmp_path: Path, run: Path, bad: s
 
 def test_a_symbolic_link_is_followed_and_stays(tmp_path: Path, run: Path) -> None:
     """As for the output."""
-    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "real.json").write_bytes(REPORT)
     (tmp_path / "report.json").symlink_to("real.json")
     checked(tmp_path / "report.json", run).publish("--report", lambda: b"new")
     assert (tmp_path / "report.json").is_symlink()
@@ -294,7 +379,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "report.json"
-    path.write_text("old")
+    path.write_bytes(REPORT)
     files = checked(path, run)
 
     def full(*_: object) -> None:
@@ -304,7 +389,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(
     with pytest.raises(OutputError, match=r"--report: .*Only this file is missing"):
         files.publish("--report", lambda: b"new")
     monkeypatch.undo()
-    assert path.read_text() == "old"
+    assert path.read_bytes() == REPORT
     assert sorted(each.name for each in tmp_path.iterdir()) == ["report.json", "run"]
 
 

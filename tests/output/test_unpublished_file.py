@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from system.faults.rank_runs import in_threads
 from ckpt_avg import average
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import OutputError, RankError, UserCodeError
+from ckpt_avg.files import platform
 from ckpt_avg.output.unpublished_file import UnpublishedFile, unpublished_file
 
 CONTENTS = bytes(range(256)) * 40
@@ -52,6 +55,11 @@ def write(target: Path, *, overwrite: bool, contents: bytes = CONTENTS) -> None:
     with unpublished_file(target, len(contents)) as file:
         file.write(contents, 0)
         file.publish(overwrite=overwrite)
+
+
+def write_sized(target: Path, size: int) -> None:
+    with unpublished_file(target, size):
+        pytest.fail("it was opened")
 
 
 def untouched(target: Path, overwrite: bool) -> bool:
@@ -136,8 +144,8 @@ FAILURES = [
     ("open", errno.EIO, "creating the file failed"),
     ("posix_fallocate", errno.EIO, "reserving 10.0 KiB failed"),
     ("posix_fallocate", errno.EFBIG, "reserving 10.0 KiB failed"),
-    ("posix_fallocate", errno.ENOSPC, "not enough space: it needs 10.0 KiB, and "),
-    ("posix_fallocate", errno.EDQUOT, "not enough space: it needs 10.0 KiB, and "),
+    ("posix_fallocate", errno.ENOSPC, "not enough space: the system does not reserve 10.0 KiB: No space left"),
+    ("posix_fallocate", errno.EDQUOT, "not enough space: the system does not reserve 10.0 KiB: Disk quota"),
     ("pwrite", errno.EIO, "writing failed"),
     ("pwrite", errno.ENOSPC, "writing failed"),
     ("pwrite", errno.EDQUOT, "writing failed"),
@@ -162,7 +170,7 @@ def test_a_call_that_fails_is_an_error_and_leaves_nothing(
     assert error.value.exit_code == 5
     assert str(error.value).startswith(f"{target}: {says}")
     if "space" in says:
-        assert re.search(r"and .*iB are free\. Free some space or write elsewhere\.$", str(error.value))
+        assert str(error.value).endswith(f": {os.strerror(code)}. Free some space or write elsewhere.")
     else:
         assert f": {os.strerror(code)}. Check the disk and the permissions, then run again." in str(error.value)
     assert failed.count == 1
@@ -296,7 +304,9 @@ def test_descriptors_are_closed(target: Path, overwrite: bool, named: bool, monk
 
 
 @pytest.mark.guarantee("output-names")
-@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "-o", " ", "a\nb", "x.safetensors.tmp", ".hidden"])
+@pytest.mark.parametrize(
+    "name", ["x" * 255, "ü" * 127, "-o", " ", "a\nb", "x.safetensors.tmp", ".hidden", os.fsdecode(b"\xff")]
+)
 def test_names_of_any_kind_work(tmp_path: Path, named: bool, name: str) -> None:
     """Even at the system's limit of 255 bytes, which leaves no room for the suffix of the temporary name."""
     for overwrite in (False, True):
@@ -319,6 +329,124 @@ def test_the_mode_is_what_any_new_file_gets(target: Path, overwrite: bool, named
 def test_a_size_of_zero_is_an_empty_file(target: Path, overwrite: bool, named: bool) -> None:
     write(target, overwrite=overwrite, contents=b"")
     assert target.read_bytes() == b""
+
+
+@pytest.mark.guarantee("disk-full")
+def test_what_exceeds_the_free_space_is_refused_before_anything_is_reserved(
+    target: Path, overwrite: bool, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reserving takes every free block from other programs before it fails."""
+    status = os.statvfs(target.parent)
+    monkeypatch.setattr(os, "posix_fallocate", lambda *arguments: pytest.fail("it was reserved"))
+    free = (status.f_bfree if os.geteuid() == 0 else status.f_bavail) * status.f_frsize
+    with pytest.raises(OutputError, match=r"not enough space: it needs .*iB, and .*iB are free\. Free"):
+        write_sized(target, free + 2**40)
+    assert untouched(target, overwrite)
+
+
+@pytest.mark.parametrize("blocks", [0, None])
+def test_a_file_system_that_does_not_tell_its_free_space_is_used(
+    target: Path, overwrite: bool, blocks: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some FUSE file systems and a tmpfs without a limit have no blocks."""
+
+    def statvfs(path: object) -> SimpleNamespace:
+        if blocks is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        return SimpleNamespace(f_blocks=blocks, f_bfree=0, f_bavail=0, f_frsize=4096)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    write(target, overwrite=overwrite)
+    assert target.read_bytes() == CONTENTS
+
+
+# -- Folders and leftovers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_missing_folder_stays_if_the_file_does(tmp_path: Path, named: bool, other: bool) -> None:
+    """Of a run that fails, only what others have put there meanwhile is left."""
+    target = tmp_path / "a" / "b" / "mean.safetensors"
+    with unpublished_file(target, 4) as file:
+        assert target.parent.is_dir()
+        if other:
+            (target.parent / "theirs").touch()
+        file.write(b"ours", 0)
+    assert os.listdir(tmp_path) == (["a"] if other else [])
+    write(target, overwrite=False)
+    assert target.read_bytes() == CONTENTS
+
+
+@pytest.mark.guarantee("durable")
+def test_the_names_of_new_folders_are_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut could take the folder, and the output with it."""
+    synced = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    write(tmp_path / "a" / "b" / "mean.safetensors", overwrite=False)
+    assert synced[1:] == [str(tmp_path / "a" / "b"), str(tmp_path / "a"), str(tmp_path)]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ckpt_avg.output.unpublished_file import unpublished_file
+if sys.argv[2] == "temporary name":
+    del os.O_TMPFILE
+replace = os.replace
+os.replace = lambda *names: (print("here", flush=True), sys.stdin.read(), replace(*names))
+with unpublished_file(Path(sys.argv[1]), 4) as file:
+    file.write(b"ours", 0)
+    file.publish(overwrite=True)
+"""
+
+
+@pytest.mark.guarantee("hidden-name")
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
+def test_the_next_run_removes_what_a_killed_one_has_left(tmp_path: Path, named: bool) -> None:
+    """Each would be as large as the output. The file of a run that lives, and files of other names, stay."""
+    target = tmp_path / "mean.safetensors"
+    mode = "temporary name" if named else "O_TMPFILE"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(target), mode], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    (left,) = os.listdir(tmp_path)
+    others = [left.replace("mean", "sum"), f"{left}.tmp", left.replace(".tmp", "z.tmp")]
+    for name in others:
+        (tmp_path / name).touch()
+    write(target, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == sorted([left, *others, target.name])
+    process.kill()
+    process.communicate()
+    write(target, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, target.name])
+
+
+def test_a_file_that_is_taken_for_a_leftover_before_it_is_locked_is_made_again(
+    target: Path, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its creation and its lock it looks like one."""
+    monkeypatch.delattr(os, "O_TMPFILE")
+    lock, taken = platform.lock, []
+
+    def late(descriptor: int, *, wait: bool = False) -> bool:
+        if wait and not taken:
+            taken.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            os.unlink(taken[0])
+        return lock(descriptor, wait=wait)
+
+    monkeypatch.setattr(platform, "lock", late)
+    write(target, overwrite=overwrite)
+    assert taken
+    assert target.read_bytes() == CONTENTS
+    assert os.listdir(target.parent) == [target.name]
 
 
 # -- The same file on several ranks ---------------------------------------------------------------------------------

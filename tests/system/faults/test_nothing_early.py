@@ -94,6 +94,7 @@ REFUSED = [
 
 
 @pytest.mark.guarantee("nothing-early")
+@pytest.mark.parametrize("folder", [".", "new/deeper"])
 @pytest.mark.parametrize(("code", "make"), REFUSED)
 def test_what_is_refused_makes_nothing_in_the_outputs_folder(
     runs: Runs,
@@ -101,10 +102,11 @@ def test_what_is_refused_makes_nothing_in_the_outputs_folder(
     output: Path,
     code: int,
     make: Callable[[Path], list[object]],
+    folder: str,
 ) -> None:
     """Not even for a moment, nor without a name. (NaN and Inf are found later, when tensors are read.)"""
-    arguments = make(inputs)
-    ended = runs.run("average", *arguments, "-o", output, "--bn", "keep", strace=TRACE)
+    arguments = [*make(inputs), "-o", output.parent / folder / output.name]
+    ended = runs.run("average", *arguments, "--bn", "keep", strace=TRACE)
     assert ended.code == code, ended.error
     assert ended.calls
     assert changes(ended.calls, output.parent) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,9 @@ def kill_everywhere(
     for at, name in enumerate(ended.made):
         ended = runs.run(*run.command(output, *TIGHT, *begin(output, overwrite)), at=at, **settings)
         found.append((name, state(output, run.new), litter(output), ended))
+        if found[-1][2]:  # what it left is gone after the next run
+            assert runs.run(*run.command(output, *TIGHT, "--overwrite"), **settings).code == 0
+            assert litter(output) == []
     return found
 
 
@@ -87,9 +91,7 @@ def test_a_kill_at_any_system_call_leaves_the_old_output_or_the_new(
             assert len(others) == between, f"killed {moment} {name}: {others}"
         else:
             assert len(others) <= 1
-        for other in others:
-            assert other.startswith(".mean.safetensors.")
-            assert other.endswith(".tmp")
+        assert all(re.fullmatch(r"\.mean\.safetensors\.[0-9a-f]{6}\.[0-9a-f]{12}\.tmp", other) for other in others)
 
 
 @pytest.mark.guarantee("durable")

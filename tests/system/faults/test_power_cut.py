@@ -6,11 +6,13 @@ its device by then is lost. The next mount replays the journal. (What a device i
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import random
 import struct
 import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +23,9 @@ from safetensors import safe_open
 from system.faults.outputs import TIGHT, Averaging, begin, few_or, make_averaging, naming, state, state_after, tmpfs
 from system.faults.runs import Ended, Runs
 from system.faults.tracing import refuse_or_skip
+
+from ckpt_avg import OutputError, average
+from ckpt_avg.files import platform
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +140,29 @@ def test_power_cuts_catch_a_writer_that_leaves_out_a_sync(
     found = cut_after_success(disk, runs, run, 2, unnamed=True, wrong=(wrong,))
     assert found["new"] == 0, found
     assert found[loses] >= 1, found
+
+
+@pytest.mark.guarantee("disk-full")
+@pytest.mark.parametrize("tells", [True, False], ids=["before", "while it is reserved"])
+def test_an_output_that_does_not_fit_on_ext4_takes_nothing_from_others(
+    disk: Disk, run: Averaging, tells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ext4 reserves every free block before it fails: they must be free again, and the message must say how many."""
+    with (disk.folder / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(2**16))
+    os.truncate(disk.folder / "ballast", (disk.folder / "ballast").stat().st_size - 100_000)
+    space = os.statvfs(disk.folder)
+    if not tells:
+        lies, real = [sys.maxsize], platform.free_space
+        monkeypatch.setattr(platform, "free_space", lambda folder: lies.pop() if lies else real(folder))
+    with pytest.raises(
+        OutputError, match=r"not enough space: it needs 97\d\.\d KiB, and \d+\.\d KiB are free"
+    ) as error:
+        average(run.sources, disk.folder / "mean.safetensors")
+    assert error.value.exit_code == 5
+    assert os.statvfs(disk.folder).f_bfree == space.f_bfree > 0
+    assert sorted(os.listdir(disk.folder)) == ["ballast", "lost+found"]
 
 
 def cut_during(

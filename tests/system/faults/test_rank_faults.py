@@ -152,6 +152,16 @@ def test_code_of_the_user_that_fails_on_one_rank_only(
     assert_stopped(server.run(group), 1, cause, output, code=7)
 
 
+def test_ranks_write_into_a_folder_that_rank_0_creates(server: RankServer, inputs: Path, output: Path) -> None:
+    """If it failed, ranks could not write where one process can, or leave an empty folder if one of them fails."""
+    new = output.parent / "new" / output.name
+    ended = server.run(Group(2, command(inputs, new), faults={1: [("before fsync", "EIO")]}))
+    assert codes(ended) == [8, 5]
+    assert os.listdir(output.parent) == []
+    assert codes(server.run(Group(2, command(inputs, new)))) == [0, 0]
+    assert new.read_bytes() == (inputs / "one.safetensors").read_bytes()
+
+
 @pytest.mark.guarantee("rank-fails")
 @pytest.mark.parametrize(
     ("what", "cause", "code"),
@@ -293,9 +303,8 @@ def test_all_ranks_that_are_killed_leave_a_hidden_file_at_most(server: RankServe
     (left,) = os.listdir(output.parent)
     assert left.startswith(".mean.safetensors.")
     assert left.endswith(".tmp")
-    # The next run neither minds nor touches it.
     assert codes(server.run(Group(2, command(inputs, output)))) == [0, 0]
-    assert sorted(os.listdir(output.parent)) == [left, output.name]
+    assert os.listdir(output.parent) == [output.name]
 
 
 def test_ranks_that_wait_for_one_that_never_joins_hear_the_launcher(
@@ -516,7 +525,7 @@ def test_rank_0_alone_measures(server: RankServer, inputs: Path, output: Path) -
 
 def test_a_report_that_cannot_be_written_stops_all_ranks(server: RankServer, inputs: Path, output: Path) -> None:
     """If it failed, the others would wait for rank 0."""
-    arguments = command(inputs, output, "--report", output.parent / "nowhere" / "report.json")
+    arguments = command(inputs, output, "--report", inputs / "user.py" / "report.json")
     assert_stopped(server.run(Group(2, arguments)), 0, "--report ", output, code=2)
 
 

@@ -15,7 +15,7 @@ from ckpt_avg.batchnorm.hooks import refuse
 from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.batchnorm.refresh import BatchNormReport, refresh_batch_norm, rounded_statistic
 from ckpt_avg.checkpoint.spec import batch_norm_buffer
-from ckpt_avg.checkpoint.tensor_reads import torch_dtype
+from ckpt_avg.checkpoint.tensor_reads import bytes_of, torch_dtype
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.progress import Progress
@@ -128,5 +128,5 @@ def refresh_output(
                 dtype = torch_dtype(tensor.dtype)
                 is_count = buffer == "num_batches_tracked"
                 value = measured.to(dtype) if is_count else rounded_statistic(layer, buffer, measured.cpu(), dtype)
-                write(memoryview(bytes(value.reshape(-1).view(torch.uint8).tolist())), tensor.offset)
+                write(bytes_of(value), tensor.offset)
     return report

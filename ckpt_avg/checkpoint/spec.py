@@ -231,14 +231,15 @@ def batch_norm_layers(names: Mapping[str, object]) -> list[str]:
     """Returns the layers whose running statistics are among ``names``, in order.
 
     A layer is a prefix with both ``running_mean`` and ``running_var``. If the model is itself one layer, its prefix is
-    empty.
+    empty. With ``count`` and without ``num_batches_tracked`` they are statistics of the inputs, of no BatchNorm layer.
     """
     suffix = "running_mean"
     layers = []
     for name in names:
         if name == suffix or name.endswith("." + suffix):
             prefix = name[: -len(suffix)]
-            if prefix + "running_var" in names:
+            counts_samples = prefix + "count" in names and prefix + "num_batches_tracked" not in names
+            if prefix + "running_var" in names and not counts_samples:
                 layers.append(prefix.removesuffix("."))
     return layers
 
@@ -246,3 +247,8 @@ def batch_norm_layers(names: Mapping[str, object]) -> list[str]:
 def batch_norm_buffer(layer: str, buffer: str) -> str:
     """Returns the name of a layer's buffer: ``("features.1", "running_var")`` → ``features.1.running_var``."""
     return f"{layer}.{buffer}" if layer else buffer
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether a tensor is a module's extra state, whose length may change during a run."""
+    return name.rpartition(".")[2] == "_extra_state"

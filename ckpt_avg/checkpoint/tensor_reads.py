@@ -24,19 +24,18 @@ Range = tuple[TensorSpec, int, int]
 
 
 def join_ranges(ranges: Sequence[Range]) -> list[Range]:
-    """Joins ranges of one dtype, none of them empty, if their bytes are consecutive in a file.
+    """Joins ranges, none of them empty, if they have one dtype and their bytes are consecutive in a file.
 
     A joined range is read as if it were one tensor, so that many small tensors cost no more than a large one.
     """
     groups: list[list[Range]] = []
-    file = end = -1
+    following: tuple[int, int, DType] | None = None  # the file, offset and dtype of what may be joined
     for tensor, start, stop in ranges:
-        begin = _offset(tensor, start)
-        if tensor.is_contiguous and (tensor.file, begin) == (file, end):
+        if tensor.is_contiguous and (tensor.file, _offset(tensor, start), tensor.dtype) == following:
             groups[-1].append((tensor, start, stop))
         else:
             groups.append([(tensor, start, stop)])
-        file, end = (tensor.file, _offset(tensor, stop)) if tensor.is_contiguous else (-1, -1)
+        following = (tensor.file, _offset(tensor, stop), tensor.dtype) if tensor.is_contiguous else None
     return [group[0] if len(group) == 1 else _joined(group) for group in groups]
 
 
@@ -83,6 +82,11 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     """Returns torch's dtype."""
     named: torch.dtype = getattr(torch, dtype.torch_name)
     return named
+
+
+def bytes_of(values: torch.Tensor) -> memoryview:
+    """Returns the bytes of a small tensor on the CPU."""
+    return memoryview(bytes(values.reshape(-1).view(torch.uint8).tolist()))
 
 
 def _offset(tensor: TensorSpec, element: int) -> int:

@@ -60,6 +60,7 @@ def average_json(result: AverageResult) -> dict[str, Any]:
             "estimator": report.estimator if report else None,
             "amp": report.amp if report else None,
         },
+        "spectral_norms": list(result.spectral_norms),
         **evaluations_json(result.evaluations, result.outcomes),
         "notices": list(result.notices),
     }

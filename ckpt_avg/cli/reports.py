@@ -62,6 +62,9 @@ def verify_text(report: VerifyReport) -> str:
             f"it is {'the mean' if count > 1 else 'a copy'} of {plural(count, 'checkpoint')}, bit for bit: "
             f"{_names(report.checkpoints)}"
         )
+    if report.spectral_norms:
+        weights = plural(len(report.spectral_norms), "weight")
+        lines.append(f"spectral norm of {weights}: u and v give the same norm as when computed again, to 1e-6")
     if report.measured:
         lines.append(f"not compared: {plural(len(report.measured), 'BatchNorm tensor')} that were refreshed")
     return "\n".join(lines)
@@ -168,6 +171,10 @@ def _outcome(result: AverageResult) -> list[str]:
             "frozen": "frozen, the same in every checkpoint",
         }
         lines.append(f"BatchNorm statistics: {statistics[result.statistics]}")
+    if result.spectral_norms:
+        would = "" if _is_done(result) else "would be "
+        weights = plural(len(result.spectral_norms), "weight")
+        lines.append(f"spectral norm of {weights}: u and v {would}computed from the averaged weight")
     lines += evaluation_lines(result.evaluations, result.outcomes)
     if all(outcome.met for outcome in result.outcomes):
         lines.append(

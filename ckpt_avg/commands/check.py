@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.commands.requests import CheckRequest, takes
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.formats.torch_file import RUNNING_AVERAGE
+from ckpt_avg.mean.buffers import BufferKind, kinds_of, notices
 from ckpt_avg.runs.compatibility import CompatibilityReport, compare
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.select import open_selected
@@ -30,20 +31,26 @@ def check(request: CheckRequest) -> CompatibilityReport:
         >>> check(["fixtures/mnist_cnn"]).compatible
         True
     """
-    notices: list[str] = []
+    told: list[str] = []
     with ExitStack() as stack:
         checkpoints, skipped = open_selected(
-            discover(request.sources), request, request, stack, notices.append, compare_in_full=False
+            discover(request.sources), request, request, stack, told.append, compare_in_full=False
         )
-        notice_what_is_read(checkpoints, notices.append)
+        notice_what_is_read(checkpoints, told.append)
         report = compare([checkpoint.spec for checkpoint in checkpoints])
-        return replace(report, skipped=skipped, notices=tuple(notices))
+        return replace(report, skipped=skipped, notices=tuple(told))
 
 
 def notice_what_is_read(
-    checkpoints: Sequence[Checkpoint], notice: Callable[[str], None], *, copies: bool = True
+    checkpoints: Sequence[Checkpoint],
+    notice: Callable[[str], None],
+    *,
+    copies: bool = True,
+    kinds: Mapping[str, BufferKind] | None = None,
 ) -> None:
     """Tells how the checkpoints are read, which are averages already (``copies``: also of a single one), which tied.
+
+    ``kinds`` of the tensors, if they are known, says which are no plain weights.
 
     Raises IncompatibleError if some hold raw weights, others only a running average.
     """
@@ -65,5 +72,8 @@ def notice_what_is_read(
     if copies and len(checkpoints) == 1:
         notice(f"{first.path} is the only checkpoint: its weights are copied")
     if tied := first.tied():
-        names = listing("=".join(map(quote, each)) for each in tied)
+        names = listing(listing(map(quote, each), separator="=") for each in tied)
         notice(f"tied weights are written under each of their names: {names}")
+    if len(checkpoints) > 1:
+        for text in notices(kinds_of(first.tensors) if kinds is None else kinds):
+            notice(text)

@@ -37,6 +37,7 @@ class AverageResult:
             ``mean`` (of the checkpoints' statistics), ``frozen`` (the same in every checkpoint, kept), or ``copied``
             (from the only checkpoint).
         batch_norm: what the refresh did, if there was one.
+        spectral_norms: the weights with spectral norm, whose vectors u and v are computed from the averaged weight.
         data_digest: of the output's data section, as its metadata records it; None for a dry run, and on every rank but
             the first.
         sha256: of the whole output, if requested.
@@ -55,6 +56,7 @@ class AverageResult:
     device: str
     statistics: Statistics
     batch_norm: BatchNormReport | None
+    spectral_norms: tuple[str, ...]
     data_digest: str | None
     sha256: str | None
     evaluations: tuple[Evaluation, ...]
@@ -113,6 +115,7 @@ class Draft:
             device=str(prepared.mean_device),
             statistics=prepared.statistics,
             batch_norm=report,
+            spectral_norms=tuple(layer.weight for layer in prepared.plan.spectral_norms),
             data_digest=data_digest,
             sha256=sha256,
             evaluations=tuple(self.evaluations.measured),
@@ -146,6 +149,7 @@ class Draft:
                 self.prepared.checkpoints,
                 RecordedOptions.values(self.request),
                 batch_norm=summary(self.prepared.statistics, report, self.request),
+                spectral_norms=len(self.prepared.plan.spectral_norms),
                 digests=self._source_digests,
                 data_digest=data_digest,
             )

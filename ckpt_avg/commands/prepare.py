@@ -16,8 +16,8 @@ from ckpt_avg.distributed.launch import launch_of
 from ckpt_avg.errors import UsageError
 from ckpt_avg.machine import choose_threads, gc_paused
 from ckpt_avg.mean.devices import choose_devices
-from ckpt_avg.mean.equal_tensors import refuse_unequal
-from ckpt_avg.mean.plan import Plan, make_plan
+from ckpt_avg.mean.equal_tensors import plan_of, refuse_unequal
+from ckpt_avg.mean.plan import Plan
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.run_folder import Skipped
@@ -47,8 +47,8 @@ class Prepared:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors of all checkpoints, which agree in shapes and dtypes."""
-        return len(self.checkpoints) * self.specs[0].nbytes
+        """Bytes of the tensors of all checkpoints."""
+        return len(self.checkpoints) * self.plan.source_nbytes
 
 
 def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_window: bool = False) -> Prepared:
@@ -67,9 +67,9 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
         for file in (file for checkpoint in checkpoints for file in checkpoint.files):
             file.use_io(request.io)
         specs = [checkpoint.spec for checkpoint in checkpoints]
-        refuse_differences(specs)
-        plan = make_plan(specs, dtype=request.dtype, non_float=request.non_float)
-        notice_what_is_read(checkpoints, notice, copies=request.bn != "refresh")
+        refuse_differences(specs, dtype=request.dtype)
+        plan = plan_of(checkpoints, dtype=request.dtype, non_float=request.non_float)
+        notice_what_is_read(checkpoints, notice, copies=request.bn != "refresh", kinds=plan.kinds)
     frozen = frozenset() if by_window and request.data is not None else frozen_buffers(checkpoints, plan)
     has_model, has_data = request.model is not None, request.data is not None
     measures = needs_refresh(plan, frozen, bn=request.bn, has_model=has_model, has_data=has_data, notice=notice)
@@ -78,6 +78,6 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
         model = build_model(request.model, {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors})
         if measures and request.data is not None:
             refresh = choose_refresh(plan, frozen, model, Passes(request.data), notice)
-    refuse_unequal(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
+    refuse_unequal(checkpoints, plan)
     statistics = source_of_statistics(plan, frozen, refresh)
     return Prepared(checkpoints, skipped, plan, frozen, model, refresh, statistics, mean_device, model_device, threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ckpt_avg.batchnorm.refresh_output import refresh_output
 from ckpt_avg.commands.agreement import agree_on_header
 from ckpt_avg.commands.draft import AverageResult, Draft
 from ckpt_avg.errors import RankError, RequirementError
+from ckpt_avg.mean.spectral_norm import write_vectors
 from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.output.digests import TreeDigest, digest_stream
 from ckpt_avg.output.header import refuse_unreadable
@@ -103,6 +105,8 @@ def _refresh_and_measure(draft: Draft, unpublished: UnpublishedFile, digest: Tre
             digest.invalidate(offset, len(contents))
             unpublished.write(contents, len(draft.header) + offset)
 
+    if prepared.plan.spectral_norms:
+        _write_spectral_vectors(draft, unpublished, weights, overwrite)
     if len(prepared.checkpoints) > 1 or prepared.refresh is None:  # a single checkpoint has been measured as it is
         draft.evaluations.measure_average(weights, refreshed=False)
     if prepared.refresh is None:
@@ -120,6 +124,23 @@ def _refresh_and_measure(draft: Draft, unpublished: UnpublishedFile, digest: Tre
     )
     draft.evaluations.measure_average(weights, refreshed=True)
     return report
+
+
+def _write_spectral_vectors(
+    draft: Draft,
+    unpublished: UnpublishedFile,
+    weights: Callable[[], Mapping[str, torch.Tensor]],
+    overwrite: Callable[[memoryview, int], None],
+) -> None:
+    """Computes the vectors of spectral norm on rank 0, before any rank loads the weights."""
+    ranks, prepared = draft.context.ranks, draft.prepared
+    if ranks.is_first:
+        notice = draft.context.notice
+        write_vectors(prepared.plan, prepared.checkpoints[-1], weights(), overwrite, notice, ranks.check)
+    if ranks.size > 1:
+        unpublished.sync()
+        ranks.exchange("spectral norm", None)
+        unpublished.drop_cache()
 
 
 def _complete(

@@ -19,6 +19,7 @@ from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.prepare import Prepared, prepare
 from ckpt_avg.commands.requests import SweepRequest, takes
 from ckpt_avg.errors import IncompatibleError, UsageError, UserCodeError
+from ckpt_avg.mean.spectral_norm import write_vectors
 from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import listing, quote, suggestion
@@ -182,6 +183,8 @@ def _measure(
     for window in windows:
         output = outputs.pop(0)  # its memory is free after it is measured
         checkpoints = prepared.checkpoints[window.indices.start : window.indices.stop]
+        if len(checkpoints) > 1:
+            write_vectors(prepared.plan, checkpoints[-1], output.tensors(), output.write, context.notice)
         if prepared.refresh is not None:
             frozen = frozen_buffers(checkpoints, prepared.plan)
             if moving_layers(prepared.plan, frozen):
@@ -209,15 +212,15 @@ def _average(
     The bytes are those of `average`: each window is summed on its own, in the order of the checkpoints.
     """
     first = min(window.indices.start for window in windows)
-    needed = prepared.checkpoints[first : max(window.indices.stop for window in windows)]
+    needed = max(window.indices.stop for window in windows) - first
     outputs = [MemoryOutput(prepared.plan) for _ in windows]
     means = [
         Mean(range(window.indices.start - first, window.indices.stop - first), output.write)
         for window, output in zip(windows, outputs, strict=True)
     ]
-    context.progress.start(sum(checkpoint.spec.nbytes for checkpoint in needed))
+    context.progress.start(needed * prepared.plan.source_nbytes)
     write_means(
-        needed,
+        prepared.checkpoints[first:],
         prepared.plan,
         means,
         device=prepared.mean_device,

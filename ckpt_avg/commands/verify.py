@@ -30,6 +30,7 @@ class VerifyReport:
         metadata: its ``__metadata__``.
         checkpoints: the checkpoints that it is the mean of, in order; None if it was not compared with any.
         measured: tensors that are not the mean, because a BatchNorm refresh measured them.
+        spectral_norms: weights whose vectors of spectral norm were computed again, and give the same norm to 1e-6.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class VerifyReport:
     metadata: dict[str, str]
     checkpoints: tuple[Path, ...] | None = None
     measured: tuple[str, ...] = ()
+    spectral_norms: tuple[str, ...] = ()
 
 
 @takes(VerifyRequest)
@@ -83,8 +85,13 @@ def verify(request: VerifyRequest) -> VerifyReport:
             return report
         from ckpt_avg.commands.verify_sources import compare_with_mean  # torch takes seconds to import
 
-        checkpoints, measured = compare_with_mean(file, tensors, metadata, request, threads=threads, progress=progress)
-        return replace(report, checkpoints=checkpoints, measured=measured)
+        compared = compare_with_mean(file, tensors, metadata, request, threads=threads, progress=progress)
+        return replace(
+            report,
+            checkpoints=compared.checkpoints,
+            measured=compared.measured,
+            spectral_norms=compared.spectral_norms,
+        )
 
 
 def _check_header(file: InputFile) -> tuple[dict[str, TensorSpec], dict[str, str], Digests]:

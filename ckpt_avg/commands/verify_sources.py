@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec, batch_norm_buffer
+from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec, batch_norm_buffer
 from ckpt_avg.commands.requests import RecordedOptions, VerifyRequest
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, VerificationError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import open_with
-from ckpt_avg.mean.equal_tensors import refuse_unequal
-from ckpt_avg.mean.plan import OutputTensor, Plan, make_plan
+from ckpt_avg.mean.equal_tensors import plan_of, refuse_unequal
+from ckpt_avg.mean.plan import OutputTensor, Plan
+from ckpt_avg.mean.spectral_norm import differing_vectors
 from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.provenance import recorded_options, recorded_sources, recorded_statistics, size_of, text_of
@@ -25,9 +27,19 @@ from ckpt_avg.progress import Progress
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery, discover
 from ckpt_avg.text import listing, one_line, plural, quote
+from ckpt_avg.user_code.model import weights_of
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _NAME_THE_SOURCES = "Name the checkpoints that it was made of."
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What was compared, as in `VerifyReport`."""
+
+    checkpoints: tuple[Path, ...]
+    measured: tuple[str, ...]
+    spectral_norms: tuple[str, ...]
 
 
 def compare_with_mean(
@@ -38,11 +50,10 @@ def compare_with_mean(
     *,
     threads: int,
     progress: Progress,
-) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+) -> Compared:
     """Compares a file's data, bit for bit, with the mean of the checkpoints that its metadata records.
 
-    Returns the checkpoints, and the tensors that are not the mean because a BatchNorm refresh measured them. Raises
-    VerificationError if the sources are not the recorded ones, or their mean differs.
+    Raises VerificationError if the sources are not the recorded ones, or their mean differs.
     """
     recorded = recorded_sources(metadata)
     options = RecordedOptions.read(recorded_options(metadata) or {"": None})
@@ -57,12 +68,14 @@ def compare_with_mean(
             for source in (source for checkpoint in checkpoints for source in checkpoint.files):
                 source.use_io(request.io)
             specs = [checkpoint.spec for checkpoint in checkpoints]
-            refuse_differences(specs)
-            plan = make_plan(specs, dtype=options.dtype, non_float=options.non_float)
-            refuse_unequal(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
+            refuse_differences(specs, dtype=options.dtype)
+            plan = plan_of(checkpoints, dtype=options.dtype, non_float=options.non_float)
+            refuse_unequal(checkpoints, plan)
             is_refreshed = recorded_statistics(metadata) == "refreshed"
-            comparison = _Comparison(file, tensors, plan, _batch_norm_buffers(plan) if is_refreshed else frozenset())
-            progress.start(len(specs) * specs[0].nbytes)
+            free = _batch_norm_buffers(plan) if is_refreshed else set()
+            vectors = {name for layer in plan.spectral_norms for name in (layer.u, layer.v)}
+            comparison = _Comparison(file, tensors, plan, free | vectors)
+            progress.start(len(specs) * plan.source_nbytes)
             write_means(
                 checkpoints,
                 plan,
@@ -77,8 +90,16 @@ def compare_with_mean(
             raise VerificationError(
                 f"{one_line(str(file.path))}: not the mean of these checkpoints: {error}", lines=True
             ) from error
-    measured = tuple(tensor.name for tensor in plan.tensors if tensor.name in comparison.measured)
-    return tuple(spec.path for spec in specs), measured
+        if plan.spectral_norms:
+            found = Checkpoint(CheckpointSpec(file.path, "safetensors", tensors), (file,))
+            others = list(differing_vectors(plan, checkpoints[-1], weights_of(found)))
+            if others:
+                raise VerificationError(
+                    f"{file.path}: spectral norm of {listing(map(quote, others))}: u and v are not the vectors of the "
+                    "averaged weight. Average the checkpoints again."
+                )
+    measured = tuple(name for name in plan.by_name() if name in comparison.measured - vectors)
+    return Compared(tuple(spec.path for spec in specs), measured, tuple(layer.weight for layer in plan.spectral_norms))
 
 
 def _recorded_among(
@@ -155,19 +176,17 @@ def _key(source: Mapping[str, Any]) -> tuple[str, str, int]:
     return source["name"], source["header_sha256"], source["bytes"]
 
 
-def _batch_norm_buffers(plan: Plan) -> frozenset[str]:
-    return frozenset(batch_norm_buffer(layer, buffer) for layer in plan.batch_norm for buffer in _BUFFERS)
+def _batch_norm_buffers(plan: Plan) -> set[str]:
+    return {batch_norm_buffer(layer, buffer) for layer in plan.batch_norm for buffer in _BUFFERS}
 
 
 class _Comparison:
-    """Compares the mean with a file, block by block; tensors in ``refreshed`` may differ. Threads may share it.
+    """Compares the mean with a file, block by block; tensors in ``free`` may differ. Threads may share it.
 
     Raises VerificationError if the file has other tensors.
     """
 
-    def __init__(
-        self, file: InputFile, tensors: Mapping[str, TensorSpec], plan: Plan, refreshed: frozenset[str]
-    ) -> None:
+    def __init__(self, file: InputFile, tensors: Mapping[str, TensorSpec], plan: Plan, free: Collection[str]) -> None:
         expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         if expected != found:
@@ -176,7 +195,7 @@ class _Comparison:
                 f"{file.path}: not the mean of these checkpoints: these tensors have another name, shape or dtype: "
                 f"{listing(map(quote, others))}. {_NAME_THE_SOURCES}"
             )
-        self._file, self._tensors, self._plan, self._refreshed = file, tensors, plan, refreshed
+        self._file, self._tensors, self._plan, self._free = file, tensors, plan, free
         self._begins = [tensor.offset for tensor in plan.tensors]
         self._lock = threading.Lock()
         self.measured: set[str] = set()
@@ -196,7 +215,7 @@ class _Comparison:
         found = self._file.read(self._tensors[tensor.name].offset + begin, len(mean))
         if found == mean:
             return
-        if tensor.name in self._refreshed:
+        if tensor.name in self._free:
             with self._lock:
                 self.measured.add(tensor.name)
             return

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
 from ckpt_avg.checkpoint.tensor_reads import Range, join_ranges
+from ckpt_avg.mean.buffers import Rule
 from ckpt_avg.mean.plan import OutputTensor, Plan
 
 _MOST_TENSORS = 4096  # to compute at a time
@@ -15,13 +16,13 @@ OutputRange = tuple[OutputTensor, int, int]  # tensor, first element, element af
 
 
 class Block:
-    """Consecutive elements of the output, all of one source dtype and one output dtype, and all means or all copies.
+    """Consecutive elements of the output, all of one source dtype, one output dtype and one rule.
 
     A block is a slice of a large tensor, or several small tensors.
 
     Attributes:
         source_dtype, dtype: of the inputs, and of the output.
-        is_mean: whether the elements are averaged; otherwise they are copied.
+        rule: ``mean``, ``last`` or ``newest``, as `BufferKind.rule`; ``equal`` elements are copied like ``last``.
         ranges: (tensor, first element, element after the last) of each tensor in the block.
         offset: of the first byte in the output's data section.
         numel, nbytes: elements, and their bytes in the output.
@@ -29,7 +30,7 @@ class Block:
 
     def __init__(self, ranges: Sequence[OutputRange]) -> None:
         tensor, start, _ = ranges[0]
-        self.source_dtype, self.dtype, self.is_mean = _kind(tensor)
+        self.source_dtype, self.dtype, self.rule = _kind(tensor)
         self.offset = tensor.offset + start * self.dtype.itemsize
         self.numel = sum(stop - start for _, start, stop in ranges)
         self.nbytes = self.numel * self.dtype.itemsize
@@ -97,6 +98,6 @@ def _blocks(ranges: Sequence[OutputRange]) -> list[Block]:
     return [Block(tuple(group)) for _, group in itertools.groupby(ranges, key=lambda each: _kind(each[0]))]
 
 
-def _kind(tensor: OutputTensor) -> tuple[DType, DType, bool]:
+def _kind(tensor: OutputTensor) -> tuple[DType, DType, Rule]:
     """Returns what all tensors of one block have in common."""
-    return tensor.source_dtype, tensor.dtype, tensor.rule == "mean"
+    return tensor.source_dtype, tensor.dtype, "last" if tensor.rule == "equal" else tensor.rule

@@ -1,6 +1,6 @@
-"""Finds the tensors that have the same bytes in every checkpoint, before the mean.
+"""What only the values of tensors show, before the mean: which are the same in every checkpoint, and which are masks.
 
-Integer and bool tensors are copied only if they are equal. BatchNorm layers with equal running statistics are frozen.
+Integers are copied only if they are equal, and so are masks. BatchNorm layers with equal running statistics are frozen.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import stream
+from ckpt_avg.checkpoint.tensor_reads import read_ranges, stream
 from ckpt_avg.errors import IncompatibleError
+from ckpt_avg.mean.buffers import KINDS
+from ckpt_avg.mean.plan import Plan, make_plan
 from ckpt_avg.text import listing, one_line, plural, quote
+
+_GLANCE = 16  # elements that show of nearly every tensor that it is no mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +32,47 @@ class Unequal:
         return f"tensor {quote(self.tensor)}: first at index {self.index:,} in {one_line(self.checkpoint)}"
 
 
+def plan_of(checkpoints: Sequence[Checkpoint], *, dtype: str, non_float: str) -> Plan:
+    """Returns the plan of checkpoints, as `make_plan` does, after it has looked for masks."""
+    specs = [checkpoint.spec for checkpoint in checkpoints]
+    plan = make_plan(specs, dtype=dtype, non_float=non_float)
+    masks = find_masks(checkpoints, plan) if len(checkpoints) > 1 else []
+    return make_plan(specs, dtype=dtype, non_float=non_float, masks=masks) if masks else plan
+
+
+def find_masks(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[str]:
+    """Returns the floating-point tensors with only zeros and ones in every checkpoint, and both in one of them.
+
+    So a scale that is 0 in one checkpoint and 1 in another is no mask, unless its name says so.
+    """
+    tensors = checkpoints[0].spec.tensors
+    plain = [each.name for each in plan.tensors if each.name not in plan.kinds and each.source_dtype.kind == "float"]
+    glances = read_ranges(checkpoints[0], [(tensors[name], 0, min(tensors[name].numel, _GLANCE)) for name in plain])
+    candidates = [name for name, values in zip(plain, glances, strict=True) if len(values) and _is_binary(values)]
+    return [name for name in candidates if _is_mask(checkpoints, name)]
+
+
+def _is_mask(checkpoints: Sequence[Checkpoint], name: str) -> bool:
+    is_mixed = "mask" in name.lower()
+    for checkpoint in checkpoints:
+        ones = numel = 0
+        for _, values in stream(checkpoint, checkpoint.spec.tensors[name]):
+            if not _is_binary(values):
+                return False
+            ones, numel = ones + int(values.count_nonzero()), numel + len(values)
+        is_mixed |= 0 < ones < numel
+    return is_mixed
+
+
+def _is_binary(values: torch.Tensor) -> bool:
+    return bool((values.eq(0) | values.eq(1)).all())
+
+
 def differing(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, Unequal]:
     """Compares tensors bit by bit with the first checkpoint's; returns those that differ, with the first difference.
 
     Args:
-        checkpoints: open checkpoints with the same names, shapes and dtypes.
+        checkpoints: open checkpoints that fit together.
         names: the tensors to compare.
     """
     found: dict[str, Unequal] = {}
@@ -45,20 +85,23 @@ def differing(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> dict[s
     return found
 
 
-def refuse_unequal(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> None:
-    """Raises IncompatibleError if integer or bool tensors differ between the checkpoints."""
-    unequal = differing(checkpoints, names)
-    if unequal:
-        raise IncompatibleError(
-            f"{one_line(str(checkpoints[0].spec.path))}: {plural(len(unequal), 'integer or bool tensor')} "
-            f"{'differs' if len(unequal) == 1 else 'differ'} in other checkpoints, and these dtypes are never averaged:"
-            f"\n  {listing(map(str, unequal.values()), separator=chr(10) + '  ')}\n"
-            "Use --non-float last to copy the last checkpoint's.",
-            lines=True,
-        )
+def refuse_unequal(checkpoints: Sequence[Checkpoint], plan: Plan) -> None:
+    """Raises IncompatibleError if tensors differ between the checkpoints that must be equal."""
+    unequal = differing(checkpoints, (tensor.name for tensor in plan.tensors if tensor.rule == "equal"))
+    problems = []
+    for kind in KINDS:
+        if found := [each for name, each in unequal.items() if plan.kinds[name] is kind]:
+            are = f"{plural(len(found), kind.noun)} {'differs' if len(found) == 1 else 'differ'}"
+            places = listing(map(str, found), separator="\n  ")
+            problems.append(f"{are} in other checkpoints, and {kind.refusal}\n  {places}")
+    if problems:
+        where = one_line(str(checkpoints[0].spec.path))
+        raise IncompatibleError(f"{where}: " + "\n".join(problems), lines=True)
 
 
 def _first_difference(first: Checkpoint, other: Checkpoint, name: str) -> int | None:
+    if first.spec.tensors[name].dtype != other.spec.tensors[name].dtype:
+        return 0
     pairs = zip(stream(first, first.spec.tensors[name]), stream(other, other.spec.tensors[name]), strict=True)
     for (start, expected), (_, found) in pairs:
         unequal = expected.view(torch.uint8).ne(found.view(torch.uint8))

@@ -6,15 +6,22 @@ order, and peak memory is a few blocks whatever the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from math import prod
 
-from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, DTYPES, CheckpointSpec, DType, batch_norm_buffer, batch_norm_layers
+from ckpt_avg.checkpoint.spec import (
+    BY_TORCH_NAME,
+    DTYPES,
+    CheckpointSpec,
+    DType,
+    TensorSpec,
+    batch_norm_layers,
+    is_extra_state,
+)
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.text import listing, quote
-
-Rule = Literal["mean", "equal", "last"]
+from ckpt_avg.mean.buffers import INTEGERS, MASKS, QUANTIZED, BufferKind, Rule, SpectralNorm, kinds_of, spectral_norms
+from ckpt_avg.text import quote
 
 # The shares of ranks begin at multiples of this. Some network file systems lose writes of two ranks to one page.
 _PAGE = 64 * 1024
@@ -27,8 +34,9 @@ class OutputTensor:
 
     Attributes:
         name, shape, numel: as in the checkpoints.
-        source_dtype, dtype: in the checkpoints, and in the output.
-        rule: ``mean``; ``equal``: copied, the bytes are the same in every checkpoint; ``last``: copied from the last.
+        source_dtype: in the checkpoints; if theirs differ, one that contains the values of all.
+        dtype: in the output.
+        rule: as `BufferKind.rule`.
         offset: of its first byte in the data section.
     """
 
@@ -54,16 +62,25 @@ class Plan:
         tensors: in the order of the output's data section.
         batch_norm: the BatchNorm layers with running statistics.
         checkpoints: how many are averaged.
+        kinds: what each tensor is that is no plain weight.
+        spectral_norms: those whose vectors are computed from the averaged weight; none of a single checkpoint.
     """
 
     tensors: tuple[OutputTensor, ...]
     batch_norm: tuple[str, ...]
     checkpoints: int
+    kinds: Mapping[str, BufferKind]
+    spectral_norms: tuple[SpectralNorm, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the output's data section."""
         return self.tensors[-1].offset + self.tensors[-1].nbytes if self.tensors else 0
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of the tensors of one checkpoint, in the source dtypes."""
+        return sum(tensor.numel * tensor.source_dtype.itemsize for tensor in self.tensors)
 
     def by_name(self) -> Mapping[str, OutputTensor]:
         """Returns the tensors by name."""
@@ -86,17 +103,19 @@ class Plan:
         return range(bound(rank), bound(rank + 1))
 
 
-def make_plan(specs: Sequence[CheckpointSpec], *, dtype: str = "keep", non_float: str = "equal") -> Plan:
+def make_plan(
+    specs: Sequence[CheckpointSpec], *, dtype: str = "keep", non_float: str = "equal", masks: Collection[str] = ()
+) -> Plan:
     """Chooses the rule, the output dtype and the offset of every tensor.
 
     Args:
-        specs: checkpoints with the same names, shapes and dtypes.
+        specs: checkpoints that fit together.
         dtype: ``keep``, or the dtype of every floating-point tensor of the output.
-        non_float: ``equal`` or ``last``: the rule for integer and bool tensors. ``num_batches_tracked`` of a BatchNorm
-            layer differs between any two checkpoints of a run and is always copied from the last.
+        non_float: ``equal`` or ``last``: the rule for integers, bools and masks.
+        masks: floating-point tensors that contain only zeros and ones.
 
     Raises:
-        IncompatibleError: there are no tensors, or some cannot be averaged.
+        IncompatibleError: there are no tensors.
     """
     tensors = specs[0].tensors
     if not tensors:
@@ -105,40 +124,34 @@ def make_plan(specs: Sequence[CheckpointSpec], *, dtype: str = "keep", non_float
             f"{specs[0].path}: nothing to average: there are no named tensors{where}. "
             "Choose the weights with --state-key, or skip the file with --exclude."
         )
-    _refuse_scaled_codes(specs[0])
-    layers = batch_norm_layers(tensors)
-    counters = {batch_norm_buffer(layer, "num_batches_tracked") for layer in layers}
+    kinds = dict.fromkeys(masks, MASKS) | kinds_of(tensors)
+    different = [] if dtype == "keep" else [spec.tensors for spec in specs if spec.tensors is not tensors]
 
-    def output_dtype(source: DType) -> DType:
-        return BY_TORCH_NAME[dtype] if dtype != "keep" and source.kind in ("float", "float8") else source
+    def describe(name: str) -> tuple[tuple[int, ...], DType, DType, Rule]:
+        """Returns the shape, source dtype, output dtype and rule of a tensor."""
+        stored = specs[-1].tensors[name] if is_extra_state(name) else tensors[name]
+        source = _common_dtype(stored, [others[name] for others in different])
+        kind = kinds.get(name)
+        convert = dtype != "keep" and source.kind in ("float", "float8") and kind is not QUANTIZED
+        rule: Rule = kind.rule if kind else "mean"
+        if kind in (INTEGERS, MASKS) and non_float == "last":
+            rule = "last"
+        return stored.shape, source, BY_TORCH_NAME[dtype] if convert else source, rule
 
-    in_order = sorted(tensors.items(), key=lambda item: (_DTYPE_ORDER[output_dtype(item[1].dtype)], item[0].encode()))
+    described = {name: describe(name) for name in tensors}
     placed: list[OutputTensor] = []
     offset = 0
-    for name, tensor in in_order:
-        rule: Rule = "mean"
-        if tensor.dtype.kind == "exact":
-            rule = "last" if name in counters or non_float == "last" else "equal"
-        target = output_dtype(tensor.dtype)
-        placed.append(OutputTensor(name, tensor.shape, tensor.dtype, target, rule, offset, tensor.numel))
+    for name in sorted(tensors, key=lambda name: (_DTYPE_ORDER[described[name][2]], name.encode())):
+        shape, source, target, rule = described[name]
+        placed.append(OutputTensor(name, shape, source, target, rule, offset, prod(shape)))
         offset += placed[-1].nbytes
-    return Plan(tuple(placed), tuple(layers), len(specs))
+    spectral = tuple(spectral_norms(tensors)) if len(specs) > 1 else ()
+    return Plan(tuple(placed), tuple(batch_norm_layers(tensors)), len(specs), kinds, spectral)
 
 
-def _refuse_scaled_codes(spec: CheckpointSpec) -> None:
-    """Refuses float8 tensors with scales in other tensors: the mean of codes is not the code of the mean."""
-    modules = {
-        name.rpartition(".")[0]
-        for name, tensor in spec.tensors.items()
-        if "scale" in name.rpartition(".")[2] and tensor.dtype.kind != "float8"
-    }
-    scaled = [
-        name
-        for name, tensor in spec.tensors.items()
-        if tensor.dtype.kind == "float8" and name.rpartition(".")[0] in modules
-    ]
-    if scaled:
-        raise IncompatibleError(
-            f"{spec.path}: float8 tensors with separate scales cannot be averaged: {listing(map(quote, scaled))}. "
-            "Average the checkpoints before quantisation."
-        )
+def _common_dtype(first: TensorSpec, others: Sequence[TensorSpec]) -> DType:
+    """Returns the dtype of stored tensors; of different ones, float32, or float64 if one has it."""
+    dtypes = {first.dtype, *(other.dtype for other in others)}
+    if len(dtypes) == 1:
+        return first.dtype
+    return BY_TORCH_NAME["float64" if BY_TORCH_NAME["float64"] in dtypes else "float32"]

@@ -58,7 +58,7 @@ def write_means(
     """Computes every tensor of the plan for each mean and writes its bytes. The inputs are read once for all means.
 
     Args:
-        checkpoints: open checkpoints that fit together, in the order in which they are summed.
+        checkpoints: open checkpoints that fit together, in the order in which they are summed, up to the plan's last.
         plan: the tensors of the output.
         means: which checkpoints to average, and where to write.
         device: where sums are computed.
@@ -108,7 +108,7 @@ def _sizes(
     """
     each = memory // threads
     chunk = max(LEAST_CHUNK, min(_CHUNK if device.type == "cpu" else _CUDA_CHUNK, each // 64))
-    # Bytes of an element in all inputs that are read, and in the output. If it is copied, only one is read.
+    # Bytes of an element in all inputs that are read, and in the output; of a copied element one input is read.
     kinds = {(tensor.source_dtype, tensor.dtype, tensor.rule == "mean") for tensor in plan.tensors}
     nbytes = max((checkpoints if is_mean else 1) * source.itemsize + dtype.itemsize for source, dtype, is_mean in kinds)
     here = sum(tensor.numel for tensor in plan.tensors) * len(within) // max(1, plan.nbytes)
@@ -125,7 +125,6 @@ class _Worker:
     ) -> None:
         self._checkpoints, self._means, self._averager, self._chunk = checkpoints, means, averager, chunk
         self._averaged = {index for mean in means for index in mean.checkpoints}
-        self._copied = {mean.checkpoints[-1] for mean in means}  # of a copied tensor only these are read
         self._buffer = mmap.mmap(-1, elements * 8)
         self._output = torch.frombuffer(self._buffer, dtype=torch.uint8)
 
@@ -156,10 +155,11 @@ class _Worker:
             filled = 0
             for block, values in zip(blocks, inputs, strict=True):
                 output = self._output[filled : filled + block.nbytes].view(torch_dtype(block.dtype))
-                if block.is_mean:
-                    self._averager.average(block, [values[index] for index in mean.checkpoints], output)
+                chosen = [values[index] for index in self._chosen(block, mean)]
+                if block.source_dtype.kind == "exact":
+                    output.copy_(chosen[-1])
                 else:
-                    output.copy_(values[mean.checkpoints[-1]])
+                    self._averager.average(block, chosen, output)
                 filled += block.nbytes
             mean.write(memoryview(self._buffer)[:filled], blocks[0].offset)
         return len(self._averaged) * sum(block.numel * block.source_dtype.itemsize for block in blocks)
@@ -169,11 +169,19 @@ class _Worker:
         values: dict[int, torch.Tensor] = {}
         for index, checkpoint in self._inputs(block).items():
             parts = read_ranges(checkpoint, block.stored_in(checkpoint))
-            values[index] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            wide = [part.to(torch_dtype(block.source_dtype)) for part in parts]
+            values[index] = wide[0] if len(wide) == 1 else torch.cat(wide)
         return values
 
     def _inputs(self, block: Block) -> dict[int, Checkpoint]:
-        return {index: self._checkpoints[index] for index in (self._averaged if block.is_mean else self._copied)}
+        """Returns the checkpoints that a block is read from, by index."""
+        return {index: self._checkpoints[index] for mean in self._means for index in self._chosen(block, mean)}
+
+    def _chosen(self, block: Block, mean: Mean) -> Sequence[int]:
+        """Returns the indices of the checkpoints that a block of a mean is computed from; one if it is copied."""
+        if block.rule == "newest":
+            return [len(self._checkpoints) - 1]
+        return mean.checkpoints if block.rule == "mean" else mean.checkpoints[-1:]
 
 
 class MemoryOutput:

@@ -23,6 +23,7 @@ SOURCES = "ckpt_avg.sources"
 OPTIONS = "ckpt_avg.options"
 DTYPE = "ckpt_avg.dtype"
 BATCH_NORM = "ckpt_avg.batch_norm"
+SPECTRAL_NORM = "ckpt_avg.spectral_norm"
 DATA_DIGEST = "ckpt_avg.data_digest"
 HEADER_DIGEST = "ckpt_avg.header_digest"
 
@@ -46,6 +47,7 @@ def make_metadata(
     options: Mapping[str, Any],
     *,
     batch_norm: dict[str, object] | None,
+    spectral_norms: int = 0,
     digests: Sequence[Mapping[str, str]] | None = None,
     data_digest: str | None = None,
 ) -> dict[str, str]:
@@ -55,6 +57,7 @@ def make_metadata(
         checkpoints: the checkpoints that were averaged, in order.
         options: the options to record.
         batch_norm: where the running statistics come from; None without BatchNorm layers.
+        spectral_norms: how many weights have spectral norm whose vectors are computed from the averaged weight.
         digests: for each checkpoint the SHA-256 of its files, by name; None if not requested.
         data_digest: of the output's data section, in hex; None while it is not known.
     """
@@ -80,6 +83,8 @@ def make_metadata(
         metadata[DTYPE] = dtype
     if batch_norm is not None and not (batch_norm["statistics"] == "copied" and BATCH_NORM in own):
         metadata[BATCH_NORM] = _as_json(batch_norm)
+    if spectral_norms:
+        metadata[SPECTRAL_NORM] = _as_json({"vectors": "recomputed", "weights": spectral_norms})
     return metadata
 
 

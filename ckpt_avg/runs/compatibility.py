@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt_avg.checkpoint.spec import CheckpointSpec, TensorSpec
+from ckpt_avg.checkpoint.spec import DTYPES, CheckpointSpec, Kind, TensorSpec, is_extra_state
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import listing, one_line, plural, quote
+
+_CONVERTED: Sequence[Kind] = ("float", "float8")  # the kinds of dtypes that --dtype converts
 
 Aspect = Literal["missing", "unexpected", "shape", "dtype", "tied"]
 
@@ -77,15 +79,19 @@ class CompatibilityReport:
         )
 
 
-def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:
-    """Compares names, shapes, dtypes and ties of all checkpoints with the first. The order of tensors may differ."""
+def compare(specs: Sequence[CheckpointSpec], *, dtype: str = "keep") -> CompatibilityReport:
+    """Compares names, shapes, dtypes and ties of all checkpoints with the first. The order of tensors may differ.
+
+    With another ``dtype`` than ``keep``, the dtype of floating-point tensors may differ. The size of `is_extra_state`
+    tensors always may.
+    """
     reference = specs[0]
     tied = _partners(reference)
     found: dict[tuple[str, Aspect, str, str], list[str]] = {}
     for spec in specs[1:]:
         if spec.tensors is reference.tensors:
             continue  # the headers have the same bytes
-        for key in _differences(reference, tied, spec):
+        for key in _differences(reference, tied, spec, () if dtype == "keep" else _CONVERTED):
             found.setdefault(key, []).append(str(spec.path))
     differences = tuple(
         Difference(tensor, aspect, expected, got, tuple(paths))
@@ -95,42 +101,51 @@ def compare(specs: Sequence[CheckpointSpec]) -> CompatibilityReport:
     return CompatibilityReport(paths, len(reference.tensors), differences, _advice(specs, differences))
 
 
-def refuse_differences(specs: Sequence[CheckpointSpec]) -> None:
+def refuse_differences(specs: Sequence[CheckpointSpec], *, dtype: str = "keep") -> None:
     """Raises IncompatibleError with every difference, if there are any."""
-    report = compare(specs)
+    report = compare(specs, dtype=dtype)
     if not report.compatible:
         raise IncompatibleError(str(report), lines=True)
 
 
 def _differences(
-    reference: CheckpointSpec, tied: dict[str, tuple[str, ...]], spec: CheckpointSpec
+    reference: CheckpointSpec, tied: dict[str, tuple[str, ...]], spec: CheckpointSpec, converted: Collection[Kind]
 ) -> Iterator[tuple[str, Aspect, str, str]]:
     for name, expected in reference.tensors.items():
         tensor = spec.tensors.get(name)
         if tensor is None:
             yield name, "missing", _describe(expected), "no such tensor"
             continue
-        if tensor.shape != expected.shape:
+        if tensor.shape != expected.shape and not is_extra_state(name):
             yield name, "shape", str(list(expected.shape)), str(list(tensor.shape))
-        if tensor.dtype != expected.dtype:
+        if tensor.dtype != expected.dtype and not {tensor.dtype.kind, expected.dtype.kind} <= set(converted):
             yield name, "dtype", expected.dtype.name, tensor.dtype.name
     for name, tensor in spec.tensors.items():
         if name not in reference.tensors:
             yield name, "unexpected", "no such tensor", _describe(tensor)
     found = _partners(spec)
+    # All names of a group share one tuple, so that a group of n names is compared once, not n times.
+    groups = {id(group): group for group in tied.values()}
+    same = {key for key, group in groups.items() if found.get(group[0]) == group}
     for name in dict.fromkeys((*tied, *found)):
-        if name in spec.tensors and tied.get(name) != found.get(name):
+        if name in spec.tensors and not (name in tied and id(tied[name]) in same):
             yield name, "tied", _tie(name, tied), _tie(name, found)
 
 
 def _partners(spec: CheckpointSpec) -> dict[str, tuple[str, ...]]:
     """Returns, for each tied tensor, the names that share its storage."""
-    return {name: tuple(sorted(names)) for names in spec.tied() for name in names}
+    partners: dict[str, tuple[str, ...]] = {}
+    for names in spec.tied():
+        partners |= dict.fromkeys(names, tuple(sorted(names)))
+    return partners
 
 
 def _tie(name: str, partners: dict[str, tuple[str, ...]]) -> str:
-    others = [quote(each) for each in partners.get(name, ()) if each != name]
-    return f"tied to {listing(others)}" if others else "tied to none"
+    group = partners.get(name, ())
+    shown = [quote(each) for each in group[:4] if each != name][:3]
+    rest = len(group) - 1 - len(shown)
+    more = f" and {rest:,} more" if rest > 0 else ""
+    return f"tied to {', '.join(shown)}{more}" if shown else "tied to none"
 
 
 def _describe(tensor: TensorSpec) -> str:
@@ -142,7 +157,10 @@ def _advice(specs: Sequence[CheckpointSpec], differences: Sequence[Difference]) 
     if aspects == {"missing", "unexpected"} and (prefix := _prefix_between(specs)):
         return f"Some names begin with {quote(prefix)}, others don't: add --strip-prefix {prefix}."
     if aspects == {"dtype"}:
-        return "Save all checkpoints in one dtype; --dtype only sets the dtype of the output."
+        dtypes = {name for difference in differences for name in (difference.expected, difference.found)}
+        if all(DTYPES[name].kind in _CONVERTED for name in dtypes):
+            return "Add --dtype float32, or another dtype for the output, to average them."
+        return "Save all checkpoints in one dtype."
     if aspects == {"tied"}:
         return "Average checkpoints that tie the same weights; skip others with --exclude."
     return "Average checkpoints of one architecture and one run; skip others with --exclude."

@@ -35,7 +35,7 @@ def test_blocks_cover_every_element_once_and_in_order(tensors: Tensors, elements
         for tensor, start, stop in block.ranges:
             assert tensor.offset + start * tensor.dtype.itemsize == end
             assert (tensor.source_dtype, tensor.dtype) == (block.source_dtype, block.dtype)
-            assert (tensor.rule == "mean") == block.is_mean
+            assert (tensor.rule == "mean") == (block.rule == "mean")
             end = tensor.offset + stop * tensor.dtype.itemsize
         assert block.offset + block.nbytes == end
     assert end == plan.nbytes

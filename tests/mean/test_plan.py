@@ -83,20 +83,3 @@ def test_a_checkpoint_without_tensors_is_refused() -> None:
     with pytest.raises(IncompatibleError, match=message) as error:
         plan_of({})
     assert error.value.exit_code == 4
-
-
-@pytest.mark.guarantee("float8")
-@pytest.mark.parametrize("scale", ["w_scale", "scale", "w_scale_inv", "input_scale"])
-def test_float8_with_scales_is_refused_with_each_name(scale: str) -> None:
-    kinds = (("w", "F8_E4M3"), (scale, "F32"))
-    tensors = {f"layer{i}.{name}": (dtype, (2,)) for i in range(3) for name, dtype in kinds}
-    with pytest.raises(
-        IncompatibleError, match=r"epoch_1\.pt: float8 .*'layer0\.w', 'layer1\.w', 'layer2\.w'\. Average .* before"
-    ) as error:
-        plan_of(tensors | {"other.w": ("F32", (2,))})
-    assert error.value.exit_code == 4
-
-
-def test_float8_with_scales_in_another_module_is_averaged() -> None:
-    plan = plan_of({"layer.weight": ("F8_E4M3", (4,)), "norm.scale": ("F32", (1,))})
-    assert {tensor.rule for tensor in plan.tensors} == {"mean"}

@@ -184,7 +184,7 @@ def test_dtypes_alone_have_their_own_advice(tmp_path: Path) -> None:
     paths = write(tmp_path, {"w": torch.ones(2)}, {"w": torch.ones(2).bfloat16()})
     text = str(check(paths))
     assert "tensor 'w': dtype: expected F32, got BF16" in text
-    assert text.endswith("Save all checkpoints in one dtype; --dtype only sets the dtype of the output.")
+    assert text.endswith("Add --dtype float32, or another dtype for the output, to average them.")
 
 
 def test_the_text_is_cut_but_the_report_is_complete(tmp_path: Path) -> None:

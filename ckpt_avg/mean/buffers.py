@@ -1,0 +1,384 @@
+"""The kinds of tensors that are no plain weights, and what becomes of each: `KINDS`, which docs/how-it-works.md shows.
+
+They are recognised by names, shapes and dtypes, except masks, whose values must be read (`equal_tensors.masks`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ckpt_avg.checkpoint.spec import TensorSpec, batch_norm_buffer, batch_norm_layers, is_extra_state
+from ckpt_avg.text import listing, plural, quote
+
+Rule = Literal["mean", "equal", "last", "newest"]
+Tensors = Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class BufferKind:
+    """One kind of tensor.
+
+    Attributes:
+        name: in the plural.
+        rule: ``mean``; ``equal``: copied, and refused if checkpoints differ; ``last``: copied from the last checkpoint;
+            ``newest``: the same, but in a sweep from the last of all, since the size differs between checkpoints.
+        found: how it is recognised, in Markdown.
+        becomes: what the output contains, in Markdown.
+        noun: what to call one of its tensors in a notice or an error.
+        notice: what the user should know, after the number and noun; empty if there is nothing to say.
+        refusal: why tensors that differ are not averaged, and what to do.
+        where: yields the names of its tensors.
+    """
+
+    name: str
+    rule: Rule
+    found: str
+    becomes: str
+    noun: str = "tensor"
+    notice: str = ""
+    refusal: str = ""
+    where: Callable[[Tensors], Iterator[str]] = lambda tensors: iter(())
+
+
+@dataclass(frozen=True, slots=True)
+class SpectralNorm:
+    """The tensors of one weight with spectral norm: σ = uᵀWv, where u and v are its leading singular vectors.
+
+    Attributes:
+        weight: the name of W, of any shape; one dimension is its rows, the others its columns.
+        u, v: the names of the vectors; v is empty if it is not stored.
+    """
+
+    weight: str
+    u: str
+    v: str
+
+
+def _last_word(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _words(name: str) -> set[str]:
+    """Returns the words of the last part of a name: ``layer.weight_scale_inv`` → weight, scale, inv."""
+    return set(filter(None, _last_word(name).lower().split("_")))
+
+
+# -- Running statistics and counters ----------------------------------------------------------------------------------
+
+
+def _statistics(tensors: Tensors) -> Iterator[str]:
+    for layer in batch_norm_layers(tensors):
+        yield from (batch_norm_buffer(layer, each) for each in ("running_mean", "running_var"))
+
+
+def _batch_counters(tensors: Tensors) -> Iterator[str]:
+    counters = (batch_norm_buffer(layer, "num_batches_tracked") for layer in batch_norm_layers(tensors))
+    return (name for name in counters if name in tensors)
+
+
+def _input_statistics(tensors: Tensors) -> Iterator[str]:
+    """As RunningMeanStd and EmpiricalNormalization in reinforcement learning: a mean, a spread and a count."""
+    for count in (name for name in tensors if _last_word(name) == "count" and tensors[name].numel == 1):
+        prefix = count[: -len("count")]
+        for lead in ("running_", "_", ""):
+            mean, *spreads = (f"{prefix}{lead}{each}" for each in ("mean", "var", "std"))
+            if mean in tensors and (spread := [name for name in spreads if name in tensors]):
+                yield from (mean, *spread, count)
+
+
+def _other_statistics(tensors: Tensors) -> Iterator[str]:
+    """As EvoNorm's running_var, and running_std, without a running_mean and running_var of BatchNorm."""
+    known = {*_statistics(tensors), *_input_statistics(tensors)}
+    pattern = re.compile(r"(?:running|moving)_(?:mean|var|std|avg)")
+    return (name for name in tensors if name not in known and pattern.fullmatch(_last_word(name)))
+
+
+# -- Functions of the weights -----------------------------------------------------------------------------------------
+
+_ORIGINALS = ("_orig", "_bar", "_unspec", "")  # suffixes that implementations give the weight before the division
+
+
+def spectral_norms(tensors: Tensors) -> Iterator[SpectralNorm]:
+    """Yields the weights with spectral norm whose vectors can be computed from the weight alone."""
+    for u in tensors:
+        if u.endswith(".0._u"):  # a parametrization; a later one gets what the one before returns, not the weight
+            found, weights = SpectralNorm("", u, f"{u[:-1]}v"), [f"{u[: -len('.0._u')]}.original"]
+        elif u.endswith("_u"):
+            found, weights = SpectralNorm("", u, f"{u[:-1]}v"), [u[:-2] + suffix for suffix in _ORIGINALS]
+        elif _last_word(u) == "u0":  # as BigGAN's layers, which store no v
+            found, weights = SpectralNorm("", u, ""), [f"{u[:-2]}weight"]
+        else:
+            continue
+        weight = next((name for name in weights if name in tensors), None)
+        if weight and _fits(tensors, weight, u, found.v if found.v in tensors else ""):
+            yield SpectralNorm(weight, u, found.v if found.v in tensors else "")
+
+
+def _fits(tensors: Tensors, weight: str, u: str, v: str) -> bool:
+    """Whether u and v have the lengths of one dimension of the weight and of all others together."""
+    shape, rows = tensors[weight].shape, tensors[u].numel
+    is_vector = sum(extent > 1 for extent in tensors[u].shape) <= 1 and tensors[u].dtype.kind == "float"
+    fits = len(shape) > 1 and rows in shape and tensors[weight].numel > 0 and tensors[weight].dtype.kind == "float"
+    columns = tensors[weight].numel // max(1, rows)
+    return is_vector and fits and (not v or tensors[v].shape == (columns,))
+
+
+def _spectral_vectors(tensors: Tensors) -> Iterator[str]:
+    return (name for each in spectral_norms(tensors) for name in (each.u, each.v) if name)
+
+
+def _other_spectral_vectors(tensors: Tensors) -> Iterator[str]:
+    """Vectors of power iterations that go through something else than a matrix, or a parametrization before them."""
+    known = set(_spectral_vectors(tensors))
+    for name in tensors:
+        match = re.fullmatch(r"(.*)_([uv])", name)
+        if match and name not in known:
+            base, partner = match[1], f"{match[1]}_{'v' if match[2] == 'u' else 'u'}"
+            parametrized = re.search(r"parametrizations\.\w+\.\d+\.$", base) and partner in tensors
+            if parametrized or any(base + suffix in tensors for suffix in _ORIGINALS if suffix and base):
+                yield name
+
+
+def _weight_norms(tensors: Tensors) -> Iterator[str]:
+    for name, tensor in tensors.items():
+        base = name[: -len("_g")] if name.endswith("_g") else name[: -len("0")] if name.endswith(".original0") else ""
+        other = tensors.get(f"{base}_v" if name.endswith("_g") else f"{base}1") if base else None
+        if other and len(other.shape) == len(tensor.shape) > 1 and tensor.numel in (1, *other.shape):
+            yield name
+
+
+# -- Quantisation -----------------------------------------------------------------------------------------------------
+
+_SCALES = {"scale", "scales", "scaling", "scb", "absmax", "amax", "qzeros", "codebook", "codebooks", "centroids"}
+_BESIDE = {"input", "output", "act", "inv", "group", "block", "global", "nested", "weight", "w", "2"}
+_ZEROS = {"zero", "zeros", "zp"}
+
+
+def _quantized(tensors: Tensors) -> Iterator[str]:
+    """Codes with a scale, in the same module (qweight, scales) or named after them (weight, weight.absmax)."""
+    scales: dict[str, list[set[str]]] = {}  # module → the other words in the name of each scale in it
+    for name in tensors:
+        if (words := _words(name)) & _SCALES:
+            scales.setdefault(_module(name), []).append(words - _SCALES)
+    if not scales:
+        return
+    observed = set(_observers(tensors))
+    codes = set()
+    for name, tensor in tensors.items():
+        words, beside = _words(name), scales.get(_module(name), [])
+        if tensor.dtype.kind == "float8":
+            is_coded = bool(beside)
+        else:  # a parameter such as logit_scale is no scale of an integer table in its module
+            is_coded = len(tensor.shape) > 1 and any(other <= words | _BESIDE for other in beside)
+        if tensor.dtype.kind in ("exact", "float8") and not words & _SCALES and (is_coded or name in scales):
+            codes.add(name)
+    coded = {_module(name) for name in codes} | codes
+    for name, tensor in tensors.items():
+        belongs = _module(name) in coded and (tensor.dtype.kind == "exact" or _words(name) & _ZEROS)
+        if name in codes or (belongs and name not in observed):
+            yield name
+
+
+def _observers(tensors: Tensors) -> Iterator[str]:
+    """All tensors of modules for fake quantisation: scale and zero_point belong together, and no weight is in codes."""
+    modules = {
+        _module(name)
+        for name, tensor in tensors.items()
+        if _last_word(name) == "zero_point"
+        and tensor.dtype.kind == "exact"
+        and batch_norm_buffer(_module(name), "scale") in tensors
+    }
+    coded = {_module(name) for name, each in tensors.items() if each.dtype.kind != "float" and len(each.shape) > 1}
+    for name in tensors:
+        parts = name.split(".")
+        if any(".".join(parts[:end]) in modules - coded for end in range(len(parts))):
+            yield name
+
+
+def _adapter_scales(tensors: Tensors) -> Iterator[str]:
+    """``alpha`` next to low-rank factors, as kohya's scripts and LyCORIS store it."""
+    modules = {".".join(name.split(".")[:end]) for name in tensors if _FACTORS.search(name) for end in (-1, -2)}
+    return (name for name in tensors if _last_word(name) == "alpha" and _module(name) in modules)
+
+
+_FACTORS = re.compile(r"(?:^|[._])(?:lora_(?:down|up|mid)|lora_[AB]|hada_w\d|lokr_w\d)")
+
+
+# -- State that is no weight ------------------------------------------------------------------------------------------
+
+
+def _queues(tensors: Tensors) -> Iterator[str]:
+    """As MoCo's: the keys of the last batches, and where the next ones go."""
+    for name in tensors:
+        queue = re.fullmatch(r"(.*queue\w*?)_ptr", name)
+        if queue and queue[1] in tensors:
+            yield from (queue[1], name)
+
+
+def _extra_state(tensors: Tensors) -> Iterator[str]:
+    return filter(is_extra_state, tensors)
+
+
+def _random_states(tensors: Tensors) -> Iterator[str]:
+    return (name for name in tensors if re.search(r"(?:^|[._])(?:rng_state|random_state)", name))
+
+
+# -- The table --------------------------------------------------------------------------------------------------------
+
+_AVERAGE_BEFORE = "the mean of codes is not the code of the mean. Average the checkpoints before quantisation."
+_USE_LAST = "these are never averaged. Use --non-float last to copy the last checkpoint's."
+
+STATISTICS = BufferKind(
+    "BatchNorm statistics",
+    "mean",
+    "`running_mean` and `running_var` of one layer",
+    "measured again over data; the mean with `--bn keep`",
+    where=_statistics,
+)
+SPECTRAL = BufferKind(
+    "spectral norm vectors",
+    "last",
+    "`weight_u`, `weight_v` next to `weight_orig`; `parametrizations.weight.0._u`, `._v`; `u0` next to `weight`",
+    "computed from the averaged weight",
+    where=_spectral_vectors,
+)
+INTEGERS = BufferKind(
+    "integers and bools",
+    "equal",
+    "the dtype",
+    "copied if they are equal; `--non-float last` copies the last one's",
+    "integer or bool tensor",
+    refusal=_USE_LAST,
+)
+MASKS = BufferKind(
+    "masks",
+    "equal",
+    "only zeros and ones, in every checkpoint",
+    "copied if they are equal; `--non-float last` copies the last one's",
+    "mask of zeros and ones",
+    refusal=_USE_LAST,
+)
+QUANTIZED = BufferKind(
+    "quantised weights",
+    "equal",
+    "integers or float8 with a scale: `qweight`, `scales`; `weight`, `SCB`; `weight`, `weight.absmax`; …",
+    "copied if they are equal; never averaged, and never the last one's",
+    "tensor of quantised weights",
+    notice="copied: they must be the same in every checkpoint",
+    refusal=_AVERAGE_BEFORE,
+    where=_quantized,
+)
+KINDS = (
+    STATISTICS,
+    BufferKind(
+        "batch counters", "last", "`num_batches_tracked` of such a layer", "the last one's", where=_batch_counters
+    ),
+    BufferKind(
+        "input statistics",
+        "last",
+        "a mean, a spread and `count`: `running_mean`, `running_var`, `count`; `_mean`, `_std`, `count`",
+        "the last one's",
+        notice="with statistics of the inputs copied from the last checkpoint",
+        where=_input_statistics,
+    ),
+    BufferKind(
+        "other running statistics",
+        "mean",
+        "`running_var` alone, `running_std`, `moving_mean`, …",
+        "the mean",
+        notice="with running statistics averaged, since they belong to no BatchNorm layer",
+        where=_other_statistics,
+    ),
+    SPECTRAL,
+    BufferKind(
+        "other spectral norm vectors",
+        "last",
+        "`weight_u` and the like that do not fit the weight's shape, or after another parametrization",
+        "the last one's: run a batch in train mode to compute them",
+        notice="of spectral norm copied from the last checkpoint, since the weight alone does not determine them. Run "
+        "a batch through the averaged model in train mode",
+        where=_other_spectral_vectors,
+    ),
+    BufferKind(
+        "weight norm",
+        "mean",
+        "`weight_g`, `weight_v`; `original0`, `original1`",
+        "the mean of lengths, and the mean of directions",
+        "weight",
+        notice="with weight norm: lengths and directions are averaged separately, which is close to the mean of the "
+        "weights within one run only. Otherwise remove it before saving (torch.nn.utils.remove_weight_norm)",
+        where=_weight_norms,
+    ),
+    INTEGERS,
+    MASKS,
+    QUANTIZED,
+    BufferKind(
+        "fake quantisation",
+        "last",
+        "`scale` and an integer `zero_point`, without quantised weights",
+        "the last one's: calibrate again",
+        notice="of fake quantisation copied from the last checkpoint (calibrate the averaged model again)",
+        where=_observers,
+    ),
+    BufferKind(
+        "adapter scales",
+        "equal",
+        "`alpha` next to low-rank factors",
+        "copied if they are equal",
+        "adapter scale",
+        refusal="they scale what is averaged. Merge each adapter into its model first, then average the models.",
+        where=_adapter_scales,
+    ),
+    BufferKind(
+        "queues",
+        "last",
+        "`queue` and `queue_ptr`",
+        "the last one's",
+        notice="of queues copied from the last checkpoint",
+        where=_queues,
+    ),
+    BufferKind(
+        "extra state",
+        "newest",
+        "`_extra_state`, of any length",
+        "the last one's",
+        notice="with extra state copied from the last checkpoint",
+        where=_extra_state,
+    ),
+    BufferKind(
+        "random states",
+        "last",
+        "`rng_state`",
+        "the last one's",
+        notice="with random states copied from the last checkpoint",
+        where=_random_states,
+    ),
+)
+
+
+def kinds_of(tensors: Tensors) -> dict[str, BufferKind]:
+    """Returns the kind of each tensor that is no plain weight; of several kinds the first in the table."""
+    found = {name: INTEGERS for name, tensor in tensors.items() if tensor.dtype.kind == "exact"}
+    for kind in reversed(KINDS):
+        found |= dict.fromkeys(kind.where(tensors), kind)
+    return found
+
+
+def notices(kinds: Mapping[str, BufferKind]) -> Iterator[str]:
+    """Yields what the user should know of tensors that are not averaged like weights."""
+    for kind in KINDS:
+        if kind.notice and (names := [name for name, each in kinds.items() if each is kind]):
+            yield f"{plural(len(names), kind.noun)} {kind.notice}: {listing(map(quote, names))}"
+
+
+def markdown() -> str:
+    """Returns the table as docs/how-it-works.md shows it."""
+    rows = [f"| {kind.name} | {kind.found} | {kind.becomes} |" for kind in KINDS]
+    return "\n".join(("| kind | recognised by | in the output |", "|---|---|---|", *rows))

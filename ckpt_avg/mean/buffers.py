@@ -262,7 +262,7 @@ MASKS = BufferKind(
     "equal",
     "only zeros and ones, in every checkpoint",
     "copied if they are equal; `--non-float last` copies the last one's",
-    "mask of zeros and ones",
+    "mask",
     refusal=_USE_LAST,
 )
 QUANTIZED = BufferKind(
@@ -270,7 +270,7 @@ QUANTIZED = BufferKind(
     "equal",
     "integers or float8 with a scale: `qweight`, `scales`; `weight`, `SCB`; `weight`, `weight.absmax`; …",
     "copied if they are equal; never averaged, and never the last one's",
-    "tensor of quantised weights",
+    "quantised tensor",
     notice="copied: they must be the same in every checkpoint",
     refusal=_AVERAGE_BEFORE,
     where=_quantized,

@@ -1,8 +1,8 @@
 """The safetensors header: 8 bytes of length, a JSON object, then the data without gaps.
 
-The format is described in https://github.com/huggingface/safetensors. What that text forbids is refused here, leading
-spaces, duplicate keys and holes included. Where it says nothing, the stricter reading is used: unknown fields of a
-tensor are refused, since they might change what the bytes mean.
+The format is described in https://github.com/huggingface/safetensors. What that text forbids is refused here,
+duplicate keys and holes included, except leading spaces, which its library reads. Where it says nothing, the stricter
+reading is used: unknown fields of a tensor are refused, since they might change what the bytes mean.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from ckpt_avg.formats.tensor_names import check_name, is_text
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, plural, quote
 
+_SPACES = b" \t\n\r"  # of JSON
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 def matches(head: bytes) -> bool:
     """Whether the first bytes can be those of a safetensors file: a length, then a JSON object."""
-    return len(head) >= 9 and head[8:9] == b"{"
+    is_length = int.from_bytes(head[:8], "little") <= LIMITS.header
+    return head[8:9] == b"{" or (is_length and head[8:].lstrip(_SPACES)[:1] == b"{")
 
 
 def read_header(file: Readable) -> bytes:
@@ -39,7 +41,7 @@ def read_header(file: Readable) -> bytes:
     if 8 + length > file.size:
         fail(file.path, f"expected a header of {length:,} bytes, got a file of {file.size:,} bytes")
     header = file.read(8, length)
-    if not header.startswith(b"{"):
+    if not header.lstrip(_SPACES).startswith(b"{"):
         fail(file.path, f"expected a JSON object as header, got {quote(header[:1])} at its beginning")
     # Each tensor needs a brace of its own, two lists and four colons: this limits what is built before it is built.
     # What is quoted again is inside a string: JSON in the metadata, as this package writes it.

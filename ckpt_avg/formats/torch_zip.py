@@ -14,7 +14,7 @@ from ckpt_avg.files.input_file import Readable
 from ckpt_avg.formats.pickles.mappings import with_dicts
 from ckpt_avg.formats.pickles.unpickler import read_pickle
 from ckpt_avg.formats.torch_file import ByteRange, FileContents
-from ckpt_avg.formats.zip_directory import Member, read_members
+from ckpt_avg.formats.zip_directory import Member, check_crc, read_members
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, quote
 
@@ -45,6 +45,7 @@ def read_contents(file: Readable, *, is_part: bool = False) -> FileContents:
         return (member.offset, member.size) if member else None
 
     pickle = file.read(record.offset, record.size)
+    check_crc(file, record, [pickle])
     objects = with_dicts(read_pickle(pickle, str(file.path)))
     return FileContents(objects, storage, hashlib.sha256(pickle).hexdigest())
 

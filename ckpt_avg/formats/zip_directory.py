@@ -1,15 +1,16 @@
 """The members of an uncompressed zip, as ``torch.save`` writes it.
 
-The archive must begin at byte 0 and end with its directory. Members must be uncompressed, unencrypted, unique, inside
-the file and disjoint, and each local header must agree with the directory. The layout is that of PKWARE's APPNOTE 6.3,
-sections 4.3.7 (local header), 4.3.12 (directory), 4.3.14 to 4.3.16 (its end) and 4.5.3 (zip64).
+The archive must begin at byte 0 and end with its directory, or with a comment after it. Members must be uncompressed,
+unencrypted, unique, inside the file and disjoint, and each local header and data descriptor must agree with the
+directory. The layout is that of PKWARE's APPNOTE 6.3, sections 4.3.7 (local header), 4.3.9 (data descriptor), 4.3.12
+(directory), 4.3.14 to 4.3.16 (its end) and 4.5 (extra fields).
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ckpt_avg.errors import NoWeightsError, fail
@@ -83,21 +84,26 @@ def refuse_damaged(file: Readable) -> None:
         CheckpointFormatError: they differ.
     """
     for member in read_members(file).values():
-        crc, end = 0, member.offset + member.size
-        for offset in range(member.offset, end, _BLOCK):
-            crc = zlib.crc32(file.read(offset, min(_BLOCK, end - offset)), crc)
-        if member.crc not in (0, crc):
-            fail(file.path, f"member {quote(member.name)}: expected CRC-32 {member.crc:08x}, got {crc:08x}")
+        end = member.offset + member.size
+        blocks = (file.read(offset, min(_BLOCK, end - offset)) for offset in range(member.offset, end, _BLOCK))
+        check_crc(file, member, blocks)
+
+
+def check_crc(file: Readable, member: Member, blocks: Iterable[bytes]) -> None:
+    """Raises CheckpointFormatError if the bytes of a member don't have its CRC-32."""
+    crc = 0
+    for block in blocks:
+        crc = zlib.crc32(block, crc)
+    if member.crc not in (0, crc):
+        fail(file.path, f"member {quote(member.name)}: expected CRC-32 {member.crc:08x}, got {crc:08x}")
 
 
 def _locate_directory(file: Readable, most: int) -> tuple[int, int, int]:
     """Returns (first byte, bytes, number of entries) of the central directory."""
     if file.size < _END.size:
         fail(file.path, f"expected a zip archive, got {file.size} bytes of one")
-    end_at = file.size - _END.size
-    magic, disk, start_disk, here, count, length, start, comment = _END.unpack(file.read(end_at, _END.size))
-    if magic != b"PK\x05\x06" or comment:
-        fail(file.path, "expected the zip directory at the end of the file, got other bytes: it is probably truncated")
+    end_at = _find_end(file)
+    _, disk, start_disk, here, count, length, start, _ = _END.unpack(file.read(end_at, _END.size))
     limit = end_at
     if end_at >= _END64_LOCATOR.size:
         locator, _, at, _ = _END64_LOCATOR.unpack(file.read(end_at - _END64_LOCATOR.size, _END64_LOCATOR.size))
@@ -119,6 +125,19 @@ def _locate_directory(file: Readable, most: int) -> tuple[int, int, int]:
     if start + length != limit:
         fail(file.path, f"expected the directory to end at byte {limit:,}, got {start + length:,}")
     return start, length, count
+
+
+def _find_end(file: Readable) -> int:
+    """Returns the byte at which the end of the directory begins, which only a comment may follow."""
+    tail = file.read(file.size - min(file.size, _END.size + _MANY16), min(file.size, _END.size + _MANY16))
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or at + _END.size > len(tail):
+        fail(file.path, "expected the zip directory at the end of the file, got other bytes: it is probably truncated")
+    *_, comment = _END.unpack_from(tail, at)
+    if rest := len(tail) - at - _END.size - comment:
+        advice = "If torch.load reads it, save it again: torch.save(torch.load(path, weights_only=True), new_path)"
+        fail(file.path, f"expected the file to end with the zip archive in it, got {rest:+,} bytes", advice)
+    return file.size - len(tail) + at
 
 
 def _entries(file: Readable, directory: bytes, count: int) -> Iterator[_Entry]:
@@ -177,9 +196,30 @@ def _member(file: Readable, entry: _Entry, directory_start: int) -> Member:
     start = entry.header + _LOCAL.size + name_length + extra_length
     if magic != b"PK\x03\x04" or start + entry.size > directory_start:
         fail(file.path, f"{what} is outside the archive")
-    same_name = file.read(entry.header + _LOCAL.size, name_length) == entry.name
-    sizes_follow = bool(flags & _SIZES_FOLLOW) and (crc, packed, size) == (0, 0, 0)
-    same_sizes = crc == entry.crc and size in (entry.size, _MANY32) and packed in (entry.size, _MANY32)
-    if not same_name or flags != entry.flags or method != entry.method or not (sizes_follow or same_sizes):
+    extra = file.read(start - extra_length, extra_length)
+    sizes_follow = bool(flags & _SIZES_FOLLOW)
+    agrees = file.read(entry.header + _LOCAL.size, name_length) == entry.name and _is_divided(extra)
+    agrees = agrees and flags == entry.flags and method == entry.method
+    if agrees and not (sizes_follow and (crc, packed, size) == (0, 0, 0)):
+        agrees = crc == entry.crc and _zip64(file, extra, size, packed) == (entry.size, entry.size)
+    if not agrees:
         fail(file.path, f"{what}: its local header contradicts the directory")
+    end = start + entry.size
+    if sizes_follow and not _is_descriptor(file.read(end, min(24, directory_start - end)), entry):
+        fail(file.path, f"{what}: the data descriptor after it contradicts the directory")
     return Member(name, start, entry.size, entry.crc)
+
+
+def _is_divided(extra: bytes) -> bool:
+    """Whether extra fields have the length that they say."""
+    position = 0
+    while position + 4 <= len(extra):
+        position += 4 + int.from_bytes(extra[position + 2 : position + 4], "little")
+    return position == len(extra)
+
+
+def _is_descriptor(following: bytes, entry: _Entry) -> bool:
+    """Whether these bytes begin with a member's data descriptor: signature, CRC-32 and sizes, of 32 or 64 bits."""
+    forms = ["<4sI2Q"] if entry.size > _MANY32 else ["<4sI2Q", "<4s3I"]
+    expected = (struct.pack(form, b"PK\x07\x08", entry.crc, entry.size, entry.size) for form in forms)
+    return following.startswith(tuple(expected))

@@ -605,7 +605,6 @@ def test_sharding_info_that_is_none_is_refused(tmp_path: Path, info: str) -> Non
     [
         ("under 8 bytes", "expected 8 bytes at byte 0, got a file of 5 bytes"),
         ("header is a list", "expected a JSON object as header"),
-        ("leading space", "expected a JSON object as header"),
         ("no data at all", "8 bytes missing"),
         ("duplicate tensor", "duplicate key 'w'"),
     ],

@@ -91,6 +91,12 @@ LIES: dict[str, tuple[bytes, str]] = {
     "a truth as size": (holding(weights(rebuilt(storage(), b"K\0", b"\x88\x85", ONE, b"\x89", b"}"))), SHAPE),
     "no shape": (holding(weights(rebuilt(storage(), b"K\0", b"N", ONE, b"\x89", b"}"))), "shape or stride"),
     "no offset": (holding(weights(rebuilt(storage(), b"N", ONE, ONE, b"\x89", b"}"))), "refers to no storage"),
+    **{
+        f"one storage as {name}": (
+            holding(state((text("w"), tensor()), (text("v"), tensor(second)))),
+            f"storage '0' has two types or sizes in the pickle. {DISTRUST}")
+        for name, second in (("Int", storage(named("torch", "IntStorage"))), ("longer", storage(numel=whole(3))))
+    },
     "no storage": (
         holding(weights(rebuilt(b"N", b"K\0", b")", b")"))),
         f"a tensor of the pickle refers to no storage. {DISTRUST}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import tracemalloc
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from formats.pickles.opcodes import named, proto
-from formats.reading import read, refusal
+from formats.reading import assert_same, read, refusal
 from formats.torch_bytes import (
     BODY,
     DAMAGED,
@@ -32,6 +33,7 @@ from formats.torch_bytes import (
 )
 
 from ckpt_avg.checkpoint.tensor_reads import read_ranges, stream
+from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.open import open_checkpoint
 
 RECORD_AT = len(PICKLE.header())
@@ -55,7 +57,7 @@ def with_field(content: bytes, part: str, field: str, value: int) -> bytes:
     return content[:at] + value.to_bytes(width, "little") + content[at + width :]
 
 
-def test_the_archive_is_read_before_it_is_spoilt(tmp_path: Path) -> None:
+def test_the_unchanged_archive_is_read(tmp_path: Path) -> None:
     """By the standard library, by torch (which wants one member more), and here, all alike."""
     version = Member(b"a/version", b"3\n")
     for content in (WHOLE, archive(version, PICKLE, RECORD), zip64()):
@@ -139,7 +141,6 @@ PREFIXES = (b"PK\3\4junk", b"PK\3\4" + b"\0" * 60)
 SHIFTED = "expected the directory to end at byte"
 ZIPS: dict[str, tuple[bytes, str]] = {
     "truncated to 10 bytes": (WHOLE[:10], "expected a zip archive, got 10 bytes of one"),
-    "a byte after it": (WHOLE + b"\0", CUT),
     "a comment, which may look like an end": (WHOLE[:-2] + b"\x16\0" + WHOLE[-22:-2] + b"\0\0", SHIFTED),
     **{f"{len(prefix)} bytes before it": (prefix + WHOLE, SHIFTED) for prefix in PREFIXES},
     **{
@@ -175,12 +176,32 @@ ZIPS: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.guarantee("zip-cut", "zip-structure")
 @pytest.mark.parametrize("case", ZIPS)
-def test_a_zip_that_lies_is_refused(tmp_path: Path, case: str) -> None:
+def test_a_zip_that_contradicts_itself_is_refused(tmp_path: Path, case: str) -> None:
     """Otherwise the weights would be other bytes than the writer's."""
     content, fact = ZIPS[case]
     message = refusal(write(tmp_path, content))
     assert fact in message
     assert message.endswith(DAMAGED)
+
+
+@pytest.mark.parametrize("comment", [b"\0", b"made by hand", b"PK\5\6", b"x" * 1_000])
+def test_a_zip_with_a_comment_is_read(tmp_path: Path, comment: bytes) -> None:
+    version = Member(b"a/version", b"3\n")
+    content = archive(version, PICKLE, RECORD)
+    path = write(tmp_path, content[:-2] + struct.pack("<H", len(comment)) + comment)
+    if comment != b"PK\5\6":  # which torch takes for the end
+        assert torch.load(path)["w"].tolist() == read(path)["w"].tolist() == [1, 2]
+    else:
+        assert CUT in refusal(path)
+
+
+@pytest.mark.parametrize("rest", [1, 4096, 65_000])
+def test_bytes_after_a_zip_are_counted(tmp_path: Path, rest: int) -> None:
+    """torch reads such a file: the message must not say that it is truncated."""
+    message = refusal(write(tmp_path, WHOLE + bytes(rest)))
+    assert (
+        f"expected the file to end with the zip archive in it, got {rest:+,} bytes. If torch.load reads it" in message
+    )
 
 
 def test_a_zip_after_other_bytes_is_no_zip(tmp_path: Path) -> None:
@@ -210,6 +231,84 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert "member 'a/data/0' is compressed" in message
+
+
+# --- what local headers and data descriptors say ---
+
+
+def descriptor(crc: int = zlib.crc32(DATA), size: int = 8, form: str = "<4s3I") -> bytes:
+    return struct.pack(form, b"PK\7\x08", crc, size, size)
+
+
+MANY = 2**32 - 1
+STREAMED = replace(RECORD, flags=8, sizes=(0, 0, 0), after=descriptor())
+WIDE = replace(RECORD, sizes=(zlib.crc32(DATA), MANY, MANY), local_extra=struct.pack("<2H2Q", 1, 16, 8, 8))
+PADDED = replace(RECORD, local_extra=b"FB\x08\0ZZZZZZZZ")
+
+
+@pytest.mark.parametrize("record", [STREAMED, replace(STREAMED, after=descriptor(form="<4sI2Q")), WIDE, PADDED])
+def test_sizes_after_the_data_or_in_extra_fields_are_read(tmp_path: Path, record: Member) -> None:
+    assert read(write(tmp_path, archive(PICKLE, record)))["w"].tolist() == [1, 2]
+
+
+@pytest.mark.guarantee("zip-structure")
+@pytest.mark.parametrize(
+    "record",
+    [
+        replace(STREAMED, after=descriptor(crc=1)),
+        replace(STREAMED, after=descriptor(size=9)),
+        replace(STREAMED, after=descriptor(size=9, form="<4sI2Q")),
+        replace(STREAMED, after=descriptor()[4:]),
+        replace(STREAMED, after=b""),
+        replace(STREAMED, flags=0),
+        replace(WIDE, local_extra=struct.pack("<2H2Q", 1, 16, 9, 8)),
+        replace(WIDE, local_extra=struct.pack("<2H2Q", 1, 16, 8, 9)),
+        replace(PADDED, local_extra=b"FB\x09\0ZZZZZZZZ"),
+        replace(PADDED, local_extra=b"FB\x07\0ZZZZZZZZ"),
+    ],
+)
+def test_sizes_that_contradict_the_directory_are_refused(tmp_path: Path, record: Member) -> None:
+    """Otherwise the weights may be bytes that the writer did not put there."""
+    assert "contradicts the directory" in refusal(write(tmp_path, archive(PICKLE, record)))
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("zip-structure")
+def test_a_flipped_bit_changes_no_tensor(tmp_path: Path) -> None:
+    """Outside the elements themselves, in a file that torch wrote: the file is refused, or it makes no difference."""
+    path = tmp_path / "a.pt"
+    torch.save({"model": {"w": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(3).half()}, "epoch": 3}, path)
+    expected, content = read(path), path.read_bytes()
+    with open_checkpoint(path) as checkpoint:
+        elements = [tensor.storage for tensor in checkpoint.spec.tensors.values()]
+    for position in range(len(content)):
+        if not any(begin <= position < begin + length for begin, length in elements):
+            for bit in range(8):
+                changed = bytearray(content)
+                changed[position] ^= 1 << bit
+                path.write_bytes(changed)
+                with contextlib.suppress(CheckpointFormatError):
+                    assert_same(read(path), expected)
+
+
+@pytest.mark.guarantee("zip-structure")
+def test_the_pickle_must_have_its_crc(tmp_path: Path) -> None:
+    """One bit of a stride in it transposes a tensor. torch itself does not look."""
+    changed = PICKLE.data.replace(tensor(), tensor(stride=(0,)))
+    assert len(changed) == len(PICKLE.data)
+    content = WHOLE.replace(PICKLE.data, changed)
+    expected = f"member 'a/data.pkl': expected CRC-32 {zlib.crc32(PICKLE.data):08x}, got {zlib.crc32(changed):08x}. "
+    assert expected + DAMAGED in refusal(write(tmp_path, content))
+
+
+def test_a_file_without_crcs_is_read(tmp_path: Path) -> None:
+    """torch can leave them out."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(read(tmp_path / "a.pt"), {"w": torch.ones(2)})
 
 
 # --- zip64 -------------------------------------------------------------------------------------------------
@@ -244,7 +343,7 @@ def zip64(*, count: int = 2, length: int = len(DIRECTORY), start: int = len(BODY
          "split over several disks"),
     ],
 )  # fmt: skip
-def test_zip64_records_that_lie(tmp_path: Path, content: bytes, fact: str) -> None:
+def test_wrong_zip64_records_are_refused(tmp_path: Path, content: bytes, fact: str) -> None:
     assert fact in refusal(write(tmp_path, content))
 
 

@@ -26,6 +26,10 @@ class Member:
     size: int | None = None
     at: int | None = None  # in the directory: where its local header is
     extra: bytes = b""  # in the directory
+    flags: int = 0
+    sizes: tuple[int, int, int] | None = None  # in the local header: CRC-32, bytes in the file, bytes
+    local_extra: bytes = b""
+    after: bytes = b""  # a data descriptor
 
     def _sizes(self) -> tuple[int, int, int]:
         size = len(self.data) if self.size is None else self.size
@@ -33,14 +37,15 @@ class Member:
 
     def header(self) -> bytes:
         """The local header and the bytes after it."""
-        fields = (20, 0, self.method, 0, 0, *self._sizes(), len(self.name), 0)
+        sizes = self.sizes or self._sizes()
+        fields = (20, self.flags, self.method, 0, 0, *sizes, len(self.name), len(self.local_extra))
         stored = self.data if self.stored is None else self.stored
-        return struct.pack("<4s5H3I2H", b"PK\3\4", *fields) + self.name + stored
+        return struct.pack("<4s5H3I2H", b"PK\3\4", *fields) + self.name + self.local_extra + stored + self.after
 
     def entry(self, at: int) -> bytes:
         """What the directory says."""
         lengths = (len(self.name), len(self.extra), 0, 0, 0, 0, at if self.at is None else self.at)
-        fields = (20, 20, 0, self.method, 0, 0, *self._sizes(), *lengths)
+        fields = (20, 20, self.flags, self.method, 0, 0, *self._sizes(), *lengths)
         return struct.pack("<4s6H3I5H2I", b"PK\1\2", *fields) + self.name + self.extra
 
 

@@ -160,8 +160,9 @@ class _SpecUnpickler(pickle._Unpickler):
         if len(pid) > 5 and pid[5] is not None:
             return self.storages.setdefault(key, UnreadableTensor("a view of a storage, as torch 0.3 saved it"))
         storage = StorageRef(key, kind.dtype, numel)
-        self.storages[key] = storage
-        return storage
+        if isinstance(known := self.storages.setdefault(key, storage), StorageRef) and known != storage:
+            refuse(f"storage {quote(key)} has two types or sizes in the pickle")
+        return known
 
     def _call(self, function: Any, arguments: Any) -> None:
         if isinstance(function, Foreign):

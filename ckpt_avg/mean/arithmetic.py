@@ -9,7 +9,9 @@ float32 has more than two bits beyond every narrower format, subnormals included
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import torch
 
@@ -45,34 +47,82 @@ def mean_of_narrower(
     return total.div_(count)
 
 
-def mean_of_float64(values: Values, count: torch.Tensor) -> torch.Tensor:
-    """Returns the means of float64 inputs, whose sum itself rounds and can overflow.
+def mean_of_float64(values: Values, count: torch.Tensor, *, is_narrowed: bool = False) -> torch.Tensor:
+    """Returns the exact means of float64 inputs, rounded once. Elements that are equal in all inputs are copied.
 
-    What each addition loses is summed separately and added at the end (TwoSum: Knuth, The Art of Computer Programming,
-    vol. 2, section 4.2.2, theorem B). Elements that are equal in all inputs are copied. Sums that overflow are computed
-    again from inputs scaled by a power of two.
+    The sum is kept in two numbers, and so is the quotient. What these lose is bounded, and where the bound leaves two
+    numbers to round to, the mean is computed with fractions. (TwoSum: Knuth, The Art of Computer Programming, vol. 2,
+    section 4.2.2, theorem B.)
+
+    Args:
+        values: returns an input.
+        count: the number of inputs, as a float64 tensor on the device.
+        is_narrowed: round to odd, for a caller who rounds the means again, to a narrower dtype.
     """
     first = values(0).clone()
     number = int(count.item())
-    total, lost = first.clone(), torch.zeros_like(first)
+    high, low, lost = first.clone(), torch.zeros_like(first), torch.zeros_like(first)
     equal = torch.ones_like(first, dtype=torch.bool)
     for index in range(1, number):
         other = values(index)
         equal &= other.view(torch.int64).eq(first.view(torch.int64))
-        after = total + other
-        kept = after - total
-        lost += (total - (after - kept)) + (other - kept)
-        total = after
-    total += lost
-    overflowed = total.isfinite().logical_not_()  # the sum, or a step of what was lost
-    mean = total.div(count)
-    if overflowed.any():
-        scale = 2.0 ** -math.ceil(math.log2(number))
-        scaled = values(0) * scale
-        for index in range(1, number):
-            scaled.add_(values(index) * scale)
-        mean = torch.where(overflowed, scaled.div_(count).div_(scale), mean)
+        high, rest = _two_sum(high, other)
+        low, rest = _two_sum(low, rest)
+        lost += rest.abs_()
+    high, low = _two_sum(high, low)
+    quotient = high / count
+    rest, more = _two_sum(_remainder(high, quotient, count), low)
+    correction = rest / count
+    lost += more.abs_()
+    inexact = lost.ne(0) | _remainder(rest, correction, count).ne(0)
+    mean, left = _two_sum(quotient, correction)
+    # Twice what was lost, and the rounding of the correction, covers the rounding of the bound itself.
+    bound = torch.where(inexact, lost.div_(count).mul_(2) + correction.abs() * 2.0**-50, 0.0)
+    unsure = (quotient + (correction + bound)).ne(quotient + (correction - bound))
+    tiny = correction.abs().lt(2.0**-960).logical_and_(inexact)
+    if is_narrowed:
+        mean = _to_odd(mean, left, inexact | left.ne(0))
+        unsure |= left.abs().le(bound).logical_and_(inexact)
+    unsure.logical_or_(tiny).logical_or_(mean.isfinite().logical_not_()).logical_and_(equal.logical_not())
+    if unsure.any():
+        places = unsure.nonzero().squeeze(1)
+        columns = torch.stack([values(index)[places].cpu() for index in range(number)], dim=1).tolist()
+        means = [_exact_mean(column, is_narrowed=is_narrowed) for column in columns]
+        mean[places] = torch.tensor(means, dtype=torch.float64, device=mean.device)
     return torch.where(equal, first, mean)
+
+
+def _two_sum(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the rounded sum, and what rounding has lost."""
+    total = a + b
+    kept = total - a
+    return total, (a - (total - kept)) + (b - kept)
+
+
+def _remainder(dividend: torch.Tensor, quotient: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Returns dividend − quotient · count, exactly, for a quotient that was rounded, and at most 2²⁶ inputs."""
+    upper = quotient.view(torch.int64).bitwise_and(~(2**27 - 1)).view(torch.float64)  # 26 bits of 53
+    return (dividend - upper * count) - (quotient - upper) * count
+
+
+def _to_odd(nearest: torch.Tensor, left: torch.Tensor, inexact: torch.Tensor) -> torch.Tensor:
+    """Returns ``nearest + left`` cut to float64, with the last bit set where that is inexact."""
+    beyond = left.ne(0) & left.signbit().ne(nearest.signbit())
+    return (
+        nearest.view(torch.int64).sub(beyond.to(torch.int64)).bitwise_or_(inexact.to(torch.int64)).view(torch.float64)
+    )
+
+
+def _exact_mean(column: Sequence[float], *, is_narrowed: bool) -> float:
+    if not all(map(math.isfinite, column)):
+        return sum(column) / len(column)
+    exact = sum(map(Fraction, column), Fraction(0)) / len(column)
+    mean = float(exact)
+    if is_narrowed and mean != exact:
+        towards_zero = abs(mean) > abs(exact)
+        bits = struct.unpack("<q", struct.pack("<d", mean))[0] - towards_zero
+        mean = struct.unpack("<d", struct.pack("<q", bits | 1))[0]
+    return mean
 
 
 def as_real(values: torch.Tensor) -> torch.Tensor:

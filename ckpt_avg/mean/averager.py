@@ -87,7 +87,7 @@ class Averager:
             return as_real(buffers.staging.copy_in(inputs[index]))
 
         if block.source_dtype.torch_name == "float64":
-            mean = mean_of_float64(values, count)
+            mean = mean_of_float64(values, count, is_narrowed=block.dtype is not block.source_dtype)
         else:
             mean = mean_of_narrower(values, count, len(inputs), buffers.total, buffers.wide, buffers.single)
         # One sum shows any NaN or Inf, at 1/N of the cost of checking every input.

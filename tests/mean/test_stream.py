@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import random
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mean.inputs import State, any_bits, awkward_inputs, bits, digest, mixed_run, save, ties
 from safetensors import safe_open
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from system.faults.exact import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOAT64, Format, beyond_float64_error, exact_mean
 
 from ckpt_avg import IncompatibleError, NonFiniteError, UsageError, average
+from ckpt_avg.mean.arithmetic import mean_of_float64, round_to
 
 MiB = 2**20
 
@@ -44,6 +44,7 @@ def awkward_case(number: int, fmt: Format) -> tuple[list[torch.Tensor], list[int
     return inputs, exact_mean(inputs, fmt)
 
 
+TOP = 1.7976931348623157e308
 cases = pytest.mark.parametrize("number", [2, 3, 8, 100])
 narrow = pytest.mark.parametrize("fmt", [FLOAT32, BFLOAT16, FLOAT16], ids=lambda fmt: str(fmt.dtype))
 
@@ -117,46 +118,62 @@ def test_inputs_of_any_bits_stay_within_the_error_of_a_float64_sum(tmp_path: Pat
     assert beyond_float64_error(got, inputs, fmt) == 0
 
 
-@cases
-def test_float64_keeps_what_additions_lose_and_divides_once(tmp_path: Path, number: int) -> None:
-    """Bit for bit the correctly rounded sum, divided by Python's own correctly rounded division."""
+def exact(column: Sequence[float]) -> float:
+    """The mean, rounded once: Python converts a fraction to the nearest float, ties to even."""
+    return float(sum(map(Fraction, column), Fraction(0)) / len(column))
+
+
+def float64_inputs(kind: str, number: int) -> np.ndarray:
     rng = np.random.default_rng(number)
-    exponents = [rng.integers(-40, 40, (number, 1000)), rng.integers(-1074, -1000, (number, 500))]
-    inputs = np.ldexp(rng.uniform(-1, 1, (number, 1500)), np.concatenate(exponents, axis=1))
-    columns = inputs.T.tolist()
-    got = mean_of(tmp_path, [{"w": torch.from_numpy(row)} for row in inputs])["w"].tolist()
-    assert got == [math.fsum(column) / number for column in columns]
-    # One rounding for each addition, of at most 2⁻⁵³ of the sum of magnitudes, includes that of the division.
-    assert all(
-        abs(Fraction(mean) - _mean(column)) <= _bound(column, number - 1)
-        for mean, column in zip(got, columns, strict=True)
-    )
-    if number > 2:  # a control: a plain sum is not the same
-        assert got != [functools.reduce(float.__add__, column) / number for column in columns]
-    if number % 2:  # a control: multiplying by the reciprocal is not the same
-        assert got != [math.fsum(column) * (1 / number) for column in columns]
+    size = (number, 300)
+    if kind == "one magnitude":
+        return rng.uniform(-1, 1, size)
+    if kind == "many magnitudes":
+        return np.ldexp(rng.uniform(-1, 1, size), rng.integers(-40, 40, size))
+    if kind == "subnormal":
+        return np.ldexp(rng.uniform(-1, 1, size), rng.integers(-1074, -1000, size))
+    if kind == "ties":
+        return rng.uniform(1, 2, 300) + rng.integers(-3, 4, size) * 2.0**-52
+    if kind == "cancelling":
+        values = rng.uniform(-1, 1, size)
+        values[-1] = -values[:-1].sum(0)
+        return values
+    return rng.choice([TOP, -TOP, math.nextafter(TOP, 0), TOP * 0.999, TOP / 3, 1.0], size)
 
 
-def _mean(values: Sequence[float]) -> Fraction:
-    return sum(map(Fraction, values), Fraction(0)) / len(values)
+FLOAT64_KINDS = ["one magnitude", "many magnitudes", "subnormal", "ties", "cancelling", "largest"]
 
 
-def _bound(values: Sequence[float], roundings: int) -> Fraction:
-    # A result below the normal range is off by half of the smallest subnormal at most.
-    size = sum((abs(Fraction(value)) for value in values), Fraction(0))
-    return roundings * Fraction(2) ** -53 * size / len(values) + Fraction(2) ** -1075
+@pytest.mark.guarantee("accurate", "extreme-values")
+@cases
+@pytest.mark.parametrize("kind", FLOAT64_KINDS)
+def test_float64_is_the_exact_mean_rounded_once(tmp_path: Path, number: int, kind: str) -> None:
+    """Whatever additions lose, whether sums overflow, and also where the output is narrower."""
+    rows = float64_inputs(kind, number)
+    states = [{"w": torch.from_numpy(row)} for row in rows]
+    assert mean_of(tmp_path, states)["w"].tolist() == [exact(column) for column in rows.T.tolist()]
+    if kind in ("many magnitudes", "ties"):
+        inputs = [state["w"] for state in states]
+        for fmt in (FLOAT32, BFLOAT16):
+            got = mean_of(tmp_path, states, dtype=str(fmt.dtype).removeprefix("torch."))["w"]
+            assert fmt.codes(got) == exact_mean(inputs, FLOAT64, fmt)
 
 
-TOP = 1.7976931348623157e308
+@pytest.mark.parametrize("kind", ["one magnitude", "many magnitudes", "ties"])
+def test_the_float64_cases_catch_a_sum_that_is_nearly_right(kind: str) -> None:
+    """A control of the test above: a plain sum, and Python's exact sum that is rounded before the division."""
+    columns = float64_inputs(kind, 8 if kind == "ties" else 3).T.tolist()
+    expected = [exact(column) for column in columns]
+    assert [functools.reduce(float.__add__, column) / len(column) for column in columns] != expected
+    if kind == "one magnitude":
+        assert [math.fsum(column) / len(column) for column in columns] != expected
 
 
-@pytest.mark.guarantee("extreme-values")
 @given(
     rows=st.lists(
         st.lists(
             st.one_of(
-                st.sampled_from([TOP, -TOP, math.nextafter(TOP, 0), TOP / 2, TOP / 3, 1.0, 5e-324, -0.0]),
-                st.floats(1e306, TOP),
+                st.sampled_from([TOP, -TOP, math.nextafter(TOP, 0), TOP / 3, 1.0, 5e-324, -0.0, 2.0**-1022]),
                 st.floats(allow_nan=False, allow_infinity=False),
             ),
             min_size=7,
@@ -164,23 +181,15 @@ TOP = 1.7976931348623157e308
         ),
         min_size=1,
         max_size=12,
-    )
+    ),
+    fmt=st.sampled_from([FLOAT64, FLOAT32, BFLOAT16]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_float64_sums_that_overflow_still_give_the_mean(tmp_path: Path, rows: list[list[float]]) -> None:
-    states = [{"w": torch.tensor(row, dtype=torch.float64)} for row in rows]
-    for mean, column in zip(mean_of(tmp_path, states)["w"].tolist(), zip(*rows, strict=True), strict=True):
-        # A sum that is computed again has one more rounding, and the scaling loses some of the smallest bits.
-        assert abs(Fraction(mean) - _mean(column)) <= _bound(column, len(rows) + 1) + len(rows) * Fraction(2) ** -1074
-
-
-def test_float64_sums_of_many_largest_numbers_are_finite(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    inputs = [[rng.choice([TOP, math.nextafter(TOP, 0), TOP * 0.999]) for _ in range(300)] for _ in range(99)]
-    got = mean_of(tmp_path, [{"w": torch.tensor(row, dtype=torch.float64)} for row in inputs])["w"]
-    assert got.isfinite().all()
-    for mean, column in zip(got.tolist(), zip(*inputs, strict=True), strict=True):
-        assert abs(Fraction(mean) - _mean(column)) <= _bound(column, 100)
+@settings(max_examples=200, deadline=None)
+def test_any_float64_values_have_their_exact_mean(rows: list[list[float]], fmt: Format) -> None:
+    inputs = [torch.tensor(row, dtype=torch.float64) for row in rows]
+    count = torch.tensor(float(len(rows)), dtype=torch.float64)
+    mean = mean_of_float64(inputs.__getitem__, count, is_narrowed=fmt is not FLOAT64)
+    assert fmt.codes(round_to(mean, fmt.dtype)) == exact_mean(inputs, FLOAT64, fmt)
 
 
 AWKWARD = {

@@ -15,6 +15,11 @@ from ckpt_avg.text import one_line, quote, size, suggestion
 
 _Value = TypeVar("_Value")
 
+_OUT_OF_MEMORY = (  # in the words of Python, torch and the dynamic loader
+    *("can't start new thread", "can't allocate memory", "std::bad_alloc"),
+    *("failed to map segment", "annot allocate memory"),
+)
+
 
 class CkptAvgError(Exception):
     """Base of every error that this package raises on purpose.
@@ -179,7 +184,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     torch = sys.modules.get("torch")
-    return isinstance(error, RuntimeError) and (
-        any(words in str(error) for words in ("can't start new thread", "can't allocate memory", "std::bad_alloc"))
-        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    return (torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ()))) or (
+        isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )

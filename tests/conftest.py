@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
-# A shell's background jobs ignore Ctrl-C, and so would the commands that the tests start.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background jobs ignore Ctrl-C, jobs of nohup SIGHUP, and so would the commands that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 RUN = Path(__file__).parent.parent / "fixtures" / "mnist_cnn"
 

@@ -20,6 +20,9 @@ from ckpt_avg.errors import is_out_of_memory
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
         (RuntimeError("std::bad_alloc"), True),  # a small allocation of torch
         (RuntimeError("The size of tensor a must match"), False),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), True),
+        (ImportError("libgomp.so.1: cannot allocate memory in static TLS block"), True),
+        (ModuleNotFoundError("No module named 'train'"), False),
         (torch.OutOfMemoryError("CUDA out of memory."), True),
     ],
 )

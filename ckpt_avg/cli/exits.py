@@ -110,11 +110,14 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
         if isinstance(error, UserCodeError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         return _fail(type(error).__name__, str(error), error.exit_code, as_json, error.document)
-    except (MemoryError, OSError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["the system has no more"])[0]
-        text = f"out of memory: {reason}. Use a smaller --memory, or smaller batches for the refresh and --eval."
+        advice = "Use a smaller --memory, or smaller batches for the refresh and --eval."
+        if isinstance(error, ImportError):
+            advice = "Raise the limit on the memory of this process (ulimit -v) or of its job."
+        text = f"out of memory: {reason}. {advice}"
         return _fail("ResourceError", text, ResourceError.exit_code, as_json)
 
 

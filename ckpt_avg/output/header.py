@@ -8,6 +8,7 @@ several metadata keys the reference uses another order in each process; here the
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,10 +72,15 @@ def refuse_unreadable(path: Path, plan: Plan, target: Path) -> None:
         with safe_open(str(path), framework="pt") as reader:
             names = set(reader.keys())
     except Exception as error:
+        reason = str(error)
+        try:
+            os.close(os.open(path, os.O_RDONLY))
+        except OSError as cause:  # which safetensors may report as a missing file
+            reason = str(cause)
         for sign, what in (("Cannot allocate memory", "out of memory"), ("Too many open files", "too many open files")):
-            if sign in str(error):
+            if sign in reason:
                 raise ResourceError(
-                    f"{target}: {what} while checking the output: {error}. It is not published."
+                    f"{target}: {what} while checking the output: {reason}. It is not published."
                 ) from error
         raise OutputError(f"{target}: safetensors cannot read the output: {error}. It is not published.") from error
     if names != {tensor.name for tensor in plan.tensors}:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,8 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.harness import run as measured
-from benchmarks.inputs import layout, write_sparse
 from safetensors.torch import load_file, save_file
 from system.faults.rank_runs import HUNG, Group, rank_server
 
@@ -124,6 +124,52 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+# -- Imports --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.guarantee("signals")
+def test_ctrl_c_while_modules_are_imported_ends_in_silence(ckpt_avg: Command, tmp_path: Path) -> None:
+    """If it failed, whoever sees a typing error and stops the command gets a traceback of its imports."""
+    (tmp_path / "click.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n")
+    ended = ckpt_avg("--version", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+@pytest.mark.guarantee("out-of-memory")
+@linux
+def test_too_little_address_space_for_torch_is_exit_6(ckpt_avg: Command, tmp_path: Path) -> None:
+    """If it failed, a limit of the job would look like a broken installation."""
+    for seed in range(2):
+        save_file({"w": torch.full((3,), float(seed))}, tmp_path / f"{seed}.safetensors")
+    limit = 150 * 2**20
+    ended = ckpt_avg(
+        "average", "0.safetensors", "1.safetensors", "-o", "mean.safetensors",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (6, "")
+    assert re.fullmatch(r"Error: out of memory: .*\. Raise the limit on the memory of this process .*\n", ended.stderr)
+    assert not (tmp_path / "mean.safetensors").exists()
+
+
+@pytest.mark.guarantee("open-files")
+@linux
+@pytest.mark.parametrize("files", [4, 5, 6, 7])
+def test_a_handful_of_open_files_is_exit_6(ckpt_avg: Command, tmp_path: Path, files: int) -> None:
+    """If it failed, the file that is one too many would be reported as missing, or as damaged."""
+    for seed in range(2):
+        save_file({"w": torch.full((3,), float(seed))}, tmp_path / f"{seed}.safetensors")
+    ended = ckpt_avg(
+        "average", "0.safetensors", "1.safetensors", "-o", "mean.safetensors",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),
+    )  # fmt: skip
+    assert ended.returncode == 6, ended
+    *others, last = ended.stderr.splitlines()  # torch may say that it could not look at the processor
+    assert last.startswith("Error: ")
+    assert "have to be open at once" in last or "too many open files" in last
+    assert not [line for line in others if "Traceback" in line]
+    assert sorted(os.listdir(tmp_path)) == ["0.safetensors", "1.safetensors"]
 
 
 # -- Signals and workers --------------------------------------------------------------------------------------------
@@ -338,55 +384,6 @@ def test_many_limits_on_memory(tmp_path: Path) -> None:
     found = starve(tmp_path, [*range(0, 400, 2), 1000])
     print({code: [code for code, _ in found].count(code) for code in sorted({code for code, _ in found})})
     assert_calm(found)
-
-
-_KEEPS = """
-from ckpt_avg.files.input_file import InputFile
-kept, make = [], InputFile.map
-def map(self, *where):
-    kept.append(make(self, *where))
-    return kept[-1]
-InputFile.map = map
-"""
-
-
-def peak(folder: Path, nbytes: int, count: int, keeps: bool = False) -> float:
-    """Returns the peak resident set, in MiB, of an average of sparse checkpoints."""
-    inputs = folder / f"{nbytes}-{count}-{keeps}"
-    inputs.mkdir()
-    (inputs / "sitecustomize.py").write_text(_KEEPS if keeps else "")
-    paths = [inputs / f"{index}.safetensors" for index in range(count)]
-    for path in paths:
-        write_sparse(path, layout(nbytes))
-    output = inputs / "mean.safetensors"
-    path = f"PYTHONPATH={inputs}"
-    command = [sys.executable, "-m", "ckpt_avg", "average", "-q", *map(str, paths), "-o", str(output), "--threads", "2"]
-    found = measured(["/usr/bin/env", path, *command]).peak
-    output.unlink()
-    return found
-
-
-def is_flat(peaks: Sequence[float]) -> bool:
-    """Whether memory depends neither on the size nor on the number of checkpoints."""
-    return max(peaks) < 1.08 * min(peaks)
-
-
-@pytest.mark.guarantee("flat-memory")
-@linux
-def test_the_measure_of_memory_catches_a_reader_that_keeps_what_it_read(tmp_path: Path) -> None:
-    """A control of `test_memory`: windows that stay mapped show in the peak."""
-    assert not is_flat([peak(tmp_path, 64 * 2**20, count, keeps=True) for count in (2, 6)])
-
-
-@pytest.mark.guarantee("flat-memory")
-@linux
-@long
-def test_memory_is_flat_up_to_large_models_and_many_checkpoints(tmp_path: Path) -> None:
-    """If it failed, some model would be too large for a machine on which a smaller one is averaged."""
-    cases = [(256, 2), (256, 8), (256, 32), (1024, 2), (1024, 8), (4096, 2)]
-    peaks = {(size, count): peak(tmp_path, size * 2**20, count) for size, count in cases}
-    print(peaks)
-    assert is_flat(list(peaks.values())), peaks
 
 
 # -- No hang --------------------------------------------------------------------------------------------------------

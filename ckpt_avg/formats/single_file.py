@@ -17,12 +17,17 @@ from ckpt_avg.formats.torch_file import open_torch_file
 from ckpt_avg.text import argument, plural
 
 DCP_SHARDING = "DCP_SHARDING_INFO"
+_TORCH_TAR = (b"sys_info\0", b"storages\0", b"tensors\0", b"pickle\0")  # the names of its members
 
 _EXPECTED = "expected a safetensors file or one written by torch.save, got"
-# Converts a pickle of named arrays, such as those of detectron2's model zoo. File names are its arguments.
+# A pickle in protocol 0 or 1 begins with a class, or with a dict and a memo.
+_OLD_PICKLE = re.compile(rb"c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n|\(dp\d+\n|\}q.", re.DOTALL)
+# Converts a pickle of tensors, arrays or modules. File names are its arguments.
 _CONVERT = (
-    "import pickle, sys, torch; d = pickle.load(open(sys.argv[1], 'rb'), encoding='latin1'); "
-    "torch.save({k: torch.as_tensor(v) for k, v in d.get('model', d).items()}, sys.argv[2])"
+    "import pickle, sys, torch; "
+    "f = lambda v: v.state_dict() if hasattr(v, 'state_dict') else {k: f(x) for k, x in v.items()} "
+    "if isinstance(v, dict) else torch.as_tensor(v) if hasattr(v, 'shape') else v; "
+    "torch.save(f(pickle.load(open(sys.argv[1], 'rb'), encoding='latin1')), sys.argv[2])"
 )
 
 
@@ -41,10 +46,11 @@ def open_file(path: Path, reading: Reading, *, strip: bool = True) -> Checkpoint
             checkpoint = _open_safetensors(file, reading, strip=strip)
         elif torch_legacy.matches(head):
             checkpoint = open_torch_file(file, "torch stream", torch_legacy.read_contents(file), reading, strip=strip)
-        elif head.startswith(b"\x80") and len(head) > 32:  # less may be the start of a torch file
+        elif (head.startswith(b"\x80") and len(head) > 32) or _OLD_PICKLE.match(head):  # less may be cut off
             raise NoWeightsError(
-                f"{path}: {_EXPECTED} a Python pickle, such as those of detectron2's model zoo. If you trust it, "
-                f'convert it first with `python -c "{_CONVERT}" {argument(path.name)} model.pth`.'
+                f"{path}: {_EXPECTED} a Python pickle (pickle.dump, as in detectron2's model zoo and StyleGAN). If you "
+                "trust it, convert it, where the code of its classes can be imported: "
+                f'`python -c "{_CONVERT}" {argument(path.name)} model.pth`.'
             )
         else:
             got, advice = _describe(head, path.name)
@@ -97,19 +103,19 @@ def _describe(head: bytes, name: str) -> tuple[str, str]:
         return "an empty file", "Copy or save it again"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer", "Fetch the file: git lfs pull"
-    if name.endswith(".nemo"):
-        return "a NeMo archive", (
-            f"Unpack it (tar xf {argument(name)}) and name the model_weights.ckpt in it, or its folder "
-            "model_weights, which is a distributed checkpoint"
-        )
-    if len(head) > 262 and head[257:262] == b"ustar":
-        return "a tar archive", (
-            "If torch before 0.1.10 wrote it, load it there and save it again. Otherwise unpack it and name the "
-            "checkpoint in it"
+    if head[257:262] == b"ustar" and head.startswith(_TORCH_TAR):
+        return "the tar archive of torch before 0.1.10", "Load it with torch and save it again"
+    if head[257:262] == b"ustar" or (head.startswith(b"\x1f\x8b") and name.endswith((".nemo", ".tgz", ".tar.gz"))):
+        return f"a {'NeMo' if name.endswith('.nemo') else 'tar'} archive", (
+            f"Unpack it (tar xf {argument(name)}) and name the checkpoint in it: of a NeMo archive model_weights.ckpt, "
+            "or the folder model_weights"
         )
     for magic, what, advice in (
         (b"\x1f\x8b", "a gzip file", "Unpack it first"),
         (b"\x28\xb5\x2f\xfd", "a Zstandard file", "Unpack it first"),
+        (b"BZh", "a bzip2 file", "Unpack it first"),
+        (b"\xfd7zXZ\0", "an xz file", "Unpack it first"),
+        (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "Unpack it first"),
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "Save the weights with torch.save or safetensors"),
         (b"GGUF", "a GGUF file, whose weights are quantized", "Average the checkpoints that it was made from"),
         (b"\x93NUMPY", "a numpy file", "Save a dict of named tensors with torch.save or safetensors"),

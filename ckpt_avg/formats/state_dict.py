@@ -250,18 +250,18 @@ def _state_dict(value: object, path: Path, key: str | None) -> StateDict:
             others.append(name)
             continue
         if isinstance(item, UnreadableTensor):
-            fail(where, f"expected a plain tensor, got {item.kind}", f"{item.advice} and run again", tensor=name)
+            fail(where, f"expected a plain tensor, got {item.kind}", item.advice, tensor=name)
         if isinstance(item, dict) and not isinstance(item, Attributes) and _candidates(item, looked_at):
             raise CheckpointFormatError(
                 f"{where}: expected names and tensors, got another dict of tensors under {quote(name)}. "
                 f"Choose one part with --state-key {argument(f'{key}.{name}' if key else str(name))}."
             )
-        if not isinstance(item, PickledTensor) and _hides_tensors(item):
+        if not isinstance(item, PickledTensor) and (hidden := _hidden_tensor(item)):
             kind = _class_of(item) or type(item).__name__
-            raise CheckpointFormatError(
-                f"{where}: {quote(name)}: expected a plain tensor, got tensors inside a {kind}. Save "
-                "model.state_dict(), whose values are plain tensors."
-            )
+            what = hidden.kind if isinstance(hidden, UnreadableTensor) else "tensors"
+            advice = "Save model.state_dict(), whose values are plain tensors"
+            advice = hidden.advice if isinstance(hidden, UnreadableTensor) else advice
+            fail(f"{where}: {quote(name)}", f"expected a plain tensor, got {what} inside a {kind}", advice)
         if not isinstance(item, PickledTensor):
             others.append(name if isinstance(name, str) else quote(name))
         elif not isinstance(name, str):
@@ -281,19 +281,19 @@ def _is_skipped(name: str, item: object, *, at_top: bool) -> bool:
     return is_training_state(name, item)
 
 
-def _hides_tensors(item: object) -> bool:
-    """Whether a list, a tuple or an object holds a tensor, near its top."""
+def _hidden_tensor(item: object) -> PickledTensor | None:
+    """Returns a tensor that a list, a tuple or an object holds near its top."""
     found: list[object] = [item]
     for value in itertools.islice(found, _MOST_VALUES):  # it grows meanwhile
         if isinstance(value, PickledTensor):
-            return True
+            return value
         if isinstance(value, Foreign):
             found += [value.state, *value.arguments[:100]]
         elif isinstance(value, (list, tuple)):
             found += value[:100]
         elif isinstance(value, dict) and (value is not item or isinstance(value, Attributes)):
             found += itertools.islice(value.values(), 100)
-    return False
+    return None
 
 
 def _pickled(described: str) -> str:

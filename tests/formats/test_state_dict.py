@@ -24,7 +24,7 @@ F32 = DTYPES["F32"]
 W = StoredTensor(StorageRef("0", F32, 2), F32, 0, (2,), (1,))
 B = StoredTensor(StorageRef("1", F32, 2), F32, 0, (2,), (1,))
 RNG = StoredTensor(StorageRef("2", DTYPES["U8"], 5056), DTYPES["U8"], 0, (5056,), (1,))
-SPARSE = UnreadableTensor("a sparse tensor")
+SPARSE = UnreadableTensor("a sparse tensor", "Save tensor.to_dense()")
 
 
 class Module(Foreign):
@@ -356,8 +356,10 @@ def test_tensors_hidden_in_an_entry_are_refused(hiding: str, key: str | None) ->
     """Otherwise the average would lack weights."""
     state = {"w": W, "experts": HIDING[hiding]}
     message = refusal(state if key is None else {key: state})
-    assert "'experts': expected a plain tensor, got tensors inside a " in message
-    assert message.endswith("Save model.state_dict(), whose values are plain tensors.")
+    what = "a sparse tensor" if "unreadable" in hiding else "tensors"
+    advice = "Save tensor.to_dense()." if "unreadable" in hiding else "whose values are plain tensors."
+    assert f"'experts': expected a plain tensor, got {what} inside a " in message
+    assert message.endswith(advice)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from formats.pickles.opcodes import called, named, text, whole
+from formats.pickles.opcodes import called, named, sequence, text, whole
 from formats.reading import read, refusal
 from formats.torch_bytes import (
     DAMAGED,
@@ -114,6 +114,21 @@ LIES: dict[str, tuple[bytes, str]] = {
         )
         for module, shown in (("torch.distributed.tensor",) * 2, ("evil\x1b[31m", r"evil\x1b[31m"))
     },
+    "a tensor of several ranks": (
+        holding(weights(called(
+            named("torch._utils", "_rebuild_wrapper_subclass"), named("torch.distributed.tensor", "DTensor"), b")"))),
+        "(torch.distributed.tensor.DTensor). It may be one rank's part. Save with torch.distributed.checkpoint, or",
+    ),
+    "a torchao tensor": (
+        holding(weights(called(
+            named("torch._utils", "_rebuild_wrapper_subclass"), named("torchao.dtypes", "AffineTensor"), b")"))),
+        "a tensor subclass (torchao.dtypes.AffineTensor). Average the checkpoints before quantisation.",
+    ),
+    "tuples and classes as names": (
+        holding(state((sequence(text("a"), whole(1)), tensor()), (sequence(sequence(whole(2))), b"N"),
+                      (named("m", "C"), b"N"), (named("torch", "float16"), b"N"))),
+        "a dict with the keys ('a', 1), ((2,),), m.C, torch.float16, which holds no named tensors",
+    ),
     "bytes as name": (
         holding(state((b"C\1w", tensor()), (text("v"), tensor()))), "expected tensor names, got the key b'w'."),
     "a tensor in a list": (

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.pickles.stand_ins import Foreign, refuse
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import quote
@@ -48,6 +49,7 @@ def module_tensors(module: Foreign) -> dict[str, object]:
 
 def _collect(module: Foreign, prefix: str, found: dict[str, object], depth: int, visits: Iterator[int]) -> None:
     state = module.state
+    _refuse_quantized(module, prefix)
     if not isinstance(state, dict):
         return
     # A module that occurs several times is visited each time, so a few can make very many.
@@ -67,9 +69,19 @@ def _collect(module: Foreign, prefix: str, found: dict[str, object], depth: int,
     for name, inner in state["_modules"].items():
         if not isinstance(inner, Foreign):
             continue  # None, or what holds no tensors
+        _refuse_quantized(inner, f"{prefix}{name}")
         if not is_module(inner) or not isinstance(name, str) or len(prefix) + len(name) > LIMITS.name:
             refuse(f"expected modules in a pickled module, got {inner.described()} as {quote(f'{prefix}{name}')}")
         _collect(_unwrapped(inner), f"{prefix}{name}.", found, depth - 1, visits)
+
+
+def _refuse_quantized(module: Foreign, name: str) -> None:
+    if module.module.startswith("torch.") and ".quantized." in f"{module.module}.":
+        where = f" as {quote(name.removesuffix('.'))}" if name else ""
+        raise CheckpointFormatError(
+            f"expected a module with plain weights, got the quantized {module.described()}{where}. Average the "
+            "checkpoints before quantisation."
+        )
 
 
 def _strings(value: object, visits: Iterator[int]) -> set[object]:

@@ -49,7 +49,7 @@ class UnreadableTensor(PickledTensor):
     """A tensor without plain elements in one storage; ``kind`` says which, ``advice`` what to save instead."""
 
     kind: str
-    advice: str = "Save it as a plain tensor (for example tensor.to_dense(), .dequantize() or .full_tensor())"
+    advice: str
 
 
 def refuse(problem: str) -> NoReturn:
@@ -136,10 +136,20 @@ class Opaque:
         self.value = value
 
     def __repr__(self) -> str:
-        # Sets in it are not shown: Python sorts them first, which may take for ever.
-        parts = self.value if isinstance(self.value, tuple) else (self.value,)
-        is_plain = all(isinstance(each, (str, bytes, int, float, type(None))) for each in parts)
-        return quote(self.value) if is_plain else f"<{type(self.value).__name__}>"
+        return _shown(self.value)
+
+
+def _shown(value: object, depth: int = 2) -> str:
+    """Returns a short text for a key. Sets are not shown: Python sorts them first, which may take for ever."""
+    if isinstance(value, tuple) and depth:
+        inner = [_shown(each, depth - 1) for each in value[:10]]
+        return f"({', '.join(inner)}{',' * (len(value) == 1)}{', …' * (len(value) > 10)})"
+    if isinstance(value, type) and issubclass(value, Foreign):
+        return value.described()
+    if isinstance(value, DType):
+        return f"torch.{value.torch_name}"
+    is_plain = isinstance(value, (str, bytes, int, float, type(None)))
+    return quote(value) if is_plain else f"<{type(value).__name__}>"
 
 
 def safe_key(key: object) -> object:
@@ -180,14 +190,14 @@ def _view(storage: object, offset: object, shape: object, stride: object, dtype:
 
 def _rebuild_tensor(storage: object, offset: object, shape: object, stride: object, *rest: object) -> object:
     if len(rest) > 2 and isinstance(rest[2], dict) and (rest[2].get("conj") or rest[2].get("neg")):
-        return UnreadableTensor("a lazily conjugated or negated tensor")
+        return UnreadableTensor("a lazily conjugated or negated tensor", "Save tensor.resolve_conj().resolve_neg()")
     return _view(storage, offset, shape, stride, getattr(storage, "dtype", None))
 
 
 def _rebuild_tensor_v3(storage: object, offset: object, shape: object, stride: object, *rest: object) -> object:
     dtype = rest[2] if len(rest) > 2 else None  # after requires_grad and the hooks
     if isinstance(dtype, type) and issubclass(dtype, Foreign):
-        return UnreadableTensor(f"a {dtype.described()} tensor")
+        return UnreadableTensor(f"a {dtype.described()} tensor", _COMMON_DTYPE)
     return _view(storage, offset, shape, stride, dtype if isinstance(dtype, DType) else None)
 
 
@@ -199,15 +209,34 @@ def _rebuild_from_type(function: object, kind: object, arguments: object, *rest:
     plain = isinstance(kind, type) and issubclass(kind, Foreign) and kind.described() in _PLAIN_TENSOR_TYPES
     if plain and is_known(function) and isinstance(arguments, tuple):
         return function(*arguments)  # type: ignore[operator]  # it is one of the functions of this module
+    return _subclass(kind)
+
+
+def _subclass(kind: object, *_: object) -> UnreadableTensor:
     name = kind.described() if isinstance(kind, type) and issubclass(kind, Foreign) else "unknown"
-    return UnreadableTensor(f"a tensor subclass ({name})")
+    return UnreadableTensor(f"a tensor subclass ({name})", plain_tensor_advice(name))
 
 
-def _unreadable(*kind_and_advice: str) -> Callable[..., UnreadableTensor]:
-    def rebuild(*_: object) -> UnreadableTensor:
-        return UnreadableTensor(*kind_and_advice)
+def plain_tensor_advice(kind: str) -> str:
+    """Returns how tensors of a class can be saved as plain ones."""
+    if "DTensor" in kind or "ShardedTensor" in kind:
+        return (
+            "It may be one rank's part. Save with torch.distributed.checkpoint, or gather the weights on every rank: "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
+        )
+    if "quant" in kind.lower() or "torchao" in kind:
+        return _BEFORE_QUANTISATION
+    return "Save a plain tensor (for example tensor.dequantize() or torch.Tensor(tensor))"
 
-    return rebuild
+
+def _from_cpu(tensor: object, dtype: object, *_: object) -> object:
+    """A tensor of XLA and similar devices, whose values are stored as those of a tensor on the CPU."""
+    is_same = isinstance(tensor, StoredTensor) and tensor.dtype == dtype
+    return tensor if is_same else UnreadableTensor("a tensor of another device", _ON_CPU)
+
+
+def _unreadable(kind: str, advice: str) -> Callable[..., UnreadableTensor]:
+    return lambda *_: UnreadableTensor(kind, advice)
 
 
 def _size(*arguments: object) -> tuple[int, ...]:
@@ -230,7 +259,7 @@ def _numpy_scalar(dtype: object, contents: object = b"", *_: object) -> object:
         form = (">" if dtype.order == ">" else "<") + _STRUCT_LETTERS.get(dtype.code, "")
         if len(form) == 2 and len(contents) == struct.calcsize(form):
             return struct.unpack(form, contents)[0]
-    return UnreadableTensor("a numpy scalar")
+    return UnreadableTensor("a numpy scalar", "Save torch.tensor(value) in its place")
 
 
 def _bytes(*arguments: object) -> bytes:
@@ -268,19 +297,24 @@ _STORAGE_TYPES = {
     "BoolStorage": "bool",
     "ComplexFloatStorage": "complex64",
 }
+_BEFORE_QUANTISATION = "Average the checkpoints before quantisation"
+_COMMON_DTYPE = "Save it in a dtype that safetensors has, such as float32 or complex64"
+_ON_CPU = "Save tensor.cpu()"
 _UNREADABLE_STORAGES = {
-    "ComplexDoubleStorage": "a complex128 tensor, which safetensors cannot hold",
-    **{f"{kind}Storage": "a quantized tensor" for kind in ("QUInt8", "QInt8", "QInt32", "QUInt4x2", "QUInt2x4")},
+    "ComplexDoubleStorage": ("a complex128 tensor, which safetensors cannot hold", "Save tensor.to(torch.complex64)"),
+    **{
+        f"{kind}Storage": ("a quantized tensor", _BEFORE_QUANTISATION)
+        for kind in ("QUInt8", "QInt8", "QInt32", "QUInt4x2", "QUInt2x4")
+    },
 }
 _UNREADABLE = {
-    "qtensor": "a quantized tensor",
-    "sparse_tensor": "a sparse tensor",
-    "sparse_csr_tensor": "a sparse tensor",
-    "nested_tensor": "a nested tensor",
-    "wrapper_subclass": "a tensor subclass",
-    "meta_tensor_no_storage": "a tensor on the meta device, without data",
-    "device_tensor_from_numpy": "a tensor of a device that saves numpy arrays",
-    "device_tensor_from_cpu_tensor": "a tensor of another device",
+    "qtensor": ("a quantized tensor", _BEFORE_QUANTISATION),
+    "sparse_tensor": ("a sparse tensor", "Save tensor.to_dense()"),
+    "sparse_csr_tensor": ("a sparse tensor", "Save tensor.to_dense()"),
+    "nested_tensor": ("a nested tensor", "Save its parts, tensor.unbind(), or a padded tensor"),
+    "meta_tensor_no_storage": ("a tensor on the meta device, without data", "Load the weights before you save them"),
+    "device_tensor_from_numpy": ("a tensor of another device, saved as a numpy array", _ON_CPU),
+    "xla_tensor": ("a tensor of another device, saved as a numpy array", _ON_CPU),
 }
 _numpy_array = _unreadable("a numpy array", "Save torch.from_numpy(array) in its place")
 _FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
@@ -291,8 +325,12 @@ _FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("torch._tensor", "_rebuild_from_type"): _rebuild_from_type,
-    **{("torch._utils", f"_rebuild_{name}"): _unreadable(kind) for name, kind in _UNREADABLE.items()},
-    ("torch.nn.parameter", "UninitializedParameter"): _unreadable("an uninitialised parameter"),
+    **{("torch._utils", f"_rebuild_{name}"): _unreadable(*facts) for name, facts in _UNREADABLE.items()},
+    ("torch._utils", "_rebuild_wrapper_subclass"): _subclass,
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _from_cpu,
+    ("torch.nn.parameter", "UninitializedParameter"): _unreadable(
+        "an uninitialised parameter", "Run the model once before you save it"
+    ),
     ("torch", "Size"): _size,
     ("numpy", "dtype"): _numpy_dtype,
     ("_codecs", "encode"): _encode,
@@ -319,5 +357,5 @@ def stand_in(module: str, name: str) -> object:
     if (module, name) in (("torch.storage", "UntypedStorage"), ("torch", "UntypedStorage")):
         return StorageType(None, name)
     if module == "torch" and name.endswith("Storage"):
-        return UnreadableTensor(_UNREADABLE_STORAGES.get(name, f"a tensor of {quote(name)}"))
+        return UnreadableTensor(*_UNREADABLE_STORAGES.get(name, (f"a tensor of {quote(name)}", _COMMON_DTYPE)))
     return type("Foreign", (Foreign,), {"__slots__": (), "module": module, "qualname": name})

@@ -40,6 +40,7 @@ from ckpt_avg.formats.pickles.stand_ins import (
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import quote
 
+_SAVE_AGAIN = "Save it again: torch.save(torch.load(path, weights_only=True), new_path)"
 _SIZED = (dict, list, tuple, set, frozenset)
 
 
@@ -158,7 +159,9 @@ class _SpecUnpickler(pickle._Unpickler):
         if not isinstance(kind, StorageType) or type(numel) is not int or numel < 0:
             refuse("a storage of the pickle has no known type, name or size")
         if len(pid) > 5 and pid[5] is not None:
-            return self.storages.setdefault(key, UnreadableTensor("a view of a storage, as torch 0.3 saved it"))
+            return self.storages.setdefault(
+                key, UnreadableTensor("a view of a storage, as torch 0.3 saved it", _SAVE_AGAIN)
+            )
         storage = StorageRef(key, kind.dtype, numel)
         if isinstance(known := self.storages.setdefault(key, storage), StorageRef) and known != storage:
             refuse(f"storage {quote(key)} has two types or sizes in the pickle")

@@ -10,7 +10,19 @@ _WEIGHTS = "mp_rank_00_model_states.pt"
 _ZERO3 = r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"
 
 
+_LAYER = r"layer_\d+-model_\d+-model_states\.pt"
+_PIPELINE = (
+    "DeepSpeed's pipeline parallelism stores each layer in a file of its own (layer_*-model_*-model_states.pt). "
+    "Convert the checkpoint first with the tool of the framework that trained it (GPT-NeoX: "
+    "tools/ckpts/convert_neox_to_hf.py), then average the results."
+)
+
+
 def _refuse(file: Path) -> str:
+    if re.fullmatch(_LAYER, file.name) or (
+        file.name == _WEIGHTS and next(file.parent.glob("layer_*-model_*.pt"), None)
+    ):
+        return _PIPELINE
     return _zero3(file.parent) if re.fullmatch(_ZERO3, file.name) else ""
 
 
@@ -23,6 +35,8 @@ def _zero3(folder: Path) -> str:
 
 
 def _weights(folder: Folder) -> WeightFiles | None:
+    if folder.matching(_LAYER):
+        return WeightFiles(folder.path, problem=_PIPELINE, nested=True)
     ranks = folder.matching(r"mp_rank_\d+_model_states\.pt")
     if _WEIGHTS in ranks and len(ranks) > 1:
         problem = (

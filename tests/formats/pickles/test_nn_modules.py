@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from formats.reading import refusal
 from layouts import save, throwaway
 from torch import nn
 
@@ -154,3 +156,28 @@ def test_names_that_no_module_has_are_refused(tmp_path: Path, made: Any, name: o
     path = save(made(_parameters={name: torch.ones(1)}), tmp_path / "a.pt")
     with pytest.raises(CheckpointFormatError, match="expected names of at most 4,096 characters in a pickled module"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("key", [None, "model"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_quantized_modules_are_refused(tmp_path: Path, kind: str, key: str | None) -> None:
+    """Their weights are in no parameter: a model of which some layers are quantized would lose these."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
+    quantization = torch.ao.quantization
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind == "dynamic":
+            quantized = quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+        else:
+            net.qconfig = quantization.default_qconfig
+            prepared = quantization.prepare(net)
+            prepared(torch.ones(1, 2))
+            quantized = quantization.convert(prepared)
+        path = save(quantized if key is None else {key: quantized}, tmp_path / "a.pt")
+    message = refusal(path)
+    assert "expected a module with plain weights, got the quantized torch.ao.nn.quantized." in message
+    assert message.endswith("Linear as '0'. Average the checkpoints before quantisation.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save(quantized.state_dict() if key is None else {key: quantized.state_dict()}, path)
+    assert "got a quantized tensor inside a tuple. Average the checkpoints before quantisation." in refusal(path)

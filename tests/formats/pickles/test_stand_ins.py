@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from formats.pickles.opcodes import deep
+from formats.reading import assert_same, read, refusal
 from layouts import save
+from torch import nn
 
 from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
 from ckpt_avg.formats.open import open_checkpoint
@@ -70,7 +72,7 @@ def test_arrays_are_refused_as_weights_only(tmp_path: Path, name: str, protocol:
         open_checkpoint(path)
     assert str(caught.value) == (
         f"{path}: key 'model': tensor 'odd': expected a plain tensor, got a numpy array. Save torch.from_numpy(array) "
-        "in its place and run again."
+        "in its place."
     )
     contents = {"model": {"w": torch.ones(1)}, "odd": array, "rng_state": ("MT19937", array, 3)}
     save(contents, path, stream=stream, protocol=protocol)
@@ -141,28 +143,58 @@ def test_numpy_is_not_needed_to_look_at_a_checkpoint(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("(3,) 3\n", "")
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize(
-    "contents", [{"w": np.ones(2)}, {"w": torch.ones(2)}, {"w": [1.0] * 9}], ids=["arrays", "tensors", "numbers"]
-)
-def test_a_bare_pickle_is_refused_with_how_to_convert_it(tmp_path: Path, contents: object, protocol: int) -> None:
+class OnDevice:
+    """Pickled as torch pickles a tensor of XLA and similar devices, by way of the CPU or of numpy."""
+
+    def __init__(self, tensor: torch.Tensor, *, by_numpy: bool = False) -> None:
+        self.tensor, self.by_numpy = tensor, by_numpy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if self.by_numpy:
+            rebuild, value = torch._utils._rebuild_device_tensor_from_numpy, self.tensor.numpy()
+        else:
+            rebuild, value = torch._utils._rebuild_device_tensor_from_cpu_tensor, self.tensor
+        return rebuild, (value, self.tensor.dtype, "xla:0", False)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tensors_of_other_devices_have_the_values_of_their_copies(tmp_path: Path, stream: bool) -> None:
+    weights = {"w": torch.arange(6.0).view(2, 3), "half": torch.ones(2).bfloat16(), "n": torch.tensor(3)}
+    path = save({"model": {name: OnDevice(value) for name, value in weights.items()}}, tmp_path / "a.pt", stream=stream)
+    assert_same(read(path), weights)
+    save({"w": OnDevice(torch.ones(2), by_numpy=True)}, path, stream=stream)
+    assert "got a tensor of another device, saved as a numpy array. Save tensor.cpu()." in refusal(path)
+
+
+def forms_of_weights() -> list[object]:
+    return [{"w": np.ones(2)}, nn.Linear(2, 2).state_dict(), {"w": [1.0] * 9}, {"G_ema": nn.Linear(2, 2)}]
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("form", range(4), ids=["arrays", "tensors", "numbers", "modules"])
+def test_a_bare_pickle_is_refused_with_how_to_convert_it(tmp_path: Path, form: int, protocol: int) -> None:
     """It is not read at all. What a run folder contains of the kind is skipped."""
     path = tmp_path / "model it's.pkl"
-    path.write_bytes(pickle.dumps(contents, protocol))
-    with pytest.raises(NoWeightsError, match="got a Python pickle, such as those of detectron2's model zoo") as caught:
-        open_checkpoint(path)
-    assert str(caught.value).endswith(""" 'model it'"'"'s.pkl' model.pth`.""")
+    path.write_bytes(pickle.dumps(forms_of_weights()[form], protocol))
+    message = refusal(path, NoWeightsError)
+    assert "got a Python pickle (pickle.dump, as in detectron2's model zoo and StyleGAN)" in message
+    assert message.endswith(""" 'model it'"'"'s.pkl' model.pth`.""")
 
 
 @pytest.mark.slow
 def test_the_command_that_converts_works(tmp_path: Path) -> None:
     """Pasted as it is; Caffe2's pickles of Python 2 included."""
     weights = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.int64(3) * np.ones((), np.int64)}
+    model = nn.Linear(2, 2)
+    contents = [
+        ({"model": weights, "__author__": "Detectron2 Model Zoo"}, {"w": (2, 3), "n": ()}),
+        (model.state_dict(), {"weight": (2, 2), "bias": (2,)}),
+        ({"G_ema": model, "training_set_kwargs": {"path": "x"}}, {"weight": (2, 2), "bias": (2,)}),
+    ]
     path = tmp_path / "model it's.pkl"
-    path.write_bytes(pickle.dumps({"model": weights, "__author__": "Detectron2 Model Zoo"}, 2))
-    with pytest.raises(CheckpointFormatError) as caught:
-        open_checkpoint(path)
-    command = str(caught.value).partition("convert it first with `python ")[2].removesuffix("`.")
-    subprocess.run(f"{sys.executable} {command}", shell=True, cwd=tmp_path, check=True)
-    with open_checkpoint(tmp_path / "model.pth") as checkpoint:
-        assert {name: tensor.shape for name, tensor in checkpoint.spec.tensors.items()} == {"w": (2, 3), "n": ()}
+    for value, shapes in contents:
+        path.write_bytes(pickle.dumps(value, 2))
+        command = refusal(path).partition("`python ")[2].removesuffix("`.")
+        subprocess.run(f"{sys.executable} {command}", shell=True, cwd=tmp_path, check=True)
+        with open_checkpoint(tmp_path / "model.pth") as checkpoint:
+            assert {name: tensor.shape for name, tensor in checkpoint.spec.tensors.items()} == shapes

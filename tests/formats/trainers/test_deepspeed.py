@@ -49,3 +49,17 @@ def test_several_model_parallel_ranks_are_refused(tmp_path: Path) -> None:
     place = layouts.deepspeed(tmp_path).checkpoints[0].path
     shutil.copyfile(place / "mp_rank_00_model_states.pt", place / "mp_rank_01_model_states.pt")
     assert "2 ranks" in refusal(place)
+
+
+def test_layers_of_a_pipeline_are_refused(tmp_path: Path, in_process: Command) -> None:
+    """GPT-NeoX: each layer has a file, and the module in the usual file is None."""
+    folder = tmp_path / "global_step100"
+    folder.mkdir()
+    for layer in range(2):
+        layouts.save(layouts.tokens(layer), folder / f"layer_{layer:02}-model_00-model_states.pt")
+    layouts.save({"module": None, "ds_version": "0.9", "global_steps": 100}, folder / "mp_rank_00_model_states.pt")
+    for path in (folder, *folder.iterdir()):
+        assert "pipeline parallelism stores each layer in a file of its own" in refusal(path)
+    code, _, errors = in_process("average", tmp_path, "-o", tmp_path / "o.safetensors")
+    assert code == 3, errors
+    assert "tools/ckpts/convert_neox_to_hf.py" in errors

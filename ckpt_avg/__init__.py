@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from ckpt_avg.formats.open import open_checkpoint as open_checkpoint
     from ckpt_avg.progress import Progress as Progress
     from ckpt_avg.runs.compatibility import CompatibilityReport as CompatibilityReport, Difference as Difference
-    from ckpt_avg.user_code.evaluate import Evaluation as Evaluation
+    from ckpt_avg.user_code.comparison import Change as Change, Comparison as Comparison
+    from ckpt_avg.user_code.comparison import Evaluation as Evaluation
     from ckpt_avg.user_code.gate import Outcome as Outcome, Requirement as Requirement
 
 _HOMES = {
@@ -79,7 +80,7 @@ _HOMES = {
     "ckpt_avg.formats.open": ("open_checkpoint",),
     "ckpt_avg.progress": ("Progress",),
     "ckpt_avg.runs.compatibility": ("CompatibilityReport", "Difference"),
-    "ckpt_avg.user_code.evaluate": ("Evaluation",),
+    "ckpt_avg.user_code.comparison": ("Change", "Comparison", "Evaluation"),
     "ckpt_avg.user_code.gate": ("Outcome", "Requirement"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -21,10 +21,10 @@ Statistics = Literal["none", "refreshed", "mean", "frozen", "copied"]
 COUNTS_ROOM = 2 * 15  # bytes by which the metadata may grow once the refresh has counted batches and samples
 
 
-def frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan) -> frozenset[str]:
+def frozen_buffers(checkpoints: Sequence[Checkpoint], plan: Plan, bn: str) -> frozenset[str]:
     """Returns the running statistics of the layers in which they are the same in each of several checkpoints."""
-    if len(checkpoints) < 2:
-        return frozenset()  # one checkpoint doesn't show whether they ever change
+    if len(checkpoints) < 2 or bn == "refresh":  # one doesn't show whether they ever change; the user wants all
+        return frozenset()
     pairs = [
         (batch_norm_buffer(layer, "running_mean"), batch_norm_buffer(layer, "running_var")) for layer in plan.batch_norm
     ]

@@ -69,23 +69,23 @@ def prepare_refresh(model: torch.nn.Module, passes: Passes, plan: Plan) -> Prepa
 def refresh_output(
     prepared: PreparedRefresh,
     plan: Plan,
-    weights: Callable[[], Mapping[str, torch.Tensor]],
-    write: Callable[[memoryview, int], None],
+    weights: Mapping[str, torch.Tensor],
     *,
     frozen: Collection[str],
     options: RefreshOptions,
     device: torch.device,
     progress: Progress,
     ranks: Ranks | None = None,
-) -> BatchNormReport:
-    """Loads the averaged weights, measures, and writes the statistics over those in the output.
+    seed: int = 0,
+) -> tuple[BatchNormReport, dict[str, torch.Tensor]]:
+    """Loads weights and measures; returns the report, and the statistics as the output's tensors contain them.
 
     Args:
         prepared, plan, options, progress, ranks: what is refreshed, and how.
-        weights: returns the tensors of the unpublished output.
-        write: called with bytes and their offset in the data section.
+        weights: the tensors of the unpublished output, or of a checkpoint.
         frozen: output tensors with statistics that are kept.
         device: where to run the model.
+        seed: of the random states, which the loader may use.
 
     Raises:
         UserCodeError: the loader or the model failed, or the refresh could not be done.
@@ -93,11 +93,11 @@ def refresh_output(
     layers = tuple(
         layer for layer, buffers in prepared.buffers.items() if all(name in frozen for name in buffers["running_mean"])
     )
-    load_weights(prepared.model, weights())
+    load_weights(prepared.model, weights)
     move_model(prepared.model, device)
-    batches = prepared.passes.next_pass()
+    batches = prepared.passes.next_pass(seed)
     progress.refreshing(expected_batches(batches, options.bn_batches))
-    with seeded(device):
+    with seeded(device, seed):
         report = refresh_batch_norm(
             prepared.model,
             batches,
@@ -116,7 +116,8 @@ def refresh_output(
     if report.untracked:
         names = listing(map(quote, report.untracked))
         progress.notice(f"layers without running statistics (track_running_stats=False), not measured: {names}")
-    tensors = plan.by_name()
+    planned = plan.by_name()
+    tensors: dict[str, torch.Tensor] = {}
     for layer, statistics in report.statistics.items():
         values = {
             "running_mean": statistics.mean,
@@ -124,9 +125,16 @@ def refresh_output(
             "num_batches_tracked": torch.tensor(statistics.batches_tracked),
         }
         for buffer, measured in values.items():
-            for tensor in (tensors[name] for name in prepared.buffers[layer].get(buffer, ())):
-                dtype = torch_dtype(tensor.dtype)
+            for name in prepared.buffers[layer].get(buffer, ()):
+                dtype = torch_dtype(planned[name].dtype)
                 is_count = buffer == "num_batches_tracked"
                 value = measured.to(dtype) if is_count else rounded_statistic(layer, buffer, measured.cpu(), dtype)
-                write(bytes_of(value), tensor.offset)
-    return report
+                tensors[name] = value.reshape(planned[name].shape)
+    return report, tensors
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], plan: Plan, write: Callable[[memoryview, int], None]) -> None:
+    """Writes small tensors over those in an output."""
+    planned = plan.by_name()
+    for name, value in tensors.items():
+        write(bytes_of(value), planned[name].offset)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ckpt_avg.commands.inspect import Inspection
     from ckpt_avg.commands.sweep import Measured, SweepResult
     from ckpt_avg.commands.verify import VerifyReport
-    from ckpt_avg.user_code.evaluate import Evaluation
+    from ckpt_avg.user_code.comparison import Comparison, Evaluation
     from ckpt_avg.user_code.gate import Outcome
 
 
@@ -61,15 +61,18 @@ def average_json(result: AverageResult) -> dict[str, Any]:
             "amp": report.amp if report else None,
         },
         "spectral_norms": list(result.spectral_norms),
-        **evaluations_json(result.evaluations, result.outcomes),
+        **evaluations_json(result.evaluations, result.comparison, result.outcomes),
         "notices": list(result.notices),
     }
 
 
-def evaluations_json(evaluations: Sequence[Evaluation], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Returns what was measured, and the requirements."""
+def evaluations_json(
+    evaluations: Sequence[Evaluation], comparison: Comparison | None, outcomes: Sequence[Outcome]
+) -> dict[str, Any]:
+    """Returns what was measured, what averaging and the refresh changed, and the requirements."""
     return {
         "evaluations": plain(evaluations),
+        "comparison": plain(comparison),
         "requirements": [
             {"requirement": outcome.requirement.text, **_attributes(outcome, ("value", "threshold", "met"))}
             for outcome in outcomes
@@ -86,7 +89,6 @@ def sweep_json(result: SweepResult, command: Sequence[str]) -> dict[str, Any]:
     return {
         MARK: __version__,
         **plain(result),
-        "last": _attributes(result.last, ("path", "metrics")),
         "windows": [window(each) for each in result.windows],
         "best": window(result.best),
         "command": list(command),

@@ -149,10 +149,9 @@ def load_all(app_dir: str, given: Mapping[str, Any]) -> dict[str, Any]:
     from ckpt_avg.user_code.load import forward_batch_of, load_user_code
 
     loaded = {
-        name: load_user_code(given[name], flag, app_dir)
-        for name, flag in (("model", "--model"), ("data", "--data"), ("evaluate", "--eval"))
-        if given[name] is not None
+        name: load_user_code(given[name], f"--{name}", app_dir) for name in ("model", "data") if given[name] is not None
     }
+    loaded["evaluate"] = [load_user_code(each, "--eval", app_dir) for each in given["evaluate"]]
     if given["model"] is not None:
         loaded["forward_batch"] = forward_batch_of(given["model"])
     return {**given, **loaded}

@@ -12,7 +12,7 @@ from ckpt_avg.text import safe_text
 if TYPE_CHECKING:
     from ckpt_avg.commands.sweep import SweepResult
 
-_LONGEST = 40  # characters of a name that fit under the picture
+_LONGEST = 60  # characters of a name that fit under the picture
 
 KINDS = (".png", ".svg", ".pdf")
 
@@ -60,10 +60,10 @@ def _draw(result: SweepResult, kind: str) -> bytes:
                     label=f"average of the {side} k",
                 )
         axes.axhline(
-            result.last.metrics[result.metric],
+            result.reference.metrics[result.metric],
             color="0.4",
             linestyle="--",
-            label=f"last checkpoint: {_short(safe_text(result.last.name))}",
+            label=f"last checkpoint: {_short(safe_text(result.reference.name))}",
         )
         best = result.best
         axes.plot(

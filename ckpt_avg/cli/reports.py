@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec, batch_norm_layers
 from ckpt_avg.runs.compatibility import CompatibilityReport
 from ckpt_avg.text import distinct_names, ends, escaped, listing, one_line, plural, quote, size, table
+from ckpt_avg.user_code.comparison import Change, Comparison, Evaluation, helped, mean_of, spread_of
 
 if TYPE_CHECKING:
     from ckpt_avg.checkpoint.training_record import Record
     from ckpt_avg.commands.draft import AverageResult
     from ckpt_avg.commands.inspect import Inspection
-    from ckpt_avg.commands.sweep import SweepResult
+    from ckpt_avg.commands.sweep import Measured, SweepResult
     from ckpt_avg.commands.verify import VerifyReport
     from ckpt_avg.runs.run_folder import Skipped
-    from ckpt_avg.user_code.evaluate import Evaluation
     from ckpt_avg.user_code.gate import Outcome
 
+_REFERENCE = "last, statistics refreshed"
 _MOST = 60  # tensors, tied tensors and metadata of one checkpoint that are shown
 
 
@@ -70,46 +71,60 @@ def verify_text(report: VerifyReport) -> str:
     return "\n".join(lines)
 
 
-def evaluation_lines(evaluations: Sequence[Evaluation], outcomes: Sequence[Outcome]) -> list[str]:
-    """Returns a table with a row for each measurement, and a line for each requirement.
+def evaluation_lines(
+    evaluations: Sequence[Evaluation], comparison: Comparison | None, outcomes: Sequence[Outcome]
+) -> list[str]:
+    """Returns a table with a row for each measurement, a sentence on what helped, and a line for each requirement.
 
-    The difference to the last checkpoint is in brackets.
+    The difference to the last checkpoint, refreshed if the average is, is in brackets.
     """
     if not evaluations:
         return []
-    checkpoints = [each for each in evaluations if each.path is not None]
-    last, count = checkpoints[-1], len(checkpoints)
+    saved = [each for each in evaluations if each.path is not None and not each.refreshed]
+    refreshed = [each for each in evaluations if each.path is not None and each.refreshed]
+    last = saved[-1]
+    reference = next((each for each in refreshed if each.path == last.path), last)
     order = list(last.metrics)
     rows = [["", *order]]
-    rows += [_row(f"{each.name} (last)" if each is last else each.name, each.metrics, order) for each in checkpoints]
-    if count > 1:
-        mean = {metric: sum(each.metrics[metric] for each in checkpoints) / count for metric in order}
-        rows.append(_row(f"mean of the above {count}", mean, order, last.metrics))
-    rows += [_row(each.name, each.metrics, order, last.metrics) for each in evaluations if each.path is None]
-    return table(rows) + [f"{'met' if outcome.met else 'NOT MET'}: {outcome}" for outcome in outcomes]
+    for each in (*saved, *refreshed):
+        name = f"{each.name} (last)" if each is last else each.name if each is not reference else _REFERENCE
+        rows.append(_row(name, each, order, None if each is reference else reference))
+    compared = refreshed or saved
+    if len(compared) > 1:
+        mean = {metric: mean_of([each.metrics[metric] for each in compared]) for metric in order}
+        name = f"mean of the {len(compared)}{', statistics refreshed' if refreshed else ''}"
+        rows.append(_row(name, Evaluation(name, None, mean), order, reference))
+    rows += [_row(each.name, each, order, reference) for each in evaluations if each.path is None]
+    sentence = [_summary(comparison)] if comparison and (comparison.averaging or comparison.refresh) else []
+    return table(rows) + sentence + [f"{'met' if each.met else 'NOT MET'}: {each}" for each in outcomes]
 
 
 def sweep_text(result: SweepResult, command: str) -> str:
     """Returns the table of a sweep, its best window, and the command that writes the best average."""
-    base, best, total = result.last.metrics, result.best, len(result.checkpoints)
-    order = list(base)
-    rows = [["", *order], _row(f"{result.last.name} (last)", base, order)]
+    reference, best, change, total = result.reference, result.best, result.change, len(result.checkpoints)
+    order = list(result.last.metrics)
+    name = f"{result.last.name} (last)"
+    rows = [["", *order], _row(name, result.last, order, None if reference is result.last else reference)]
+    if reference is not result.last:
+        rows.append(_row(_REFERENCE, reference, order, None))
+        name = "the refreshed last checkpoint"
     for window in result.windows:
-        name = _window(window.side, len(window.checkpoints), total) + ("  ← best" if window is best else "")
-        rows.append(_row(name, window.metrics, order, base))
-    value, last = best.metrics[result.metric], base[result.metric]
-    helps = value > last if result.mode == "max" else value < last
-    if helps:
-        compared = f"{value - last:+.3g} compared with {result.last.name}"
+        label = _window(window.side, len(window.checkpoints), total) + ("  ← best" if window is best else "")
+        rows.append(_row(label, window, order, reference))
+    if change.verdict == "better":
+        compared = f"{_difference(change.difference, change.spread)} compared with {name}"
+    elif change.verdict == "within the spread":
+        compared = f"{_difference(change.difference, change.spread)}, within the spread, compared with {name}"
     else:
-        compared = f"no better than {result.last.name} ({last:.6g})"
+        compared = f"no better than {name} ({reference.metrics[result.metric]:.6g})"
+    value = best.metrics[result.metric]
     return "\n".join(
         [
             *table(rows),
             "",
             f"best by {result.metric}: the average of {_window(best.side, len(best.checkpoints), total, 'the ')}, "
             f"{value:.6g}, {compared}",
-            f"to write it{'' if helps else ' anyway'}: {command}",
+            f"to write it{'' if change.verdict == 'better' else ' anyway'}: {command}",
         ]
     )
 
@@ -175,7 +190,7 @@ def _outcome(result: AverageResult) -> list[str]:
         would = "" if _is_done(result) else "would be "
         weights = plural(len(result.spectral_norms), "weight")
         lines.append(f"spectral norm of {weights}: u and v {would}computed from the averaged weight")
-    lines += evaluation_lines(result.evaluations, result.outcomes)
+    lines += evaluation_lines(result.evaluations, result.comparison, result.outcomes)
     if all(outcome.met for outcome in result.outcomes):
         lines.append(
             f"{'wrote' if result.written else 'would write'} {one_line(result.output)} ({size(result.nbytes)})"
@@ -185,13 +200,36 @@ def _outcome(result: AverageResult) -> list[str]:
     return lines
 
 
-def _row(
-    name: str, metrics: Mapping[str, float], order: Sequence[str], base: Mapping[str, float] | None = None
-) -> list[str]:
-    """Returns the cells of a measurement, with the differences to ``base``."""
-    if base is None:
-        return [name, *(f"{metrics[metric]:.6g}" for metric in order)]
-    return [name, *(f"{metrics[metric]:.6g} ({metrics[metric] - base[metric]:+.3g})" for metric in order)]
+def _row(name: str, measured: Evaluation | Measured, order: Sequence[str], reference: Evaluation | None) -> list[str]:
+    """Returns the cells of a measurement, with its spread and the differences to the reference."""
+    cells = [name]
+    for metric in order:
+        spread = spread_of(measured.samples.get(metric, ()))
+        cell = f"{measured.metrics[metric]:.6g}" + ("" if spread is None else f" ±{spread:.2g}")
+        if reference is not None:
+            cell += f" ({_difference(measured.metrics[metric] - reference.metrics[metric])})"
+        cells.append(cell)
+    return cells
+
+
+def _difference(difference: float, spread: float | None = None) -> str:
+    return f"{difference + 0.0:+.3g}" + ("" if spread is None else f" ±{spread:.2g}")
+
+
+def _summary(comparison: Comparison) -> str:
+    """Says in one sentence what averaging changed, and what the refresh of the statistics changed."""
+    parts = {"averaging": comparison.averaging, "the refresh": comparison.refresh}
+    return "; ".join(_changes(what, changes) for what, changes in parts.items() if changes)
+
+
+def _changes(what: str, changes: Sequence[Change]) -> str:
+    helps = {True: " helped", False: " did not help", None: ""}[helped(changes)]
+    shown = listing(
+        f"{escaped(change.metric)} {_difference(change.difference, change.spread)}"
+        + (f" ({change.verdict})" if change.verdict else "")
+        for change in changes
+    )
+    return f"{what}{helps}: {shown}"
 
 
 def _window(side: str, count: int, total: int, article: str = "") -> str:

@@ -17,7 +17,7 @@ from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.header import encode_header, encode_tensors
 from ckpt_avg.output.provenance import make_metadata, seal
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.user_code.evaluate import Evaluation
+from ckpt_avg.user_code.comparison import Comparison, Evaluation
 from ckpt_avg.user_code.gate import Outcome
 
 
@@ -41,8 +41,10 @@ class AverageResult:
         data_digest: of the output's data section, as its metadata records it; None for a dry run, and on every rank but
             the first.
         sha256: of the whole output, if requested.
-        evaluations: what ``evaluate`` measured: checkpoints in their order, then the average, before and after the
-            refresh. The last one is that of the output.
+        evaluations: what ``evaluate`` measured: the last checkpoint as it was saved (without a refresh every one that
+            was measured), checkpoints with refreshed statistics, the average before and after the refresh. The last one
+            is that of the output.
+        comparison: what averaging and what the refresh changed; None if nothing was measured.
         outcomes: each requirement, and whether it was met.
         notices: what the user should know.
     """
@@ -60,6 +62,7 @@ class AverageResult:
     data_digest: str | None
     sha256: str | None
     evaluations: tuple[Evaluation, ...]
+    comparison: Comparison | None
     outcomes: tuple[Outcome, ...]
     notices: tuple[str, ...]
 
@@ -118,7 +121,8 @@ class Draft:
             spectral_norms=tuple(layer.weight for layer in prepared.plan.spectral_norms),
             data_digest=data_digest,
             sha256=sha256,
-            evaluations=tuple(self.evaluations.measured),
+            evaluations=self.evaluations.measured,
+            comparison=self.evaluations.comparison,
             outcomes=self.evaluations.outcomes,
             notices=tuple(self.context.notices),
         )

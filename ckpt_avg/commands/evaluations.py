@@ -2,74 +2,227 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
 
+from ckpt_avg.batchnorm.refresh import BatchNormReport
+from ckpt_avg.batchnorm.refresh_output import refresh_output
+from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.checkpoint.tensor_reads import torch_dtype
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.prepare import Prepared
-from ckpt_avg.commands.requests import AverageRequest
-from ckpt_avg.text import distinct_names
-from ckpt_avg.user_code.evaluate import Evaluation, evaluate_weights, refuse_other_metrics
+from ckpt_avg.commands.requests import AverageRequest, MeanRequest
+from ckpt_avg.mean.arithmetic import round_to
+from ckpt_avg.text import distinct_names, plural
+from ckpt_avg.user_code.comparison import Comparison, Evaluation, compare, mean_of
+from ckpt_avg.user_code.evaluate import evaluate_weights, refuse_other_metrics
 from ckpt_avg.user_code.gate import Outcome, needs_all, outcomes, refuse_unknown_metrics
 from ckpt_avg.user_code.model import weights_of
 
 
-class Evaluations:
-    """Measures checkpoints and their average with the user's function, on rank 0; without one it does nothing.
+class Meter:
+    """Measures weights with the user's functions, on rank 0. All ranks take part in refreshes."""
+
+    def __init__(self, request: MeanRequest, prepared: Prepared, context: Context) -> None:
+        self._request, self._prepared, self._context = request, prepared, context
+        self._expected: Mapping[str, float] | None = None
+        self._varies = False
+
+    def refresh(
+        self, weights: Mapping[str, torch.Tensor], frozen: Collection[str], seed: int = 0
+    ) -> tuple[BatchNormReport, dict[str, torch.Tensor]]:
+        """Measures the statistics of weights, except the frozen ones; returns the report and the new tensors."""
+        prepared, context = self._prepared, self._context
+        if prepared.refresh is None:
+            raise ValueError("nothing to refresh")
+        return refresh_output(
+            prepared.refresh,
+            prepared.plan,
+            weights,
+            frozen=frozen,
+            options=self._request,
+            device=prepared.model_device,
+            progress=context.progress,
+            ranks=context.ranks,
+            seed=seed,
+        )
+
+    def measure(
+        self,
+        name: str,
+        path: Path | None,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        frozen: Collection[str] | None = None,
+        is_refreshed: bool = False,
+    ) -> Evaluation:
+        """Measures weights, once for each repeat.
+
+        With ``frozen``, their statistics are refreshed before each repeat, unless they already are for the first.
+        """
+        found: dict[str, list[float]] = {}
+        for seed in range(self._request.eval_repeats):
+            values = weights
+            if frozen is not None and (seed or not is_refreshed):
+                values = {**weights, **self.refresh(weights, frozen, seed)[1]}
+            for metrics in self._evaluate(values, name, seed):
+                for metric, value in metrics.items():
+                    found.setdefault(metric, []).append(value)
+        metrics = {metric: mean_of(values) for metric, values in found.items()}
+        samples = {metric: tuple(values) for metric, values in found.items() if len(values) > 1}
+        self._varies |= any(len(set(values)) > 1 for values in samples.values())
+        evaluation = Evaluation(name, path, metrics, frozen is not None, samples)
+        if self._context.ranks.is_first:
+            if self._expected is not None:
+                refuse_other_metrics(self._expected, metrics, name)
+            self._expected = metrics
+        return evaluation
+
+    def measure_refreshed(self, checkpoint: Checkpoint, name: str, frozen: Collection[str]) -> Evaluation:
+        """Measures what `average` would write of this checkpoint alone, its statistics refreshed."""
+        weights = weights_of(checkpoint)
+        for tensor in self._prepared.plan.tensors:
+            values, dtype = weights[tensor.name], torch_dtype(tensor.dtype)
+            if values.dtype != dtype:
+                weights[tensor.name] = round_to(values.double().reshape(-1), dtype).view(values.shape)
+        return self.measure(f"{name}, statistics refreshed", checkpoint.spec.path, weights, frozen=frozen)
+
+    def notice_chance(self) -> None:
+        """Tells the user if the repeats say nothing of chance."""
+        if self._request.eval_repeats > 1 and self._expected is not None and not self._varies:
+            self._context.notice(
+                "all repeats gave the same numbers: neither the loader nor the --eval function draws random numbers"
+            )
+
+    def _evaluate(self, weights: Mapping[str, torch.Tensor], name: str, seed: int) -> list[dict[str, float]]:
+        prepared, context = self._prepared, self._context
+        if not context.ranks.is_first:
+            return []
+        if prepared.model is None:
+            raise ValueError("nothing to measure with")
+        context.ranks.check(at_once=True)  # the others wait, and take this for a sign of life
+        context.progress.evaluating(name)
+        return [
+            evaluate_weights(
+                function,
+                prepared.model,
+                weights,
+                name=name,
+                device=prepared.model_device,
+                notice=context.notice,
+                seed=seed,
+            )
+            for function in self._request.functions
+        ]
+
+
+class Evaluations(Meter):
+    """What `average` measures: checkpoints and their average. Without a function it does nothing.
 
     Attributes:
-        measured: in the order in which it was measured.
+        saved: checkpoints as they were saved; with a refresh only the last one.
+        refreshed: checkpoints with their statistics refreshed, so that they compare with the average.
+        averages: the average, before and after the refresh. The last one is that of the output.
     """
 
     def __init__(self, request: AverageRequest, prepared: Prepared, context: Context) -> None:
-        self.measured: list[Evaluation] = []
-        self._request, self._prepared, self._context = request, prepared, context
-        self._measures = request.evaluate is not None and context.ranks.is_first
-        if request.evaluate is not None and request.dry_run:
+        super().__init__(request, prepared, context)
+        self.saved: list[Evaluation] = []
+        self.refreshed: list[Evaluation] = []
+        self.averages: list[Evaluation] = []
+        self._requirements = request.requirements
+        self._is_on = bool(request.functions)
+        several = len(prepared.checkpoints) > 1
+        every = request.evaluate_all or needs_all(request.requirements)
+        compared = prepared.checkpoints if every else (prepared.last,)
+        names = distinct_names([each.spec.path for each in compared])
+        self._compared = list(zip(compared, names, strict=True))
+        self._refreshes = self._is_on and several and prepared.refresh is not None
+        if self._is_on and request.dry_run:
             context.notice("a dry run measures nothing, so --eval and --require are not tried")
+        elif self._refreshes and (every or request.eval_repeats > 1):
+            count = (len(compared) + 1) * request.eval_repeats
+            context.notice(
+                f"{plural(len(compared), 'checkpoint')} will be measured with refreshed statistics, as the average is: "
+                f"{count:,} refreshes in all"
+            )
 
-    def measure_checkpoints(self) -> None:
+    @property
+    def measured(self) -> tuple[Evaluation, ...]:
+        """All measurements."""
+        return (*self.saved, *self.refreshed, *self.averages)
+
+    def measure_saved(self) -> None:
         """Measures the last checkpoint, or all of them, before the long work begins.
 
-        Raises:
-            UsageError: a requirement names a metric that the function does not return.
-            UserCodeError: the user's function failed.
+        Raises UsageError if a requirement names a metric that the functions do not return.
         """
-        if not self._measures:
+        if not self._is_on:
             return
-        every = self._request.evaluate_all or needs_all(self._request.requirements)
-        chosen = self._prepared.checkpoints[0 if every else -1 :]
-        names = distinct_names([checkpoint.spec.path for checkpoint in chosen])
-        for checkpoint, name in zip(chosen, names, strict=True):
-            self._measure(name, weights_of(checkpoint), checkpoint.spec.path)
-            refuse_unknown_metrics(self._request.requirements, self.measured[0])
+        for checkpoint, name in self._compared:
+            if self._refreshes and checkpoint is not self._prepared.last:
+                continue
+            self.saved.append(self.measure(name, checkpoint.spec.path, weights_of(checkpoint)))
+            if self._context.ranks.is_first:
+                refuse_unknown_metrics(self._requirements, self.saved[0])
 
-    def measure_average(self, weights: Callable[[], Mapping[str, torch.Tensor]], *, refreshed: bool) -> None:
-        """Measures the average as it would now be published.
+    def measure_average(self, weights: Callable[[], Mapping[str, torch.Tensor]], *, is_refreshed: bool) -> None:
+        """Measures the average as it would now be published."""
+        if self._is_on:
+            frozen = self._prepared.frozen if is_refreshed else None
+            name = self._name_of_average(refreshed=is_refreshed)
+            self.averages.append(self.measure(name, None, weights(), frozen=frozen, is_refreshed=is_refreshed))
 
-        Raises:
-            UserCodeError: the user's function failed.
-        """
-        if self._measures:
-            self._measure(self._name_of_average(refreshed=refreshed), weights(), None)
+    def measure_refreshed_checkpoints(self) -> None:
+        """Measures what the average is compared with, if its statistics were refreshed."""
+        if self._refreshes:
+            frozen = self._prepared.frozen
+            self.refreshed += [self.measure_refreshed(each, name, frozen) for each, name in self._compared]
 
     def share(self) -> None:
         """Gives what rank 0 has measured to the others, once rank 0 is done with all of its work."""
-        mine = [[each.name, None if each.path is None else str(each.path), each.metrics] for each in self.measured]
+        kinds = (self.saved, self.refreshed, self.averages)
+        mine = [
+            [[each.name, each.path and str(each.path), each.metrics, each.refreshed, each.samples] for each in kind]
+            for kind in kinds
+        ]
         ranks = self._context.ranks
-        measured = ranks.exchange("done", mine, lambda all_of_them: all_of_them[0])
+        shared = ranks.exchange("done", mine, lambda all_of_them: all_of_them[0])
         if not ranks.is_first:
-            self.measured = [Evaluation(name, path and Path(path), metrics) for name, path, metrics in measured]
+            for kind, measured in zip(kinds, shared, strict=True):
+                kind[:] = [
+                    Evaluation(
+                        name, path and Path(path), metrics, refreshed, {key: tuple(v) for key, v in each.items()}
+                    )
+                    for name, path, metrics, refreshed, each in measured
+                ]
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """Each requirement, compared with the last measurement of the average; empty before there is one."""
-        if not self.measured or self.measured[-1].path is not None:
+        if not self.averages:
             return ()
-        checkpoints = [each for each in self.measured if each.path is not None]
-        return outcomes(self._request.requirements, self.measured[-1], checkpoints)
+        return outcomes(self._requirements, self.averages[-1], self.refreshed or self.saved, self._last(self.saved))
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """What averaging and the refresh changed; None if nothing was measured."""
+        if not self.averages:
+            return None
+        directions = {each.metric: each.operator.startswith(">") for each in self._requirements}
+        saved, average = self._last(self.saved), self.averages[-1]
+        if len(self._prepared.checkpoints) == 1:
+            return Comparison((), compare(saved, average, directions) if average.refreshed else ())
+        if not self.refreshed:
+            return Comparison(compare(saved, average, directions), ())
+        last = self._last(self.refreshed)
+        return Comparison(compare(last, average, directions), compare(saved, last, directions))
+
+    def _last(self, evaluations: list[Evaluation]) -> Evaluation:
+        path = self._prepared.last.spec.path
+        return next(each for each in evaluations if each.path == path)
 
     def _name_of_average(self, *, refreshed: bool) -> str:
         several = len(self._prepared.checkpoints) > 1
@@ -78,15 +231,3 @@ class Evaluations:
             return f"{name}, statistics refreshed"
         is_mean = several and self._prepared.statistics in ("refreshed", "mean")
         return f"{name}, statistics averaged" if is_mean else name
-
-    def _measure(self, name: str, weights: Mapping[str, torch.Tensor], path: Path | None) -> None:
-        function, model = self._request.evaluate, self._prepared.model
-        if function is None or model is None:
-            raise ValueError("nothing to measure with")
-        self._context.ranks.check(at_once=True)  # the others wait, and take this for a sign of life
-        self._context.progress.evaluating(name)
-        device, notice = self._prepared.model_device, self._context.notice
-        metrics = evaluate_weights(function, model, weights, name=name, device=device, notice=notice)
-        if self.measured:
-            refuse_other_metrics(self.measured[0].metrics, metrics, name)
-        self.measured.append(Evaluation(name, path, metrics))

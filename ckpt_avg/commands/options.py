@@ -98,31 +98,56 @@ class EvalOptions(OptionGroup):
     """What is measured, and what the average must reach."""
 
     heading = "Measure"
-    evaluate: Evaluate | None = option(
-        None,
-        "Measure the weights with this function.",
+    evaluate: Evaluate | Sequence[Evaluate] = option(
+        (),
+        "Measure the weights with this function. Repeatable.",
         doc="Called with the model in evaluation mode; returns a number or a dict of them. It measures the last "
-        "checkpoint, and the average before and after the refresh.",
+        "checkpoint, and the average before and after the refresh. Several functions may measure the same metrics, "
+        "for example on several test sets: the mean counts.",
         flag="--eval",
         metavar="MODULE:FUNCTION",
-        code=True,
     )
-    evaluate_all: bool = option(False, "Measure every checkpoint, not only the last.", flag="--eval-all")
+    evaluate_all: bool = option(
+        False,
+        "Measure every checkpoint, not only the last.",
+        doc="Measure every checkpoint, not only the last. With a refresh this costs one refresh each.",
+        flag="--eval-all",
+    )
+    eval_repeats: int = option(
+        1,
+        "Refresh and measure N times, with N random seeds.",
+        doc="Refresh and measure N times, with N seeds for the loader and ``evaluate``, to see how much is chance. The "
+        "output's statistics are those of the first.",
+        metavar="N",
+        least=1,
+    )
     require: str | Sequence[str] = option(
         (),
         "Publish only if this holds, for example 'accuracy>=last'. Repeatable.",
         doc="Publish only if this holds, for example ``accuracy>=last`` or ``loss<=mean+0.01``: a metric, ``>=``, "
-        "``>``, ``<=`` or ``<``, and ``last``, ``best``, ``mean`` or a number.",
+        "``>``, ``<=`` or ``<``, and ``last``, ``best``, ``mean`` (of the checkpoints, with their statistics refreshed "
+        "if those of the average are), ``last-saved`` (the last one as it was saved) or a number.",
         metavar="'METRIC>=last'",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "require", (self.require,) if isinstance(self.require, str) else tuple(self.require))
-        given = {"--require": self.requirements, "--eval-all": self.evaluate_all}
-        if self.evaluate is None and any(given.values()):
+        given = {
+            "--require": self.requirements,
+            "--eval-all": self.evaluate_all,
+            "--eval-repeats": self.eval_repeats > 1,
+        }
+        if not self.functions and any(given.values()):
             flag = next(flag for flag, value in given.items() if value)
             raise UsageError(f"{flag} needs a metric. Add --eval MODULE:FUNCTION.")
+
+    @property
+    def functions(self) -> tuple[Evaluate, ...]:
+        """What measures the weights."""
+        if isinstance(self.evaluate, (tuple, list)):
+            return tuple(self.evaluate)
+        return (self.evaluate,)  # type: ignore[return-value] # `prepare` refuses what cannot be called
 
     @functools.cached_property
     def requirements(self) -> tuple[Requirement, ...]:

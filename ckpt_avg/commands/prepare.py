@@ -41,6 +41,11 @@ class Prepared:
     threads: int  # that sum on this rank
 
     @property
+    def last(self) -> Checkpoint:
+        """The checkpoint of the latest step."""
+        return self.checkpoints[-1]
+
+    @property
     def specs(self) -> list[CheckpointSpec]:
         """The checkpoints' specs, in order."""
         return [checkpoint.spec for checkpoint in self.checkpoints]
@@ -56,8 +61,9 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
 
     With ``by_window``, parts of the checkpoints will be averaged, each with frozen layers of its own.
     """
-    if request.evaluate is not None and not callable(request.evaluate):
-        raise UsageError(f"--eval: got a {type(request.evaluate).__name__}. Name a function of the model.")
+    for function in request.functions:
+        if not callable(function):
+            raise UsageError(f"--eval: got a {type(function).__name__}. Name a function of the model.")
     notice = context.notice
     launch = launch_of() if context.ranks.size > 1 else None
     mean_device, model_device = choose_devices(request.device, launch)
@@ -70,14 +76,21 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
         refuse_differences(specs, dtype=request.dtype)
         plan = plan_of(checkpoints, dtype=request.dtype, non_float=request.non_float)
         notice_what_is_read(checkpoints, notice, copies=request.bn != "refresh", kinds=plan.kinds)
-    frozen = frozenset() if by_window and request.data is not None else frozen_buffers(checkpoints, plan)
+    frozen = frozenset() if by_window and request.data is not None else frozen_buffers(checkpoints, plan, request.bn)
     has_model, has_data = request.model is not None, request.data is not None
     measures = needs_refresh(plan, frozen, bn=request.bn, has_model=has_model, has_data=has_data, notice=notice)
     model, refresh = None, None
-    if request.model is not None and (measures or request.evaluate is not None):
+    if request.model is not None and (measures or request.functions):
         model = build_model(request.model, {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors})
         if measures and request.data is not None:
-            refresh = choose_refresh(plan, frozen, model, Passes(request.data), notice)
+            passes = Passes(request.data)
+            refresh = choose_refresh(plan, frozen, model, passes, notice)
+            refreshes = request.eval_repeats * (2 if len(checkpoints) > 1 else 1) if request.functions else 1
+            if passes.is_single and refreshes > 1:
+                raise UsageError(
+                    "--data: got an iterator, which is used up after one pass, and --eval needs one for each refresh. "
+                    "Name a function that returns one, or a DataLoader."
+                )
     refuse_unequal(checkpoints, plan)
     statistics = source_of_statistics(plan, frozen, refresh)
     return Prepared(checkpoints, skipped, plan, frozen, model, refresh, statistics, mean_device, model_device, threads)

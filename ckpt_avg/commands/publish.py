@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from ckpt_avg.batchnorm.refresh import BatchNormReport
-from ckpt_avg.batchnorm.refresh_output import refresh_output
+from ckpt_avg.batchnorm.refresh_output import write_tensors
 from ckpt_avg.commands.agreement import agree_on_header
 from ckpt_avg.commands.draft import AverageResult, Draft
 from ckpt_avg.errors import RankError, RequirementError
@@ -30,7 +31,7 @@ def publish(draft: Draft) -> AverageResult:
         CkptAvgError: anything failed; nothing is published then.
     """
     ranks, request = draft.context.ranks, draft.request
-    draft.evaluations.measure_checkpoints()
+    draft.evaluations.measure_saved()
     agree_on_header(ranks, draft.header)
     digest = TreeDigest(draft.prepared.plan.nbytes)
     data_digest: str | None = None
@@ -39,6 +40,7 @@ def publish(draft: Draft) -> AverageResult:
         _write_mean(draft, unpublished, digest)
         report = _refresh_and_measure(draft, unpublished, digest)
         if ranks.is_first:
+            draft.evaluations.notice_chance()
             data_digest, sha256 = _complete(draft, unpublished, digest, report)
             _refuse_unmet(draft.result(report, data_digest, sha256))
             ranks.check()
@@ -95,34 +97,24 @@ def _update(digest: TreeDigest, known: list[Any]) -> None:
 
 def _refresh_and_measure(draft: Draft, unpublished: UnpublishedFile, digest: TreeDigest) -> BatchNormReport | None:
     """Measures the average, and again after the refresh of its statistics, if there is one."""
-    prepared = draft.prepared
-
-    def weights() -> dict[str, torch.Tensor]:
-        return weights_in(unpublished.readable_path)
+    prepared, evaluations = draft.prepared, draft.evaluations
 
     def overwrite(contents: memoryview, offset: int) -> None:
-        if draft.context.ranks.is_first:
-            digest.invalidate(offset, len(contents))
-            unpublished.write(contents, len(draft.header) + offset)
+        digest.invalidate(offset, len(contents))
+        unpublished.write(contents, len(draft.header) + offset)
 
+    weights = partial(weights_in, unpublished.readable_path)
     if prepared.plan.spectral_norms:
         _write_spectral_vectors(draft, unpublished, weights, overwrite)
     if len(prepared.checkpoints) > 1 or prepared.refresh is None:  # a single checkpoint has been measured as it is
-        draft.evaluations.measure_average(weights, refreshed=False)
+        evaluations.measure_average(weights, is_refreshed=False)
     if prepared.refresh is None:
         return None
-    report = refresh_output(
-        prepared.refresh,
-        prepared.plan,
-        weights,
-        overwrite,
-        frozen=prepared.frozen,
-        options=draft.request,
-        device=prepared.model_device,
-        progress=draft.context.progress,
-        ranks=draft.context.ranks,
-    )
-    draft.evaluations.measure_average(weights, refreshed=True)
+    report, statistics = evaluations.refresh(weights(), prepared.frozen)
+    if draft.context.ranks.is_first:
+        write_tensors(statistics, prepared.plan, overwrite)
+    evaluations.measure_average(weights, is_refreshed=True)
+    evaluations.measure_refreshed_checkpoints()  # later, so that the output does not depend on it
     return report
 
 

@@ -49,7 +49,7 @@ class MeanRequest(Selection, Reading, MeanOptions, RefreshOptions, EvalOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.evaluate is not None and self.model is None:
+        if self.functions and self.model is None:
             raise UsageError("--eval needs a model. Add --model MODULE:FACTORY.")
 
     def discover(self) -> Discovery:
@@ -109,7 +109,7 @@ class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.evaluate is None:
+        if not self.functions:
             raise UsageError("--eval is missing. Add --eval MODULE:FUNCTION to measure each average.")
 
 

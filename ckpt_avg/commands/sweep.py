@@ -6,16 +6,15 @@ The windows are averaged in groups: as many as fit into the memory given are com
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from ckpt_avg.batchnorm.policy import frozen_buffers, moving_layers
-from ckpt_avg.batchnorm.refresh_output import refresh_output
+from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.commands.context import Context
+from ckpt_avg.commands.evaluations import Meter
 from ckpt_avg.commands.prepare import Prepared, prepare
 from ckpt_avg.commands.requests import SweepRequest, takes
 from ckpt_avg.errors import IncompatibleError, UsageError, UserCodeError
@@ -23,7 +22,7 @@ from ckpt_avg.mean.spectral_norm import write_vectors
 from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import listing, quote, suggestion
-from ckpt_avg.user_code.evaluate import Evaluation, evaluate_weights, refuse_other_metrics
+from ckpt_avg.user_code.comparison import Change, Evaluation, compare
 from ckpt_avg.user_code.model import weights_of
 
 Side = Literal["last", "first"]
@@ -36,12 +35,13 @@ class Measured:
     Attributes:
         side: ``last`` or ``first``.
         checkpoints: what was averaged, in order.
-        metrics: what the user's function measured of the average.
+        metrics, samples: what was measured of the average, as in `Evaluation`.
     """
 
     side: Side
     checkpoints: tuple[Path, ...]
     metrics: Mapping[str, float]
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,12 @@ class SweepResult:
     Attributes:
         checkpoints: all that were selected, in order.
         skipped: files of run folders that were skipped, with reasons.
-        last: the last checkpoint as it is.
+        last: the last checkpoint as it was saved.
+        reference: what the averages are compared with: the last checkpoint, its statistics refreshed if theirs are.
         windows: the averages, in the order in which they were measured.
         metric, mode: by which metric they are compared, and whether ``min`` or ``max`` is better.
         best: the best of the windows; ties go to the one with the fewest checkpoints, then to the last ones.
+        change: how the best differs from the reference.
         refreshed: whether the statistics of each were recomputed.
         passes: how many times the checkpoints were read.
         notices: what the user should know.
@@ -63,10 +65,12 @@ class SweepResult:
     checkpoints: tuple[Path, ...]
     skipped: tuple[Skipped, ...]
     last: Evaluation
+    reference: Evaluation
     windows: tuple[Measured, ...]
     metric: str
     mode: str
     best: Measured
+    change: Change
     refreshed: bool
     passes: int
     notices: tuple[str, ...]
@@ -74,12 +78,7 @@ class SweepResult:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Consecutive checkpoints: the last k of a run, or the first k.
-
-    Attributes:
-        side: ``last`` or ``first``.
-        indices: which of the run's checkpoints.
-    """
+    """Consecutive checkpoints of a run, by their indices: the last k, or the first k."""
 
     side: Side
     indices: range
@@ -118,31 +117,33 @@ def sweep(request: SweepRequest) -> SweepResult:
         prepared = prepare(request.discover(), request, context, by_window=True)
         if len(prepared.checkpoints) < 2:
             raise IncompatibleError(f"{prepared.specs[0].path}: is the only checkpoint. Name at least two to compare.")
-        if prepared.refresh is not None and prepared.refresh.passes.is_single:
-            raise UsageError(
-                "--data: got an iterator, which is used up after one pass. Name a function that returns one, or a "
-                "DataLoader."
-            )
-        option, metric = (
-            ("--minimize", request.minimize) if request.maximize is None else ("--maximize", request.maximize)
-        )
-        newest = prepared.specs[-1]
-        metrics = _evaluate(request, prepared, context, weights_of(prepared.checkpoints[-1]), newest.name)
-        if metric not in metrics:
+        option, metric = request.target
+        meter = Meter(request, prepared, context)
+        newest = prepared.last.spec
+        last = meter.measure(newest.name, newest.path, weights_of(prepared.last))
+        if metric not in last.metrics:
             raise UsageError(
                 f"{option} {metric}: the --eval function returns no such metric. Use one of "
-                f"{listing(map(quote, metrics))}.{suggestion(metric, metrics)}"
+                f"{listing(map(quote, last.metrics))}.{suggestion(metric, last.metrics)}"
             )
         groups = passes(windows_of(len(prepared.checkpoints), request.windows), request.hold, prepared.plan.nbytes)
-        measured = [each for group in groups for each in _measure(request, prepared, context, group, metrics)]
+        measured = [each for group in groups for each in _measure(request, prepared, context, group, meter)]
+        frozen = _frozen(request, prepared, prepared.checkpoints)
+        reference = last if frozen is None else meter.measure_refreshed(prepared.last, newest.name, frozen)
+        best = _best(measured, metric, highest=option == "--maximize")
+        meter.notice_chance()
+        best_average = Evaluation("", None, best.metrics, reference.refreshed, best.samples)
+        changes = compare(reference, best_average, {metric: option == "--maximize"})
         return SweepResult(
             checkpoints=tuple(spec.path for spec in prepared.specs),
             skipped=prepared.skipped,
-            last=Evaluation(newest.name, newest.path, metrics),
+            last=last,
+            reference=reference,
             windows=tuple(measured),
             metric=metric,
             mode="max" if option == "--maximize" else "min",
-            best=_best(measured, metric, highest=option == "--maximize"),
+            best=best,
+            change=next(change for change in changes if change.metric == metric),
             refreshed=prepared.refresh is not None,
             passes=len(groups),
             notices=tuple(context.notices),
@@ -159,23 +160,13 @@ def windows_of(count: int, sides: str) -> list[Window]:
 
 
 def passes(windows: Sequence[Window], hold: int, nbytes: int) -> list[Sequence[Window]]:
-    """Returns the windows in groups, each of which is averaged in one pass over its checkpoints.
-
-    Args:
-        windows: all of them.
-        hold: bytes of averages that may be in memory; one average always is.
-        nbytes: of one average.
-    """
+    """Returns the windows in groups, each for one pass over the checkpoints; ``hold`` bytes of averages are held."""
     at_once = max(1, hold // max(1, nbytes))
     return [windows[start : start + at_once] for start in range(0, len(windows), at_once)]
 
 
 def _measure(
-    request: SweepRequest,
-    prepared: Prepared,
-    context: Context,
-    windows: Sequence[Window],
-    expected: Mapping[str, float],
+    request: SweepRequest, prepared: Prepared, context: Context, windows: Sequence[Window], meter: Meter
 ) -> list[Measured]:
     """Averages some windows in one pass, then refreshes and measures one after the other."""
     measured = []
@@ -185,32 +176,24 @@ def _measure(
         checkpoints = prepared.checkpoints[window.indices.start : window.indices.stop]
         if len(checkpoints) > 1:
             write_vectors(prepared.plan, checkpoints[-1], output.tensors(), output.write, context.notice)
-        if prepared.refresh is not None:
-            frozen = frozen_buffers(checkpoints, prepared.plan)
-            if moving_layers(prepared.plan, frozen):
-                refresh_output(
-                    prepared.refresh,
-                    prepared.plan,
-                    output.tensors,
-                    output.write,
-                    frozen=frozen,
-                    options=request,
-                    device=prepared.model_device,
-                    progress=context.progress,
-                )
-        metrics = _evaluate(request, prepared, context, output.tensors(), window.name)
-        refuse_other_metrics(expected, metrics, window.name)
-        measured.append(Measured(window.side, tuple(each.spec.path for each in checkpoints), metrics))
+        found = meter.measure(window.name, None, output.tensors(), frozen=_frozen(request, prepared, checkpoints))
+        paths = tuple(each.spec.path for each in checkpoints)
+        measured.append(Measured(window.side, paths, found.metrics, found.samples))
     return measured
+
+
+def _frozen(request: SweepRequest, prepared: Prepared, checkpoints: Sequence[Checkpoint]) -> Collection[str] | None:
+    """Returns the statistics of these checkpoints that a refresh keeps; None if there is nothing to refresh."""
+    if prepared.refresh is None:
+        return None
+    frozen = frozen_buffers(checkpoints, prepared.plan, request.bn)
+    return frozen if moving_layers(prepared.plan, frozen) else None
 
 
 def _average(
     request: SweepRequest, prepared: Prepared, context: Context, windows: Sequence[Window]
 ) -> list[MemoryOutput]:
-    """Averages windows in one pass over the checkpoints that they need.
-
-    The bytes are those of `average`: each window is summed on its own, in the order of the checkpoints.
-    """
+    """Averages windows in one pass over the checkpoints that they need, each summed on its own, as `average` does."""
     first = min(window.indices.start for window in windows)
     needed = max(window.indices.stop for window in windows) - first
     outputs = [MemoryOutput(prepared.plan) for _ in windows]
@@ -230,22 +213,6 @@ def _average(
         progress=context.progress.read,
     )
     return outputs
-
-
-def _evaluate(
-    request: SweepRequest, prepared: Prepared, context: Context, weights: Mapping[str, torch.Tensor], name: str
-) -> dict[str, float]:
-    if request.evaluate is None or prepared.model is None:
-        raise ValueError("nothing to measure with")
-    context.progress.evaluating(name)
-    return evaluate_weights(
-        request.evaluate,
-        prepared.model,
-        weights,
-        name=name,
-        device=prepared.model_device,
-        notice=context.notice,
-    )
 
 
 def _best(windows: Sequence[Measured], metric: str, *, highest: bool) -> Measured:

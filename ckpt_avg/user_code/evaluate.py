@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,21 +22,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_load_st
 _LAZY = "lazy"  # the first forward of such a module changes its class
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What the user's function measured for one set of weights.
-
-    Attributes:
-        name: what the weights are called.
-        path: the checkpoint; None for an average.
-        metrics: name → number, as the function returned them.
-    """
-
-    name: str
-    path: Path | None
-    metrics: Mapping[str, float]
-
-
 def evaluate_weights(
     function: Evaluate,
     model: torch.nn.Module,
@@ -47,8 +30,9 @@ def evaluate_weights(
     name: str,
     device: torch.device,
     notice: Callable[[str], None] = lambda text: None,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """Loads weights into the model and calls the function with it, with the same random states each time.
+    """Loads weights into the model and calls the function with it, with the random states of a seed.
 
     Args:
         function: called with the model, in evaluation mode and without gradients. It returns a number or a mapping of
@@ -67,7 +51,12 @@ def evaluate_weights(
     move_model(model, device)
     before = _structure_of(model)
     in_train_mode: set[str] = set()
-    with undisturbed(model), seeded(device), torch.no_grad(), user_errors(f"the --eval function raised for {name}:"):
+    with (
+        undisturbed(model),
+        seeded(device, seed),
+        torch.no_grad(),
+        user_errors(f"the --eval function raised for {name}:"),
+    ):
         with contextlib.ExitStack() as hooks:
             for layer, module in batch_norm_modules(model).items():
                 hooks.enter_context(module.register_forward_pre_hook(_note_train_mode(layer, in_train_mode)))

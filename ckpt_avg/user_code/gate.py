@@ -7,13 +7,10 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ckpt_avg.errors import UsageError
 from ckpt_avg.text import listing, quote, suggestion
-
-if TYPE_CHECKING:
-    from ckpt_avg.user_code.evaluate import Evaluation
+from ckpt_avg.user_code.comparison import Evaluation, mean_of
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -24,7 +21,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _FORM = re.compile(
     rf"(?P<metric>[^<>=]+?)\s*(?P<operator>>=|<=|>|<)\s*"
-    rf"(?:(?P<reference>last|best|mean)\s*(?P<offset>[+-]\s*{_NUMBER})?|(?P<number>[+-]?{_NUMBER}))"
+    rf"(?:(?P<reference>last-saved|last|best|mean)\s*(?P<offset>[+-]\s*{_NUMBER})?|(?P<number>[+-]?{_NUMBER}))"
 )
 
 
@@ -36,7 +33,7 @@ class Requirement:
         text: as the user wrote it.
         metric: the metric's name.
         operator: ``>=``, ``>``, ``<=`` or ``<``.
-        reference: ``last``, ``best`` or ``mean`` of the checkpoints; empty for a plain number.
+        reference: ``last``, ``last-saved``, ``best`` or ``mean`` of the checkpoints; empty for a plain number.
         number: the number, or what is added to the reference.
     """
 
@@ -64,7 +61,7 @@ class Outcome:
 
 
 def parse_requirement(text: str) -> Requirement:
-    """Parses a requirement: a metric, ``>=``, ``>``, ``<=`` or ``<``, and ``last``, ``best``, ``mean`` or a number.
+    """Parses a requirement: a metric, ``>=``, ``>``, ``<=`` or ``<``, and a reference or a number.
 
     A number may be added to the reference: ``last-0.001`` allows for a small loss.
 
@@ -78,8 +75,8 @@ def parse_requirement(text: str) -> Requirement:
     found = _FORM.fullmatch(text.strip())
     if found is None:
         raise UsageError(
-            f"--require {quote(text)}: expected a metric, then >=, >, <= or <, then last, best, mean or a number, for "
-            f"example 'accuracy>=last' or 'loss<=mean+0.01'. {_advice(text)}"
+            f"--require {quote(text)}: expected a metric, then >=, >, <= or <, then last, last-saved, best, mean or a "
+            f"number, for example 'accuracy>=last' or 'loss<=mean+0.01'. {_advice(text)}"
         )
     number = float("".join((found["number"] or found["offset"] or "0").split()))
     if not math.isfinite(number):
@@ -92,7 +89,7 @@ def _advice(text: str) -> str:
         return "Put it in quotes: otherwise the shell redirects to a file named '=last', which may exist now."
     if "=>" in text or "=<" in text or "==" in text:
         return "Write >= or <=."
-    return "After last, best or mean, only +NUMBER or -NUMBER is allowed; a metric name cannot contain <, > or =."
+    return "After a reference only +NUMBER or -NUMBER is allowed; a metric name cannot contain <, > or =."
 
 
 def needs_all(requirements: Sequence[Requirement]) -> bool:
@@ -110,20 +107,13 @@ def refuse_unknown_metrics(requirements: Sequence[Requirement], measured: Evalua
             )
 
 
-def mean_of(numbers: Sequence[float]) -> float:
-    """Returns the arithmetic mean. Infinities and NaN are allowed."""
-    total = 0.0
-    for number in numbers:  # sum() rounds differently from Python 3.12 on
-        total += number
-    return total / len(numbers)
-
-
 def outcomes(
-    requirements: Sequence[Requirement], average: Evaluation, checkpoints: Sequence[Evaluation]
+    requirements: Sequence[Requirement], average: Evaluation, checkpoints: Sequence[Evaluation], saved: Evaluation
 ) -> tuple[Outcome, ...]:
     """Compares the average with each requirement. NaN meets none.
 
     ``best`` is the highest value of the checkpoints for ``>=`` and ``>``, and the lowest for ``<=`` and ``<``.
+    ``checkpoints`` ends with the last one; ``saved`` is the last one as it was saved.
     """
     found = []
     for requirement in requirements:
@@ -132,6 +122,8 @@ def outcomes(
             base = 0.0
         elif requirement.reference == "last":
             base = measured[-1]
+        elif requirement.reference == "last-saved":
+            base = saved.metrics[requirement.metric]
         elif requirement.reference == "mean":
             base = mean_of(measured)
         else:

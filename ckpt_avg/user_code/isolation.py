@@ -9,11 +9,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-_SEED = 0
-
 
 @contextlib.contextmanager
-def seeded(device: torch.device | None = None) -> Iterator[None]:
+def seeded(device: torch.device | None = None, seed: int = 0) -> Iterator[None]:
     """Sets the random states to the same seed each time, then restores them. A generator object is not touched.
 
     So a loader that shuffles gives the same order in every run. Of CUDA only the state of ``device`` is set.
@@ -22,13 +20,13 @@ def seeded(device: torch.device | None = None) -> Iterator[None]:
     if device is not None and device.type == "cuda":
         cuda.append(torch.cuda.current_device() if device.index is None else device.index)
     with _random_states_restored(cuda):
-        torch.default_generator.manual_seed(_SEED)
+        torch.default_generator.manual_seed(seed)
         for number in cuda:
             with torch.cuda.device(number):
-                torch.cuda.manual_seed(_SEED)
-        random.seed(_SEED)
+                torch.cuda.manual_seed(seed)
+        random.seed(seed)
         if numpy := sys.modules.get("numpy"):
-            numpy.random.seed(_SEED)
+            numpy.random.seed(seed)
         yield
 
 

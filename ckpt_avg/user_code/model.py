@@ -94,7 +94,8 @@ class Passes:
 
     Args:
         data: an iterable of batches, or a factory of one. The factory is called at once, and again for each later
-            pass, with the same random states each time, so that every pass has the same batches.
+            pass, with the same random states each time, so that every pass has the same batches. A
+            LightningDataModule stands for its training batches.
 
     Raises:
         UserCodeError: the factory raised, or returned something else.
@@ -103,6 +104,9 @@ class Passes:
     def __init__(self, data: Batches) -> None:
         self._factory = data if callable(data) else None
         self._batches: Iterable[Any] = self._call(data) if callable(data) else data
+        if _is_data_module(self._batches):
+            self._factory = self._set_up(self._batches)
+            self._batches = self._call(self._factory)
         self._is_fresh = True
         if not isinstance(self._batches, Iterable):
             raise UserCodeError(
@@ -114,14 +118,30 @@ class Passes:
         """Whether only one pass is possible: an iterator without a factory."""
         return self._factory is None and isinstance(self._batches, Iterator)
 
-    def next_pass(self) -> Iterable[Any]:
-        """Returns the batches for the next pass."""
-        if not self._is_fresh and self._factory is not None:
-            self._batches = self._call(self._factory)
+    def next_pass(self, seed: int = 0) -> Iterable[Any]:
+        """Returns the batches for the next pass; with another seed they may differ."""
+        if self._factory is not None and (seed or not self._is_fresh):
+            self._batches = self._call(self._factory, seed)
         self._is_fresh = False
         return self._batches
 
     @staticmethod
-    def _call(factory: Callable[[], Iterable[Any]]) -> Iterable[Any]:
-        with seeded(), user_errors("the data factory raised"):
+    def _call(factory: Callable[[], Iterable[Any]], seed: int = 0) -> Iterable[Any]:
+        with seeded(seed=seed), user_errors("the data factory raised"):
             return factory()
+
+    @staticmethod
+    def _set_up(module: Any) -> Callable[[], Iterable[Any]]:
+        """Prepares a LightningDataModule as its trainer does; returns its function that makes the training batches."""
+        with seeded(), user_errors("the LightningDataModule raised"):
+            module.prepare_data()
+            module.setup("fit")
+        factory: Callable[[], Iterable[Any]] = module.train_dataloader
+        return factory
+
+
+def _is_data_module(value: Any) -> bool:
+    """Whether it is a LightningDataModule, of whichever package."""
+    return not isinstance(value, Iterable) and all(
+        callable(getattr(value, name, None)) for name in ("prepare_data", "setup", "train_dataloader")
+    )

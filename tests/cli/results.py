@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ckpt_avg.commands.sweep import Measured, SweepResult
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.user_code.evaluate import Evaluation
+from ckpt_avg.user_code.comparison import Evaluation, compare
 
 VALUES = {("last", 1): 0.5, ("last", 2): 0.75, ("last", 3): 0.625, ("first", 1): 0.25, ("first", 2): 0.5}
 
@@ -30,7 +30,7 @@ def swept(
     metric: str = "m",
     name: str = "step_3.pt",
 ) -> SweepResult:
-    """A sweep of three checkpoints: ``values`` by side and number of checkpoints."""
+    """A sweep of three checkpoints: ``values`` by side and number of checkpoints; ``last`` is that of the reference."""
     paths = tuple(Path("run") / f"step_{number}.pt" for number in (1, 2, 3))
     windows = {
         (side, size): Measured(
@@ -40,14 +40,19 @@ def swept(
         )
         for (side, size), value in values.items()
     }
+    saved = Evaluation(name, paths[-1], {metric: last - 0.125, "other": 1.0})
+    reference = Evaluation(f"{name}, statistics refreshed", paths[-1], {metric: last, "other": 1.0}, True)
+    average = Evaluation("", None, windows[best].metrics)
     return SweepResult(
         checkpoints=paths,
         skipped=(Skipped(Path("run/log.txt"), "no checkpoint"),),
-        last=Evaluation(name, paths[-1], {metric: last, "other": 1.0}),
+        last=saved,
+        reference=reference,
         windows=tuple(windows.values()),
         metric=metric,
         mode=mode,
         best=windows[best],
+        change=compare(reference, average, {metric: mode == "max"})[0],
         refreshed=True,
         passes=2,
         notices=("a notice",),

@@ -92,7 +92,7 @@ def test_a_line_for_each_side_and_the_best(drawn: Callable[[SweepResult], Any]) 
     assert lines(axes) == {
         "average of the last k": ([1, 2, 3], [0.5, 0.75, 0.625]),
         "average of the first k": ([1, 2, 3], [0.25, 0.5, 0.625]),
-        "last checkpoint: step_3.pt": ([0, 1], [0.5, 0.5]),
+        "last checkpoint: step_3.pt, statistics refreshed": ([0, 1], [0.5, 0.5]),
         "best (0.75)": ([2], [0.75]),
     }
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == list(lines(axes))
@@ -165,7 +165,9 @@ def test_dollar_signs_are_shown(drawn: Callable[[SweepResult], Any]) -> None:
 
 def test_a_name_that_begins_with_an_underscore_is_in_the_legend(drawn: Callable[[SweepResult], Any]) -> None:
     axes = drawn(swept(name="_final.pt"))
-    assert "last checkpoint: _final.pt" in [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert "last checkpoint: _final.pt, statistics refreshed" in [
+        text.get_text() for text in axes.figure.legends[0].get_texts()
+    ]
 
 
 def test_signs_that_the_font_lacks_are_no_failure() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cli.results import VALUES, mean_of, single, swept
 
 from ckpt_avg.cli.reports import evaluation_lines, sweep_text
-from ckpt_avg.user_code.evaluate import Evaluation
+from ckpt_avg.user_code.comparison import Change, Comparison, Evaluation, compare
 from ckpt_avg.user_code.gate import outcomes, parse_requirement
 
 NAN, INF = math.nan, math.inf
@@ -20,41 +21,85 @@ NAN, INF = math.nan, math.inf
 
 
 def test_no_table_without_evaluations() -> None:
-    assert evaluation_lines([], []) == []
+    assert evaluation_lines([], None, []) == []
+
+
+ROWS = [
+    single("step_8.pt", accuracy=0.5, loss=2.0),
+    replace(single("step_8.pt", accuracy=0.75, loss=1.75), refreshed=True),
+    mean_of("average, statistics averaged", accuracy=0.25, loss=2.5),
+    mean_of("average, statistics refreshed", accuracy=0.625, loss=1.5),
+]
 
 
 def test_the_last_checkpoint_and_the_average() -> None:
-    """The difference to the last checkpoint is in brackets, with its sign."""
+    """The difference to the refreshed last checkpoint is in brackets, with its sign."""
+    comparison = Comparison(compare(ROWS[1], ROWS[3], {}), compare(ROWS[0], ROWS[1], {}))
+    assert evaluation_lines(ROWS, comparison, []) == [
+        "                               accuracy        loss",
+        "step_8.pt (last)               0.5 (-0.25)     2 (+0.25)",
+        "last, statistics refreshed     0.75            1.75",
+        "average, statistics averaged   0.25 (-0.5)     2.5 (+0.75)",
+        "average, statistics refreshed  0.625 (-0.125)  1.5 (-0.25)",
+        "averaging: accuracy -0.125 (worse), loss -0.25 (better); the refresh helped: accuracy +0.25 (better), "
+        "loss -0.25 (better)",
+    ]
+
+
+def test_without_a_refresh_the_last_checkpoint_is_the_reference() -> None:
+    rows = [single("a.pt", accuracy=0.5), mean_of("average", accuracy=0.5)]
+    assert evaluation_lines(rows, Comparison(compare(rows[0], rows[1], {}), ()), []) == [
+        "             accuracy",
+        "a.pt (last)  0.5",
+        "average      0.5 (+0)",
+        "averaging did not help: accuracy +0 (equal)",
+    ]
+
+
+def test_the_spread_of_repeats_is_shown() -> None:
+    """And a difference that is no larger than its own spread is called so, and no help."""
     rows = [
-        single("step_8.pt", accuracy=0.5, loss=2.0),
-        mean_of("average, statistics averaged", accuracy=0.25, loss=2.5),
-        mean_of("average, statistics refreshed", accuracy=0.75, loss=1.5),
+        Evaluation("a.pt", Path("a.pt"), {"loss": 2.0}, False, {"loss": (1.0, 3.0)}),
+        Evaluation("average", None, {"loss": 1.5}, False, {"loss": (1.5, 1.5)}),
     ]
-    assert evaluation_lines(rows, []) == [
-        "                               accuracy      loss",
-        "step_8.pt (last)               0.5           2",
-        "average, statistics averaged   0.25 (-0.25)  2.5 (+0.5)",
-        "average, statistics refreshed  0.75 (+0.25)  1.5 (-0.5)",
+    assert evaluation_lines(rows, Comparison(compare(rows[0], rows[1], {}), ()), [])[1:] == [
+        "a.pt (last)  2 ±1.4",
+        "average      1.5 ±0 (-0.5)",
+        "averaging did not help: loss -0.5 ±1.4 (within the spread)",
     ]
 
 
-def test_all_checkpoints_and_their_mean() -> None:
+@pytest.mark.parametrize("refreshed", [False, True])
+def test_all_checkpoints_and_their_mean(refreshed: bool) -> None:
     """The mean of the checkpoints is a row of its own, and only the last one is called last."""
-    rows = [single("a.pt", m=1.0), single("b.pt", m=2.0), single("c.pt", m=6.0), mean_of("average", m=6.5)]
-    assert evaluation_lines(rows, []) == [
-        "                     m",
-        "a.pt                 1",
-        "b.pt                 2",
-        "c.pt (last)          6",
-        "mean of the above 3  3 (-3)",
-        "average              6.5 (+0.5)",
-    ]
+    rows = [single("a.pt", m=1.0), single("b.pt", m=2.0), single("c.pt", m=6.0)]
+    average = mean_of("average", m=6.5)
+    if not refreshed:
+        assert evaluation_lines([*rows, average], None, []) == [
+            "               m",
+            "a.pt           1 (-5)",
+            "b.pt           2 (-4)",
+            "c.pt (last)    6",
+            "mean of the 3  3 (-3)",
+            "average        6.5 (+0.5)",
+        ]
+    else:
+        others = [replace(row, name=f"{row.name}, statistics refreshed", refreshed=True) for row in rows]
+        assert evaluation_lines([single("c.pt", m=5.0), *others, average], None, []) == [
+            "                                     m",
+            "c.pt (last)                          5 (-1)",
+            "a.pt, statistics refreshed           1 (-5)",
+            "b.pt, statistics refreshed           2 (-4)",
+            "last, statistics refreshed           6",
+            "mean of the 3, statistics refreshed  3 (-3)",
+            "average                              6.5 (+0.5)",
+        ]
 
 
 def test_requirements_follow_the_table() -> None:
     rows = [single("a.pt", m=1.0), mean_of("average", m=0.5)]
-    found = outcomes([parse_requirement("m>=last"), parse_requirement("m<=last")], rows[-1], rows[:1])
-    assert evaluation_lines(rows, found)[-2:] == [
+    found = outcomes([parse_requirement("m>=last"), parse_requirement("m<=last")], rows[-1], rows[:1], rows[0])
+    assert evaluation_lines(rows, None, found)[-2:] == [
         "NOT MET: m>=last: expected >= 1, got 0.5",
         "met: m<=last: expected <= 1, got 0.5",
     ]
@@ -67,7 +112,7 @@ def test_requirements_follow_the_table() -> None:
 def test_nan_and_infinity_can_be_shown(values: tuple[float, float]) -> None:
     """A diverged checkpoint must not end the command after the averaging is done."""
     rows = [single("a.pt", m=values[0]), single("b.pt", m=values[1]), mean_of("average", m=values[0])]
-    lines = evaluation_lines(rows, [])
+    lines = evaluation_lines(rows, None, [])
     assert len(lines) == 5
     assert ("nan" in "".join(lines)) or ("inf" in "".join(lines))
 
@@ -75,7 +120,7 @@ def test_nan_and_infinity_can_be_shown(values: tuple[float, float]) -> None:
 @pytest.mark.parametrize("values", [(INF, -INF), (1.7e308, 1.7e308)], ids=["inf and -inf", "sum overflows"])
 def test_a_mean_that_overflows_is_no_crash(values: tuple[float, float]) -> None:
     """The output is published by then: the table must not end in a traceback."""
-    assert len(evaluation_lines([single("a.pt", m=values[0]), single("b.pt", m=values[1])], [])) == 4
+    assert len(evaluation_lines([single("a.pt", m=values[0]), single("b.pt", m=values[1])], None, [])) == 4
 
 
 def test_the_order_of_a_dict_of_metrics_does_not_matter() -> None:
@@ -84,7 +129,7 @@ def test_the_order_of_a_dict_of_metrics_does_not_matter() -> None:
         Evaluation("a.pt", Path("a.pt"), {"x": 1.0, "y": 2.0}),
         Evaluation("average", None, {"y": 20.0, "x": 10.0}),
     ]
-    assert evaluation_lines(rows, [])[-1].split() == ["average", "10", "(+9)", "20", "(+18)"]
+    assert evaluation_lines(rows, None, [])[-1].split() == ["average", "10", "(+9)", "20", "(+18)"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,46 +139,50 @@ def test_the_order_of_a_dict_of_metrics_does_not_matter() -> None:
 def test_sweep_in_words() -> None:
     assert sweep_text(swept(VALUES, ("last", 2), last=0.5), "ckpt-avg average run") == "\n".join(
         [
-            "                  m               other",
-            "step_3.pt (last)  0.5             1",
-            "last 1            0.5 (+0)        nan (+nan)",
-            "last 2  ← best    0.75 (+0.25)    nan (+nan)",
-            "all 3             0.625 (+0.125)  nan (+nan)",
-            "first 1           0.25 (-0.25)    nan (+nan)",
-            "first 2           0.5 (+0)        nan (+nan)",
+            "                            m               other",
+            "step_3.pt (last)            0.375 (-0.125)  1 (+0)",
+            "last, statistics refreshed  0.5             1",
+            "last 1                      0.5 (+0)        nan (+nan)",
+            "last 2  ← best              0.75 (+0.25)    nan (+nan)",
+            "all 3                       0.625 (+0.125)  nan (+nan)",
+            "first 1                     0.25 (-0.25)    nan (+nan)",
+            "first 2                     0.5 (+0)        nan (+nan)",
             "",
-            "best by m: the average of the last 2, 0.75, +0.25 compared with step_3.pt",
+            "best by m: the average of the last 2, 0.75, +0.25 compared with the refreshed last checkpoint",
             "to write it: ckpt-avg average run",
         ]
     )
 
 
+def test_without_a_refresh_a_sweep_compares_with_the_last_checkpoint() -> None:
+    result = swept(VALUES, ("last", 2), last=0.5)
+    result = replace(result, last=result.reference, reference=result.reference, refreshed=False)
+    lines = sweep_text(replace(result, last=result.reference), "c").splitlines()
+    assert len(lines) == 10
+    assert lines[-2].startswith("best by m: the average of the last 2, 0.75, +0.25 compared with step_3.pt")
+
+
 @pytest.mark.parametrize(
     ("best", "last", "mode", "line"),
     [
-        (("last", 3), 0.5, "max", "best by m: the average of all 3, 0.625, +0.125 compared with step_3.pt"),
-        (("first", 2), 0.25, "max", "best by m: the average of the first 2, 0.5, +0.25 compared with step_3.pt"),
-        (("first", 1), 0.5, "min", "best by m: the average of the first 1, 0.25, -0.25 compared with step_3.pt"),
-        (
-            ("last", 2),
-            0.75,
-            "max",
-            "best by m: the average of the last 2, 0.75, no better than step_3.pt (0.75)",
-        ),
-        (
-            ("first", 1),
-            0.125,
-            "min",
-            "best by m: the average of the first 1, 0.25, no better than step_3.pt (0.125)",
-        ),
-        (
-            ("last", 2),
-            NAN,
-            "max",
-            "best by m: the average of the last 2, 0.75, no better than step_3.pt (nan)",
-        ),
+        (("last", 3), 0.5, "max", "all 3, 0.625, +0.125 compared with"),
+        (("first", 2), 0.25, "max", "the first 2, 0.5, +0.25 compared with"),
+        (("first", 1), 0.5, "min", "the first 1, 0.25, -0.25 compared with"),
+        (("last", 2), 0.75, "max", "the last 2, 0.75, no better than (0.75)"),
+        (("first", 1), 0.125, "min", "the first 1, 0.25, no better than (0.125)"),
+        (("last", 2), NAN, "max", "the last 2, 0.75, no better than (nan)"),
     ],
 )
 def test_the_text_says_whether_averaging_helps(best: tuple[str, int], last: float, mode: str, line: str) -> None:
     """An average that is only the best of the averages, and worse than the last checkpoint, is not praised."""
-    assert sweep_text(swept(VALUES, best, last=last, mode=mode), "c").splitlines()[-2] == line
+    *_, found, command = sweep_text(swept(VALUES, best, last=last, mode=mode), "c").splitlines()
+    assert found.replace(" the refreshed last checkpoint", "") == f"best by m: the average of {line}"
+    assert command == ("to write it: c" if "compared" in line else "to write it anyway: c")
+
+
+def test_a_best_average_within_the_spread_is_not_praised() -> None:
+    result = swept(VALUES, ("last", 2), last=0.5)
+    result = replace(result, change=Change("m", 0.25, 0.5, "within the spread"))
+    *_, found, command = sweep_text(result, "c").splitlines()
+    assert "+0.25 ±0.5, within the spread, compared with the refreshed last checkpoint" in found
+    assert command == "to write it anyway: c"

@@ -82,6 +82,7 @@ OTHER: dict[str, Any] = {
     "amp": "bfloat16",
     "evaluate": len,
     "evaluate_all": True,
+    "eval_repeats": 2,
     "require": ("loss<=last",),
     "sha256": True,
     "overwrite": True,

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import random
+import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +19,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from commands.user_modules import NET, App, InProcess, data, make, names, of_file, score, trained
+from commands.user_modules import NET, App, InProcess, data, make, names, of, of_file, score, trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ckpt_avg import RequirementError, UsageError, UserCodeError, average
+from ckpt_avg import RequirementError, UsageError, UserCodeError, average, refresh_batch_norm
 from ckpt_avg.errors import CkptAvgError
 from ckpt_avg.output.paths import MARK, json_bytes
 from ckpt_avg.progress import Progress
@@ -59,7 +61,7 @@ def test_the_same_random_state_at_each_call(run: list[Path], out: Path) -> None:
     """
     loader = torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True)
     result = average(run, out, model=make, data=loader, evaluate=draws, evaluate_all=True, device="cpu")
-    assert len(result.evaluations) == 5
+    assert len(result.evaluations) == 6
     assert len({tuple(each.metrics.items()) for each in result.evaluations}) == 1
 
 
@@ -80,17 +82,64 @@ def test_random_states_are_as_before(run: list[Path], out: Path) -> None:
 
 
 def test_of_the_last_checkpoint_and_of_the_published_file(run: list[Path], out: Path, tmp_path: Path) -> None:
-    """Equal to loading the files by hand: the last checkpoint, the mean with the mean statistics, and the output."""
+    """Equal to loading the files by hand: the last checkpoint as saved and refreshed, and both averages."""
     result = average(run, out, model=make, data=data, evaluate=score, device="cpu")
     average(run, tmp_path / "kept.safetensors", bn="keep", device="cpu")
-    assert [(each.name, each.path) for each in result.evaluations] == [
-        ("step_2.pt", run[2]),
-        ("average, statistics averaged", None),
-        ("average, statistics refreshed", None),
+    average(run[2], tmp_path / "last.safetensors", model=make, data=data, device="cpu")
+    assert [(each.name, each.path, each.refreshed) for each in result.evaluations] == [
+        ("step_2.pt", run[2], False),
+        ("step_2.pt, statistics refreshed", run[2], True),
+        ("average, statistics averaged", None, False),
+        ("average, statistics refreshed", None, True),
     ]
-    expected = [of_file(run[2]), of_file(tmp_path / "kept.safetensors"), of_file(out)]
+    expected = [*map(of_file, (run[2], *(tmp_path / f"{name}.safetensors" for name in ("last", "kept")), out))]
     assert [each.metrics for each in result.evaluations] == expected
-    assert len({each["loss"] for each in expected}) == 3, "the test would notice a mix-up"
+    assert len({each["loss"] for each in expected}) == 4, "the test would notice a mix-up"
+    saved, last, _, output = (each["loss"] for each in expected)
+    assert result.comparison is not None
+    averaging, refresh = (changes[1] for changes in (result.comparison.averaging, result.comparison.refresh))
+    assert (averaging.difference, refresh.difference) == (output - last, last - saved)
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16", "float16", "float64"])
+def test_all_checkpoints_as_average_would_refresh_each(run: list[Path], out: Path, tmp_path: Path, dtype: str) -> None:
+    """If it failed, the average would be compared with checkpoints that differ in more than the averaging."""
+    options: dict[str, Any] = {"model": make, "data": data, "dtype": dtype, "device": "cpu"}
+    result = average(run, out, evaluate=score, evaluate_all=True, **options)
+    for number, path in enumerate(run):
+        average(path, tmp_path / f"{number}.safetensors", **options)
+    expected = [of_file(tmp_path / f"{number}.safetensors") for number in range(3)]
+    assert [each.metrics for each in result.evaluations[1:4]] == expected
+    assert [each.path for each in result.evaluations] == [run[2], *run, None, None]
+    notice = "3 checkpoints will be measured with refreshed statistics, as the average is: 4 refreshes in all"
+    assert notice in result.notices
+
+
+@pytest.mark.parametrize(("bn", "source"), [("auto", "frozen"), ("refresh", "refreshed")])
+def test_equal_statistics_are_refreshed_if_asked_for(run: list[Path], out: Path, bn: str, source: str) -> None:
+    statistics = {name: tensor for name, tensor in torch.load(run[0]).items() if "running" in name or "num_b" in name}
+    for path in run:
+        torch.save({**torch.load(path), **statistics}, path)
+    result = average(run, out, model=make, data=data, bn=bn, device="cpu")
+    assert result.statistics == source
+    assert torch.equal(load_file(out)["1.running_mean"], statistics["1.running_mean"]) == (bn == "auto")
+    assert any("frozen" in notice for notice in result.notices) == (bn == "auto")
+
+
+def test_layers_that_are_frozen_in_all_checkpoints_are_not_refreshed_in_the_last(run: list[Path], out: Path) -> None:
+    """If it failed, the average would be compared with a model that was never trained so."""
+    frozen = {name: tensor for name, tensor in torch.load(run[0]).items() if name.startswith("1.")}
+    for path in run:
+        torch.save({**torch.load(path), **frozen}, path)
+    seen: list[tuple[float, float]] = []
+
+    def look(model: nn.Module) -> float:
+        seen.append((model[1].running_mean.sum().item(), model[6].running_mean.sum().item()))
+        return 1.0
+
+    average(run, out, model=make, data=data, evaluate=look, device="cpu")
+    assert len({first for first, _ in seen}) == 1
+    assert len({second for _, second in seen}) == 4
 
 
 def test_of_all_checkpoints_in_their_order(run: list[Path], out: Path) -> None:
@@ -195,11 +244,10 @@ def test_progress_says_what_is_measured(run: list[Path], out: Path) -> None:
         run, out, model=make, data=data, evaluate=score, evaluate_all=True, progress=Progress(evaluating=told.append)
     )
     assert told == [
-        "step_0.pt",
-        "step_1.pt",
         "step_2.pt",
         "average, statistics averaged",
         "average, statistics refreshed",
+        *(f"step_{number}.pt, statistics refreshed" for number in range(3)),
     ]
 
 
@@ -282,7 +330,10 @@ def test_a_function_that_disturbs(
         run, "swa.safetensors", model=make, data=loader, evaluate=disturbing, evaluate_all=True, device="cpu"
     )
     assert (tmp_path / "swa.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
-    assert [each.metrics for each in found.evaluations if each.path] == [of_file(path) for path in run]
+    assert found.evaluations[0].metrics == of_file(run[2])
+    for number, path in enumerate(run):
+        average(path, tmp_path / f"{number}.safetensors", model=make, data=loader, device="cpu")
+        assert found.evaluations[1 + number].metrics == of_file(tmp_path / f"{number}.safetensors")
     assert found.evaluations[-1].metrics == of_file(tmp_path / "swa.safetensors")
 
 
@@ -390,28 +441,31 @@ def replies(*values: float) -> Callable[[nn.Module], dict[str, float]]:
 @pytest.mark.parametrize(
     ("require", "values", "met"),
     [
-        # the last checkpoint, before the refresh, after it
-        ("m>=last", (1.0, 0.0, 1.0), True),
-        ("m>=last", (1.0, 5.0, 0.9), False),
-        ("m>last", (1.0, 0.0, 1.0), False),
-        ("m<=0.5", (9.0, 9.0, 0.5), True),
-        ("m>=last-0.25", (1.0, 0.0, 0.75), True),
-        ("m>=last", (1.0, 1.0, math.nan), False),
-        ("m<=last", (math.nan, 1.0, 1.0), False),
-        # all three, before, after
-        ("m>=best", (3.0, 1.0, 2.0, 0.0, 3.0), True),
-        ("m>=best", (3.0, 1.0, 2.0, 9.0, 2.0), False),
-        ("m<=best", (3.0, 1.0, 2.0, 9.0, 1.0), True),
-        ("m<best", (3.0, 1.0, 2.0, 9.0, 1.0), False),
-        ("m>=mean", (3.0, 1.0, 2.0, 0.0, 2.0), True),
-        ("m>mean", (3.0, 1.0, 2.0, 0.0, 2.0), False),
+        # the average before and after its refresh, the last checkpoint as saved and refreshed
+        ("m>=last", (0.0, 1.0, 9.0, 1.0), True),
+        ("m>=last", (5.0, 0.9, 0.0, 1.0), False),
+        ("m>last", (0.0, 1.0, 0.0, 1.0), False),
+        ("m>=last-saved", (0.0, 1.0, 1.0, 9.0), True),
+        ("m>=last-saved", (5.0, 0.9, 1.0, 0.0), False),
+        ("m<=0.5", (9.0, 0.5, 9.0, 9.0), True),
+        ("m>=last-0.25", (0.0, 0.75, 9.0, 1.0), True),
+        ("m>=last", (1.0, math.nan, 1.0, 1.0), False),
+        ("m<=last", (1.0, 1.0, 1.0, math.nan), False),
+        # and all three refreshed
+        ("m>=best", (0.0, 3.0, 9.0, 3.0, 1.0, 2.0), True),
+        ("m>=best", (9.0, 2.0, 0.0, 3.0, 1.0, 2.0), False),
+        ("m<=best", (9.0, 1.0, 0.0, 3.0, 1.0, 2.0), True),
+        ("m<best", (9.0, 1.0, 9.0, 3.0, 1.0, 2.0), False),
+        ("m>=mean", (0.0, 2.0, 9.0, 3.0, 1.0, 2.0), True),
+        ("m>mean", (0.0, 2.0, 0.0, 3.0, 1.0, 2.0), False),
     ],
 )
 def test_the_gate_is_held_against_the_output(
     run: list[Path], out: Path, require: str, values: tuple[float, ...], met: bool
 ) -> None:
-    """Against the average after its refresh, and not before; ``best`` and ``mean`` measure all without being asked."""
-    function = replies(*values)
+    """The average after its refresh, with checkpoints after theirs; ``best`` and ``mean`` measure all unasked."""
+    averaged, output, saved, *refreshed = values
+    function = replies(saved, averaged, output, *refreshed)
     if met:
         result = average(run, out, model=make, data=data, evaluate=function, require=require, device="cpu")
         assert (result.written, names(out.parent)) == (True, [out.name])
@@ -420,7 +474,8 @@ def test_the_gate_is_held_against_the_output(
             average(run, out, model=make, data=data, evaluate=function, require=require, device="cpu")
         result = caught.value.result
         assert (result.written, names(out.parent)) == (False, [])
-    assert [each.metrics["m"] for each in result.evaluations] == pytest.approx(values, nan_ok=True)
+    expected = [saved, *refreshed, averaged, output]
+    assert [each.metrics["m"] for each in result.evaluations] == pytest.approx(expected, nan_ok=True)
     assert [(each.requirement.text, each.met) for each in result.outcomes] == [(require, met)]
 
 
@@ -480,6 +535,65 @@ def test_invalid_options_are_refused_first(out: Path, options: dict[str, Any], m
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Repeats: how much is chance
+
+
+def shuffled() -> Any:
+    """Batches of other samples for each seed."""
+    return torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True, drop_last=True)
+
+
+def test_repeats_measure_the_same_seeds_on_both_sides(run: list[Path], out: Path, tmp_path: Path) -> None:
+    """Differences are paired, so chance that both sides share does not hide what averaging changed."""
+    result = average(run, out, model=make, data=shuffled, bn_batches=2, evaluate=score, eval_repeats=3, device="cpu")
+    average(run, tmp_path / "once.safetensors", model=make, data=shuffled, bn_batches=2, device="cpu")
+    assert out.read_bytes() == (tmp_path / "once.safetensors").read_bytes(), "the output is that of the first seed"
+    saved, last, _, output = result.evaluations
+    assert output.samples["loss"][0] == of_file(out)["loss"]
+    assert [len(set(each.samples["loss"])) for each in result.evaluations] == [1, 3, 1, 3]
+    differences = [b - a for a, b in zip(last.samples["loss"], output.samples["loss"], strict=True)]
+    assert result.comparison is not None
+    change = result.comparison.averaging[1]
+    assert change.difference == pytest.approx(statistics.mean(differences))
+    assert change.spread == pytest.approx(statistics.stdev(differences))
+    assert last.metrics["loss"] == pytest.approx(statistics.mean(last.samples["loss"]))
+    assert saved.metrics == of_file(run[2])
+    # By hand: the last checkpoint over the batches of the second seed.
+    model = make()
+    model.load_state_dict(torch.load(run[2]))
+    torch.manual_seed(1)
+    refresh_batch_norm(model, list(itertools.islice(shuffled(), 2)))
+    assert of(model.state_dict())["loss"] == pytest.approx(last.samples["loss"][1], rel=1e-6)
+
+
+def test_several_functions_that_measure_the_same(run: list[Path], out: Path) -> None:
+    """Each of several test sets is a sample; a metric that only one of them measures has no spread."""
+
+    def other(model: nn.Module) -> dict[str, float]:
+        return {"loss": 2 * score(model)["loss"], "more": 1.0}
+
+    result = average(run, out, model=make, bn="keep", evaluate=[score, other])
+    loss = of_file(out)["loss"]
+    assert result.evaluations[-1].samples == {"loss": (loss, 2 * loss)}
+    assert result.evaluations[-1].metrics == {"accuracy": of_file(out)["accuracy"], "loss": 1.5 * loss, "more": 1.0}
+
+
+def test_repeats_that_cannot_differ_are_reported(run: list[Path], out: Path) -> None:
+    """If it failed, a spread of 0 would look as if chance had been measured."""
+    result = average(run, out, model=make, data=data, evaluate=score, eval_repeats=2, device="cpu")
+    assert "all repeats gave the same numbers" in "".join(result.notices)
+    result = average(run, out, model=make, bn="keep", evaluate=draws, eval_repeats=2, overwrite=True)
+    assert "all repeats gave the same numbers" not in "".join(result.notices)
+
+
+def test_batches_for_one_pass_only_are_refused(run: list[Path], out: Path) -> None:
+    """Both the average and the last checkpoint are refreshed. Without --eval one pass is enough."""
+    with pytest.raises(UsageError, match="got an iterator, which is used up after one pass"):
+        average(run, out, model=make, data=iter(data()), evaluate=lambda model: pytest.fail("measured"))
+    assert average(run, out, model=make, data=iter(data()), device="cpu").written
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 APP = f"""{NET}
@@ -529,17 +643,25 @@ def test_the_table(app: AverageApp, in_process: InProcess) -> None:
     """On stdout, with what the function prints on stderr; the numbers are those of the files."""
     code, stdout, stderr = in_process(*app.arguments("noisy", "--require", "loss<=last+1e9", data=True))
     assert code == 0, stderr
-    last, published = of_file(app.run / "step_2.pt"), of_file(app.out)
+    saved, published = of_file(app.run / "step_2.pt"), of_file(app.out)
+    average(app.run / "step_2.pt", app.run / "last.safetensors", model=make, data=data, device="cpu")
+    last = of_file(app.run / "last.safetensors")
     lines = stdout.splitlines()
     header = next(number for number, line in enumerate(lines) if line.split() == ["accuracy", "loss"])
-    assert lines[header + 1].split() == ["step_2.pt", "(last)", f"{last['accuracy']:.6g}", f"{last['loss']:.6g}"]
-    assert lines[header + 2].startswith("average, statistics averaged ")
-    assert lines[header + 3].startswith("average, statistics refreshed ")
-    difference = f"{published['loss']:.6g} ({published['loss'] - last['loss']:+.3g})"
-    assert lines[header + 3].endswith(difference)
-    assert lines[header + 4].startswith("met: loss<=last+1e9: expected <= ")
+    shown = [re.split("  +", line) for line in lines[header + 1 : header + 5]]
+    assert [row[0] for row in shown] == [
+        "step_2.pt (last)",
+        "last, statistics refreshed",
+        "average, statistics averaged",
+        "average, statistics refreshed",
+    ]
+    assert shown[1][1:] == [f"{last['accuracy']:.6g}", f"{last['loss']:.6g}"]
+    for row, loss in ((shown[0], saved["loss"]), (shown[3], published["loss"])):
+        assert row[2] == f"{loss:.6g} ({loss - last['loss']:+.3g})"
+    assert re.match(r"averaging.*: accuracy .*, loss .*; the refresh.*: accuracy .*, loss ", lines[header + 5])
+    assert lines[header + 6].startswith("met: loss<=last+1e9: expected <= ")
     assert "printed by" not in stdout
-    assert stderr.count("printed by the function") == 3
+    assert stderr.count("printed by the function") == 4
 
 
 def test_json_and_report_say_the_same(app: AverageApp, in_process: InProcess) -> None:
@@ -548,13 +670,16 @@ def test_json_and_report_say_the_same(app: AverageApp, in_process: InProcess) ->
     assert code == 0
     document = json.loads(stdout)
     assert json.loads(report.read_text()) == document
-    expected = [of_file(app.run / f"step_{number}.pt") for number in range(3)]
-    assert [each["metrics"] for each in document["evaluations"][:3]] == expected
+    assert document["evaluations"][0]["metrics"] == of_file(app.run / "step_2.pt")
+    assert [each["refreshed"] for each in document["evaluations"]] == [False, True, True, True, False, True]
     assert document["evaluations"][-1] == {
         "name": "average, statistics refreshed",
         "path": None,
         "metrics": of_file(app.out),
+        "refreshed": True,
+        "samples": {},
     }
+    assert [each["metric"] for each in document["comparison"]["averaging"]] == ["accuracy", "loss"]
     assert (document["written"], document["requirements"]) == (True, [])
 
 
@@ -663,7 +788,7 @@ def test_the_real_run(run_folder: Path, train: Any, in_process: InProcess, tmp_p
     )  # fmt: skip
     assert code == 0, stderr
     model = train.make_model()
-    last, averaged = json.loads(report.read_text())["evaluations"][3::2]
+    last, *_, averaged = json.loads(report.read_text())["evaluations"]
     model.load_state_dict(torch.load(run_folder / "epoch_20.pt", weights_only=False)["model"])
     assert last["metrics"] == train.evaluate(model)
     model.load_state_dict(load_file(out))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands.user_modules import data, make, score, trained
 from safetensors.torch import load_file, save_file
 from system.faults.rank_runs import in_threads
 
@@ -143,6 +144,26 @@ def test_results_are_the_same_on_every_rank(tmp_path: Path, run_folder: Path, tr
     assert len(ends[0].evaluations) == 2
     of_all = [(end.output, end.written, end.checkpoints, end.nbytes, end.evaluations) for end in ends]
     assert of_all == [of_all[0]] * 3
+
+
+def test_checkpoints_are_refreshed_by_all_ranks_together(tmp_path: Path) -> None:
+    """If it failed, ranks would wait for each other, or the last checkpoint would be measured on a part of the data."""
+    for seed in range(3):
+        torch.save(trained(seed), tmp_path / f"step_{seed}.pt")
+    options: dict[str, Any] = {"model": make, "data": data, "evaluate": score, "eval_repeats": 2, "device": "cpu"}
+    options |= {"include": "step*", "evaluate_all": True, "require": "loss<=last+1e9"}
+    one = average(tmp_path, tmp_path / "one.safetensors", **options)
+    ends = averaged(2, tmp_path, tmp_path / "many.safetensors", **options)
+    for end in ends:
+        assert (end.evaluations, end.comparison, end.outcomes) == (
+            ends[0].evaluations,
+            ends[0].comparison,
+            ends[0].outcomes,
+        )
+    assert [each.name for each in ends[1].evaluations] == [each.name for each in one.evaluations]
+    for found, expected in zip(ends[1].evaluations, one.evaluations, strict=True):
+        assert found.samples.keys() == expected.samples.keys()
+        assert found.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-5)
 
 
 def test_a_dry_run_writes_nothing_on_any_rank(tmp_path: Path, run_folder: Path) -> None:

@@ -125,10 +125,23 @@ def test_each_window_is_what_average_writes(run: list[Path], tmp_path: Path, opt
 
 
 def test_the_last_checkpoint_as_it_is(run: list[Path]) -> None:
-    """Without a refresh: it is what the averages are compared with."""
+    """And the same with refreshed statistics, which is what the averages are compared with."""
     result = swept(run)
     assert (result.last.name, result.last.path, result.last.metrics) == ("step_4.pt", run[-1], of_file(run[-1]))
-    assert result.last.metrics != result.windows[0].metrics
+    assert (result.reference.path, result.reference.metrics) == (run[-1], result.windows[0].metrics)
+    assert result.last.metrics != result.reference.metrics
+    difference = result.best.metrics["loss"] - result.reference.metrics["loss"]
+    assert (result.change.metric, result.change.difference, result.change.spread) == ("loss", difference, None)
+    kept = swept(run, data=None, bn="keep")
+    assert kept.reference is kept.last
+
+
+def test_repeats_give_each_window_a_spread(run: list[Path]) -> None:
+    shuffled = torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True, drop_last=True)
+    result = swept(run, data=lambda: shuffled, bn_batches=2, eval_repeats=3)
+    for measured in (result.reference, *result.windows):
+        assert len(set(measured.samples["loss"])) == 3
+    assert result.change.spread is not None
 
 
 def test_tensors_that_are_averaged_in_many_pieces(tmp_path: Path) -> None:
@@ -436,7 +449,8 @@ def test_progress_says_what_is_measured(run: list[Path]) -> None:
     notices: list[str] = []
     result = swept(run, progress=Progress(evaluating=told.append, notice=notices.append))
     assert told == [
-        "step_4.pt", "the last 1", "the last 2", "the last 3", "the last 4", "the first 1", "the first 2", "the first 3"
+        "step_4.pt", "the last 1", "the last 2", "the last 3", "the last 4", "the first 1", "the first 2",
+        "the first 3", "step_4.pt, statistics refreshed",
     ]  # fmt: skip
     assert tuple(notices) == result.notices
     assert len(set(notices)) == len(notices)
@@ -565,16 +579,16 @@ def test_what_is_printed(app: SweepApp, in_process: InProcess, tmp_path: Path) -
     lines = stdout.splitlines()
     assert lines[0].split() == ["accuracy", "loss"]
     assert lines[1].startswith("step_4.pt (last)")
-    assert [line.split("  ")[0] for line in lines[2:9]] == [
-        "last 1", "last 2", "last 3", "all 4", "first 1", "first 2", "first 3"
+    assert [line.split("  ")[0] for line in lines[2:10]] == [
+        "last, statistics refreshed", "last 1", "last 2", "last 3", "all 4", "first 1", "first 2", "first 3"
     ]  # fmt: skip
-    assert lines[10].startswith("best by loss: the average of ")
-    assert lines[11].startswith("to write it: ")
-    assert shlex.split(lines[11].removeprefix("to write it: ")) == document["command"]
-    assert len(lines) == 12
+    assert lines[11].startswith("best by loss: the average of ")
+    assert lines[12].startswith("to write it: ")
+    assert shlex.split(lines[12].removeprefix("to write it: ")) == document["command"]
+    assert len(lines) == 13
     assert [line for line in lines if "← best" in line]
     assert "printed by" not in stdout
-    assert stderr.count("printed by the function") == 8
+    assert stderr.count("printed by the function") == 9
 
 
 @pytest.mark.usefixtures("run")

@@ -60,7 +60,8 @@ def test_readme_evaluation_prints_what_the_readme_shows(
     assert (code, err) == (0, "")
     shown = _block(README, "output: eval")
     number = r"[-+]?\d[\d.]*(?:e[-+]\d+)?"
-    words, found = (re.sub(rf"{number}|  +", " ", text.replace(f"{tmp_path}/", "")) for text in (shown, out))
+    verdict = r" (?:helped|did not help)| \((?:better|worse|equal)\)"
+    words, found = (re.sub(rf"{number}|{verdict}|  +", " ", text.replace(f"{tmp_path}/", "")) for text in (shown, out))
     assert found == words
     rows, measured = (
         [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_avg.errors import UsageError
-from ckpt_avg.user_code.evaluate import Evaluation
+from ckpt_avg.user_code.comparison import Evaluation
 from ckpt_avg.user_code.gate import Outcome, needs_all, outcomes, parse_requirement, refuse_unknown_metrics
 
 NAN, INF = math.nan, math.inf
@@ -19,10 +19,9 @@ def measured(*values: float) -> list[Evaluation]:
     return [Evaluation(f"step_{i}.pt", Path(f"step_{i}.pt"), {"m": value}) for i, value in enumerate(values)]
 
 
-def held(text: str, average: float, *checkpoints: float) -> Outcome:
-    (outcome,) = outcomes(
-        [parse_requirement(text)], Evaluation("average", None, {"m": average}), measured(*checkpoints)
-    )
+def held(text: str, average: float, *checkpoints: float, saved: float = NAN) -> Outcome:
+    compared, (last,) = measured(*checkpoints), measured(saved)
+    (outcome,) = outcomes([parse_requirement(text)], Evaluation("average", None, {"m": average}), compared, last)
     return outcome
 
 
@@ -51,6 +50,8 @@ def held(text: str, average: float, *checkpoints: float) -> Outcome:
         ("top-1 accuracy>=last", "top-1 accuracy", ">=", "last", 0.0),
         ("val/loss<=last", "val/loss", "<=", "last", 0.0),
         ("last>=best", "last", ">=", "best", 0.0),
+        ("loss<=last-saved", "loss", "<=", "last-saved", 0.0),
+        ("loss < last-saved - 0.5", "loss", "<", "last-saved", -0.5),
         ("Genauigkeit µ>=last", "Genauigkeit µ", ">=", "last", 0.0),
     ],
 )
@@ -95,6 +96,7 @@ def test_other_white_space_in_an_offset_is_read_or_refused(space: str) -> None:
         "accuracy!=0.5",
         "accuracy>=newest",
         "accuracy>=lastly",
+        "accuracy>=best-saved",
         "accuracy>=LAST",
         "accuracy>=last-",
         "accuracy>=last 0.5",
@@ -163,6 +165,8 @@ def test_best_and_mean_need_every_checkpoint(texts: list[str], expected: bool) -
     [
         ("m>=last", 2.0),
         ("m<=last", 2.0),
+        ("m<=last-saved", 7.0),
+        ("m>=last-saved-0.5", 6.5),
         ("m>=best", 4.0),
         ("m>best", 4.0),
         ("m<=best", 1.0),
@@ -177,8 +181,8 @@ def test_best_and_mean_need_every_checkpoint(texts: list[str], expected: bool) -
     ],
 )
 def test_what_it_is_held_against(text: str, threshold: float) -> None:
-    """``best`` is the highest for ``>=`` and the lowest for ``<=``; ``last`` is the last one."""
-    assert held(text, 0.0, 1.0, 4.0, 3.0, 2.0).threshold == threshold
+    """``best`` is the highest for ``>=`` and the lowest for ``<=``; ``last`` is the last one, refreshed or not."""
+    assert held(text, 0.0, 1.0, 4.0, 3.0, 2.0, saved=7.0).threshold == threshold
 
 
 @pytest.mark.parametrize(
@@ -232,7 +236,9 @@ def test_a_mean_that_overflows_is_no_crash(values: tuple[float, float]) -> None:
 
 def test_each_requirement_in_its_order() -> None:
     texts = ["m>=last", "m<=0", "m>=best", "m>=last"]
-    found = outcomes([parse_requirement(text) for text in texts], Evaluation("a", None, {"m": 2.0}), measured(3.0, 1.0))
+    compared = measured(3.0, 1.0)
+    requirements = [parse_requirement(text) for text in texts]
+    found = outcomes(requirements, Evaluation("a", None, {"m": 2.0}), compared, compared[-1])
     assert [(each.requirement.text, each.met) for each in found] == [
         ("m>=last", True),
         ("m<=0", False),

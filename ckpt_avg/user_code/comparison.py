@@ -1,0 +1,119 @@
+"""What was measured of several weights, and how they differ: better, worse, or within the spread of the repeats."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Words of a metric's name that tell its direction. Names with words of both kinds, or of none, do not.
+_HIGHER = r"acc|accuracy|top[15]|precision|recall|f1|auc|auroc|map|m?iou|dice|bleu|rouge|psnr|ssim|r2"
+_LOWER = r"loss|error|err|nll|perplexity|ppl|bpb|bpc|wer|cer|mae|r?mse|fid|eer"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What the user's functions measured for one set of weights.
+
+    Attributes:
+        name: what the weights are called.
+        path: the checkpoint; None for an average.
+        metrics: name → number, the mean if it was measured several times.
+        refreshed: whether the BatchNorm statistics were recomputed for these weights.
+        samples: name → each number, in the order of repeats and functions, if there are several.
+    """
+
+    name: str
+    path: Path | None
+    metrics: Mapping[str, float]
+    refreshed: bool = False
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How one metric differs between two sets of weights.
+
+    Attributes:
+        metric: its name.
+        difference: of its values, the mean over the repeats.
+        spread: the standard deviation of the difference over the repeats, which have the same random states on both
+            sides; None if there is only one.
+        verdict: ``better``, ``worse``, ``equal`` or ``within the spread``; empty if the metric's direction is unknown.
+    """
+
+    metric: str
+    difference: float
+    spread: float | None
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What averaging added, and what the refresh of the statistics added.
+
+    Attributes:
+        averaging: from the last checkpoint, with its statistics refreshed if those of the average are, to the average.
+            Empty if there is only one checkpoint.
+        refresh: from these weights as they were saved to the same with refreshed statistics. For an average the last
+            checkpoint shows it. Empty without a refresh.
+    """
+
+    averaging: tuple[Change, ...]
+    refresh: tuple[Change, ...]
+
+
+def mean_of(numbers: Sequence[float]) -> float:
+    """Returns the arithmetic mean. Infinities and NaN are allowed."""
+    total = 0.0
+    for number in numbers:  # sum() rounds differently from Python 3.12 on
+        total += number
+    return total / len(numbers)
+
+
+def spread_of(numbers: Sequence[float]) -> float | None:
+    """Returns the sample standard deviation of several numbers."""
+    if len(numbers) < 2:
+        return None
+    mean = mean_of(numbers)
+    return math.sqrt(sum((number - mean) * (number - mean) for number in numbers) / (len(numbers) - 1))
+
+
+def compare(before: Evaluation, after: Evaluation, directions: Mapping[str, bool]) -> tuple[Change, ...]:
+    """Returns how each metric differs. ``directions`` says for which metrics higher is better, or lower."""
+    changes = []
+    for metric, value in before.metrics.items():
+        pairs = zip(before.samples.get(metric, ()), after.samples.get(metric, ()), strict=True)
+        differences = [other - one for one, other in pairs]
+        difference = mean_of(differences) if differences else after.metrics[metric] - value
+        spread = spread_of(differences)
+        higher = directions.get(metric, higher_is_better(metric))
+        changes.append(Change(metric, difference, spread, _verdict(difference, spread, higher)))
+    return tuple(changes)
+
+
+def higher_is_better(metric: str) -> bool | None:
+    """Whether higher values are better, by the words of a metric's name; None if they do not tell."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", " ", metric).lower())
+    higher, lower = (any(re.fullmatch(known, word) for word in words) for known in (_HIGHER, _LOWER))
+    return None if higher == lower else higher
+
+
+def helped(changes: Sequence[Change]) -> bool | None:
+    """Whether some metric got better and none worse; None if that cannot be said with one word."""
+    verdicts = {change.verdict for change in changes} - {""}
+    if not verdicts or {"better", "worse"} <= verdicts:
+        return None
+    return "better" in verdicts
+
+
+def _verdict(difference: float, spread: float | None, higher: bool | None) -> str:
+    if difference == 0:
+        return "equal"
+    if spread is not None and abs(difference) <= spread:
+        return "within the spread"
+    if higher is None or math.isnan(difference):
+        return ""
+    return "better" if (difference > 0) == higher else "worse"

@@ -513,7 +513,7 @@ def test_rank_0_alone_measures(server: RankServer, inputs: Path, output: Path) -
     group = Group(2, command(inputs, output, *options, "loss<=1e9", refresh=True), environment={"FAILS_AT": "score"})
     ended = server.run(group)  # it would fail on rank 1
     assert codes(ended) == [0, 0], ended
-    assert len(json.loads(ended[0].out)["evaluations"]) == 3
+    assert len(json.loads(ended[0].out)["evaluations"]) == 4
     output.unlink()
     ended = server.run(Group(2, command(inputs, output, *options, "loss>=1e9", refresh=True)))
     assert codes(ended) == [9, 8], ended

@@ -152,6 +152,7 @@ class CheckpointSpec:
         prefix: what was stripped from the front of the names, such as ``module.``; empty if nothing was.
         lacks_prefix: whether no name has the prefix that was to be stripped.
         record: step, epoch, metrics and learning rate.
+        settings: what the trainer stores next to the weights and must be equal in all checkpoints: key → value as JSON.
         averaged: what shows that the weights are already an average; empty if nothing does.
         metadata: ``__metadata__`` of a safetensors file; plain values (epoch, step, metric, …) next to the state
             dict of a torch file.
@@ -169,6 +170,7 @@ class CheckpointSpec:
     prefix: str = ""
     lacks_prefix: bool = False
     record: Record = field(default_factory=Record)
+    settings: Mapping[str, str] = field(default_factory=dict)
     averaged: str = ""
     metadata: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

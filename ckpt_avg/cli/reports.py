@@ -255,7 +255,7 @@ def _checkpoint_text(spec: CheckpointSpec) -> str:
     lines.append(f"{plural(len(spec.tensors), 'tensor')}, {size(spec.nbytes)}: {counts}")
     if layers := batch_norm_layers(spec.tensors):
         lines.append(f"{plural(len(layers), 'layer')} with running statistics: {listing(map(quote, layers))}")
-    lines += [f"tied: {' = '.join(map(quote, names))}" for names in spec.tied()[:_MOST]]
+    lines += [f"tied: {listing(map(quote, names), separator=' = ')}" for names in spec.tied()[:_MOST]]
     if spec.metadata:
         lines.append("metadata:")
         lines += [f"  {quote(key)}: {quote(value)}" for key, value in list(spec.metadata.items())[:_MOST]]

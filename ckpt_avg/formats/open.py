@@ -20,7 +20,7 @@ from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import is_index, open_sharded
 from ckpt_avg.formats.single_file import open_file
 from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_name
-from ckpt_avg.formats.trainers.sidecars import sidecar_record
+from ckpt_avg.formats.trainers.sidecars import settings_of, sidecar_record
 from ckpt_avg.text import ends, quote
 
 __all__ = ["Checkpoint", "Reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
@@ -80,7 +80,8 @@ def open_with(path: Path, reading: Reading) -> Checkpoint:
     )
     record = record.or_else(record_from_name(path.name, bare_number=record.step is None and record.epoch is None))
     named = trainer_from_name(path) if spec.kind is None and spec.state_key is None else None
-    return replace(checkpoint, spec=replace(spec, record=record, kind=named.name if named else spec.kind))
+    kind = named.name if named else spec.kind
+    return replace(checkpoint, spec=replace(spec, record=record, kind=kind, settings=settings_of(path)))
 
 
 def refuse_missing_prefix(specs: Sequence[CheckpointSpec], reading: Reading) -> None:

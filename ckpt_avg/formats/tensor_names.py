@@ -109,7 +109,7 @@ def settle_names(
             kind = kind or each.name
         if each.tensor_names and any(map(re.compile(each.tensor_names).search, names.renamed.values())):
             kind = kind or each.name
-            notes += (each.note,)
+            notes += (each.note,) if each.note else ()
     return replace(names, kind=kind, averaged=averaged, notes=notes)
 
 

@@ -31,6 +31,7 @@ class BufferKind:
         notice: what the user should know, after the number and noun; empty if there is nothing to say.
         refusal: why tensors that differ are not averaged, and what to do.
         where: yields the names of its tensors.
+        hints: it is asked only if one of them is part of a name.
     """
 
     name: str
@@ -41,6 +42,7 @@ class BufferKind:
     notice: str = ""
     refusal: str = ""
     where: Callable[[Tensors], Iterator[str]] = lambda tensors: iter(())
+    hints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +243,7 @@ STATISTICS = BufferKind(
     "`running_mean` and `running_var` of one layer",
     "measured again over data; the mean with `--bn keep`",
     where=_statistics,
+    hints=("running_mean",),
 )
 SPECTRAL = BufferKind(
     "spectral norm vectors",
@@ -248,6 +251,7 @@ SPECTRAL = BufferKind(
     "`weight_u`, `weight_v` next to `weight_orig`; `parametrizations.weight.0._u`, `._v`; `u0` next to `weight`",
     "computed from the averaged weight",
     where=_spectral_vectors,
+    hints=("_u", "u0"),
 )
 INTEGERS = BufferKind(
     "integers and bools",
@@ -274,11 +278,17 @@ QUANTIZED = BufferKind(
     notice="copied: they must be the same in every checkpoint",
     refusal=_AVERAGE_BEFORE,
     where=_quantized,
+    hints=tuple(_SCALES),
 )
 KINDS = (
     STATISTICS,
     BufferKind(
-        "batch counters", "last", "`num_batches_tracked` of such a layer", "the last one's", where=_batch_counters
+        "batch counters",
+        "last",
+        "`num_batches_tracked` of such a layer",
+        "the last one's",
+        where=_batch_counters,
+        hints=("num_batches_tracked",),
     ),
     BufferKind(
         "input statistics",
@@ -287,6 +297,7 @@ KINDS = (
         "the last one's",
         notice="with statistics of the inputs copied from the last checkpoint",
         where=_input_statistics,
+        hints=("count",),
     ),
     BufferKind(
         "other running statistics",
@@ -295,6 +306,7 @@ KINDS = (
         "the mean",
         notice="with running statistics averaged, since they belong to no BatchNorm layer",
         where=_other_statistics,
+        hints=("running_", "moving_"),
     ),
     SPECTRAL,
     BufferKind(
@@ -305,6 +317,7 @@ KINDS = (
         notice="of spectral norm copied from the last checkpoint, since the weight alone does not determine them. Run "
         "a batch through the averaged model in train mode",
         where=_other_spectral_vectors,
+        hints=("_u",),
     ),
     BufferKind(
         "weight norm",
@@ -315,6 +328,7 @@ KINDS = (
         notice="with weight norm: lengths and directions are averaged separately, which is close to the mean of the "
         "weights within one run only. Otherwise remove it before saving (torch.nn.utils.remove_weight_norm)",
         where=_weight_norms,
+        hints=("_g", "original0"),
     ),
     INTEGERS,
     MASKS,
@@ -326,6 +340,7 @@ KINDS = (
         "the last one's: calibrate again",
         notice="of fake quantisation copied from the last checkpoint (calibrate the averaged model again)",
         where=_observers,
+        hints=("zero_point",),
     ),
     BufferKind(
         "adapter scales",
@@ -335,6 +350,7 @@ KINDS = (
         "adapter scale",
         refusal="they scale what is averaged. Merge each adapter into its model first, then average the models.",
         where=_adapter_scales,
+        hints=("alpha",),
     ),
     BufferKind(
         "queues",
@@ -343,6 +359,7 @@ KINDS = (
         "the last one's",
         notice="of queues copied from the last checkpoint",
         where=_queues,
+        hints=("queue",),
     ),
     BufferKind(
         "extra state",
@@ -351,6 +368,7 @@ KINDS = (
         "the last one's",
         notice="with extra state copied from the last checkpoint",
         where=_extra_state,
+        hints=("_extra_state",),
     ),
     BufferKind(
         "random states",
@@ -359,6 +377,7 @@ KINDS = (
         "the last one's",
         notice="with random states copied from the last checkpoint",
         where=_random_states,
+        hints=("rng_state", "random_state"),
     ),
 )
 
@@ -366,8 +385,10 @@ KINDS = (
 def kinds_of(tensors: Tensors) -> dict[str, BufferKind]:
     """Returns the kind of each tensor that is no plain weight; of several kinds the first in the table."""
     found = {name: INTEGERS for name, tensor in tensors.items() if tensor.dtype.kind == "exact"}
+    text = "\n".join(tensors).lower()
     for kind in reversed(KINDS):
-        found |= dict.fromkeys(kind.where(tensors), kind)
+        if any(hint in text for hint in kind.hints):
+            found |= dict.fromkeys(kind.where(tensors), kind)
     return found
 
 

@@ -17,7 +17,8 @@ from ckpt_avg.mean.buffers import KINDS
 from ckpt_avg.mean.plan import Plan, make_plan
 from ckpt_avg.text import listing, one_line, plural, quote
 
-_GLANCE = 16  # elements that show of nearly every tensor that it is no mask
+_SAMPLES = 256  # elements that show whether a tensor may contain both zeros and ones
+_SMALL = 4096  # elements that are read at once instead
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +44,22 @@ def plan_of(checkpoints: Sequence[Checkpoint], *, dtype: str, non_float: str) ->
 def find_masks(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[str]:
     """Returns the floating-point tensors with only zeros and ones in every checkpoint, and both in one of them.
 
-    So a scale that is 0 in one checkpoint and 1 in another is no mask, unless its name says so.
+    So a scale that is 0 in one checkpoint and 1 in another is no mask, unless its name says so. A tensor is not read in
+    full if its samples are all equal, in the first and in the last checkpoint.
     """
     tensors = checkpoints[0].spec.tensors
-    plain = [each.name for each in plan.tensors if each.name not in plan.kinds and each.source_dtype.kind == "float"]
-    glances = read_ranges(checkpoints[0], [(tensors[name], 0, min(tensors[name].numel, _GLANCE)) for name in plain])
-    candidates = [name for name, values in zip(plain, glances, strict=True) if len(values) and _is_binary(values)]
-    return [name for name in candidates if _is_mask(checkpoints, name)]
+    floats = (each for each in plan.tensors if each.source_dtype.kind == "float" and each.numel)
+    plain = [tensors[each.name] for each in floats if each.name not in plan.kinds]
+    # The first element shows of nearly every tensor that it is no mask.
+    values = torch.cat([torch.empty(0), *read_ranges(checkpoints[0], [(tensor, 0, 1) for tensor in plain])])
+    candidates = (values.eq(0) | values.eq(1)).nonzero().squeeze(1).tolist()
+    return [plain[index].name for index in candidates if _is_mask(checkpoints, plain[index].name)]
 
 
 def _is_mask(checkpoints: Sequence[Checkpoint], name: str) -> bool:
     is_mixed = "mask" in name.lower()
+    if not is_mixed and not any(_varies(each, name) for each in (checkpoints[0], checkpoints[-1])):
+        return False
     for checkpoint in checkpoints:
         ones = numel = 0
         for _, values in stream(checkpoint, checkpoint.spec.tensors[name]):
@@ -62,6 +68,15 @@ def _is_mask(checkpoints: Sequence[Checkpoint], name: str) -> bool:
             ones, numel = ones + int(values.count_nonzero()), numel + len(values)
         is_mixed |= 0 < ones < numel
     return is_mixed
+
+
+def _varies(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether samples of a tensor differ."""
+    tensor = checkpoint.spec.tensors[name]
+    places = range(0, tensor.numel, -(-tensor.numel // _SAMPLES))
+    ranges = [(tensor, place, place + 1) for place in places] if tensor.numel > _SMALL else [(tensor, 0, tensor.numel)]
+    values = torch.cat(read_ranges(checkpoint, ranges))
+    return bool(values.ne(values[0]).any())
 
 
 def _is_binary(values: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from ckpt_avg.text import listing, one_line, plural, quote
 
 _CONVERTED: Sequence[Kind] = ("float", "float8")  # the kinds of dtypes that --dtype converts
 
-Aspect = Literal["missing", "unexpected", "shape", "dtype", "tied"]
+Aspect = Literal["missing", "unexpected", "shape", "dtype", "tied", "setting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Difference:
     """A difference from the reference checkpoint, which is the first.
 
     Attributes:
-        tensor: the tensor's name.
+        tensor: the tensor's name; for a setting, its key.
         aspect: what differs.
         expected: what the reference checkpoint has.
         found: what the others have.
@@ -35,8 +35,9 @@ class Difference:
     checkpoints: tuple[str, ...]
 
     def __str__(self) -> str:
+        subject = "" if self.aspect == "setting" else "tensor "
         return (
-            f"tensor {quote(self.tensor)}: {self.aspect}: expected {self.expected}, got {self.found} "
+            f"{subject}{quote(self.tensor)}: {self.aspect}: expected {self.expected}, got {self.found} "
             f"in {listing(map(one_line, self.checkpoints))}"
         )
 
@@ -89,9 +90,10 @@ def compare(specs: Sequence[CheckpointSpec], *, dtype: str = "keep") -> Compatib
     tied = _partners(reference)
     found: dict[tuple[str, Aspect, str, str], list[str]] = {}
     for spec in specs[1:]:
-        if spec.tensors is reference.tensors:
-            continue  # the headers have the same bytes
-        for key in _differences(reference, tied, spec, () if dtype == "keep" else _CONVERTED):
+        keys = [*_other_settings(reference, spec)]
+        if spec.tensors is not reference.tensors:  # otherwise the headers have the same bytes
+            keys += _differences(reference, tied, spec, () if dtype == "keep" else _CONVERTED)
+        for key in keys:
             found.setdefault(key, []).append(str(spec.path))
     differences = tuple(
         Difference(tensor, aspect, expected, got, tuple(paths))
@@ -132,6 +134,14 @@ def _differences(
             yield name, "tied", _tie(name, tied), _tie(name, found)
 
 
+def _other_settings(reference: CheckpointSpec, spec: CheckpointSpec) -> Iterator[tuple[str, Aspect, str, str]]:
+    if reference.settings and spec.settings:
+        for key in {**reference.settings, **spec.settings}:
+            expected, found = (each.settings.get(key, "none") for each in (reference, spec))
+            if expected != found:
+                yield key, "setting", quote(expected)[1:-1], quote(found)[1:-1]
+
+
 def _partners(spec: CheckpointSpec) -> dict[str, tuple[str, ...]]:
     """Returns, for each tied tensor, the names that share its storage."""
     partners: dict[str, tuple[str, ...]] = {}
@@ -161,6 +171,8 @@ def _advice(specs: Sequence[CheckpointSpec], differences: Sequence[Difference]) 
         if all(DTYPES[name].kind in _CONVERTED for name in dtypes):
             return "Add --dtype float32, or another dtype for the output, to average them."
         return "Save all checkpoints in one dtype."
+    if "setting" in aspects:
+        return "Merge each adapter into its model first, then average the models; skip others with --exclude."
     if aspects == {"tied"}:
         return "Average checkpoints that tie the same weights; skip others with --exclude."
     return "Average checkpoints of one architecture and one run; skip others with --exclude."

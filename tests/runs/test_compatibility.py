@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,20 @@ def test_names_are_shown_escaped_and_cut(tmp_path: Path, name: str) -> None:
     assert text.replace("\n", "").isprintable()
     assert len(text.splitlines()) == 4
     assert len(text) < 1500
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_tensor_under_many_names_takes_linear_memory_and_short_messages(tmp_path: Path, same: bool) -> None:
+    """A tuple of all names for each name would take gigabytes for a file of 350 KB."""
+    names = [f"layers.{number}.weight" for number in range(4_000)]
+    shared = torch.rand(4)
+    states = [dict.fromkeys(names, shared), dict.fromkeys(names, shared) | ({} if same else {names[7]: torch.rand(4)})]
+    for step, state in enumerate(states):
+        torch.save(state, tmp_path / f"step_{step}.pt")
+    tracemalloc.start()
+    report = check([tmp_path / "step_0.pt", tmp_path / "step_1.pt"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40 * 2**20
+    assert report.compatible == same
+    assert max(map(len, (str(report), *report.notices))) < 10_000

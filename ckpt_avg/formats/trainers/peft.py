@@ -6,6 +6,6 @@ TRAINER = Trainer(
     name="PEFT adapter",
     tensor_names=r"\.lora_[AB]\.",
     weight_files=("adapter_model.safetensors", "adapter_model.bin"),
-    note="these are LoRA factors: the product of their means only approximates the mean of their products, so this is "
-    "not exactly the average of the models. For that, merge each adapter into its model first (merge_and_unload)",
+    settings_file="adapter_config.json",
+    settings=("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "alpha"),
 )

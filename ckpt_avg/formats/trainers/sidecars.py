@@ -6,12 +6,14 @@ A file that is not in its usual form records nothing: the weights can be average
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.files.status import is_file, is_folder
 from ckpt_avg.formats.trainers.records import record_of
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import Contents
@@ -40,6 +42,22 @@ def sidecar_record(path: Path, epoch: int | None, load: Callable[[InputFile], ob
             except (OSError, CheckpointFormatError, UnicodeDecodeError):
                 continue
     return record
+
+
+def settings_of(path: Path) -> dict[str, str]:
+    """Returns the settings next to a checkpoint, or in its folder, that must be equal in all: key → value as JSON."""
+    found: dict[str, str] = {}
+    for trainer in (each for each in TRAINERS if each.settings_file):
+        in_folder = is_folder(path)
+        file = path / trainer.settings_file if in_folder else path.with_name(trainer.settings_file)
+        if (in_folder or path.name in trainer.weight_files) and is_file(file):
+            try:
+                with InputFile(file) as opened:
+                    settings = json.loads(opened.read(0, min(opened.size, LIMITS.log)))
+                found |= {key: json.dumps(settings[key], sort_keys=True) for key in trainer.settings if key in settings}
+            except (OSError, CheckpointFormatError, ValueError, TypeError, RecursionError):
+                continue
+    return found
 
 
 @functools.lru_cache(maxsize=1)

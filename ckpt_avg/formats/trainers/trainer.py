@@ -157,6 +157,8 @@ class Trainer:
     weights: Callable[[Folder], WeightFiles | None] = lambda folder: None  # finds them in any other folder
     written_last: str = ""  # the name of the last file: without it the folder is incomplete
     sidecar: Sidecar | None = None
+    settings_file: str = ""  # the name of a JSON file next to the weights, or in the checkpoint folder
+    settings: tuple[str, ...] = ()  # keys in it that must be equal in checkpoints that are averaged
 
     # --- other names ---
     # Patterns of checkpoint files, with the groups step, epoch, or metric and value. A bare state dict with such a

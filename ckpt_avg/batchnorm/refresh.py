@@ -144,7 +144,8 @@ def refresh_batch_norm(
         if unreached := [name for name, pool in pools.items() if pool.calls == 0]:
             refuse(
                 f"no batch reaches the BatchNorm layers {listing(map(quote, unreached))}",
-                "Use batches or a forward_batch(model, batch) that reach them",
+                "If only training uses them, write a forward_batch(model, batch) that uses them. Call layers as "
+                "layer(x): layer.forward(x) is not measured",
             )
         statistics = {name: pool.statistics(done) for name, pool in pools.items()}
         # Rounding can fail, so all statistics are rounded before the first is stored.

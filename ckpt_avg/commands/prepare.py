@@ -81,7 +81,8 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     measures = needs_refresh(plan, frozen, bn=request.bn, has_model=has_model, has_data=has_data, notice=notice)
     model, refresh = None, None
     if request.model is not None and (measures or request.functions):
-        model = build_model(request.model, {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors})
+        tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
+        model = build_model(request.model, tensors, stripped=request.strip_prefix)
         if measures and request.data is not None:
             passes = Passes(request.data)
             refresh = choose_refresh(plan, frozen, model, passes, notice)

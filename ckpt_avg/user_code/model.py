@@ -14,7 +14,7 @@ from ckpt_avg.checkpoint.spec import Checkpoint, DType
 from ckpt_avg.checkpoint.tensor_reads import read_ranges, torch_dtype
 from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.formats.open import open_checkpoint
-from ckpt_avg.text import listing
+from ckpt_avg.text import argument, listing, quote
 from ckpt_avg.user_code.isolation import seeded
 from ckpt_avg.user_code.load import user_errors
 
@@ -22,10 +22,13 @@ Model = torch.nn.Module | Callable[[], torch.nn.Module]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
-def build_model(model: Model, tensors: Mapping[str, tuple[DType, tuple[int, ...]]]) -> torch.nn.Module:
+def build_model(
+    model: Model, tensors: Mapping[str, tuple[DType, tuple[int, ...]]], *, stripped: str | None = None
+) -> torch.nn.Module:
     """Builds the model, or copies it, and checks that it takes tensors of these dtypes and shapes (`load_weights`).
 
-    Raises UserCodeError if the factory raised, or returned something else.
+    ``stripped`` is the prefix that the user had stripped from the names. Raises UserCodeError if the factory raised, or
+    returned something else.
     """
     if not callable(model):
         raise UserCodeError(
@@ -35,10 +38,17 @@ def build_model(model: Model, tensors: Mapping[str, tuple[DType, tuple[int, ...]
         built = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model()
     if not isinstance(built, torch.nn.Module):
         raise UserCodeError(f"the model factory: expected it to return a torch.nn.Module, got {type(built).__name__}.")
+    named = (*built.named_parameters(), *built.named_buffers())
+    if without_values := [name for name, tensor in named if tensor.is_meta]:
+        raise UserCodeError(
+            f"the model {type(built).__name__}: tensors on the device meta have no memory for the weights: "
+            f"{listing(map(quote, without_values))}. Make it without torch.device('meta') or init_empty_weights()."
+        )
     # One expanded zero per tensor shows whether names and shapes fit, including the model's own hooks.
     load_weights(
         built,
         {name: torch.zeros((), dtype=torch_dtype(dtype)).expand(shape) for name, (dtype, shape) in tensors.items()},
+        stripped=stripped,
     )
     return built
 
@@ -52,7 +62,7 @@ def batch_norm_modules(model: torch.nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, stripped: str | None = None) -> None:
     """Loads a state dict strictly. Raises IncompatibleError with torch's list of names and shapes that differ."""
     with user_errors("loading the weights into the model raised"):
         try:
@@ -64,9 +74,29 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
             raise IncompatibleError(
                 f"the checkpoints don't fit the model {type(model).__name__}:\n  "
                 + listing((line if len(line) < 2000 else line[:2000] + " …" for line in lines), separator="\n  ")
-                + "\nUse the --model that was trained, or choose other weights with --state-key.",
+                + f"\n{_advice_on_names(set(tensors), set(model.state_dict()), stripped)}",
                 lines=True,
             ) from error
+
+
+def _advice_on_names(given: set[str], expected: set[str], stripped: str | None) -> str:
+    """Says what to do about a checkpoint's names that are not those that the model expects."""
+    if prefix := _common_prefix(given, expected):
+        whole = ".".join(each.strip(".") for each in (stripped, prefix) if each)
+        return f"All names begin with {quote(prefix)}. Use --strip-prefix {argument(whole)}"
+    if prefix := _common_prefix(expected, given):
+        return (
+            f"All names of the model begin with {quote(prefix)}. Let --model return the module under that name, as "
+            f"Lightning's model.{prefix.removesuffix('.')} is."
+        )
+    return "Use the --model that was trained, or choose other weights with --state-key."
+
+
+def _common_prefix(longer: set[str], shorter: set[str]) -> str:
+    """Returns the prefix, with its dot, by which all names of one set differ from those of the other; or nothing."""
+    known = max(shorter, key=len, default="")
+    prefixes = {name.removesuffix(known) for name in longer if name.endswith(f".{known}")}
+    return next((each for each in sorted(prefixes) if {each + name for name in shorter} == longer), "")
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -84,7 +114,7 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
 
 
 def move_model(model: torch.nn.Module, device: torch.device) -> None:
-    """Moves the model. Raises UserCodeError if that fails, for example for a model on the device ``meta``."""
+    """Moves the model. Raises UserCodeError if that fails."""
     with user_errors(f"moving the model to {device} raised"):
         model.to(device)
 

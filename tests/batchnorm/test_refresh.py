@@ -317,8 +317,33 @@ def test_statistics_beyond_the_range_of_the_buffer_are_refused() -> None:
 def test_layers_that_no_batch_reaches_are_listed() -> None:
     layers = {name: nn.BatchNorm1d(3) for name in ("used", "left", "right")}
     message = failure_of([randn(4, 3)], model_of(lambda model, values: model.used(values), **layers))
-    assert "no batch reaches the BatchNorm layers 'left', 'right'. Use" in message
-    assert "forward_batch" in message
+    assert (
+        "no batch reaches the BatchNorm layers 'left', 'right'. If only training uses them, write a forward" in message
+    )
+
+
+def test_layers_that_only_training_uses_are_measured_by_a_forward_batch_that_uses_them() -> None:
+    """As the docs show it: the flag of the model alone is set, so dropout stays off; afterwards it is as before."""
+
+    def forward(model: Any, values: Tensor) -> Tensor:
+        return model.main(values) + (model.auxiliary(model.dropout(values)) if model.training else 0)
+
+    def forward_batch(model: nn.Module, batch: Tensor) -> None:
+        model.training = True
+        model(batch)
+
+    layers = {"main": nn.BatchNorm1d(3), "auxiliary": nn.BatchNorm1d(3), "dropout": nn.Dropout(0.5)}
+    model = model_of(forward, **layers).eval()
+    values = randn(8, 3)
+    report = refresh_batch_norm(model, [values], forward_batch=forward_batch)
+    assert_measured(report.statistics["auxiliary"], values)
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_layer_whose_forward_is_called_directly_is_named_with_the_reason() -> None:
+    message = failure_of([randn(4, 3)], model_of(lambda model, values: model.bn.forward(values), bn=nn.BatchNorm1d(3)))
+    assert "no batch reaches the BatchNorm layers 'bn'" in message
+    assert "layer.forward(x) is not measured" in message
 
 
 def test_another_position_of_the_channels_is_refused() -> None:

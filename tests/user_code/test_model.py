@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ckpt_avg import IncompatibleError, UserCodeError
-from ckpt_avg.user_code.model import Passes, load_weights, move_model
+from ckpt_avg import IncompatibleError, UserCodeError, average
+from ckpt_avg.user_code.model import Passes, build_model, load_weights
 
 
 def drawn() -> list[Tensor]:
@@ -96,6 +98,108 @@ def test_other_shapes_are_listed() -> None:
         load_weights(nn.Linear(2, 2), nn.Linear(3, 2).state_dict())
 
 
-def test_a_model_without_memory_cannot_be_moved() -> None:
-    with pytest.raises(UserCodeError, match="moving the model to cpu raised NotImplementedError"):
-        move_model(nn.Linear(2, 2, device="meta"), torch.device("cpu"))
+def test_a_model_without_memory_is_refused_with_the_reason() -> None:
+    with pytest.raises(
+        UserCodeError, match="tensors on the device meta have no memory for the weights: 'weight', 'bias'"
+    ):
+        build_model(lambda: nn.Linear(2, 2, device="meta"), {})
+
+
+# -- Names that differ by a prefix ------------------------------------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """As a LightningModule: the network is an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+
+@pytest.mark.parametrize(
+    ("outer", "given", "advice"),
+    [
+        ("", None, "--strip-prefix model"),
+        ("net.", None, "--strip-prefix net.model"),
+        ("net.", "net", "--strip-prefix net.model"),
+        ("net.", "net.", "--strip-prefix net.model"),
+        ("a b.", None, "--strip-prefix 'a b.model'"),
+    ],
+)
+def test_the_advice_on_a_prefix_works_when_pasted(tmp_path: Path, outer: str, given: str | None, advice: str) -> None:
+    state = {f"{outer}{name}": value for name, value in Wrapped().state_dict().items()}
+    for step in (1, 2):
+        torch.save({"state_dict": state, "global_step": step}, tmp_path / f"{step}.ckpt")
+
+    def run(strip_prefix: str | None) -> bool:
+        options: dict[str, Any] = {"bn": "keep", "evaluate": lambda model: 1.0, "dry_run": True}
+        average(tmp_path, "out.safetensors", model=lambda: Wrapped().model, strip_prefix=strip_prefix, **options)
+        return True
+
+    with pytest.raises(IncompatibleError) as caught:
+        run(given)
+    assert str(caught.value).splitlines()[-1].endswith(f". Use {advice}")
+    assert run(shlex.split(advice)[1])
+
+
+def test_a_model_with_a_prefix_that_the_checkpoints_lack() -> None:
+    with pytest.raises(IncompatibleError, match=r"All names of the model begin with 'model\.'\. Let --model return"):
+        load_weights(Wrapped(), Wrapped().model.state_dict())
+
+
+def test_other_names_are_no_prefix() -> None:
+    state = {**Wrapped().state_dict(), "loss.weight": torch.ones(1)}
+    with pytest.raises(IncompatibleError, match="Use the --model that was trained"):
+        load_weights(Wrapped().model, state)
+
+
+# -- Lightning's data module ------------------------------------------------------------------------------------------
+
+
+class Digits:
+    """What a LightningDataModule has."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def prepare_data(self) -> None:
+        self.calls.append("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        self.calls.append(f"setup {stage}")
+        self.batches = drawn()
+
+    def train_dataloader(self) -> list[Tensor]:
+        self.calls.append("train_dataloader")
+        return self.batches
+
+
+def make_digits() -> Digits:
+    return Digits()
+
+
+@pytest.mark.parametrize("data", [Digits, Digits(), make_digits], ids=["class", "instance", "function"])
+def test_a_data_module_gives_its_training_batches(data: Any) -> None:
+    """As its trainer would call it, for any number of passes."""
+    before = torch.random.get_rng_state()
+    passes = Passes(data)
+    first, second = (passes.next_pass() for _ in range(2))
+    assert not passes.is_single
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_data_module_is_prepared_once() -> None:
+    module = Digits()
+    passes = Passes(module)
+    passes.next_pass()
+    assert module.calls == ["prepare_data", "setup fit", "train_dataloader"]
+
+
+def test_a_data_module_that_fails_is_named() -> None:
+    class Failing(Digits):
+        def setup(self, stage: str) -> None:
+            raise OSError("no such file")
+
+    with pytest.raises(UserCodeError, match="the LightningDataModule raised OSError: no such file"):
+        Passes(Failing)

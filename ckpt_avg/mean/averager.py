@@ -13,6 +13,7 @@ from ckpt_avg.errors import NonFiniteError
 from ckpt_avg.mean.arithmetic import as_real, mean_of_float64, mean_of_narrower, round_to
 from ckpt_avg.mean.blocks import Block
 from ckpt_avg.mean.devices import Staging
+from ckpt_avg.mean.equal_tensors import differing
 from ckpt_avg.mean.plan import OutputTensor
 from ckpt_avg.text import listing, one_line, quote
 
@@ -38,6 +39,7 @@ class Averager:
         self._checkpoints = checkpoints
         self._allow_nonfinite = allow_nonfinite
         self._buffers: _Buffers | None = None
+        self._constants: dict[str, bool] = {}
 
     def average(self, block: Block, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
         """Computes the mean of a block.
@@ -92,11 +94,11 @@ class Averager:
             mean = mean_of_narrower(values, count, len(inputs), buffers.total, buffers.wide, buffers.single)
         # One sum shows any NaN or Inf, at 1/N of the cost of checking every input.
         if not self._allow_nonfinite and not math.isfinite(mean.sum().item()):
-            bad = mean.isfinite().logical_not_()
-            if bad.any():
-                width = mean.numel() // output.numel()  # a complex element is two real ones
-                tensor, _ = block.locate(start + _first(bad) // width)
-                raise NonFiniteError(_describe_nonfinite(self._checkpoints, tensor), lines=True)
+            width = mean.numel() // output.numel()  # a complex element is two real ones
+            for tensor, begin, end in block.parts(start, start + output.numel()):
+                values_here = mean[begin * width : end * width]
+                if not values_here.isfinite().all() and not self._may_be_infinite(tensor, values_here):
+                    raise NonFiniteError(_describe_nonfinite(self._checkpoints, tensor), lines=True)
         rounded = round_to(mean, as_real(output).dtype, (buffers.wide, buffers.single))
         if block.dtype is not block.source_dtype and not self._allow_nonfinite:
             overflowed = rounded.isfinite().logical_not_().logical_and_(mean.isfinite())
@@ -108,6 +110,13 @@ class Averager:
                     f"range of {tensor.dtype.torch_name}. Choose a wider --dtype."
                 )
         as_real(output).copy_(rounded)
+
+    def _may_be_infinite(self, tensor: OutputTensor, mean: torch.Tensor) -> bool:
+        """Whether a tensor is a constant, such as an attention mask: the same in several checkpoints, without NaN."""
+        if tensor.name not in self._constants:
+            several = len(self._checkpoints) > 1
+            self._constants[tensor.name] = several and not differing(self._checkpoints, [tensor.name])
+        return self._constants[tensor.name] and not mean.isnan().any()
 
 
 class _Buffers:

@@ -58,6 +58,15 @@ class Block:
             room -= stop - start
         return [Block(group) for group in groups]
 
+    def parts(self, start: int, stop: int) -> Iterator[tuple[OutputTensor, int, int]]:
+        """Yields each tensor that elements start … stop of the block belong to, and which of these elements do."""
+        begin = 0
+        for tensor, first, last in self.ranges:
+            end = begin + last - first
+            if max(begin, start) < min(end, stop):
+                yield tensor, max(begin, start) - start, min(end, stop) - start
+            begin = end
+
     def locate(self, index: int) -> tuple[OutputTensor, int]:
         """Returns the tensor that an element of the block belongs to, and its index in that tensor."""
         for tensor, start, stop in self.ranges:

@@ -188,6 +188,16 @@ def _quantized(tensors: Tensors) -> Iterator[str]:
             yield name
 
 
+def _integer_tables(tensors: Tensors) -> Iterator[str]:
+    """Integers that may be codes with a scale of any name: next to floats other than the weight and the bias."""
+    floats = {_module(name) for name, each in tensors.items() if each.dtype.kind == "float"
+              and _last_word(name) not in ("weight", "bias")}  # fmt: skip
+    for name, tensor in tensors.items():
+        is_table = tensor.dtype.kind == "exact" and len(tensor.shape) > 1 and tensor.dtype.name not in ("BOOL", "I64")
+        if is_table and (_module(name) in floats or _last_word(name) == "weight"):
+            yield name
+
+
 def _observers(tensors: Tensors) -> Iterator[str]:
     """All tensors of modules for fake quantisation: scale and zero_point belong together, and no weight is in codes."""
     modules = {
@@ -217,11 +227,30 @@ _FACTORS = re.compile(r"(?:^|[._])(?:lora_(?:down|up|mid)|lora_[AB]|hada_w\d|lok
 
 
 def _queues(tensors: Tensors) -> Iterator[str]:
-    """As MoCo's: the keys of the last batches, and where the next ones go."""
+    """As MoCo's: the keys of the last batches, and where the next ones go; as banks of the features of all samples."""
+    queue = re.compile(r"(?:\w*_)?queue(?:_\w+)?|(?:\w*_)?(?:memory|feature)_bank(?:_\w+)?")
+    found = [name for name in tensors if queue.fullmatch(_last_word(name))]
+    modules = {_module(name) for name in found}
+    yield from found
+    yield from (name for name in tensors if _module(name) in modules and "ptr" in _words(name))
+
+
+_COUNTERS = {"num_updates", "global_step", "iteration", "iterations", "num_steps", "n_averaged"}
+_INTEGER_COUNTERS = {"step", "steps", "epoch", "counter", "update_count"}
+
+
+def _counters(tensors: Tensors) -> Iterator[str]:
+    for name, tensor in tensors.items():
+        names = _COUNTERS | _INTEGER_COUNTERS if tensor.dtype.kind == "exact" else _COUNTERS
+        if tensor.numel == 1 and _last_word(name).lower() in names:
+            yield name
+
+
+def _codebooks(tensors: Tensors) -> Iterator[str]:
+    """As in vector quantisation: each vector is a running sum divided by a running count."""
     for name in tensors:
-        queue = re.fullmatch(r"(.*queue\w*?)_ptr", name)
-        if queue and queue[1] in tensors:
-            yield from (queue[1], name)
+        if _last_word(name) == "embed_avg" and batch_norm_buffer(_module(name), "cluster_size") in tensors:
+            yield name
 
 
 def _extra_state(tensors: Tensors) -> Iterator[str]:
@@ -334,6 +363,16 @@ KINDS = (
     MASKS,
     QUANTIZED,
     BufferKind(
+        "other integer tables",
+        "equal",
+        "int8, uint8, int16 or int32 in two dimensions or more, next to floats other than `weight` and `bias`",
+        "copied if they are equal",
+        "integer table",
+        refusal="they may be codes with a scale, whose mean is of no use. Average the checkpoints before quantisation.",
+        where=_integer_tables,
+        hints=("",),
+    ),
+    BufferKind(
         "fake quantisation",
         "last",
         "`scale` and an integer `zero_point`, without quantised weights",
@@ -353,13 +392,32 @@ KINDS = (
         hints=("alpha",),
     ),
     BufferKind(
+        "counters",
+        "last",
+        "one number called `num_updates`, `global_step`, `iteration`, …; one integer called `step`, `epoch`, …",
+        "the last one's",
+        where=_counters,
+        hints=(*_COUNTERS, *_INTEGER_COUNTERS),
+    ),
+    BufferKind(
+        "codebooks",
+        "mean",
+        "`embed_avg` and `cluster_size`, the running sums and counts of vector quantisation",
+        "the mean of vectors, sums and counts",
+        "codebook",
+        notice="with running sums and counts: the vectors are averaged, and are not the averaged sums divided by the "
+        "averaged counts",
+        where=_codebooks,
+        hints=("embed_avg",),
+    ),
+    BufferKind(
         "queues",
         "last",
-        "`queue` and `queue_ptr`",
+        "`queue`, `queue_ptr`, `memory_bank` and the like",
         "the last one's",
-        notice="of queues copied from the last checkpoint",
+        notice="of queues or banks of features copied from the last checkpoint",
         where=_queues,
-        hints=("queue",),
+        hints=("queue", "_bank"),
     ),
     BufferKind(
         "extra state",

@@ -497,6 +497,20 @@ def test_infinities_that_cancel_are_found(tmp_path: Path) -> None:
         mean_of(tmp_path, states)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_infinity_in_a_constant_is_kept_and_nan_is_not(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Attention masks are saved as buffers. A weight that is infinite somewhere differs elsewhere."""
+    mask = torch.triu(torch.full((5, 5), -math.inf), 1).to(dtype)
+    states = [{"a": torch.rand(7).to(dtype), "mask": mask, "z": torch.rand(7).to(dtype)} for _ in range(3)]
+    assert mean_of(tmp_path, states)["mask"].equal(mask)
+    for name, value in (("mask", math.nan), ("z", math.inf)):
+        broken = [{**state, name: state[name].clone()} for state in states]
+        for state in broken:
+            state[name].view(-1)[3] = value
+        with pytest.raises(NonFiniteError, match=f"tensor '{name}'"):
+            mean_of(tmp_path, broken)
+
+
 @pytest.mark.guarantee("nonfinite")
 def test_allowed_nan_and_inf_touch_only_their_own_elements(tmp_path: Path) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):

@@ -182,6 +182,59 @@ def test_raw_weights_under_any_key_are_preferred_to_their_ema(prefix: str) -> No
     assert found.notes == ("read the raw weights under 'g'; with --ema, the EMA weights under 'g_ema'",)
 
 
+@pytest.mark.parametrize("key", [None, "model"])
+def test_parts_of_a_model_under_a_usual_key_are_one_model(key: str | None) -> None:
+    """Choosing one of them would leave out the others."""
+    root = {
+        "model": {"vision": {"w": W}, "llm": {"layers": {"w": B}, "head": {"w": W}}, "optimizer": {"w": B}},
+        "epoch": 1,
+    }
+    found = find_state_dict(root, PATH, Reading(state_key=key))
+    assert (found.key, found.tensors) == ("model", {"vision.w": W, "llm.layers.w": B, "llm.head.w": W})
+    note = "the parts 'vision', 'llm' are read as one model, with their keys in front of the names"
+    assert found.notes == (note,)
+
+
+@pytest.mark.parametrize(
+    ("root", "raw", "ema"),
+    [
+        ({"w": W, "ema": {"w": B}}, None, "ema"),
+        ({"w": W, "optimizer": {"w": B}, "ema": {"shadow": {"w": B}, "decay": 0.9}}, None, "ema.shadow"),
+        ({"state_dict": {"w": W}, "ema": {"params": {"w": B}, "decay": 0.9}}, "state_dict", "ema.params"),
+        ({"model": {"w": W}, "ema": {"state": {"model": {"w": B}}}}, "model", "ema.state.model"),
+        ({"cfg": {}, "state_dicts": {"model": {"w": W}, "ema_model": {"w": B}, "optimizer": {"w": B}}},
+         "state_dicts.model", "state_dicts.ema_model"),
+        ({"model": {"ema": {"w": B}, "raw": {"w": W}}}, "model.raw", "model.ema"),
+    ],
+)  # fmt: skip
+def test_an_ema_is_found_next_to_root_tensors_and_one_level_down(
+    root: dict[str, Any], raw: str | None, ema: str
+) -> None:
+    found = find_state_dict(root, PATH, Reading())
+    assert (found.key, found.ema, found.tensors) == (raw, False, {"w": W})
+    assert any(note.endswith(f"with --ema, the EMA weights under '{ema}'") for note in found.notes)
+    found = find_state_dict(root, PATH, Reading(ema=True))
+    assert (found.key, found.ema, found.tensors) == (ema, True, {"w": B})
+
+
+def test_an_ema_without_names_is_refused_as_such() -> None:
+    root = {"model": {"w": W}, "ema": {"decay": 0.9, "num_updates": 3, "shadow_params": [B]}}
+    assert find_state_dict(root, PATH, Reading()).key == "model"
+    with pytest.raises(CheckpointFormatError, match="the EMA under 'ema' has no names, only the order of a model's"):
+        find_state_dict(root, PATH, Reading(ema=True))
+
+
+def test_buffers_of_a_loss_are_not_offered() -> None:
+    message = refusal({"student": {"w": W}, "teacher": {"w": W}, "dino_loss": {"center": B}, "criterion": {"w": B}})
+    assert "got several: 'student', 'teacher'. Choose" in message
+
+
+def test_other_weights_in_the_file_are_listed() -> None:
+    found = find_state_dict({"model": {"w": W}, "best_state": {"model": {"w": B}}}, PATH, Reading())
+    assert found.tensors == {"w": W}
+    assert found.notes == ("there are other state dicts: 'best_state' (choose one with --state-key)",)
+
+
 ONLINE, EMA = {"online_model.w": W, "online_model.b": W}, {"ema_model.w": B, "ema_model.b": B}
 MODULE = {"initted": True, "step": 7}
 
@@ -193,6 +246,7 @@ MODULE = {"initted": True, "step": 7}
         ({**MODULE, **EMA}, "ema_model", "ema_model"),
         ({"ema": {**MODULE, **ONLINE, **EMA}, "opt": {}}, "ema.online_model", "ema.ema_model"),
         ({"ema": {**MODULE, **EMA}}, "ema.ema_model", "ema.ema_model"),
+        ({"ema_model_state_dict": {**MODULE, **EMA}},) + ("ema_model_state_dict.ema_model",) * 2,
         ({"model": {"w": W, "b": W}, "ema": {**MODULE, **ONLINE, **EMA}, "step": 7}, "model", "ema.ema_model"),
         ({"model": {"w": W, "b": W}, "ema": {**MODULE, **EMA}, "opt": {"exp_avg": {"w": B}}}, "model", "ema.ema_model"),
     ],
@@ -203,8 +257,8 @@ def test_an_ema_module_has_two_models(root: dict[str, Any], raw: str, ema: str) 
         found = find_state_dict(copy.deepcopy(root), PATH, options)
         assert (found.key, list(found.tensors), found.ema) == (key, ["w", "b"], key == ema)
         assert all(tensor == (B if key == ema else W) for tensor in found.tensors.values())
-        assert found.trainer is not None
-        assert found.trainer.name == "ema-pytorch"
+        assert (found.trainer is None) == ("ema_model_state_dict" in root)
+        assert found.trainer is None or found.trainer.name == "ema-pytorch"
         assert not any("other state dicts: 'ema'" in note for note in found.notes)
 
 

@@ -23,7 +23,7 @@ EMA_KEYS = (
 _TRAINING_STATE = re.compile(
     r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"  # whole words: not upsampler, optimus
     r"(?i:optim(?:s|i[sz]ers?)?|(?:lr|loss|grad)?(?:sched(?:s|ulers?)?|scalers?)|rngs?|random|samplers?|callbacks?|loops"
-    r"|averaging_state|train(?:er|ing)?_state)(?![a-z])|_extra_state$"
+    r"|averaging_state|train(?:er|ing)?_state|loss(?:es)?|criteri(?:on|a))(?![a-z])|_extra_state$"
 )
 RNG_STATE = re.compile(r"(?:[a-z]+_)?(?:rng|random)_states?(?:_[a-z0-9]+)*", re.IGNORECASE)
 # Words in names of settings and counts, or of the best value so far, which another checkpoint may have.
@@ -33,6 +33,11 @@ _NO_METRIC = {"epoch", "step", "iter", "version", "time", "seed", "lr", "rate", 
 def is_training_state(key: str, value: object) -> bool:
     """Whether an entry of a torch file belongs to the training and not to the model, by its key or as an optimizer."""
     return bool(_TRAINING_STATE.search(key)) or (isinstance(value, dict) and {"state", "param_groups"} <= value.keys())
+
+
+def is_ema_key(key: str) -> bool:
+    """Whether a key has the word EMA."""
+    return "ema" in re.split(r"[_.]", key.lower())
 
 
 def _numbers_at_the_top(contents: Contents) -> Record:

@@ -122,11 +122,11 @@ FAMILIES: dict[str, tuple[bytes, str]] = {
     "pickle: extension": (holding(b"\x82\x7f"), "the pickle uses extension code 127"),
     "pickle: call": (holding(text("x") + b")R"), "the pickle calls 'str', which is no function"),
     "pickle: bytes after it": (holding(b"}.}"), "bytes follow the end of the pickle"),
-    "pickle: bare": (b"\x80\4" + b"N0" * 40 + b"N.", "got a Python pickle, such as those of detectron2's model zoo"),
+    "pickle: bare": (b"\x80\4" + b"N0" * 40 + b"N.", "got a Python pickle (pickle.dump, as in detectron2's model zoo"),
     "old stream: version": (old(version=proto(whole(1000))), "expected version 1001 of torch's stream"),
     "old stream: keys": (old(keys=proto(b"N")), "expected a list of storage keys, each once"),
     "old stream: truncated": (old(storages=b""), "expected 8 bytes at byte"),
-    "a tar": (b"sys_info".ljust(257, b"\0") + b"ustar" + bytes(250), "got a tar archive"),
+    "a tar": (b"sys_info".ljust(257, b"\0") + b"ustar" + bytes(250), "got the tar archive of torch before 0.1.10"),
 }  # fmt: skip
 
 

@@ -1,0 +1,97 @@
+"""Where dicts of named tensors are in what a torch file contains."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from ckpt_avg.formats.pickles.mappings import Attributes
+from ckpt_avg.formats.pickles.nn_modules import is_module
+from ckpt_avg.formats.pickles.stand_ins import Foreign, PickledTensor
+from ckpt_avg.formats.trainers.any_script import is_ema_key, is_training_state
+from ckpt_avg.limits import LIMITS
+
+_MOST_VALUES = 1000  # of one entry of a state dict that are searched for tensors
+
+
+def keys_to_weights(value: object) -> list[str]:
+    """Returns the keys of a dict that may lead to weights."""
+    items = value.items() if isinstance(value, dict) else ()
+    return [key for key, item in items if isinstance(key, str) and not is_training_state(key, item)]
+
+
+def is_tensor_dict(value: object) -> bool:
+    """Whether a value is a dict with named tensors."""
+    return isinstance(value, dict) and any(
+        isinstance(name, str) and isinstance(value[name], PickledTensor) for name in value
+    )
+
+
+def find_tensor_dicts(value: object, seen: set[int] | None = None) -> list[tuple[str, ...]]:
+    """Returns the keys that lead to each dict that holds named tensors directly, the nearest to the top first.
+
+    Each dict is looked at once, level by level, under the first key that leads to it; those in ``seen`` not at all.
+    """
+    found: list[tuple[str, ...]] = []
+    seen = set() if seen is None else seen
+    level: list[tuple[tuple[str, ...], object]] = [((), value)]
+    for _ in range(LIMITS.nesting + 1):
+        inner: list[tuple[tuple[str, ...], object]] = []
+        for keys, item in level:
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            if is_tensor_dict(item) or is_module(item):
+                found.append(keys)  # anything deeper belongs to it
+            elif isinstance(item, dict):
+                inner += [
+                    ((*keys, key), item[key]) for key in keys_to_weights(item) if isinstance(item[key], (dict, Foreign))
+                ]
+        level = inner
+    return found
+
+
+def joined_parts(value: object) -> dict[str, object] | None:
+    """Returns one dict of several dicts of tensors that are parts of a model, with their keys in front of the names.
+
+    None if the value is not such a dict, or an EMA is among the parts.
+    """
+    if not isinstance(value, dict) or is_tensor_dict(value):
+        return None
+    parts = {keys: follow(value, ".".join(keys)) for keys in find_tensor_dicts(value)}
+    if len(parts) < 2 or any(is_ema_key(key) for keys in parts for key in keys):
+        return None
+    if not all(isinstance(part, dict) for part in parts.values()):
+        return None
+    return {f"{'.'.join(keys)}.{name}": item for keys, part in parts.items() for name, item in part.items()}
+
+
+def follow(root: object, key: str, default: object = None) -> Any:
+    """Returns what a dotted key leads to through dicts; ``default`` if nothing."""
+    value: Any = root
+    while key:
+        # A key may itself hold dots, so the longest that fits goes first.
+        first = next((key[:end] for end in _ends(key) if isinstance(value, dict) and key[:end] in value), None)
+        if first is None:
+            return default
+        value, key = value[first], key[len(first) + 1 :]
+    return value
+
+
+def _ends(text: str) -> list[int]:
+    return [len(text), *(position for position in range(len(text) - 1, 0, -1) if text[position] == ".")]
+
+
+def hidden_tensor(item: object) -> PickledTensor | None:
+    """Returns a tensor that a list, a tuple or an object holds near its top."""
+    found: list[object] = [item]
+    for value in itertools.islice(found, _MOST_VALUES):  # it grows meanwhile
+        if isinstance(value, PickledTensor):
+            return value
+        if isinstance(value, Foreign):
+            found += [value.state, *value.arguments[:100]]
+        elif isinstance(value, (list, tuple)):
+            found += value[:100]
+        elif isinstance(value, dict) and (value is not item or isinstance(value, Attributes)):
+            found += itertools.islice(value.values(), 100)
+    return None

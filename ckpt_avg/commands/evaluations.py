@@ -93,7 +93,7 @@ class Meter:
         """Tells the user if the repeats say nothing of chance."""
         if self._request.eval_repeats > 1 and self._expected is not None and not self._varies:
             self._context.notice(
-                "all repeats gave the same numbers: neither the loader nor the --eval function draws random numbers"
+                "all repeats gave the same numbers: no random number of the loader or the --eval function changes them"
             )
 
     def _evaluate(self, weights: Mapping[str, torch.Tensor], name: str, seed: int) -> list[dict[str, float]]:

@@ -566,6 +566,20 @@ def test_repeats_measure_the_same_seeds_on_both_sides(run: list[Path], out: Path
     assert of(model.state_dict())["loss"] == pytest.approx(last.samples["loss"][1], rel=1e-6)
 
 
+def test_a_loader_with_its_own_generator_gives_the_same_output_with_and_without_eval(
+    run: list[Path], out: Path
+) -> None:
+    """Such a loader continues where it stopped, so the output's refresh must come before those of checkpoints."""
+
+    def average_with(**options: Any) -> bytes:
+        generator = torch.Generator().manual_seed(3)
+        loader = torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True, generator=generator)
+        average(run, out, model=make, data=loader, bn_batches=2, overwrite=True, device="cpu", **options)
+        return out.read_bytes()
+
+    assert average_with(evaluate=score, evaluate_all=True, eval_repeats=2) == average_with()
+
+
 def test_several_functions_that_measure_the_same(run: list[Path], out: Path) -> None:
     """Each of several test sets is a sample; a metric that only one of them measures has no spread."""
 

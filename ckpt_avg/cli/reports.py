@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -207,7 +208,8 @@ def _row(name: str, measured: Evaluation | Measured, order: Sequence[str], refer
         spread = spread_of(measured.samples.get(metric, ()))
         cell = f"{measured.metrics[metric]:.6g}" + ("" if spread is None else f" ±{spread:.2g}")
         if reference is not None:
-            cell += f" ({_difference(measured.metrics[metric] - reference.metrics[metric])})"
+            difference = measured.metrics[metric] - reference.metrics[metric]
+            cell += "" if math.isnan(difference) else f" ({_difference(difference)})"
         cells.append(cell)
     return cells
 
@@ -225,7 +227,9 @@ def _summary(comparison: Comparison) -> str:
 def _changes(what: str, changes: Sequence[Change]) -> str:
     helps = {True: " helped", False: " did not help", None: ""}[helped(changes)]
     shown = listing(
-        f"{escaped(change.metric)} {_difference(change.difference, change.spread)}"
+        f"{escaped(change.metric)} cannot be compared ({change.verdict})"
+        if math.isnan(change.difference)
+        else f"{escaped(change.metric)} {_difference(change.difference, change.spread)}"
         + (f" ({change.verdict})" if change.verdict else "")
         for change in changes
     )

@@ -8,9 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Words of a metric's name that tell its direction. Names with words of both kinds, or of none, do not.
+# Words of a metric's name that tell its direction. Names with words of both kinds, or of none, do not; nor do names
+# that may mean the opposite: neg_loss, 1-acc, error_reduction.
 _HIGHER = r"acc|accuracy|top[15]|precision|recall|f1|auc|auroc|map|m?iou|dice|bleu|rouge|psnr|ssim|r2"
 _LOWER = r"loss|error|err|nll|perplexity|ppl|bpb|bpc|wer|cer|mae|r?mse|fid|eer"
+_OPPOSITE = (
+    r"neg|negative|minus|inv|inverse|reciprocal|complement|one|no|non|not|without|free|improvement|reduction|gain|drop|"
+    r"decrease|increase|delta|diff|difference|change|saved"
+)
+_SIGN = r"(^|(?<![a-z0-9])1)\s*[-−/]\s*[a-z]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,8 @@ class Change:
         difference: of its values, the mean over the repeats.
         spread: the standard deviation of the difference over the repeats, which have the same random states on both
             sides; None if there is only one.
-        verdict: ``better``, ``worse``, ``equal`` or ``within the spread``; empty if the metric's direction is unknown.
+        verdict: ``better``, ``worse``, ``equal``, ``within the spread`` or ``not a number``; empty if the metric's
+            direction is unknown.
     """
 
     metric: str
@@ -96,24 +103,29 @@ def compare(before: Evaluation, after: Evaluation, directions: Mapping[str, bool
 
 def higher_is_better(metric: str) -> bool | None:
     """Whether higher values are better, by the words of a metric's name; None if they do not tell."""
-    words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", " ", metric).lower())
-    higher, lower = (any(re.fullmatch(known, word) for word in words) for known in (_HIGHER, _LOWER))
-    return None if higher == lower else higher
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", " ", metric).lower()
+    words = re.findall(r"[a-z0-9]+", name)
+    higher, lower, opposite = (
+        any(re.fullmatch(known, word) for word in words) for known in (_HIGHER, _LOWER, _OPPOSITE)
+    )
+    return None if higher == lower or opposite or re.search(_SIGN, name) else higher
 
 
 def helped(changes: Sequence[Change]) -> bool | None:
     """Whether some metric got better and none worse; None if that cannot be said with one word."""
-    verdicts = {change.verdict for change in changes} - {""}
+    verdicts = {change.verdict for change in changes} - {"", "not a number"}
     if not verdicts or {"better", "worse"} <= verdicts:
         return None
     return "better" in verdicts
 
 
 def _verdict(difference: float, spread: float | None, higher: bool | None) -> str:
+    if math.isnan(difference):
+        return "not a number"
     if difference == 0:
         return "equal"
     if spread is not None and abs(difference) <= spread:
         return "within the spread"
-    if higher is None or math.isnan(difference):
+    if higher is None:
         return ""
     return "better" if (difference > 0) == higher else "worse"

@@ -26,6 +26,10 @@ from ckpt_avg.user_code.comparison import Change, Evaluation, compare, helped, h
         ("lossless", None),
         ("accuracy_loss", None),
         ("", None),
+        ("top1-acc", True),
+        ("error_rate", False),
+        *((name, None) for name in ("neg_loss", "-loss", "- loss", "neg_mean_squared_error", "inv_loss", "1-acc")),
+        *((name, None) for name in ("1 - wer", "1/loss", "loss_improvement", "error_reduction", "accuracy drop")),
     ],
 )
 def test_which_names_tell_the_direction(metric: str, higher: bool | None) -> None:
@@ -51,14 +55,14 @@ def change(metric: str, before: tuple[float, ...], after: tuple[float, ...], **d
         ("accuracy", (1.0,), (1.0,), "equal"),
         ("m", (1.0,), (1.0,), "equal"),
         ("m", (1.0,), (2.0,), ""),
-        ("loss", (1.0,), (math.nan,), ""),
-        ("loss", (math.inf,), (math.inf,), ""),
+        ("loss", (1.0,), (math.nan,), "not a number"),
+        ("loss", (math.inf,), (math.inf,), "not a number"),
         ("loss", (math.inf,), (1.0,), "better"),
         # The spread is that of the paired differences, not of either side.
         ("loss", (1.0, 5.0, 9.0), (0.9, 4.8, 8.9), "better"),
         ("loss", (1.0, 5.0, 9.0), (0.0, 5.0, 9.5), "within the spread"),
         ("m", (1.0, 5.0, 9.0), (0.0, 5.0, 9.5), "within the spread"),
-        ("loss", (1.0, 2.0), (1.0, math.nan), ""),
+        ("loss", (1.0, 2.0), (1.0, math.nan), "not a number"),
     ],
 )
 def test_what_is_said_of_a_difference(
@@ -88,7 +92,7 @@ def test_the_spread_is_the_sample_standard_deviation() -> None:
         (["worse"], False),
         (["equal"], False),
         (["within the spread", ""], False),
-        (["", ""], None),
+        (["", "not a number"], None),
     ],
 )
 def test_whether_it_helped(verdicts: list[str], expected: bool | None) -> None:

@@ -17,6 +17,7 @@ class Record:
         metrics: the metrics of this checkpoint under the trainer's names; finite values only.
         learning_rate: of the first parameter group.
         rates: (step, learning rate) as logged up to this checkpoint, in order; empty if the trainer keeps no log.
+        is_lone_number: whether the step is a number in the name that no word explains, so that its unit is unknown.
     """
 
     step: int | None = None
@@ -24,6 +25,7 @@ class Record:
     metrics: Mapping[str, float] = field(default_factory=dict)
     learning_rate: float | None = None
     rates: tuple[tuple[int, float], ...] = ()
+    is_lone_number: bool = field(default=False, repr=False)
 
     def or_else(self, other: Record) -> Record:
         """Returns this record, with missing values filled in from ``other``."""
@@ -33,6 +35,7 @@ class Record:
             {**other.metrics, **self.metrics},
             self.learning_rate if self.learning_rate is not None else other.learning_rate,
             self.rates or other.rates,
+            self.is_lone_number if self.step is not None else other.is_lone_number,
         )
 
 

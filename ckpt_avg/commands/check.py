@@ -33,12 +33,10 @@ def check(request: CheckRequest) -> CompatibilityReport:
     """
     told: list[str] = []
     with ExitStack() as stack:
-        checkpoints, skipped = open_selected(
-            discover(request.sources), request, request, stack, told.append, compare_in_full=False
-        )
-        notice_what_is_read(checkpoints, told.append)
-        report = compare([checkpoint.spec for checkpoint in checkpoints])
-        return replace(report, skipped=skipped, notices=tuple(told))
+        selected = open_selected(discover(request.sources), request, request, stack, told.append, compare_in_full=False)
+        notice_what_is_read(selected.checkpoints, told.append)
+        report = compare([checkpoint.spec for checkpoint in selected.checkpoints])
+        return replace(report, skipped=selected.skipped, notices=tuple(told))
 
 
 def notice_what_is_read(

@@ -112,7 +112,7 @@ class Draft:
             output=Path(self.request.output),
             written=written,
             checkpoints=tuple(spec.path for spec in prepared.specs),
-            skipped=prepared.skipped,
+            skipped=prepared.selected.skipped,
             tensors=len(prepared.plan.tensors),
             nbytes=self.nbytes,
             device=str(prepared.mean_device),
@@ -154,6 +154,7 @@ class Draft:
                 RecordedOptions.values(self.request),
                 batch_norm=summary(self.prepared.statistics, report, self.request),
                 spectral_norms=len(self.prepared.plan.spectral_norms),
+                sum_order=self.prepared.selected.sum_order,
                 digests=self._source_digests,
                 data_digest=data_digest,
             )

@@ -20,8 +20,7 @@ from ckpt_avg.mean.equal_tensors import plan_of, refuse_unequal
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
-from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.runs.select import open_selected
+from ckpt_avg.runs.select import Selected, open_selected
 from ckpt_avg.user_code.model import Passes, build_model
 
 
@@ -29,8 +28,7 @@ from ckpt_avg.user_code.model import Passes, build_model
 class Prepared:
     """All that averaging needs."""
 
-    checkpoints: tuple[Checkpoint, ...]  # open, in order
-    skipped: tuple[Skipped, ...]
+    selected: Selected  # open
     plan: Plan
     frozen: frozenset[str]  # running statistics that are the same in every checkpoint; empty if each window has its own
     model: torch.nn.Module | None  # if it is needed
@@ -44,6 +42,11 @@ class Prepared:
     def last(self) -> Checkpoint:
         """The checkpoint of the latest step."""
         return self.checkpoints[-1]
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints in the order of their steps, the last one last."""
+        return self.selected.checkpoints
 
     @property
     def specs(self) -> list[CheckpointSpec]:
@@ -69,7 +72,8 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     mean_device, model_device = choose_devices(request.device, launch)
     threads = choose_threads(request.threads, launch.local_size if launch else 1)
     with gc_paused():
-        checkpoints, skipped = open_selected(discovery, request, request, context.files, notice)
+        selected = open_selected(discovery, request, request, context.files, notice)
+        checkpoints = selected.checkpoints
         for file in (file for checkpoint in checkpoints for file in checkpoint.files):
             file.use_io(request.io)
         specs = [checkpoint.spec for checkpoint in checkpoints]
@@ -94,4 +98,4 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
                 )
     refuse_unequal(checkpoints, plan)
     statistics = source_of_statistics(plan, frozen, refresh)
-    return Prepared(checkpoints, skipped, plan, frozen, model, refresh, statistics, mean_device, model_device, threads)
+    return Prepared(selected, plan, frozen, model, refresh, statistics, mean_device, model_device, threads)

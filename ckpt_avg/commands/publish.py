@@ -75,7 +75,7 @@ def _write_mean(draft: Draft, unpublished: UnpublishedFile, digest: TreeDigest) 
     write_means(
         prepared.checkpoints,
         plan,
-        [Mean(range(len(prepared.checkpoints)), write)],
+        [Mean(prepared.selected.sum_order, write)],
         device=prepared.mean_device,
         threads=prepared.threads,
         memory=draft.request.memory,

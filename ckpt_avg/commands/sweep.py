@@ -136,7 +136,7 @@ def sweep(request: SweepRequest) -> SweepResult:
         changes = compare(reference, best_average, {metric: option == "--maximize"})
         return SweepResult(
             checkpoints=tuple(spec.path for spec in prepared.specs),
-            skipped=prepared.skipped,
+            skipped=prepared.selected.skipped,
             last=last,
             reference=reference,
             windows=tuple(measured),
@@ -198,7 +198,7 @@ def _average(
     needed = max(window.indices.stop for window in windows) - first
     outputs = [MemoryOutput(prepared.plan) for _ in windows]
     means = [
-        Mean(range(window.indices.start - first, window.indices.stop - first), output.write)
+        Mean([index - first for index in prepared.selected.sum_order if index in window.indices], output.write)
         for window, output in zip(windows, outputs, strict=True)
     ]
     context.progress.start(needed * prepared.plan.source_nbytes)

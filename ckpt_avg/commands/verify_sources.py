@@ -22,7 +22,14 @@ from ckpt_avg.mean.plan import OutputTensor, Plan
 from ckpt_avg.mean.spectral_norm import differing_vectors
 from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.output.digests import digest_files
-from ckpt_avg.output.provenance import recorded_options, recorded_sources, recorded_statistics, size_of, text_of
+from ckpt_avg.output.provenance import (
+    recorded_options,
+    recorded_sources,
+    recorded_statistics,
+    recorded_sum_order,
+    size_of,
+    text_of,
+)
 from ckpt_avg.progress import Progress
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery, discover
@@ -79,7 +86,7 @@ def compare_with_mean(
             write_means(
                 checkpoints,
                 plan,
-                [Mean(range(len(checkpoints)), comparison.compare)],
+                [Mean(recorded_sum_order(recorded), comparison.compare)],
                 device=torch.device("cpu"),
                 threads=threads,
                 memory=request.memory,

@@ -1,28 +1,41 @@
 """Checkpoints that are folders: which of the files in one have the weights.
 
-`find_weights` reads names alone, so that a run folder with hundreds of checkpoints is listed at once. A folder may have
-the weights in several forms. It uses the first of this order, as transformers does: one safetensors file, safetensors
-shards with an index, one torch file, torch shards with an index; then those of distributed training.
+`find_weights` reads names, and the first bytes of files whose names say nothing, so that a run folder with hundreds of
+checkpoints is listed at once. docs/which-files.md has the rules. A folder may have the weights in several forms. It
+uses the first of this order, as transformers does: one safetensors file, safetensors shards with an index, one torch
+file, torch shards with an index; then those of distributed training.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.checkpoint.spec import Checkpoint, name_of
+from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
 from ckpt_avg.formats.dcp import open_dcp
 from ckpt_avg.formats.dcp_safetensors import open_dcp_safetensors
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.formats.sharded import SUFFIX, open_sharded
-from ckpt_avg.formats.single_file import open_file
+from ckpt_avg.formats.sharded import SUFFIX, open_sharded, shards_of
+from ckpt_avg.formats.single_file import open_file, starts_as_checkpoint, starts_as_text
 from ckpt_avg.formats.trainers import torch_dcp, transformers
+from ckpt_avg.formats.trainers.any_script import NO_CHECKPOINTS, SUFFIXES, UNFINISHED
+from ckpt_avg.formats.trainers.file_names import is_ema, is_training_state, names_a_moment, part_of
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import Folder, Stored, WeightFiles
 from ckpt_avg.text import listing, quote
+
+DEEPEST = 3  # levels of folders that are searched for weights
+_SIDECARS = {sidecar.name for trainer in TRAINERS for sidecar in trainer.sidecars if not sidecar.files}
+_JOIN = (
+    "Join them with the tool of the framework that trained the model, then average the results. If each rank saved the "
+    "whole model, copy the files of one rank to a folder of their own."
+)
 
 
 def find_weights(path: Path) -> WeightFiles | None:
@@ -35,6 +48,11 @@ def find_weights(path: Path) -> WeightFiles | None:
         folder = Folder.of(path)
     except OSError as error:
         raise CheckpointFormatError(f"{path}: cannot be listed: {error.strerror}. Check its permissions.") from error
+    return _known(folder) or (_only_set(folder) if names_a_moment(name_of(path)) else None)
+
+
+def _known(folder: Folder) -> WeightFiles | None:
+    """Returns the weights of a folder whose names are those of a trainer's checkpoints."""
     marked = (each for each in TRAINERS if each.folder_files and all(map(folder.matching, each.folder_files)))
     kind = next((each.name for each in marked), None)
     for trainer in TRAINERS:
@@ -42,14 +60,19 @@ def find_weights(path: Path) -> WeightFiles | None:
         found = [each for name in trainer.weight_files for each in (name, name + SUFFIX) if each in folder.names]
         if found:
             stored = Stored.INDEX if found[0].endswith(SUFFIX) else Stored.FILE
-            stem, suffix = found[0].removesuffix(SUFFIX).rsplit(".", 1)
-            further = folder.matching(rf"{stem}_\d+\.{suffix}")  # Accelerate numbers the models of one training
             own = kind if trainer.folder_files else trainer.name
-            return WeightFiles(path / found[0], stored, others=(*found[1:], *further), kind=own)
+            return WeightFiles(folder.path / found[0], stored, others=tuple(found[1:]), kind=own)
     for trainer in TRAINERS:
         if weights := trainer.weights(folder):
             weights = replace(weights, kind=kind or (None if trainer.folder_files else trainer.name))
             return _inside(weights) if weights.stored is Stored.FOLDER else weights
+    for index in folder.matching(rf".*{re.escape(SUFFIX)}"):
+        if not folder.names.isdisjoint(shards_of(folder.path / index)):
+            return WeightFiles(folder.path / index, Stored.INDEX, kind=kind)
+    ranks = [name for name in folder.names if not folder.names.isdisjoint(part_of(name))]
+    if any((folder.path / name).is_dir() and _sets(Folder.of(folder.path / name), 1) for name in ranks):
+        problem = f"the folder has the parts of one checkpoint: {listing(map(quote, sorted(ranks)))}. {_JOIN}"
+        return WeightFiles(folder.path, problem=problem)
     return None
 
 
@@ -57,6 +80,98 @@ def _inside(weights: WeightFiles) -> WeightFiles | None:
     inner = find_weights(weights.path)
     others = (*weights.others, *(inner.others if inner else ()))
     return inner and replace(inner, kind=weights.kind or inner.kind, others=others, nested=weights.nested)
+
+
+def _only_set(folder: Folder) -> WeightFiles | None:
+    """Returns the weights of a folder that has one set of them; with a problem if it has several, but is no run."""
+    sets = _sets(folder, DEEPEST)
+    inside = [each.path.relative_to(folder.path) for each in sets]
+    if not sets or (len(sets) > 1 and any(names_a_moment(part) for path in inside for part in path.parts)):
+        return None  # no weights, or a run
+    if len(sets) > 1:
+        sets = [each for each in sets if _has_weights(each)] or sets
+    names = _names(sets, folder.path)
+    raw = [each for each in names if not any(map(is_ema, Path(each).parts))] or list(names)
+    if len(raw) == 1:
+        used = names[raw[0]]
+        return replace(used, others=(*used.others, *(name for name in names if name != raw[0])))
+    pattern = re.sub(r"\d+([-+.:]\d+)*", "*", name_of(folder.path))
+    problem = (
+        f"the folder has several sets of weights: {listing(map(quote, names))}. Name one of each checkpoint: "
+        f"{folder.path.parent / pattern / raw[0]}"
+    )
+    return WeightFiles(folder.path, problem=problem)
+
+
+def _names(sets: list[WeightFiles], folder: Path) -> dict[str, WeightFiles]:
+    """Returns the sets of weights by what to call them: the folder that each has for itself, or its file."""
+    homes = Counter(each.path.parent for each in sets)
+    return {
+        str((path.parent if path.parent != folder and homes[path.parent] == 1 else path).relative_to(folder)): each
+        for each in sets
+        for path in [each.path]
+    }
+
+
+def _sets(folder: Folder, depth: int) -> list[WeightFiles]:
+    """Returns every set of weights in a folder and in those inside it, without training state."""
+    if known := _known(folder):
+        moments = (inner for inner in _folders(folder) if depth and names_a_moment(inner.path.name))
+        return [known, *(each for inner in moments for each in _sets(inner, depth - 1))]
+    names = {name for name in checkpoint_files(folder) if _may_have_weights(name)}
+    found: list[WeightFiles] = []
+    if parts := [name for name in sorted(names) if not folder.names.isdisjoint(part_of(name))]:
+        problem = f"the folder has the parts of one checkpoint: {listing(map(quote, parts))}. {_JOIN}"
+        found.append(WeightFiles(folder.path / parts[0], problem=problem))
+    found += [WeightFiles(folder.path / name) for name in sorted(names - {*parts})]
+    for inner in _folders(folder) if depth else ():
+        found += _sets(inner, depth - 1)
+    return found
+
+
+def has_weights_inside(path: Path) -> bool:
+    """Whether there are weights in a folder, or in those inside it."""
+    return bool(_sets(Folder.of(path), DEEPEST - 1))
+
+
+def _folders(folder: Folder) -> Iterator[Folder]:
+    """Yields the folders inside that may have weights."""
+    for name in sorted(folder.names):
+        if _may_have_weights(name) and (folder.path / name).is_dir():
+            with suppress(OSError):
+                yield Folder.of(folder.path / name)
+
+
+def _may_have_weights(name: str) -> bool:
+    return not (is_training_state(name) or name.startswith(".") or name.endswith(UNFINISHED) or name in _SIDECARS)
+
+
+def _has_weights(weights: WeightFiles) -> bool:
+    if weights.stored is not Stored.FILE or weights.problem:
+        return True
+    try:
+        open_file(weights.path, Reading()).close()
+    except NoWeightsError:
+        return False
+    except CheckpointFormatError:
+        return not starts_as_text(weights.path)  # if it is damaged, that is an error later
+    return True
+
+
+def checkpoint_files(folder: Folder) -> set[str]:
+    """Returns the files that are checkpoints by their suffix or their first bytes, or that have such a file's name.
+
+    Numbers in names don't count for that: ``g_0002000`` is one if ``g_0001000`` is, even if it is damaged.
+    """
+
+    def kind(name: str) -> str:
+        return re.sub(r"\d+", "0", name)
+
+    found = {name for name in folder.names if name.lower().endswith(SUFFIXES) and not (folder.path / name).is_dir()}
+    others = {name for name in folder.names - found if not name.lower().endswith((*NO_CHECKPOINTS, *UNFINISHED))}
+    files = {name for name in others if (folder.path / name).is_file()}
+    kinds = {kind(name) for name in files if starts_as_checkpoint(folder.path / name)}
+    return found | {name for name in files if kind(name) in kinds}
 
 
 def open_folder(path: Path, reading: Reading) -> Checkpoint:
@@ -77,10 +192,26 @@ def open_folder(path: Path, reading: Reading) -> Checkpoint:
     checkpoint = _open(weights, path, reading)
     spec = checkpoint.spec
     notes = spec.notes
-    if weights.others:
-        used, rest = quote(weights.path.name), listing(map(quote, weights.others))
-        notes = (f"the folder has several forms of weights: {used} is read, not {rest}", *notes)
+    if others := list(dict.fromkeys((*weights.others, *_beside(path, weights)))):
+        used, rest = quote(str(weights.path.relative_to(path))), listing(map(quote, others))
+        notes = (f"the folder has other weights, too: {used} is read, not {rest}", *notes)
     return replace(checkpoint, spec=replace(spec, path=path, kind=weights.kind or spec.kind, notes=notes))
+
+
+def _beside(path: Path, weights: WeightFiles) -> Iterator[str]:
+    """Yields the files and folders in a checkpoint folder with weights that are not read."""
+    folder = Folder.of(path)
+    shards = [shard for index in folder.matching(rf".*{re.escape(SUFFIX)}") for shard in shards_of(path / index)]
+    read = {*weights.path.relative_to(path).parts[:1], *shards}
+    if weights.stored is Stored.DCP_SAFETENSORS:
+        read.update(folder.matching(torch_dcp.SHARD))
+    for name in sorted(checkpoint_files(folder) - read):
+        if _may_have_weights(name) and _has_weights(WeightFiles(path / name)):
+            yield name
+    for inner in _folders(folder):
+        sets = _sets(inner, DEEPEST - 1) if inner.path.name not in read else []
+        if any(not each.nested and _has_weights(each) for each in sets):
+            yield inner.path.name
 
 
 def _open(weights: WeightFiles, folder: Path, reading: Reading) -> Checkpoint:
@@ -95,16 +226,18 @@ def _open(weights: WeightFiles, folder: Path, reading: Reading) -> Checkpoint:
 
 
 def refuse_part(path: Path) -> None:
-    """Raises CheckpointFormatError for a file that has, by its name, one rank's part of each tensor."""
+    """Raises CheckpointFormatError for a file that has, by its name, a part of a checkpoint."""
     for trainer in TRAINERS:
         if problem := trainer.refuse(path):
             raise CheckpointFormatError(f"{path}: {problem}")
-        for pattern in trainer.rank_files:
-            if match := re.fullmatch(pattern, path.name):
-                rank = match[1]
-                other = path.name.replace(rank, f"{int(rank) ^ 1:0{len(rank)}}")
-                if path.with_name(other).exists():
-                    raise CheckpointFormatError(
-                        f"{path}: the file has one rank's part of the weights ({quote(other)} is next to it). Join the "
-                        "parts with the tool of the framework that trained the model, then average the results."
-                    )
+    is_dcp = re.fullmatch(torch_dcp.SHARD, path.name)  # refused by its contents
+    for other in [] if is_dcp else part_of(path.name):
+        if other == path.name:
+            index = " Name the folder, or the index of the shards." if "-of-" in path.name else ""
+            raise CheckpointFormatError(
+                f"{path}: the file is one of the parts of a checkpoint, by its name.{index} {_JOIN}"
+            )
+        if path.with_name(other).exists():
+            raise CheckpointFormatError(
+                f"{path}: the file has a part of a checkpoint, by its name ({quote(other)} is next to it). {_JOIN}"
+            )

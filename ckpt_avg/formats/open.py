@@ -7,21 +7,23 @@ The format of a file is decided by its first bytes, that of a folder by the name
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.errors import CheckpointFormatError, fail
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.files.status import is_folder
-from ckpt_avg.formats import torch_zip
+from ckpt_avg.formats import torch_legacy, torch_zip
 from ckpt_avg.formats.folder import open_folder, refuse_part
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import is_index, open_sharded
 from ckpt_avg.formats.single_file import open_file
 from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_name
 from ckpt_avg.formats.trainers.sidecars import settings_of, sidecar_record
-from ckpt_avg.text import ends, quote
+from ckpt_avg.text import ends, listing, quote
 
 __all__ = ["Checkpoint", "Reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
 
@@ -75,13 +77,30 @@ def open_with(path: Path, reading: Reading) -> Checkpoint:
         refuse_part(path)
         checkpoint = open_file(path, reading)
     spec = checkpoint.spec
-    record = spec.record.or_else(
-        sidecar_record(path, spec.record.epoch, lambda file: torch_zip.read_contents(file).objects)
-    )
-    record = record.or_else(record_from_name(path.name, bare_number=record.step is None and record.epoch is None))
+    refuse_flat_parameters(spec)
+    by_name = record_from_name(path.name)
+    if checkpoint.files and path in checkpoint.files[0].path.parents:  # a name may have a slash: epoch=1-val/loss=0.5
+        inner = checkpoint.files[0].path.relative_to(path.parent)
+        by_name = by_name.or_else(record_from_name(str(inner), bare_number=False))
+    record = spec.record.or_else(sidecar_record(path, spec.record.or_else(by_name), _contents))
+    if by_name.is_lone_number and record.epoch is not None:
+        by_name = replace(by_name, step=None)
+    record = record.or_else(by_name)
     named = trainer_from_name(path) if spec.kind is None and spec.state_key is None else None
     kind = named.name if named else spec.kind
     return replace(checkpoint, spec=replace(spec, record=record, kind=kind, settings=settings_of(path)))
+
+
+def _contents(file: InputFile) -> object:
+    reader = torch_legacy if torch_legacy.matches(file.read(0, min(file.size, 512))) else torch_zip
+    return reader.read_contents(file).objects
+
+
+def refuse_flat_parameters(spec: CheckpointSpec) -> None:
+    """Raises CheckpointFormatError for FSDP's flat parameters, of which each rank has a part."""
+    if flat := [name for name in spec.tensors if re.fullmatch(r"_?flat_param(_\d+)?", name.rpartition(".")[2])]:
+        problem = f"it has flat parameters of FSDP ({listing(map(quote, flat))}), of which each rank has a part"
+        fail(spec.path, problem, "Save with StateDictType.FULL_STATE_DICT or torch.distributed.checkpoint instead")
 
 
 def refuse_missing_prefix(specs: Sequence[CheckpointSpec], reading: Reading) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec
-from ckpt_avg.errors import fail
+from ckpt_avg.errors import CheckpointFormatError, fail
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.files.status import is_file
 from ckpt_avg.formats.reading import Reading
@@ -73,6 +73,14 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
         )
         on_error.pop_all()
         return Checkpoint(spec, [file for checkpoint in opened for file in checkpoint.files])
+
+
+def shards_of(index: Path) -> set[str]:
+    """Returns the names of the files that an index names; none if it cannot be read."""
+    try:
+        return set(_read_index(index)[0].values())
+    except CheckpointFormatError:
+        return set()
 
 
 def _read_index(index: Path) -> tuple[Mapping[str, str], str]:

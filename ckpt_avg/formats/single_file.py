@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN_KEY, Checkpoint
-from ckpt_avg.errors import NoWeightsError, fail
+from ckpt_avg.errors import CheckpointFormatError, NoWeightsError, ResourceError, fail
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats import safetensors_header, torch_legacy, torch_zip
 from ckpt_avg.formats.reading import Reading
@@ -57,6 +57,26 @@ def open_file(path: Path, reading: Reading, *, strip: bool = True) -> Checkpoint
             fail(path, f"{_EXPECTED} {got}", advice)
         on_error.pop_all()  # the checkpoint keeps the file open
         return checkpoint
+
+
+def starts_as_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint by its first bytes."""
+    head = _head(path)
+    is_torch_zip = head.startswith(torch_zip.MAGIC) and b"data.pkl" in head
+    return is_torch_zip or safetensors_header.matches(head) or torch_legacy.matches(head)
+
+
+def starts_as_text(path: Path) -> bool:
+    """Whether the first bytes of a file are printable."""
+    return _head(path).decode(errors="ignore").replace("\n", "").isprintable()
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with InputFile(path) as file:
+            return file.read(0, min(file.size, 512))
+    except (CheckpointFormatError, ResourceError):
+        return b""
 
 
 def refuse_options(reading: Reading, path: Path) -> None:

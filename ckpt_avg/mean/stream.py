@@ -35,11 +35,11 @@ class Mean:
     """A mean to compute.
 
     Attributes:
-        checkpoints: the indices of its checkpoints.
+        checkpoints: the indices of its checkpoints, in the order of the sum. Copied tensors are the highest one's.
         write: receives bytes and their offset in the data section; called from several threads.
     """
 
-    checkpoints: range
+    checkpoints: Sequence[int]
     write: Write
 
 
@@ -181,7 +181,7 @@ class _Worker:
         """Returns the indices of the checkpoints that a block of a mean is computed from; one if it is copied."""
         if block.rule == "newest":
             return [len(self._checkpoints) - 1]
-        return mean.checkpoints if block.rule == "mean" else mean.checkpoints[-1:]
+        return mean.checkpoints if block.rule == "mean" else [max(mean.checkpoints)]
 
 
 class MemoryOutput:

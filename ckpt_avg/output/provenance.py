@@ -19,6 +19,7 @@ from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN_KEY, Checkpoint, Checkpo
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.version import __version__
 
+SUMMED = "summed"  # of a source: its position in the sum, if that is not in the order of the sources
 SOURCES = "ckpt_avg.sources"
 OPTIONS = "ckpt_avg.options"
 DTYPE = "ckpt_avg.dtype"
@@ -46,6 +47,7 @@ def make_metadata(
     checkpoints: Sequence[Checkpoint],
     options: Mapping[str, Any],
     *,
+    sum_order: Sequence[int] = (),
     batch_norm: dict[str, object] | None,
     spectral_norms: int = 0,
     digests: Sequence[Mapping[str, str]] | None = None,
@@ -56,6 +58,7 @@ def make_metadata(
     Args:
         checkpoints: the checkpoints that were averaged, in order.
         options: the options to record.
+        sum_order: the checkpoints' indices in the order of the sum, if it is another one.
         batch_norm: where the running statistics come from; None without BatchNorm layers.
         spectral_norms: how many weights have spectral norm whose vectors are computed from the averaged weight.
         digests: for each checkpoint the SHA-256 of its files, by name; None if not requested.
@@ -66,6 +69,9 @@ def make_metadata(
     sources = [
         _source(checkpoint, None if digests is None else digests[index]) for index, checkpoint in enumerate(checkpoints)
     ]
+    if list(sum_order) != sorted(sum_order):
+        for position, index in enumerate(sum_order):
+            sources[index][SUMMED] = position
     others = dict(options)
     dtype = others.pop("dtype")
     metadata = {
@@ -122,6 +128,14 @@ def recorded_sources(metadata: Mapping[str, Any]) -> list[dict[str, Any]] | None
     """Returns what a file records of the checkpoints that it is the mean of; None if it has none, or malformed ones."""
     sources = _parsed(metadata, SOURCES)
     return sources if isinstance(sources, list) and sources and all(map(_is_source, sources)) else None
+
+
+def recorded_sum_order(sources: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Returns the indices of recorded sources in the order in which they were summed."""
+    positions = [source.get(SUMMED) for source in sources]
+    if sorted(each for each in positions if type(each) is int) != list(range(len(sources))):
+        return list(range(len(sources)))
+    return sorted(range(len(sources)), key=lambda index: sources[index][SUMMED])
 
 
 def recorded_options(metadata: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -14,13 +15,22 @@ from ckpt_avg.checkpoint.spec import METHOD_KEY, Checkpoint
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, TooManyFilesError
 from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.formats.folder import DEEPEST
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.formats.trainers.file_names import record_from_name, stem
+from ckpt_avg.formats.trainers.file_names import (
+    is_ema,
+    names_a_moment,
+    record_from_name,
+    series_numbers,
+    series_of,
+    stem,
+)
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import Discovery, refuse_repeated
-from ckpt_avg.runs.run_folder import Skipped, in_order, natural_key
-from ckpt_avg.text import ends, escaped, listing, plural, quote
+from ckpt_avg.runs.run_folder import Skipped, SourceContents, in_order, natural_key, suggested_by_name
+from ckpt_avg.runs.selection import Selection
+from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
 Unit = Literal["step", "epoch"]
@@ -55,9 +65,17 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """All checkpoints that could be averaged, each once and in order; what is skipped; what the user should know."""
+    """All checkpoints that could be averaged, each once.
+
+    Attributes:
+        ordered: in the order of their steps or epochs, if all record them.
+        given: in the order of the sources.
+        skipped: what is not averaged, and why.
+        notes: what the user should know.
+    """
 
     ordered: tuple[Candidate, ...]
+    given: tuple[Candidate, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...] = ()
 
@@ -66,52 +84,81 @@ def open_candidates(
     discovery: Discovery,
     reading: Reading,
     stack: ExitStack,
-    wanted: Callable[[str], bool] = lambda name: True,
+    selection: Selection | None = None,
     *,
     compare_in_full: bool = True,
 ) -> Candidates:
-    """Opens every discovered checkpoint whose file name is wanted; ``stack`` closes them.
+    """Opens every discovered checkpoint whose file name is selected; ``stack`` closes them.
 
     Copies are found by a few bytes of each tensor, and compared in full unless that is not wanted.
 
     Raises:
-        IncompatibleError: nothing is wanted, or a run folder contains several series of checkpoints.
+        IncompatibleError: nothing is selected, or a run folder contains several series of checkpoints.
         UsageError: a checkpoint is listed twice.
     """
-    paths = discovery.paths
+    selection = selection or Selection()
+    wanted = selection.wants
+    sources = [_with_included(source, selection) for source in discovery.sources]
+    paths = [path for source in sources for path in source.paths]
+    skipped = [item for source in sources for item in source.skipped]
     if not any(wanted(path.name) for path in paths):
         message = (
             f"nothing to average: --include and --exclude skip all {len(paths):,} checkpoints "
-            f"({ends([escaped(path.name) for path in paths])}). Change the patterns, which match file "
-            "names."
+            f"({ends([escaped(path.name) for path in paths])}). Change the patterns, which match file names."
         )
-        others = [quote(each.path.name) for each in discovery.skipped if wanted(each.path.name)]
+        others = [quote(each.path.name) for each in skipped if wanted(each.path.name)]
         if others:
             message += f" These match, but run folders skip them: {listing(others)}. Name their paths to use them."
         raise IncompatibleError(message)
-    candidates: list[Candidate] = []
-    skipped = list(discovery.skipped)
-    notes = [note for source in discovery.sources for note in source.notes]
-    for source in discovery.sources:
+    given: list[Candidate] = []
+    notes = [note for source in sources for note in source.notes]
+    for source in sources:
         found: list[Candidate] = []
         try:
             found += (_open(path, reading, stack) for path in source.paths if wanted(path.name))
         except TooManyFilesError as error:
-            raise _too_many_files(error, [*candidates, *found], sum(wanted(path.name) for path in paths)) from error
+            raise _too_many_files(error, [*given, *found], sum(wanted(path.name) for path in paths)) from error
         if source.is_run:
             _advise_to_exclude(found)
-            kept = _one_series(_in_order(_without_others(found, skipped, compare_in_full)), skipped, notes)
+            kept = _without_others(found, skipped, compare_in_full)
+            kept = _one_series(kept, skipped, notes, is_chosen=bool(selection.include))
+            kept = _in_order(sorted(kept, key=lambda each: in_order(each.path)), notes)
             paths_kept = {candidate.path for candidate in kept}
             for candidate in found:
                 if candidate.checkpoint is not None and candidate.path not in paths_kept:
                     candidate.checkpoint.close()
             found = kept
-        candidates += found
-    if not candidates:
+        if len(source.paths) == 1:
+            found = list(map(_with_record_of_folder, found))
+        given += found
+    if not given:
         reasons = listing((f"{quote(item.path.name)}: {item.reason}" for item in skipped), separator="; ")
         raise IncompatibleError(f"nothing to average: all checkpoints are skipped ({reasons}). Name others.")
-    refuse_repeated((each.path, _identity(each)) for each in candidates)  # a folder, and the file in it
-    return Candidates(tuple(candidates), tuple(skipped), tuple(notes))
+    refuse_repeated((each.path, _identity(each)) for each in given)  # a folder, and the file in it
+    ordered = given
+    if len(sources) > 1:
+        notes += _notes_on_series(each for source in sources if not source.is_run for each in source.paths)
+        ordered = _in_order(given, notes)
+    if ordered != given and not selection.keep_order:
+        names = ends(distinct_names([each.path for each in ordered]))
+        notes.append(f"the checkpoints are in the order of their steps, not as given: {names} (see --keep-order)")
+    return Candidates(tuple(ordered), tuple(given), tuple(skipped), tuple(notes))
+
+
+def _with_included(source: SourceContents, selection: Selection) -> SourceContents:
+    """Brings back what was skipped for its name, where a pattern of --include matches nothing else."""
+    if not source.is_run:
+        return source
+    back = [
+        item
+        for pattern in selection.include
+        if not any(fnmatchcase(path.name, pattern) for path in source.paths)
+        for item in source.skipped
+        if fnmatchcase(item.path.name, pattern) and suggested_by_name(item.reason)
+    ]
+    paths = {*source.paths, *(item.path for item in back)}
+    skipped = tuple(item for item in source.skipped if item not in back)
+    return replace(source, paths=tuple(sorted(paths, key=in_order)), skipped=skipped)
 
 
 def _too_many_files(error: TooManyFilesError, opened: Sequence[Candidate], count: int) -> TooManyFilesError:
@@ -121,20 +168,50 @@ def _too_many_files(error: TooManyFilesError, opened: Sequence[Candidate], count
     return TooManyFilesError(plural(count, "checkpoint"), max(needed, error.limit + 1), error.limit)
 
 
-def unit_of(candidates: Sequence[Candidate]) -> Unit | None:
-    """Returns what orders all candidates: steps, unless they start again in each epoch; epochs; or nothing."""
-    moments = sorted((each.record.epoch or 0, each.record.step or 0) for each in candidates)
+def unit_of(records: Iterable[Record]) -> Unit | None:
+    """Returns what orders all records: steps, unless they start again in each epoch; epochs; or nothing.
+
+    A number in a name whose unit is unknown is never compared with recorded steps.
+    """
+    records = list(records)
+    moments = sorted((each.epoch or 0, each.step or 0) for each in records)
     starts_again = any(after[1] < before[1] for before, after in itertools.pairwise(moments))
-    all_steps = all(candidate.record.step is not None for candidate in candidates)
-    all_epochs = all(candidate.record.epoch is not None for candidate in candidates)
+    of_one_kind = len({each.is_lone_number for each in records}) == 1
+    all_steps = of_one_kind and all(each.step is not None for each in records)
+    all_epochs = all(each.epoch is not None for each in records)
     if all_steps and not (all_epochs and starts_again):
         return "step"
     return "epoch" if all_epochs else None
 
 
-def position(candidate: Candidate, unit: Unit) -> int:
-    """Returns the step or epoch of a candidate that has one."""
-    return (candidate.record.step if unit == "step" else candidate.record.epoch) or 0
+def position(record: Record, unit: Unit) -> int:
+    """Returns the step or epoch of a record that has one."""
+    return (record.step if unit == "step" else record.epoch) or 0
+
+
+def _sorted(found: Sequence[Candidate], records: Sequence[Record], unit: Unit) -> list[Candidate]:
+    keys = [(position(each, unit), each.step or 0) for each in records]
+    return [found[index] for index in sorted(range(len(found)), key=keys.__getitem__)]
+
+
+def _in_order(given: list[Candidate], notes: list[str]) -> list[Candidate]:
+    """Orders checkpoints by what all of them record, else by the numbers in all names, else as they are given."""
+    records = [each.record for each in given]
+    if unit := unit_of(records):
+        return _sorted(given, records, unit)
+    by_name = [record_from_name(each.path.name) for each in given]
+    unit = unit_of(by_name)
+    lacking = [each for each in given if each.record.is_lone_number or each.record.step is each.record.epoch is None]
+    if 0 < len(lacking) < len(given) and not any(each.error for each in lacking):
+        names = ends([escaped(each.path.name) for each in lacking])
+        order = "that of the numbers in the names" if unit else "not that of steps"
+        notes.append(f"no step or epoch is recorded in {names}, unlike the others, so the order is {order}")
+    return _sorted(given, by_name, unit) if unit else given
+
+
+def _notes_on_series(paths: Iterable[Path]) -> list[str]:
+    series = sorted({name for path in paths if (name := series_of(path.name))})
+    return [f"by their names these are of different trainings: {listing(series)}"] if len(series) > 1 else []
 
 
 def _identity(candidate: Candidate) -> frozenset[tuple[int, int]]:
@@ -148,6 +225,15 @@ def _open(path: Path, reading: Reading, stack: ExitStack) -> Candidate:
     except CheckpointFormatError as error:
         return Candidate(path, None, error, record_from_name(path.name))
     return Candidate(path, checkpoint, None, checkpoint.spec.record)
+
+
+def _with_record_of_folder(candidate: Candidate) -> Candidate:
+    """Adds what the folders around a checkpoint tell by their names, as in checkpoint-500/unet, if it tells nothing."""
+    if candidate.record.step is None and candidate.record.epoch is None:
+        names = [folder.name for folder in [*candidate.path.absolute().parents][:DEEPEST]]
+        found = next((record_from_name(name) for name in names if name.isdecimal() or names_a_moment(name)), Record())
+        return replace(candidate, record=candidate.record.or_else(found))
+    return candidate
 
 
 def _advise_to_exclude(found: Sequence[Candidate]) -> None:
@@ -196,51 +282,55 @@ def _without_copies(found: list[Candidate], skipped: list[Skipped], in_full: boo
     return list(kept.values())
 
 
-def _one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str]) -> list[Candidate]:
+def _one_series(
+    found: list[Candidate], skipped: list[Skipped], notes: list[str], *, is_chosen: bool
+) -> list[Candidate]:
     """Keeps one series of checkpoints of a run that has several, such as raw weights and their EMA.
 
     Raises:
-        IncompatibleError: several series have the same steps, such as the two networks of a GAN.
+        IncompatibleError: several series have the same steps, such as the two networks of a GAN, or are of different
+            trainings by their names; unless the user has chosen names.
     """
-    averages = [each for each in found if "ema" in re.split(r"[^a-z]+", stem(each.path.name).lower())]
+    averages = [each for each in found if is_ema(each.path.name)]
     if averages and len(averages) < len(found):
         skipped += [Skipped(each.path, "EMA weights, by its name; --include selects them") for each in averages]
         found = [each for each in found if each not in averages]
-    series: dict[tuple[int | None, int | None], list[str]] = {}
+    trainings = _notes_on_series(each.path for each in found)
+    moments: dict[tuple[int | None, int | None], list[str]] = {}
     for each in found:
-        moment = (each.record.step, each.record.epoch)
-        if moment != (None, None):
-            series.setdefault(moment, []).append(each.path.name)
-    shared = [names for names in series.values() if len(names) > 1]
-    if any(re.search(r"(rank|shard|part)[-_]?\d", name) for names in shared for name in names):
-        raise IncompatibleError(
-            f"{found[0].path.parent}: expected complete checkpoints, got the parts of several ranks: "
-            f"{listing(map(quote, shared[0]))}. Join them with the tool of the framework that trained it, then average "
-            "the results."
-        )
-    if len(shared) > 1:
-        kinds = sorted({re.sub(r"\d+(\.\d+)?", "*", stem(name)) for names in shared for name in names})
-        pattern = kinds[0].rstrip("*") + "*" if len(kinds) > 1 else shared[0][0]
-        raise IncompatibleError(
-            f"{found[0].path.parent}: expected one series of checkpoints, got several with the same steps: "
-            f"{listing(map(quote, kinds if len(kinds) > 1 else shared[0]))}. Select one with --include or --exclude, "
-            f"for example --include {quote(pattern)}."
-        )
-    if shared:
+        if each.record.step is not None or each.record.epoch is not None:
+            moments.setdefault((each.record.step, each.record.epoch), []).append(each.path.name)
+    shared = [names for names in moments.values() if len(names) > 1]
+    if trainings or len(shared) > 1:
+        names = [each.path.name for each in found] if trainings else [name for names in shared for name in names]
+        kinds = _patterns(names)
+        if not is_chosen:
+            several = "several" if trainings else "several with the same steps"
+            raise IncompatibleError(
+                f"{found[0].path.parent}: expected one series of checkpoints, got {several}: "
+                f"{listing(map(quote, kinds))}. Select one with --include or --exclude, for example --include "
+                f"{quote(kinds[0])}. With --include {quote('*')} all are averaged."
+            )
+        notes += trainings or [f"several series have the same steps, and all are used: {listing(map(quote, kinds))}"]
+    elif shared:
         notes.append(
             f"several checkpoints have the same step, and all are used: {listing(map(quote, sorted(shared[0])))}"
         )
     return found
 
 
+def _patterns(names: Sequence[str]) -> list[str]:
+    """Returns a pattern for each series, with a * for what differs inside it; the names if there are no patterns."""
+
+    def pattern(name: str) -> str:
+        kept = series_numbers(name)
+        return re.sub(r"\d+(\.\d+)?", lambda match: match[0] if match.start() in kept else "*", stem(name))
+
+    kinds = set(map(pattern, names))
+    return sorted(f"{kind.rstrip('*')}*" for kind in kinds) if len(kinds) > 1 else sorted(names)
+
+
 def _plainness(path: Path) -> tuple[object, ...]:
     words = stem(path.name).lower()
     is_marked = "best" in words or "last" in words
     return (is_marked, record_from_name(path.name) == Record(), path.is_symlink(), len(words), natural_key(path.name))
-
-
-def _in_order(found: list[Candidate]) -> list[Candidate]:
-    unit = unit_of(found)
-    if unit is None:
-        return sorted(found, key=lambda candidate: in_order(candidate.path))
-    return sorted(found, key=lambda each: (position(each, unit), each.record.step or 0, in_order(each.path)))

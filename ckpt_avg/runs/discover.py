@@ -6,20 +6,20 @@ Checkpoints that were named keep their order. A run folder gives its checkpoint 
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Hashable, Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_avg.errors import IncompatibleError, UsageError
-from ckpt_avg.formats.trainers.any_script import SUFFIXES
+from ckpt_avg.formats.folder import DEEPEST
+from ckpt_avg.formats.trainers.any_script import NO_CHECKPOINTS, SUFFIXES
 from ckpt_avg.formats.trainers.file_names import is_alias
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.runs.run_folder import ALIAS, Skipped, SourceContents, entries_of, identity_of, list_folder
-from ckpt_avg.text import listing, quote
-
-_DEEPEST = 3  # levels of folders that are searched below a run folder without checkpoints of its own
+from ckpt_avg.text import argument, listing, quote
 
 # One path, or several.
 Sources = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -94,43 +94,62 @@ def _list_source(original: str | os.PathLike[str]) -> SourceContents:
         raise UsageError(f"{source}: {what}. Check the path.")
     if not source.is_dir():
         return SourceContents((source,), False)
-    found = _search(source, _DEEPEST, itertools.count())
-    if found is None:
+    found = _search(source, DEEPEST, set())
+    if not found:
         raise IncompatibleError(_nothing(source))
-    return found
+    if len(found) > 1:
+        raise IncompatibleError(_several(source, found))
+    return found[0]
 
 
-def _search(folder: Path, depth: int, visits: Iterator[int]) -> SourceContents | None:
-    """Returns the checkpoints of a folder, or of the only folder inside it that has some; None without any."""
-    if next(visits) > LIMITS.folders:
+def _search(folder: Path, depth: int, seen: set[tuple[int, int]]) -> list[SourceContents]:
+    """Returns the checkpoints of a folder, or else those of each folder inside it that has some."""
+    seen.add(identity_of(folder))
+    if len(seen) > LIMITS.folders:
         raise IncompatibleError(
             f"{folder}: expected checkpoints in the first {LIMITS.folders:,} folders, got none. Name the run folder."
         )
     found = list_folder(folder)
     has_only_aliases = found.is_run and all(is_alias(path.name) for path in found.paths)
-    own = found if found.paths else None
+    own = [found] if found.paths else []
     if depth == 0 or (found.paths and not has_only_aliases):
         return own
-    inner = []
     skipped = {item.path for item in found.skipped}
-    for path in entries_of(folder):
-        if path not in skipped and not path.name.startswith(".") and path.is_dir() and not path.is_symlink():
-            inside = _search(path, depth - 1, visits)
-            if inside is not None:
-                inner.append((path, inside))
-    if len(inner) > 1:
-        raise IncompatibleError(
-            f"{folder}: expected the checkpoints of one run, got {len(inner)} folders with checkpoints: "
-            f"{listing(quote(path.relative_to(folder)) for path, _ in inner)}. Name one of them."
+    entries = [path for path in entries_of(folder) if path not in skipped and not path.name.startswith(".")]
+    if any(path.name == "snapshots" for path in entries):  # of a Hugging Face cache, whose links lead to its blobs
+        entries = [path for path in entries if path.name != "blobs"]
+    inner: list[SourceContents] = []
+    for is_link in (False, True):  # a link may lead to anything: only if there is nothing else
+        for path in entries if not inner else ():
+            if path.is_symlink() == is_link and path.is_dir() and identity_of(path) not in seen:
+                inner += _search(path, depth - 1, seen)
+    if len(inner) != 1:
+        return inner or own
+    where = inner[0].folder
+    aliases = [Skipped(alias, f"{ALIAS}; the run is in {where.relative_to(folder).parts[0]}") for alias in found.paths]
+    return [
+        replace(
+            inner[0],
+            skipped=(*found.skipped, *aliases, *inner[0].skipped),
+            notes=(f"the checkpoints are in {where}", *(note for note in inner[0].notes if str(where) not in note)),
         )
-    if not inner:
-        return own
-    path, inside = inner[0]
-    aliases = [Skipped(alias, f"{ALIAS}; the run is in {path.name}") for alias in found.paths]
-    return replace(
-        inside,
-        skipped=(*found.skipped, *aliases, *inside.skipped),
-        notes=inside.notes or (f"the checkpoints are in {path}",),
+    ]
+
+
+def _several(folder: Path, found: Sequence[SourceContents]) -> str:
+    """Says which folders have checkpoints, and how to average those of one or of all."""
+    places = [each.folder.relative_to(folder) for each in found]
+    patterns = Counter(re.sub(r"\d+", "*", str(place)) for place in places)
+    pattern, count = patterns.most_common(1)[0]
+    if count == 1:
+        columns = zip(*(place.parts for place in places), strict=False)
+        pattern = "/".join(names[0] if len(set(names)) == 1 else "*" for names in columns)
+    runs = [place for place, each in zip(places, found, strict=True) if len(each.paths) > 1]
+    one = f"To average one run, name its folder, for example {argument(folder / runs[0])}. " if runs else ""
+    return (
+        f"{folder}: expected the checkpoints of one run, got {len(found)} folders with checkpoints: "
+        f"{listing(quote(place) for place in places)}. {one}If they are of one training, name them all: "
+        f"{argument(folder)}/{pattern}"
     )
 
 
@@ -140,7 +159,12 @@ def _nothing(folder: Path) -> str:
     skipped = list_folder(folder).skipped
     if skipped:
         message += "; skipped: " + listing(f"{quote(item.path.name)} ({item.reason})" for item in skipped)
-    inner = [path.name for path in entries_of(folder) if path.is_dir() and not path.name.startswith(".")]
-    if inner:
-        message += f". Its folders {listing(map(quote, inner))} have none in the first {_DEEPEST} levels"
+    named = {item.path for item in skipped}
+    shown = [path for path in entries_of(folder) if path not in named and not path.name.startswith(".")]
+    if broken := [path.name for path in shown if not path.exists()]:
+        message += f". These links lead nowhere: {listing(map(quote, broken))}"
+    if others := [path.name for path in shown if path.is_file() and not path.name.endswith(NO_CHECKPOINTS)]:
+        message += f". By their first bytes, these are none: {listing(map(quote, others))}"
+    if inner := [path.name for path in shown if path.is_dir()]:
+        message += f". Its folders {listing(map(quote, inner))} have none in the first {DEEPEST} levels"
     return f"{message}. Name a folder or files with checkpoints."

@@ -1,4 +1,7 @@
-"""One folder → the checkpoints on its first level, by names alone, and why the other entries are skipped."""
+"""One folder → the checkpoints on its first level, by names and first bytes, and why the other entries are skipped.
+
+docs/which-files.md has the rules.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,24 @@ from pathlib import Path
 
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, UsageError
-from ckpt_avg.formats.folder import find_weights
-from ckpt_avg.formats.trainers.any_script import SUFFIXES, UNFINISHED, UNFINISHED_FOLDERS
-from ckpt_avg.formats.trainers.file_names import EARLIER_AVERAGE, is_alias, reason_to_skip, record_from_name, stem
+from ckpt_avg.formats.folder import checkpoint_files, find_weights, has_weights_inside
+from ckpt_avg.formats.sharded import SUFFIX, shards_of
+from ckpt_avg.formats.trainers.any_script import UNFINISHED, UNFINISHED_FOLDERS
+from ckpt_avg.formats.trainers.file_names import (
+    EARLIER_AVERAGE,
+    TRAINING_STATE,
+    is_alias,
+    is_training_state,
+    names_a_moment,
+    reason_to_skip,
+    record_from_name,
+    stem,
+)
 from ckpt_avg.formats.trainers.registry import TRAINERS
-from ckpt_avg.formats.trainers.trainer import INCOMPLETE, WeightFiles
+from ckpt_avg.formats.trainers.trainer import INCOMPLETE, Folder, WeightFiles
 
 ALIAS = "an alias such as last or best, by its name"
+_MARKER = "-unfinished"  # of a file next to a folder, until that is complete (NeMo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +56,16 @@ class SourceContents:
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def folder(self) -> Path:
+        """The run folder, or the checkpoint that was named."""
+        return self.paths[0].parent if self.is_run else self.paths[0]
+
+
+def suggested_by_name(reason: str) -> bool:
+    """Whether a file with weights was skipped for its name, which --include overrules."""
+    return reason.partition(";")[0].endswith("by its name") and reason not in (INCOMPLETE, TRAINING_STATE)
+
 
 def list_folder(folder: Path) -> SourceContents:
     """Lists the first level of a folder.
@@ -60,7 +84,7 @@ def list_folder(folder: Path) -> SourceContents:
         used = {own.path.name, *own.others}
         files = [path for path in files if path.name not in used and not _is_shard(path)]
         # Only checkpoints with numbers next to them show that the folder's own weights are those of a run.
-        if not folders and not any(map(_numbered, files)):
+        if not folders and not any(_numbered(path) for path in files):
             return SourceContents((folder,), False)
         skipped.append(Skipped(own.path, own.problem or "the run's own weights, next to its checkpoints"))
     incomplete = _without_last_file(folders)
@@ -68,16 +92,23 @@ def list_folder(folder: Path) -> SourceContents:
     unfinished = {item.path for item in incomplete}
     kept, repeated = _once([*(path for path in folders if path not in unfinished), *files])
     skipped += repeated
-    if kept:
+    named = [path for path in kept if not is_alias(path.name)]
+    averages = [item.path for item in skipped if item.reason == EARLIER_AVERAGE]
+    series = [path for path in averages if record_from_name(path.name, bare_number=False) != Record()]
+    notes: tuple[str, ...] = ()
+    if not named and len(series) > 1:  # names of averages, which tell epochs, and nothing else
+        named, skipped = series, [item for item in skipped if item.path not in series]
+        notes = (f"{folder}: by their names these are averages; nothing else is there",)
+    if named or averages:  # an alias alone is not the run
+        skipped += [Skipped(path, ALIAS) for path in kept if is_alias(path.name)]
+        kept = named
+    if named:
         known = {identity_of(path): path.name for path in kept}
         for path in models:
             same = known.get(identity_of(path))
-            skipped.append(Skipped(path, f"the same file as {same}" if same else "another model or run"))
-    named = [path for path in kept if not is_alias(path.name)]
-    if named or any(item.reason == EARLIER_AVERAGE for item in skipped):  # an alias alone is not the run
-        skipped += [Skipped(path, ALIAS) for path in kept if path not in named]
-        kept = named
-    return SourceContents(tuple(sorted(kept, key=in_order)), True, tuple(skipped))
+            other = ALIAS if is_alias(path.name) else "another model or run"
+            skipped.append(Skipped(path, f"the same file as {same}" if same else other))
+    return SourceContents(tuple(sorted(kept, key=in_order)), True, tuple(skipped), notes)
 
 
 def natural_key(name: str) -> tuple[tuple[object, ...], str]:
@@ -112,28 +143,36 @@ def entries_of(folder: Path) -> list[Path]:
 def _sort_entries(folder: Path) -> tuple[list[Path], dict[Path, WeightFiles], list[Path], list[Skipped]]:
     """Returns the checkpoint files, the checkpoint folders, other folders with weights, and what is skipped."""
     files, folders, models, skipped = list[Path](), dict[Path, WeightFiles](), list[Path](), list[Skipped]()
-    for path in entries_of(folder):
+    entries = entries_of(folder)
+    names = frozenset(path.name for path in entries)
+    checkpoints = checkpoint_files(Folder(folder, names))
+    shards = {shard for path in entries if path.name.endswith(SUFFIX) for shard in shards_of(path)}
+    for path in entries:
         try:
             is_folder = path.is_dir()
             weights = find_weights(path) if is_folder else None
-            reason = _reason_to_skip_folder(path, weights) if is_folder else _reason_to_skip_file(path)
+            if is_folder:
+                reason = _reason_to_skip_folder(path, weights, names)
+            else:
+                reason = _reason_to_skip_file(path, is_checkpoint=path.name in checkpoints)
+            if path.name in shards:
+                continue
             if reason:
                 skipped.append(Skipped(path, reason))
             elif weights and _numbered(path) and not _is_run(path):
                 folders[path] = weights
-            elif weights:
+            elif weights or (is_folder and not is_training_state(path.name) and has_weights_inside(path)):
                 models.append(path)
-            elif not is_folder and path.name.lower().endswith(SUFFIXES):
+            elif path.name in checkpoints:
                 files.append(path)
-        except (OSError, CheckpointFormatError, UsageError) as error:  # noqa: PERF203 (each entry has its own)
+        except (OSError, CheckpointFormatError, UsageError) as error:
             why = str(error).removeprefix(f"{path}: ").rstrip(".")
             skipped.append(Skipped(path, f"cannot be read: {why}"))
     return files, folders, models, skipped
 
 
 def _numbered(path: Path) -> bool:
-    """Whether a name tells a step, an epoch or a metric."""
-    return record_from_name(path.name) != Record()
+    return record_from_name(path.name) != Record() or names_a_moment(path.name)
 
 
 def _is_run(folder: Path) -> bool:
@@ -170,17 +209,17 @@ def _without_last_file(folders: Mapping[Path, WeightFiles]) -> list[Skipped]:
     return skipped
 
 
-def _reason_to_skip_folder(path: Path, weights: WeightFiles | None) -> str | None:
+def _reason_to_skip_folder(path: Path, weights: WeightFiles | None, names: frozenset[str]) -> str | None:
     if path.name.startswith("."):
         return INCOMPLETE if weights else None
-    if path.name.startswith(UNFINISHED_FOLDERS) or path.name.endswith(UNFINISHED):
+    if path.name.startswith(UNFINISHED_FOLDERS) or path.name.endswith(UNFINISHED) or path.name + _MARKER in names:
         return INCOMPLETE
     return weights.problem if weights and weights.incomplete else None
 
 
-def _reason_to_skip_file(path: Path) -> str | None:
-    reason = reason_to_skip(path.name)
-    if reason is None and path.name.lower().endswith(SUFFIXES):
+def _reason_to_skip_file(path: Path, *, is_checkpoint: bool) -> str | None:
+    reason = reason_to_skip(path.name, is_checkpoint=is_checkpoint)
+    if reason is None and is_checkpoint:
         if not path.exists():
             return "a broken symbolic link"
         if path.is_file() and path.stat().st_size == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.errors import IncompatibleError
@@ -20,6 +21,21 @@ _NEAR = 0.05  # of the amplitude: how far the first or last minimum of a run may
 _FAR = 0.25  # of the distance between minima: a checkpoint further from one was not saved at it
 
 
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The selected checkpoints.
+
+    Attributes:
+        checkpoints: open, in the order of their steps or epochs, if all record them.
+        skipped: what is not averaged, and why.
+        sum_order: their indices in the order in which they are summed.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    skipped: tuple[Skipped, ...]
+    sum_order: tuple[int, ...]
+
+
 def open_selected(
     discovery: Discovery,
     selection: Selection,
@@ -28,8 +44,8 @@ def open_selected(
     notice: Callable[[str], None] = lambda text: None,
     *,
     compare_in_full: bool = True,
-) -> tuple[tuple[Checkpoint, ...], tuple[Skipped, ...]]:
-    """Returns the selected checkpoints, open and in order, and what was skipped.
+) -> Selected:
+    """Returns the selected checkpoints.
 
     Args:
         discovery: what the sources contain.
@@ -42,16 +58,18 @@ def open_selected(
     Raises:
         CkptAvgError: a selected checkpoint cannot be opened, or there is none.
     """
-    found = open_candidates(discovery, reading, stack, selection.wants, compare_in_full=compare_in_full)
+    found = open_candidates(discovery, reading, stack, selection, compare_in_full=compare_in_full)
     for note in found.notes:
         notice(note)
-    checkpoints = tuple(candidate.opened() for candidate in select(found.ordered, selection, notice))
+    chosen = select(found.ordered, selection, notice)
+    checkpoints = tuple(candidate.opened() for candidate in chosen)
     refuse_missing_prefix([checkpoint.spec for checkpoint in checkpoints], reading)
-    chosen = set(map(id, checkpoints))
+    kept = {id(candidate): index for index, candidate in enumerate(chosen)}
     for candidate in found.ordered:
-        if candidate.checkpoint is not None and id(candidate.checkpoint) not in chosen:
+        if candidate.checkpoint is not None and id(candidate) not in kept:
             candidate.checkpoint.close()
-    return checkpoints, found.skipped
+    given = found.given if selection.keep_order else found.ordered
+    return Selected(checkpoints, found.skipped, tuple(kept[id(each)] for each in given if id(each) in kept))
 
 
 def select(
@@ -90,10 +108,11 @@ def _enough(kept: list[Candidate], number: int, option: str) -> list[Candidate]:
 
 
 def _unit(candidates: Sequence[Candidate], option: str) -> Unit:
-    unit = unit_of(candidates)
+    unit = unit_of(candidate.record for candidate in candidates)
     if unit is not None:
         return unit
-    without_step = [candidate for candidate in candidates if candidate.record.step is None]
+    unclear = [candidate for candidate in candidates if candidate.record.is_lone_number]
+    without_step = [candidate for candidate in candidates if candidate.record.step is None] or unclear
     if all(candidate.record.epoch is not None for candidate in without_step):
         raise IncompatibleError(
             f"{option}: expected a step in every checkpoint, or an epoch in every one, got only epochs in "
@@ -108,7 +127,7 @@ def _unit(candidates: Sequence[Candidate], option: str) -> Unit:
 def _between(kept: list[Candidate], selection: Selection, notice: Callable[[str], None]) -> list[Candidate]:
     first, last = selection.from_step, selection.to_step
     unit = _unit(kept, "--from-step" if first is not None else "--to-step")
-    positions = [position(candidate, unit) for candidate in kept]
+    positions = [position(candidate.record, unit) for candidate in kept]
     found = [
         candidate
         for candidate, at in zip(kept, positions, strict=True)
@@ -156,7 +175,7 @@ def _best(
 def _at_minima(kept: list[Candidate], notice: Callable[[str], None]) -> list[Candidate]:
     option = "--at-lr-minima"
     log = max((candidate.record.rates for candidate in kept), key=len)
-    if log and unit_of(kept) == "step":
+    if log and unit_of(each.record for each in kept) == "step":
         found = _nearest(kept, [log[index][0] for index in minima_of([rate for _, rate in log])])
     else:
         lacking = [candidate for candidate in kept if candidate.record.learning_rate is None]
@@ -196,8 +215,8 @@ def _nearest(kept: list[Candidate], steps: Sequence[int]) -> list[Candidate]:
     far = _FAR * min(after - before for before, after in itertools.pairwise(steps))
     chosen = set()
     for step in steps:
-        candidate = min(reversed(kept), key=lambda each: abs(position(each, "step") - step))
-        if abs(position(candidate, "step") - step) <= far:
+        candidate = min(reversed(kept), key=lambda each: abs(position(each.record, "step") - step))
+        if abs(position(candidate.record, "step") - step) <= far:
             chosen.add(id(candidate))
     return [candidate for candidate in kept if id(candidate) in chosen]
 

@@ -27,6 +27,12 @@ class Selection(OptionGroup):
     include: str | Iterable[str] = option((), "Keep only file names that match. Repeatable.", metavar="GLOB")
     exclude: str | Iterable[str] = option((), "Skip file names that match. Repeatable.", metavar="GLOB")
     at_lr_minima: bool = option(False, "Keep checkpoints at the minima of the learning rate.")
+    keep_order: bool = option(
+        False,
+        "Sum in the order given, not in that of the steps.",
+        doc="Sum the checkpoints in the order of the sources, not in that of their steps. The last is still the one "
+        "with the latest step.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

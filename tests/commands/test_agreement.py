@@ -68,6 +68,7 @@ OTHER: dict[str, Any] = {
     "include": ("*.pt",),
     "exclude": ["*.pt"],
     "at_lr_minima": True,
+    "keep_order": True,
     "state_key": "model",
     "strip_prefix": "model.",
     "dtype": "bfloat16",

@@ -142,12 +142,12 @@ def test_layers_that_are_frozen_in_all_checkpoints_are_not_refreshed_in_the_last
     assert len({second for _, second in seen}) == 4
 
 
-def test_of_all_checkpoints_in_their_order(run: list[Path], out: Path) -> None:
+def test_of_all_checkpoints_in_the_order_of_their_steps(run: list[Path], out: Path) -> None:
     result = average([run[2], run[0], run[1]], out, model=make, bn="keep", evaluate=score, evaluate_all=True)
     assert [(each.name, each.metrics) for each in result.evaluations] == [
-        ("step_2.pt", of_file(run[2])),
         ("step_0.pt", of_file(run[0])),
         ("step_1.pt", of_file(run[1])),
+        ("step_2.pt", of_file(run[2])),
         ("average, statistics averaged", of_file(out)),
     ]
 

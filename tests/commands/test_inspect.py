@@ -195,9 +195,11 @@ def test_a_run_folder_is_a_table(tmp_path: Path) -> None:
     assert "skipped: 'epoch_10_copy.pt': the same weights as epoch_10.pt, judging by samples" in lines
 
 
-def test_a_table_of_one_checkpoint_has_every_column(tmp_path: Path) -> None:
-    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "a.pt")
-    assert [line.split() for line in inspection_text(inspect(tmp_path)).splitlines()] == [
+def test_a_table_of_one_row_has_every_column(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"model": {"w": torch.ones(2)}}, folder / "a.pt")
+    assert [line.split() for line in inspection_text(inspect(folder)).splitlines()] == [
         ["checkpoint", "format", "kind", "state", "dict", "step", "epoch", "metrics", "prefix", "tensors", "dtypes",
          "tied", "BatchNorm", "size"],
         ["a.pt", "torch", "zip", "-", "model", "-", "-", "-", "-", "1", "F32", "-", "-", "8", "bytes"],

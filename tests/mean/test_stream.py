@@ -427,11 +427,12 @@ def test_sums_follow_the_order_of_the_checkpoints(tmp_path: Path) -> None:
     paths = save(tmp_path, [{"w": torch.tensor([value])} for value in (2.0**60, 1.0, -(2.0**60))])
     third = torch.tensor(1 / 3).item()
     for order, expected in (((0, 1, 2), 0.0), ((0, 2, 1), third), ((2, 0, 1), third), ((1, 0, 2), 0.0)):
-        average([paths[index] for index in order], tmp_path / "mean.safetensors", overwrite=True)
+        average([paths[index] for index in order], tmp_path / "mean.safetensors", overwrite=True, keep_order=True)
         assert load_file(tmp_path / "mean.safetensors")["w"].item() == expected
         with safe_open(tmp_path / "mean.safetensors", framework="pt") as reader:
             sources = json.loads(reader.metadata()["ckpt_avg.sources"])
-        assert [source["name"] for source in sources] == [f"{index}.safetensors" for index in order]
+        assert [source["name"] for source in sources] == [f"{index}.safetensors" for index in range(3)]
+        assert [source.get("summed", index) for index, source in enumerate(sources)] == [*map(order.index, range(3))]
 
 
 @pytest.mark.guarantee("many-checkpoints")

@@ -7,6 +7,7 @@ from ckpt_avg.formats.trainers.trainer import Folder, Layout, Stored, Trainer, W
 from ckpt_avg.text import argument
 
 _WEIGHTS = "mp_rank_00_model_states.pt"
+_EXPERTS = r"(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt"
 _ZERO3 = r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"
 
 
@@ -37,6 +38,12 @@ def _zero3(folder: Path) -> str:
 def _weights(folder: Folder) -> WeightFiles | None:
     if folder.matching(_LAYER):
         return WeightFiles(folder.path, problem=_PIPELINE, nested=True)
+    if folder.matching(_EXPERTS):
+        problem = (
+            "the experts of a mixture are in files of their own (layer_…_expert_…). Gather it with the tool of the "
+            "framework that trained it, or save model.state_dict() of one process, then average the results."
+        )
+        return WeightFiles(folder.path, problem=problem, nested=True)
     ranks = folder.matching(r"mp_rank_\d+_model_states\.pt")
     if _WEIGHTS in ranks and len(ranks) > 1:
         problem = (
@@ -65,7 +72,7 @@ def is_deepspeed(path: Path) -> bool:
         folder = Folder.of(path)
     except OSError:
         return False
-    return _WEIGHTS in folder.names or bool(folder.matching(_ZERO3))
+    return _WEIGHTS in folder.names or any(map(folder.matching, (_ZERO3, _EXPERTS, _LAYER)))
 
 
 TRAINER = Trainer(
@@ -75,7 +82,6 @@ TRAINER = Trainer(
     optimizer=("optimizer",),
     weights=_weights,
     training_state=(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states",),
-    rank_files=(r"mp_rank_(\d\d)_model_states\.pt",),
     refuse=_refuse,
     note="these weights have the dtype of the training; the float32 masters are in the optimizer's files "
     "(zero_to_fp32.py in the run's folder rebuilds them)",

@@ -24,5 +24,4 @@ TRAINER = Trainer(
         # A random digit follows the three decimals, so that equal scores have different names.
         r"checkpoint\.best_(?P<metric>.+)_(?P<value>-?\d+\.\d{3})\d?\.pt",
     ),
-    rank_files=(r".*-shard(\d+)\.pt",),
 )

@@ -1,35 +1,37 @@
-"""What the name of a checkpoint tells: step, epoch, metrics, its trainer, and whether it is an average or an alias.
+"""What the name of a checkpoint tells: step, epoch, metrics; whether it is a part, an average, an alias.
 
-The patterns are the trainers' (`TRAINERS`), and those of `any_script`.
+The patterns are the trainers' (`TRAINERS`), and those of `any_script`. docs/which-files.md has the rules.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.training_record import Record, measure
 from ckpt_avg.formats.trainers import any_script
-from ckpt_avg.formats.trainers.any_script import ANY_SCRIPT, SUFFIXES
+from ckpt_avg.formats.trainers.any_script import ANY_SCRIPT, OTHER_SUFFIXES, SUFFIXES
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import INCOMPLETE, Trainer
 
 _ALL = (*TRAINERS, ANY_SCRIPT)
 _WITH_GROUPS = [each for trainer in TRAINERS for each in map(re.compile, trainer.file_names) if each.groupindex]
+_FOLDER_NAMES = [re.compile(pattern) for trainer in TRAINERS for pattern in trainer.folder_names]
 _SKIPPED = [(re.compile(pattern, re.IGNORECASE), each.skip[pattern]) for each in _ALL for pattern in each.skip]
 _TRAINING_STATE = re.compile(
-    rf"({'|'.join(name for each in _ALL for name in each.training_state)})[\d_]*\..*", re.IGNORECASE
+    rf"({'|'.join(name for each in _ALL for name in each.training_state)})[\d_]*(\..*)?", re.IGNORECASE
 )
+_SUFFIXES = sorted((*SUFFIXES, *OTHER_SUFFIXES), key=len, reverse=True)
 EARLIER_AVERAGE = "an earlier average, by its name"
+TRAINING_STATE = "training state, by its name"
 
 
 def stem(name: str) -> str:
     """Returns a name without the suffix of a checkpoint file."""
-    for suffix in sorted(SUFFIXES, key=len, reverse=True):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name
+    suffix = next((suffix for suffix in _SUFFIXES if name.lower().endswith(suffix)), "")
+    return name.removesuffix(name[len(name) - len(suffix) :])
 
 
 def record_from_name(name: str, *, bare_number: bool = True) -> Record:
@@ -48,22 +50,90 @@ def record_from_name(name: str, *, bare_number: bool = True) -> Record:
             found = match.groupdict()
             metrics = _metrics([(found["metric"], found["value"])]) if "metric" in found else {}
             return Record(_count(found.get("step")), _count(found.get("epoch")), metrics)
-    text = stem(name)
+    text = _without_numbers_of_parts(stem(name))
+    if keras := any_script.KERAS.fullmatch(text):
+        return Record(None, _count(keras["epoch"]), _metrics([("score", keras["value"])]))
     step, epoch = any_script.STEP.search(text), any_script.EPOCH.search(text)
-    pairs = [(key, value) for key, value in any_script.METRIC.findall(text) if key.lower() not in ("epoch", "step")]
-    record = Record(step and _count(step[1]), epoch and _count(epoch[1] or epoch[2]), _metrics(pairs))
-    if record == Record() and bare_number:
-        numbers = (pattern.search(any_script.VERSION.sub("", text)) for pattern in any_script.LONE_NUMBERS)
-        if (number := next(filter(None, numbers), None)) and (count := _count(number["step"])) is not None:
-            return Record(count * {"k": 1_000, "m": 1_000_000}.get(number["unit"].lower(), 1))
+    measured = [match for match in any_script.METRIC.finditer(text) if match[1].lower() not in ("epoch", "step")]
+    measured = measured or list(any_script.WORD_METRIC.finditer(text))
+    metrics = _metrics((match[1], match[2]) for match in measured)
+    record = Record(step and _count(step[1]), epoch and _count(epoch[1] or epoch[2]), metrics)
+    if bare_number and record.step is None and record.epoch is None:
+        if measured:
+            before = any_script.BEFORE_METRIC.match(measured[0][1])
+            text = text[: measured[0].start(1)] + (before[0] if before else "")
+        patterns = (*any_script.LONE_NUMBERS, *([any_script.LEADING_NUMBER] if stem(name) != name else []))
+        text = any_script.VERSION.sub("", text.rstrip("-_."))
+        if (number := next(filter(None, (pattern.search(text) for pattern in patterns)), None)) and (
+            count := _count(number["step"])
+        ) is not None:
+            scale = {"k": 1_000, "m": 1_000_000}.get(number["unit"].lower(), 1)
+            return replace(record, step=count * scale, is_lone_number=True)
     return record
+
+
+def names_a_moment(folder: str) -> bool:
+    """Whether a folder's name tells a step, an epoch or a metric by a word, or is that of a trainer's checkpoint.
+
+    Other numbers may be those of trainings: out_2, 0.
+    """
+    is_known = any_script.CHECKPOINT_NUMBER.search(folder) or any(each.fullmatch(folder) for each in _FOLDER_NAMES)
+    return bool(is_known) or record_from_name(folder, bare_number=False) != Record()
+
+
+def part_of(name: str) -> list[str]:
+    """Returns names that another part of the same checkpoint would have; the name itself if it says how many there are.
+
+    Example:
+        >>> part_of("model_rank_1.pt"), part_of("model-00001-of-00002.bin"), part_of("step_1.pt")
+        (['model_rank_0.pt', 'model_rank_2.pt'], ['model-00001-of-00002.bin'], [])
+    """
+    text = stem(name)
+    counts = [*any_script.PART_OF.finditer(text), *any_script.WORLD_SIZE.finditer(text)]
+    if any((count := _count(match["count"])) is None or count > 1 for match in counts):
+        return [name]
+    own = (re.fullmatch(pattern, name) for trainer in TRAINERS for pattern in trainer.part_files)
+    others: list[str] = []
+    for begin, end in [match.span("number") for match in (*_numbers_of_parts(text), *filter(None, own))]:
+        number = name[begin:end]
+        near = (int(number) - 1, int(number) + 1) if len(number) <= 18 else ()
+        others += [f"{name[:begin]}{other:0{len(number)}}{name[end:]}" for other in near if other >= 0]
+    return others
+
+
+def series_of(name: str) -> str:
+    """Returns which of several trainings a name says that it is of, such as ``fold_3``; empty if it says nothing."""
+    return " ".join(f"{match['word'].lower()}_{int(match['number'])}" for match in _series(stem(name)))
+
+
+def series_numbers(name: str) -> set[int]:
+    """Returns where in a name the numbers of `series_of` begin."""
+    return {match.start("number") for match in _series(stem(name))}
+
+
+def _series(text: str) -> list[re.Match[str]]:
+    return [match for match in any_script.SERIES.finditer(text) if len(match["number"]) <= 18]
+
+
+def _numbers_of_parts(text: str) -> list[re.Match[str]]:
+    found = list(any_script.PART.finditer(text))
+    return [*found, *any_script.PART_TOO.finditer(text)] if found else []
+
+
+def _without_numbers_of_parts(text: str) -> str:
+    """Removes the numbers of ranks, shards, folds and versions, which are never a step."""
+    for match in _numbers_of_parts(text):
+        text = text.replace(match[0], "")
+    for pattern in (any_script.PART_OF, any_script.WORLD_SIZE, any_script.SERIES, any_script.VERSION):
+        text = pattern.sub("", text)
+    return text
 
 
 def trainer_from_name(path: Path) -> Trainer | None:
     """Returns the trainer that gives a bare state dict such a name."""
     for trainer in TRAINERS:
         is_named = any(re.fullmatch(pattern, path.name) for pattern in trainer.file_names)
-        if is_named and (not trainer.sidecar or trainer.sidecar.path_for(path)):
+        if is_named and all(each.paths_for(path) for each in trainer.sidecars if each.identifies):
             return trainer
     return None
 
@@ -73,7 +143,7 @@ def is_alias(name: str) -> bool:
 
     A name with a step, an epoch or a metric (``best-epoch=3.ckpt``, ``best_0.91.pt``) is a checkpoint's own.
     """
-    text = any_script.VERSION.sub("", stem(name))
+    text = _without_numbers_of_parts(stem(name)).strip("-_.")
     if any(re.fullmatch(alias, text) for trainer in TRAINERS for alias in trainer.aliases):
         return True
     after = re.split("|".join(any_script.ALIASES), text.lower())[-1]
@@ -81,25 +151,44 @@ def is_alias(name: str) -> bool:
     return bool(words & any_script.ALIASES) and not re.search(r"\d", after) and record_from_name(name) == Record()
 
 
+def is_ema(name: str) -> bool:
+    """Whether a name says that the weights are a running average."""
+    return "ema" in re.split(r"[^a-z]+", stem(name).lower())
+
+
 def is_average(name: str) -> bool:
     """Whether a name says that the file is an average of checkpoints: ``valid.acc.ave_10best.pth``, ``avg_10.pt``."""
-    return bool(any_script.AVERAGE.search(re.sub(r"[A-Za-z][\w/@]*=[^-]*", "", stem(name))))  # avg_loss=0.1 is a metric
+    text = re.sub(r"[A-Za-z][\w/@]*=[^-]*", "", stem(name))  # avg_loss=0.1 is a metric
+    text = re.sub(
+        r"swa[-_.]?(?=(epoch|step|iter)\D?\d)", "", text, flags=re.IGNORECASE
+    )  # of the phase before the average
+    return bool(any_script.AVERAGE.search(text))
 
 
-def reason_to_skip(name: str) -> str | None:
-    """Returns why a file in a run folder is not a checkpoint, by its name; None if nothing says so."""
+def reason_to_skip(name: str, *, is_checkpoint: bool) -> str | None:
+    """Returns why a file in a run folder is not a checkpoint, by its name; None if nothing says so.
+
+    Args:
+        name: the name.
+        is_checkpoint: whether its suffix or its first bytes are those of checkpoints.
+    """
     if name.endswith(any_script.UNFINISHED):
         return INCOMPLETE
     for pattern, reason in _SKIPPED:
         if pattern.fullmatch(name):
             return reason
-    if not name.lower().endswith(SUFFIXES):
+    if not is_checkpoint:
         return None
-    if _TRAINING_STATE.fullmatch(name):
-        return "training state, by its name"
+    if is_training_state(name):
+        return TRAINING_STATE
     if name.startswith("."):
         return "a hidden file"
     return EARLIER_AVERAGE if is_average(name) else None
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a file or folder has, by its name, the state of an optimizer or the like, and no weights."""
+    return bool(_TRAINING_STATE.fullmatch(name))
 
 
 def _count(digits: str | None) -> int | None:

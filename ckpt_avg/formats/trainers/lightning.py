@@ -27,6 +27,7 @@ TRAINER = Trainer(
     optimizer=("optimizer_states",),
     scheduler=("lr_schedulers",),
     record=_monitored,
+    aliases=("on_exception",),
     folder_files=(r"meta\.pt", r"\.metadata"),
-    sidecar=Sidecar("meta.pt"),
+    sidecars=(Sidecar("meta.pt"),),
 )

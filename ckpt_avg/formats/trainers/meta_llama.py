@@ -2,4 +2,4 @@
 
 from ckpt_avg.formats.trainers.trainer import Trainer
 
-TRAINER = Trainer(name="Meta Llama", rank_files=(r"consolidated\.(\d\d)\.(pth|pt|safetensors)",))
+TRAINER = Trainer(name="Meta Llama", part_files=(r"consolidated\.(?P<number>\d\d)\.(pth|pt|safetensors)",))

@@ -17,6 +17,9 @@ from ckpt_avg.formats.trainers import (
     nemo,
     opennmt,
     peft,
+    ray,
+    sentence_transformers,
+    speechbrain,
     timm,
     torch_averaged_model,
     torch_dcp,
@@ -29,6 +32,7 @@ from ckpt_avg.formats.trainers import (
 TRAINERS = (
     torch_dcp.TRAINER,
     transformers.TRAINER,
+    sentence_transformers.TRAINER,
     lightning.TRAINER,
     mmengine.TRAINER,
     timm.TRAINER,
@@ -48,6 +52,8 @@ TRAINERS = (
     espnet.TRAINER,
     wenet.TRAINER,
     ema_pytorch.TRAINER,
+    speechbrain.TRAINER,
+    ray.TRAINER,
     nemo.TRAINER,
     meta_llama.TRAINER,
 )

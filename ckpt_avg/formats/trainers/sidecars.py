@@ -1,10 +1,11 @@
-"""Reads the files next to the weights in which trainers record step, epoch, metrics and rates: `Trainer.sidecar`.
+"""Reads the files next to the weights in which trainers record step, epoch, metrics and rates: `Trainer.sidecars`.
 
 A file that is not in its usual form records nothing: the weights can be averaged without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
@@ -20,27 +21,29 @@ from ckpt_avg.formats.trainers.trainer import Contents
 from ckpt_avg.limits import LIMITS
 
 
-def sidecar_record(path: Path, epoch: int | None, load: Callable[[InputFile], object]) -> Record:
+def sidecar_record(path: Path, own: Record, load: Callable[[InputFile], object]) -> Record:
     """Returns what files next to a checkpoint, or in its folder, record of it.
 
     Args:
         path: the checkpoint.
-        epoch: the epoch that the checkpoint itself records.
+        own: what the checkpoint itself records.
         load: returns what a torch file contains.
     """
     record = Record()
     for trainer in TRAINERS:
-        if trainer.sidecar and (found := trainer.sidecar.path_for(path)):
-            try:
-                if trainer.sidecar.read:
+        for sidecar in trainer.sidecars:
+            for found in sidecar.paths_for(path):
+                with contextlib.suppress(OSError, CheckpointFormatError, UnicodeDecodeError):
                     status = found.stat()
-                    text = _text(found, status.st_mtime_ns, status.st_size)
-                    record = record.or_else(trainer.sidecar.read(text, epoch))
-                else:
-                    with InputFile(found) as file:
-                        record = record.or_else(record_of(Contents(load(file)), trainer))
-            except (OSError, CheckpointFormatError, UnicodeDecodeError):
-                continue
+                    version = status.st_mtime_ns, status.st_size
+                    if sidecar.read:
+                        record = record.or_else(sidecar.read(_text(found, version), path.name, own))
+                        continue
+                    contents = Contents(_contents(found, version, load))
+                    if sidecar.read_contents:
+                        record = record.or_else(sidecar.read_contents(contents, path.name, own))
+                    else:
+                        record = record.or_else(record_of(contents, trainer))
     return record
 
 
@@ -60,8 +63,15 @@ def settings_of(path: Path) -> dict[str, str]:
     return found
 
 
-@functools.lru_cache(maxsize=1)
-def _text(path: Path, _modified: int, _size: int) -> str:
+@functools.lru_cache(maxsize=4)
+def _text(path: Path, _version: tuple[int, int]) -> str:
     """Reads a table of the whole run once for all its checkpoints, unless it changes."""
     with InputFile(path) as file:
         return file.read(0, file.size).decode("utf-8") if file.size <= LIMITS.log else ""
+
+
+@functools.lru_cache(maxsize=1)
+def _contents(path: Path, _version: tuple[int, int], load: Callable[[InputFile], object]) -> object:
+    """Reads a torch file once for all checkpoints next to it, unless it changes."""
+    with InputFile(path) as file:
+        return load(file)

@@ -3,12 +3,13 @@
 import csv
 import functools
 
-from ckpt_avg.checkpoint.training_record import Record, measure
+from ckpt_avg.checkpoint.training_record import Record
+from ckpt_avg.formats.trainers.any_script import number_in
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Sidecar, Trainer
 
 
-def _summary(text: str, epoch: int | None) -> Record:
-    row = _rows(text).get(str(epoch), {})
+def _summary(text: str, _name: str, record: Record) -> Record:
+    row = _rows(text).get(str(record.epoch), {})
     return Record(metrics={name: value for name, value in row.items() if name not in ("epoch", "lr")})
 
 
@@ -18,17 +19,10 @@ def _rows(text: str) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     try:
         for row in csv.DictReader(text.splitlines()):
-            found.setdefault(row.get("epoch") or "", Contents(row, _number).numbers(row.items()))
+            found.setdefault(row.get("epoch") or "", Contents(row, number_in).numbers(row.items()))
     except csv.Error:
         return {}
     return found
-
-
-def _number(text: object) -> float | None:
-    try:
-        return measure(float(text)) if isinstance(text, str) else None
-    except ValueError:
-        return None
 
 
 TRAINER = Trainer(
@@ -37,6 +31,6 @@ TRAINER = Trainer(
     epoch=("epoch",),
     metrics=("metric",),
     optimizer=("optimizer",),
-    sidecar=Sidecar("summary.csv", _summary, files=".*"),
+    sidecars=(Sidecar("summary.csv", ".*", _summary),),
     skip={r"recovery-\d+-\d+\.pth\.tar": "a recovery file from the middle of an epoch, by its name"},
 )

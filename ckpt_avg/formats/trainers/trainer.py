@@ -66,24 +66,27 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """A file in a checkpoint folder, or next to a checkpoint file, that records step, epoch, metrics or rates.
+    """A file in a checkpoint folder, or next to a checkpoint, that records step, epoch, metrics or rates.
 
-    In a checkpoint folder it is always read.
+    In a checkpoint folder it is always read. Without a reader it is a torch file with the trainer's keys.
     """
 
-    name: str  # {stem} in it is replaced by the checkpoint's name without suffix
-    # Its text and the checkpoint's epoch → what it records. None: it is a torch file with the trainer's keys.
-    read: Callable[[str, int | None], Record] | None = None
-    files: str = ""  # pattern of the checkpoint files that it may be next to
+    name: str  # {stem} in it is replaced by the checkpoint's name without suffix; folders in it may have a *
+    files: str = ""  # pattern of the checkpoint files and folders that it may be next to
+    # Its text, the checkpoint's name and what the checkpoint itself records → what the text records of it.
+    read: Callable[[str, str, Record], Record] | None = None
+    read_contents: Callable[[Contents, str, Record], Record] | None = None  # the same for a torch file
+    identifies: bool = False  # whether a bare state dict is the trainer's only with it
 
-    def path_for(self, checkpoint: Path) -> Path | None:
-        """Returns the sidecar of a checkpoint, if it exists."""
-        path = checkpoint / self.name
-        if not is_folder(checkpoint):
-            if not re.fullmatch(self.files, checkpoint.name):
-                return None
-            path = checkpoint.with_name(self.name.replace("{stem}", checkpoint.stem))
-        return path if is_file(path) else None
+    def paths_for(self, checkpoint: Path) -> list[Path]:
+        """Returns the sidecars of a checkpoint that exist, the last one first."""
+        if is_folder(checkpoint) and is_file(checkpoint / self.name):
+            return [checkpoint / self.name]
+        if not re.fullmatch(self.files, checkpoint.name):
+            return []
+        name = self.name.replace("{stem}", checkpoint.stem)
+        found = [checkpoint.with_name(name)] if "*" not in name else checkpoint.parent.glob(name)
+        return [path for path in sorted(found, reverse=True) if is_file(path)]
 
 
 class Stored(Enum):
@@ -156,18 +159,19 @@ class Trainer:
     weight_files: tuple[str, ...] = ()  # names, the preferred one first; each may be sharded, with an index
     weights: Callable[[Folder], WeightFiles | None] = lambda folder: None  # finds them in any other folder
     written_last: str = ""  # the name of the last file: without it the folder is incomplete
-    sidecar: Sidecar | None = None
+    sidecars: tuple[Sidecar, ...] = ()
     settings_file: str = ""  # the name of a JSON file next to the weights, or in the checkpoint folder
     settings: tuple[str, ...] = ()  # keys in it that must be equal in checkpoints that are averaged
+    folder_names: tuple[str, ...] = ()  # patterns of checkpoint folders whose names tell no step
 
     # --- other names ---
     # Patterns of checkpoint files, with the groups step, epoch, or metric and value. A bare state dict with such a
-    # name, and with the sidecar if there is one, is recognised.
+    # name, and with the sidecar that identifies it if there is one, is recognised.
     file_names: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()  # patterns of second names of a checkpoint, without suffix
     training_state: tuple[str, ...] = ()  # patterns of files without weights, up to the first dot or number
     skip: Mapping[str, str] = field(default_factory=dict)  # pattern of another file that is not averaged → why
-    rank_files: tuple[str, ...] = ()  # patterns of files with one rank's part of each tensor; the group is the rank
+    part_files: tuple[str, ...] = ()  # patterns of files with a part of each tensor, with the group number
 
     # --- what to say ---
     note: str = ""  # on its weights

@@ -7,7 +7,7 @@ from ckpt_avg.formats.trainers.trainer import Contents, Folder, Sidecar, Trainer
 from ckpt_avg.text import quote
 
 
-def _trainer_state(text: str, _epoch: int | None) -> Record:
+def _trainer_state(text: str, _name: str, _record: Record) -> Record:
     try:
         state = Contents(json.loads(text))
     except (ValueError, RecursionError):
@@ -55,6 +55,6 @@ TRAINER = Trainer(
     ),
     weights=_weights,
     written_last="trainer_state.json",
-    sidecar=Sidecar("trainer_state.json", _trainer_state, files="(model|pytorch_model|adapter_model).*"),
+    sidecars=(Sidecar("trainer_state.json", "(model|pytorch_model|adapter_model).*", _trainer_state),),
     training_state=("optimizer", "scheduler", "rng_state", "training_args"),
 )

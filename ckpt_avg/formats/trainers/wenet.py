@@ -8,7 +8,7 @@ from ckpt_avg.formats.trainers.trainer import Sidecar, Trainer
 _NUMBER = re.compile(r"\s*([\w./-]+):\s*(-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*")
 
 
-def _yaml(text: str, _epoch: int | None) -> Record:
+def _yaml(text: str, _name: str, _record: Record) -> Record:
     """Reads lines ``name: number``: those at the top, and those in ``loss_dict``. The rest is the configuration."""
     top: dict[str, float] = {}
     losses: dict[str, float] = {}
@@ -25,6 +25,6 @@ def _yaml(text: str, _epoch: int | None) -> Record:
 
 TRAINER = Trainer(
     name="WeNet",
-    sidecar=Sidecar("{stem}.yaml", _yaml, files=r".*\.pt"),
+    sidecars=(Sidecar("{stem}.yaml", r".*\.pt", _yaml, identifies=True),),
     file_names=(r"(epoch_|step_)?\d+\.pt",),
 )

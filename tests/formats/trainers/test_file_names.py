@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.formats.trainers.any_script import SUFFIXES
+from ckpt_avg.formats.trainers.any_script import OTHER_SUFFIXES, SUFFIXES
 from ckpt_avg.formats.trainers.file_names import is_alias, is_average, record_from_name, stem, trainer_from_name
 
 
@@ -65,7 +65,7 @@ from ckpt_avg.formats.trainers.file_names import is_alias, is_average, record_fr
         ("step_٣.pt", 3, None),
         ("2024-05-01.pt", None, None),
         ("run-2024-05-01_12-00-30.ckpt", None, None),
-        ("weights.12-0.34.pt", None, None),
+        ("weights.12-0.34.pt", None, 12),
         ("", None, None),
         (".pt", None, None),
     ],
@@ -126,7 +126,8 @@ def test_endless_numbers_tell_nothing(name: str) -> None:
 def test_stems() -> None:
     assert [stem(f"a.b{suffix}") for suffix in SUFFIXES] == ["a.b"] * len(SUFFIXES)
     assert stem("A.SAFETENSORS") == "A"
-    assert stem("a.tar") == "a.tar"
+    assert [stem(f"a{suffix}") for suffix in OTHER_SUFFIXES] == ["a"] * len(OTHER_SUFFIXES)
+    assert stem("v1.9") == "v1.9"
     assert stem("a.pth.tar") == "a", "not a.pth"
 
 

@@ -319,8 +319,7 @@ def test_of_several_forms_of_weights_the_first_of_a_fixed_order_is_taken_and_sai
         others = ", ".join(map(repr, PREFERRED[taken + 1 :]))
         assert found == values
         assert (
-            f"Notice: {folder}: the folder has several forms of weights: '{PREFERRED[taken]}' is read, not {others}"
-            in said
+            f"Notice: {folder}: the folder has other weights, too: '{PREFERRED[taken]}' is read, not {others}" in said
         )
         (folder / PREFERRED[taken]).unlink()
 

@@ -27,6 +27,7 @@ from ckpt_avg.formats.tensor_dicts import (
 )
 from ckpt_avg.formats.trainers.any_script import EMA_KEYS, RAW_KEYS, RNG_STATE, is_ema_key, is_training_state
 from ckpt_avg.formats.trainers.ema_pytorch import separate_models
+from ckpt_avg.formats.trainers.lit_ema import averaged_weights
 from ckpt_avg.formats.trainers.records import recognise
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
@@ -161,6 +162,8 @@ class _Search:
     def _choose(self, raw: Sequence[str], ema: Sequence[str]) -> StateDict:
         """Takes the raw weights or their running average, as asked, and notes which, if there are both."""
         if self.ema and not ema:
+            ema = [key for key in raw if averaged_weights(self._value(key))]
+        if self.ema and not ema:
             raise CheckpointFormatError(f"{self.path}: {_no_ema(self.root)}")
         key = ema[0] if self.ema or not raw else raw[0]
         found = self.open(key, skip={each.partition(".")[0] for each in ema} if not key else ())
@@ -185,12 +188,14 @@ class _Search:
             notes.append(f"there are other state dicts: {listing(map(quote, others))} (choose one with --state-key)")
         if self.trainer and self.trainer.note:
             notes.append(self.trainer.note)
-        return replace(found, tensors=tensors, ema=key not in raw, notes=tuple(notes))
+        return replace(found, tensors=tensors, ema=self.ema or key not in raw, notes=tuple(notes))
 
     def open(self, key: str, skip: Collection[str] = ()) -> StateDict:
         """Returns the state dict under a key, without some of its entries."""
         where = f"{self.path}: {f'key {quote(key)}' if key else 'the file'}"
-        value = self._value(key) if key else self.root
+        value = self._value(key)
+        if self.ema:
+            value = averaged_weights(value) or value
         notes: tuple[str, ...] = ()
         if isinstance(value, Foreign):
             if not is_module(value):

@@ -23,7 +23,14 @@ from ckpt_avg.limits import LIMITS
 from ckpt_avg.machine import gc_paused
 from ckpt_avg.text import listing, plural, quote
 
-PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
+PREFIXES = (
+    "module.",
+    "_module.",  # Opacus
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "_forward_module.",
+)
 # torch's clean_tensor_name removes these from the middle of names too (torch/distributed/fsdp/_common_utils.py).
 _ANYWHERE = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _COUNTERS = tuple(trainer.counter for trainer in TRAINERS if trainer.counter)

@@ -9,7 +9,7 @@ from typing import Literal
 from ckpt_avg.checkpoint.spec import DTYPES, CheckpointSpec, Kind, TensorSpec, is_extra_state
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.text import listing, one_line, plural, quote
+from ckpt_avg.text import argument, listing, one_line, plural, quote
 
 _CONVERTED: Sequence[Kind] = ("float", "float8")  # the kinds of dtypes that --dtype converts
 
@@ -165,7 +165,8 @@ def _describe(tensor: TensorSpec) -> str:
 def _advice(specs: Sequence[CheckpointSpec], differences: Sequence[Difference]) -> str:
     aspects = {difference.aspect for difference in differences}
     if aspects == {"missing", "unexpected"} and (prefix := _prefix_between(specs)):
-        return f"Some names begin with {quote(prefix)}, others don't: add --strip-prefix {prefix}."
+        option = f"--strip-prefix {argument(prefix.removesuffix('.'))}"
+        return f"Some names begin with {quote(prefix)}, others don't: add {option}."
     if aspects == {"dtype"}:
         dtypes = {name for difference in differences for name in (difference.expected, difference.found)}
         if all(DTYPES[name].kind in _CONVERTED for name in dtypes):

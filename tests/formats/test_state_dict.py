@@ -182,6 +182,22 @@ def test_raw_weights_under_any_key_are_preferred_to_their_ema(prefix: str) -> No
     assert found.notes == ("read the raw weights under 'g'; with --ema, the EMA weights under 'g_ema'",)
 
 
+@pytest.mark.parametrize("outside", ["", "engine."])
+def test_averages_of_lit_ema_take_the_names_of_the_weights(outside: str) -> None:
+    """Their names have no dots, and what is not averaged stays as it is."""
+    weights = {"model.diffusion_model.in.0.w": W, "model.diffusion_model.out.w": W, "first_stage.w": W}
+    averages = {"model_ema.diffusion_modelin0w": B, "model_ema.diffusion_modeloutw": B}
+    counters = {"model_ema.decay": B, "model_ema.num_updates": B}
+    state = {outside + name: tensor for name, tensor in {**weights, **averages, **counters}.items()}
+    raw = find_state_dict({"state_dict": state, "epoch": 1}, PATH, Reading())
+    assert (raw.tensors, raw.ema) == (state, False)
+    found = find_state_dict({"state_dict": state, "epoch": 1}, PATH, Reading(ema=True))
+    assert found.ema
+    assert found.tensors == {outside + name: B if name.startswith("model.") else W for name in weights}
+    with pytest.raises(CheckpointFormatError, match="expected EMA weights"):
+        find_state_dict({"state_dict": {**state, f"{outside}model_ema.other": B}}, PATH, Reading(ema=True))
+
+
 @pytest.mark.parametrize("key", [None, "model"])
 def test_parts_of_a_model_under_a_usual_key_are_one_model(key: str | None) -> None:
     """Choosing one of them would leave out the others."""

@@ -123,7 +123,9 @@ def test_a_prefix_of_some_checkpoints_is_advised_to_be_stripped(tmp_path: Path, 
         paths = write(tmp_path, *contents)
         text = str(check(paths))
         assert "4 differences" in text
-        assert text.endswith(f"Some names begin with '{prefix}', others don't: add --strip-prefix {prefix}.")
+        assert text.endswith(
+            f"Some names begin with '{prefix}', others don't: add --strip-prefix {prefix.removesuffix('.')}."
+        )
         assert check(paths, strip_prefix=prefix).compatible
 
 

@@ -22,7 +22,7 @@ from ckpt_avg.progress import Progress
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import expected_batches
 from ckpt_avg.user_code.isolation import seeded
-from ckpt_avg.user_code.model import Passes, batch_norm_modules, load_weights, move_model
+from ckpt_avg.user_code.model import Passes, batch_norm_modules, load_weights, matching_names, move_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,14 @@ def prepare_refresh(model: torch.nn.Module, passes: Passes, plan: Plan) -> Prepa
     names: dict[int, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         names.setdefault(id(value), []).append(name)
-    planned = plan.by_name()
+    planned = matching_names(model, plan.by_name())
     buffers: dict[str, dict[str, tuple[str, ...]]] = {}
     for layer, module in batch_norm_modules(model).items():
         buffers[layer] = {
             # By identity, because a module may have several names; by name if state_dict() returns copies.
-            buffer: tuple(name for name in names.get(id(value), [batch_norm_buffer(layer, buffer)]) if name in planned)
+            buffer: tuple(
+                planned[name] for name in names.get(id(value), [batch_norm_buffer(layer, buffer)]) if name in planned
+            )
             for buffer, value in module.named_buffers(recurse=False)
         }
         if not all(buffers[layer].get(buffer) for buffer in ("running_mean", "running_var")):

@@ -21,7 +21,7 @@ from ckpt_avg.mean.plan import Plan
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.select import Selected, open_selected
-from ckpt_avg.user_code.model import Passes, build_model
+from ckpt_avg.user_code.model import Passes, build_model, notice_other_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,7 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     if request.model is not None and (measures or request.functions):
         tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
         model = build_model(request.model, tensors, stripped=request.strip_prefix)
+        notice_other_names(model, tensors, notice)
         if measures and request.data is not None:
             passes = Passes(request.data)
             refresh = choose_refresh(plan, frozen, model, passes, notice)

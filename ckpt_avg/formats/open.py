@@ -45,7 +45,8 @@ def open_checkpoint(
             that trainers use are tried.
         ema: use the EMA weights that some trainers save next to the raw ones.
         strip_prefix: strip this prefix, for example ``model.``, from the names that have it. Wrappers' prefixes
-            (``module.``, ``_orig_mod.`` and the like) are always stripped if all names have them.
+            (``module.``, ``_orig_mod.`` and the like) are stripped too if all names have them. An empty string keeps
+            every name.
 
     Raises:
         CheckpointFormatError: it is corrupt, unsafe, of an unknown kind, or contains several state dicts.

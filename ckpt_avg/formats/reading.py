@@ -23,9 +23,9 @@ class Reading(OptionGroup):
     ema: bool = option(False, "Read the running average (EMA) that trainers store.", recorded=True)
     strip_prefix: str | None = option(
         None,
-        "Remove PREFIX from tensor names, for example 'model.'.",
+        "Remove PREFIX from tensor names, for example 'model.'; '' removes nothing.",
         doc="Remove this prefix from tensor names, for example ``model.``. Prefixes of wrappers (``module.``, "
-        "``_orig_mod.`` and the like) are always removed if all names have them.",
+        "``_orig_mod.`` and the like) are removed too if all names have them. An empty string keeps every name.",
         metavar="PREFIX",
         recorded=True,
     )

@@ -99,13 +99,13 @@ def settle_names(
     *,
     strip: bool = True,
 ) -> Names:
-    """Strips and checks the names of a state dict's tensors; ``prefix`` is one more prefix to strip.
+    """Strips and checks the names of a state dict's tensors; ``prefix`` is one more prefix to strip, or empty for none.
 
     Raises:
         CheckpointFormatError: a name cannot be written, or two names become equal.
     """
     names = Names({name: name for name in tensors})
-    if strip:
+    if strip and prefix != "":
         names = strip_prefixes(tensors, {name for name in tensors if tensors[name].shape == ()}, prefix, str(path))
     for name in names.renamed.values():
         check_name(name, path)
@@ -181,6 +181,12 @@ def _without_wrappers(name: str) -> str:
             name = ".".join(part for part in parts[:-1] if f"{part}." != wrapper) + "." + parts[-1]
             name = name.removeprefix(".")
     return name if name else whole
+
+
+def without_wrappers(name: str) -> str:
+    """Returns a name without any part that a wrapper adds: ``module._orig_mod.layer.weight`` → ``layer.weight``."""
+    *parts, last = name.split(".")
+    return ".".join((*(part for part in parts if f"{part}." not in PREFIXES), last))
 
 
 def is_text(text: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from ckpt_avg.checkpoint.spec import Checkpoint, DType
 from ckpt_avg.checkpoint.tensor_reads import read_ranges, torch_dtype
 from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.formats.open import open_checkpoint
+from ckpt_avg.formats.tensor_names import without_wrappers
 from ckpt_avg.text import argument, listing, quote
 from ckpt_avg.user_code.isolation import seeded
 from ckpt_avg.user_code.load import user_errors
+
+_WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 Model = torch.nn.Module | Callable[[], torch.nn.Module]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -63,10 +66,15 @@ def batch_norm_modules(model: torch.nn.Module) -> dict[str, _BatchNorm]:
 
 
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, stripped: str | None = None) -> None:
-    """Loads a state dict strictly. Raises IncompatibleError with torch's list of names and shapes that differ."""
+    """Loads a state dict strictly, except for the names of wrappers (`matching_names`).
+
+    Raises IncompatibleError with torch's list of names and shapes that differ.
+    """
     with user_errors("loading the weights into the model raised"):
         try:
-            model.load_state_dict(tensors, strict=True)
+            names = matching_names(model, tensors)
+            renamed = {ours: theirs for theirs, ours in names.items()}
+            model.load_state_dict({renamed.get(name, name): each for name, each in tensors.items()}, strict=True)
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise
@@ -97,6 +105,33 @@ def _common_prefix(longer: set[str], shorter: set[str]) -> str:
     known = max(shorter, key=len, default="")
     prefixes = {name.removesuffix(known) for name in longer if name.endswith(f".{known}")}
     return next((each for each in sorted(prefixes) if {each + name for name in shorter} == longer), "")
+
+
+def matching_names(model: torch.nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Returns for each name in the model's state dict the tensor that it belongs to, if there is one.
+
+    Names may differ by wrappers, such as ``_orig_mod.`` of torch.compile or ``module.`` of DataParallel, if that leaves
+    one tensor for each name. The model itself may have a part called ``module``.
+    """
+    expected = list(model.state_dict())
+    same = {name: name for name in expected if name in names}
+    if len(same) == len(expected) == len(names):
+        return same
+    ours = {without_wrappers(name): name for name in names}
+    theirs = {without_wrappers(name): name for name in expected}
+    if len(ours) < len(names) or len(theirs) < len(expected):
+        return same
+    return {theirs[name]: ours[name] for name in theirs if name in ours}
+
+
+def notice_other_names(model: torch.nn.Module, names: Collection[str], notice: Callable[[str], None]) -> None:
+    """Says that the names lack the prefix of a part of the model that is called as a wrapper's, such as ``module``."""
+    prefixes = {theirs.removesuffix(ours) for theirs, ours in matching_names(model, names).items()}
+    if len(prefixes) == 1 and any(prefixes) and type(model).__name__ not in _WRAPPERS:
+        notice(
+            f"all names of the model begin with {quote(*prefixes)}, those of the output don't. Add --strip-prefix '' "
+            "to keep it, since it is a part of the model"
+        )
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -248,7 +248,7 @@ CASES: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], str, set[str]]] =
     "memory bank": ({"memory_bank": ("F32", (8, 16)), "filter_bank": ("F32", (8,))}, "queues", {"memory_bank"}),
     "counters": (
         {
-            "model_ema.num_updates": ("I32", ()),
+            "ema.num_updates": ("I32", ()),
             "global_step": ("F32", ()),
             "step": ("I64", (1,)),
             "q.step": ("F32", ()),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ckpt_avg import IncompatibleError, UserCodeError, average
-from ckpt_avg.user_code.model import Passes, build_model, load_weights
+from ckpt_avg import IncompatibleError, UserCodeError, average, verify
+from ckpt_avg.user_code.model import Passes, build_model, load_weights, matching_names
 
 
 def drawn() -> list[Tensor]:
@@ -203,3 +204,94 @@ def test_a_data_module_that_fails_is_named() -> None:
 
     with pytest.raises(UserCodeError, match="the LightningDataModule raised OSError: no such file"):
         Passes(Failing)
+
+
+# -- Names that differ by wrappers ------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """A model with a part that is called as DataParallel calls the model that it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.module(values)
+
+
+def plain() -> nn.Module:
+    return Holder().module
+
+
+def compiled() -> nn.Module:
+    return torch.compile(plain(), backend="eager")
+
+
+WRAPPED: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
+    "compiled": (plain, compiled),
+    "DataParallel": (plain, lambda: nn.DataParallel(plain())),
+    "compiled before and after": (compiled, compiled),
+    "compiled in DataParallel": (plain, lambda: nn.DataParallel(compiled())),
+    "a part called module": (Holder, Holder),
+    "a part called module, wrapped": (lambda: nn.DataParallel(Holder()), Holder),
+}
+
+
+def save_trained(make: Callable[[], nn.Module], folder: Path) -> None:
+    for step in range(2):
+        model = make()
+        model(torch.rand(8, 3))  # for running statistics
+        torch.save(model.state_dict(), folder / f"step_{step}.pt")
+
+
+@pytest.mark.filterwarnings("default")  # of torch's own about itself
+@pytest.mark.parametrize("case", WRAPPED)
+def test_a_model_whose_names_differ_by_wrappers_is_refreshed(tmp_path: Path, case: str) -> None:
+    """The factory of a training script returns what the script trains, wrappers and all."""
+    saved, built = WRAPPED[case]
+    torch.manual_seed(0)
+    save_trained(saved, tmp_path)
+    data = [torch.rand(8, 3), torch.rand(8, 3)]
+
+    def first_sum(model: nn.Module) -> float:
+        return float(model(data[0]).sum())
+
+    paths = [tmp_path / "step_0.pt", tmp_path / "step_1.pt"]
+    outputs = {}
+    for name, model in (("built", built), ("plain", plain)):
+        result = average(paths, tmp_path / name, model=model, data=data, evaluate=first_sum)
+        assert result.statistics == "refreshed"
+        outputs[name] = load_file(tmp_path / name), result.evaluations[-1].metrics
+    assert outputs["built"][1] == outputs["plain"][1]
+    assert {name: value.tolist() for name, value in outputs["built"][0].items()} == {
+        name: value.tolist() for name, value in outputs["plain"][0].items()
+    }
+    assert set(outputs["built"][0]) == set(plain().state_dict())
+
+
+def test_the_prefix_of_a_part_called_module_can_be_kept(tmp_path: Path) -> None:
+    """Otherwise the output loads into no model that the user has; a notice gives the option."""
+    save_trained(Holder, tmp_path)
+    options: dict[str, Any] = {"model": Holder, "data": [torch.rand(8, 3)]}
+    result = average(tmp_path, tmp_path / "out", **options)
+    assert any("Add --strip-prefix ''" in notice for notice in result.notices)
+    result = average(tmp_path, tmp_path / "out", **options, strip_prefix="", overwrite=True)
+    assert not any("--strip-prefix" in notice for notice in result.notices)
+    Holder().load_state_dict(load_file(tmp_path / "out"))
+    assert verify(tmp_path / "out", sources=tmp_path).checkpoints is not None
+
+
+def test_names_that_wrappers_do_not_explain_are_refused(tmp_path: Path) -> None:
+    """Two tensors that would have one name are matched to none."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+            self.weight = nn.Parameter(torch.ones(2, 2))
+
+    model = Twice()
+    assert matching_names(model, ["weight", "bias"]) == {"weight": "weight"}
+    with pytest.raises(IncompatibleError, match=r"module\.bias"):
+        load_weights(model, {"weight": torch.ones(2, 2), "bias": torch.ones(2)})

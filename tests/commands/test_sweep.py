@@ -9,7 +9,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -274,26 +274,6 @@ def test_a_pass_reads_only_what_its_windows_need(run: list[Path]) -> None:
 # Nothing else changes
 
 
-@pytest.mark.parametrize(
-    "disturb",
-    [
-        lambda model: model.train()(data()[0] * 50),
-        lambda model: [tensor.zero_() for tensor in model.state_dict().values()],
-        lambda model: torch.rand(5),
-    ],
-    ids=["trains", "zeroes", "draws"],
-)
-def test_a_function_that_disturbs(run: list[Path], disturb: Callable[[nn.Module], Any]) -> None:
-    """No window's number depends on what was measured before it."""
-
-    def disturbing(model: nn.Module) -> Any:
-        found = score(model)
-        disturb(model)
-        return found
-
-    assert swept(run).windows == swept(run, evaluate=disturbing).windows
-
-
 def shuffled() -> Any:
     """Batches in an order that is drawn when they are asked for."""
     batches = data()
@@ -434,14 +414,6 @@ def test_a_function_that_fails_names_the_window(run: list[Path], at: int) -> Non
     name = {0: "step_4.pt", 1: "the last 1", 2: "the last 2", 7: "the first 3"}[at]
     with pytest.raises(UserCodeError, match=f"raised for {name}: LookupError: no test set"):
         swept(run, evaluate=fails, minimize="fails")
-
-
-@pytest.mark.parametrize("other", [{"n": 1.0}, {"m": 1.0, "n": 2.0}], ids=["another", "one more"])
-def test_other_metrics_at_another_call(run: list[Path], other: dict[str, float]) -> None:
-    """As `average` says it; and not a KeyError after an hour's work."""
-    replies = iter([{"m": 1.0}, {"m": 2.0}, other])
-    with pytest.raises(UserCodeError, match="for the last 2"):
-        swept(run, bn="keep", evaluate=lambda model: next(replies, {"m": 1.0}), minimize="m")
 
 
 def test_progress_says_what_is_measured(run: list[Path]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,21 @@ def expected(error: BaseException) -> type[BaseException]:
     return type(error)
 
 
+def error_that_moves_nothing(
+    model: nn.Module,
+    rows: Iterable[Any],
+    kind: type[BaseException] = UserCodeError,
+    match: str | None = None,
+    **options: Any,
+) -> BaseException:
+    """Asserts that a refresh ends with an error and leaves the model and all random states as before; returns it."""
+    before = snapshot(model)
+    with pytest.raises(kind, match=match) as caught:
+        refresh_batch_norm(model, rows, **{"frozen": ["frozen"], **options})
+    assert changed(before, snapshot(model)) == set()
+    return caught.value
+
+
 @pytest.mark.guarantee("refresh-fails")
 @pytest.mark.parametrize("at", range(1, BATCHES + 1))
 @pytest.mark.parametrize(
@@ -71,29 +86,10 @@ def expected(error: BaseException) -> type[BaseException]:
     ids=lambda error: type(error).__name__,
 )
 def test_a_loader_that_raises_at_any_batch_moves_nothing(error: BaseException, at: int) -> None:
-    class Loader:
-        def __iter__(self) -> Iterator[Tensor]:
-            return self
-
-        def __init__(self) -> None:
-            self.batches = iter(batches())
-            self.number = 0
-
-        def __next__(self) -> Tensor:
-            self.number += 1
-            random.random(), np.random.rand(), torch.rand(2)
-            if self.number == at:
-                raise error
-            return next(self.batches)
-
-    model = everything()
-    before = snapshot(model)
-    with pytest.raises(expected(error)) as caught:
-        refresh_batch_norm(model, Loader(), frozen=["frozen"])
-    assert changed(before, snapshot(model)) == set()
-    if isinstance(caught.value, UserCodeError):
-        assert f"the dataloader raised at batch {at}: {type(error).__name__}: {error}" in str(caught.value)
-        assert caught.value.__cause__ is error
+    found = error_that_moves_nothing(everything(), shuffled(at, error), expected(error))
+    if isinstance(found, UserCodeError):
+        assert f"the dataloader raised at batch {at}: {type(error).__name__}: {error}" in str(found)
+        assert found.__cause__ is error
 
 
 class At:
@@ -119,13 +115,10 @@ def test_a_model_that_raises_at_any_layer_of_any_batch_moves_nothing(child: str,
     register = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
     error = ERRORS[(CHILDREN.index(child) + at) % len(ERRORS)]
     register(At(at, error))
-    before = snapshot(model)
-    with pytest.raises(expected(error)) as caught:
-        refresh_batch_norm(model, batches(), frozen=["frozen"])
-    assert changed(before, snapshot(model)) == set()
-    if isinstance(caught.value, UserCodeError):
+    found = error_that_moves_nothing(model, batches(), expected(error))
+    if isinstance(found, UserCodeError):
         # A layer that is used twice raises at its second call, in the first batch.
-        assert re.search(rf"the model raised at batch [{-(-at // 2)}{at}] \(a tensor of shape", str(caught.value))
+        assert re.search(rf"the model raised at batch [{-(-at // 2)}{at}] \(a tensor of shape", str(found))
 
 
 @pytest.mark.parametrize("at", range(1, BATCHES + 1))
@@ -139,22 +132,14 @@ def test_a_model_that_raises_at_any_layer_of_any_batch_moves_nothing(child: str,
 )
 def test_a_batch_that_cannot_be_measured_moves_nothing(batch: object, says: str, at: int) -> None:
     """The last layer gets one value per channel when all others have been measured."""
-    model = everything()
-    before = snapshot(model)
-    with pytest.raises(UserCodeError, match=says.format(at)):
-        refresh_batch_norm(model, [*batches()[: at - 1], batch], frozen=["frozen"])
-    assert changed(before, snapshot(model)) == set()
+    error_that_moves_nothing(everything(), [*batches()[: at - 1], batch], match=says.format(at))
 
 
 def test_a_progress_callback_that_raises_moves_nothing() -> None:
     def progress(batches: int, samples: int) -> None:
         raise BrokenPipeError
 
-    model = everything()
-    before = snapshot(model)
-    with pytest.raises(BrokenPipeError):
-        refresh_batch_norm(model, batches(), frozen=["frozen"], progress=progress)
-    assert changed(before, snapshot(model)) == set()
+    error_that_moves_nothing(everything(), batches(), BrokenPipeError, progress=progress)
 
 
 @pytest.mark.parametrize("at", range(1, BATCHES + 1))
@@ -165,10 +150,8 @@ def test_activations_that_are_nan_at_any_layer_move_nothing(layer: str, at: int)
     model.get_submodule(layer).register_forward_pre_hook(
         lambda _, arguments: (arguments[0] * (float("nan") if next(calls) == at else 1),)
     )
-    before = snapshot(model)
-    with pytest.raises(UserCodeError, match=f"layer '{layer}', batch .*the activations contain NaN or Inf"):
-        refresh_batch_norm(model, batches(), frozen=["frozen"])
-    assert changed(before, snapshot(model)) == set()
+    message = f"layer '{layer}', batch .*the activations contain NaN or Inf"
+    error_that_moves_nothing(model, batches(), match=message)
 
 
 @pytest.mark.parametrize("estimator", ["pooled", "batch-mean"])
@@ -179,10 +162,8 @@ def test_statistics_that_the_last_layer_cannot_hold_move_nothing(estimator: str)
     model.last.running_mean = model.last.running_mean.half()
     model.last.register_forward_pre_hook(lambda _, arguments: (arguments[0] * 1e5,))
     model.last.forward = lambda values: values
-    before = snapshot(model)
-    with pytest.raises(UserCodeError, match=r"layer 'last': a running_var of .* exceeds the range"):
-        refresh_batch_norm(model, batches(), frozen=["frozen"], estimator=estimator)
-    assert changed(before, snapshot(model)) == set()
+    message = r"layer 'last': a running_var of .* exceeds the range"
+    error_that_moves_nothing(model, batches(), match=message, estimator=estimator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,10 +250,7 @@ def test_buffers_outside_of_inference_mode_stay_as_they_are() -> None:
     """Tensors made under `torch.inference_mode()` cannot be written to outside of it."""
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    before = snapshot(model)
-    with pytest.raises(UserCodeError, match="inference"):
-        refresh_batch_norm(model, [randn(5, 3)])
-    assert changed(before, snapshot(model)) == set()
+    error_that_moves_nothing(model, [randn(5, 3)], match="inference", frozen=[])
 
 
 def test_batches_made_in_inference_mode_work() -> None:

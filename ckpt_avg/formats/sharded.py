@@ -42,9 +42,6 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
     """
     weight_map, digest = _read_index(index)
     paths = {name: safe_sibling(index.parent, name, str(index)) for name in dict.fromkeys(weight_map.values())}
-    for name in paths:
-        if ".safetensors." in index.name and not name.endswith(".safetensors"):
-            fail(index, f"expected safetensors shards, as its own name says, got {quote(name)}", _AGAIN)
     if missing := [name for name, shard in paths.items() if not shard.exists()]:
         problem = f"{plural(len(missing), 'shard')} of {len(paths)} missing: {listing(map(quote, missing))}"
         fail(index, problem, "Copy them next to the index")
@@ -52,6 +49,9 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
     with ExitStack() as on_error:
         opened = [on_error.enter_context(open_file(shard, bare, strip=False)) for shard in paths.values()]
         shards = {name: checkpoint.spec for name, checkpoint in zip(paths, opened, strict=True)}
+        for name, spec in shards.items():
+            if ".safetensors." in index.name and spec.format != "safetensors":
+                fail(index, f"expected safetensors shards, as its own name says, got {quote(name)}", _AGAIN)
 
         def make() -> TensorTable:
             tensors = _combine(index, weight_map, shards)

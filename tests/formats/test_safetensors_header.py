@@ -479,7 +479,7 @@ def test_a_header_of_many_small_values_stays_bounded(tmp_path: Path, first: str,
 # --- against safetensors, on generated headers -------------------------------------------------------------
 
 _SCRATCH = tempfile.TemporaryDirectory(prefix="safetensors-fuzz-")
-_FUZZ = settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+_FUZZ = settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -87,6 +87,14 @@ def test_the_order_is_that_of_the_index(tmp_path: Path) -> None:
         assert list(checkpoint.spec.tensors) == ["b", "a"]
 
 
+def test_the_suffix_of_a_shard_does_not_matter(tmp_path: Path) -> None:
+    index = write(tmp_path, {"a": torch.ones(1)}, {"b": torch.ones(2)})
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    shard.rename(tmp_path / "second")
+    index.write_text(index.read_text().replace(shard.name, "second"))
+    assert_same(read(tmp_path), {"a": torch.ones(1), "b": torch.ones(2)})
+
+
 def test_prefixes_of_wrappers_are_stripped_if_all_shards_have_them(tmp_path: Path) -> None:
     """And not off one shard alone, in which all names happen to carry one."""
     index = write(tmp_path / "all", {"module.a": torch.ones(1)}, {"module.b": torch.ones(2)})
@@ -207,8 +215,10 @@ BROKEN: dict[str, tuple[object, str]] = {
         {"weight_map": dict(list(WEIGHT_MAP.items())[:3])}, "contains 'lm_head.weight', which the index does not list"),
     "a .bin shard in a safetensors index": (
         {"weight_map": WEIGHT_MAP | {"lm_head.weight": "pytorch_model.bin"}}, f"{OTHER}'pytorch_model.bin'"),
-    "an optimizer as a shard": ({"weight_map": WEIGHT_MAP | {"exp_avg": "optimizer.pt"}}, OTHER),
-    "the index itself": ({"weight_map": WEIGHT_MAP | {"lm_head.weight": "model.safetensors.index.json"}}, OTHER),
+    "an optimizer as a shard": (
+        {"weight_map": WEIGHT_MAP | {"exp_avg": "optimizer.pt"}}, "optimizer.pt: expected a state dict, got"),
+    "the index itself": (
+        {"weight_map": WEIGHT_MAP | {"lm_head.weight": "model.safetensors.index.json"}}, "got something else"),
     "no weight_map": ({"metadata": {}}, NO_MAP),
     "an empty weight_map": ({"weight_map": {}}, NO_MAP),
     "a list": ([], NO_MAP),
@@ -221,7 +231,7 @@ BROKEN: dict[str, tuple[object, str]] = {
     "cut off": (json.dumps({"weight_map": WEIGHT_MAP})[:-20], NO_INDEX),
     "deep": ("[" * 100_000, NO_INDEX),
     "a huge number": ('{"weight_map": ' + "9" * 100_000 + "}", f"{NO_INDEX}Exceeds the limit"),
-    "another kind of file": ({"weight_map": WEIGHT_MAP | {"lm_head.weight": "-"}}, OTHER),
+    "an odd name": ({"weight_map": WEIGHT_MAP | {"lm_head.weight": "-"}}, "1 shard of 3 missing: '-'"),
     "a name of two lines": (
         {"weight_map": WEIGHT_MAP | {"lm_head.weight": "nul\n.safetensors"}}, r"of 3 missing: 'nul\n.safetensors'"),
     "a lone surrogate": ('{"weight_map": {"\\ud800": "' + FIRST + '"}}', ""),

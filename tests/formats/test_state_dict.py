@@ -251,6 +251,13 @@ def test_other_weights_in_the_file_are_listed() -> None:
     assert found.notes == ("there are other state dicts: 'best_state' (choose one with --state-key)",)
 
 
+def test_numbered_ema_modules_keep_their_numbers() -> None:
+    """As imagen-pytorch saves the EMAs of its networks."""
+    ema = {"0.initted": True, "0.ema_model.w": B, "1.initted": True, "1.ema_model.w": W}
+    found = find_state_dict({"model": {"unets.0.w": W}, "ema": ema}, PATH, Reading(ema=True))
+    assert (found.key, found.tensors) == ("ema.ema_model", {"0.w": B, "1.w": W})
+
+
 ONLINE, EMA = {"online_model.w": W, "online_model.b": W}, {"ema_model.w": B, "ema_model.b": B}
 MODULE = {"initted": True, "step": 7}
 

@@ -222,6 +222,7 @@ def test_wrappers_are_stripped_in_files(tmp_path: Path, prefix: str, key: str | 
         assert any(prefix in note for note in checkpoint.spec.notes)
 
 
+@pytest.mark.slow
 def test_real_data_parallel_and_compiled_models(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, while it imports what compiles

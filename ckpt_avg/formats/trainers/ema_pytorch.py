@@ -1,22 +1,21 @@
 """ema-pytorch: a state dict with online_model.*, ema_model.*, initted and step (ema_pytorch/ema_pytorch.py)."""
 
+import re
 from typing import Any
 
 from ckpt_avg.formats.trainers.trainer import Layout, Trainer
 
-_MODELS = ("online_model", "ema_model")
+_MODELS = re.compile(r"(\d+\.)?(online_model|ema_model)\.(.+)", re.DOTALL)  # numbered, if there are several
 
 
 def separate_models(state: Any) -> None:
     """Puts the two models of the state dict of an EMA module into dicts of their own, in place."""
-    if not isinstance(state, dict) or "initted" not in state:
+    if not isinstance(state, dict) or not {"initted", "0.initted"} & state.keys():
         return
-    models: dict[str, dict[str, object]] = {model: {} for model in _MODELS}
     for name in [name for name in state if isinstance(name, str)]:
-        model, _, rest = name.partition(".")
-        if model in models and rest:
-            models[model][rest] = state.pop(name)
-    state.update({model: weights for model, weights in models.items() if weights})
+        if match := _MODELS.fullmatch(name):
+            number, model, rest = match.groups(default="")
+            state.setdefault(model, {})[number + rest] = state.pop(name)
 
 
 TRAINER = Trainer(

@@ -699,7 +699,7 @@ def test_a_deeply_nested_archive_is_refused_not_crashed(tmp_path: Path) -> None:
 # --- mutated real files ------------------------------------------------------------------------------------
 
 _FUZZ = settings(
-    max_examples=250, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=120, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -752,7 +752,9 @@ def test_random_opcodes(stream: bytes) -> None:
         assert str(error).startswith("file.pt: ")
 
 
-@pytest.mark.parametrize("inner", [False, True], ids=["archive", "pickle in a sound archive"])
+@pytest.mark.parametrize(
+    "inner", [pytest.param(False, marks=pytest.mark.slow), True], ids=["archive", "pickle in a sound archive"]
+)
 def test_mutated_archives(tmp_path: Path, inner: bool) -> None:
     """Every view of a file that opens lies inside it."""
     path = tmp_path / "mutated.pt"

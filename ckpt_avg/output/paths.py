@@ -76,6 +76,8 @@ def _refuse_existing(target: Path, where: str) -> None:
 
 def _check_target(path: str | os.PathLike[str], where: str, discovery: Discovery) -> Path:
     """As `check_output`, for a new or existing file of any format; messages call the path ``where``."""
+    if os.fspath(path) == "-":
+        raise UsageError("-: the output cannot go to stdout. Name a file, for example swa.safetensors.")
     if not os.path.basename(path):
         raise UsageError(f"{os.fspath(path)!r}: is not a file name. Name a file, for example swa.safetensors.")
     target = Path(os.path.realpath(path))

@@ -109,6 +109,7 @@ def test_an_average_in_the_run_folder_may_be_replaced_unless_it_is_named(run: Pa
     ("path", "says"),
     [
         ("", r"'': is not a file name\. Name a file"),
+        ("-", r"-: the output cannot go to stdout\. Name a file"),
         ("new/", r"'new/': is not a file name\. Name a file"),
         ("run", r"run: is a folder\. Name a file, for example swa\.safetensors"),
         ("/dev/null", r"/dev/null: is a device, pipe or socket\. Name a file"),

@@ -28,13 +28,14 @@ from ckpt_avg.text import argument
 
 MARK = "ckpt_avg"  # the first key of a report
 
-# Suffixes of other formats. Loaders go by them: torch.load reads .ckpt, and so do people.
+# Suffixes of other formats. Loaders go by them, and so do people.
 _OTHER_FORMATS = frozenset(
     (
         *(".pt", ".pth", ".pyth", ".ckpt", ".chkpt", ".bin", ".tar", ".t7", ".th", ".model", ".distcp", ".nemo"),
-        *(".pkl", ".pickle", ".joblib", ".pt2", ".pte", ".jit", ".onnx", ".gguf", ".ggml", ".h5", ".hdf5", ".keras"),
-        *(".tflite", ".pb", ".npz", ".npy", ".msgpack", ".mlmodel", ".engine", ".parquet", ".arrow", ".sha256"),
-        *(".json", ".yaml", ".yml", ".toml", ".csv", ".txt", ".md", ".py", ".png", ".svg", ".pdf"),
+        *(".pkl", ".pickle", ".joblib", ".pt2", ".pte", ".ptl", ".jit", ".torchscript", ".mar", ".onnx", ".ort"),
+        *(".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".tflite", ".pb", ".npz", ".npy", ".msgpack", ".params"),
+        *(".pdparams", ".caffemodel", ".mlmodel", ".mlpackage", ".engine", ".trt", ".parquet", ".arrow", ".sha256"),
+        *(".json", ".yaml", ".yml", ".toml", ".csv", ".txt", ".md", ".py", ".log", ".png", ".svg", ".pdf"),
         *(".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
     )
 )

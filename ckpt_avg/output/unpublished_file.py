@@ -324,7 +324,9 @@ def _remove_leftovers(target: Path) -> None:
         names = os.listdir(target.parent)
     for name in filter(pattern.fullmatch, names):
         with contextlib.suppress(OSError):  # it only costs space
-            descriptor = os.open(target.with_name(name), platform.READ_FLAGS)
+            descriptor = os.open(
+                target.with_name(name), platform.WRITE_FLAGS
+            )  # NFS locks only what is open for writing
             if platform.lock(descriptor):
                 os.unlink(target.with_name(name))
             platform.close(descriptor)

@@ -194,7 +194,7 @@ def _integer_tables(tensors: Tensors) -> Iterator[str]:
               and _last_word(name) not in ("weight", "bias")}  # fmt: skip
     for name, tensor in tensors.items():
         is_table = tensor.dtype.kind == "exact" and len(tensor.shape) > 1 and tensor.dtype.name not in ("BOOL", "I64")
-        if is_table and (_module(name) in floats or _last_word(name) == "weight"):
+        if is_table and _module(name) and (_module(name) in floats or _last_word(name) == "weight"):
             yield name
 
 
@@ -235,13 +235,14 @@ def _queues(tensors: Tensors) -> Iterator[str]:
     yield from (name for name in tensors if _module(name) in modules and "ptr" in _words(name))
 
 
-_COUNTERS = {"num_updates", "global_step", "iteration", "iterations", "num_steps", "n_averaged"}
-_INTEGER_COUNTERS = {"step", "steps", "epoch", "counter", "update_count"}
+_COUNTERS = {"num_updates", "global_step", "iteration", "iterations", "num_steps", "n_averaged", "steps", "counter"}
+_FLOAT_COUNTERS = {"count", "num_samples"}  # an integer of these names may be a size
+_INTEGER_COUNTERS = {"step", "epoch", "update_count"}  # a float of these names may be a parameter
 
 
 def _counters(tensors: Tensors) -> Iterator[str]:
     for name, tensor in tensors.items():
-        names = _COUNTERS | _INTEGER_COUNTERS if tensor.dtype.kind == "exact" else _COUNTERS
+        names = _COUNTERS | (_INTEGER_COUNTERS if tensor.dtype.kind == "exact" else _FLOAT_COUNTERS)
         if tensor.numel == 1 and _last_word(name).lower() in names:
             yield name
 
@@ -293,7 +294,7 @@ INTEGERS = BufferKind(
 MASKS = BufferKind(
     "masks",
     "equal",
-    "only zeros and ones, in every checkpoint",
+    "only zeros and ones in every checkpoint, and both in one; or such a flag, as `inited`",
     "copied if they are equal; `--non-float last` copies the last one's",
     "mask",
     refusal=_USE_LAST,
@@ -304,7 +305,7 @@ QUANTIZED = BufferKind(
     "integers or float8 with a scale: `qweight`, `scales`; `weight`, `SCB`; `weight`, `weight.absmax`; …",
     "copied if they are equal; never averaged, and never the last one's",
     "quantised tensor",
-    notice="copied: they must be the same in every checkpoint",
+    notice="must be the same in every checkpoint",
     refusal=_AVERAGE_BEFORE,
     where=_quantized,
     hints=tuple(_SCALES),
@@ -363,16 +364,6 @@ KINDS = (
     MASKS,
     QUANTIZED,
     BufferKind(
-        "other integer tables",
-        "equal",
-        "int8, uint8, int16 or int32 in two dimensions or more, next to floats other than `weight` and `bias`",
-        "copied if they are equal",
-        "integer table",
-        refusal="they may be codes with a scale, whose mean is of no use. Average the checkpoints before quantisation.",
-        where=_integer_tables,
-        hints=("",),
-    ),
-    BufferKind(
         "fake quantisation",
         "last",
         "`scale` and an integer `zero_point`, without quantised weights",
@@ -380,6 +371,12 @@ KINDS = (
         notice="of fake quantisation copied from the last checkpoint (calibrate the averaged model again)",
         where=_observers,
         hints=("zero_point",),
+    ),
+    BufferKind(
+        "low-rank factors",
+        "mean",
+        "`lora_A`, `lora_down`, `hada_w1_a` and the like, which `formats/trainers/lora` recognises",
+        "the mean of each factor",
     ),
     BufferKind(
         "adapter scales",
@@ -394,10 +391,10 @@ KINDS = (
     BufferKind(
         "counters",
         "last",
-        "one number called `num_updates`, `global_step`, `iteration`, …; one integer called `step`, `epoch`, …",
+        "one number called `num_updates`, `global_step`, …; one integer called `step`; one float called `count`",
         "the last one's",
         where=_counters,
-        hints=(*_COUNTERS, *_INTEGER_COUNTERS),
+        hints=(*_COUNTERS, *_FLOAT_COUNTERS, *_INTEGER_COUNTERS),
     ),
     BufferKind(
         "codebooks",
@@ -436,6 +433,16 @@ KINDS = (
         notice="with random states copied from the last checkpoint",
         where=_random_states,
         hints=("rng_state", "random_state"),
+    ),
+    BufferKind(
+        "other integer tables",
+        "equal",
+        "int8, uint8, int16 or int32 in two dimensions or more, next to floats other than `weight` and `bias`",
+        "copied if they are equal",
+        "integer table",
+        refusal="they may be codes with a scale, whose mean is of no use. Average the checkpoints before quantisation.",
+        where=_integer_tables,
+        hints=("",),
     ),
 )
 

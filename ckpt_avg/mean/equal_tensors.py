@@ -5,6 +5,7 @@ Integers are copied only if they are equal, and so are masks. BatchNorm layers w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def find_masks(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[str]:
 
 
 def _is_mask(checkpoints: Sequence[Checkpoint], name: str) -> bool:
-    is_mixed = "mask" in name.lower()
+    is_mixed = bool(re.search(r"mask|init(?:t?ed|iali[sz]ed)|enabled", name.lower()))
     if not is_mixed and not any(_varies(each, name) for each in (checkpoints[0], checkpoints[-1])):
         return False
     for checkpoint in checkpoints:

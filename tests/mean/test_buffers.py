@@ -121,7 +121,7 @@ def test_quantised_weights_that_are_equal_are_copied(tmp_path: Path, name: str) 
         assert found[f"layer.{each}"].float().equal(wanted.float()), each
         assert found[f"layer.{each}"].dtype == (FLOAT if dtype in (torch.float16, torch.bfloat16) else dtype)
     assert found["norm.weight"].tolist() == [0.5] * 4
-    assert any("copied: they must be the same" in notice for notice in result.notices)
+    assert any("must be the same in every checkpoint: " in notice for notice in result.notices)
 
 
 def test_an_integer_table_next_to_a_scale_of_something_else_is_no_quantised_weight() -> None:
@@ -155,6 +155,11 @@ def test_fake_quantisation_is_the_lasts(tmp_path: Path) -> None:
 
 
 # -- Masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_that_was_set_is_refused(tmp_path: Path) -> None:
+    """A third of a flag is no flag."""
+    assert "1 mask differs" in refusal_of(tmp_path, [{"q.inited": torch.tensor([value])} for value in (0.0, 1.0, 1.0)])
 
 
 @pytest.mark.parametrize("name", ["weight_mask", "gates"])
@@ -268,7 +273,14 @@ CASES: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], str, set[str]]] =
         {"l.weight", "l.bias"},
     ),
     "no codes": (
-        {"a.ids": ("I64", (1, 9)), "a.m": ("BOOL", (3, 3)), "a.x": ("F32", ()), "n.weight": ("F32", (3,))},
+        {
+            "table": ("I32", (3, 3)),
+            "value": ("F32", ()),
+            "a.ids": ("I64", (1, 9)),
+            "a.m": ("BOOL", (3, 3)),
+            "a.x": ("F32", ()),
+            "n.weight": ("F32", (3,)),
+        },
         "other integer tables",
         set(),
     ),

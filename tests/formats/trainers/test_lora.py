@@ -14,6 +14,7 @@ NAMES = (
     "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight",  # kohya-ss/sd-scripts
     "unet.attn1.processor.to_q_lora.down.weight",  # diffusers
     "to_q.lora.up.weight",
+    "double_blocks.0.processor.proj_lora1.down.weight",  # XLabs
     "attn.to_out.0.lora_linear_layer.down.weight",
     "transformer.h.0.attn.c_attn.lora_A",  # microsoft/LoRA
     "model.embed_tokens.lora_embedding_A",  # PEFT

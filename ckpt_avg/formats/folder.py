@@ -28,7 +28,7 @@ from ckpt_avg.formats.trainers.any_script import NO_CHECKPOINTS, SUFFIXES, UNFIN
 from ckpt_avg.formats.trainers.file_names import is_ema, is_training_state, names_a_moment, part_of
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import Folder, Stored, WeightFiles
-from ckpt_avg.text import listing, quote
+from ckpt_avg.text import argument, listing, quote
 
 DEEPEST = 3  # levels of folders that are searched for weights
 _SIDECARS = {sidecar.name for trainer in TRAINERS for sidecar in trainer.sidecars if not sidecar.files}
@@ -98,7 +98,7 @@ def _only_set(folder: Folder) -> WeightFiles | None:
     pattern = re.sub(r"\d+([-+.:]\d+)*", "*", name_of(folder.path))
     problem = (
         f"the folder has several sets of weights: {listing(map(quote, names))}. Name one of each checkpoint: "
-        f"{folder.path.parent / pattern / raw[0]}"
+        f"{argument(folder.path.parent)}/{pattern}/{raw[0]}"
     )
     return WeightFiles(folder.path, problem=problem)
 
@@ -131,7 +131,17 @@ def _sets(folder: Folder, depth: int) -> list[WeightFiles]:
 
 def has_weights_inside(path: Path) -> bool:
     """Whether there are weights in a folder, or in those inside it."""
-    return bool(_sets(Folder.of(path), DEEPEST - 1))
+    return any(map(_has_weights, _sets(Folder.of(path), DEEPEST - 1)))
+
+
+def revisions_of(path: Path) -> list[str]:
+    """Returns the names of a revision in a Hugging Face cache, snapshots/HASH: what refers to it, such as step1000."""
+    if path.parent.name != "snapshots":
+        return []
+    with suppress(OSError, UnicodeDecodeError):
+        refs = sorted(ref for ref in (path.parent.parent / "refs").iterdir() if ref.is_file())
+        return [ref.name for ref in refs if ref.stat().st_size < 100 and ref.read_text().strip() == path.name]
+    return []
 
 
 def _folders(folder: Folder) -> Iterator[Folder]:
@@ -143,7 +153,7 @@ def _folders(folder: Folder) -> Iterator[Folder]:
 
 
 def _may_have_weights(name: str) -> bool:
-    return not (is_training_state(name) or name.startswith(".") or name.endswith(UNFINISHED) or name in _SIDECARS)
+    return not (is_training_state(name) or name.startswith(".") or UNFINISHED.fullmatch(name) or name in _SIDECARS)
 
 
 def _has_weights(weights: WeightFiles) -> bool:
@@ -168,7 +178,7 @@ def checkpoint_files(folder: Folder) -> set[str]:
         return re.sub(r"\d+", "0", name)
 
     found = {name for name in folder.names if name.lower().endswith(SUFFIXES) and not (folder.path / name).is_dir()}
-    others = {name for name in folder.names - found if not name.lower().endswith((*NO_CHECKPOINTS, *UNFINISHED))}
+    others = {name for name in folder.names - found if not name.lower().endswith(NO_CHECKPOINTS)}
     files = {name for name in others if (folder.path / name).is_file()}
     kinds = {kind(name) for name in files if starts_as_checkpoint(folder.path / name)}
     return found | {name for name in files if kind(name) in kinds}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -15,7 +17,7 @@ from ckpt_avg.checkpoint.spec import METHOD_KEY, Checkpoint
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, TooManyFilesError
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.formats.folder import DEEPEST
+from ckpt_avg.formats.folder import revisions_of
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.trainers.file_names import (
@@ -128,16 +130,15 @@ def open_candidates(
                 if candidate.checkpoint is not None and candidate.path not in paths_kept:
                     candidate.checkpoint.close()
             found = kept
-        if len(source.paths) == 1:
-            found = list(map(_with_record_of_folder, found))
         given += found
     if not given:
         reasons = listing((f"{quote(item.path.name)}: {item.reason}" for item in skipped), separator="; ")
         raise IncompatibleError(f"nothing to average: all checkpoints are skipped ({reasons}). Name others.")
     refuse_repeated((each.path, _identity(each)) for each in given)  # a folder, and the file in it
-    ordered = given
+    ordered = given = _with_records_of_folders(given)
     if len(sources) > 1:
         notes += _notes_on_series(each for source in sources if not source.is_run for each in source.paths)
+        notes += _notes_on_moments(given)
         ordered = _in_order(given, notes)
     if ordered != given and not selection.keep_order:
         names = ends(distinct_names([each.path for each in ordered]))
@@ -204,8 +205,8 @@ def _in_order(given: list[Candidate], notes: list[str]) -> list[Candidate]:
     lacking = [each for each in given if each.record.is_lone_number or each.record.step is each.record.epoch is None]
     if 0 < len(lacking) < len(given) and not any(each.error for each in lacking):
         names = ends([escaped(each.path.name) for each in lacking])
-        order = "that of the numbers in the names" if unit else "not that of steps"
-        notes.append(f"no step or epoch is recorded in {names}, unlike the others, so the order is {order}")
+        order = "ordered by the numbers in their names" if unit else "not ordered by steps"
+        notes.append(f"no step or epoch is recorded in {names}, unlike the others, so the checkpoints are {order}")
     return _sorted(given, by_name, unit) if unit else given
 
 
@@ -227,13 +228,19 @@ def _open(path: Path, reading: Reading, stack: ExitStack) -> Candidate:
     return Candidate(path, checkpoint, None, checkpoint.spec.record)
 
 
-def _with_record_of_folder(candidate: Candidate) -> Candidate:
-    """Adds what the folders around a checkpoint tell by their names, as in checkpoint-500/unet, if it tells nothing."""
-    if candidate.record.step is None and candidate.record.epoch is None:
-        names = [folder.name for folder in [*candidate.path.absolute().parents][:DEEPEST]]
-        found = next((record_from_name(name) for name in names if name.isdecimal() or names_a_moment(name)), Record())
-        return replace(candidate, record=candidate.record.or_else(found))
-    return candidate
+def _with_records_of_folders(given: list[Candidate]) -> list[Candidate]:
+    """Adds what the names of differing folders around checkpoints tell, such as checkpoint-500/unet, if these don't."""
+    paths = [each.path.absolute() for each in given]
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    found = []
+    for candidate, path in zip(given, paths, strict=True):
+        record = candidate.record
+        if record.step is None and record.epoch is None:
+            folders = path.relative_to(common).parent.parts[::-1]
+            names = [*revisions_of(path), *(name for name in folders if name.isdecimal() or names_a_moment(name))]
+            record = functools.reduce(Record.or_else, map(record_from_name, names), record)
+        found.append(replace(candidate, record=record))
+    return found
 
 
 def _advise_to_exclude(found: Sequence[Candidate]) -> None:
@@ -296,11 +303,7 @@ def _one_series(
         skipped += [Skipped(each.path, "EMA weights, by its name; --include selects them") for each in averages]
         found = [each for each in found if each not in averages]
     trainings = _notes_on_series(each.path for each in found)
-    moments: dict[tuple[int | None, int | None], list[str]] = {}
-    for each in found:
-        if each.record.step is not None or each.record.epoch is not None:
-            moments.setdefault((each.record.step, each.record.epoch), []).append(each.path.name)
-    shared = [names for names in moments.values() if len(names) > 1]
+    shared = _with_one_moment(found)
     if trainings or len(shared) > 1:
         names = [each.path.name for each in found] if trainings else [name for names in shared for name in names]
         kinds = _patterns(names)
@@ -312,11 +315,25 @@ def _one_series(
                 f"{quote(kinds[0])}. With --include {quote('*')} all are averaged."
             )
         notes += trainings or [f"several series have the same steps, and all are used: {listing(map(quote, kinds))}"]
-    elif shared:
-        notes.append(
-            f"several checkpoints have the same step, and all are used: {listing(map(quote, sorted(shared[0])))}"
-        )
+    else:
+        notes += _notes_on_moments(found)
     return found
+
+
+def _with_one_moment(found: Sequence[Candidate]) -> list[list[str]]:
+    """Returns the names of checkpoints that record the same step and epoch, for each of these."""
+    moments: dict[tuple[int | None, int | None], list[str]] = {}
+    for each, name in zip(found, distinct_names([each.path for each in found]), strict=True):
+        if each.record.step is not None or each.record.epoch is not None:
+            moments.setdefault((each.record.step, each.record.epoch), []).append(name)
+    return [sorted(names) for names in moments.values() if len(names) > 1]
+
+
+def _notes_on_moments(found: Sequence[Candidate]) -> list[str]:
+    return [
+        f"several checkpoints have the same step, and all are used: {listing(map(quote, names))}"
+        for names in _with_one_moment(found)
+    ]
 
 
 def _patterns(names: Sequence[str]) -> list[str]:

@@ -139,18 +139,20 @@ def _search(folder: Path, depth: int, seen: set[tuple[int, int]]) -> list[Source
 def _several(folder: Path, found: Sequence[SourceContents]) -> str:
     """Says which folders have checkpoints, and how to average those of one or of all."""
     places = [each.folder.relative_to(folder) for each in found]
-    patterns = Counter(re.sub(r"\d+", "*", str(place)) for place in places)
+    patterns = Counter(re.sub(r"(^|(?<=/))\d+|\d+", _wildcard, str(place)) for place in places)
     pattern, count = patterns.most_common(1)[0]
-    if count == 1:
-        columns = zip(*(place.parts for place in places), strict=False)
-        pattern = "/".join(names[0] if len(set(names)) == 1 else "*" for names in columns)
+    shown = [f"{argument(folder)}/{pattern}"] if count > 1 else [argument(folder / place) for place in places]
     runs = [place for place, each in zip(places, found, strict=True) if len(each.paths) > 1]
     one = f"To average one run, name its folder, for example {argument(folder / runs[0])}. " if runs else ""
     return (
         f"{folder}: expected the checkpoints of one run, got {len(found)} folders with checkpoints: "
         f"{listing(quote(place) for place in places)}. {one}If they are of one training, name them all: "
-        f"{argument(folder)}/{pattern}"
+        f"{listing(shown, separator=' ')}"
     )
+
+
+def _wildcard(number: re.Match[str]) -> str:
+    return "[0-9]*" if number.group(1) is not None else "*"  # alone, * would match every file
 
 
 def _nothing(folder: Path) -> str:

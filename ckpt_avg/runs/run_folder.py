@@ -18,6 +18,7 @@ from ckpt_avg.formats.trainers.any_script import UNFINISHED, UNFINISHED_FOLDERS
 from ckpt_avg.formats.trainers.file_names import (
     EARLIER_AVERAGE,
     TRAINING_STATE,
+    ends_in_a_number,
     is_alias,
     is_training_state,
     names_a_moment,
@@ -84,7 +85,7 @@ def list_folder(folder: Path) -> SourceContents:
         used = {own.path.name, *own.others}
         files = [path for path in files if path.name not in used and not _is_shard(path)]
         # Only checkpoints with numbers next to them show that the folder's own weights are those of a run.
-        if not folders and not any(_numbered(path) for path in files):
+        if not folders and all(record_from_name(path.name) == Record() for path in files):
             return SourceContents((folder,), False)
         skipped.append(Skipped(own.path, own.problem or "the run's own weights, next to its checkpoints"))
     incomplete = _without_last_file(folders)
@@ -159,9 +160,9 @@ def _sort_entries(folder: Path) -> tuple[list[Path], dict[Path, WeightFiles], li
                 continue
             if reason:
                 skipped.append(Skipped(path, reason))
-            elif weights and _numbered(path) and not _is_run(path):
+            elif weights and (names_a_moment(path.name) or ends_in_a_number(path.name)) and not _is_run(path):
                 folders[path] = weights
-            elif weights or (is_folder and not is_training_state(path.name) and has_weights_inside(path)):
+            elif weights or (is_folder and _may_have_weights(path.name) and has_weights_inside(path)):
                 models.append(path)
             elif path.name in checkpoints:
                 files.append(path)
@@ -171,8 +172,8 @@ def _sort_entries(folder: Path) -> tuple[list[Path], dict[Path, WeightFiles], li
     return files, folders, models, skipped
 
 
-def _numbered(path: Path) -> bool:
-    return record_from_name(path.name) != Record() or names_a_moment(path.name)
+def _may_have_weights(folder: str) -> bool:
+    return not folder.startswith(".") and not is_training_state(folder)
 
 
 def _is_run(folder: Path) -> bool:
@@ -212,7 +213,7 @@ def _without_last_file(folders: Mapping[Path, WeightFiles]) -> list[Skipped]:
 def _reason_to_skip_folder(path: Path, weights: WeightFiles | None, names: frozenset[str]) -> str | None:
     if path.name.startswith("."):
         return INCOMPLETE if weights else None
-    if path.name.startswith(UNFINISHED_FOLDERS) or path.name.endswith(UNFINISHED) or path.name + _MARKER in names:
+    if path.name.startswith(UNFINISHED_FOLDERS) or UNFINISHED.fullmatch(path.name) or path.name + _MARKER in names:
         return INCOMPLETE
     return weights.problem if weights and weights.incomplete else None
 

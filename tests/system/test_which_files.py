@@ -170,15 +170,34 @@ LAYOUTS: dict[str, Layout] = {
         ["version_0/epoch=0.ckpt", "version_0/epoch=1.ckpt", "version_1/epoch=2.ckpt", "version_1/epoch=3.ckpt"],
         notice="not as given", sources=("version_1", "version_0"),
     ),
+    "Lightning run resumed in the middle": Layout(
+        {"v0/epoch=0.ckpt": W, "v0/epoch=1.ckpt": W, "v1/epoch=1.ckpt": W, "v1/epoch=2.ckpt": W},
+        ["v0/epoch=0.ckpt", "v0/epoch=1.ckpt", "v1/epoch=1.ckpt", "v1/epoch=2.ckpt"], sources=("v0", "v1"),
+        notice="several checkpoints have the same step, and all are used: 'v0/epoch=1.ckpt', 'v1/epoch=1.ckpt'",
+    ),
+    "folders of digits": Layout({"90/model.pt": W, "100/model.pt": W}, refused="name them all: {}/[0-9]*", exit_code=4),
+    "folders of digits, listed": Layout(
+        {"90/model.pt": W, "100/model.pt": W}, ["90/model.pt", "100/model.pt"], sources=("100", "90"),
+        notice="not as given",
+    ),
     "two models": Layout(
         each(("bert", "gpt"), {"model.safetensors": W}, "{}"),
-        refused=SEVERAL + ": 'bert', 'gpt'. If they are of one training, name them all: {}/*", exit_code=4,
+        refused=SEVERAL + ": 'bert', 'gpt'. If they are of one training, name them all: {}/bert {}/gpt", exit_code=4,
     ),
     "Hugging Face cache": Layout(
         {"blobs/aa": W, "blobs/bb": W, "refs/main": text("11aa"),
          "snapshots/11aa/pytorch_model.bin": "../../blobs/aa", "snapshots/22bb/pytorch_model.bin": "../../blobs/bb"},
         refused=SEVERAL + ": 'snapshots/11aa', 'snapshots/22bb'. If they are of one training, name them all: "
-        "{}/snapshots/*", exit_code=4,
+        "{}/snapshots/11aa {}/snapshots/22bb", exit_code=4,
+    ),
+    "Hugging Face revisions": Layout(
+        {"blobs/aa": W, "blobs/bb": W, "refs/main": text("22bb"), "refs/step90": text("22bb"),
+         "refs/step100": text("11aa"),
+         "snapshots/11aa/pytorch_model.bin": "../../blobs/aa", "snapshots/22bb/pytorch_model.bin": "../../blobs/bb"},
+        ["snapshots/22bb", "snapshots/11aa"], sources=("snapshots/11aa", "snapshots/22bb"), notice="not as given",
+    ),
+    "folders of settings": Layout(
+        {"lr=0.1,steps=1000/last.pt": W, "lr=0.01,steps=1000/last.pt": W}, refused=SEVERAL, exit_code=4,
     ),
     "linked inner folder": Layout(
         {"../data/step_9.pt": W, "../data/step_10.pt": W, "checkpoints": "../data", "config.yaml": text()},
@@ -203,6 +222,11 @@ LAYOUTS: dict[str, Layout] = {
                         ["g_00005000", "g_00010000"],
                         skipped={"g_00015000": "it is empty", "do_00010000": "no weights"}),
     "no suffix, damaged": Layout({"g_00005000": W, "g_00010000": text("\0\0")}, refused="g_00010000: expected"),
+    "backups and downloads": Layout(
+        {"epoch_1.pt": W, "epoch_2.pt": W, "epoch_2.pt.bak": W, "epoch_3.pt.crdownload": W, "epoch_3.pt.tmp.12": W},
+        ["epoch_1.pt", "epoch_2.pt"],
+        skipped={"epoch_2.pt.bak": "backup", "epoch_3.pt.crdownload": "incomplete", "epoch_3.pt.tmp.12": "incomplete"},
+    ),
     "other formats": Layout({"a.h5": text("x"), "b.onnx": text("x")}, exit_code=4,
                             refused="By their first bytes, these are none: 'a.h5', 'b.onnx'"),
     # --- parts ---
@@ -279,7 +303,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "a number among recorded steps": Layout(
         {f"ckpt_{number}.pt": weights(step=100 * number) for number in (1, 2, 3)} | {"ckpt_4.pt": W},
-        ["ckpt_3.pt", "ckpt_4.pt"], notice="the order is that of the numbers in the names", options={"last": 2},
+        ["ckpt_3.pt", "ckpt_4.pt"], notice="ordered by the numbers in their names", options={"last": 2},
     ),
     # --- metrics ---
     "SpeechBrain": Layout(

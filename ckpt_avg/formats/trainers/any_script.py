@@ -10,7 +10,7 @@ from ckpt_avg.formats.trainers.trainer import Contents, Trainer
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 # Others, of files that are known as checkpoints only by their first bytes.
 OTHER_SUFFIXES = (".pyth", ".tar", ".chkpt", ".ckp", ".t7", ".model", ".mdl", ".weights", ".pkl", ".pickle", ".torch")
-UNFINISHED = (".tmp", ".part", ".incomplete")
+UNFINISHED = re.compile(r".*\.(tmp|temp|part|partial|incomplete|crdownload|download|filepart)([-._]\w+)?")
 # Suffixes of files that are not looked into, of which a folder may have very many.
 NO_CHECKPOINTS = (
     ".json", ".jsonl", ".yaml", ".yml", ".txt", ".log", ".md", ".csv", ".tsv", ".py", ".sh", ".ini", ".toml", ".html",
@@ -85,7 +85,10 @@ ANY_SCRIPT = Trainer(
         "rng(_states?)?",
         "train(er|ing)?_state",
     ),
-    skip={rf"init(ial)?({'|'.join(map(re.escape, SUFFIXES))})": "initial weights, by its name"},
+    skip={
+        rf"init(ial)?({'|'.join(map(re.escape, SUFFIXES))})": "initial weights, by its name",
+        r".*(\.(bak|backup|old|orig)\d*|~)": "a backup, by its name",
+    },
 )
 
 # --- names of files and folders: step_500.pt, epoch=3-val_loss=0.12.ckpt, model_2k.pth ---
@@ -94,11 +97,21 @@ _VALUE = r"([-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 EPOCH = re.compile(r"(?:epoch|(?<![a-z0-9])ep)[-_=]?(\d+)|(?<![\d.])(\d+)epoch", re.IGNORECASE)
 STEP = re.compile(r"(?:step|iter|iteration|batch[-_=]|update)s?[-_=]?(\d+)", re.IGNORECASE)
 METRIC = re.compile(rf"(?:^|[-_.]|(?<=\d))([A-Za-z][\w/@]*?)={_VALUE}(?=$|[-_.]|[A-Za-z])")
-# Without a sign of equality, a word that is a metric and a decimal number: val_loss0.34, acc-0.91, loss_-1.5e-03.
+_MEASURES = (
+    r"(?:loss|acc|accuracy|top[15]|f1|auc|auroc|iou|miou|map|dice|psnr|ssim|bleu|rouge|wer|cer|ppl|perplexity|r?mse|mae|"
+    r"nll|error|score|reward|fid|recall|precision)"
+)
+MEASURE = re.compile(rf"[\w/@]*{_MEASURES}\d?", re.IGNORECASE)
+# Without a sign of equality, a word for a measure and a decimal number: val_loss0.34, acc1_78.5, loss_-1.5e-03.
 WORD_METRIC = re.compile(
-    r"(?:^|[-_.]|(?<=\d))((?:[A-Za-z]+[-_/])*?(?:val|valid|train|test|eval|dev|best)?(?:loss|acc|accuracy|top|f|auc|auroc|"
-    r"iou|miou|map|dice|psnr|ssim|bleu|rouge|wer|cer|ppl|perplexity|r?mse|mae|nll|error|score|reward|fid|recall|"
-    r"precision)\d?)[-_:]?([-+]?(?:\d+\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+))(?=$|[-_.]|[A-Za-z])",
+    r"(?:^|[-_.]|(?<=\d))((?:[A-Za-z]+[-_/])*?(?:val|valid|train|test|eval|dev|best)?"
+    rf"{_MEASURES}(?:\d(?=[-_:]))?)[-_:]?([-+]?(?:\d+\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+))(?=$|[-_.]|[A-Za-z])",
+    re.IGNORECASE,
+)
+# Settings, which name an experiment: lr=0.1, batch_32, seed=1.
+SETTING = re.compile(
+    r"(?<![A-Za-z])(?:lr|learning_rate|wd|weight_decay|bs|batch(?:_?size)?|seed|dropout|hidden|dim|layers|heads|width|depth|"
+    r"alpha|beta|gamma|momentum|warmup|temperature|epochs|(?:max|num|n|total)_\w+)[-_=]*\d",
     re.IGNORECASE,
 )
 # Keras: weights.05-0.34, model-12--1.2e-03.

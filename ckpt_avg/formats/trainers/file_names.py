@@ -73,12 +73,21 @@ def record_from_name(name: str, *, bare_number: bool = True) -> Record:
 
 
 def names_a_moment(folder: str) -> bool:
-    """Whether a folder's name tells a step, an epoch or a metric by a word, or is that of a trainer's checkpoint.
+    """Whether a folder's name tells a step, an epoch or a measure by a word, or is that of a trainer's checkpoint.
 
-    Other numbers may be those of trainings: out_2, 0.
+    Other numbers may be those of trainings: out_2, 0, lr=0.1.
     """
-    is_known = any_script.CHECKPOINT_NUMBER.search(folder) or any(each.fullmatch(folder) for each in _FOLDER_NAMES)
-    return bool(is_known) or record_from_name(folder, bare_number=False) != Record()
+    if any_script.CHECKPOINT_NUMBER.search(folder) or any(each.fullmatch(folder) for each in _FOLDER_NAMES):
+        return True
+    found = record_from_name(folder, bare_number=False)
+    is_measured = any(map(any_script.MEASURE.fullmatch, found.metrics))
+    has_moment = found.step is not None or found.epoch is not None or is_measured
+    return has_moment and not any_script.SETTING.search(folder)
+
+
+def ends_in_a_number(folder: str) -> bool:
+    """Whether a folder may be a checkpoint of a run by the number at the end of its name."""
+    return record_from_name(folder).is_lone_number and not any_script.SETTING.search(folder)
 
 
 def part_of(name: str) -> list[str]:
@@ -172,7 +181,7 @@ def reason_to_skip(name: str, *, is_checkpoint: bool) -> str | None:
         name: the name.
         is_checkpoint: whether its suffix or its first bytes are those of checkpoints.
     """
-    if name.endswith(any_script.UNFINISHED):
+    if any_script.UNFINISHED.fullmatch(name):
         return INCOMPLETE
     for pattern, reason in _SKIPPED:
         if pattern.fullmatch(name):

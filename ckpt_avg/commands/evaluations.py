@@ -21,6 +21,8 @@ from ckpt_avg.user_code.evaluate import evaluate_weights, refuse_other_metrics
 from ckpt_avg.user_code.gate import Outcome, needs_all, outcomes, refuse_unknown_metrics
 from ckpt_avg.user_code.model import weights_of
 
+_CHUNK = 2**20  # elements that are rounded at a time
+
 
 class Meter:
     """Measures weights with the user's functions, on rank 0. All ranks take part in refreshes."""
@@ -86,7 +88,10 @@ class Meter:
         for tensor in self._prepared.plan.tensors:
             values, dtype = weights[tensor.name], torch_dtype(tensor.dtype)
             if values.dtype != dtype:
-                weights[tensor.name] = round_to(values.double().reshape(-1), dtype).view(values.shape)
+                weights[tensor.name] = torch.empty(values.shape, dtype=dtype)
+                parts = zip(values.reshape(-1).split(_CHUNK), weights[tensor.name].view(-1).split(_CHUNK), strict=True)
+                for part, rounded in parts:
+                    rounded.copy_(round_to(part.double(), dtype))
         return self.measure(f"{name}, statistics refreshed", checkpoint.spec.path, weights, frozen=frozen)
 
     def notice_chance(self) -> None:

@@ -271,7 +271,7 @@ def test_a_pass_reads_only_what_its_windows_need(run: list[Path]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Nothing else changes
+# Chance
 
 
 def shuffled() -> Any:

@@ -124,27 +124,19 @@ class Meter:
 
 
 class Evaluations(Meter):
-    """What `average` measures: checkpoints and their average. Without a function it does nothing.
-
-    Attributes:
-        saved: checkpoints as they were saved; with a refresh only the last one.
-        refreshed: checkpoints with their statistics refreshed, so that they compare with the average.
-        averages: the average, before and after the refresh. The last one is that of the output.
-    """
+    """What `average` measures: checkpoints and their average. Without a function it does nothing."""
 
     def __init__(self, request: AverageRequest, prepared: Prepared, context: Context) -> None:
         super().__init__(request, prepared, context)
-        self.saved: list[Evaluation] = []
-        self.refreshed: list[Evaluation] = []
-        self.averages: list[Evaluation] = []
+        self._measured: list[Evaluation] = []
         self._requirements = request.requirements
         self._is_on = bool(request.functions)
-        several = len(prepared.checkpoints) > 1
+        self._several = len(prepared.checkpoints) > 1
         every = request.evaluate_all or needs_all(request.requirements)
         compared = prepared.checkpoints if every else (prepared.last,)
         names = distinct_names([each.spec.path for each in compared])
         self._compared = list(zip(compared, names, strict=True))
-        self._refreshes = self._is_on and several and prepared.refresh is not None
+        self._refreshes = self._is_on and self._several and prepared.refresh is not None
         if self._is_on and request.dry_run:
             context.notice("a dry run measures nothing, so --eval and --require are not tried")
         elif self._refreshes and (every or request.eval_repeats > 1):
@@ -153,11 +145,6 @@ class Evaluations(Meter):
                 f"{plural(len(compared), 'checkpoint')} will be measured with refreshed statistics, as the average is: "
                 f"{count:,} refreshes in all"
             )
-
-    @property
-    def measured(self) -> tuple[Evaluation, ...]:
-        """All measurements."""
-        return (*self.saved, *self.refreshed, *self.averages)
 
     def measure_saved(self) -> None:
         """Measures the last checkpoint, or all of them, before the long work begins.
@@ -169,70 +156,75 @@ class Evaluations(Meter):
         for checkpoint, name in self._compared:
             if self._refreshes and checkpoint is not self._prepared.last:
                 continue
-            self.saved.append(self.measure(name, checkpoint.spec.path, weights_of(checkpoint)))
+            self._measured.append(self.measure(name, checkpoint.spec.path, weights_of(checkpoint)))
             if self._context.ranks.is_first:
-                refuse_unknown_metrics(self._requirements, self.saved[0])
+                refuse_unknown_metrics(self._requirements, self._measured[0])
 
     def measure_average(self, weights: Callable[[], Mapping[str, torch.Tensor]], *, is_refreshed: bool) -> None:
         """Measures the average as it would now be published."""
-        if self._is_on:
-            frozen = self._prepared.frozen if is_refreshed else None
-            name = self._name_of_average(refreshed=is_refreshed)
-            self.averages.append(self.measure(name, None, weights(), frozen=frozen, is_refreshed=is_refreshed))
+        if not self._is_on:
+            return
+        name = "average" if self._several else "these weights"
+        if is_refreshed:
+            name += ", statistics refreshed"
+        elif self._several and self._prepared.statistics in ("refreshed", "mean"):
+            name += ", statistics averaged"
+        frozen = self._prepared.frozen if is_refreshed else None
+        self._measured.append(self.measure(name, None, weights(), frozen=frozen, is_refreshed=is_refreshed))
 
     def measure_refreshed_checkpoints(self) -> None:
         """Measures what the average is compared with, if its statistics were refreshed."""
         if self._refreshes:
             frozen = self._prepared.frozen
-            self.refreshed += [self.measure_refreshed(each, name, frozen) for each, name in self._compared]
+            self._measured += [self.measure_refreshed(each, name, frozen) for each, name in self._compared]
 
     def share(self) -> None:
         """Gives what rank 0 has measured to the others, once rank 0 is done with all of its work."""
-        kinds = (self.saved, self.refreshed, self.averages)
         mine = [
-            [[each.name, each.path and str(each.path), each.metrics, each.refreshed, each.samples] for each in kind]
-            for kind in kinds
+            [each.name, each.path and str(each.path), each.metrics, each.refreshed, each.samples]
+            for each in self._measured
         ]
         ranks = self._context.ranks
-        shared = ranks.exchange("done", mine, lambda all_of_them: all_of_them[0])
+        measured = ranks.exchange("done", mine, lambda all_of_them: all_of_them[0])
         if not ranks.is_first:
-            for kind, measured in zip(kinds, shared, strict=True):
-                kind[:] = [
-                    Evaluation(
-                        name, path and Path(path), metrics, refreshed, {key: tuple(v) for key, v in each.items()}
-                    )
-                    for name, path, metrics, refreshed, each in measured
-                ]
+            self._measured = [
+                Evaluation(name, path and Path(path), metrics, refreshed, {key: tuple(v) for key, v in samples.items()})
+                for name, path, metrics, refreshed, samples in measured
+            ]
+
+    @property
+    def measured(self) -> tuple[Evaluation, ...]:
+        """Checkpoints as they were saved, checkpoints with refreshed statistics, then the average before and after."""
+        return tuple(sorted(self._measured, key=lambda each: (each.path is None, each.refreshed)))
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """Each requirement, compared with the last measurement of the average; empty before there is one."""
-        if not self.averages:
-            return ()
-        return outcomes(self._requirements, self.averages[-1], self.refreshed or self.saved, self._last(self.saved))
+        saved, refreshed, average = self._kinds()
+        return outcomes(self._requirements, average, refreshed or saved, self._last(saved)) if average else ()
 
     @property
     def comparison(self) -> Comparison | None:
         """What averaging and the refresh changed; None if nothing was measured."""
-        if not self.averages:
+        saved, refreshed, average = self._kinds()
+        if average is None:
             return None
         directions = {each.metric: each.operator.startswith(">") for each in self._requirements}
-        saved, average = self._last(self.saved), self.averages[-1]
-        if len(self._prepared.checkpoints) == 1:
-            return Comparison((), compare(saved, average, directions) if average.refreshed else ())
-        if not self.refreshed:
-            return Comparison(compare(saved, average, directions), ())
-        last = self._last(self.refreshed)
-        return Comparison(compare(last, average, directions), compare(saved, last, directions))
+        before = self._last(saved)
+        if not self._several:
+            return Comparison((), compare(before, average, directions) if average.refreshed else ())
+        if not refreshed:
+            return Comparison(compare(before, average, directions), ())
+        last = self._last(refreshed)
+        return Comparison(compare(last, average, directions), compare(before, last, directions))
+
+    def _kinds(self) -> tuple[list[Evaluation], list[Evaluation], Evaluation | None]:
+        """Returns checkpoints as saved, checkpoints that were refreshed, and the last measurement of the average."""
+        checkpoints = [each for each in self._measured if each.path is not None]
+        averages = [each for each in self.measured if each.path is None]
+        saved, refreshed = ([each for each in checkpoints if each.refreshed is kind] for kind in (False, True))
+        return saved, refreshed, averages[-1] if averages else None
 
     def _last(self, evaluations: list[Evaluation]) -> Evaluation:
         path = self._prepared.last.spec.path
         return next(each for each in evaluations if each.path == path)
-
-    def _name_of_average(self, *, refreshed: bool) -> str:
-        several = len(self._prepared.checkpoints) > 1
-        name = "average" if several else "these weights"
-        if refreshed:
-            return f"{name}, statistics refreshed"
-        is_mean = several and self._prepared.statistics in ("refreshed", "mean")
-        return f"{name}, statistics averaged" if is_mean else name

@@ -91,8 +91,15 @@ def _advice_on_names(given: set[str], expected: set[str], stripped: str | None) 
     """Says what to do about a checkpoint's names that are not those that the model expects."""
     if prefix := _common_prefix(given, expected):
         whole = ".".join(each.strip(".") for each in (stripped, prefix) if each)
-        return f"All names begin with {quote(prefix)}. Use --strip-prefix {argument(whole)}"
-    if prefix := _common_prefix(expected, given):
+        others = sorted(given - {prefix + name for name in expected})
+        if not others:
+            return f"All names begin with {quote(prefix)}. Use --strip-prefix {argument(whole)}"
+        return (
+            f"The model's names are under {quote(prefix)}, next to {listing(map(quote, others))}. Let --model return "
+            "the module that contains both, for example the LightningModule."
+        )
+    prefix = _common_prefix(expected, given)
+    if prefix and len(given) == len(expected):
         return (
             f"All names of the model begin with {quote(prefix)}. Let --model return the module under that name, as "
             f"Lightning's model.{prefix.removesuffix('.')} is."
@@ -101,10 +108,10 @@ def _advice_on_names(given: set[str], expected: set[str], stripped: str | None) 
 
 
 def _common_prefix(longer: set[str], shorter: set[str]) -> str:
-    """Returns the prefix, with its dot, by which all names of one set differ from those of the other; or nothing."""
+    """Returns the prefix, with its dot, with which the first set has all names of the second; or nothing."""
     known = max(shorter, key=len, default="")
     prefixes = {name.removesuffix(known) for name in longer if name.endswith(f".{known}")}
-    return next((each for each in sorted(prefixes) if {each + name for name in shorter} == longer), "")
+    return next((each for each in sorted(prefixes) if {each + name for name in shorter} <= longer), "")
 
 
 def matching_names(model: torch.nn.Module, names: Collection[str]) -> dict[str, str]:

@@ -102,8 +102,11 @@ def test_of_the_last_checkpoint_and_of_the_published_file(run: list[Path], out: 
 
 
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16", "float16", "float64"])
-def test_all_checkpoints_as_average_would_refresh_each(run: list[Path], out: Path, tmp_path: Path, dtype: str) -> None:
+def test_all_checkpoints_as_average_would_refresh_each(
+    run: list[Path], out: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If it failed, the average would be compared with checkpoints that differ in more than the averaging."""
+    monkeypatch.setattr("ckpt_avg.commands.evaluations._CHUNK", 7)
     options: dict[str, Any] = {"model": make, "data": data, "dtype": dtype, "device": "cpu"}
     result = average(run, out, evaluate=score, evaluate_all=True, **options)
     for number, path in enumerate(run):

@@ -148,10 +148,18 @@ def test_a_model_with_a_prefix_that_the_checkpoints_lack() -> None:
         load_weights(Wrapped(), Wrapped().model.state_dict())
 
 
-def test_other_names_are_no_prefix() -> None:
+def test_other_tensors_next_to_those_with_the_prefix_are_named() -> None:
+    """Without them a strict load would fail, so --strip-prefix is no help."""
     state = {**Wrapped().state_dict(), "loss.weight": torch.ones(1)}
-    with pytest.raises(IncompatibleError, match="Use the --model that was trained"):
+    with pytest.raises(
+        IncompatibleError, match=r"names are under 'model\.', next to 'loss\.weight'\. Let --model return"
+    ):
         load_weights(Wrapped().model, state)
+
+
+def test_other_names_are_no_prefix() -> None:
+    with pytest.raises(IncompatibleError, match="Use the --model that was trained"):
+        load_weights(Wrapped().model, nn.Linear(2, 3).state_dict())
 
 
 # -- Lightning's data module ------------------------------------------------------------------------------------------

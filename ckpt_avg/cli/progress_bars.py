@@ -48,7 +48,7 @@ class _Bars:
             self._bar.update(batches - self._bar.n)  # other ranks run batches, too
 
     def evaluating(self, name: str) -> None:
-        self._open(desc=safe_text(f"evaluating {name}"), bar_format="{desc} … {elapsed}").refresh()
+        self._open(desc=safe_text(one_line(f"evaluating {name}")), bar_format="{desc} … {elapsed}").refresh()
 
     def notice(self, text: str) -> None:
         if not self._quiet:

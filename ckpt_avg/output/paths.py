@@ -24,7 +24,7 @@ from ckpt_avg.formats.sharded import is_index
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.output.unpublished_file import publish_bytes
 from ckpt_avg.runs.discover import Discovery, Sources, discover
-from ckpt_avg.text import argument
+from ckpt_avg.text import argument, quote
 
 MARK = "ckpt_avg"  # the first key of a report
 
@@ -32,7 +32,20 @@ MARK = "ckpt_avg"  # the first key of a report
 _OTHER_FORMATS = frozenset(
     (
         *(".pt", ".pth", ".pyth", ".ckpt", ".chkpt", ".bin", ".tar", ".t7", ".th", ".model", ".distcp", ".nemo"),
-        *(".pkl", ".pickle", ".joblib", ".pt2", ".pte", ".ptl", ".jit", ".torchscript", ".mar", ".onnx", ".ort"),
+        *(
+            ".pkl",
+            ".pickle",
+            ".joblib",
+            ".pt2",
+            ".pte",
+            ".ptl",
+            ".jit",
+            ".torchscript",
+            ".torch",
+            ".mar",
+            ".onnx",
+            ".ort",
+        ),
         *(".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".tflite", ".pb", ".npz", ".npy", ".msgpack", ".params"),
         *(".pdparams", ".caffemodel", ".mlmodel", ".mlpackage", ".engine", ".trt", ".parquet", ".arrow", ".sha256"),
         *(".json", ".yaml", ".yml", ".toml", ".csv", ".txt", ".md", ".py", ".log", ".png", ".svg", ".pdf"),
@@ -60,7 +73,7 @@ def check_output(path: str | os.PathLike[str], discovery: Discovery, *, overwrit
             stem = each
             while stem.suffix.lower() in _OTHER_FORMATS:
                 stem = stem.with_suffix("")
-            name = f"{stem.name.removesuffix('.safetensors')}.safetensors"
+            name = f"{stem.name.removesuffix('.index').removesuffix('.safetensors')}.safetensors"
             raise UsageError(
                 f"{path}: {each.suffix} is the suffix of another format, and the output is a safetensors file. Use "
                 f"-o {argument(stem.with_name(name))}."
@@ -79,7 +92,7 @@ def _check_target(path: str | os.PathLike[str], where: str, discovery: Discovery
     """As `check_output`, for a new or existing file of any format; messages call the path ``where``."""
     if os.fspath(path) == "-":
         raise UsageError("-: the output cannot go to stdout. Name a file, for example swa.safetensors.")
-    if not os.path.basename(path):
+    if os.path.basename(path) in ("", ".safetensors"):
         raise UsageError(f"{os.fspath(path)!r}: is not a file name. Name a file, for example swa.safetensors.")
     target = Path(os.path.realpath(path))
     try:
@@ -90,6 +103,9 @@ def _check_target(path: str | os.PathLike[str], where: str, discovery: Discovery
     if status is not None and not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
         raise UsageError(f"{where}: is {kind}. Name a file, for example swa.safetensors.")
+    for name in target.relative_to(folder).parts[:-1]:
+        if re.match(r"~|\$\w|\$\{", name):
+            raise UsageError(f"{where}: the shell did not expand {quote(name)}. Write the path of the folder in full.")
     if not stat.S_ISDIR(folder_status.st_mode):
         raise UsageError(f"{where}: {folder} is not a folder. Choose another path.")
     if status is not None:

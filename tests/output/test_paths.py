@@ -109,6 +109,13 @@ def test_an_average_in_the_run_folder_may_be_replaced_unless_it_is_named(run: Pa
     ("path", "says"),
     [
         ("", r"'': is not a file name\. Name a file"),
+        ("run/.safetensors", r"\.safetensors': is not a file name\. Name a file"),
+        (
+            "~/new.safetensors",
+            r"~/new\.safetensors: the shell did not expand '~'\. Write the path of the folder in full",
+        ),
+        ("run/${OUT}/x", r"the shell did not expand '\$\{OUT\}'"),
+        ("$OUT/deeper/x", r"the shell did not expand '\$OUT'"),
         ("-", r"-: the output cannot go to stdout\. Name a file"),
         ("new/", r"'new/': is not a file name\. Name a file"),
         ("run", r"run: is a folder\. Name a file, for example swa\.safetensors"),
@@ -152,6 +159,7 @@ def test_a_pipe_that_is_open_is_refused(run: Path) -> None:
         ("v1.2.onnx", ".onnx", "v1.2.safetensors"),
         ("a b.bin", ".bin", "'a b.safetensors'"),
         ("link", ".pkl", "real.safetensors"),
+        ("model.safetensors.index.json", ".json", "model.safetensors"),
     ],
 )
 def test_the_suffix_of_another_format_is_refused(
@@ -165,8 +173,9 @@ def test_the_suffix_of_another_format_is_refused(
     assert refusal(path, run).endswith(f"{instead}.")
 
 
-@pytest.mark.parametrize("name", ["mean", "swa.v1.2", "x.safetensors.tmp", "pt", ".bin", "a.SAFETENSORS"])
+@pytest.mark.parametrize("name", ["mean", "swa.v1.2", "x.safetensors.tmp", "pt", ".bin", "a.SAFETENSORS", "~/x", "~x"])
 def test_other_names_are_taken(tmp_path: Path, run: Path, name: str) -> None:
+    (tmp_path / "~").mkdir()  # somebody wants this folder
     assert check_output(tmp_path / name, discover(run), overwrite=False) == tmp_path / name
 
 

@@ -259,7 +259,9 @@ def _extra_state(tensors: Tensors) -> Iterator[str]:
 
 
 def _random_states(tensors: Tensors) -> Iterator[str]:
-    return (name for name in tensors if re.search(r"(?:^|[._])(?:rng_state|random_state)", name))
+    pattern = re.compile(r"(?:\w+_)?(?:rng|random)_states?(?:_\w+)?")
+    exact = (name for name, tensor in tensors.items() if tensor.dtype.kind == "exact")
+    return (name for name in exact if pattern.fullmatch(_last_word(name)))
 
 
 # -- The table --------------------------------------------------------------------------------------------------------
@@ -428,7 +430,7 @@ KINDS = (
     BufferKind(
         "random states",
         "last",
-        "`rng_state`",
+        "integers called `rng_state` and the like",
         "the last one's",
         notice="with random states copied from the last checkpoint",
         where=_random_states,

@@ -52,7 +52,8 @@ def find_masks(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[str]:
     floats = (each for each in plan.tensors if each.source_dtype.kind == "float" and each.numel)
     plain = [tensors[each.name] for each in floats if each.name not in plan.kinds]
     # The first element shows of nearly every tensor that it is no mask.
-    values = torch.cat([torch.empty(0), *read_ranges(checkpoints[0], [(tensor, 0, 1) for tensor in plain])])
+    firsts = map(_comparable, read_ranges(checkpoints[0], [(tensor, 0, 1) for tensor in plain]))
+    values = torch.cat([torch.empty(0), *firsts])
     candidates = (values.eq(0) | values.eq(1)).nonzero().squeeze(1).tolist()
     return [plain[index].name for index in candidates if _is_mask(checkpoints, plain[index].name)]
 
@@ -66,7 +67,7 @@ def _is_mask(checkpoints: Sequence[Checkpoint], name: str) -> bool:
         for _, values in stream(checkpoint, checkpoint.spec.tensors[name]):
             if not _is_binary(values):
                 return False
-            ones, numel = ones + int(values.count_nonzero()), numel + len(values)
+            ones, numel = ones + int(_comparable(values).count_nonzero()), numel + len(values)
         is_mixed |= 0 < ones < numel
     return is_mixed
 
@@ -76,12 +77,18 @@ def _varies(checkpoint: Checkpoint, name: str) -> bool:
     tensor = checkpoint.spec.tensors[name]
     places = range(0, tensor.numel, -(-tensor.numel // _SAMPLES))
     ranges = [(tensor, place, place + 1) for place in places] if tensor.numel > _SMALL else [(tensor, 0, tensor.numel)]
-    values = torch.cat(read_ranges(checkpoint, ranges))
+    values = _comparable(torch.cat(read_ranges(checkpoint, ranges)))
     return bool(values.ne(values[0]).any())
 
 
 def _is_binary(values: torch.Tensor) -> bool:
+    values = _comparable(values)
     return bool((values.eq(0) | values.eq(1)).all())
+
+
+def _comparable(values: torch.Tensor) -> torch.Tensor:
+    """Returns values of any floating-point dtype as torch can compare them: it cannot compare float8."""
+    return values.float() if values.element_size() == 1 else values
 
 
 def differing(checkpoints: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, Unequal]:

@@ -85,9 +85,9 @@ def test_weights_are_those_of_torch_averaged_model(
 
 
 def test_statistics_are_those_of_the_averaged_weights(
-    refreshed: tuple[AverageResult, dict[str, Tensor]], averaged_model: nn.Module, train: Any
+    refreshed: tuple[AverageResult, dict[str, Tensor]], train: Any
 ) -> None:
-    """Measured by hooks of our own, over the same images, on the output and on torch's average."""
+    """Measured by hooks of our own, over the same images, on the output, whose weights are those of torch's average."""
     result, tensors = refreshed
     model = train.make_model()
     model.load_state_dict(tensors, strict=True)
@@ -97,10 +97,6 @@ def test_statistics_are_those_of_the_averaged_weights(
         torch.testing.assert_close(tensors[f"{name}.running_mean"].double(), mean, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(tensors[f"{name}.running_var"].double(), variance, rtol=1e-6, atol=1e-8)
         assert tensors[f"{name}.num_batches_tracked"].item() == 32
-    theirs = measure(averaged_model, train.train_loader())
-    for name, (mean, variance) in theirs.items():
-        torch.testing.assert_close(tensors[f"{name}.running_mean"].double(), mean, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(tensors[f"{name}.running_var"].double(), variance, rtol=1e-4, atol=1e-5)
     assert result.statistics == "refreshed"
     assert result.batch_norm is not None
     assert (result.batch_norm.batches, result.batch_norm.samples) == (32, 4000)

@@ -31,9 +31,11 @@ def small_tensors(number: int, dtype: torch.dtype = torch.float32) -> list[State
     return states
 
 
-@pytest.mark.parametrize(("suffix", "reverse"), [(".safetensors", False), (".pt", False), (".pt", True)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
-@pytest.mark.parametrize("memory", [2**20, 2**27])
+@pytest.mark.parametrize(
+    ("suffix", "reverse", "memory"),
+    [(".safetensors", False, 2**20), (".safetensors", False, 2**27), (".pt", False, 2**20), (".pt", True, 2**20)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 def test_each_of_many_small_tensors_is_its_own_mean(
     tmp_path: Path, suffix: str, reverse: bool, dtype: torch.dtype, memory: int
 ) -> None:

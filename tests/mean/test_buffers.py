@@ -284,7 +284,11 @@ CASES: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], str, set[str]]] =
         "other integer tables",
         set(),
     ),
-    "random states": ({"rng_state": ("U8", (5056,)), "range": ("U8", (1,))}, "random states", {"rng_state"}),
+    "random states": (
+        {"cuda_rng_state": ("U8", (16,)), "range": ("U8", (1,)), "rng_state.weight": ("F32", (2, 2))},
+        "random states",
+        {"cuda_rng_state"},
+    ),
     "weight norm": (
         {"c.weight_g": ("F32", (4, 1, 1)), "c.weight_v": ("F32", (4, 3, 3)), "d.bias_g": ("F32", (4,))},
         "weight norm",
@@ -352,19 +356,12 @@ def test_float_dtypes_that_differ_are_refused_without_a_dtype_for_the_output(tmp
 
 
 @pytest.mark.parametrize("target", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("widest", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("widest", [torch.float64, torch.float32, torch.float16, torch.float8_e5m2])
 def test_float_dtypes_that_differ_are_averaged_exactly(tmp_path: Path, widest: torch.dtype, target: str) -> None:
     """Each checkpoint is widened without loss; tensors of two dtypes that follow each other are read apart."""
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     dtypes = [(torch.bfloat16, widest), (widest, widest), (widest, torch.bfloat16)]
-    states = [
-        {
-            f"{name}.{n}": torch.rand(50, generator=generator).to(each)
-            for n, each in enumerate(pair * 3)
-            for name in "ab"
-        }
-        for pair in dtypes
-    ]
+    states = [{f"w.{n}": torch.rand(50).to(dtype) for n, dtype in enumerate(pair * 3)} for pair in dtypes]
     found, _ = mean_of(tmp_path, states, dtype=target)
     for name in states[0]:
         total = sum(state[name].double() for state in states)

@@ -31,7 +31,7 @@ class Limits:
     module_items: int = 1_000_000  # modules and tensors of one pickled module, counted each time they occur
     files: int = 100_000  # of one checkpoint folder that the output is compared with
     folders: int = 2_000  # that are searched for checkpoints inside one run folder
-    nesting: int = 4  # how deep nested dicts are searched for a state dict
+    nesting: int = 16  # how deep nested dicts are searched for a state dict
 
 
 LIMITS = Limits()

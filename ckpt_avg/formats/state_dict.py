@@ -204,9 +204,11 @@ class _Search:
                 value = module_tensors(value)
             except CheckpointFormatError as error:
                 raise CheckpointFormatError(f"{where}: {error}") from None
-        if key and (joined := joined_parts(value)) is not None and isinstance(value, dict):
-            parts = listing(quote(part) for part in value if any(name.startswith(f"{part}.") for name in joined))
-            notes = (f"the parts {parts} are read as one model, with their keys in front of the names",)
+        if key and (joined := joined_parts(value)) is not None:
+            tops = dict.fromkeys(keys[0] for keys in find_tensor_dicts(value))
+            notes = (
+                f"the parts {listing(map(quote, tops))} are read as one model, with their keys in front of the names",
+            )
             value = joined
         if not isinstance(value, dict):
             raise CheckpointFormatError(f"{where}: expected a state dict, got {_contents(value)}.")
@@ -225,7 +227,10 @@ class _Search:
 
 
 def _names(value: object) -> Iterable[object]:
-    return module_tensors(value) if isinstance(value, Foreign) else value if isinstance(value, dict) else ()
+    try:
+        return module_tensors(value) if isinstance(value, Foreign) else value if isinstance(value, dict) else ()
+    except CheckpointFormatError:
+        return ()  # it is refused when it is chosen
 
 
 def _separate(entries: Mapping[Any, object], where: str, key: str) -> tuple[dict[str, PickledTensor], tuple[str, ...]]:

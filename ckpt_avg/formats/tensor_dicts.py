@@ -51,19 +51,34 @@ def find_tensor_dicts(value: object, seen: set[int] | None = None) -> list[tuple
     return found
 
 
-def joined_parts(value: object) -> dict[str, object] | None:
+def joined_parts(value: object) -> dict[object, object] | None:
     """Returns one dict of several dicts of tensors that are parts of a model, with their keys in front of the names.
 
-    None if the value is not such a dict, or an EMA is among the parts.
+    None if the value is not such a dict, an EMA is among the parts, or two names would become equal.
     """
-    if not isinstance(value, dict) or is_tensor_dict(value):
-        return None
-    parts = {keys: follow(value, ".".join(keys)) for keys in find_tensor_dicts(value)}
+    parts = find_tensor_dicts(value)
     if len(parts) < 2 or any(is_ema_key(key) for keys in parts for key in keys):
         return None
-    if not all(isinstance(part, dict) for part in parts.values()):
-        return None
-    return {f"{'.'.join(keys)}.{name}": item for keys, part in parts.items() for name, item in part.items()}
+    to_tensors: dict[int, int] = {}  # the dicts on the ways to tensors, by identity: one may be at several places
+    for keys in parts:
+        item: Any = value
+        for key in keys:
+            item = item[key]
+            to_tensors[id(item)] = len(item) if isinstance(item, dict) else 0
+    joined: dict[object, object] = {}
+    most = 10_000 + 4 * sum(to_tensors.values())  # a few dicts that are shared can expand to very many
+    waiting: list[tuple[str, Any]] = [("", value)]
+    while waiting and len(joined) + len(waiting) <= most:
+        prefix, item = waiting.pop(0)
+        for key, inner in item.items():
+            name = f"{prefix}{key}" if isinstance(key, str) else key
+            if isinstance(inner, dict) and id(inner) in to_tensors:
+                waiting.append((f"{name}.", inner))
+            elif name in joined:
+                return None
+            else:
+                joined[name] = inner
+    return None if waiting else joined
 
 
 def follow(root: object, key: str, default: object = None) -> Any:

@@ -18,6 +18,7 @@ from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.state_dict import find_state_dict
 from ckpt_avg.formats.torch_file import plain_values
 from ckpt_avg.formats.trainers.any_script import RAW_KEYS
+from ckpt_avg.limits import LIMITS
 
 PATH = Path("run/epoch_3.pt")
 F32 = DTYPES["F32"]
@@ -208,7 +209,27 @@ def test_parts_of_a_model_under_a_usual_key_are_one_model(key: str | None) -> No
     found = find_state_dict(root, PATH, Reading(state_key=key))
     assert (found.key, found.tensors) == ("model", {"vision.w": W, "llm.layers.w": B, "llm.head.w": W})
     note = "the parts 'vision', 'llm' are read as one model, with their keys in front of the names"
-    assert found.notes == (note,)
+    assert (found.notes, found.others) == ((note,), ("optimizer",))
+
+
+def test_one_part_under_two_keys_has_both_names() -> None:
+    shared = {"w": W}
+    found = find_state_dict({"model": {"encoder": shared, "decoder": shared, "head": {"b": B}}}, PATH, Reading())
+    assert list(found.tensors) == ["encoder.w", "decoder.w", "head.b"]
+
+
+def test_parts_whose_names_would_be_equal_are_listed() -> None:
+    message = refusal({"model": {"a": {"b": {"w": W}}, "a.b": {"w": B}}})
+    assert "expected one state dict, got several: 'model.a.b', 'model.a.b'" in message
+
+
+@pytest.mark.usefixtures("in_time")
+def test_parts_that_expand_without_end_are_refused() -> None:
+    part: dict[str, Any] = {"w": W, "v": W}
+    for _ in range(3):
+        part = {str(number): part for number in range(100)}
+    part["0"]["again"] = part
+    assert "expected" in refusal({"model": {"x": part, "y": {"w": W}}})
 
 
 @pytest.mark.parametrize(
@@ -369,9 +390,10 @@ def test_the_depth_of_the_search_is_bounded() -> None:
     def nested(depth: int) -> dict[str, Any]:
         return {"w": W} if depth == 0 else {"k": nested(depth - 1)}
 
-    assert find_state_dict(nested(4), PATH, Reading()).key == "k.k.k.k"
-    refusal(nested(5))
-    assert find_state_dict(nested(5), PATH, Reading(state_key="k.k.k.k.k")).key == "k.k.k.k.k"
+    key = ".".join("k" * LIMITS.nesting)
+    assert find_state_dict(nested(LIMITS.nesting), PATH, Reading()).key == key
+    refusal(nested(LIMITS.nesting + 1))
+    assert find_state_dict(nested(LIMITS.nesting + 1), PATH, Reading(state_key=f"{key}.k")).key == f"{key}.k"
 
 
 def test_a_dict_that_holds_itself() -> None:

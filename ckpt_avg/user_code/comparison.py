@@ -10,8 +10,13 @@ from pathlib import Path
 
 # Words of a metric's name that tell its direction. Names with words of both kinds, or of none, do not; nor do names
 # that may mean the opposite: neg_loss, 1-acc, error_reduction.
-_HIGHER = r"acc|accuracy|top[15]|precision|recall|f1|auc|auroc|map|m?iou|dice|bleu|rouge|psnr|ssim|r2"
-_LOWER = r"loss|error|err|nll|perplexity|ppl|bpb|bpc|wer|cer|mae|r?mse|fid|eer"
+_HIGHER = (
+    r"acc\d*|accuracy|top\d+|precision|recall|f1|auc|auroc|auprc|map\d*|m?iou|dice|jaccard|mcc|kappa|ndcg|mrr|bleu|rouge|"
+    r"chrf|meteor|psnr|ssim|r2"
+)
+_LOWER = (
+    r"loss|losses|error|err|nll|bce|xent|perplexity|ppl|bpb|bpc|wer|cer|mae|r?mse|mape|fid|kid|eer|lpips|brier|cost"
+)
 _OPPOSITE = (
     r"neg|negative|minus|inv|inverse|reciprocal|complement|one|no|non|not|without|free|improvement|reduction|gain|drop|"
     r"decrease|increase|delta|diff|difference|change|saved"
@@ -104,7 +109,7 @@ def compare(before: Evaluation, after: Evaluation, directions: Mapping[str, bool
 def higher_is_better(metric: str) -> bool | None:
     """Whether higher values are better, by the words of a metric's name; None if they do not tell."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", " ", metric).lower()
-    words = re.findall(r"[a-z0-9]+", name)
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\btop[-_ @]?(\d+)", r"top\1", name))
     higher, lower, opposite = (
         any(re.fullmatch(known, word) for word in words) for known in (_HIGHER, _LOWER, _OPPOSITE)
     )

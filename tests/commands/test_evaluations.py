@@ -129,6 +129,15 @@ def test_equal_statistics_are_refreshed_if_asked_for(run: list[Path], out: Path,
     assert any("frozen" in notice for notice in result.notices) == (bn == "auto")
 
 
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_last_is_the_latest_step_in_whatever_order_checkpoints_are_summed(
+    run: list[Path], out: Path, keep_order: bool
+) -> None:
+    """If it failed, a gate would compare with whichever file a shell happened to list last."""
+    result = average([run[2], run[0], run[1]], out, model=make, data=data, evaluate=score, keep_order=keep_order)
+    assert [each.path for each in result.evaluations if each.path] == [run[2]] * 2
+
+
 def test_layers_that_are_frozen_in_all_checkpoints_are_not_refreshed_in_the_last(run: list[Path], out: Path) -> None:
     """If it failed, the average would be compared with a model that was never trained so."""
     frozen = {name: tensor for name, tensor in torch.load(run[0]).items() if name.startswith("1.")}

@@ -166,7 +166,7 @@ class OutputOptions(OptionGroup):
     dry_run: bool = option(
         False,
         "Check everything and report, but write nothing.",
-        doc="Check and plan, but read no tensors (except BatchNorm statistics) and write nothing.",
+        doc="Check and plan, but write nothing, and read of the tensors only what the plan depends on.",
     )
     sha256: bool = option(
         False,

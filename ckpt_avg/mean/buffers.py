@@ -358,7 +358,8 @@ KINDS = (
         "the mean of lengths, and the mean of directions",
         "weight",
         notice="with weight norm: lengths and directions are averaged separately, which is close to the mean of the "
-        "weights within one run only. Otherwise remove it before saving (torch.nn.utils.remove_weight_norm)",
+        "weights within one run only. Otherwise remove it before saving (remove_weight_norm, or "
+        "parametrize.remove_parametrizations)",
         where=_weight_norms,
         hints=("_g", "original0"),
     ),

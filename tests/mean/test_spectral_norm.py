@@ -66,6 +66,7 @@ def dim_of(layer: nn.Module) -> int:
     return layer.parametrizations["weight"][0].dim
 
 
+@pytest.mark.guarantee("spectral-norm")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_largest_singular_value_of_the_effective_weight_is_one(tmp_path: Path, kind: str) -> None:
     """With averaged vectors it would be several times that; this is what the layer promises in evaluation mode."""

@@ -165,7 +165,7 @@ def average_command_for(context: click.Context, window: Measured) -> list[str]:
     """
     by_name = window.side == "first" or context.params["best"] is not None
     groups = (Reading, MeanOptions, RefreshOptions) if by_name else (Selection, Reading, MeanOptions, RefreshOptions)
-    passed_on = {"app_dir", *(option.name for group in groups for option in fields(group))} - {"last"}
+    passed_on = {"app_dir", "keep_order", *(option.name for group in groups for option in fields(group))} - {"last"}
     words = ["ckpt-avg", "average"]
     for parameter in context.command.params:
         name = parameter.name or ""

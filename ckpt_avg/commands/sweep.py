@@ -34,7 +34,7 @@ class Measured:
 
     Attributes:
         side: ``last`` or ``first``.
-        checkpoints: what was averaged, in order.
+        checkpoints: what was averaged, in the order of the sum.
         metrics, samples: what was measured of the average, as in `Evaluation`.
     """
 
@@ -177,7 +177,7 @@ def _measure(
         if len(checkpoints) > 1:
             write_vectors(prepared.plan, checkpoints[-1], output.tensors(), output.write, context.notice)
         found = meter.measure(window.name, None, output.tensors(), frozen=_frozen(request, prepared, checkpoints))
-        paths = tuple(each.spec.path for each in checkpoints)
+        paths = tuple(prepared.specs[index].path for index in prepared.selected.sum_order if index in window.indices)
         measured.append(Measured(window.side, paths, found.metrics, found.samples))
     return measured
 

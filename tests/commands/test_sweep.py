@@ -136,6 +136,18 @@ def test_the_last_checkpoint_as_it_is(run: list[Path]) -> None:
     assert kept.reference is kept.last
 
 
+def test_windows_list_their_checkpoints_in_the_order_of_the_sum(run: list[Path]) -> None:
+    """With --keep-order that is the order given, also in the command for the first k; which they are, steps decide."""
+    result = swept([run[2], run[0], run[3]], data=None, bn="keep", keep_order=True)
+    assert result.last.path == run[3]
+    assert [window.checkpoints for window in result.windows[1:]] == [
+        (run[2], run[3]),
+        (run[2], run[0], run[3]),
+        (run[0],),
+        (run[2], run[0]),
+    ]
+
+
 def test_repeats_give_each_window_a_spread(run: list[Path]) -> None:
     shuffled = torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True, drop_last=True)
     result = swept(run, data=lambda: shuffled, bn_batches=2, eval_repeats=3)

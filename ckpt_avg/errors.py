@@ -171,7 +171,7 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     if value is None:
         return
     if choices is not None and value not in choices:
-        near = suggestion(value, choices)
+        near = suggestion(value, choices, cutoff=0.5)  # fp16 is meant for float16
         raise UsageError(f"{flag_of(field)}: {str(value)!r} is not one of {', '.join(choices)}.{near}")
     if least is not None and not least <= value <= (value if most is None else most):
         shown = size if field.metadata.get("metavar") == "SIZE" else "{:,}".format

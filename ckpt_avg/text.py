@@ -80,11 +80,11 @@ def ends(items: Sequence[str]) -> str:
     return ", ".join(items if len(items) <= 4 else [*items[:2], "…", items[-1]])
 
 
-def suggestion(word: object, choices: Iterable[str]) -> str:
+def suggestion(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
     """Returns `` Did you mean 'bfloat16'?`` for the choice closest to a word, or an empty string."""
     import difflib  # only on the way to an error
 
-    near = difflib.get_close_matches(str(word).lower(), list(choices), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(word).lower(), list(choices), n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

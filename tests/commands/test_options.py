@@ -91,6 +91,10 @@ def test_an_unknown_keyword_is_named_with_the_nearest_known_one() -> None:
     ("options", "message"),
     [
         ({"dtype": "bf16"}, "--dtype: 'bf16' is not one of keep, float64, float32, bfloat16, float16. Did you mean "),
+        (
+            {"dtype": "fp32"},
+            "--dtype: 'fp32' is not one of keep, float64, float32, bfloat16, float16. Did you mean 'float32'",
+        ),
         ({"io": "direct"}, "--io: 'direct' is not one of auto, mmap, pread."),
         ({"bn_batches": 0}, "--bn-batches: 0 is out of range. Use 1 or more."),
         ({"threads": 2000}, "--threads: 2,000 is out of range. Use 1 to 1,024."),

@@ -93,6 +93,8 @@ class _Search:
         root = self.root
         if self.layout is not None:
             raw, ema = (self._holding([key] if key else []) for key in (self.layout.raw, self.layout.ema))
+            if not self.layout.ema:
+                ema = [key for key in self._usual()[1] if key not in raw]
             if raw or ema:
                 return self._choose(raw, ema)
         if is_module(root) and not self.ema:
@@ -109,7 +111,7 @@ class _Search:
         if not raw and everywhere[:1] == [""]:
             raw = [""]
         if ema and not raw and not self.ema:
-            raw = [key for key in everywhere if key not in ema]
+            raw = [key for key in everywhere if not any(f"{each}.".startswith(f"{key}.") for each in ema)]
             if len(raw) > 1 or (raw and not self._share_names(raw[0], ema[0])):
                 raise CheckpointFormatError(f"{self.path}: {_several([*raw, *ema])}")
         if len(raw) <= 1 and len(ema) <= 1 and (raw or ema):
@@ -146,8 +148,12 @@ class _Search:
 
     def _holding_ema(self, keys: Sequence[str]) -> list[str]:
         """As `_holding`, also if an EMA has its weights under a key of its own, next to its decay."""
-        inner = {key: find_tensor_dicts(self._value(key)) for key in keys}
-        found = [".".join([key, *inner[key][0]]) if len(inner[key]) == 1 else key for key in keys]
+        found = []
+        for key in keys:
+            separated = f"{key}.ema_model"  # next to counters
+            inner = find_tensor_dicts(self._value(key))
+            nested = ".".join([key, *inner[0]]) if len(inner) == 1 else key
+            found.append(separated if is_tensor_dict(self._value(separated)) else nested)
         return self._holding(list(dict.fromkeys(found)))
 
     def _value(self, key: str) -> object:
@@ -161,11 +167,10 @@ class _Search:
 
     def _choose(self, raw: Sequence[str], ema: Sequence[str]) -> StateDict:
         """Takes the raw weights or their running average, as asked, and notes which, if there are both."""
-        if self.ema and not ema:
-            ema = [key for key in raw if averaged_weights(self._value(key))]
-        if self.ema and not ema:
+        inside = [key for key in raw if averaged_weights(self._value(key))]
+        if self.ema and not ema and not inside:
             raise CheckpointFormatError(f"{self.path}: {_no_ema(self.root)}")
-        key = ema[0] if self.ema or not raw else raw[0]
+        key = ema[0] if ema and (self.ema or not raw) else raw[0]
         found = self.open(key, skip={each.partition(".")[0] for each in ema} if not key else ())
         tensors = dict(found.tensors)
         also = self.layout.also if self.layout else {}
@@ -178,6 +183,9 @@ class _Search:
             notes.append(f"read the EMA weights under {quote(key)}; without --ema, the raw weights {weights}")
         elif raw and ema:
             notes.append(f"read the raw weights {weights}; with --ema, the EMA weights under {quote(ema[0])}")
+        elif inside:
+            other = "without --ema, the raw ones" if self.ema else "--ema reads them"
+            notes.append(f"EMA weights are under {quote(key)} as well, as model_ema.* ({other})")
         elif not raw:
             notes.append(f"{'read the' if others else 'there are only'} EMA weights, under {quote(key)}")
         for inner, prefix in also.items():

@@ -192,6 +192,7 @@ def test_averages_of_lit_ema_take_the_names_of_the_weights(outside: str) -> None
     state = {outside + name: tensor for name, tensor in {**weights, **averages, **counters}.items()}
     raw = find_state_dict({"state_dict": state, "epoch": 1}, PATH, Reading())
     assert (raw.tensors, raw.ema) == (state, False)
+    assert raw.notes == ("EMA weights are under 'state_dict' as well, as model_ema.* (--ema reads them)",)
     found = find_state_dict({"state_dict": state, "epoch": 1}, PATH, Reading(ema=True))
     assert found.ema
     assert found.tensors == {outside + name: B if name.startswith("model.") else W for name in weights}
@@ -242,6 +243,8 @@ def test_parts_that_expand_without_end_are_refused() -> None:
         ({"cfg": {}, "state_dicts": {"model": {"w": W}, "ema_model": {"w": B}, "optimizer": {"w": B}}},
          "state_dicts.model", "state_dicts.ema_model"),
         ({"model": {"ema": {"w": B}, "raw": {"w": W}}}, "model.raw", "model.ema"),
+        ({"state_dict": {"w": W}, "pytorch-lightning_version": "2.0", "ema": {"params": {"w": B}}}, "state_dict",
+         "ema.params"),
     ],
 )  # fmt: skip
 def test_an_ema_is_found_next_to_root_tensors_and_one_level_down(
@@ -280,7 +283,8 @@ def test_numbered_ema_modules_keep_their_numbers() -> None:
 
 
 ONLINE, EMA = {"online_model.w": W, "online_model.b": W}, {"ema_model.w": B, "ema_model.b": B}
-MODULE = {"initted": True, "step": 7}
+SCALAR = StoredTensor(StorageRef("3", F32, 1), F32, 0, (), ())
+MODULE = {"initted": SCALAR, "step": SCALAR}
 
 
 @pytest.mark.parametrize(

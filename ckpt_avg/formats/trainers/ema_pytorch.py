@@ -5,16 +5,17 @@ from typing import Any
 
 from ckpt_avg.formats.trainers.trainer import Layout, Trainer
 
-_MODELS = re.compile(r"(\d+\.)?(online_model|ema_model)\.(.+)", re.DOTALL)  # numbered, if there are several
+# Names are numbered if there are several such modules.
+_MODELS = re.compile(r"(\d+\.)?(online_model|ema_model)\.(.+)", re.DOTALL)
+_COUNTERS = re.compile(r"(\d+\.)?(initted|step)")
 
 
 def separate_models(state: Any) -> None:
     """Puts the two models of the state dict of an EMA module into dicts of their own, in place."""
-    if not isinstance(state, dict) or not {"initted", "0.initted"} & state.keys():
-        return
-    for name in [name for name in state if isinstance(name, str)]:
-        if match := _MODELS.fullmatch(name):
-            number, model, rest = match.groups(default="")
+    names = [name for name in state if isinstance(name, str)] if isinstance(state, dict) else []
+    models = {name: match.groups(default="") for name in names if (match := _MODELS.fullmatch(name))}
+    if models and all(name in models or _COUNTERS.fullmatch(name) for name in names):
+        for name, (number, model, rest) in models.items():
             state.setdefault(model, {})[number + rest] = state.pop(name)
 
 

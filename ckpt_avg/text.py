@@ -107,5 +107,6 @@ def plural(count: int, noun: str) -> str:
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns the lines of a table, the first row being its header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    cells = [list(map(one_line, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]

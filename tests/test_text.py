@@ -148,5 +148,5 @@ def test_text_for_a_terminal(text: str, shown: str) -> None:
 
 def test_columns_of_a_table_follow_the_longest_cell() -> None:
     """The header included, and no line ends in blanks."""
-    rows = [["", "a", "a long name"], ["x", "123456", "1"], ["longer", "1", ""]]
-    assert table(rows) == ["        a       a long name", "x       123456  1", "longer  1"]
+    rows = [["", "a", "a long\nname"], ["x", "123456", "1"], ["longer", "1", ""]]
+    assert table(rows) == ["        a       a long\\nname", "x       123456  1", "longer  1"]

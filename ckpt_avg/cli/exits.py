@@ -18,7 +18,7 @@ import click
 from ckpt_avg.distributed.launch import launched_rank
 from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UserCodeError, is_out_of_memory
 from ckpt_avg.files.sigbus import catch_bus_errors
-from ckpt_avg.text import safe_text, suggestion
+from ckpt_avg.text import one_line, safe_text, suggestion
 
 # A signal may come between publishing and the last line of output.
 _UNTOUCHED = "the output path is unchanged, or complete if it was already published"
@@ -101,7 +101,8 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
         if not arguments:  # the message is the help text
             error.show()
             return error.exit_code
-        return _fail(type(error).__name__, _message_of(error, command, arguments[0]), error.exit_code, as_json)
+        message = one_line(_message_of(error, command, arguments[0]))
+        return _fail(type(error).__name__, message, error.exit_code, as_json)
     except (KeyboardInterrupt, click.Abort):
         return _fail("Interrupted", f"interrupted: {_UNTOUCHED}", 130, as_json)
     except _Terminated as error:

@@ -123,7 +123,7 @@ def sweep_text(result: SweepResult, command: str) -> str:
         [
             *table(rows),
             "",
-            f"best by {result.metric}: the average of {_window(best.side, len(best.checkpoints), total, 'the ')}, "
+            f"best by {escaped(result.metric)}: the average of {_window(best.side, len(best.checkpoints), total, 'the ')}, "
             f"{value:.6g}, {compared}",
             f"to write it{'' if change.verdict == 'better' else ' anyway'}: {command}",
         ]

@@ -32,24 +32,11 @@ MARK = "ckpt_avg"  # the first key of a report
 _OTHER_FORMATS = frozenset(
     (
         *(".pt", ".pth", ".pyth", ".ckpt", ".chkpt", ".bin", ".tar", ".t7", ".th", ".model", ".distcp", ".nemo"),
-        *(
-            ".pkl",
-            ".pickle",
-            ".joblib",
-            ".pt2",
-            ".pte",
-            ".ptl",
-            ".jit",
-            ".torchscript",
-            ".torch",
-            ".mar",
-            ".onnx",
-            ".ort",
-        ),
-        *(".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".tflite", ".pb", ".npz", ".npy", ".msgpack", ".params"),
-        *(".pdparams", ".caffemodel", ".mlmodel", ".mlpackage", ".engine", ".trt", ".parquet", ".arrow", ".sha256"),
+        *(".pkl", ".pickle", ".joblib", ".pt2", ".pte", ".ptl", ".jit", ".torchscript", ".torch", ".mar"),
+        *(".onnx", ".ort", ".mlmodel", ".mlpackage", ".engine", ".trt", ".parquet", ".arrow", ".sha256"),
+        *(".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".tflite", ".pb", ".npz", ".npy", ".msgpack"),
         *(".json", ".yaml", ".yml", ".toml", ".csv", ".txt", ".md", ".py", ".log", ".png", ".svg", ".pdf"),
-        *(".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
+        *(".params", ".pdparams", ".caffemodel", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
     )
 )
 

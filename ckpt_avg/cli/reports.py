@@ -123,8 +123,8 @@ def sweep_text(result: SweepResult, command: str) -> str:
         [
             *table(rows),
             "",
-            f"best by {escaped(result.metric)}: the average of {_window(best.side, len(best.checkpoints), total, 'the ')}, "
-            f"{value:.6g}, {compared}",
+            f"best by {escaped(result.metric)}: the average of "
+            f"{_window(best.side, len(best.checkpoints), total, 'the ')}, {value:.6g}, {compared}",
             f"to write it{'' if change.verdict == 'better' else ' anyway'}: {command}",
         ]
     )

@@ -104,23 +104,24 @@ def _other_statistics(tensors: Tensors) -> Iterator[str]:
 
 # -- Functions of the weights -----------------------------------------------------------------------------------------
 
-_ORIGINALS = ("_orig", "_bar", "_unspec", "")  # suffixes that implementations give the weight before the division
+_ORIGINALS = ("_orig", "_bar", "_unspec")  # suffixes that implementations give the weight before the division
 
 
 def spectral_norms(tensors: Tensors) -> Iterator[SpectralNorm]:
     """Yields the weights with spectral norm whose vectors can be computed from the weight alone."""
     for u in tensors:
+        v = f"{u[:-1]}v" if f"{u[:-1]}v" in tensors else ""
         if u.endswith(".0._u"):  # a parametrization; a later one gets what the one before returns, not the weight
-            found, weights = SpectralNorm("", u, f"{u[:-1]}v"), [f"{u[: -len('.0._u')]}.original"]
+            weights = [u.removesuffix("0._u") + "original"]
         elif u.endswith("_u"):
-            found, weights = SpectralNorm("", u, f"{u[:-1]}v"), [u[:-2] + suffix for suffix in _ORIGINALS]
-        elif _last_word(u) == "u0":  # as BigGAN's layers, which store no v
-            found, weights = SpectralNorm("", u, ""), [f"{u[:-2]}weight"]
+            weights = [u[:-2] + suffix for suffix in _ORIGINALS]
+        elif _last_word(u) == "u0" and f"{u[:-2]}sv0" in tensors:  # as BigGAN's layers, which store no v
+            weights, v = [f"{u[:-2]}weight"], ""
         else:
             continue
         weight = next((name for name in weights if name in tensors), None)
-        if weight and _fits(tensors, weight, u, found.v if found.v in tensors else ""):
-            yield SpectralNorm(weight, u, found.v if found.v in tensors else "")
+        if weight and _fits(tensors, weight, u, v):
+            yield SpectralNorm(weight, u, v)
 
 
 def _fits(tensors: Tensors, weight: str, u: str, v: str) -> bool:
@@ -144,7 +145,7 @@ def _other_spectral_vectors(tensors: Tensors) -> Iterator[str]:
         if match and name not in known:
             base, partner = match[1], f"{match[1]}_{'v' if match[2] == 'u' else 'u'}"
             parametrized = re.search(r"parametrizations\.\w+\.\d+\.$", base) and partner in tensors
-            if parametrized or any(base + suffix in tensors for suffix in _ORIGINALS if suffix and base):
+            if parametrized or any(base + suffix in tensors for suffix in _ORIGINALS):
                 yield name
 
 
@@ -161,6 +162,7 @@ def _weight_norms(tensors: Tensors) -> Iterator[str]:
 _SCALES = {"scale", "scales", "scaling", "scb", "absmax", "amax", "qzeros", "codebook", "codebooks", "centroids"}
 _BESIDE = {"input", "output", "act", "inv", "group", "block", "global", "nested", "weight", "w", "2"}
 _ZEROS = {"zero", "zeros", "zp"}
+_OBSERVED = ("scale", "zero_point", "min_val", "max_val", "histogram", "fake_quant_enabled", "observer_enabled")
 
 
 def _quantized(tensors: Tensors) -> Iterator[str]:
@@ -199,19 +201,14 @@ def _integer_tables(tensors: Tensors) -> Iterator[str]:
 
 
 def _observers(tensors: Tensors) -> Iterator[str]:
-    """All tensors of modules for fake quantisation: scale and zero_point belong together, and no weight is in codes."""
-    modules = {
-        _module(name)
-        for name, tensor in tensors.items()
-        if _last_word(name) == "zero_point"
-        and tensor.dtype.kind == "exact"
-        and batch_norm_buffer(_module(name), "scale") in tensors
-    }
+    """A scale and its zero_point in modules without codes, and the ranges they come from, as torch stores them."""
     coded = {_module(name) for name, each in tensors.items() if each.dtype.kind != "float" and len(each.shape) > 1}
-    for name in tensors:
-        parts = name.split(".")
-        if any(".".join(parts[:end]) in modules - coded for end in range(len(parts))):
-            yield name
+    points = (name for name, each in tensors.items() if _last_word(name) == "zero_point" and each.dtype.kind == "exact")
+    for module in {_module(name) for name in points} - coded:
+        if batch_norm_buffer(module, "scale") in tensors:
+            inner = batch_norm_buffer(module, "activation_post_process")
+            names = (batch_norm_buffer(each, word) for each in (module, inner) for word in _OBSERVED)
+            yield from (name for name in names if name in tensors)
 
 
 def _adapter_scales(tensors: Tensors) -> Iterator[str]:
@@ -280,7 +277,7 @@ STATISTICS = BufferKind(
 SPECTRAL = BufferKind(
     "spectral norm vectors",
     "last",
-    "`weight_u`, `weight_v` next to `weight_orig`; `parametrizations.weight.0._u`, `._v`; `u0` next to `weight`",
+    "`weight_u`, `weight_v` next to `weight_orig`; `parametrizations.weight.0._u`, `._v`; `u0` next to `sv0`",
     "computed from the averaged weight",
     where=_spectral_vectors,
     hints=("_u", "u0"),

@@ -140,6 +140,17 @@ def test_an_integer_table_next_to_a_scale_of_something_else_is_no_quantised_weig
     }
 
 
+def test_the_weight_next_to_a_scale_and_its_zero_point_is_averaged() -> None:
+    """As layers that quantise their activations store it; and at the root, where every tensor is below."""
+    tensors = {"scale": ("F32", (1,)), "zero_point": ("I32", (1,)), "weight": ("F32", (3, 3)), "a.w": ("F32", (3,))}
+    for prefix in ("", "layer."):
+        found = kinds_of(spec_of({prefix + name: what for name, what in tensors.items()}).tensors)
+        assert {name for name, kind in found.items() if kind.name == "fake quantisation"} == {
+            f"{prefix}scale",
+            f"{prefix}zero_point",
+        }
+
+
 def test_fake_quantisation_is_the_lasts(tmp_path: Path) -> None:
     """A scale belongs to its zero point: both come from one checkpoint, as torch stores them while it trains."""
     layer = torch.ao.quantization.FakeQuantize()

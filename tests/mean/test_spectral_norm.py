@@ -100,10 +100,14 @@ def test_the_vectors_belong_to_the_rounded_weight(tmp_path: Path, dtype: str) ->
 
 
 def test_vectors_of_other_implementations() -> None:
-    """Weights called ``_bar`` or ``_unspec``, and a row vector u0 without v, as BigGAN's layers store it."""
+    """Weights called ``_bar`` or ``_unspec``, and a row vector u0 without v, as BigGAN's layers store it.
+
+    Other vectors of these names are parameters, such as the factors of a change of rank one.
+    """
     found = spec_of({
         "a.weight_bar": ("F32", (4, 3, 2)), "a.weight_u": ("F32", (4,)), "a.weight_v": ("F32", (6,)),
         "b.weight": ("F32", (4, 3)), "b.u0": ("F32", (1, 4)), "b.sv0": ("F32", (1,)),
+        "c.weight": ("F32", (4, 3)), "c.weight_u": ("F32", (4,)), "c.weight_v": ("F32", (3,)), "c.u0": ("F32", (4,)),
         "attention.pos_bias_u": ("F32", (4,)), "attention.pos_bias_v": ("F32", (4,)),
     })  # fmt: skip
     assert list(spectral_norms(found.tensors)) == [

@@ -150,8 +150,8 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def weights_in(path: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a file, as `weights_of` does."""
-    with open_checkpoint(path) as checkpoint:
+    """Returns the tensors of a file, as `weights_of` does, under the names in it."""
+    with open_checkpoint(path, strip_prefix="") as checkpoint:
         return weights_of(checkpoint)
 
 

@@ -44,8 +44,8 @@ def run(make: Layer, folder: Path, count: int = 4, **options: Any) -> tuple[list
     for _ in range(count):
         with torch.no_grad():
             weight += 0.3 * torch.randn_like(weight)
-            for _ in range(3):
-                effective(layer.train())
+            for each in layer.train().modules():
+                effective(each)
         states.append({name: value.clone() for name, value in layer.state_dict().items()})
     paths = save(folder, states, ".pt")
     average(paths, folder / "mean.safetensors", **options)
@@ -53,11 +53,11 @@ def run(make: Layer, folder: Path, count: int = 4, **options: Any) -> tuple[list
     return paths, layer.eval()
 
 
-def effective(layer: nn.Module) -> Tensor:
+def effective(layer: nn.Module) -> Any:
     """The weight that the layer computes with, after its power iteration if it is in train mode."""
     for hook in layer._forward_pre_hooks.values():
         hook(layer, ())
-    return layer.weight
+    return getattr(layer, "weight", None)
 
 
 def dim_of(layer: nn.Module) -> int:
@@ -164,6 +164,14 @@ def test_it_is_recorded_verified_and_planned(tmp_path: Path) -> None:
         assert json.loads(reader.metadata()["ckpt_avg.spectral_norm"]) == {"vectors": "recomputed", "weights": 1}
     assert verify(output, sources=paths).spectral_norms == ("weight_orig",)
     assert average(paths, tmp_path / "dry", dry_run=True).spectral_norms == ("weight_orig",)
+
+
+def test_names_that_keep_the_prefix_of_a_wrapper_are_computed_alike(tmp_path: Path) -> None:
+    run(lambda: nn.DataParallel(nn.Sequential(HOOK(nn.Linear(7, 5)))), tmp_path, strip_prefix="")
+    found = load_file(tmp_path / "mean.safetensors")
+    _, sigma, _ = torch.linalg.svd(found["module.0.weight_orig"].double())
+    image = found["module.0.weight_orig"].double().mv(found["module.0.weight_v"].double())
+    assert found["module.0.weight_u"].double().dot(image).item() == pytest.approx(sigma[0].item(), rel=1e-5)
 
 
 def test_verify_finds_vectors_of_another_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

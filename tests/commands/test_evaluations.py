@@ -286,9 +286,25 @@ DISTURBING: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+SHUFFLING = torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[Any]]:
+    """The average of the run without --eval, and the metrics of each checkpoint, refreshed, and of the average."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = [folder / f"step_{number}.pt" for number in range(3)]
+    for number, path in enumerate(run):
+        torch.save(trained(number), path)
+    outputs = [folder / f"{number}.safetensors" for number in range(4)]
+    for sources, out in zip((*run, run), outputs, strict=True):
+        average(sources, out, model=make, data=SHUFFLING, device="cpu")
+    return outputs[-1].read_bytes(), [of_file(run[-1]), *map(of_file, outputs)]
+
+
 @pytest.mark.parametrize("disturb", DISTURBING)
 def test_a_function_that_disturbs(
-    disturb: str, run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    disturb: str, run: list[Path], undisturbed: tuple[bytes, list[Any]], monkeypatch: pytest.MonkeyPatch, out: Path
 ) -> None:
     """The published bytes are those of a run without --eval, and each measurement is that of undisturbed weights."""
 
@@ -297,20 +313,12 @@ def test_a_function_that_disturbs(
         DISTURBING[disturb](model)
         return found
 
-    monkeypatch.chdir(tmp_path)
-    loader = torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True)
-    torch.manual_seed(3)
-    average(run, "plain.safetensors", model=make, data=loader, device="cpu")
-    torch.manual_seed(3)
-    found = average(
-        run, "swa.safetensors", model=make, data=loader, evaluate=disturbing, evaluate_all=True, device="cpu"
-    )
-    assert (tmp_path / "swa.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
-    assert found.evaluations[0].metrics == of_file(run[2])
-    for number, path in enumerate(run):
-        average(path, tmp_path / f"{number}.safetensors", model=make, data=loader, device="cpu")
-        assert found.evaluations[1 + number].metrics == of_file(tmp_path / f"{number}.safetensors")
-    assert found.evaluations[-1].metrics == of_file(tmp_path / "swa.safetensors")
+    monkeypatch.chdir(out.parent)
+    options: dict[str, Any] = {"evaluate": disturbing, "evaluate_all": True, "device": "cpu"}
+    found = average(run, out.name, model=make, data=SHUFFLING, **options)
+    assert out.read_bytes() == undisturbed[0]
+    saved, *refreshed, _, output = (each.metrics for each in found.evaluations)
+    assert [saved, *refreshed, output] == undisturbed[1]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_any_number_of_ranks_gives_the_bytes_of_one(tmp_path: Path, case: str) -
 
 
 def test_the_real_run_has_the_bytes_of_one_process(tmp_path: Path, run_folder: Path) -> None:
-    same_bytes(tmp_path, run_folder, (1, 2, 4), last=3, bn="keep")
+    same_bytes(tmp_path, run_folder, (1, 2), last=3, bn="keep")
 
 
 def test_a_sharded_folder_has_the_bytes_of_one_process(tmp_path: Path) -> None:
@@ -120,6 +121,7 @@ def test_integers_and_bools_have_the_bytes_of_one_process(tmp_path: Path) -> Non
     same_bytes(tmp_path, [tmp_path / "0.safetensors", tmp_path / "1.safetensors"], (3,))
 
 
+@pytest.mark.slow
 def test_the_refreshed_real_run_is_that_of_one_process(tmp_path: Path, run_folder: Path, train: Any) -> None:
     """If it failed, the published statistics would depend on how many ranks there were."""
     options = {"last": 2, "model": train.make_model, "data": train.train_loader, "bn_batches": 3}
@@ -136,18 +138,8 @@ def test_the_refreshed_real_run_is_that_of_one_process(tmp_path: Path, run_folde
     assert [end.batch_norm.samples for end in ends] == [384] * 3
 
 
-def test_results_are_the_same_on_every_rank(tmp_path: Path, run_folder: Path, train: Any) -> None:
-    """If it failed, a script that goes on with the result would go on differently on some ranks."""
-    ends = averaged(
-        3, run_folder, tmp_path / "a.safetensors", last=2, bn="keep", model=train.make_model, evaluate=train.evaluate
-    )
-    assert len(ends[0].evaluations) == 2
-    of_all = [(end.output, end.written, end.checkpoints, end.nbytes, end.evaluations) for end in ends]
-    assert of_all == [of_all[0]] * 3
-
-
 def test_checkpoints_are_refreshed_by_all_ranks_together(tmp_path: Path) -> None:
-    """If it failed, ranks would wait for each other, or the last checkpoint would be measured on a part of the data."""
+    """If it failed, ranks would wait for each other, measure on a part of the data, or go on with different results."""
     for seed in range(3):
         torch.save(trained(seed), tmp_path / f"step_{seed}.pt")
     options: dict[str, Any] = {"model": make, "data": data, "evaluate": score, "eval_repeats": 2, "device": "cpu"}
@@ -155,11 +147,8 @@ def test_checkpoints_are_refreshed_by_all_ranks_together(tmp_path: Path) -> None
     one = average(tmp_path, tmp_path / "one.safetensors", **options)
     ends = averaged(2, tmp_path, tmp_path / "many.safetensors", **options)
     for end in ends:
-        assert (end.evaluations, end.comparison, end.outcomes) == (
-            ends[0].evaluations,
-            ends[0].comparison,
-            ends[0].outcomes,
-        )
+        same = replace(end, data_digest=None, batch_norm=None, notices=())
+        assert same == replace(ends[0], data_digest=None, batch_norm=None, notices=())
     assert [each.name for each in ends[1].evaluations] == [each.name for each in one.evaluations]
     for found, expected in zip(ends[1].evaluations, one.evaluations, strict=True):
         assert found.samples.keys() == expected.samples.keys()

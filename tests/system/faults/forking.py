@@ -178,6 +178,9 @@ def _run(job: dict[str, Any], made: Path, gate: _Gate | None) -> int:
         main = getattr(wrong_writers, name)(job["arguments"]) or main
     if gate is not None:
         gate.wait() if job["thread"] == 0 else _stop_thread(job["thread"], gate)
+    if job["spare_memory"] is not None:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + job["spare_memory"] * 2**20,) * 2)
     return main(job["arguments"])
 
 

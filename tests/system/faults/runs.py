@@ -74,6 +74,7 @@ class Runs:
         record: bool = False,
         unnamed: bool = True,
         file_size: int | None = None,
+        spare_memory: int | None = None,
         learn: bool = False,
     ) -> list[Ended]:
         """Runs the command in so many processes side by side.
@@ -91,6 +92,7 @@ class Runs:
             record: whether the names of those calls are returned.
             unnamed: whether the system has ``O_TMPFILE``.
             file_size: a limit on the size of files, in bytes.
+            spare_memory: a limit on the address space, in MiB more than it takes at the beginning.
             learn: import for all later runs what this one needs, so that they do not look for modules.
         """
         if strace and shutil.which("strace") is None:

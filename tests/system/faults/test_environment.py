@@ -10,13 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from system.faults.outputs import begin, litter, make_averaging, state
 from system.faults.rank_runs import HUNG, Group, rank_server
+from system.faults.runs import Runs
 
 pytestmark = pytest.mark.slow
 
@@ -304,86 +307,35 @@ def test_names_of_any_bytes_work_in_the_c_locale(ckpt_avg: Command, tmp_path: Pa
 
 # -- Memory ---------------------------------------------------------------------------------------------------------
 
-_STARVED = """
-import json, os, resource, sys
-import torch
-import ckpt_avg.commands.average, ckpt_avg.cli.progress_bars, ckpt_avg.cli.reports
-from ckpt_avg.cli.main import cli
-from ckpt_avg.cli.exits import run
 
-size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-*command, output = sys.argv[2:]
-for extra in json.loads(sys.argv[1]):
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            log = os.open("log", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1), os.dup2(log, 2)
-            resource.setrlimit(resource.RLIMIT_AS, (size + extra * 2**20,) * 2)
-            code = run(cli, [*command, output])
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    complete = os.path.exists(output) and open(output, "rb").read() == open(output + ".expected", "rb").read()
-    left = os.listdir(os.path.dirname(output))
-    if os.path.exists(output):
-        os.unlink(output)
-    print(json.dumps([extra, code, complete, sorted(left), open("log").read()]), flush=True)
-"""
+def starve(runs: Runs, folder: Path, output: Path, limits: Sequence[int]) -> None:
+    """Averages two checkpoints of 32 MB with so many MiB of address space to spare; too few must be said, no more."""
 
+    def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file({**tensors, **{f"{number}": torch.ones(9) for number in range(500)}}, path)
 
-def starve(folder: Path, limits: Sequence[int]) -> list[tuple[int, str]]:
-    """Averages two checkpoints of 32 MB with so many MiB of address space to spare: (exit code, what it said)."""
-    (folder / "out").mkdir()
-    sources = []
-    for seed in range(2):
-        sources.append(folder / f"{seed}.safetensors")
-        values = torch.rand(8_000_000, generator=torch.Generator().manual_seed(seed))
-        save_file({"w": values, **{f"{number}": values[:9].clone() for number in range(500)}}, sources[-1])
-    output = folder / "out" / "mean.safetensors"
-    command = ["average", *map(str, sources), "-q", "--threads", "2", "-o"]
-    subprocess.run(
-        [sys.executable, "-m", "ckpt_avg", *command, f"{output}.expected"], check=True, stdout=subprocess.DEVNULL
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", _STARVED, json.dumps(list(limits)), *command, str(output)],
-        cwd=folder, capture_output=True, text=True, timeout=500, check=True,
-    )  # fmt: skip
-    found = []
-    for extra, code, complete, left, said in map(json.loads, ended.stdout.splitlines()):
-        present = [output.name] if code == 0 else []
-        assert (complete, left) == (code == 0, [*present, f"{output.name}.expected"]), (extra, code, said)
-        assert "Traceback" not in said, (extra, code, said)
-        found.append((code, said))
-    return found
-
-
-def assert_calm(found: Sequence[tuple[int, str]]) -> None:
-    """Asserts that a run that lacked memory said so, whatever lacked it."""
-    for code, said in found:
-        assert code in (0, 6), (code, said)
-        assert code == 0 or "out of memory" in said
-    assert found[0][0] == 6
-    assert found[-1][0] == 0
+    run = make_averaging(folder, 8_000_000, count=2, write=write)
+    codes = []
+    for spare in limits:
+        ended = runs.run(*run.command(output, *begin(output, overwrite=False), "--threads", "2"), spare_memory=spare)
+        assert ended.code == 0 or (ended.code == 6 and "out of memory" in ended.error), (spare, ended)
+        assert "Traceback" not in ended.error, (spare, ended)
+        assert (state(output, run.new), litter(output)) == ("absent" if ended.code else "new", []), (spare, ended)
+        codes.append(ended.code)
+    print(Counter(codes))
+    assert (codes[0], codes[-1]) == (6, 0)
 
 
 @pytest.mark.guarantee("out-of-memory")
 @linux
-def test_a_limit_on_memory_is_exit_6_wherever_it_strikes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "limits", [[0, 30, 60, 150, 260, 1000], pytest.param([*range(0, 400, 2), 1000], marks=long)], ids=["few", "many"]
+)
+def test_a_limit_on_memory_is_exit_6_wherever_it_strikes(
+    runs: Runs, inputs: Path, output: Path, limits: Sequence[int]
+) -> None:
     """If it failed, a job with too little memory would leave a traceback, or half an output."""
-    assert_calm(starve(tmp_path, [0, 60, 250, 258, 266, 1000]))
-
-
-@linux
-@long
-def test_many_limits_on_memory(tmp_path: Path) -> None:
-    found = starve(tmp_path, [*range(0, 400, 2), 1000])
-    print({code: [code for code, _ in found].count(code) for code in sorted({code for code, _ in found})})
-    assert_calm(found)
+    starve(runs, inputs, output, limits)
 
 
 # -- No hang --------------------------------------------------------------------------------------------------------

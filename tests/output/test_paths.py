@@ -140,6 +140,7 @@ def test_a_path_that_can_be_no_file_is_refused(
     assert sorted(os.listdir(tmp_path)) == names
 
 
+@pytest.mark.guarantee("impossible-output")
 @pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="descriptors have no paths here")
 def test_a_pipe_that_is_open_is_refused(run: Path) -> None:
     """``-o /dev/stdout`` in a pipe: its resolved path is no file that could be made."""
@@ -150,6 +151,7 @@ def test_a_pipe_that_is_open_is_refused(run: Path) -> None:
     os.close(writing)
 
 
+@pytest.mark.guarantee("impossible-output")
 @pytest.mark.parametrize(
     ("path", "suffix", "instead"),
     [
@@ -179,6 +181,7 @@ def test_other_names_are_taken(tmp_path: Path, run: Path, name: str) -> None:
     assert check_output(tmp_path / name, discover(run), overwrite=False) == tmp_path / name
 
 
+@pytest.mark.guarantee("output-folder")
 def test_a_missing_folder_is_created_with_the_output_and_not_before(tmp_path: Path, run: Path) -> None:
     """A run that fails must leave nothing, and one that succeeds hours later must not fail for a folder."""
     output = tmp_path / "new" / "deeper" / "swa.safetensors"

@@ -152,6 +152,7 @@ def test_code_of_the_user_that_fails_on_one_rank_only(
     assert_stopped(server.run(group), 1, cause, output, code=7)
 
 
+@pytest.mark.guarantee("output-folder")
 def test_ranks_write_into_a_folder_that_rank_0_creates(server: RankServer, inputs: Path, output: Path) -> None:
     """If it failed, ranks could not write where one process can, or leave an empty folder if one of them fails."""
     new = output.parent / "new" / output.name

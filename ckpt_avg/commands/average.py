@@ -57,6 +57,6 @@ def _check_paths(request: AverageRequest, discovery: Discovery, context: Context
     output, overwrite = request.output, request.overwrite
     target = check_output(output, discovery, overwrite=overwrite)
     if target.suffix != ".safetensors":
-        context.notice(f"{output}: this will be a safetensors file, although its name does not end in .safetensors")
+        context.notice(f"{output}: will be a safetensors file, whatever its suffix")
     checksum = check_checksum(output, discovery, wanted=request.sha256, overwrite=overwrite, notice=context.notice)
     return target, checksum

@@ -31,12 +31,14 @@ def check(request: CheckRequest) -> CompatibilityReport:
         >>> check(["fixtures/mnist_cnn"]).compatible
         True
     """
-    told: list[str] = []
+    texts: list[str] = []
     with ExitStack() as stack:
-        selected = open_selected(discover(request.sources), request, request, stack, told.append, compare_in_full=False)
-        notice_what_is_read(selected.checkpoints, told.append)
+        selected = open_selected(
+            discover(request.sources), request, request, stack, texts.append, compare_in_full=False
+        )
+        notice_what_is_read(selected.checkpoints, texts.append)
         report = compare([checkpoint.spec for checkpoint in selected.checkpoints])
-        return replace(report, skipped=selected.skipped, notices=tuple(told))
+        return replace(report, skipped=selected.skipped, notices=tuple(texts))
 
 
 def notice_what_is_read(

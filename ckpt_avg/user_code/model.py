@@ -167,7 +167,7 @@ class Passes:
     Args:
         data: an iterable of batches, or a factory of one. The factory is called at once, and again for each later
             pass, with the same random states each time, so that every pass has the same batches. A
-            LightningDataModule stands for its training batches.
+            LightningDataModule gives its training batches.
 
     Raises:
         UserCodeError: the factory raised, or returned something else.

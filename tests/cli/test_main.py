@@ -1,4 +1,4 @@
-"""The command: what it prints and where, its exit codes, and the shape of the package behind it."""
+"""The command: what it prints and where, its exit codes, and the shape of the package."""
 
 from __future__ import annotations
 

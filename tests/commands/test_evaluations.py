@@ -57,7 +57,7 @@ def draws(model: nn.Module) -> dict[str, float]:
 def test_the_same_random_state_at_each_call(run: list[Path], out: Path) -> None:
     """A metric that draws samples must not differ between two measurements for that alone.
 
-    In between lies a refresh over a loader that shuffles.
+    Between them is a refresh over a loader that shuffles.
     """
     loader = torch.utils.data.DataLoader(torch.cat(data()), batch_size=5, shuffle=True)
     result = average(run, out, model=make, data=loader, evaluate=draws, evaluate_all=True, device="cpu")
@@ -251,11 +251,17 @@ def test_the_model_that_is_passed_in_stays_as_it_is(run: list[Path], out: Path) 
 
 
 def test_progress_says_what_is_measured(run: list[Path], out: Path) -> None:
-    told: list[str] = []
+    measured: list[str] = []
     average(
-        run, out, model=make, data=data, evaluate=score, evaluate_all=True, progress=Progress(evaluating=told.append)
+        run,
+        out,
+        model=make,
+        data=data,
+        evaluate=score,
+        evaluate_all=True,
+        progress=Progress(evaluating=measured.append),
     )
-    assert told == [
+    assert measured == [
         "step_2.pt",
         "average, statistics averaged",
         "average, statistics refreshed",
@@ -376,7 +382,7 @@ def test_hooks_that_are_removed_again_are_no_change(run: list[Path], out: Path) 
 @pytest.mark.parametrize("kind", ["raises", "exits", "interrupt", "no number"])
 @pytest.mark.parametrize("old", [None, b"old"], ids=["absent", "old"])
 def test_nothing_is_published_where_it_fails(run: list[Path], out: Path, at: int, kind: str, old: bytes | None) -> None:
-    """Whichever call fails, the path is absent or what it was, and nothing is left beside it."""
+    """Whichever call fails, the path is absent or what it was, and nothing is left next to it."""
     if old is not None:
         out.write_bytes(old)
     calls = itertools.count(1)

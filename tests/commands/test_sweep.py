@@ -429,10 +429,10 @@ def test_a_function_that_fails_names_the_window(run: list[Path], at: int) -> Non
 
 
 def test_progress_says_what_is_measured(run: list[Path]) -> None:
-    told: list[str] = []
+    measured: list[str] = []
     notices: list[str] = []
-    result = swept(run, progress=Progress(evaluating=told.append, notice=notices.append))
-    assert told == [
+    result = swept(run, progress=Progress(evaluating=measured.append, notice=notices.append))
+    assert measured == [
         "step_4.pt", "the last 1", "the last 2", "the last 3", "the last 4", "the first 1", "the first 2",
         "the first 3", "step_4.pt, statistics refreshed",
     ]  # fmt: skip
@@ -544,7 +544,7 @@ def test_the_command_for_names_with_a_prefix(app: SweepApp, run: list[Path], in_
 
 
 def test_the_command_for_files_that_look_like_options(app: SweepApp, run: list[Path], in_process: InProcess) -> None:
-    """They were given behind ``--``, and so they must be again."""
+    """They are given after ``--``, in the printed command, too."""
     files = [f"-{path.name}" for path in run[:2]]
     for path, name in zip(run, files, strict=False):
         path.rename(name)

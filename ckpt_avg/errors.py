@@ -55,6 +55,10 @@ class NoWeightsError(CheckpointFormatError):
     """A sound file that contains no state dict. In a run folder it is skipped."""
 
 
+class PartError(CheckpointFormatError):
+    """A file that has a part of a checkpoint, such as that of one rank."""
+
+
 class ChangedWhileReadingError(CheckpointFormatError):
     """An input was truncated or overwritten while it was being read."""
 

@@ -51,3 +51,11 @@ def measure(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) >= 2.0**1000:
         return None
     return float(value) if isfinite(value) else None
+
+
+def number_in(text: object) -> float | None:
+    """Returns the number that a text, such as the cell of a table, is."""
+    try:
+        return measure(float(text)) if isinstance(text, str) else None
+    except ValueError:
+        return None

@@ -34,7 +34,7 @@ def check(request: CheckRequest) -> CompatibilityReport:
     texts: list[str] = []
     with ExitStack() as stack:
         selected = open_selected(
-            discover(request.sources), request, request, stack, texts.append, compare_in_full=False
+            discover(request.sources, request.include), request, request, stack, texts.append, compare_in_full=False
         )
         notice_what_is_read(selected.checkpoints, texts.append)
         report = compare([checkpoint.spec for checkpoint in selected.checkpoints])

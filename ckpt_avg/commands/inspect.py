@@ -12,7 +12,8 @@ from ckpt_avg.commands.requests import InspectRequest, takes
 from ckpt_avg.errors import CkptAvgError, IncompatibleError
 from ckpt_avg.formats.folder import find_weights
 from ckpt_avg.formats.open import open_checkpoint, open_with
-from ckpt_avg.formats.trainers.any_script import SUFFIXES
+from ckpt_avg.formats.single_file import starts_as_checkpoint
+from ckpt_avg.formats.trainers.name_patterns import SUFFIXES
 from ckpt_avg.runs.candidates import open_candidates
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.run_folder import Skipped, entries_of
@@ -108,9 +109,8 @@ def _description(path: Path) -> str:
             return weights.problem or "a checkpoint folder" + (f" ({weights.kind})" if weights.kind else "")
         if not path.is_file():
             return "a broken link, a device, a pipe or a socket"
-        if not path.name.lower().endswith(
-            (*SUFFIXES, ".pkl", ".nemo", ".jit", ".onnx", ".h5", ".npz", ".tar", ".gguf")
-        ):
+        known = (*SUFFIXES, ".pkl", ".nemo", ".jit", ".onnx", ".h5", ".npz", ".tar", ".gguf")
+        if not path.name.lower().endswith(known) and not starts_as_checkpoint(path):
             return f"not a checkpoint, by its name; {plural(path.stat().st_size, 'byte')}"
         with open_checkpoint(path) as checkpoint:
             return f"{checkpoint.spec.format} with {plural(len(checkpoint.spec.tensors), 'tensor')}"

@@ -56,7 +56,7 @@ class MeanRequest(Selection, Reading, MeanOptions, RefreshOptions, EvalOptions):
         """Lists the checkpoints of the sources, as `runs.discover.discover` does."""
         from ckpt_avg.runs.discover import discover  # not for --help
 
-        return discover(self.sources)
+        return discover(self.sources, self.include)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

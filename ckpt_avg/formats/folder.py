@@ -17,15 +17,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import Checkpoint, name_of
-from ckpt_avg.errors import CheckpointFormatError, NoWeightsError
+from ckpt_avg.errors import CheckpointFormatError, NoWeightsError, PartError
 from ckpt_avg.formats.dcp import open_dcp
 from ckpt_avg.formats.dcp_safetensors import open_dcp_safetensors
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import SUFFIX, open_sharded, shards_of
 from ckpt_avg.formats.single_file import open_file, starts_as_checkpoint, starts_as_text
 from ckpt_avg.formats.trainers import torch_dcp, transformers
-from ckpt_avg.formats.trainers.any_script import NO_CHECKPOINTS, SUFFIXES, UNFINISHED
-from ckpt_avg.formats.trainers.file_names import is_ema, is_training_state, names_a_moment, part_of
+from ckpt_avg.formats.trainers.file_names import (
+    EARLIER_AVERAGE,
+    is_ema,
+    is_training_state_folder,
+    names_a_moment,
+    part_of,
+    reason_to_skip,
+    stem,
+)
+from ckpt_avg.formats.trainers.name_patterns import NO_CHECKPOINTS, SUFFIXES, UNFINISHED
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import Folder, Stored, WeightFiles
 from ckpt_avg.text import argument, listing, quote
@@ -92,6 +100,7 @@ def _only_set(folder: Folder) -> WeightFiles | None:
         sets = [each for each in sets if _has_weights(each)] or sets
     names = _names(sets, folder.path)
     raw = [each for each in names if not any(map(is_ema, Path(each).parts))] or list(names)
+    raw = [each for each in raw if stem(Path(each).name) in ("model", "modeling")] or raw
     if len(raw) == 1:
         used = names[raw[0]]
         return replace(used, others=(*used.others, *(name for name in names if name != raw[0])))
@@ -118,7 +127,7 @@ def _sets(folder: Folder, depth: int) -> list[WeightFiles]:
     if known := _known(folder):
         moments = (inner for inner in _folders(folder) if depth and names_a_moment(inner.path.name))
         return [known, *(each for inner in moments for each in _sets(inner, depth - 1))]
-    names = {name for name in checkpoint_files(folder) if _may_have_weights(name)}
+    names = {name for name in checkpoint_files(folder) if _may_be_weights(name)}
     found: list[WeightFiles] = []
     if parts := [name for name in sorted(names) if not folder.names.isdisjoint(part_of(name))]:
         problem = f"the folder has the parts of one checkpoint: {listing(map(quote, parts))}. {_JOIN}"
@@ -147,13 +156,23 @@ def revisions_of(path: Path) -> list[str]:
 def _folders(folder: Folder) -> Iterator[Folder]:
     """Yields the folders inside that may have weights."""
     for name in sorted(folder.names):
-        if _may_have_weights(name) and (folder.path / name).is_dir():
+        if may_have_weights(name) and (folder.path / name).is_dir():
             with suppress(OSError):
                 yield Folder.of(folder.path / name)
 
 
-def _may_have_weights(name: str) -> bool:
-    return not (is_training_state(name) or name.startswith(".") or UNFINISHED.fullmatch(name) or name in _SIDECARS)
+def may_have_weights(folder: str) -> bool:
+    """Whether a folder is looked into, by its name."""
+    return not (is_training_state_folder(folder) or folder.startswith(".") or UNFINISHED.fullmatch(folder))
+
+
+def _may_be_weights(file: str) -> bool:
+    return reason_to_skip(file, is_checkpoint=True) in (None, EARLIER_AVERAGE) and file not in _SIDECARS
+
+
+def file_has_weights(path: Path) -> bool:
+    """Whether a file is not known to have no weights, by what it contains."""
+    return _has_weights(WeightFiles(path))
 
 
 def _has_weights(weights: WeightFiles) -> bool:
@@ -216,7 +235,7 @@ def _beside(path: Path, weights: WeightFiles) -> Iterator[str]:
     if weights.stored is Stored.DCP_SAFETENSORS:
         read.update(folder.matching(torch_dcp.SHARD))
     for name in sorted(checkpoint_files(folder) - read):
-        if _may_have_weights(name) and _has_weights(WeightFiles(path / name)):
+        if _may_be_weights(name) and file_has_weights(path / name):
             yield name
     for inner in _folders(folder):
         sets = _sets(inner, DEEPEST - 1) if inner.path.name not in read else []
@@ -236,18 +255,16 @@ def _open(weights: WeightFiles, folder: Path, reading: Reading) -> Checkpoint:
 
 
 def refuse_part(path: Path) -> None:
-    """Raises CheckpointFormatError for a file that has, by its name, a part of a checkpoint."""
+    """Raises PartError for a file that has, by its name, a part of a checkpoint."""
     for trainer in TRAINERS:
         if problem := trainer.refuse(path):
-            raise CheckpointFormatError(f"{path}: {problem}")
+            raise PartError(f"{path}: {problem}")
     is_dcp = re.fullmatch(torch_dcp.SHARD, path.name)  # refused by its contents
     for other in [] if is_dcp else part_of(path.name):
         if other == path.name:
             index = " Name the folder, or the index of the shards." if "-of-" in path.name else ""
-            raise CheckpointFormatError(
-                f"{path}: the file is one of the parts of a checkpoint, by its name.{index} {_JOIN}"
-            )
+            raise PartError(f"{path}: the file is one of the parts of a checkpoint, by its name.{index} {_JOIN}")
         if path.with_name(other).exists():
-            raise CheckpointFormatError(
+            raise PartError(
                 f"{path}: the file has a part of a checkpoint, by its name ({quote(other)} is next to it). {_JOIN}"
             )

@@ -6,6 +6,7 @@ The format of a file is decided by its first bytes, that of a folder by the name
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
+from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, fail
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.files.status import is_folder
@@ -22,6 +24,7 @@ from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import is_index, open_sharded
 from ckpt_avg.formats.single_file import open_file
 from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_name
+from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.sidecars import settings_of, sidecar_record
 from ckpt_avg.text import ends, listing, quote
 
@@ -83,7 +86,8 @@ def open_with(path: Path, reading: Reading) -> Checkpoint:
     if checkpoint.files and path in checkpoint.files[0].path.parents:  # a name may have a slash: epoch=1-val/loss=0.5
         inner = checkpoint.files[0].path.relative_to(path.parent)
         by_name = by_name.or_else(record_from_name(str(inner), bare_number=False))
-    record = spec.record.or_else(sidecar_record(path, spec.record.or_else(by_name), _contents))
+    recorded = functools.reduce(Record.or_else, (each.record_metadata(spec.metadata) for each in TRAINERS), spec.record)
+    record = recorded.or_else(sidecar_record(path, spec.record.or_else(by_name), _contents))
     if by_name.is_lone_number and record.epoch is not None:
         by_name = replace(by_name, step=None)
     record = record.or_else(by_name)

@@ -62,7 +62,8 @@ def open_file(path: Path, reading: Reading, *, strip: bool = True) -> Checkpoint
 def starts_as_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint by its first bytes."""
     head = _head(path)
-    is_torch_zip = head.startswith(torch_zip.MAGIC) and b"data.pkl" in head
+    first_name = head[30 : 30 + int.from_bytes(head[26:28], "little")]  # of a zip archive
+    is_torch_zip = head.startswith(torch_zip.MAGIC) and first_name.endswith(b"/data.pkl")
     return is_torch_zip or safetensors_header.matches(head) or torch_legacy.matches(head)
 
 

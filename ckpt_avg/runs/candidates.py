@@ -9,13 +9,12 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, Checkpoint
 from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, TooManyFilesError
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, PartError, TooManyFilesError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.folder import revisions_of
 from ckpt_avg.formats.open import open_with
@@ -30,7 +29,7 @@ from ckpt_avg.formats.trainers.file_names import (
 )
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import Discovery, refuse_repeated
-from ckpt_avg.runs.run_folder import Skipped, SourceContents, in_order, natural_key, suggested_by_name
+from ckpt_avg.runs.run_folder import Skipped, in_order, natural_key
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote
 
@@ -100,7 +99,7 @@ def open_candidates(
     """
     selection = selection or Selection()
     wanted = selection.wants
-    sources = [_with_included(source, selection) for source in discovery.sources]
+    sources = discovery.sources
     paths = [path for source in sources for path in source.paths]
     skipped = [item for source in sources for item in source.skipped]
     if not any(wanted(path.name) for path in paths):
@@ -120,9 +119,11 @@ def open_candidates(
             found += (_open(path, reading, stack) for path in source.paths if wanted(path.name))
         except TooManyFilesError as error:
             raise _too_many_files(error, [*given, *found], sum(wanted(path.name) for path in paths)) from error
+        for part in (each.error for each in found if isinstance(each.error, PartError)):
+            raise part  # whatever is selected, and before the others look like a series
         if source.is_run:
             _advise_to_exclude(found)
-            kept = _without_others(found, skipped, compare_in_full)
+            kept = _without_others(found, skipped, notes, compare_in_full)
             kept = _one_series(kept, skipped, notes, is_chosen=bool(selection.include))
             kept = _in_order(sorted(kept, key=lambda each: in_order(each.path)), notes)
             paths_kept = {candidate.path for candidate in kept}
@@ -137,29 +138,14 @@ def open_candidates(
     refuse_repeated((each.path, _identity(each)) for each in given)  # a folder, and the file in it
     ordered = given = _with_records_of_folders(given)
     if len(sources) > 1:
-        notes += _notes_on_series(each for source in sources if not source.is_run for each in source.paths)
+        named = {source.paths[0] for source in sources if not source.is_run}
+        notes += _notes_on_series(each for each in given if each.path in named)
         notes += _notes_on_moments(given)
         ordered = _in_order(given, notes)
     if ordered != given and not selection.keep_order:
         names = ends(distinct_names([each.path for each in ordered]))
         notes.append(f"the checkpoints are in the order of their steps, not as given: {names} (see --keep-order)")
     return Candidates(tuple(ordered), tuple(given), tuple(skipped), tuple(notes))
-
-
-def _with_included(source: SourceContents, selection: Selection) -> SourceContents:
-    """Brings back what was skipped for its name, where a pattern of --include matches nothing else."""
-    if not source.is_run:
-        return source
-    back = [
-        item
-        for pattern in selection.include
-        if not any(fnmatchcase(path.name, pattern) for path in source.paths)
-        for item in source.skipped
-        if fnmatchcase(item.path.name, pattern) and suggested_by_name(item.reason)
-    ]
-    paths = {*source.paths, *(item.path for item in back)}
-    skipped = tuple(item for item in source.skipped if item not in back)
-    return replace(source, paths=tuple(sorted(paths, key=in_order)), skipped=skipped)
 
 
 def _too_many_files(error: TooManyFilesError, opened: Sequence[Candidate], count: int) -> TooManyFilesError:
@@ -210,9 +196,14 @@ def _in_order(given: list[Candidate], notes: list[str]) -> list[Candidate]:
     return _sorted(given, by_name, unit) if unit else given
 
 
-def _notes_on_series(paths: Iterable[Path]) -> list[str]:
-    series = sorted({name for path in paths if (name := series_of(path.name))})
-    return [f"by their names these are of different trainings: {listing(series)}"] if len(series) > 1 else []
+def _notes_on_series(found: Iterable[Candidate]) -> list[str]:
+    """Says of which trainings checkpoints are by their names, if these are several; a number may be the step."""
+    series = set()
+    for each in found:
+        name = series_of(each.path.name)
+        if name and name.partition("_")[2] not in (str(each.record.step), str(each.record.epoch)):
+            series.add(name)
+    return [f"by their names these are of different trainings: {listing(sorted(series))}"] if len(series) > 1 else []
 
 
 def _identity(candidate: Candidate) -> frozenset[tuple[int, int]]:
@@ -251,7 +242,7 @@ def _advise_to_exclude(found: Sequence[Candidate]) -> None:
                 each.error.args = (f"{each.error} To average the others, add --exclude {quote(each.path.name)}.",)
 
 
-def _without_others(found: list[Candidate], skipped: list[Skipped], in_full: bool) -> list[Candidate]:
+def _without_others(found: list[Candidate], skipped: list[Skipped], notes: list[str], in_full: bool) -> list[Candidate]:
     """Skips what is no checkpoint of a run: earlier averages, files without weights, copies, exports."""
     kept: list[Candidate] = []
     weightless: list[Candidate] = []
@@ -272,6 +263,9 @@ def _without_others(found: list[Candidate], skipped: list[Skipped], in_full: boo
     if 2 * len(strays) >= len(kept):
         return kept
     skipped += [Skipped(each.path, "it records no step or epoch, unlike the others") for each in strays]
+    if strays:
+        names = ends([quote(each.path.name) for each in strays])
+        notes.append(f"skipped, because no step or epoch is recorded in them, unlike in the others: {names}")
     return [each for each in kept if each not in strays]
 
 
@@ -302,17 +296,17 @@ def _one_series(
     if averages and len(averages) < len(found):
         skipped += [Skipped(each.path, "EMA weights, by its name; --include selects them") for each in averages]
         found = [each for each in found if each not in averages]
-    trainings = _notes_on_series(each.path for each in found)
+    trainings = _notes_on_series(found)
     shared = _with_one_moment(found)
     if trainings or len(shared) > 1:
         names = [each.path.name for each in found] if trainings else [name for names in shared for name in names]
-        kinds = _patterns(names)
+        kinds = _patterns(names, shared)
         if not is_chosen:
             several = "several" if trainings else "several with the same steps"
             raise IncompatibleError(
                 f"{found[0].path.parent}: expected one series of checkpoints, got {several}: "
                 f"{listing(map(quote, kinds))}. Select one with --include or --exclude, for example --include "
-                f"{quote(kinds[0])}. With --include {quote('*')} all are averaged."
+                f"{quote(kinds[0])}.{' With --include ' + quote('*') + ' all are averaged.' if trainings else ''}"
             )
         notes += trainings or [f"several series have the same steps, and all are used: {listing(map(quote, kinds))}"]
     else:
@@ -336,15 +330,27 @@ def _notes_on_moments(found: Sequence[Candidate]) -> list[str]:
     ]
 
 
-def _patterns(names: Sequence[str]) -> list[str]:
-    """Returns a pattern for each series, with a * for what differs inside it; the names if there are no patterns."""
+def _patterns(names: Sequence[str], shared: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a pattern for each series, with a * for the numbers that differ inside it; the names if there is none.
 
-    def pattern(name: str) -> str:
-        kept = series_numbers(name)
-        return re.sub(r"\d+(\.\d+)?", lambda match: match[0] if match.start() in kept else "*", stem(name))
-
-    kinds = set(map(pattern, names))
-    return sorted(f"{kind.rstrip('*')}*" for kind in kinds) if len(kinds) > 1 else sorted(names)
+    A number tells the series if names of the same step differ in it, or if it is that of a fold or the like.
+    """
+    pieces = {name: re.split(r"(\d+)", stem(name)) for name in names}
+    telling: dict[tuple[str, ...], set[int]] = {}
+    for name, parts in pieces.items():
+        begins = itertools.accumulate(map(len, parts), initial=0)
+        positions = {position for position, begin in enumerate(begins) if begin in series_numbers(name)}
+        telling.setdefault(tuple(parts[::2]), set()).update(positions)
+    for group in shared:
+        for one, other in itertools.combinations([pieces[name] for name in group[:10]], 2):
+            if one[::2] == other[::2]:
+                telling[tuple(one[::2])].update(index for index, part in enumerate(one) if part != other[index])
+    patterns = set()
+    for parts in pieces.values():
+        kept = telling[tuple(parts[::2])]
+        pattern = "".join(part if index % 2 == 0 or index in kept else "*" for index, part in enumerate(parts))
+        patterns.add(f"{pattern.rstrip('*')}*")
+    return sorted(patterns if len(patterns) > 1 else names)
 
 
 def _plainness(path: Path) -> tuple[object, ...]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_avg.errors import IncompatibleError, UsageError
-from ckpt_avg.formats.folder import DEEPEST
-from ckpt_avg.formats.trainers.any_script import NO_CHECKPOINTS, SUFFIXES
+from ckpt_avg.formats.folder import DEEPEST, file_has_weights, may_have_weights
 from ckpt_avg.formats.trainers.file_names import is_alias
+from ckpt_avg.formats.trainers.name_patterns import NO_CHECKPOINTS, SUFFIXES
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.runs.run_folder import ALIAS, Skipped, SourceContents, entries_of, identity_of, list_folder
+from ckpt_avg.runs.run_folder import ALIAS, Skipped, SourceContents, entries_of, identity_of, is_overruled, list_folder
 from ckpt_avg.text import argument, listing, quote
 
 # One path, or several.
@@ -47,12 +47,13 @@ class Discovery:
         return tuple(item for source in self.sources for item in source.skipped)
 
 
-def discover(sources: Sources) -> Discovery:
+def discover(sources: Sources, include: Iterable[str] = ()) -> Discovery:
     """Lists the checkpoints of the sources.
 
     Args:
         sources: checkpoint files, checkpoint folders and run folders. A run folder without checkpoints on its first
             level is searched below.
+        include: patterns of names that bring back what is skipped for its name, if they match nothing else.
 
     Raises:
         UsageError: a source does not exist, or a checkpoint is listed twice.
@@ -60,7 +61,7 @@ def discover(sources: Sources) -> Discovery:
     """
     originals = [sources] if isinstance(sources, (str, os.PathLike)) else sources
     try:
-        found = Discovery(tuple(map(_list_source, originals)))
+        found = Discovery(tuple(_list_source(each, include) for each in originals))
         refuse_repeated((path, identity_of(path)) for path in found.paths)
     except OSError as error:  # a file disappeared, or became unreadable, after its folder was listed
         raise UsageError(f"{quote(error.filename)}: {error.strerror}. If training still runs, try again.") from error
@@ -79,7 +80,7 @@ def refuse_repeated(checkpoints: Iterable[tuple[Path, Hashable]]) -> None:
         seen[identity] = path
 
 
-def _list_source(original: str | os.PathLike[str]) -> SourceContents:
+def _list_source(original: str | os.PathLike[str], include: Iterable[str]) -> SourceContents:
     source = Path(original)
     if not os.fspath(original):
         raise UsageError("expected the path of a checkpoint file or a run folder, got an empty path.")
@@ -94,7 +95,7 @@ def _list_source(original: str | os.PathLike[str]) -> SourceContents:
         raise UsageError(f"{source}: {what}. Check the path.")
     if not source.is_dir():
         return SourceContents((source,), False)
-    found = _search(source, DEEPEST, set())
+    found = _search(source, DEEPEST, set(), include)
     if not found:
         raise IncompatibleError(_nothing(source))
     if len(found) > 1:
@@ -102,27 +103,29 @@ def _list_source(original: str | os.PathLike[str]) -> SourceContents:
     return found[0]
 
 
-def _search(folder: Path, depth: int, seen: set[tuple[int, int]]) -> list[SourceContents]:
+def _search(folder: Path, depth: int, seen: set[tuple[int, int]], include: Iterable[str]) -> list[SourceContents]:
     """Returns the checkpoints of a folder, or else those of each folder inside it that has some."""
     seen.add(identity_of(folder))
     if len(seen) > LIMITS.folders:
         raise IncompatibleError(
             f"{folder}: expected checkpoints in the first {LIMITS.folders:,} folders, got none. Name the run folder."
         )
-    found = list_folder(folder)
+    found = list_folder(folder, include)
     has_only_aliases = found.is_run and all(is_alias(path.name) for path in found.paths)
     own = [found] if found.paths else []
     if depth == 0 or (found.paths and not has_only_aliases):
         return own
     skipped = {item.path for item in found.skipped}
-    entries = [path for path in entries_of(folder) if path not in skipped and not path.name.startswith(".")]
+    entries = [path for path in entries_of(folder) if path not in skipped and may_have_weights(path.name)]
     if any(path.name == "snapshots" for path in entries):  # of a Hugging Face cache, whose links lead to its blobs
         entries = [path for path in entries if path.name != "blobs"]
     inner: list[SourceContents] = []
     for is_link in (False, True):  # a link may lead to anything: only if there is nothing else
         for path in entries if not inner else ():
             if path.is_symlink() == is_link and path.is_dir() and identity_of(path) not in seen:
-                inner += _search(path, depth - 1, seen)
+                inner += _search(path, depth - 1, seen, include)
+    if len(inner) > 1:
+        inner = [each for each in inner if not each.is_run or any(map(file_has_weights, each.paths))] or inner
     if len(inner) != 1:
         return inner or own
     where = inner[0].folder
@@ -161,11 +164,14 @@ def _nothing(folder: Path) -> str:
     skipped = list_folder(folder).skipped
     if skipped:
         message += "; skipped: " + listing(f"{quote(item.path.name)} ({item.reason})" for item in skipped)
+    if any(is_overruled(item.reason) for item in skipped):
+        message += ". --include PATTERN uses what is skipped for its name"
     named = {item.path for item in skipped}
     shown = [path for path in entries_of(folder) if path not in named and not path.name.startswith(".")]
     if broken := [path.name for path in shown if not path.exists()]:
         message += f". These links lead nowhere: {listing(map(quote, broken))}"
-    if others := [path.name for path in shown if path.is_file() and not path.name.endswith(NO_CHECKPOINTS)]:
+    files = [path.name for path in shown if path.is_file()]
+    if others := [name for name in files if not name.endswith(NO_CHECKPOINTS)]:
         message += f". By their first bytes, these are none: {listing(map(quote, others))}"
     if inner := [path.name for path in shown if path.is_dir()]:
         message += f". Its folders {listing(map(quote, inner))} have none in the first {DEEPEST} levels"

@@ -6,29 +6,32 @@ docs/which-files.md has the rules.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, UsageError
-from ckpt_avg.formats.folder import checkpoint_files, find_weights, has_weights_inside
+from ckpt_avg.formats.folder import checkpoint_files, find_weights, has_weights_inside, may_have_weights
 from ckpt_avg.formats.sharded import SUFFIX, shards_of
-from ckpt_avg.formats.trainers.any_script import UNFINISHED, UNFINISHED_FOLDERS
 from ckpt_avg.formats.trainers.file_names import (
     EARLIER_AVERAGE,
     TRAINING_STATE,
     ends_in_a_number,
     is_alias,
-    is_training_state,
+    is_pretrained,
+    is_training_state_folder,
     names_a_moment,
     reason_to_skip,
     record_from_name,
     stem,
 )
+from ckpt_avg.formats.trainers.name_patterns import UNFINISHED, UNFINISHED_FOLDERS, other_format
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import INCOMPLETE, Folder, WeightFiles
 
+PRETRAINED = "pretrained weights, by its name"
 ALIAS = "an alias such as last or best, by its name"
 _MARKER = "-unfinished"  # of a file next to a folder, until that is complete (NeMo)
 
@@ -63,13 +66,10 @@ class SourceContents:
         return self.paths[0].parent if self.is_run else self.paths[0]
 
 
-def suggested_by_name(reason: str) -> bool:
-    """Whether a file with weights was skipped for its name, which --include overrules."""
-    return reason.partition(";")[0].endswith("by its name") and reason not in (INCOMPLETE, TRAINING_STATE)
-
-
-def list_folder(folder: Path) -> SourceContents:
+def list_folder(folder: Path, include: Iterable[str] = ()) -> SourceContents:
     """Lists the first level of a folder.
+
+    A file that was skipped for its name is brought back by a pattern in ``include`` that matches no other checkpoint.
 
     Raises:
         UsageError: it cannot be listed.
@@ -94,6 +94,10 @@ def list_folder(folder: Path) -> SourceContents:
     kept, repeated = _once([*(path for path in folders if path not in unfinished), *files])
     skipped += repeated
     named = [path for path in kept if not is_alias(path.name)]
+    trained = [path for path in named if not is_pretrained(path.name)]
+    if trained:
+        skipped += [Skipped(path, PRETRAINED) for path in named if path not in trained]
+        named = trained
     averages = [item.path for item in skipped if item.reason == EARLIER_AVERAGE]
     series = [path for path in averages if record_from_name(path.name, bare_number=False) != Record()]
     notes: tuple[str, ...] = ()
@@ -109,7 +113,17 @@ def list_folder(folder: Path) -> SourceContents:
             same = known.get(identity_of(path))
             other = ALIAS if is_alias(path.name) else "another model or run"
             skipped.append(Skipped(path, f"the same file as {same}" if same else other))
-    return SourceContents(tuple(sorted(kept, key=in_order)), True, tuple(skipped), notes)
+    patterns = [each for each in include if not any(fnmatchcase(path.name, each) for path in kept)]
+    back = [
+        each for each in skipped if is_overruled(each.reason) and any(fnmatchcase(each.path.name, p) for p in patterns)
+    ]
+    kept = sorted((*kept, *(item.path for item in back)), key=in_order)
+    return SourceContents(tuple(kept), True, tuple(item for item in skipped if item not in back), notes)
+
+
+def is_overruled(reason: str) -> bool:
+    """Whether --include overrules the reason to skip a file: its name, unless that says that it has no weights."""
+    return reason.endswith("by its name") and reason not in (INCOMPLETE, TRAINING_STATE)
 
 
 def natural_key(name: str) -> tuple[tuple[object, ...], str]:
@@ -162,18 +176,16 @@ def _sort_entries(folder: Path) -> tuple[list[Path], dict[Path, WeightFiles], li
                 skipped.append(Skipped(path, reason))
             elif weights and (names_a_moment(path.name) or ends_in_a_number(path.name)) and not _is_run(path):
                 folders[path] = weights
-            elif weights or (is_folder and _may_have_weights(path.name) and has_weights_inside(path)):
+            elif weights or (is_folder and may_have_weights(path.name) and has_weights_inside(path)):
                 models.append(path)
             elif path.name in checkpoints:
                 files.append(path)
+            elif not is_folder and (what := other_format(path.name)):
+                skipped.append(Skipped(path, f"no checkpoint, by its first bytes: {what}"))
         except (OSError, CheckpointFormatError, UsageError) as error:
             why = str(error).removeprefix(f"{path}: ").rstrip(".")
             skipped.append(Skipped(path, f"cannot be read: {why}"))
     return files, folders, models, skipped
-
-
-def _may_have_weights(folder: str) -> bool:
-    return not folder.startswith(".") and not is_training_state(folder)
 
 
 def _is_run(folder: Path) -> bool:
@@ -213,6 +225,8 @@ def _without_last_file(folders: Mapping[Path, WeightFiles]) -> list[Skipped]:
 def _reason_to_skip_folder(path: Path, weights: WeightFiles | None, names: frozenset[str]) -> str | None:
     if path.name.startswith("."):
         return INCOMPLETE if weights else None
+    if weights and is_training_state_folder(path.name):
+        return TRAINING_STATE
     if path.name.startswith(UNFINISHED_FOLDERS) or UNFINISHED.fullmatch(path.name) or path.name + _MARKER in names:
         return INCOMPLETE
     return weights.problem if weights and weights.incomplete else None

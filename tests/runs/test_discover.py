@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_avg.errors import IncompatibleError, UsageError
-from ckpt_avg.formats.trainers.any_script import SUFFIXES
+from ckpt_avg.formats.trainers.name_patterns import SUFFIXES
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.run_folder import natural_key
 

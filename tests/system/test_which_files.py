@@ -228,7 +228,7 @@ LAYOUTS: dict[str, Layout] = {
         skipped={"epoch_2.pt.bak": "backup", "epoch_3.pt.crdownload": "incomplete", "epoch_3.pt.tmp.12": "incomplete"},
     ),
     "other formats": Layout({"a.h5": text("x"), "b.onnx": text("x")}, exit_code=4,
-                            refused="By their first bytes, these are none: 'a.h5', 'b.onnx'"),
+                            refused="'a.h5' (no checkpoint, by its first bytes: HDF5, as Keras writes it)"),
     # --- parts ---
     "ranks": Layout({"rank0.safetensors": W, "rank1.safetensors": W}, refused=RANKS),
     "ranks of one step": Layout({"model_final.rank_0.pth": W, "model_final.rank_1.pth": W}, refused=RANKS),
@@ -266,7 +266,7 @@ LAYOUTS: dict[str, Layout] = {
     "icefall after a bad loss": Layout(
         {"epoch-1.pt": weights(epoch=1), "epoch-2.pt": weights(epoch=2), "bad-model-0.pt": W,
          "batch-1b4e28ba-2fa1-11d2-883f-0016d3cca427.pt": other}, ["epoch-1.pt", "epoch-2.pt"],
-        skipped={"bad-model-0.pt": "not finite", "batch-1b4e28ba-2fa1-11d2-883f-0016d3cca427.pt": "not finite"},
+        skipped={"bad-model-0.pt": "something went wrong", "batch-1b4e28ba-2fa1-11d2-883f-0016d3cca427.pt": "a batch"},
     ),
     "swa_object_detection": Layout({f"swa_epoch_{epoch}.pth": W for epoch in (1, 2, 12)} | {"swa_model_12.pth": W},
                                    [f"swa_epoch_{epoch}.pth" for epoch in (1, 2, 12)],
@@ -321,7 +321,7 @@ LAYOUTS: dict[str, Layout] = {
          "result.json": text(
              '{"training_iteration": 10, "loss": 1.0, "checkpoint_dir_name": "checkpoint_000000", "config": {}}\n'
              '{"training_iteration": 20, "loss": 0.5, "checkpoint_dir_name": "checkpoint_000001"}\n{"cut')},
-        ["checkpoint_000001"], options={"best": 1, "metric": "loss", "mode": "min"},
+        ["checkpoint_000001"], options={"best": 1, "metric": "loss", "mode": "min"}, skipped={"params.pkl": "a pickle"},
     ),
     "Ray of old": Layout(
         {"checkpoint_000010/model.pth": W, "checkpoint_000020/model.pth": W,

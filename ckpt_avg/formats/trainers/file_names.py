@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.training_record import Record, measure
-from ckpt_avg.formats.trainers import any_script
-from ckpt_avg.formats.trainers.any_script import ANY_SCRIPT, OTHER_SUFFIXES, SUFFIXES
+from ckpt_avg.formats.trainers import name_patterns
+from ckpt_avg.formats.trainers.any_script import ANY_SCRIPT
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import INCOMPLETE, Trainer
 
@@ -21,17 +21,21 @@ _WITH_GROUPS = [each for trainer in TRAINERS for each in map(re.compile, trainer
 _FOLDER_NAMES = [re.compile(pattern) for trainer in TRAINERS for pattern in trainer.folder_names]
 _SKIPPED = [(re.compile(pattern, re.IGNORECASE), each.skip[pattern]) for each in _ALL for pattern in each.skip]
 _TRAINING_STATE = re.compile(
-    rf"({'|'.join(name for each in _ALL for name in each.training_state)})[\d_]*(\..*)?", re.IGNORECASE
+    rf"(\d+[-_])?({'|'.join(name for each in _ALL for name in each.training_state)})(?i:[A-Z]?)[\d_]*(\..*)?",
+    re.IGNORECASE,
 )
-_SUFFIXES = sorted((*SUFFIXES, *OTHER_SUFFIXES), key=len, reverse=True)
+_TRAINING_STATE_FOLDER = re.compile(
+    r".*\d[-_]state|(.*[-_])?(train|training|trainer|optim|optimizer)[-_]?states?|optimizers?|states?", re.IGNORECASE
+)
+_SUFFIXES = sorted(name_patterns.SUFFIXES, key=len, reverse=True)
 EARLIER_AVERAGE = "an earlier average, by its name"
 TRAINING_STATE = "training state, by its name"
 
 
 def stem(name: str) -> str:
-    """Returns a name without the suffix of a checkpoint file."""
+    """Returns a name without the suffix of a checkpoint file, whatever that is."""
     suffix = next((suffix for suffix in _SUFFIXES if name.lower().endswith(suffix)), "")
-    return name.removesuffix(name[len(name) - len(suffix) :])
+    return name[: -len(suffix)] if suffix else name_patterns.OTHER_SUFFIX.sub("", name)
 
 
 def record_from_name(name: str, *, bare_number: bool = True) -> Record:
@@ -51,19 +55,19 @@ def record_from_name(name: str, *, bare_number: bool = True) -> Record:
             metrics = _metrics([(found["metric"], found["value"])]) if "metric" in found else {}
             return Record(_count(found.get("step")), _count(found.get("epoch")), metrics)
     text = _without_numbers_of_parts(stem(name))
-    if keras := any_script.KERAS.fullmatch(text):
+    if keras := name_patterns.KERAS.fullmatch(text):
         return Record(None, _count(keras["epoch"]), _metrics([("score", keras["value"])]))
-    step, epoch = any_script.STEP.search(text), any_script.EPOCH.search(text)
-    measured = [match for match in any_script.METRIC.finditer(text) if match[1].lower() not in ("epoch", "step")]
-    measured = measured or list(any_script.WORD_METRIC.finditer(text))
+    step, epoch = name_patterns.STEP.search(text), name_patterns.EPOCH.search(text)
+    measured = [match for match in name_patterns.METRIC.finditer(text) if match[1].lower() not in ("epoch", "step")]
+    measured = measured or list(name_patterns.WORD_METRIC.finditer(text))
     metrics = _metrics((match[1], match[2]) for match in measured)
     record = Record(step and _count(step[1]), epoch and _count(epoch[1] or epoch[2]), metrics)
     if bare_number and record.step is None and record.epoch is None:
         if measured:
-            before = any_script.BEFORE_METRIC.match(measured[0][1])
+            before = name_patterns.BEFORE_METRIC.match(measured[0][1])
             text = text[: measured[0].start(1)] + (before[0] if before else "")
-        patterns = (*any_script.LONE_NUMBERS, *([any_script.LEADING_NUMBER] if stem(name) != name else []))
-        text = any_script.VERSION.sub("", text.rstrip("-_."))
+        patterns = (*name_patterns.LONE_NUMBERS, *([name_patterns.LEADING_NUMBER] if stem(name) != name else []))
+        text = name_patterns.VERSION.sub("", text.rstrip("-_."))
         if (number := next(filter(None, (pattern.search(text) for pattern in patterns)), None)) and (
             count := _count(number["step"])
         ) is not None:
@@ -77,17 +81,17 @@ def names_a_moment(folder: str) -> bool:
 
     Other numbers may be those of trainings: out_2, 0, lr=0.1.
     """
-    if any_script.CHECKPOINT_NUMBER.search(folder) or any(each.fullmatch(folder) for each in _FOLDER_NAMES):
+    if name_patterns.CHECKPOINT_NUMBER.search(folder) or any(each.fullmatch(folder) for each in _FOLDER_NAMES):
         return True
     found = record_from_name(folder, bare_number=False)
-    is_measured = any(map(any_script.MEASURE.fullmatch, found.metrics))
+    is_measured = any(map(name_patterns.MEASURE.fullmatch, found.metrics))
     has_moment = found.step is not None or found.epoch is not None or is_measured
-    return has_moment and not any_script.SETTING.search(folder)
+    return has_moment and not name_patterns.SETTING.search(folder)
 
 
 def ends_in_a_number(folder: str) -> bool:
     """Whether a folder may be a checkpoint of a run by the number at the end of its name."""
-    return record_from_name(folder).is_lone_number and not any_script.SETTING.search(folder)
+    return record_from_name(folder).is_lone_number and not name_patterns.SETTING.search(folder)
 
 
 def part_of(name: str) -> list[str]:
@@ -95,15 +99,16 @@ def part_of(name: str) -> list[str]:
 
     Example:
         >>> part_of("model_rank_1.pt"), part_of("model-00001-of-00002.bin"), part_of("step_1.pt")
-        (['model_rank_0.pt', 'model_rank_2.pt'], ['model-00001-of-00002.bin'], [])
+        (['model_rank_1.pt.1', 'model_rank_0.pt', 'model_rank_2.pt'], ['model-00001-of-00002.bin'], ['step_1.pt.1'])
     """
     text = stem(name)
-    counts = [*any_script.PART_OF.finditer(text), *any_script.WORLD_SIZE.finditer(text)]
+    counts = [*name_patterns.PART_OF.finditer(text), *name_patterns.WORLD_SIZE.finditer(text)]
     if any((count := _count(match["count"])) is None or count > 1 for match in counts):
         return [name]
     own = (re.fullmatch(pattern, name) for trainer in TRAINERS for pattern in trainer.part_files)
-    others: list[str] = []
-    for begin, end in [match.span("number") for match in (*_numbers_of_parts(text), *filter(None, own))]:
+    after = name_patterns.PART_AFTER_SUFFIX.fullmatch(name)
+    others = [f"{name}.1"] + ([name[: after.start("number") - 1]] if after else [])
+    for begin, end in [match.span("number") for match in (*_numbers_of_parts(text), *filter(None, (after, *own)))]:
         number = name[begin:end]
         near = (int(number) - 1, int(number) + 1) if len(number) <= 18 else ()
         others += [f"{name[:begin]}{other:0{len(number)}}{name[end:]}" for other in near if other >= 0]
@@ -121,19 +126,19 @@ def series_numbers(name: str) -> set[int]:
 
 
 def _series(text: str) -> list[re.Match[str]]:
-    return [match for match in any_script.SERIES.finditer(text) if len(match["number"]) <= 18]
+    return [match for match in name_patterns.SERIES.finditer(text) if len(match["number"]) <= 18]
 
 
 def _numbers_of_parts(text: str) -> list[re.Match[str]]:
-    found = list(any_script.PART.finditer(text))
-    return [*found, *any_script.PART_TOO.finditer(text)] if found else []
+    found = list(name_patterns.PART.finditer(text))
+    return [*found, *name_patterns.PART_TOO.finditer(text)] if found else []
 
 
 def _without_numbers_of_parts(text: str) -> str:
     """Removes the numbers of ranks, shards, folds and versions, which are never a step."""
     for match in _numbers_of_parts(text):
         text = text.replace(match[0], "")
-    for pattern in (any_script.PART_OF, any_script.WORLD_SIZE, any_script.SERIES, any_script.VERSION):
+    for pattern in (name_patterns.PART_OF, name_patterns.WORLD_SIZE, name_patterns.SERIES, name_patterns.VERSION):
         text = pattern.sub("", text)
     return text
 
@@ -155,9 +160,9 @@ def is_alias(name: str) -> bool:
     text = _without_numbers_of_parts(stem(name)).strip("-_.")
     if any(re.fullmatch(alias, text) for trainer in TRAINERS for alias in trainer.aliases):
         return True
-    after = re.split("|".join(any_script.ALIASES), text.lower())[-1]
+    after = re.split("|".join(name_patterns.ALIASES), text.lower())[-1]
     words = set(re.split(r"[-_.]", text.lower()))
-    return bool(words & any_script.ALIASES) and not re.search(r"\d", after) and record_from_name(name) == Record()
+    return bool(words & name_patterns.ALIASES) and not re.search(r"\d", after) and record_from_name(name) == Record()
 
 
 def is_ema(name: str) -> bool:
@@ -171,7 +176,7 @@ def is_average(name: str) -> bool:
     text = re.sub(
         r"swa[-_.]?(?=(epoch|step|iter)\D?\d)", "", text, flags=re.IGNORECASE
     )  # of the phase before the average
-    return bool(any_script.AVERAGE.search(text))
+    return bool(name_patterns.AVERAGE.search(text))
 
 
 def reason_to_skip(name: str, *, is_checkpoint: bool) -> str | None:
@@ -181,7 +186,7 @@ def reason_to_skip(name: str, *, is_checkpoint: bool) -> str | None:
         name: the name.
         is_checkpoint: whether its suffix or its first bytes are those of checkpoints.
     """
-    if any_script.UNFINISHED.fullmatch(name):
+    if name_patterns.UNFINISHED.fullmatch(name):
         return INCOMPLETE
     for pattern, reason in _SKIPPED:
         if pattern.fullmatch(name):
@@ -196,8 +201,18 @@ def reason_to_skip(name: str, *, is_checkpoint: bool) -> str | None:
 
 
 def is_training_state(name: str) -> bool:
-    """Whether a file or folder has, by its name, the state of an optimizer or the like, and no weights."""
+    """Whether a file has, by its name, the state of an optimizer or the like, and no weights."""
     return bool(_TRAINING_STATE.fullmatch(name))
+
+
+def is_training_state_folder(name: str) -> bool:
+    """Whether a folder has, by its name, the state of an optimizer or the like, and no weights."""
+    return is_training_state(name) or bool(_TRAINING_STATE_FOLDER.fullmatch(name))
+
+
+def is_pretrained(name: str) -> bool:
+    """Whether a name says that the weights are those from before the training."""
+    return bool(name_patterns.PRETRAINED.search(stem(name)))
 
 
 def _count(digits: str | None) -> int | None:
@@ -205,5 +220,5 @@ def _count(digits: str | None) -> int | None:
 
 
 def _metrics(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
-    values = {any_script.BEFORE_METRIC.sub("", name): measure(float(value)) for name, value in pairs}
+    values = {name_patterns.BEFORE_METRIC.sub("", name): measure(float(value)) for name, value in pairs}
     return {name: value for name, value in values.items() if value is not None}

@@ -9,8 +9,4 @@ TRAINER = Trainer(
     epoch=("cur_epoch",),
     optimizer=("optimizer",),
     scheduler=("scheduler",),
-    skip={
-        r"bad-model-\d+\.pt": "saved because the loss was not finite, by its name",
-        r"batch-[0-9a-f]{8}-[0-9a-f-]{27}\.pt": "a batch whose loss was not finite, by its name",
-    },
 )

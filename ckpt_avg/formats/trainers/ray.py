@@ -4,8 +4,7 @@ import csv
 import json
 from collections.abc import Mapping
 
-from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.formats.trainers.any_script import number_in
+from ckpt_avg.checkpoint.training_record import Record, number_in
 from ckpt_avg.formats.trainers.trainer import Contents, Sidecar, Trainer
 
 _FOLDERS = r"checkpoint_\d+"

@@ -3,8 +3,7 @@
 import csv
 import functools
 
-from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.formats.trainers.any_script import number_in
+from ckpt_avg.checkpoint.training_record import Record, number_in
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Sidecar, Trainer
 
 

@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Collection
 
-from ckpt_avg.formats.trainers.any_script import SUFFIXES
+from ckpt_avg.formats.trainers.name_patterns import SUFFIXES
 from ckpt_avg.formats.trainers.trainer import Folder, Stored, Trainer, WeightFiles
 
 METADATA = ".metadata"

@@ -151,6 +151,7 @@ class Trainer:
     optimizer: tuple[str, ...] = ()  # dotted keys of the state of the optimizer, or of several in a list or dict
     scheduler: tuple[str, ...] = ()
     record: Callable[[Contents], Record] = lambda contents: Record()  # what these keys cannot express
+    record_metadata: Callable[[Mapping[str, object]], Record] = lambda metadata: Record()  # of a safetensors file
     counter: str = ""  # a scalar among averaged weights, which is no weight
     tensor_names: str = ""  # pattern of what only its tensor names contain
 

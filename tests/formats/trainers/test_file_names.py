@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.formats.trainers.any_script import OTHER_SUFFIXES, SUFFIXES
 from ckpt_avg.formats.trainers.file_names import is_alias, is_average, record_from_name, stem, trainer_from_name
+from ckpt_avg.formats.trainers.name_patterns import SUFFIXES
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_endless_numbers_tell_nothing(name: str) -> None:
 def test_stems() -> None:
     assert [stem(f"a.b{suffix}") for suffix in SUFFIXES] == ["a.b"] * len(SUFFIXES)
     assert stem("A.SAFETENSORS") == "A"
-    assert [stem(f"a{suffix}") for suffix in OTHER_SUFFIXES] == ["a"] * len(OTHER_SUFFIXES)
-    assert stem("v1.9") == "v1.9"
+    assert [stem(f"a{suffix}") for suffix in (".pyth", ".tar", ".t7", ".th", ".dnn")] == ["a"] * 5
+    assert [stem(name) for name in ("v1.9", "a.best", "a.ep3")] == ["v1.9", "a.best", "a.ep3"]
     assert stem("a.pth.tar") == "a", "not a.pth"
 
 

@@ -261,7 +261,10 @@ def _without_others(found: list[Candidate], skipped: list[Skipped], notes: list[
     kept = _without_copies(kept, skipped, in_full)
     strays = [each for each in kept if each.checkpoint and each.record.step is None and each.record.epoch is None]
     if 2 * len(strays) >= len(kept):
-        return kept
+        recorded = {
+            name for each in kept if each.checkpoint and each not in strays for name in each.opened().spec.tensors
+        }
+        strays = [each for each in strays if recorded and recorded.isdisjoint(each.opened().spec.tensors)]
     skipped += [Skipped(each.path, "it records no step or epoch, unlike the others") for each in strays]
     if strays:
         names = ends([quote(each.path.name) for each in strays])

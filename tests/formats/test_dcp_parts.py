@@ -145,6 +145,10 @@ def test_replicas_count_once(tmp_path: Path, stored: Stored, data: st.DataObject
         assert read_ranges(checkpoint, [(tensor, 0, tensor.numel)])[0].equal(stored.values.flatten())
 
 
+def box(starts: tuple[int, ...], extents: tuple[int, ...]) -> Part:
+    return Part(starts, TensorSpec("", INT, extents, contiguous_stride(extents), 0, 0, (0, 0)))
+
+
 def covered_once(boxes: list[Box], shape: tuple[int, ...]) -> bool:
     """By counting each element."""
     counts = torch.zeros(shape, dtype=torch.int64)
@@ -166,16 +170,12 @@ def test_boxes_are_taken_exactly_where_they_cover_each_element_once(
             (starts, tuple(data.draw(st.integers(1, extent - a)) for a, extent in zip(starts, shape, strict=True)))
         )
     boxes = list(dict.fromkeys(boxes))
-    made = [Part(a, TensorSpec("", INT, n, contiguous_stride(n), 0, 0, (0, 0))) for a, n in boxes]
+    made = [box(starts, extents) for starts, extents in boxes]
     if covered_once(boxes, shape):
         combine_parts("w", INT, shape, made, "here")
     else:
         with pytest.raises(CheckpointFormatError):
             combine_parts("w", INT, shape, made, "here")
-
-
-def box(starts: tuple[int, ...], extents: tuple[int, ...]) -> Part:
-    return Part(starts, TensorSpec("", INT, extents, contiguous_stride(extents), 0, 0, (0, 0)))
 
 
 def test_an_overlap_that_makes_up_for_a_hole_is_found() -> None:

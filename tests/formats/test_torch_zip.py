@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import tarfile
-import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -238,57 +238,54 @@ class Tagged(torch.Tensor):
     """A tensor subclass."""
 
 
-def unusual(kind: str) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        makers = {
-            "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-            "sparse": lambda: torch.eye(3).to_sparse(),
-            "sparse csr": lambda: torch.eye(3).to_sparse_csr(),
-            "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-            "complex128": lambda: torch.ones(3, dtype=torch.complex128),
-            "complex32": lambda: torch.ones(3, dtype=torch.complex32),
-            "float4": lambda: torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
-            "conjugated": lambda: torch.ones(3, dtype=torch.complex64).conj(),
-            "subclass": lambda: torch.ones(3).as_subclass(Tagged),
-            "meta": lambda: torch.ones(3, device="meta"),
-            "uninitialised": nn.UninitializedParameter,
-        }
-        return makers[kind]()
-
-
-KINDS = {
-    "quantized": "a quantized tensor. Average the checkpoints before quantisation.",
-    "sparse": "a sparse tensor. Save tensor.to_dense().",
-    "sparse csr": "a sparse tensor. Save tensor.to_dense().",
-    "nested": "a nested tensor. Save its parts, tensor.unbind(), or a padded tensor.",
-    "complex128": "a complex128 tensor, which safetensors cannot hold. Save tensor.to(torch.complex64).",
-    "complex32": "complex32 tensor. Save it in a dtype that safetensors has, such as float32 or complex64.",
-    "float4": "float4_e2m1fn_x2 tensor. Save it in a dtype that safetensors has",
-    "conjugated": "a lazily conjugated or negated tensor. Save tensor.resolve_conj().resolve_neg().",
-    "subclass": f"a tensor subclass ({Tagged.__module__}.Tagged). Save a plain tensor (for example tensor.dequantize()",
-    "meta": "a tensor on the meta device, without data. Load the weights before you save them.",
-    "uninitialised": "an uninitialised parameter. Run the model once before you save it.",
-}
+QUANTISED, DENSE, DTYPE = (
+    "Average the checkpoints before quantisation.",
+    "Save tensor.to_dense().",
+    "Save it in a dtype",
+)
+KINDS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), f"a quantized tensor. {QUANTISED}"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), f"a sparse tensor. {DENSE}"),
+    "sparse csr": (lambda: torch.eye(3).to_sparse_csr(), f"a sparse tensor. {DENSE}"),
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "a nested tensor. Save its parts, tensor.unbind(), or a padded tensor."),
+    "complex128": (
+        lambda: torch.ones(3, dtype=torch.complex128),
+        "a complex128 tensor, which safetensors cannot hold. Save tensor.to(torch.complex64)."),
+    "complex32": (lambda: torch.ones(3, dtype=torch.complex32), f"complex32 tensor. {DTYPE} that safetensors has, such"),
+    "float4": (
+        lambda: torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), f"float4_e2m1fn_x2 tensor. {DTYPE}"),
+    "conjugated": (
+        lambda: torch.ones(3, dtype=torch.complex64).conj(),
+        "a lazily conjugated or negated tensor. Save tensor.resolve_conj().resolve_neg()."),
+    "subclass": (
+        lambda: torch.ones(3).as_subclass(Tagged),
+        f"a tensor subclass ({Tagged.__module__}.Tagged). Save a plain tensor (for example tensor.dequantize()"),
+    "meta": (
+        lambda: torch.ones(3, device="meta"),
+        "a tensor on the meta device, without data. Load the weights before you save them."),
+    "uninitialised": (
+        nn.UninitializedParameter, "an uninitialised parameter. Run the model once before you save it."),
+}  # fmt: skip
 
 
 @pytest.mark.guarantee("odd-tensors")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_without_plain_elements_are_refused_by_kind_and_name(tmp_path: Path, kind: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        path = saved(tmp_path, {"state_dict": {"fine": torch.ones(1), "layer.w": unusual(kind)}})
-    message = refusal(path)
+    make, fact = KINDS[kind]
+    message = refusal(saved(tmp_path, {"state_dict": {"fine": torch.ones(1), "layer.w": make()}}))
     assert "tensor 'layer.w': expected a plain tensor, got" in message
-    assert KINDS[kind] in message
+    assert fact in message
 
 
 @pytest.mark.guarantee("odd-tensors")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_unusual_tensors_outside_the_state_dict_do_no_harm(tmp_path: Path, kind: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        path = saved(tmp_path, {"state_dict": {"w": torch.ones(2)}, "cache": [unusual(kind)]})
+    path = saved(tmp_path, {"state_dict": {"w": torch.ones(2)}, "cache": [KINDS[kind][0]()]})
     with open_checkpoint(path) as checkpoint:
         assert list(checkpoint.spec.tensors) == ["w"]
 

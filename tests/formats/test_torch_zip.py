@@ -238,11 +238,9 @@ class Tagged(torch.Tensor):
     """A tensor subclass."""
 
 
-QUANTISED, DENSE, DTYPE = (
-    "Average the checkpoints before quantisation.",
-    "Save tensor.to_dense().",
-    "Save it in a dtype",
-)
+QUANTISED = "Average the checkpoints before quantisation."
+DENSE = "Save tensor.to_dense()."
+DTYPE = "Save it in a dtype that safetensors has, such as float32 or complex64."
 KINDS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "quantized": (
         lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), f"a quantized tensor. {QUANTISED}"),
@@ -254,7 +252,7 @@ KINDS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "complex128": (
         lambda: torch.ones(3, dtype=torch.complex128),
         "a complex128 tensor, which safetensors cannot hold. Save tensor.to(torch.complex64)."),
-    "complex32": (lambda: torch.ones(3, dtype=torch.complex32), f"complex32 tensor. {DTYPE} that safetensors has, such"),
+    "complex32": (lambda: torch.ones(3, dtype=torch.complex32), f"complex32 tensor. {DTYPE}"),
     "float4": (
         lambda: torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), f"float4_e2m1fn_x2 tensor. {DTYPE}"),
     "conjugated": (

@@ -369,11 +369,12 @@ def test_float_dtypes_that_differ_are_refused_without_a_dtype_for_the_output(tmp
 @pytest.mark.parametrize("target", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("widest", [torch.float64, torch.float32, torch.float16, torch.float8_e5m2])
 def test_float_dtypes_that_differ_are_averaged_exactly(tmp_path: Path, widest: torch.dtype, target: str) -> None:
-    """Each checkpoint is widened without loss; tensors of two dtypes that follow each other are read apart."""
+    """Each checkpoint is widened without loss; tensors of two dtypes that are next to each other are read apart."""
     torch.manual_seed(0)
     dtypes = [(torch.bfloat16, widest), (widest, widest), (widest, torch.bfloat16)]
-    states = [{f"w.{n}": torch.rand(50).to(dtype) for n, dtype in enumerate(pair * 3)} for pair in dtypes]
-    found, _ = mean_of(tmp_path, states, dtype=target)
+    states = [{f"w.{n}": torch.rand(50).to(dtype) for n, dtype in enumerate(pair)} for pair in dtypes]
+    average(save(tmp_path, states), tmp_path / "mean", dtype=target)
+    found = load_file(tmp_path / "mean")
     for name in states[0]:
         total = sum(state[name].double() for state in states)
         assert torch.equal(found[name], round_to(total / 3, getattr(torch, target))), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -167,6 +168,17 @@ def test_the_float64_cases_catch_a_sum_that_is_nearly_right(kind: str) -> None:
     assert [functools.reduce(float.__add__, column) / len(column) for column in columns] != expected
     if kind == "one magnitude":
         assert [math.fsum(column) / len(column) for column in columns] != expected
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("fmt", [FLOAT32, BFLOAT16], ids=lambda fmt: str(fmt.dtype))
+def test_float64_means_next_to_a_midpoint_of_the_output_are_rounded_once(fmt: Format, sign: int) -> None:
+    """A third of a step of float64 away from it: the nearest float64 is the midpoint itself."""
+    for odd, step in itertools.product((1, 3), (2.0**-52, -(2.0**-52))):
+        middle = sign * (1 + odd * 2.0 ** -(fmt.mantissa + 1))
+        inputs = [torch.tensor([value], dtype=torch.float64) for value in (middle, middle, middle + step)]
+        mean = mean_of_float64(inputs.__getitem__, torch.tensor(3.0, dtype=torch.float64), is_narrowed=True)
+        assert fmt.codes(round_to(mean, fmt.dtype)) == exact_mean(inputs, FLOAT64, fmt)
 
 
 @given(

@@ -517,24 +517,28 @@ def test_whichever_rank_fails_nothing_is_left(tmp_path: Path, failing: int) -> N
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_that_is_another_one_on_some_rank_is_refused(tmp_path: Path) -> None:
-    """If it failed, an output on a machine's own disk would be published with holes."""
+def refusal_on_rank_1(folder: Path) -> str:
+    """Opens the output on three ranks, of which rank 1 has a folder of its own; returns what that rank says."""
     for name in ("shared", "own"):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir()
 
     def work(ranks: Ranks) -> None:
-        folder = tmp_path / ("own" if ranks.rank == 1 else "shared")
-        with unpublished_file(folder / "a", 100, ranks):
+        with unpublished_file(folder / ("own" if ranks.rank == 1 else "shared") / "a", 100, ranks):
             pytest.fail("it was opened")
 
     ends = in_threads(3, work)
     assert type(ends[1]) is OutputError
-    assert str(ends[1]) == (
+    assert all(str(ends[rank]).startswith("rank 1 failed: ") for rank in (0, 2))
+    assert os.listdir(folder / "own") == os.listdir(folder / "shared") == []
+    return str(ends[1])
+
+
+def test_a_folder_that_is_another_one_on_some_rank_is_refused(tmp_path: Path) -> None:
+    """If it failed, an output on a machine's own disk would be published with holes."""
+    assert refusal_on_rank_1(tmp_path) == (
         f"{tmp_path / 'own' / 'a'}: the file that rank 0 created cannot be opened here: No such file or "
         "directory. Write to storage that all ranks share."
     )
-    assert all(str(ends[rank]).startswith("rank 1 failed: ") for rank in (0, 2))
-    assert os.listdir(tmp_path / "own") == os.listdir(tmp_path / "shared") == []
 
 
 @pytest.mark.parametrize("stale", [b"stale bytes", b""])
@@ -542,24 +546,15 @@ def test_another_file_under_the_same_name_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: bytes
 ) -> None:
     """If it failed, a folder that is synchronised late would lose a rank's share."""
-    for name in ("shared", "own"):
-        (tmp_path / name).mkdir()
     open_existing = UnpublishedFile.open_existing
 
     def open_copy(file: UnpublishedFile) -> None:
-        file.readable_path.write_bytes(stale)
+        if file.target.parent.name == "own":
+            file.readable_path.write_bytes(stale)
         open_existing(file)
 
     monkeypatch.setattr(UnpublishedFile, "open_existing", open_copy)
-
-    def work(ranks: Ranks) -> None:
-        folder = tmp_path / ("own" if ranks.rank == 1 else "shared")
-        with unpublished_file(folder / "a", 100, ranks):
-            pytest.fail("it was opened")
-
-    ends = in_threads(2, work)
-    assert str(ends[1]) == (
+    assert refusal_on_rank_1(tmp_path) == (
         f"{tmp_path / 'own' / 'a'}: this rank sees another file than rank 0 is writing. Write to storage "
         "that all ranks share."
     )
-    assert os.listdir(tmp_path / "own") == os.listdir(tmp_path / "shared") == []

@@ -195,20 +195,16 @@ def test_any_failed_system_call_is_a_clean_error(
     assert counts["struck"] >= 0.95 * len(faults) >= 300
 
 
-def test_the_harness_catches_a_writer_that_swallows_errors(runs: Runs, small: Averaging, output: Path) -> None:
-    """A control: it says that it is done, and bytes are missing."""
-    trial = Trial(runs, small, output, wrong=["swallowing_errors_of_writes"])
-    complaint = trial.complaint(Fault(WORKER, "pwrite64", 1, "EIO"))
+@pytest.mark.parametrize(
+    ("wrong", "number", "error", "code"), [("swallowing_errors_of_writes", 1, "EIO", 0), ("in_place", 2, "ENOSPC", 5)]
+)
+def test_the_harness_catches_a_writer_that_leaves_a_part(
+    runs: Runs, small: Averaging, output: Path, wrong: str, number: int, error: str, code: int
+) -> None:
+    """A control: writers that say that they are done, or that a write failed, and bytes are missing."""
+    complaint = Trial(runs, small, output, wrong=[wrong]).complaint(Fault(WORKER, "pwrite64", number, error))
     assert complaint is not None
-    assert "exit 0, and the output is partial" in complaint
-
-
-def test_the_harness_catches_a_writer_that_opens_the_output_itself(runs: Runs, small: Averaging, output: Path) -> None:
-    """A control: a write fails, it says so, and what it had written stays."""
-    trial = Trial(runs, small, output, wrong=["in_place"])
-    complaint = trial.complaint(Fault(WORKER, "pwrite64", 2, "ENOSPC"))
-    assert complaint is not None
-    assert "exit 5, and the output is partial" in complaint
+    assert f"exit {code}, and the output is partial" in complaint
 
 
 @pytest.mark.guarantee("system-calls")

@@ -104,8 +104,8 @@ def sweep_text(result: SweepResult, command: str) -> str:
     """Returns the table of a sweep, its best window, and the command that writes the best average."""
     reference, best, change, total = result.reference, result.best, result.change, len(result.checkpoints)
     order = list(result.last.metrics)
-    name = f"{result.last.name} (last)"
-    rows = [["", *order], _row(name, result.last, order, None if reference is result.last else reference)]
+    name = result.last.name
+    rows = [["", *order], _row(f"{name} (last)", result.last, order, None if reference is result.last else reference)]
     if reference is not result.last:
         rows.append(_row(_REFERENCE, reference, order, None))
         name = "the refreshed last checkpoint"

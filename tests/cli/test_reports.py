@@ -159,7 +159,9 @@ def test_without_a_refresh_a_sweep_compares_with_the_last_checkpoint() -> None:
     result = replace(result, last=result.reference, reference=result.reference, refreshed=False)
     lines = sweep_text(replace(result, last=result.reference), "c").splitlines()
     assert len(lines) == 10
-    assert lines[-2].startswith("best by m: the average of the last 2, 0.75, +0.25 compared with step_3.pt")
+    assert (
+        lines[-2] == "best by m: the average of the last 2, 0.75, +0.25 compared with step_3.pt, statistics refreshed"
+    )
 
 
 @pytest.mark.parametrize(

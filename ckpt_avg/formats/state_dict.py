@@ -25,7 +25,14 @@ from ckpt_avg.formats.tensor_dicts import (
     joined_parts,
     keys_to_weights,
 )
-from ckpt_avg.formats.trainers.any_script import EMA_KEYS, RAW_KEYS, RNG_STATE, is_ema_key, is_training_state
+from ckpt_avg.formats.trainers.any_script import (
+    EMA_KEYS,
+    RAW_KEYS,
+    RNG_STATE,
+    describe_training_state,
+    is_ema_key,
+    is_training_state,
+)
 from ckpt_avg.formats.trainers.ema_pytorch import separate_models
 from ckpt_avg.formats.trainers.lit_ema import averaged_weights
 from ckpt_avg.formats.trainers.records import recognise
@@ -103,6 +110,8 @@ class _Search:
             return replace(found, notes=(note, *found.notes))
         if isinstance(root, Foreign) and not is_module(root):
             raise NoWeightsError(f"{self.path}: {_pickled(root.described())}")
+        if state := describe_training_state(root):
+            raise NoWeightsError(f"{self.path}: expected a state dict, got {state}. Save model.state_dict().")
         everywhere = [".".join(keys) for keys in find_tensor_dicts(root)]
         raw, ema = self._usual()
         if not raw and not ema and len(everywhere) > 1:

@@ -151,7 +151,7 @@ def test_a_key_that_names_no_state_dict(value: object, what: str) -> None:
     assert ("tensor" if what == "StoredTensor" else what) in message
 
 
-@pytest.mark.parametrize("key", ["ema", "params_ema", "my_ema", "extra_state.ema", "model_avg"])
+@pytest.mark.parametrize("key", ["ema", "params_ema", "my_ema", "netG-ema", "modelEma", "extra_state.ema", "model_avg"])
 def test_ema_weights_alone_are_known_as_such(key: str) -> None:
     """In a file without a known layout: raw weights are not there to compare with."""
     first, _, second = key.partition(".")
@@ -363,6 +363,8 @@ def test_a_pickled_module(key: str | None) -> None:
         ({}, "an empty dict"),
         ({"epoch": 3}, "a dict with the keys 'epoch', which holds no named tensors"),
         ({"optimizer": {"exp_avg": {"w": W}}, "epoch": 3}, "a dict with the keys 'optimizer', 'epoch'"),
+        ({"state": {"w": {"exp_avg": W}}, "param_groups": [{"lr": 0.1}]}, "the state of an optimizer. Save model"),
+        ({"python": (3, (1, 2)), "numpy": "MT19937", "cpu": RNG, "cuda": [RNG]}, "the states of random generators"),
         (W, "a single tensor without a name"),
         (SPARSE, "a single tensor without a name"),
         ([W], "type list"),

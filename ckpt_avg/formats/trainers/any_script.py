@@ -27,13 +27,22 @@ _NO_METRIC = {"epoch", "step", "iter", "version", "time", "seed", "lr", "rate", 
 
 
 def is_training_state(key: str, value: object) -> bool:
-    """Whether an entry of a torch file belongs to the training and not to the model, by its key or as an optimizer."""
-    return bool(_TRAINING_STATE.search(key)) or (isinstance(value, dict) and {"state", "param_groups"} <= value.keys())
+    """Whether an entry of a torch file belongs to the training and not to the model, by its key or its own keys."""
+    return bool(_TRAINING_STATE.search(key)) or describe_training_state(value) != ""
+
+
+def describe_training_state(value: object) -> str:
+    """Returns what a dict is by its keys: the state of an optimizer or of random generators; empty for others."""
+    if not isinstance(value, dict):
+        return ""
+    if {"state", "param_groups"} <= value.keys():
+        return "the state of an optimizer"
+    return "the states of random generators" if {"python", "numpy"} <= value.keys() else ""
 
 
 def is_ema_key(key: str) -> bool:
     """Whether a key has the word EMA."""
-    return "ema" in re.split(r"[_.]", key.lower())
+    return "ema" in re.split(r"[-_.]", re.sub("(?<=[a-z])(?=[A-Z])", "_", key).lower())
 
 
 def _numbers_at_the_top(contents: Contents) -> Record:

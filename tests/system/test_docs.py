@@ -131,11 +131,3 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         return
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
-
-
-def test_the_tests_that_the_page_of_cases_names_exist() -> None:
-    """A case whose test was renamed or removed would look as if it were held."""
-    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / "cases.md").read_text())
-    assert len(named) > 40
-    for file, name in named:
-        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"

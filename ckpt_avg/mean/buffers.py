@@ -1,6 +1,6 @@
 """The kinds of tensors that are no plain weights, and what becomes of each: `KINDS`, which docs/how-it-works.md shows.
 
-They are recognised by names, shapes and dtypes, except masks, whose values must be read (`equal_tensors.masks`).
+They are recognised by names, shapes and dtypes. Of masks and a few others `equal_tensors` must read the values.
 """
 
 from __future__ import annotations
@@ -121,6 +121,14 @@ def spectral_norms(tensors: Tensors) -> Iterator[SpectralNorm]:
             continue
         weight = next((name for name in weights if name in tensors), None)
         if weight and _fits(tensors, weight, u, v):
+            yield SpectralNorm(weight, u, v)
+
+
+def possible_spectral_norms(tensors: Tensors) -> Iterator[SpectralNorm]:
+    """Yields those whose vectors are called u and v, as other parameters may be: these two have a length of 1."""
+    for u in (name for name in tensors if _last_word(name) == "u"):
+        v, weight = f"{u[:-1]}v", f"{u[:-1]}weight"
+        if v in tensors and weight in tensors and _fits(tensors, weight, u, v):
             yield SpectralNorm(weight, u, v)
 
 
@@ -277,7 +285,8 @@ STATISTICS = BufferKind(
 SPECTRAL = BufferKind(
     "spectral norm vectors",
     "last",
-    "`weight_u`, `weight_v` next to `weight_orig`; `parametrizations.weight.0._u`, `._v`; `u0` next to `sv0`",
+    "`weight_u`, `weight_v` next to `weight_orig`; `parametrizations.weight.0._u`, `._v`; `u0` next to `sv0`; `u`, `v` "
+    "of length 1",
     "computed from the averaged weight",
     where=_spectral_vectors,
     hints=("_u", "u0"),

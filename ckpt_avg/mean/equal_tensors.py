@@ -14,7 +14,7 @@ import torch
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import read_ranges, stream
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.mean.buffers import KINDS
+from ckpt_avg.mean.buffers import KINDS, SpectralNorm, possible_spectral_norms
 from ckpt_avg.mean.plan import Plan, make_plan
 from ckpt_avg.text import listing, one_line, plural, quote
 
@@ -35,11 +35,25 @@ class Unequal:
 
 
 def plan_of(checkpoints: Sequence[Checkpoint], *, dtype: str, non_float: str) -> Plan:
-    """Returns the plan of checkpoints, as `make_plan` does, after it has looked for masks."""
+    """Returns the plan of checkpoints, as `make_plan` does, after a look at values that it depends on."""
     specs = [checkpoint.spec for checkpoint in checkpoints]
     plan = make_plan(specs, dtype=dtype, non_float=non_float)
-    masks = find_masks(checkpoints, plan) if len(checkpoints) > 1 else []
-    return make_plan(specs, dtype=dtype, non_float=non_float, masks=masks) if masks else plan
+    if len(checkpoints) == 1:
+        return plan
+    spectral = [layer for layer in possible_spectral_norms(specs[0].tensors) if _has_unit_vectors(checkpoints, layer)]
+    masks = find_masks(checkpoints, plan)
+    if not masks and not spectral:
+        return plan
+    return make_plan(specs, dtype=dtype, non_float=non_float, masks=masks, spectral=spectral)
+
+
+def _has_unit_vectors(checkpoints: Sequence[Checkpoint], layer: SpectralNorm) -> bool:
+    for checkpoint in (checkpoints[0], checkpoints[-1]):
+        for tensor in (checkpoint.spec.tensors[name] for name in (layer.u, layer.v)):
+            length = read_ranges(checkpoint, [(tensor, 0, tensor.numel)])[0].double().norm().item()
+            if not abs(length - 1) < 0.01:
+                return False
+    return True
 
 
 def find_masks(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[str]:

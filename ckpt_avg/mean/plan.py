@@ -20,7 +20,17 @@ from ckpt_avg.checkpoint.spec import (
     is_extra_state,
 )
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.mean.buffers import INTEGERS, MASKS, QUANTIZED, BufferKind, Rule, SpectralNorm, kinds_of, spectral_norms
+from ckpt_avg.mean.buffers import (
+    INTEGERS,
+    MASKS,
+    QUANTIZED,
+    SPECTRAL,
+    BufferKind,
+    Rule,
+    SpectralNorm,
+    kinds_of,
+    spectral_norms,
+)
 from ckpt_avg.text import quote
 
 # The shares of ranks begin at multiples of this. Some network file systems lose writes of two ranks to one page.
@@ -104,7 +114,12 @@ class Plan:
 
 
 def make_plan(
-    specs: Sequence[CheckpointSpec], *, dtype: str = "keep", non_float: str = "equal", masks: Collection[str] = ()
+    specs: Sequence[CheckpointSpec],
+    *,
+    dtype: str = "keep",
+    non_float: str = "equal",
+    masks: Collection[str] = (),
+    spectral: Sequence[SpectralNorm] = (),
 ) -> Plan:
     """Chooses the rule, the output dtype and the offset of every tensor.
 
@@ -113,6 +128,7 @@ def make_plan(
         dtype: ``keep``, or the dtype of every floating-point tensor of the output.
         non_float: ``equal`` or ``last``: the rule for integers, bools and masks.
         masks: floating-point tensors that contain only zeros and ones.
+        spectral: weights with spectral norm that the names alone do not show.
 
     Raises:
         IncompatibleError: there are no tensors.
@@ -124,7 +140,9 @@ def make_plan(
             f"{specs[0].path}: nothing to average: there are no named tensors{where}. "
             "Choose the weights with --state-key, or skip the file with --exclude."
         )
-    kinds = dict.fromkeys(masks, MASKS) | kinds_of(tensors)
+    spectral = (*spectral_norms(tensors), *spectral)
+    vectors = (name for layer in spectral for name in (layer.u, layer.v))
+    kinds = dict.fromkeys(masks, MASKS) | dict.fromkeys(vectors, SPECTRAL) | kinds_of(tensors)
     different = [] if dtype == "keep" else [spec.tensors for spec in specs if spec.tensors is not tensors]
 
     def describe(name: str) -> tuple[tuple[int, ...], DType, DType, Rule]:
@@ -145,8 +163,8 @@ def make_plan(
         shape, source, target, rule = described[name]
         placed.append(OutputTensor(name, shape, source, target, rule, offset, prod(shape)))
         offset += placed[-1].nbytes
-    spectral = tuple(spectral_norms(tensors)) if len(specs) > 1 else ()
-    return Plan(tuple(placed), tuple(batch_norm_layers(tensors)), len(specs), kinds, spectral)
+    recomputed = spectral if len(specs) > 1 else ()
+    return Plan(tuple(placed), tuple(batch_norm_layers(tensors)), len(specs), kinds, recomputed)
 
 
 def _common_dtype(first: TensorSpec, others: Sequence[TensorSpec]) -> DType:

@@ -116,6 +116,25 @@ def test_vectors_of_other_implementations() -> None:
     ]
 
 
+@pytest.mark.parametrize("length", [1.0, 1.5])
+def test_vectors_called_u_and_v_are_those_of_spectral_norm_if_they_have_a_length_of_one(
+    tmp_path: Path, length: float
+) -> None:
+    """As in residual flows and σReparam; parameters of these names are averaged."""
+    torch.manual_seed(0)
+    states = []
+    for _ in range(2):
+        left, _, right = torch.linalg.svd(weight := torch.randn(4, 6))
+        states.append({"l.weight": weight, "l.u": length * left[:, 0], "l.v": length * right[0]})
+    average(save(tmp_path, states, ".pt"), tmp_path / "mean")
+    found = load_file(tmp_path / "mean")
+    norm = found["l.u"].dot(found["l.weight"].mv(found["l.v"])).item()
+    largest = torch.linalg.matrix_norm(found["l.weight"], 2).item()
+    mean = (states[0]["l.u"] + states[1]["l.u"]) / 2
+    assert (norm == pytest.approx(largest, rel=1e-5)) == (length == 1)
+    assert torch.allclose(found["l.u"], mean) == (length != 1)
+
+
 def test_vectors_that_the_weight_does_not_determine_are_the_lasts_with_a_notice(tmp_path: Path) -> None:
     """A parametrization before spectral norm changes the weight that it sees."""
 

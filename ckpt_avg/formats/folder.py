@@ -23,6 +23,7 @@ from ckpt_avg.formats.dcp_safetensors import open_dcp_safetensors
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import SUFFIX, open_sharded, shards_of
 from ckpt_avg.formats.single_file import open_file, starts_as_checkpoint, starts_as_text
+from ckpt_avg.formats.torch_file import RUNNING_AVERAGE
 from ckpt_avg.formats.trainers import torch_dcp, transformers
 from ckpt_avg.formats.trainers.file_names import (
     EARLIER_AVERAGE,
@@ -102,8 +103,10 @@ def _only_set(folder: Folder) -> WeightFiles | None:
     raw = [each for each in names if not any(map(is_ema, Path(each).parts))] or list(names)
     raw = [each for each in raw if stem(Path(each).name) in ("model", "modeling")] or raw
     if len(raw) == 1:
+        averages = [name for name in names if any(map(is_ema, Path(name).parts))]
+        ema = names[averages[0]] if len(averages) == 1 and averages != raw else None
         used = names[raw[0]]
-        return replace(used, others=(*used.others, *(name for name in names if name != raw[0])))
+        return replace(used, others=(*used.others, *(name for name in names if name != raw[0])), ema=ema)
     pattern = re.sub(r"\d+([-+.:]\d+)*", "*", name_of(folder.path))
     problem = (
         f"the folder has several sets of weights: {listing(map(quote, names))}. Name one of each checkpoint: "
@@ -218,12 +221,17 @@ def open_folder(path: Path, reading: Reading) -> Checkpoint:
         )
     if weights.problem:
         raise CheckpointFormatError(f"{path}: {weights.problem}")
+    averaged = ""
+    if reading.ema and weights.ema:
+        weights, reading = weights.ema, replace(reading, ema=False)
+        averaged = f"{RUNNING_AVERAGE}, in {quote(str(weights.path.relative_to(path)))}"
     checkpoint = _open(weights, path, reading)
-    spec = checkpoint.spec
+    spec = replace(checkpoint.spec, averaged=averaged or checkpoint.spec.averaged)
     notes = spec.notes
     if others := list(dict.fromkeys((*weights.others, *_beside(path, weights)))):
         used, rest = quote(str(weights.path.relative_to(path))), listing(map(quote, others))
-        notes = (f"the folder has other weights, too: {used} is read, not {rest}", *notes)
+        hint = "; with --ema, the running average is" if weights.ema else ""
+        notes = (f"the folder has other weights, too: {used} is read, not {rest}{hint}", *notes)
     return replace(checkpoint, spec=replace(spec, path=path, kind=weights.kind or spec.kind, notes=notes))
 
 

@@ -32,7 +32,7 @@ def weights(**recorded: Any) -> Write:
 
     def write(path: Path) -> None:
         if path.suffix == ".safetensors":
-            save_file(values(path), path)
+            save_file(values(path), path, {key: str(value) for key, value in recorded.items()})
         else:
             torch.save({"model": values(path), **recorded} if recorded else values(path), path)
 
@@ -66,6 +66,11 @@ def other(path: Path) -> None:
 
 def flat(path: Path) -> None:
     torch.save({"_fsdp_wrapped_module._flat_param": values(path)["w"]}, path)
+
+
+def flags(path: Path) -> None:
+    """Tensors that are none of the model's."""
+    torch.save({"mean": torch.ones(3)}, path)
 
 
 def text(content: str = "{}") -> Write:
@@ -126,6 +131,11 @@ LAYOUTS: dict[str, Layout] = {
              "checkpoint-{}"),
         ["checkpoint-500", "checkpoint-1000"], notice="not 'unet_ema'",
     ),
+    "diffusers with --ema": Layout(
+        each((500, 1000), {f"{name}/diffusion_pytorch_model.safetensors": W for name in ("unet", "unet_ema")},
+             "checkpoint-{}"),
+        ["checkpoint-500", "checkpoint-1000"], notice="already an average", options={"ema": True},
+    ),
     "diffusers with two networks": Layout(
         each((500, 1000), {"unet/model.safetensors": W, "text_encoder/model.safetensors": W}, "checkpoint-{}"),
         refused="several sets of weights: 'text_encoder', 'unet'. Name one of each checkpoint: {}/checkpoint-*/text_",
@@ -143,6 +153,30 @@ LAYOUTS: dict[str, Layout] = {
     "OLMo-core": Layout(
         each((1000, 20000), {"model_and_optim": distributed, "train/rank0.pt": other, "config.json": text()}, "step{}"),
         ["step1000", "step20000"],
+    ),
+    "LeRobot": Layout(
+        each(("010000", "020000"), {"pretrained_model/model.safetensors": W, "training_state/rng_state.safetensors": W},
+             "checkpoints/{}") | {"checkpoints/last": "020000"},
+        ["checkpoints/010000", "checkpoints/020000"], skipped={"last": "the same file as 020000"},
+    ),
+    "Open-Sora": Layout(
+        each((100, 200), {"model/model.safetensors": W, "ema.pt": W, "master.safetensors": W, "optimizer/a.bin": W},
+             "epoch0-global_step{}"),
+        ["epoch0-global_step100", "epoch0-global_step200"], notice="not 'ema.pt', 'master.safetensors'",
+    ),
+    "nanotron": Layout(
+        each((10, 20), {"checkpoint_metadata.json": text(), "optimizer/o.safetensors": W,
+                        "model/w_pp-rank-0-of-1_tp-rank-0-of-1.safetensors": W}, "{}"),
+        refused="nanotron stores each tensor in a file of its own",
+    ),
+    "BasicSR": Layout(
+        {"models/net_g_5000.pth": W, "models/net_g_10000.pth": W, "training_states/5000.state": optimizer},
+        ["models/net_g_5000.pth", "models/net_g_10000.pth"],
+    ),
+    "SwAV": Layout(
+        {"checkpoints/ckp-0.pth": W, "checkpoints/ckp-25.pth": W, "checkpoint.pth.tar": W, "queue0.pth": W},
+        ["checkpoints/ckp-0.pth", "checkpoints/ckp-25.pth"],
+        skipped={"queue0.pth": "training state", "checkpoint.pth.tar": "alias"},
     ),
     "litgpt": Layout(
         each((100, 200), {"lit_model.pth": W, "model_config.yaml": text()}, "step-000{}") | {"final/lit_model.pth": W},
@@ -227,6 +261,8 @@ LAYOUTS: dict[str, Layout] = {
         ["epoch_1.pt", "epoch_2.pt"],
         skipped={"epoch_2.pt.bak": "backup", "epoch_3.pt.crdownload": "incomplete", "epoch_3.pt.tmp.12": "incomplete"},
     ),
+    "Stable-Baselines3": Layout({"policy_64.pt": W, "policy_128.pt": W, "rl_model_64_steps.zip": text("PK\3\4")},
+                                ["policy_64.pt", "policy_128.pt"], skipped={"rl_model_64_steps.zip": "a zip archive"}),
     "other formats": Layout({"a.h5": text("x"), "b.onnx": text("x")}, exit_code=4,
                             refused="'a.h5' (no checkpoint, by its first bytes: HDF5, as Keras writes it)"),
     # --- parts ---
@@ -243,6 +279,11 @@ LAYOUTS: dict[str, Layout] = {
         refused=RANKS,
     ),
     "Composer ranks": Layout({"ep1-ba100-rank0.pt": W, "ep1-ba100-rank1.pt": W}, refused=RANKS),
+    "audiocraft ranks": Layout({"checkpoint_10.th": W, "checkpoint_10.th.1": W}, refused=RANKS),
+    "AllenNLP ranks": Layout({f"model_state_e1_b0_w{rank}.th": W for rank in (0, 1)}, refused=RANKS),
+    "torchtune of old": Layout({f"hf_model_000{part}_0.pt": W for part in (1, 2)}, refused=RANKS),
+    "ranks of several steps": Layout({f"step_{step}_rank_{rank}.pt": W for step in (1, 2) for rank in (0, 1)},
+                                     refused=RANKS),
     "one rank of each step": Layout({f"step_{step}_rank0.pt": W for step in (1, 2, 10)},
                                     [f"step_{step}_rank0.pt" for step in (1, 2, 10)]),
     "flat parameters": Layout({"step_1.pt": flat, "step_2.pt": flat}, refused="flat parameters of FSDP"),
@@ -268,6 +309,34 @@ LAYOUTS: dict[str, Layout] = {
          "batch-1b4e28ba-2fa1-11d2-883f-0016d3cca427.pt": other}, ["epoch-1.pt", "epoch-2.pt"],
         skipped={"bad-model-0.pt": "something went wrong", "batch-1b4e28ba-2fa1-11d2-883f-0016d3cca427.pt": "a batch"},
     ),
+    "AllenNLP": Layout(
+        {f"{state}_state_e{epoch}_b0.th": W for state in ("model", "training") for epoch in (1, 10)} | {"best.th": W},
+        ["model_state_e1_b0.th", "model_state_e10_b0.th"],
+        skipped={"best.th": "alias", **dict.fromkeys(("training_state_e1_b0.th", "training_state_e10_b0.th"), "state")},
+    ),
+    "after a crash": Layout(
+        {"step_100.pt": W, "step_200.pt": W, "nan_step_150.pt": W, "crash_160.pt": W, "last_batch_180.pt": W},
+        ["step_100.pt", "step_200.pt"],
+        skipped={"nan_step_150.pt": "went wrong", "crash_160.pt": "went wrong", "last_batch_180.pt": "a batch"},
+    ),
+    "fine-tuning": Layout({"model_1000.pt": W, "model_2000.pt": W, "pretrained_model_125000.safetensors": W},
+                          ["model_1000.pt", "model_2000.pt"],
+                          skipped={"pretrained_model_125000.safetensors": "pretrained weights"}),
+    "kohya": Layout(
+        {f"lora-00000{epoch}.safetensors": weights(ss_epoch=epoch, ss_steps=100 * epoch) for epoch in (1, 2)}
+        | {"lora.safetensors": weights(ss_epoch=3, ss_steps=300), "lora-000001-state/model.safetensors": W},
+        ["lora-000001.safetensors", "lora-000002.safetensors", "lora.safetensors"],
+        skipped={"lora-000001-state": "training state"},
+    ),
+    "a last file without a number": Layout(
+        {"lora_100.safetensors": W, "lora_200.safetensors": W, "lora_300.safetensors": W, "lora.safetensors": W},
+        [f"lora_{step}.safetensors" for step in (100, 200, 300)], skipped={"lora.safetensors": "no step or epoch"},
+        notice="skipped, because no step or epoch is recorded in them, unlike in the others: 'lora.safetensors'",
+    ),
+    "other tensors among the checkpoints": Layout(
+        {"step_1.pt": W, "step_2.pt": W, "normalizer.pt": flags, "predictions.pt": flags}, ["step_1.pt", "step_2.pt"],
+        skipped={"normalizer.pt": "no step or epoch", "predictions.pt": "the same weights"},
+    ),
     "swa_object_detection": Layout({f"swa_epoch_{epoch}.pth": W for epoch in (1, 2, 12)} | {"swa_model_12.pth": W},
                                    [f"swa_epoch_{epoch}.pth" for epoch in (1, 2, 12)],
                                    skipped={"swa_model_12.pth": "an earlier average"}),
@@ -275,6 +344,9 @@ LAYOUTS: dict[str, Layout] = {
                                        ["avg_epoch_2.pth", "avg_epoch_12.pth"], notice="these are averages"),
     "averages, included": Layout({"epoch_1.pt": W, "avg_10.pt": W, "avg_20.pt": W}, ["avg_10.pt", "avg_20.pt"],
                                  options={"include": "avg_*"}),
+    "averages alone, included": Layout({"avg_10.pt": W, "avg_20.pt": W}, ["avg_10.pt", "avg_20.pt"],
+                                       options={"include": "avg_*"}),
+    "averages alone": Layout({"avg_10.pt": W, "avg_20.pt": W}, exit_code=4, refused="--include PATTERN uses what"),
     "averages matched by chance": Layout({"epoch-1.pt": W, "epoch-2.pt": W, "epoch-2-avg-1.pt": W},
                                          ["epoch-1.pt", "epoch-2.pt"], options={"include": "epoch-*"},
                                          skipped={"epoch-2-avg-1.pt": "an earlier average"}),
@@ -282,6 +354,14 @@ LAYOUTS: dict[str, Layout] = {
                     refused="expected one series of checkpoints, got several: 'fold_0*', 'fold_1*'. Select one"),
     "seeds": Layout({"model_seed_1.pt": weights(epoch=5), "model_seed_2.pt": weights(epoch=7)}, exit_code=4,
                     refused="got several: 'model_seed_1*', 'model_seed_2*'"),
+    "training in stages": Layout({f"stage{stage}_step_{stage}00.pt": W for stage in (1, 2)}, exit_code=4,
+                                 refused="got several: 'stage1_step_*', 'stage2_step_*'"),
+    "several averages of each step": Layout(
+        {f"{ema}.{step}.pt": weights(step=step) for ema in (0, 1) for step in (2, 4)}, exit_code=4,
+        refused="got several with the same steps: '0.*', '1.*'",
+    ),
+    "k-diffusion": Layout({f"run_{step:08}.pth": weights(step=step) for step in (1000, 20000)},
+                          ["run_00001000.pth", "run_00020000.pth"]),
     "folds, included": Layout({"fold_0.pt": W, "fold_1.pt": W}, ["fold_0.pt", "fold_1.pt"],
                               notice="of different trainings: fold_0, fold_1", options={"include": "fold_*"}),
     "folds, listed": Layout({"fold_0.pt": W, "fold_1.pt": W}, ["fold_1.pt", "fold_0.pt"],
@@ -336,6 +416,11 @@ LAYOUTS: dict[str, Layout] = {
     "metrics without a sign of equality": Layout(
         {"epoch12-val_loss0.45.pth": W, "epoch13-val_loss-0.25.pth": W, "epoch14_val_loss_1.5e-01.pth": W},
         ["epoch14_val_loss_1.5e-01.pth"], options={"best": 1, "metric": "val_loss", "mode": "min"},
+    ),
+    "Lightning's CSVLogger": Layout(
+        {f"checkpoints/epoch={epoch}-step={10 * epoch + 10}.ckpt": W for epoch in (0, 1)}
+        | {"metrics.csv": text("epoch,step,train_loss,val_loss\n0,9,0.5,\n0,9,,0.2\n1,19,,0.3\n")},
+        ["checkpoints/epoch=0-step=10.ckpt"], options={"best": 1, "metric": "val_loss", "mode": "min"},
     ),
     "Lightning metric with a slash": Layout(
         {"epoch=0-val/loss=0.9.ckpt": W, "epoch=1-val/loss=0.5.ckpt": W}, ["epoch=1-val"],

@@ -1,6 +1,8 @@
 """Lightning: files of ModelCheckpoint, and folders of the FSDP and ModelParallel strategies."""
 
-from ckpt_avg.checkpoint.training_record import Record
+import csv
+
+from ckpt_avg.checkpoint.training_record import Record, number_in
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Sidecar, Trainer
 
 
@@ -13,6 +15,20 @@ def _monitored(contents: Contents) -> Record:
         if isinstance(name, str) and name.startswith("ModelCheckpoint") and isinstance(state, dict)
     ]
     return Record(metrics=contents.numbers((state.get("monitor"), state.get("current_score")) for state in states))
+
+
+def _logged(text: str, _name: str, record: Record) -> Record:
+    """Reads what CSVLogger wrote at the step of a checkpoint, which it counts from 0."""
+    found = Record()
+    try:
+        for row in csv.DictReader(text.splitlines()):
+            contents = Contents(row, number_in)
+            if record.step is not None and contents.count("step") == record.step - 1:
+                items = ((name, value) for name, value in row.items() if name not in ("step", "epoch"))
+                found = Record(metrics=contents.numbers(items)).or_else(found)
+    except csv.Error:
+        return Record()
+    return found
 
 
 TRAINER = Trainer(
@@ -29,5 +45,5 @@ TRAINER = Trainer(
     record=_monitored,
     aliases=("on_exception",),
     folder_files=(r"meta\.pt", r"\.metadata"),
-    sidecars=(Sidecar("meta.pt"),),
+    sidecars=(Sidecar("meta.pt"), Sidecar("../metrics.csv", r".*\.ckpt", _logged)),
 )

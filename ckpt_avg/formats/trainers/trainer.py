@@ -85,7 +85,7 @@ class Sidecar:
         if not re.fullmatch(self.files, checkpoint.name):
             return []
         name = self.name.replace("{stem}", checkpoint.stem)
-        found = [checkpoint.with_name(name)] if "*" not in name else checkpoint.parent.glob(name)
+        found = [checkpoint.parent / name] if "*" not in name else checkpoint.parent.glob(name)
         return [path for path in sorted(found, reverse=True) if is_file(path)]
 
 
@@ -109,6 +109,7 @@ class WeightFiles:
     incomplete: bool = False  # whether the problem is that saving was interrupted
     others: tuple[str, ...] = ()  # names of other weights in the folder, which are not read
     kind: str | None = None  # the trainer's name
+    ema: WeightFiles | None = None  # the running average of the same weights
     nested: bool = False  # whether the folder may be a part of another trainer's checkpoint folder
 
     def is_inside(self, folder: Path) -> bool:

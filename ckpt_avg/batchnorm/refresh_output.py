@@ -6,7 +6,7 @@ statistics then replace the buffers in that output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from ckpt_avg.batchnorm.hooks import refuse
 from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.batchnorm.refresh import BatchNormReport, refresh_batch_norm, rounded_statistic
 from ckpt_avg.checkpoint.spec import batch_norm_buffer
-from ckpt_avg.checkpoint.tensor_reads import bytes_of, torch_dtype
+from ckpt_avg.checkpoint.tensor_reads import torch_dtype
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.progress import Progress
@@ -133,10 +133,3 @@ def refresh_output(
                 value = measured.to(dtype) if is_count else rounded_statistic(layer, buffer, measured.cpu(), dtype)
                 tensors[name] = value.reshape(planned[name].shape)
     return report, tensors
-
-
-def write_tensors(tensors: Mapping[str, torch.Tensor], plan: Plan, write: Callable[[memoryview, int], None]) -> None:
-    """Writes small tensors over those in an output."""
-    planned = plan.by_name()
-    for name, value in tensors.items():
-        write(bytes_of(value), planned[name].offset)

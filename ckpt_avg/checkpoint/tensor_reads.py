@@ -84,11 +84,6 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return named
 
 
-def bytes_of(values: torch.Tensor) -> memoryview:
-    """Returns the bytes of a small tensor on the CPU."""
-    return memoryview(bytes(values.reshape(-1).view(torch.uint8).tolist()))
-
-
 def _offset(tensor: TensorSpec, element: int) -> int:
     """Returns the first byte of an element of a contiguous tensor."""
     return tensor.offset + element * tensor.dtype.itemsize

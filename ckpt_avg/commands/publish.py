@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from ckpt_avg.batchnorm.refresh import BatchNormReport
-from ckpt_avg.batchnorm.refresh_output import write_tensors
 from ckpt_avg.commands.agreement import agree_on_header
 from ckpt_avg.commands.draft import AverageResult, Draft
 from ckpt_avg.errors import RankError, RequirementError
-from ckpt_avg.mean.spectral_norm import write_vectors
-from ckpt_avg.mean.stream import Mean, write_means
+from ckpt_avg.mean.spectral_norm import leading_vectors
+from ckpt_avg.mean.stream import Mean, write_means, write_tensors
 from ckpt_avg.output.digests import TreeDigest, digest_stream
 from ckpt_avg.output.header import refuse_unreadable
 from ckpt_avg.output.paths import write_checksum
@@ -127,8 +126,8 @@ def _write_spectral_vectors(
     """Computes the vectors of spectral norm on rank 0, before any rank loads the weights."""
     ranks, prepared = draft.context.ranks, draft.prepared
     if ranks.is_first:
-        notice = draft.context.notice
-        write_vectors(prepared.plan, prepared.checkpoints[-1], weights(), overwrite, notice, ranks.check)
+        vectors = leading_vectors(prepared.plan, prepared.last, weights(), draft.context.notice, ranks.check)
+        write_tensors(vectors, prepared.plan, overwrite)
     if ranks.size > 1:
         unpublished.sync()
         ranks.exchange("spectral norm", None)

@@ -18,8 +18,8 @@ from ckpt_avg.commands.evaluations import Meter
 from ckpt_avg.commands.prepare import Prepared, prepare
 from ckpt_avg.commands.requests import SweepRequest, takes
 from ckpt_avg.errors import IncompatibleError, UsageError, UserCodeError
-from ckpt_avg.mean.spectral_norm import write_vectors
-from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
+from ckpt_avg.mean.spectral_norm import leading_vectors
+from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means, write_tensors
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import listing, quote, suggestion
 from ckpt_avg.user_code.comparison import Change, Evaluation, compare
@@ -175,7 +175,8 @@ def _measure(
         output = outputs.pop(0)  # its memory is free after it is measured
         checkpoints = prepared.checkpoints[window.indices.start : window.indices.stop]
         if len(checkpoints) > 1:
-            write_vectors(prepared.plan, checkpoints[-1], output.tensors(), output.write, context.notice)
+            vectors = leading_vectors(prepared.plan, checkpoints[-1], output.tensors(), context.notice)
+            write_tensors(vectors, prepared.plan, output.write)
         found = meter.measure(window.name, None, output.tensors(), frozen=_frozen(request, prepared, checkpoints))
         paths = tuple(prepared.specs[index].path for index in prepared.selected.sum_order if index in window.indices)
         measured.append(Measured(window.side, paths, found.metrics, found.samples))

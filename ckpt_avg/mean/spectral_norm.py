@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import bytes_of, read_ranges, torch_dtype
+from ckpt_avg.checkpoint.tensor_reads import read_ranges
 from ckpt_avg.mean.arithmetic import round_to
 from ckpt_avg.mean.buffers import SpectralNorm
 from ckpt_avg.mean.plan import Plan
@@ -23,33 +23,31 @@ _AT_ONCE = 10
 _MOST_ITERATIONS = 1000
 
 
-def write_vectors(
+def leading_vectors(
     plan: Plan,
     last: Checkpoint,
     weights: Mapping[str, torch.Tensor],
-    write: Callable[[memoryview, int], None],
     notice: Callable[[str], None],
     check: Callable[[], None] = lambda: None,
-) -> None:
-    """Computes u and v of each averaged weight, and writes them over those in the output.
+) -> dict[str, torch.Tensor]:
+    """Returns u and v of each averaged weight, as the output's tensors contain them.
 
     Args:
         plan: the output's tensors.
         last: the last checkpoint, with whose u each power iteration begins.
         weights: the output's tensors.
-        write: called with bytes and their offset in the data section.
         notice: called if σ of some weights was still changing after the last iteration.
         check: called after each weight.
     """
-    tensors, unfinished = plan.by_name(), []
+    vectors: dict[str, torch.Tensor] = {}
+    unfinished = []
     for layer in plan.spectral_norms:
         u, v, is_settled = _leading_vectors(layer, last, weights[layer.weight])
         if not is_settled:
             unfinished.append(layer.weight)
         for name, vector in ((layer.u, u), (layer.v, v)):
             if name and vector is not None:
-                target = tensors[name]
-                write(bytes_of(round_to(vector, torch_dtype(target.dtype))), target.offset)
+                vectors[name] = round_to(vector, weights[name].dtype).view(weights[name].shape)
         check()
     if unfinished:
         notice(
@@ -57,10 +55,11 @@ def write_vectors(
             f"iterations, by more than {_TOLERANCE:g}: {listing(map(quote, unfinished))}. Run a batch through the "
             "averaged model in train mode to continue"
         )
+    return vectors
 
 
 def differing_vectors(plan: Plan, last: Checkpoint, weights: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    """Yields the weights with vectors that give another σ than `write_vectors` computes, in the precision stored."""
+    """Yields the weights with vectors that give another σ than `leading_vectors` computes, in the precision stored."""
     for layer in plan.spectral_norms:
         u, v, _ = _leading_vectors(layer, last, weights[layer.weight])
         if u is not None and v is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,13 @@ def write_means(
         torch.set_num_threads(before)
     for checkpoint in checkpoints:
         checkpoint.check_unchanged()
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], plan: Plan, write: Write) -> None:
+    """Writes small tensors over those in an output."""
+    planned = plan.by_name()
+    for name, value in tensors.items():
+        write(memoryview(bytes(value.reshape(-1).view(torch.uint8).tolist())), planned[name].offset)
 
 
 def _sizes(

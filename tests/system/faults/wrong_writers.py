@@ -173,14 +173,14 @@ def cutting_an_input(arguments: Sequence[str]) -> None:
 
 def creating_early(arguments: Sequence[str]) -> None:
     """A file without a name is made in the output's folder before anything was checked; nobody can see it there."""
-    import ckpt_avg.commands.average
+    import ckpt_avg.runs.discover
 
     folder = Path(arguments[arguments.index("-o") + 1]).parent
-    real = ckpt_avg.commands.average.discover
+    real = ckpt_avg.runs.discover.discover
 
     def discover(*positional: Any, **keywords: Any) -> Any:
         with contextlib.suppress(OSError):
             os.close(os.open(folder, os.O_RDWR | os.O_TMPFILE, 0o600))
         return real(*positional, **keywords)
 
-    ckpt_avg.commands.average.discover = discover
+    ckpt_avg.runs.discover.discover = discover

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import read_ranges, stream
+from ckpt_avg.checkpoint.tensor_reads import prefetch, read_ranges, stream
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.mean.buffers import KINDS, SpectralNorm, possible_spectral_norms
 from ckpt_avg.mean.plan import Plan, make_plan
@@ -66,8 +66,9 @@ def find_masks(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[str]:
     floats = (each for each in plan.tensors if each.source_dtype.kind == "float" and each.numel)
     plain = [tensors[each.name] for each in floats if each.name not in plan.kinds]
     # The first element shows of nearly every tensor that it is no mask.
-    firsts = map(_comparable, read_ranges(checkpoints[0], [(tensor, 0, 1) for tensor in plain]))
-    values = torch.cat([torch.empty(0), *firsts])
+    firsts = [(tensor, 0, 1) for tensor in plain]
+    prefetch(checkpoints[0], firsts)
+    values = torch.cat([torch.empty(0), *map(_comparable, read_ranges(checkpoints[0], firsts))])
     candidates = (values.eq(0) | values.eq(1)).nonzero().squeeze(1).tolist()
     return [plain[index].name for index in candidates if _is_mask(checkpoints, plain[index].name)]
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from system.faults.exact import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOAT64, Format, beyond_float64_error, exact_mean
 
-from ckpt_avg import IncompatibleError, NonFiniteError, UsageError, average
+from ckpt_avg import IncompatibleError, NonFiniteError, UsageError, average, verify
 from ckpt_avg.mean.arithmetic import mean_of_float64, round_to
 
 MiB = 2**20
@@ -436,12 +436,16 @@ def test_tied_tensors_are_written_under_each_name(tmp_path: Path) -> None:
 
 def test_sums_follow_the_order_of_the_checkpoints(tmp_path: Path) -> None:
     """The sum of values too far apart for float64 depends on its order, so the order is part of the promise."""
-    paths = save(tmp_path, [{"w": torch.tensor([value])} for value in (2.0**60, 1.0, -(2.0**60))])
+    values = (2.0**60, 1.0, -(2.0**60))
+    paths = save(tmp_path, [{"w": torch.tensor([each]), "i": torch.tensor(step)} for step, each in enumerate(values)])
     third = torch.tensor(1 / 3).item()
     for order, expected in (((0, 1, 2), 0.0), ((0, 2, 1), third), ((2, 0, 1), third), ((1, 0, 2), 0.0)):
-        average([paths[index] for index in order], tmp_path / "mean.safetensors", overwrite=True, keep_order=True)
-        assert load_file(tmp_path / "mean.safetensors")["w"].item() == expected
-        with safe_open(tmp_path / "mean.safetensors", framework="pt") as reader:
+        out = tmp_path / "mean.safetensors"
+        average([paths[index] for index in order], out, overwrite=True, keep_order=True, non_float="last")
+        assert load_file(out)["w"].item() == expected
+        assert load_file(out)["i"].item() == 2  # of the latest step, wherever it is named
+        assert len(verify(out, sources=paths).checkpoints) == 3
+        with safe_open(out, framework="pt") as reader:
             sources = json.loads(reader.metadata()["ckpt_avg.sources"])
         assert [source["name"] for source in sources] == [f"{index}.safetensors" for index in range(3)]
         assert [source.get("summed", index) for index, source in enumerate(sources)] == [*map(order.index, range(3))]

@@ -290,7 +290,11 @@ LAYOUTS: dict[str, Layout] = {
     "DeepSpeed experts": Layout(
         each((1, 2), {"mp_rank_00_model_states.pt": W, **{f"layer_0_expert_{expert}_mp_rank_00_model_states.pt": W
                                                           for expert in (0, 1)}}, "global_step{}"),
-        refused="the experts of a mixture are in files of their own",
+        refused="DeepSpeed stores each expert of a mixture in a file of its own",
+    ),
+    "DeepSpeed experts, listed": Layout(
+        each((1, 2), {f"{part}mp_rank_00_model_states.pt": W for part in ("", "layer_0_expert_0_")}, "global_step{}"),
+        refused="stores each expert", sources=[f"global_step{step}/mp_rank_00_model_states.pt" for step in (1, 2)],
     ),
     "GPT-NeoX pipeline": Layout(
         each((1, 2), {"layer_00-model_00-model_states.pt": W, "layer_02-model_00-model_states.pt": W}, "global_step{}"),

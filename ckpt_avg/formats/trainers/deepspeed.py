@@ -7,23 +7,23 @@ from ckpt_avg.formats.trainers.trainer import Folder, Layout, Stored, Trainer, W
 from ckpt_avg.text import argument
 
 _WEIGHTS = "mp_rank_00_model_states.pt"
-_EXPERTS = r"(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt"
 _ZERO3 = r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"
-
-
-_LAYER = r"layer_\d+-model_\d+-model_states\.pt"
-_PIPELINE = (
-    "DeepSpeed's pipeline parallelism stores each layer in a file of its own (layer_*-model_*-model_states.pt). "
-    "Convert the checkpoint first with the tool of the framework that trained it (GPT-NeoX: "
-    "tools/ckpts/convert_neox_to_hf.py), then average the results."
-)
+# Files with a part of the model next to those of the ranks, and what to do.
+_PARTS = {
+    r"layer_\d+-model_\d+-model_states\.pt": "DeepSpeed's pipeline parallelism stores each layer in a file of its own "
+    "(layer_*-model_*-model_states.pt). Convert the checkpoint first with the tool of the framework that trained it "
+    "(GPT-NeoX: tools/ckpts/convert_neox_to_hf.py), then average the results.",
+    r"(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt": "DeepSpeed stores each expert of a mixture in a file of "
+    "its own (layer_*_expert_*_model_states.pt). Gather the model with the tool of the framework that trained it, then "
+    "average the results.",
+}
 
 
 def _refuse(file: Path) -> str:
-    if re.fullmatch(_LAYER, file.name) or (
-        file.name == _WEIGHTS and next(file.parent.glob("layer_*-model_*.pt"), None)
-    ):
-        return _PIPELINE
+    for pattern, problem in _PARTS.items():
+        is_next_to_one = file.name == _WEIGHTS and Folder.of(file.parent).matching(pattern)
+        if is_next_to_one or re.fullmatch(pattern, file.name):
+            return problem
     return _zero3(file.parent) if re.fullmatch(_ZERO3, file.name) else ""
 
 
@@ -36,14 +36,9 @@ def _zero3(folder: Path) -> str:
 
 
 def _weights(folder: Folder) -> WeightFiles | None:
-    if folder.matching(_LAYER):
-        return WeightFiles(folder.path, problem=_PIPELINE, nested=True)
-    if folder.matching(_EXPERTS):
-        problem = (
-            "the experts of a mixture are in files of their own (layer_…_expert_…). Gather it with the tool of the "
-            "framework that trained it, or save model.state_dict() of one process, then average the results."
-        )
-        return WeightFiles(folder.path, problem=problem, nested=True)
+    for pattern, problem in _PARTS.items():
+        if folder.matching(pattern):
+            return WeightFiles(folder.path, problem=problem, nested=True)
     ranks = folder.matching(r"mp_rank_\d+_model_states\.pt")
     if _WEIGHTS in ranks and len(ranks) > 1:
         problem = (
@@ -72,7 +67,7 @@ def is_deepspeed(path: Path) -> bool:
         folder = Folder.of(path)
     except OSError:
         return False
-    return _WEIGHTS in folder.names or any(map(folder.matching, (_ZERO3, _EXPERTS, _LAYER)))
+    return _WEIGHTS in folder.names or any(map(folder.matching, (_ZERO3, *_PARTS)))
 
 
 TRAINER = Trainer(

@@ -54,8 +54,8 @@ WORD_METRIC = re.compile(
 )
 # Settings, which name an experiment: lr=0.1, batch_32, seed=1.
 SETTING = re.compile(
-    r"(?<![A-Za-z])(?:lr|learning_rate|wd|weight_decay|bs|batch(?:_?size)?|seed|dropout|hidden|dim|layers|heads|width|depth|"
-    r"alpha|beta|gamma|momentum|warmup|temperature|epochs|(?:max|num|n|total)_\w+)[-_=]*\d",
+    r"(?<![A-Za-z0-9])(?:lr|learning_rate|wd|weight_decay|bs|batch(?:_?size)?|seed|dropout|hidden|dim|layers|heads|width|"
+    r"depth|alpha|beta|gamma|momentum|warmup|temperature|epochs|(?:max|num|n|total)_[a-z]\w*)[-_=]*\d",
     re.IGNORECASE,
 )
 # Keras: weights.05-0.34, model-12--1.2e-03.

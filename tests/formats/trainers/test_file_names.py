@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.formats.trainers.file_names import is_alias, is_average, record_from_name, stem, trainer_from_name
+from ckpt_avg.formats.trainers.file_names import (
+    ends_in_a_number,
+    is_alias,
+    is_average,
+    names_a_moment,
+    record_from_name,
+    stem,
+    trainer_from_name,
+)
 from ckpt_avg.formats.trainers.name_patterns import SUFFIXES
 
 
@@ -186,3 +194,18 @@ def test_trainers_of_bare_state_dicts(tmp_path: Path) -> None:
     assert trainer("epoch_4.pt") == "WeNet"
     for name in ("5.pt", "3.pth", "epoch_12.pth", "12epoch.pt", "model.pt"):
         assert trainer(name) is None, name
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["yolov8n_{}", "model_n_{}", "out-{}", "step{}", "epoch_{}", "checkpoint-{}", "resnet50_{}", "run3_{}", "seed42_{}",
+     "lr0.001_{}", "ep-{}", "model.{}", "{}", "net_{}_G", "v1.5_{}", "2024-05-01-{}", "gpt2_{}k", "top5_{}", "mp3_{}"],
+)  # fmt: skip
+def test_the_numbers_of_one_pattern_are_judged_alike(pattern: str) -> None:
+    """A part of a series would be missing, and the newest of it more often than not."""
+    names = [pattern.format(number) for number in (1, 2, 9, 10, 11, 99, 100, 1000, 20000)]
+    assert len({(names_a_moment(name), ends_in_a_number(name)) for name in names}) == 1
+    records = [record_from_name(name) for name in names]
+    steps = [record.step if record.epoch is None else record.epoch for record in records]
+    assert steps == sorted(steps, key=lambda step: step or 0)
+    assert len(set(steps)) in (1, len(steps))

@@ -2,66 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from ckpt_avg.checkpoint.spec import METHOD_KEY, Checkpoint
+from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, PartError, TooManyFilesError
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.formats.folder import revisions_of
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.formats.trainers.file_names import (
-    is_ema,
-    names_a_moment,
-    record_from_name,
-    series_numbers,
-    series_of,
-    stem,
-)
+from ckpt_avg.formats.trainers.file_names import record_from_name, stem
+from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import Discovery, refuse_repeated
+from ckpt_avg.runs.order import put_in_order, with_records_of_folders
 from ckpt_avg.runs.run_folder import Skipped, in_order, natural_key
 from ckpt_avg.runs.selection import Selection
+from ckpt_avg.runs.series import notes_on_moments, notes_on_series, one_series
 from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
-Unit = Literal["step", "epoch"]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A checkpoint that could be averaged.
-
-    Attributes:
-        path: where it is.
-        checkpoint: the open checkpoint; None if it could not be opened.
-        error: why not.
-        record: step, epoch and metrics.
-    """
-
-    path: Path
-    checkpoint: Checkpoint | None
-    error: CheckpointFormatError | None
-    record: Record
-
-    def opened(self) -> Checkpoint:
-        """Returns the open checkpoint.
-
-        Raises:
-            CheckpointFormatError: it could not be opened.
-        """
-        if self.checkpoint is None:
-            raise self.error or CheckpointFormatError(f"{self.path}: cannot be opened.")
-        return self.checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +86,8 @@ def open_candidates(
         if source.is_run:
             _advise_to_exclude(found)
             kept = _without_others(found, skipped, notes, compare_in_full)
-            kept = _one_series(kept, skipped, notes, is_chosen=bool(selection.include))
-            kept = _in_order(sorted(kept, key=lambda each: in_order(each.path)), notes)
+            kept = one_series(kept, skipped, notes, is_chosen=bool(selection.include))
+            kept = put_in_order(sorted(kept, key=lambda each: in_order(each.path)), notes)
             paths_kept = {candidate.path for candidate in kept}
             for candidate in found:
                 if candidate.checkpoint is not None and candidate.path not in paths_kept:
@@ -136,12 +98,12 @@ def open_candidates(
         reasons = listing((f"{quote(item.path.name)}: {item.reason}" for item in skipped), separator="; ")
         raise IncompatibleError(f"nothing to average: all checkpoints are skipped ({reasons}). Name others.")
     refuse_repeated((each.path, _identity(each)) for each in given)  # a folder, and the file in it
-    ordered = given = _with_records_of_folders(given)
+    ordered = given = with_records_of_folders(given)
     if len(sources) > 1:
         named = {source.paths[0] for source in sources if not source.is_run}
-        notes += _notes_on_series(each for each in given if each.path in named)
-        notes += _notes_on_moments(given)
-        ordered = _in_order(given, notes)
+        notes += notes_on_series(each for each in given if each.path in named)
+        notes += notes_on_moments(given)
+        ordered = put_in_order(given, notes)
     if ordered != given and not selection.keep_order:
         names = ends(distinct_names([each.path for each in ordered]))
         notes.append(f"the checkpoints are in the order of their steps, not as given: {names} (see --keep-order)")
@@ -155,57 +117,6 @@ def _too_many_files(error: TooManyFilesError, opened: Sequence[Candidate], count
     return TooManyFilesError(plural(count, "checkpoint"), max(needed, error.limit + 1), error.limit)
 
 
-def unit_of(records: Iterable[Record]) -> Unit | None:
-    """Returns what orders all records: steps, unless they start again in each epoch; epochs; or nothing.
-
-    A number in a name whose unit is unknown is never compared with recorded steps.
-    """
-    records = list(records)
-    moments = sorted((each.epoch or 0, each.step or 0) for each in records)
-    starts_again = any(after[1] < before[1] for before, after in itertools.pairwise(moments))
-    of_one_kind = len({each.is_lone_number for each in records}) == 1
-    all_steps = of_one_kind and all(each.step is not None for each in records)
-    all_epochs = all(each.epoch is not None for each in records)
-    if all_steps and not (all_epochs and starts_again):
-        return "step"
-    return "epoch" if all_epochs else None
-
-
-def position(record: Record, unit: Unit) -> int:
-    """Returns the step or epoch of a record that has one."""
-    return (record.step if unit == "step" else record.epoch) or 0
-
-
-def _sorted(found: Sequence[Candidate], records: Sequence[Record], unit: Unit) -> list[Candidate]:
-    keys = [(position(each, unit), each.step or 0) for each in records]
-    return [found[index] for index in sorted(range(len(found)), key=keys.__getitem__)]
-
-
-def _in_order(given: list[Candidate], notes: list[str]) -> list[Candidate]:
-    """Orders checkpoints by what all of them record, else by the numbers in all names, else as they are given."""
-    records = [each.record for each in given]
-    if unit := unit_of(records):
-        return _sorted(given, records, unit)
-    by_name = [record_from_name(each.path.name) for each in given]
-    unit = unit_of(by_name)
-    lacking = [each for each in given if each.record.is_lone_number or each.record.step is each.record.epoch is None]
-    if 0 < len(lacking) < len(given) and not any(each.error for each in lacking):
-        names = ends([escaped(each.path.name) for each in lacking])
-        order = "ordered by the numbers in their names" if unit else "not ordered by steps"
-        notes.append(f"no step or epoch is recorded in {names}, unlike the others, so the checkpoints are {order}")
-    return _sorted(given, by_name, unit) if unit else given
-
-
-def _notes_on_series(found: Iterable[Candidate]) -> list[str]:
-    """Says of which trainings checkpoints are by their names, if these are several; a number may be the step."""
-    series = set()
-    for each in found:
-        name = series_of(each.path.name)
-        if name and name.partition("_")[2] not in (str(each.record.step), str(each.record.epoch)):
-            series.add(name)
-    return [f"by their names these are of different trainings: {listing(sorted(series))}"] if len(series) > 1 else []
-
-
 def _identity(candidate: Candidate) -> frozenset[tuple[int, int]]:
     files = candidate.checkpoint.files if candidate.checkpoint else ()
     return frozenset(file.identity for file in files if isinstance(file, InputFile))
@@ -217,21 +128,6 @@ def _open(path: Path, reading: Reading, stack: ExitStack) -> Candidate:
     except CheckpointFormatError as error:
         return Candidate(path, None, error, record_from_name(path.name))
     return Candidate(path, checkpoint, None, checkpoint.spec.record)
-
-
-def _with_records_of_folders(given: list[Candidate]) -> list[Candidate]:
-    """Adds what the names of differing folders around checkpoints tell, such as checkpoint-500/unet, if these don't."""
-    paths = [each.path.absolute() for each in given]
-    common = Path(os.path.commonpath([path.parent for path in paths]))
-    found = []
-    for candidate, path in zip(given, paths, strict=True):
-        record = candidate.record
-        if record.step is None and record.epoch is None:
-            folders = path.relative_to(common).parent.parts[::-1]
-            names = [*revisions_of(path), *(name for name in folders if name.isdecimal() or names_a_moment(name))]
-            record = functools.reduce(Record.or_else, map(record_from_name, names), record)
-        found.append(replace(candidate, record=record))
-    return found
 
 
 def _advise_to_exclude(found: Sequence[Candidate]) -> None:
@@ -284,76 +180,6 @@ def _without_copies(found: list[Candidate], skipped: list[Skipped], in_full: boo
         sampled = "" if in_full else ", judging by samples"
         skipped.append(Skipped(copy.path, f"the same weights as {first.path.name}{sampled}"))
     return list(kept.values())
-
-
-def _one_series(
-    found: list[Candidate], skipped: list[Skipped], notes: list[str], *, is_chosen: bool
-) -> list[Candidate]:
-    """Keeps one series of checkpoints of a run that has several, such as raw weights and their EMA.
-
-    Raises:
-        IncompatibleError: several series have the same steps, such as the two networks of a GAN, or are of different
-            trainings by their names; unless the user has chosen names.
-    """
-    averages = [each for each in found if is_ema(each.path.name)]
-    if averages and len(averages) < len(found):
-        skipped += [Skipped(each.path, "EMA weights, by its name; --include selects them") for each in averages]
-        found = [each for each in found if each not in averages]
-    trainings = _notes_on_series(found)
-    shared = _with_one_moment(found)
-    if trainings or len(shared) > 1:
-        names = [each.path.name for each in found] if trainings else [name for names in shared for name in names]
-        kinds = _patterns(names, shared)
-        if not is_chosen:
-            several = "several" if trainings else "several with the same steps"
-            raise IncompatibleError(
-                f"{found[0].path.parent}: expected one series of checkpoints, got {several}: "
-                f"{listing(map(quote, kinds))}. Select one with --include or --exclude, for example --include "
-                f"{quote(kinds[0])}.{' With --include ' + quote('*') + ' all are averaged.' if trainings else ''}"
-            )
-        notes += trainings or [f"several series have the same steps, and all are used: {listing(map(quote, kinds))}"]
-    else:
-        notes += _notes_on_moments(found)
-    return found
-
-
-def _with_one_moment(found: Sequence[Candidate]) -> list[list[str]]:
-    """Returns the names of checkpoints that record the same step and epoch, for each of these."""
-    moments: dict[tuple[int | None, int | None], list[str]] = {}
-    for each, name in zip(found, distinct_names([each.path for each in found]), strict=True):
-        if each.record.step is not None or each.record.epoch is not None:
-            moments.setdefault((each.record.step, each.record.epoch), []).append(name)
-    return [sorted(names) for names in moments.values() if len(names) > 1]
-
-
-def _notes_on_moments(found: Sequence[Candidate]) -> list[str]:
-    return [
-        f"several checkpoints have the same step, and all are used: {listing(map(quote, names))}"
-        for names in _with_one_moment(found)
-    ]
-
-
-def _patterns(names: Sequence[str], shared: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a pattern for each series, with a * for the numbers that differ inside it; the names if there is none.
-
-    A number tells the series if names of the same step differ in it, or if it is that of a fold or the like.
-    """
-    pieces = {name: re.split(r"(\d+)", stem(name)) for name in names}
-    telling: dict[tuple[str, ...], set[int]] = {}
-    for name, parts in pieces.items():
-        begins = itertools.accumulate(map(len, parts), initial=0)
-        positions = {position for position, begin in enumerate(begins) if begin in series_numbers(name)}
-        telling.setdefault(tuple(parts[::2]), set()).update(positions)
-    for group in shared:
-        for one, other in itertools.combinations([pieces[name] for name in group[:10]], 2):
-            if one[::2] == other[::2]:
-                telling[tuple(one[::2])].update(index for index, part in enumerate(one) if part != other[index])
-    patterns = set()
-    for parts in pieces.values():
-        kept = telling[tuple(parts[::2])]
-        pattern = "".join(part if index % 2 == 0 or index in kept else "*" for index, part in enumerate(parts))
-        patterns.add(f"{pattern.rstrip('*')}*")
-    return sorted(patterns if len(patterns) > 1 else names)
 
 
 def _plainness(path: Path) -> tuple[object, ...]:

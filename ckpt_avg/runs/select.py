@@ -11,8 +11,10 @@ from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.formats.open import refuse_missing_prefix
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.runs.candidates import Candidate, Unit, open_candidates, position, unit_of
+from ckpt_avg.runs.candidate import Candidate
+from ckpt_avg.runs.candidates import open_candidates
 from ckpt_avg.runs.discover import Discovery
+from ckpt_avg.runs.order import Unit, position, unit_of
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import ends, escaped, listing, plural, quote, suggestion

@@ -16,9 +16,11 @@ from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.runs.candidates import EARLIER_AVERAGE, Candidate, Candidates, open_candidates, position, unit_of
+from ckpt_avg.runs.candidate import Candidate
+from ckpt_avg.runs.candidates import EARLIER_AVERAGE, Candidates, open_candidates
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import discover
+from ckpt_avg.runs.order import position, unit_of
 from ckpt_avg.runs.select import open_selected
 from ckpt_avg.runs.selection import Selection
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ckpt_avg import check
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, CkptAvgError, IncompatibleError, UsageError
-from ckpt_avg.runs.candidates import Candidate
+from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.select import minima_of, select
 from ckpt_avg.runs.selection import Selection
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ckpt_avg.checkpoint.spec import CheckpointSpec
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.commands.requests import InspectRequest, takes
-from ckpt_avg.errors import CkptAvgError, IncompatibleError
+from ckpt_avg.errors import CkptAvgError, IncompatibleError, PartError
 from ckpt_avg.formats.folder import find_weights
 from ckpt_avg.formats.open import open_checkpoint, open_with
 from ckpt_avg.formats.single_file import starts_as_checkpoint
@@ -77,7 +77,7 @@ def inspect(request: InspectRequest) -> Inspection:
     with ExitStack() as stack:
         try:
             found = open_candidates(discovery, request, stack, compare_in_full=False)
-        except IncompatibleError as error:
+        except (IncompatibleError, PartError) as error:
             return Inspection(path, skipped=discovery.skipped, seen=_described_entries(path), needed=str(error))
         listed = [
             Listed(candidate.checkpoint.spec, candidate.record)

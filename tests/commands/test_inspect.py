@@ -304,6 +304,14 @@ def test_a_folder_of_several_runs(tmp_path: Path) -> None:
     assert set(seen(found)) == {"one", "two"}
 
 
+def test_each_part_of_a_checkpoint_is_described(tmp_path: Path) -> None:
+    for rank in range(2):
+        torch.save({"w": torch.ones(2)}, tmp_path / f"step_1_rank_{rank}.pt")
+    found = inspect(tmp_path)
+    assert "part of a checkpoint" in found.needed
+    assert all("part of a checkpoint" in seen(found)[f"step_1_rank_{rank}.pt"] for rank in range(2))
+
+
 def test_pipes_and_links_are_described_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "gone.pt").symlink_to("nowhere")

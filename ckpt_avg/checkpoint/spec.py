@@ -64,6 +64,7 @@ DTYPES: Mapping[str, DType] = {
 }
 METHOD_KEY = "ckpt_avg.method"  # the metadata key of a safetensors file that this tool wrote
 ORIGIN_KEY = "ckpt_avg.origin"  # the same of a file that was made from such a file
+SAMPLE_COUNTS = ("count", "_count", "current_count", "num_samples")  # next to statistics of the inputs
 SUB_BYTE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
 BY_TORCH_NAME: Mapping[str, DType] = {dtype.torch_name: dtype for dtype in DTYPES.values()}
 
@@ -233,15 +234,16 @@ def batch_norm_layers(names: Mapping[str, object]) -> list[str]:
     """Returns the layers whose running statistics are among ``names``, in order.
 
     A layer is a prefix with both ``running_mean`` and ``running_var``. If the model is itself one layer, its prefix is
-    empty. With ``count`` and without ``num_batches_tracked`` they are statistics of the inputs, of no BatchNorm layer.
+    empty. With a count of samples and no ``num_batches_tracked`` they are statistics of the inputs, of no such layer.
     """
     suffix = "running_mean"
     layers = []
     for name in names:
         if name == suffix or name.endswith("." + suffix):
             prefix = name[: -len(suffix)]
-            counts_samples = prefix + "count" in names and prefix + "num_batches_tracked" not in names
-            if prefix + "running_var" in names and not counts_samples:
+            counts_samples = any(prefix + count in names for count in SAMPLE_COUNTS)
+            is_layer = prefix + "num_batches_tracked" in names or not counts_samples
+            if prefix + "running_var" in names and is_layer:
                 layers.append(prefix.removesuffix("."))
     return layers
 

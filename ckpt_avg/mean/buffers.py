@@ -5,12 +5,13 @@ They are recognised by names, shapes and dtypes. Of masks and a few others `equa
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt_avg.checkpoint.spec import TensorSpec, batch_norm_buffer, batch_norm_layers, is_extra_state
+from ckpt_avg.checkpoint.spec import SAMPLE_COUNTS, TensorSpec, batch_norm_buffer, batch_norm_layers, is_extra_state
 from ckpt_avg.text import listing, plural, quote
 
 Rule = Literal["mean", "equal", "last", "newest"]
@@ -86,19 +87,24 @@ def _batch_counters(tensors: Tensors) -> Iterator[str]:
 
 
 def _input_statistics(tensors: Tensors) -> Iterator[str]:
-    """As RunningMeanStd and EmpiricalNormalization in reinforcement learning: a mean, a spread and a count."""
-    for count in (name for name in tensors if _last_word(name) == "count" and tensors[name].numel == 1):
-        prefix = count[: -len("count")]
-        for lead in ("running_", "_", ""):
-            mean, *spreads = (f"{prefix}{lead}{each}" for each in ("mean", "var", "std"))
-            if mean in tensors and (spread := [name for name in spreads if name in tensors]):
-                yield from (mean, *spread, count)
+    """As reinforcement learning normalises observations and returns: a mean, a spread, and a count of samples."""
+    counts = {_module(name): name for name in tensors if _last_word(name) in SAMPLE_COUNTS and tensors[name].numel == 1}
+    inside: dict[str, list[str]] = {module: [] for module in counts}
+    layers = {batch_norm_buffer(layer, "running_mean") for layer in batch_norm_layers(tensors)}
+    for name in tensors:
+        if _module(name) in inside and name not in layers:
+            inside[_module(name)].append(name)
+    for module, names in inside.items():
+        means = [name for name in names if "mean" in _words(name)]
+        spreads = [name for name in names if _words(name) & {"var", "variance", "std"}]
+        if means and any(tensors[name].shape == tensors[means[0]].shape for name in spreads):
+            yield from (*means, *spreads, counts[module])
 
 
 def _other_statistics(tensors: Tensors) -> Iterator[str]:
     """As EvoNorm's running_var, and running_std, without a running_mean and running_var of BatchNorm."""
     known = {*_statistics(tensors), *_input_statistics(tensors)}
-    pattern = re.compile(r"(?:running|moving)_(?:mean|var|std|avg)")
+    pattern = re.compile(r"(?:running|moving)_(?:mean|var|variance|std|avg)")
     return (name for name in tensors if name not in known and pattern.fullmatch(_last_word(name)))
 
 
@@ -175,27 +181,32 @@ _OBSERVED = ("scale", "zero_point", "min_val", "max_val", "histogram", "fake_qua
 
 def _quantized(tensors: Tensors) -> Iterator[str]:
     """Codes with a scale, in the same module (qweight, scales) or named after them (weight, weight.absmax)."""
-    scales: dict[str, list[set[str]]] = {}  # module → the other words in the name of each scale in it
+    scales: dict[str, set[frozenset[str]]] = {}  # module → the other words in the name of each scale in it
     for name in tensors:
         if (words := _words(name)) & _SCALES:
-            scales.setdefault(_module(name), []).append(words - _SCALES)
+            scales.setdefault(_module(name), set()).add(frozenset(words - _SCALES - _BESIDE))
     if not scales:
         return
     observed = set(_observers(tensors))
     codes = set()
     for name, tensor in tensors.items():
-        words, beside = _words(name), scales.get(_module(name), [])
-        if tensor.dtype.kind == "float8":
-            is_coded = bool(beside)
-        else:  # a parameter such as logit_scale is no scale of an integer table in its module
-            is_coded = len(tensor.shape) > 1 and any(other <= words | _BESIDE for other in beside)
-        if tensor.dtype.kind in ("exact", "float8") and not words & _SCALES and (is_coded or name in scales):
+        words, beside = _words(name), scales.get(_module(name), set())
+        if tensor.dtype.kind not in ("exact", "float8") or words & _SCALES:
+            continue
+        # A parameter such as logit_scale is no scale of an integer table in its module.
+        is_float8, is_table = tensor.dtype.kind == "float8", len(tensor.shape) > 1
+        if name in scales or (is_float8 and beside) or (is_table and not beside.isdisjoint(_subsets(words - _BESIDE))):
             codes.add(name)
     coded = {_module(name) for name in codes} | codes
     for name, tensor in tensors.items():
         belongs = _module(name) in coded and (tensor.dtype.kind == "exact" or _words(name) & _ZEROS)
         if name in codes or (belongs and name not in observed):
             yield name
+
+
+def _subsets(words: set[str]) -> Iterator[frozenset[str]]:
+    few = sorted(words)[:8]  # names may have any number of words
+    return (frozenset(each) for size in range(len(few) + 1) for each in itertools.combinations(few, size))
 
 
 def _integer_tables(tensors: Tensors) -> Iterator[str]:
@@ -335,7 +346,7 @@ KINDS = (
         "the last one's",
         notice="with statistics of the inputs copied from the last checkpoint",
         where=_input_statistics,
-        hints=("count",),
+        hints=SAMPLE_COUNTS,
     ),
     BufferKind(
         "other running statistics",

@@ -250,6 +250,16 @@ CASES: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], str, set[str]]] =
         "input statistics",
         {"n._mean", "n._var", "n._std", "n.count"},
     ),
+    "skrl's scaler": (
+        {"s.running_mean": ("F64", (3,)), "s.running_variance": ("F64", (3,)), "s.current_count": ("F64", ())},
+        "input statistics",
+        {"s.running_mean", "s.running_variance", "s.current_count"},
+    ),
+    "a mean and a count of something else": (
+        {"m.mean": ("F32", (3,)), "m.count": ("F32", ()), "m.var": ("F32", (2,)), "n.std": ("F32", (3,))},
+        "input statistics",
+        set(),
+    ),
     "BatchNorm that counts": (
         {"b.running_mean": ("F32", (3,)), "b.running_var": ("F32", (3,)), "b.num_batches_tracked": ("I64", ())},
         "batch counters",
@@ -384,3 +394,19 @@ def test_the_source_dtype_contains_the_values_of_all() -> None:
     for others, expected in ((("BF16", "F16"), "F32"), (("BF16", "F64"), "F64"), (("F8_E4M3", "F8_E5M2"), "F32")):
         specs = [spec_of({"w": (dtype, (2,))}) for dtype in others]
         assert make_plan(specs, dtype="bfloat16").tensors[0].source_dtype.name == expected
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        ("m{}.count", "m{}.mean"),
+        ("a.x{}_mean", "a.x{}_count"),
+        ("q{}_a_b_c_d_e_f_g_h", "r{}_scale"),
+        ("m{}.zero_point", "m{}.scale"),
+        ("w{}_u", "w{}_orig"),
+    ],
+)
+def test_names_chosen_against_it_take_linear_time(in_time: None, forms: tuple[str, str]) -> None:
+    """Comparing each with each would take hours for a header that is read in a second."""
+    tensors = {form.format(number): ("I8", (1, 1)) for form in forms for number in range(30_000)}
+    kinds_of(spec_of(tensors).tensors)

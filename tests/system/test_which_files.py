@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from ckpt_avg import CkptAvgError, average, inspect
+from ckpt_avg.errors import PartError
 
 PAGE = (Path(__file__).parents[2] / "docs" / "which-files.md").read_text()
 Write = Callable[[Path], object]
@@ -462,6 +463,8 @@ def test_a_layout(tmp_path: Path, name: str) -> None:
             call()
         assert layout.refused.replace("{}", str(run)) in str(caught.value)
         assert caught.value.exit_code == layout.exit_code
+        if isinstance(caught.value, PartError) and layout.sources == ("",):
+            assert {file for file, _ in inspect(run).seen} == {path.name for path in run.iterdir()}
         return
     result = call()
     assert [str(path) for path in result.checkpoints] == [str(run / used) for used in layout.used]

@@ -323,12 +323,11 @@ def _remove_leftovers(target: Path) -> None:
     with contextlib.suppress(OSError):  # a folder can be writable and not readable
         names = os.listdir(target.parent)
     for name in filter(pattern.fullmatch, names):
+        path = target.with_name(name)
         with contextlib.suppress(OSError):  # it only costs space
-            descriptor = os.open(
-                target.with_name(name), platform.WRITE_FLAGS
-            )  # NFS locks only what is open for writing
+            descriptor = os.open(path, platform.WRITE_FLAGS)  # NFS locks only what is open for writing
             if platform.lock(descriptor):
-                os.unlink(target.with_name(name))
+                os.unlink(path)
             platform.close(descriptor)
 
 

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from ckpt_avg.errors import ChangedWhileReadingError as ChangedWhileReadingError
     from ckpt_avg.errors import CheckpointFormatError as CheckpointFormatError, CkptAvgError as CkptAvgError
     from ckpt_avg.errors import IncompatibleError as IncompatibleError, NonFiniteError as NonFiniteError
-    from ckpt_avg.errors import NoWeightsError as NoWeightsError, OutputError as OutputError, RankError as RankError
+    from ckpt_avg.errors import NoWeightsError as NoWeightsError, OutputError as OutputError, PartError as PartError
+    from ckpt_avg.errors import RankError as RankError
     from ckpt_avg.errors import RequirementError as RequirementError, ResourceError as ResourceError
     from ckpt_avg.errors import UsageError as UsageError, UserCodeError as UserCodeError
     from ckpt_avg.errors import VerificationError as VerificationError
@@ -70,6 +71,7 @@ _HOMES = {
         "NonFiniteError",
         "NoWeightsError",
         "OutputError",
+        "PartError",
         "RankError",
         "RequirementError",
         "ResourceError",

@@ -94,6 +94,7 @@ def test_every_error_is_public_and_has_its_code() -> None:
         "UsageError": 2,
         "CheckpointFormatError": 3,
         "NoWeightsError": 3,
+        "PartError": 3,
         "ChangedWhileReadingError": 3,
         "IncompatibleError": 4,
         "NonFiniteError": 4,

@@ -14,7 +14,9 @@ from ckpt_avg.formats.trainers.file_names import (
     is_alias,
     is_average,
     names_a_moment,
+    part_of,
     record_from_name,
+    series_of,
     stem,
     trainer_from_name,
 )
@@ -97,6 +99,15 @@ def test_step_and_epoch(name: str, step: int | None, epoch: int | None) -> None:
         ("best-epoch=3-f1=0.9.pt", {"f1": 0.9}),
         ("checkpoint.best_loss_3.2150.pt", {"loss": 3.215}),
         ("checkpoint.best_wer_12.3450.pt", {"wer": 12.345}),
+        ("best_model_5_val_loss=-0.3452.pt", {"val_loss": -0.3452}),
+        ("epoch=1-val_loss=+1.5E-03.ckpt", {"val_loss": 0.0015}),
+        ("epoch12-val_loss0.45.pth", {"val_loss": 0.45}),
+        ("loss12.34.pt", {"loss": 12.34}),
+        ("model_acc1_78.5.pt", {"acc1": 78.5}),
+        ("net_mse_-1e-05.pt", {"net_mse": -1e-05}),
+        ("weights.05-0.34.pt", {"score": 0.34}),
+        ("weights.06--1.2e-05.pt", {"score": -1.2e-05}),
+        ("ema_0.9999_010000.pt", {}),
         ("val_loss=inf.ckpt", {}),
         ("val_loss=1e999.ckpt", {}),
         ("step=3.ckpt", {}),
@@ -106,6 +117,61 @@ def test_step_and_epoch(name: str, step: int | None, epoch: int | None) -> None:
 def test_metrics(name: str, metrics: dict[str, float]) -> None:
     """As Lightning and fairseq write them; what is no finite number is no metric."""
     assert dict(record_from_name(name).metrics) == metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("model_final.rank_1.pth", "model_final.rank_0.pth"),
+        ("pytorch_model_tp_0_pp_1.bin", "pytorch_model_tp_0_pp_0.bin"),
+        ("m_tp0_ep3.pt", "m_tp0_ep2.pt"),
+        ("state_gpu09.pt", "state_gpu10.pt"),
+        ("ckpt-00001-of-00002.pt", "ckpt-00001-of-00002.pt"),
+        ("model_world_size_2_rank_0.pt", "model_world_size_2_rank_0.pt"),
+    ],
+)
+def test_numbers_of_parts_are_no_steps(name: str, other: str) -> None:
+    """Ranks taken for steps would be averaged; the mean of two parts of one model is none of it."""
+    assert other in part_of(name)
+    assert record_from_name(name) == Record()
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("consolidated.00.pth", "consolidated.01.pth"), ("checkpoint_10.th.2", "checkpoint_10.th"),
+     ("checkpoint_10.th", "checkpoint_10.th.1"), ("pytorch_model.bin.1.pt", "pytorch_model.bin.0.pt")],
+)  # fmt: skip
+def test_parts_of_other_names(name: str, other: str) -> None:
+    assert other in part_of(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["step_5.pt", "lowrank_8.pt", "apartment_2.pt", "model_ep_1.pt", "x-00001-of-00001.pt"]
+)
+def test_names_that_tell_no_part(name: str) -> None:
+    assert part_of(name) == [f"{name}.1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "series"),
+    [("fold_3.pt", "fold_3"), ("model_seed42_epoch_1.pt", "seed_42"), ("cv1_run02.pt", "cv_1 run_2"), ("step_3.pt", ""),
+     ("run_00001000.pt", ""), ("unfold_3.pt", ""), ("prune1.pt", "")],
+)  # fmt: skip
+def test_series(name: str, series: str) -> None:
+    """A number of five digits and more is a step, whatever comes before it."""
+    assert series_of(name) == series
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [("checkpoint-500", True), ("step1000-unsharded", True), ("iter_0000100", True), ("epoch=0-val", True),
+     ("m--val_loss=1.5", True), ("CKPT+2024-05-01+10-20-30+00", True), ("out_2", False), ("100", False),
+     ("2_Dense", False), ("version_3", False), ("fold_1", False), ("tp_rank_00_pp_rank_000", False), ("lr=0.1", False),
+     ("batch_32", False), ("steps=1000,lr=0.1", False), ("alpha=0.5", False)],
+)  # fmt: skip
+def test_folders_that_name_a_moment(folder: str, expected: bool) -> None:
+    """Folders of trainings with other settings would be averaged as checkpoints of one."""
+    assert names_a_moment(folder) is expected
 
 
 @given(st.integers(0, 10**17), st.integers(0, 10**6), st.sampled_from(SUFFIXES))

@@ -200,11 +200,10 @@ def test_a_checkpoint_that_was_cut_short_is_left_out_and_named(
 @pytest.mark.parametrize(
     "run", ["bert", "accelerate_fsdp", "lightning_fsdp", "dcp_safetensors_consolidated"], indirect=True
 )
-def test_checkpoint_folders_named_by_hand_are_averaged_in_that_order(run: Run, averaged: Average) -> None:
+def test_checkpoint_folders_named_by_hand_are_in_the_order_of_their_steps(run: Run, averaged: Average) -> None:
     """And not searched for further checkpoints inside."""
-    first, second = run.checkpoints[1].path, run.checkpoints[0].path
-    said = averaged(first, second)
-    assert said["checkpoints"] == [str(first), str(second)]
+    said = averaged(run.checkpoints[1].path, run.checkpoints[0].path)
+    assert said["checkpoints"] == paths(run.checkpoints[:2])
     assert said["skipped"] == []
 
 

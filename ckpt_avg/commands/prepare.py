@@ -16,8 +16,9 @@ from ckpt_avg.distributed.launch import launch_of
 from ckpt_avg.errors import UsageError
 from ckpt_avg.machine import choose_threads, gc_paused
 from ckpt_avg.mean.devices import choose_devices
-from ckpt_avg.mean.equal_tensors import plan_of, refuse_unequal
+from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import Plan
+from ckpt_avg.mean.value_kinds import plan_of
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.select import Selected, open_selected

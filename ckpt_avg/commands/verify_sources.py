@@ -17,10 +17,11 @@ from ckpt_avg.commands.requests import RecordedOptions, VerifyRequest
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, VerificationError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import open_with
-from ckpt_avg.mean.equal_tensors import plan_of, refuse_unequal
+from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import OutputTensor, Plan
 from ckpt_avg.mean.spectral_norm import differing_vectors
 from ckpt_avg.mean.stream import Mean, write_means
+from ckpt_avg.mean.value_kinds import plan_of
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.provenance import (
     recorded_options,

@@ -1,6 +1,7 @@
 """The bytes of the mean.
 
-`plan` gives every output tensor its rule, dtype and offset, and `blocks` cuts the output into blocks. In `stream`,
-workers read a block from every checkpoint (`checkpoint.tensor_reads`), average it and write it. `averager` averages
-one block on one of the `devices`; `arithmetic` has the sums, the division and the rounding.
+`buffers` and `value_kinds` recognise tensors that are no plain weights. `plan` gives every output tensor its rule,
+dtype and offset, and `blocks` cuts the output into blocks. In `stream`, workers read a block from every checkpoint
+(`checkpoint.tensor_reads`), average it and write it. `averager` averages one block on one of the `devices`;
+`arithmetic` has the sums, the division and the rounding. `spectral_norm` computes what belongs to averaged weights.
 """

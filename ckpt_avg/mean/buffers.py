@@ -1,6 +1,6 @@
 """The kinds of tensors that are no plain weights, and what becomes of each: `KINDS`, which docs/how-it-works.md shows.
 
-They are recognised by names, shapes and dtypes. Of masks and a few others `equal_tensors` must read the values.
+They are recognised by names, shapes and dtypes. Of masks and a few others `value_kinds` must read the values.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from ckpt_avg.formats.tensor_dicts import (
     find_tensor_dicts,
     follow,
     hidden_tensor,
+    holds_only_numbers,
     is_tensor_dict,
     joined_parts,
     keys_to_weights,
@@ -42,6 +43,7 @@ from ckpt_avg.text import argument, listing, quote
 
 # Of files without a known layout: keys of any script, and of trainers that keep only their EMA weights there.
 _TRAINERS_KEYS = (layout.ema for trainer in TRAINERS for layout in trainer.layouts)
+_MOST_ITEMS = 1000  # of a list in place of a dict
 _EMA_KEYS = (*EMA_KEYS, *(key for key in _TRAINERS_KEYS if key and key not in (*EMA_KEYS, *RAW_KEYS)))
 
 
@@ -72,6 +74,8 @@ def find_state_dict(root: object, path: Path, reading: Reading) -> StateDict:
     Raises:
         CheckpointFormatError: there is none, or several candidates, or it holds tensors without plain elements.
     """
+    if isinstance(root, (list, tuple)) and not any(isinstance(item, PickledTensor) for item in root):
+        root = {str(index): item for index, item in enumerate(root[:_MOST_ITEMS])}
     for value in (root, *(root.values() if isinstance(root, dict) else ())):
         separate_models(value)
     trainer, layout = recognise(Contents(root)) or (None, None)
@@ -287,11 +291,11 @@ def _refuse_hidden(where: str, item: object, hidden: PickledTensor) -> None:
 
 
 def _is_skipped(name: str, item: object, *, at_top: bool) -> bool:
-    """Whether an entry of a state dict is training state; a tensor only if it can be the state of a generator."""
+    """Whether an entry of a state dict is training state or metrics; a tensor only if it can be a generator's."""
     if isinstance(item, PickledTensor):
         dtype = getattr(item, "dtype", None)
         return at_top and bool(RNG_STATE.fullmatch(name)) and (dtype is None or dtype.name == "U8")
-    return is_training_state(name, item)
+    return is_training_state(name, item) or (at_top and holds_only_numbers(item))
 
 
 def _pickled(described: str) -> str:
@@ -330,4 +334,4 @@ def _contents(root: object) -> str:
         return f"a dict with the keys {listing(quote(key) for key in root)}" if root else "an empty dict"
     if isinstance(root, PickledTensor):
         return "a single tensor without a name"
-    return f"an object of type {type(root).__name__}"
+    return f"an object of type {_class_of(root) or type(root).__name__}"

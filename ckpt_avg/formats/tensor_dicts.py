@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from ckpt_avg.errors import CheckpointFormatError
 from ckpt_avg.formats.pickles.mappings import Attributes
-from ckpt_avg.formats.pickles.nn_modules import is_module
+from ckpt_avg.formats.pickles.nn_modules import is_module, module_tensors
 from ckpt_avg.formats.pickles.stand_ins import Foreign, PickledTensor
 from ckpt_avg.formats.trainers.any_script import is_ema_key, is_training_state
 from ckpt_avg.limits import LIMITS
@@ -30,10 +31,31 @@ def is_tensor_dict(value: object) -> bool:
 def find_tensor_dicts(value: object, seen: set[int] | None = None) -> list[tuple[str, ...]]:
     """Returns the keys that lead to each dict that holds named tensors directly, the nearest to the top first.
 
+    Dicts of numbers, such as metrics, count only if there is nothing else.
+    """
+    found = _search(value, set() if seen is None else seen)
+    return [keys for keys, item in found if not _is_numbers(item)] or [keys for keys, _ in found]
+
+
+def holds_only_numbers(value: object) -> bool:
+    """Whether all tensors in dicts are numbers, and there are some."""
+    found = _search(value, set())
+    return bool(found) and all(_is_numbers(item) for _, item in found)
+
+
+def _is_numbers(value: object) -> bool:
+    tensors = (
+        (item for item in value.values() if isinstance(item, PickledTensor)) if isinstance(value, dict) else [None]
+    )
+    return all(getattr(tensor, "shape", None) == () for tensor in tensors)
+
+
+def _search(value: object, seen: set[int]) -> list[tuple[tuple[str, ...], object]]:
+    """Returns dicts of tensors and modules with the keys that lead to them.
+
     Each dict is looked at once, level by level, under the first key that leads to it; those in ``seen`` not at all.
     """
-    found: list[tuple[str, ...]] = []
-    seen = set() if seen is None else seen
+    found: list[tuple[tuple[str, ...], object]] = []
     level: list[tuple[tuple[str, ...], object]] = [((), value)]
     for _ in range(LIMITS.nesting + 1):
         inner: list[tuple[tuple[str, ...], object]] = []
@@ -41,9 +63,10 @@ def find_tensor_dicts(value: object, seen: set[int] | None = None) -> list[tuple
             if id(item) in seen:
                 continue
             seen.add(id(item))
-            if is_tensor_dict(item) or is_module(item):
-                found.append(keys)  # anything deeper belongs to it
-            elif isinstance(item, dict):
+            has_tensors = is_tensor_dict(item) or is_module(item)
+            if has_tensors:
+                found.append((keys, item))
+            if isinstance(item, dict) and (not has_tensors or _is_numbers(item)):  # else what is inside belongs to it
                 inner += [
                     ((*keys, key), item[key]) for key in keys_to_weights(item) if isinstance(item[key], (dict, Foreign))
                 ]
@@ -56,29 +79,34 @@ def joined_parts(value: object) -> dict[object, object] | None:
 
     None if the value is not such a dict, an EMA is among the parts, or two names would become equal.
     """
-    parts = find_tensor_dicts(value)
-    if len(parts) < 2 or any(is_ema_key(key) for keys in parts for key in keys):
+    parts = _search(value, set())
+    if len(parts) < 2 or is_tensor_dict(value) or any(is_ema_key(key) for keys, _ in parts for key in keys):
         return None
-    to_tensors: dict[int, int] = {}  # the dicts on the ways to tensors, by identity: one may be at several places
-    for keys in parts:
+    to_tensors: dict[int, Any] = {}  # what is on the ways to tensors, by identity: one dict may be at several places
+    for keys, _ in parts:
         item: Any = value
         for key in keys:
             item = item[key]
-            to_tensors[id(item)] = len(item) if isinstance(item, dict) else 0
+            to_tensors[id(item)] = item
+    try:
+        to_tensors.update({key: module_tensors(item) for key, item in to_tensors.items() if isinstance(item, Foreign)})
+    except CheckpointFormatError:
+        return None  # a damaged module
     joined: dict[object, object] = {}
-    most = 10_000 + 4 * sum(to_tensors.values())  # a few dicts that are shared can expand to very many
+    most = 10_000 + 4 * sum(map(len, to_tensors.values()))  # a few dicts that are shared can expand to very many
     waiting: list[tuple[str, Any]] = [("", value)]
-    while waiting and len(joined) + len(waiting) <= most:
-        prefix, item = waiting.pop(0)
+    for prefix, item in waiting:  # it grows meanwhile
+        if len(joined) + len(waiting) > most:
+            return None
         for key, inner in item.items():
             name = f"{prefix}{key}" if isinstance(key, str) else key
-            if isinstance(inner, dict) and id(inner) in to_tensors:
-                waiting.append((f"{name}.", inner))
+            if id(inner) in to_tensors:
+                waiting.append((f"{name}.", to_tensors[id(inner)]))
             elif name in joined:
                 return None
             else:
                 joined[name] = inner
-    return None if waiting else joined
+    return joined
 
 
 def follow(root: object, key: str, default: object = None) -> Any:

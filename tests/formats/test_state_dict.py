@@ -25,6 +25,7 @@ F32 = DTYPES["F32"]
 W = StoredTensor(StorageRef("0", F32, 2), F32, 0, (2,), (1,))
 B = StoredTensor(StorageRef("1", F32, 2), F32, 0, (2,), (1,))
 RNG = StoredTensor(StorageRef("2", DTYPES["U8"], 5056), DTYPES["U8"], 0, (5056,), (1,))
+SCALAR = StoredTensor(StorageRef("3", F32, 1), F32, 0, (), ())
 SPARSE = UnreadableTensor("a sparse tensor", "Save tensor.to_dense()")
 
 
@@ -80,6 +81,13 @@ def refusal(root: object, key: str | None = None, *, kind: type[CheckpointFormat
             ["w"],
         ),
         ({"w": W, "cuda_rng_state": [RNG], "random_states_0": {"torch": RNG}, "gradScaler": {"scale": B}}, None, ["w"]),
+        ({"w": W, "rng": RNG, "metrics": {"loss": SCALAR}}, None, ["w"]),
+        # numbers are not weights, unless there is nothing else
+        ({"encoder": {"w": W}, "log": {"loss": SCALAR}}, "encoder", ["w"]),
+        ({"step": SCALAR, "net": {"w": W}}, "net", ["w"]),
+        ({"x": {"a": SCALAR}}, "x", ["a"]),
+        # items of a list
+        ([{"w": W}, {"state": {0: {"exp_avg": B}}, "param_groups": []}, 3], "0", ["w"]),
         # whole words only
         *(({key: {"w": W}}, key, ["w"]) for key in ("upsampler", "optimus", "rescaler", "randomized_net", "prng_free")),
         ({"upsampler.w": W, "optimus.w": B, "random": W}, None, ["upsampler.w", "optimus.w", "random"]),
@@ -213,6 +221,14 @@ def test_parts_of_a_model_under_a_usual_key_are_one_model(key: str | None) -> No
     assert (found.notes, found.others) == ((note,), ("optimizer",))
 
 
+def test_modules_may_be_parts() -> None:
+    inner = around(state={"_parameters": {"w": W}, "_buffers": {}, "_modules": {}})
+    found = find_state_dict({"model": {"a": inner, "b": {"w": B}, "scale": {"x": SCALAR}}}, PATH, Reading())
+    assert found.tensors == {"a.w": W, "b.w": B, "scale.x": SCALAR}
+    broken = around(state={"_parameters": {3: W}, "_buffers": {}, "_modules": {}})
+    assert "got several: 'model.a', 'model.b'" in refusal({"model": {"a": broken, "b": {"w": B}}})
+
+
 def test_one_part_under_two_keys_has_both_names() -> None:
     shared = {"w": W}
     found = find_state_dict({"model": {"encoder": shared, "decoder": shared, "head": {"b": B}}}, PATH, Reading())
@@ -283,7 +299,6 @@ def test_numbered_ema_modules_keep_their_numbers() -> None:
 
 
 ONLINE, EMA = {"online_model.w": W, "online_model.b": W}, {"ema_model.w": B, "ema_model.b": B}
-SCALAR = StoredTensor(StorageRef("3", F32, 1), F32, 0, (), ())
 MODULE = {"initted": SCALAR, "step": SCALAR}
 
 

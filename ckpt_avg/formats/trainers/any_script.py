@@ -13,7 +13,7 @@ RAW_KEYS = (
 )  # fmt: skip
 EMA_KEYS = (
     "state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict",
-    "ema_model_state_dict", "params_ema", "averaged_model",
+    "ema_model_state_dict", "params_ema", "averaged_model", "swa_model", "swa_state_dict",
 )  # fmt: skip
 # Under keys with these words are no weights but moments of optimizers, states of generators, counters.
 _TRAINING_STATE = re.compile(
@@ -21,7 +21,7 @@ _TRAINING_STATE = re.compile(
     r"(?i:optim(?:s|i[sz]ers?)?|(?:lr|loss|grad)?(?:sched(?:s|ulers?)?|scalers?)|rngs?|random|samplers?|callbacks?|loops"
     r"|averaging_state|train(?:er|ing)?_state|loss(?:es)?|criteri(?:on|a))(?![a-z])|_extra_state$"
 )
-RNG_STATE = re.compile(r"(?:[a-z]+_)?(?:rng|random)_states?(?:_[a-z0-9]+)*", re.IGNORECASE)
+RNG_STATE = re.compile(r"(?:[a-z]+_)?(?:rng|(?:rng|random)_states?)(?:_[a-z0-9]+)*", re.IGNORECASE)
 # Words in names of settings and counts, or of the best value so far, which another checkpoint may have.
 _NO_METRIC = {"epoch", "step", "iter", "version", "time", "seed", "lr", "rate", "size", "num", "n", "best", "decay"}
 

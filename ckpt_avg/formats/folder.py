@@ -53,11 +53,15 @@ def find_weights(path: Path) -> WeightFiles | None:
     Raises:
         CheckpointFormatError: the folder cannot be listed.
     """
+    folder = _list(path)
+    return _known(folder) or (_only_set(folder) if names_a_moment(name_of(path)) else None)
+
+
+def _list(path: Path) -> Folder:
     try:
-        folder = Folder.of(path)
+        return Folder.of(path)
     except OSError as error:
         raise CheckpointFormatError(f"{path}: cannot be listed: {error.strerror}. Check its permissions.") from error
-    return _known(folder) or (_only_set(folder) if names_a_moment(name_of(path)) else None)
 
 
 def _known(folder: Folder) -> WeightFiles | None:
@@ -79,7 +83,7 @@ def _known(folder: Folder) -> WeightFiles | None:
         if not folder.names.isdisjoint(shards_of(folder.path / index)):
             return WeightFiles(folder.path / index, Stored.INDEX, kind=kind)
     ranks = [name for name in folder.names if not folder.names.isdisjoint(part_of(name))]
-    if any((folder.path / name).is_dir() and _sets(Folder.of(folder.path / name), 1) for name in ranks):
+    if ranks and any(inner.path.name in ranks and _sets(inner, 1) for inner in _folders(folder)):
         problem = f"the folder has the parts of one checkpoint: {listing(map(quote, sorted(ranks)))}. {_JOIN}"
         return WeightFiles(folder.path, problem=problem)
     return None
@@ -159,7 +163,7 @@ def revisions_of(path: Path) -> list[str]:
 def _folders(folder: Folder) -> Iterator[Folder]:
     """Yields the folders inside that may have weights."""
     for name in sorted(folder.names):
-        if may_have_weights(name) and (folder.path / name).is_dir():
+        if may_have_weights(name) and os.path.isdir(folder.path / name):
             with suppress(OSError):
                 yield Folder.of(folder.path / name)
 
@@ -199,9 +203,9 @@ def checkpoint_files(folder: Folder) -> set[str]:
     def kind(name: str) -> str:
         return re.sub(r"\d+", "0", name)
 
-    found = {name for name in folder.names if name.lower().endswith(SUFFIXES) and not (folder.path / name).is_dir()}
+    found = {name for name in folder.names if name.lower().endswith(SUFFIXES) and not os.path.isdir(folder.path / name)}
     others = {name for name in folder.names - found if not name.lower().endswith(NO_CHECKPOINTS)}
-    files = {name for name in others if (folder.path / name).is_file()}
+    files = {name for name in others if os.path.isfile(folder.path / name)}
     kinds = {kind(name) for name in files if starts_as_checkpoint(folder.path / name)}
     return found | {name for name in files if kind(name) in kinds}
 
@@ -225,10 +229,11 @@ def open_folder(path: Path, reading: Reading) -> Checkpoint:
     if reading.ema and weights.ema:
         weights, reading = weights.ema, replace(reading, ema=False)
         averaged = f"{RUNNING_AVERAGE}, in {quote(str(weights.path.relative_to(path)))}"
+    others = list(dict.fromkeys((*weights.others, *_beside(path, weights))))
     checkpoint = _open(weights, path, reading)
     spec = replace(checkpoint.spec, averaged=averaged or checkpoint.spec.averaged)
     notes = spec.notes
-    if others := list(dict.fromkeys((*weights.others, *_beside(path, weights)))):
+    if others:
         used, rest = quote(str(weights.path.relative_to(path))), listing(map(quote, others))
         hint = "; with --ema, the running average is" if weights.ema else ""
         notes = (f"the folder has other weights, too: {used} is read, not {rest}{hint}", *notes)
@@ -237,7 +242,7 @@ def open_folder(path: Path, reading: Reading) -> Checkpoint:
 
 def _beside(path: Path, weights: WeightFiles) -> Iterator[str]:
     """Yields the files and folders in a checkpoint folder with weights that are not read."""
-    folder = Folder.of(path)
+    folder = _list(path)
     shards = [shard for index in folder.matching(rf".*{re.escape(SUFFIX)}") for shard in shards_of(path / index)]
     read = {*weights.path.relative_to(path).parts[:1], *shards}
     if weights.stored is Stored.DCP_SAFETENSORS:

@@ -81,10 +81,11 @@ def open_candidates(
             found += (_open(path, reading, stack) for path in source.paths if wanted(path.name))
         except TooManyFilesError as error:
             raise _too_many_files(error, [*given, *found], sum(wanted(path.name) for path in paths)) from error
+        if source.is_run:
+            _advise_to_exclude(found)
         for part in (each.error for each in found if isinstance(each.error, PartError)):
             raise part  # whatever is selected, and before the others look like a series
         if source.is_run:
-            _advise_to_exclude(found)
             kept = _without_others(found, skipped, notes, compare_in_full)
             kept = one_series(kept, skipped, notes, is_chosen=bool(selection.include))
             kept = put_in_order(sorted(kept, key=lambda each: in_order(each.path)), notes)

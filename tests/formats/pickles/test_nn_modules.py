@@ -181,3 +181,12 @@ def test_quantized_modules_are_refused(tmp_path: Path, kind: str, key: str | Non
         warnings.simplefilter("ignore")
         save(quantized.state_dict() if key is None else {key: quantized.state_dict()}, path)
     assert "got a quantized tensor inside a tuple. Average the checkpoints before quantisation." in refusal(path)
+
+
+def test_a_quantized_layer_alone_is_refused(tmp_path: Path) -> None:
+    """It is a module without parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = torch.ao.nn.quantized.dynamic.Linear(2, 2)
+        path = save(layer, tmp_path / "a.pt")
+    assert "got the quantized torch.ao.nn.quantized.dynamic.modules.linear.Linear. Average the" in refusal(path)

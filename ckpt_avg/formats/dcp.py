@@ -19,6 +19,7 @@ from typing import Any
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, Part, TensorSpec
 from ckpt_avg.errors import fail
 from ckpt_avg.files.input_file import FileRange, InputFile
+from ckpt_avg.files.status import input_status
 from ckpt_avg.formats import safetensors_header, torch_zip
 from ckpt_avg.formats.dcp_parts import combine_parts
 from ckpt_avg.formats.dcp_safetensors import saved_offsets
@@ -232,7 +233,8 @@ def _check_present(folder: Path, chosen: Mapping[str, _Distributed], storage: _S
         for starts, _ in tensor.boxes
         if (tensor.name, starts) in storage
     )
-    if missing := [name for name in needed if not safe_sibling(folder, name, str(folder / METADATA)).exists()]:
+    files = {name: safe_sibling(folder, name, str(folder / METADATA)) for name in needed}
+    if missing := [name for name, file in files.items() if not input_status(file)]:
         problem = f"{plural(len(missing), 'file')} of {len(needed)} missing: {listing(map(quote, missing))}"
         fail(folder, problem, "Copy those of every rank")
 

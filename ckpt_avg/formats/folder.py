@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import Checkpoint, name_of
 from ckpt_avg.errors import CheckpointFormatError, NoWeightsError, PartError
+from ckpt_avg.files.status import input_status
 from ckpt_avg.formats.dcp import open_dcp
 from ckpt_avg.formats.dcp_safetensors import open_dcp_safetensors
 from ckpt_avg.formats.reading import Reading
@@ -277,7 +278,7 @@ def refuse_part(path: Path) -> None:
         if other == path.name:
             index = " Name the folder, or the index of the shards." if "-of-" in path.name else ""
             raise PartError(f"{path}: the file is one of the parts of a checkpoint, by its name.{index} {_JOIN}")
-        if path.with_name(other).exists():
+        if input_status(path.with_name(other)):
             raise PartError(
                 f"{path}: the file has a part of a checkpoint, by its name ({quote(other)} is next to it). {_JOIN}"
             )

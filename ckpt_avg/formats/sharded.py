@@ -18,7 +18,7 @@ from typing import Any
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec
 from ckpt_avg.errors import CheckpointFormatError, fail
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.files.status import is_file
+from ckpt_avg.files.status import input_status, is_file
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.single_file import open_file
 from ckpt_avg.formats.tensor_names import TensorTable, settle_names, shared_table
@@ -42,7 +42,7 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
     """
     weight_map, digest = _read_index(index)
     paths = {name: safe_sibling(index.parent, name, str(index)) for name in dict.fromkeys(weight_map.values())}
-    if missing := [name for name, shard in paths.items() if not shard.exists()]:
+    if missing := [name for name, shard in paths.items() if not input_status(shard)]:
         problem = f"{plural(len(missing), 'shard')} of {len(paths)} missing: {listing(map(quote, missing))}"
         fail(index, problem, "Copy them next to the index")
     bare = replace(reading, strip_prefix=None)

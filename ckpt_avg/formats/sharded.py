@@ -21,7 +21,7 @@ from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.files.status import input_status, is_file
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.single_file import open_file
-from ckpt_avg.formats.tensor_names import TensorTable, settle_names, shared_table
+from ckpt_avg.formats.tensor_names import TensorTable, is_text, settle_names, shared_table
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, plural, quote
 
@@ -136,7 +136,8 @@ def safe_sibling(folder: Path, name: object, where: str) -> Path:
         CheckpointFormatError: the name, or the link of that name, leads out of the folder.
     """
     distrust = "Don't trust it"
-    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0:"):
+    is_name = isinstance(name, str) and name not in ("", ".", "..") and is_text(name)
+    if not isinstance(name, str) or not is_name or any(sign in name for sign in "/\\\0:"):
         fail(where, f"expected the name of a file next to it, got {quote(name)}", distrust)
     path = folder / name
     try:

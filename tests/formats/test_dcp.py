@@ -265,7 +265,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
     assert read(folder)["w"].shape == (2, 3)
 
 
-def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
+def test_a_folder_instead_of_a_file(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     (shard,) = folder.glob("*.distcp")
     shard.unlink()
@@ -281,7 +281,7 @@ def test_nothing_stays_open_after_a_refusal(tmp_path: Path) -> None:
     assert before == (len(list(Path("/proc/self/fd").iterdir())) if before else 0)
 
 
-# --- metadata that lies ------------------------------------------------------------------------------------
+# --- wrong metadata ---------------------------------------------------------------------------------------
 
 
 def edit(folder: Path, change: Callable[[Any], object]) -> None:
@@ -330,7 +330,7 @@ def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetad
 ENDLESS = 10**6000  # Python prints no integer as long
 
 LIES: dict[str, tuple[Callable[[Any], object], str]] = {
-    "offset behind the end": (lambda m: setattr(entry(m, "w")[1], "offset", 10**9), "got a file of"),
+    "offset after the end": (lambda m: setattr(entry(m, "w")[1], "offset", 10**9), "got a file of"),
     "negative offset": (lambda m: setattr(entry(m, "w")[1], "offset", -1), "is stored, got something else"),
     "an endless offset": (lambda m: setattr(entry(m, "w")[1], "offset", ENDLESS), "is stored, got something else"),
     "an endless length": (lambda m: setattr(entry(m, "w")[1], "length", ENDLESS), "is stored, got something else"),
@@ -345,7 +345,7 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
         "expected a shape"),
     "a chunk of endless numbers": (
         lambda m: object.__setattr__(m.state_dict_metadata["w"].chunks[0], "sizes", (ENDLESS, 3)), "expected a shape"),
-    "length behind the end": (lambda m: setattr(entry(m, "w")[1], "length", 10**9), "got a file of"),
+    "length past the end": (lambda m: setattr(entry(m, "w")[1], "length", 10**9), "got a file of"),
     "length of nothing": (lambda m: setattr(entry(m, "w")[1], "length", 0), "expected a zip archive, got 0 bytes"),
     "a float as offset": (lambda m: setattr(entry(m, "w")[1], "offset", 0.0), "is stored, got something else"),
     "a number as file": (lambda m: setattr(entry(m, "w")[1], "relative_path", 3), "is stored, got something else"),
@@ -356,7 +356,7 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: setattr(m.state_dict_metadata["w"], "chunks", [chunk((0, 0), (3, 2))]), "expected F32 (3, 2)"),
     "a chunk elsewhere": (
         lambda m: setattr(m.state_dict_metadata["w"], "chunks", [chunk((1, 0), (2, 3))]), "is not stored anywhere"),
-    "a chunk twice its place": (
+    "two chunks that overlap": (
         lambda m: setattr(m.state_dict_metadata["w"], "chunks", [chunk((0, 0), (2, 3)), chunk((0, 1), (2, 2))]),
         "is not stored anywhere"),
     "another dtype": (

@@ -1,4 +1,4 @@
-"""Tensors stored in boxes: any tiling gives back the dense tensor, and nothing else is taken for a tiling."""
+"""Tensors stored in boxes: any tiling gives back the dense tensor, and anything else is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INT = BY_TORCH_NAME["int32"]
 
 
 def cuts(draw: st.DrawFn, start: tuple[int, ...], shape: tuple[int, ...], left: int) -> list[Box]:
-    """Cuts a box in two, again and again, at any place along any dimension: no grid is taken for granted."""
+    """Cuts a box in two, again and again, anywhere along any dimension, so that the boxes need not form a grid."""
     axes = [axis for axis, extent in enumerate(shape) if extent > 1]
     if left == 0 or not axes or not draw(st.booleans()):
         return [(start, shape)]
@@ -34,14 +34,14 @@ def cuts(draw: st.DrawFn, start: tuple[int, ...], shape: tuple[int, ...], left: 
     at = draw(st.integers(1, shape[axis] - 1))
     head, tail = list(shape), list(shape)
     head[axis], tail[axis] = at, shape[axis] - at
-    behind = list(start)
-    behind[axis] += at
-    return cuts(draw, start, tuple(head), left - 1) + cuts(draw, tuple(behind), tuple(tail), left - 1)
+    after = list(start)
+    after[axis] += at
+    return cuts(draw, start, tuple(head), left - 1) + cuts(draw, tuple(after), tuple(tail), left - 1)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor, and the boxes in which it lies in two files."""
+    """A tensor, and its boxes in two files."""
 
     values: torch.Tensor
     boxes: list[Part]
@@ -105,7 +105,7 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 def test_any_range_of_any_tiling_equals_the_dense_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, stored: Stored, data: st.DataObject
 ) -> None:
-    """An element out of the wrong part, or at the wrong place, would be a wrong weight without any error."""
+    """A wrong element would be a wrong weight without any error."""
     monkeypatch.setattr(elements, "_SPAN", window)
     tensor = joined(stored)
     assert (tensor.name, tensor.dtype, tensor.shape) == ("w", INT, tuple(stored.values.shape))
@@ -159,9 +159,7 @@ def covered_once(boxes: list[Box], shape: tuple[int, ...]) -> bool:
 
 @given(data=st.data(), shape=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple))
 @settings(max_examples=150, deadline=None)
-def test_boxes_are_taken_exactly_where_they_cover_each_element_once(
-    data: st.DataObject, shape: tuple[int, ...]
-) -> None:
+def test_boxes_are_accepted_if_they_cover_each_element_once(data: st.DataObject, shape: tuple[int, ...]) -> None:
     """Overlaps and holes, even where the numbers of elements agree, against a count of every element."""
     boxes: list[Box] = []
     for _ in range(data.draw(st.integers(1, 4))):
@@ -217,7 +215,7 @@ def test_one_part_that_is_the_whole_is_no_tensor_of_parts() -> None:
     assert tensor.is_contiguous
 
 
-def test_parts_are_never_contiguous_and_are_tied_by_where_they_lie() -> None:
+def test_parts_are_never_contiguous_and_are_tied_by_their_bytes() -> None:
     stored = lay_out(torch.arange(6, dtype=torch.int32), [((0,), (3,)), ((3,), (3,))])
     tensor = joined(stored)
     assert not tensor.is_contiguous

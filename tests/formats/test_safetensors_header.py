@@ -97,7 +97,7 @@ def test_all_dtypes_side_by_side(tmp_path: Path) -> None:
 @pytest.mark.guarantee("empty-tensors")
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 5), (5, 0, 2), (1, 1, 1, 1), (2, 3, 4), (1,) * LIMITS.rank])
 def test_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """0-d and zero-size tensors lie at valid offsets between others."""
+    """0-d and zero-size tensors are at valid offsets between others."""
     path = tmp_path / "shapes.safetensors"
     save_file({"a": torch.ones(3), "w": torch.ones(shape), "z": torch.ones(2, dtype=torch.uint8)}, path)
     assert_same_as_safetensors(path)
@@ -157,7 +157,7 @@ def test_spaces_around_the_header_are_valid(tmp_path: Path, before: str, after: 
 
 
 def test_the_order_of_the_header_is_kept(tmp_path: Path) -> None:
-    """Names come in the order of the header, even where the data lies in another."""
+    """Names come in the order of the header, even if the data has another."""
     path = write(tmp_path, two("[1,3]", "[0,1]", b"\1\2\3"))
     tensors = spec_of(path).tensors
     assert list(tensors) == ["left", "right"]
@@ -248,7 +248,7 @@ REJECTED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "shape no list": (one(shape="1"), ("tensor 'w'", "expected a shape")),
     "shape null": (one(shape="null"), ("tensor 'w'", "expected a shape")),
     "product over 63 bits": (one(shape=f"[{2**32},{2**32}]"), ("tensor 'w'", "overflows 63 bits", str(2**32))),
-    "size of 2^63 beside a zero": (one(shape=f"[{2**63},0]", offsets="[0,0]", data=b""), ("tensor 'w'", str(2**63))),
+    "size of 2^63 with a zero": (one(shape=f"[{2**63},0]", offsets="[0,0]", data=b""), ("tensor 'w'", str(2**63))),
     "product of bytes over 63 bits": (one('"F64"', f"[{2**60}]"), ("tensor 'w'", "overflows 63 bits")),
     "rank 1000": (one(shape=str([1] * 1000)), ("tensor 'w'", f"at most {LIMITS.rank} sizes")),
     "rank 65": (one(shape=str([1] * 65)), ("tensor 'w'", "at most 64 sizes")),
@@ -332,7 +332,7 @@ REJECTED: dict[str, tuple[bytes, tuple[str, ...]]] = {
 }
 # What safetensors 0.8 takes and this reader does not: the format's text forbids it, or is silent.
 STRICTER = {
-    "size of 2^63 beside a zero",
+    "size of 2^63 with a zero",
     "rank 1000",
     "rank 65",
     "unknown field",

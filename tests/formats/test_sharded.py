@@ -96,7 +96,7 @@ def test_the_suffix_of_a_shard_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_prefixes_of_wrappers_are_stripped_if_all_shards_have_them(tmp_path: Path) -> None:
-    """And not off one shard alone, in which all names happen to carry one."""
+    """Not if all names of one shard alone have them."""
     index = write(tmp_path / "all", {"module.a": torch.ones(1)}, {"module.b": torch.ones(2)})
     with open_checkpoint(index) as checkpoint:
         assert list(checkpoint.spec.tensors) == ["a", "b"]
@@ -108,7 +108,7 @@ def test_prefixes_of_wrappers_are_stripped_if_all_shards_have_them(tmp_path: Pat
 
 
 def test_a_given_prefix_is_stripped_from_all_shards(tmp_path: Path) -> None:
-    """A shard without any name that carries it is no error."""
+    """A shard without any name that has it is no error."""
     index = write(tmp_path, {"model.a": torch.ones(1)}, {"head": torch.ones(2)})
     with open_checkpoint(index, strip_prefix="model.") as checkpoint:
         assert list(checkpoint.spec.tensors) == ["a", "head"]
@@ -211,7 +211,7 @@ BROKEN: dict[str, tuple[object, str]] = {
     "a tensor that its shard lacks": ({"weight_map": WEIGHT_MAP | {"extra.weight": FIRST}}, "lacks 'extra.weight'"),
     "a tensor in the other shard": (
         {"weight_map": WEIGHT_MAP | {"model.embed.weight": SECOND}}, "lacks 'model.embed.weight'"),
-    "a tensor that the index leaves out": (
+    "a tensor that the index does not list": (
         {"weight_map": dict(list(WEIGHT_MAP.items())[:3])}, "contains 'lm_head.weight', which the index does not list"),
     "a .bin shard in a safetensors index": (
         {"weight_map": WEIGHT_MAP | {"lm_head.weight": "pytorch_model.bin"}}, f"{OTHER}'pytorch_model.bin'"),
@@ -241,7 +241,7 @@ BROKEN: dict[str, tuple[object, str]] = {
 @pytest.mark.guarantee("index-damage")
 @pytest.mark.parametrize("change", BROKEN)
 def test_an_index_that_does_not_fit_its_shards_is_refused(shards: tuple[Path, dict[str, Any]], change: str) -> None:
-    """A tensor is silently left out of the average, or a traceback instead of a message."""
+    """Otherwise the average would silently lack a tensor."""
     folder, index = shards
     assert index["weight_map"] == WEIGHT_MAP
     save(tokens(2), folder / "pytorch_model.bin")

@@ -337,7 +337,7 @@ def test_nested_candidates_are_listed() -> None:
     "keys", [("state_dict", "model"), ("net_g", "net_d"), ("encoder", "decoder"), ("generator", "discriminator")]
 )
 def test_several_state_dicts_are_listed_and_each_can_be_chosen(tmp_path: Path, keys: tuple[str, str]) -> None:
-    """One of them taken at random, or both merged, as OpenNMT-py's model and generator are."""
+    """Not one of them at random, and not both as one, as for OpenNMT-py's model and generator."""
     path = save({keys[0]: state(1), keys[1]: state(2), "step": 3}, tmp_path / "two.pt")
     message = formats.reading.refusal(path)
     assert f"got several: '{keys[0]}', '{keys[1]}'" in message

@@ -70,7 +70,7 @@ LIES: dict[str, tuple[bytes, str]] = {
         w(shape=(2**32, 2**32), stride=(0, 0)),
         "tensor 'w': shape (4294967296, 4294967296) overflows 63 bits. Save it again.",
     ),
-    "the same beside a zero": (w(shape=(0, 2**62, 2**62), stride=(1, 1, 1)), "overflows 63 bits"),
+    "the same with a zero": (w(shape=(0, 2**62, 2**62), stride=(1, 1, 1)), "overflows 63 bits"),
     "an expansion bomb": (
         w(shape=(10**6, 10**6), stride=(0, 0)),
         "tensor 'w': expected at most the 8 bytes of its record, got an expanded view of 4,000,000,000,000 bytes. Save "
@@ -146,12 +146,12 @@ LIES: dict[str, tuple[bytes, str]] = {
 @pytest.mark.guarantee("expanded-views", "odd-tensors", "pickled-modules", "storage-bounds", "tensor-keys")
 @pytest.mark.parametrize("case", LIES)
 def test_what_contradicts_itself_or_has_no_elements_is_refused(tmp_path: Path, case: str) -> None:
-    """No view leaves its record, none expands without limit, and no number is too long to be told."""
+    """No view leaves its record, none expands without limit, and no number is too long for a message."""
     content, fact = LIES[case]
     assert fact in refusal(write(tmp_path, content))
 
 
-def test_nothing_beside_the_weights_breaks_the_message(tmp_path: Path) -> None:
+def test_nothing_next_to_the_weights_breaks_the_message(tmp_path: Path) -> None:
     """Numbers too long to print, in keys that are only listed."""
     huge = (number(HUGE), b"K\1")
     for contents in (state((text("w"), tensor()), huge), state((text("model"), weights(tensor())), huge)):
@@ -176,7 +176,7 @@ def test_of_one_name_twice_in_a_dict_the_last_counts(tmp_path: Path) -> None:
     assert torch.load(path)["w"].tolist() == read(path)["w"].tolist() == [2]
 
 
-def test_a_damaged_number_beside_the_weights_does_no_harm(tmp_path: Path) -> None:
+def test_a_damaged_number_next_to_the_weights_does_no_harm(tmp_path: Path) -> None:
     """The epoch as a tensor with a record that is too long: the weights don't depend on it."""
     epoch = tensor(storage(key=text("1"), numel=whole(1)), shape=(1,))
     content = holding(state((text("epoch"), epoch), (text("model"), weights(tensor()))), Member(b"a/data/1", DATA))

@@ -38,7 +38,7 @@ def saved(folder: Path, contents: Any, **options: Any) -> Path:
 
 
 class Block(nn.Module):
-    """Parameters, buffers of both kinds, nothing in places, a tied tensor, modules in modules."""
+    """Parameters, buffers of both kinds, entries that are None, a tied tensor, modules in modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ def test_empty_containers_count_for_many_operations(
 @pytest.mark.slow
 @pytest.mark.guarantee("pickle-bombs")
 def test_millions_of_empty_sets_hit_the_limit(tmp_path: Path) -> None:
-    """At the real limit: a file of 1.6 MB is refused before it has taken half a gigabyte."""
+    """At the real limit: a file of 1.6 MB is refused before it needs half a gigabyte."""
     sets = proto(b"](" + pickle.EMPTY_SET * 1_600_000 + b"e", 4)
     assert OPERATIONS in refusal(write(tmp_path, old(contents=sets)))
 

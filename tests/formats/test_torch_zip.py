@@ -1,4 +1,4 @@
-"""The torch.save reader: gives the tensors that torch.load gives, and refuses archives that lie, saying how."""
+"""The torch.save reader: gives the tensors that torch.load gives, and refuses others with the reason."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_each_pickle_protocol(tmp_path: Path, protocol: int) -> None:
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
 def test_the_common_wrapper_keys(tmp_path: Path, key: str) -> None:
-    """An optimizer beside the weights, which holds tensors of its own, is not taken for them."""
+    """The tensors of an optimizer next to the weights are not weights."""
     net = model()
     optimizer = torch.optim.AdamW(net.parameters())
     net(torch.ones(4, 2, 3, 3)).sum().backward()

@@ -130,7 +130,7 @@ def test_a_submodule_whose_state_is_no_modules_is_refused(
 @pytest.mark.usefixtures("in_time")
 @pytest.mark.parametrize("part", ["_parameters", "_buffers", "_non_persistent_buffers_set"])
 def test_an_empty_module_under_many_names_is_refused(tmp_path: Path, made: Any, part: str) -> None:
-    """Ten thousand names without a tensor, in twenty thousand places, are looked at two hundred million times."""
+    """Ten thousand names without a tensor, in twenty thousand modules, are looked at two hundred million times."""
     nothing: dict[str, None] = dict.fromkeys(map(str, range(10_000)))
     inner = made(**{part: set(nothing) if part.endswith("set") else nothing})
     outer = made(_parameters={"w": torch.ones(1)}, _modules=dict.fromkeys(map(str, range(20_000)), inner))

@@ -139,7 +139,7 @@ def archive(path: Path, stream: bytes) -> Path:
     return path
 
 
-def beside_weights(payload: bytes, version: int = 4) -> bytes:
+def next_to_weights(payload: bytes, version: int = 4) -> bytes:
     """A checkpoint whose state dict does not depend on the payload."""
     weights = b"}" + text("w") + TENSOR + b"s"
     return proto(b"}" + text("evil") + payload + b"s" + text("state_dict") + weights + b"s", version)
@@ -147,7 +147,7 @@ def beside_weights(payload: bytes, version: int = 4) -> bytes:
 
 @pytest.mark.parametrize("name", EVIL)
 def test_what_a_hostile_object_calls_is_not_called_and_the_weights_open(tmp_path: Path, name: str) -> None:
-    with open_checkpoint(archive(tmp_path / "evil.pt", beside_weights(EVIL[name]))) as checkpoint:
+    with open_checkpoint(archive(tmp_path / "evil.pt", next_to_weights(EVIL[name]))) as checkpoint:
         assert checkpoint.spec.state_key == "state_dict"
         (tensor,) = checkpoint.spec.tensors.values()
         assert tensor.shape == (2, 3)
@@ -203,8 +203,8 @@ print(events, sorted(set(sys.modules) - before), file=sys.stderr)
 
 def audit(folder: Path, mode: str) -> tuple[set[str], str]:
     """Opens every evil checkpoint under an audit hook, in a process of its own: the events, and their details."""
-    benign = archive(folder / "benign.pt", beside_weights(b"N"))
-    paths = [archive(folder / f"{number}.pt", beside_weights(payload)) for number, payload in enumerate(EVIL.values())]
+    benign = archive(folder / "benign.pt", next_to_weights(b"N"))
+    paths = [archive(folder / f"{number}.pt", next_to_weights(payload)) for number, payload in enumerate(EVIL.values())]
     done = subprocess.run(
         [sys.executable, "-c", _AUDIT, mode, benign, *paths],
         capture_output=True, text=True, timeout=60, check=True, cwd=folder,
@@ -454,7 +454,7 @@ def test_rebuilding_from_junk(key: tuple[str, str], arguments: bytes) -> None:
     ids=lambda stream: repr(stream[:16]),
 )
 def test_damaged_pickles_are_refused(stream: bytes) -> None:
-    """Truncation, underflow, no STOP, unknown operations and protocols, lengths that lie."""
+    """Truncation, underflow, no STOP, unknown operations and protocols, wrong lengths."""
     try:
         result = read_pickle(stream, "file.pt")
     except CheckpointFormatError as error:
@@ -491,7 +491,7 @@ def test_what_is_said_of_damage(stream: bytes, fact: str) -> None:
 
 @pytest.mark.guarantee("damaged-pickles")
 def test_truncation_of_a_real_pickle_anywhere() -> None:
-    stream = beside_weights(EVIL["OBJ"])
+    stream = next_to_weights(EVIL["OBJ"])
     for end in range(len(stream)):
         refused(stream[:end])
 
@@ -685,14 +685,14 @@ class Keyworded:
 
 
 def test_a_deeply_shared_key_is_never_hashed() -> None:
-    """Hashing it would take 2^60 steps; it stands under a key of its own instead."""
+    """Hashing it would take 2^60 steps; it has a key of its own instead."""
     result = read_pickle(proto(b"}" + b")" + b"2\x86" * 60 + b"Ns"), "x")
     assert list(result.values()) == [None]  # type: ignore[attr-defined]
 
 
 def test_a_deeply_nested_archive_is_refused_not_crashed(tmp_path: Path) -> None:
     for payload in (b"]" * NESTED + b"a" * (NESTED - 1), b")" + b"\x85" * NESTED):
-        with open_checkpoint(archive(tmp_path / "deep.pt", beside_weights(payload))) as checkpoint:
+        with open_checkpoint(archive(tmp_path / "deep.pt", next_to_weights(payload))) as checkpoint:
             assert list(checkpoint.spec.tensors) == ["w"]
 
 
@@ -756,7 +756,7 @@ def test_random_opcodes(stream: bytes) -> None:
     "inner", [pytest.param(False, marks=pytest.mark.slow), True], ids=["archive", "pickle in a sound archive"]
 )
 def test_mutated_archives(tmp_path: Path, inner: bool) -> None:
-    """Every view of a file that opens lies inside it."""
+    """Every view of a file that opens is inside it."""
     path = tmp_path / "mutated.pt"
 
     @_FUZZ

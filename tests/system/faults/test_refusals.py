@@ -230,7 +230,7 @@ def test_a_hostile_pickle_is_averaged_without_its_code_or_refused(
     """Beside the weights it changes nothing; in their place it is refused. Either way nothing of it runs."""
     monkeypatch.chdir(tmp_path)
     evil = unpickler.EVIL[name]
-    path = unpickler.archive(tmp_path / "evil.pt", unpickler.beside_weights(evil))
+    path = unpickler.archive(tmp_path / "evil.pt", unpickler.next_to_weights(evil))
     assert mean(in_process, path, folder=tmp_path)[0]["w"] == VALUES
     if name != "hooks of a tensor":  # that one is a tensor
         inside = proto(b"}" + text("state_dict") + b"}" + text("evil") + evil + b"ss", 4)

@@ -16,9 +16,10 @@ _MOST_VALUES = 1000  # of one entry of a state dict that are searched for tensor
 
 
 def keys_to_weights(value: object) -> list[str]:
-    """Returns the keys of a dict that may lead to weights."""
+    """Returns the keys of a dict whose values are dicts or objects that may lead to weights."""
     items = value.items() if isinstance(value, dict) else ()
-    return [key for key, item in items if isinstance(key, str) and not is_training_state(key, item)]
+    inner = [(key, item) for key, item in items if isinstance(item, (dict, Foreign)) and isinstance(key, str)]
+    return [key for key, item in inner if not is_training_state(key, item)]
 
 
 def is_tensor_dict(value: object) -> bool:
@@ -67,9 +68,7 @@ def _search(value: object, seen: set[int]) -> list[tuple[tuple[str, ...], object
             if has_tensors:
                 found.append((keys, item))
             if isinstance(item, dict) and (not has_tensors or _is_numbers(item)):  # else what is inside belongs to it
-                inner += [
-                    ((*keys, key), item[key]) for key in keys_to_weights(item) if isinstance(item[key], (dict, Foreign))
-                ]
+                inner += [((*keys, key), item[key]) for key in keys_to_weights(item)]
         level = inner
     return found
 

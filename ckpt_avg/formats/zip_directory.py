@@ -24,6 +24,7 @@ _END = struct.Struct("<4s4H2IH")
 _END64_LOCATOR = struct.Struct("<4sIQI")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _BLOCK = 2**20
+_PADDING = 128  # bytes of extra fields that are read with a local header; torch writes fewer
 _MANY16, _MANY32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED, _SIZES_FOLLOW = 0x0001, 0x0008
 
@@ -190,14 +191,17 @@ def _member(file: Readable, entry: _Entry, directory_start: int) -> Member:
         fail(file.path, f"{what} is compressed, which torch.save never does")
     if entry.header + _LOCAL.size > directory_start:
         fail(file.path, f"{what} begins outside the archive")
-    head = file.read(entry.header, min(_LOCAL.size + len(entry.name), directory_start - entry.header))
+    head = file.read(entry.header, min(_LOCAL.size + len(entry.name) + _PADDING, directory_start - entry.header))
     magic, _, flags, method, _, _, crc, packed, size, name_length, extra_length = _LOCAL.unpack_from(head)
     start = entry.header + _LOCAL.size + name_length + extra_length
     if magic != b"PK\x03\x04" or start + entry.size > directory_start:
         fail(file.path, f"{what} is outside the archive")
-    extra = file.read(start - extra_length, extra_length)
+    begin = _LOCAL.size + name_length
+    extra = head[begin : begin + extra_length]
+    if len(extra) < extra_length:
+        extra = file.read(start - extra_length, extra_length)
     sizes_follow = bool(flags & _SIZES_FOLLOW)
-    agrees = name_length == len(entry.name) and head[_LOCAL.size :] == entry.name and _is_divided(extra)
+    agrees = name_length == len(entry.name) and head[_LOCAL.size : begin] == entry.name and _is_divided(extra)
     agrees = agrees and flags == entry.flags and method == entry.method
     if agrees and not (sizes_follow and (crc, packed, size) == (0, 0, 0)):
         agrees = crc == entry.crc and _zip64(file, extra, size, packed) == (entry.size, entry.size)

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ckpt_avg.checkpoint.spec import name_of
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, UsageError
 from ckpt_avg.formats.folder import checkpoint_files, find_weights, has_weights_inside, may_have_weights
 from ckpt_avg.formats.sharded import SUFFIX, shards_of
+from ckpt_avg.formats.trainers import accelerate
 from ckpt_avg.formats.trainers.file_names import (
     EARLIER_AVERAGE,
     TRAINING_STATE,
@@ -83,7 +85,13 @@ def list_folder(folder: Path, include: Iterable[str] = ()) -> SourceContents:
     files, folders, models, skipped = _sort_entries(folder)
     if own is not None:
         used = {own.path.name, *own.others}
-        files = [path for path in files if path.name not in used and not _is_shard(path)]
+        more = re.compile(rf"{re.escape(stem(own.path.name))}_\d+")  # the other models of one checkpoint
+        is_one = own.kind == accelerate.TRAINER.name or names_a_moment(name_of(folder))
+        files = [
+            path
+            for path in files
+            if path.name not in used and not _is_shard(path) and not (is_one and more.fullmatch(stem(path.name)))
+        ]
         # Only checkpoints with numbers next to them show that the folder's own weights are those of a run.
         if not folders and all(record_from_name(path.name) == Record() for path in files):
             return SourceContents((folder,), False)

@@ -123,6 +123,10 @@ LAYOUTS: dict[str, Layout] = {
         ["checkpoint-1", "checkpoint-2"],
         notice="not 'adapter_model.safetensors', 'non_lora_trainables.bin', 'value_head.safetensors'",
     ),
+    "Accelerate with two models": Layout(
+        each((1, 2), {"model.safetensors": W, "model_1.safetensors": W, "random_states_0.pkl": other}, "state_{}"),
+        ["state_1", "state_2"], notice="not 'model_1.safetensors'", sources=("state_1", "state_2"),
+    ),
     "diffusers": Layout(
         each((500, 1000), {"unet/diffusion_pytorch_model.safetensors": W, "optimizer.bin": optimizer}, "checkpoint-{}"),
         ["checkpoint-500", "checkpoint-1000"],

@@ -11,11 +11,13 @@ OUT_OF_RANGE: int
 NOT_MAPPED: int
 NOT_READ: int
 LOST: int
+CHECK_FINITE: int
+CHECK_RANGE: int
 ROW: int
 DTYPES: dict[str, int]
 
 def mean(
-    table: Buffer, memory: Buffer, slot: int, elements: int, dtype: int, output: Buffer, check: bool, /
+    table: Buffer, memory: Buffer, slot: int, elements: int, dtype: int, output: Buffer, check: int, /
 ) -> tuple[int, int, int, float]: ...
 def copy(
     source: Buffer,
@@ -28,4 +30,4 @@ def copy(
     size: int,
     /,
 ) -> None: ...
-def nonfinite(values: Buffer, dtype: int, /) -> tuple[int, int]: ...
+def nonfinite(values: Buffer, dtype: int, width: int, infinities: bool, /) -> tuple[int, int]: ...

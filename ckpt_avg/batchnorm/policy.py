@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from ckpt_avg.batchnorm.options import RefreshOptions
-from ckpt_avg.batchnorm.refresh import BatchNormReport
-from ckpt_avg.batchnorm.refresh_output import PreparedRefresh, prepare_refresh
 from ckpt_avg.checkpoint.spec import Checkpoint, batch_norm_buffer
 from ckpt_avg.errors import UsageError
 from ckpt_avg.mean.equal_tensors import differing
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.text import listing, plural, quote
-from ckpt_avg.user_code.model import Passes
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckpt_avg.batchnorm.refresh import BatchNormReport
+    from ckpt_avg.batchnorm.refresh_output import PreparedRefresh
+    from ckpt_avg.user_code.model import Passes
 
 Statistics = Literal["none", "refreshed", "mean", "frozen", "copied"]
 COUNTS_ROOM = 2 * 15  # bytes by which the metadata may grow once the refresh has counted batches and samples
@@ -75,6 +77,8 @@ def choose_refresh(
 ) -> PreparedRefresh | None:
     """Returns the prepared refresh; None if the model has none of the layers with moving statistics."""
     moving = moving_layers(plan, frozen)
+    from ckpt_avg.batchnorm.refresh_output import prepare_refresh
+
     prepared = prepare_refresh(model, passes, plan)
     names = {name for buffers in prepared.buffers.values() for name in buffers["running_mean"]}
     others = [layer for layer in moving if batch_norm_buffer(layer, "running_mean") not in names]

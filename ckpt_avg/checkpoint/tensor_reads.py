@@ -1,8 +1,8 @@
-"""Elements of stored tensors, in row-major order, as flat torch tensors.
+"""Elements of stored tensors, in row-major order.
 
-If their bytes are consecutive in the file, as they nearly always are, the result is a view of a window of the file and
-nothing is copied. Strided tensors (channels-last, transposed) and tensors that are stored in parts are gathered box by
-box, through windows of limited size.
+If their bytes are consecutive in the file, as they nearly always are, one read gets them. Strided tensors
+(channels-last, transposed) and tensors that are stored in parts are gathered box by box, through windows of limited
+size.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
+from typing import TYPE_CHECKING
 
-import torch
+from ckpt_avg import engine
+from ckpt_avg.checkpoint.spec import Checkpoint, DType, Part, TensorSpec, contiguous_stride
 
-from ckpt_avg.checkpoint.spec import Checkpoint, DType, Part, TensorSpec
-from ckpt_avg.files.input_file import FileMapping
+if TYPE_CHECKING:
+    import torch
 
 _WASTE = 4 * 1024  # bytes of a window that no range needs; as many as the ranges need are allowed, too
 _SPAN = 4 * 1024 * 1024  # bytes of a window through which strided elements are gathered
@@ -31,37 +33,67 @@ def join_ranges(ranges: Sequence[Range]) -> list[Range]:
     groups: list[list[Range]] = []
     following: tuple[int, int, DType] | None = None  # the file, offset and dtype of what may be joined
     for tensor, start, stop in ranges:
-        if tensor.is_contiguous and (tensor.file, _offset(tensor, start), tensor.dtype) == following:
+        if tensor.is_contiguous and (tensor.file, offset_of(tensor, start), tensor.dtype) == following:
             groups[-1].append((tensor, start, stop))
         else:
             groups.append([(tensor, start, stop)])
-        following = (tensor.file, _offset(tensor, stop), tensor.dtype) if tensor.is_contiguous else None
+        following = (tensor.file, offset_of(tensor, stop), tensor.dtype) if tensor.is_contiguous else None
     return [group[0] if len(group) == 1 else _joined(group) for group in groups]
 
 
 def _joined(ranges: Sequence[Range]) -> Range:
     tensor, start, _ = ranges[0]
     numel = sum(stop - start for _, start, stop in ranges)
-    return replace(tensor, shape=(numel,), stride=(1,), offset=_offset(tensor, start)), 0, numel
+    return replace(tensor, shape=(numel,), stride=(1,), offset=offset_of(tensor, start)), 0, numel
 
 
-def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.Tensor]:
-    """Returns the elements of each range: flat, in the dtype of the tensor, read-only.
+def read_into(checkpoint: Checkpoint, ranges: Sequence[Range], target: memoryview) -> None:
+    """Fills ``target``, of bytes, with the elements of all ranges, one range after the other.
 
     Raises:
         ChangedWhileReadingError: the file was truncated meanwhile.
         CheckpointFormatError: the storage cannot be read.
     """
-    found: dict[int, torch.Tensor] = {}
+    targets: list[memoryview] = []
+    filled = 0
+    for tensor, start, stop in ranges:
+        nbytes = (stop - start) * tensor.dtype.itemsize
+        targets.append(target[filled : filled + nbytes])
+        filled += nbytes
     for file, begin, end, inside in _windows(ranges):
-        window = checkpoint.files[file].map(begin, end - begin)
+        if len(inside) == 1:
+            checkpoint.files[file].read_into(targets[inside[0][1]], begin)
+            continue
+        window = memoryview(checkpoint.files[file].read(begin, end - begin))
         for offset, index in inside:
-            tensor, start, stop = ranges[index]
-            found[index] = _view(window, tensor, offset, stop - start)
-    return [
-        found[index] if index in found else _gather(checkpoint, tensor, start, stop)
-        for index, (tensor, start, stop) in enumerate(ranges)
-    ]
+            targets[index][:] = window[offset - begin : offset - begin + len(targets[index])]
+    for (tensor, start, stop), part in zip(ranges, targets, strict=True):
+        if not tensor.is_contiguous:
+            _gather(checkpoint, tensor, start, stop, part)
+
+
+def read_bytes(checkpoint: Checkpoint, ranges: Sequence[Range]) -> memoryview:
+    """Returns the bytes that `read_into` fills a buffer with, and raises what it raises."""
+    contents = memoryview(bytearray(sum((stop - start) * tensor.dtype.itemsize for tensor, start, stop in ranges)))
+    read_into(checkpoint, ranges, contents)
+    return contents
+
+
+def offset_of(tensor: TensorSpec, element: int) -> int:
+    """Returns the first byte of an element of a contiguous tensor."""
+    return tensor.offset + element * tensor.dtype.itemsize
+
+
+def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.Tensor]:
+    """Returns the elements of each range as a flat torch tensor. Raises what `read_into` raises."""
+    import torch
+
+    found: list[torch.Tensor] = []
+    for tensor, start, stop in ranges:
+        contents = read_bytes(checkpoint, [(tensor, start, stop)])
+        dtype = torch_dtype(tensor.dtype)
+        found.append(torch.frombuffer(contents, dtype=dtype) if len(contents) else torch.empty(0, dtype=dtype))
+    return found
 
 
 def prefetch(checkpoint: Checkpoint, ranges: Sequence[Range]) -> None:
@@ -70,23 +102,30 @@ def prefetch(checkpoint: Checkpoint, ranges: Sequence[Range]) -> None:
         checkpoint.files[file].prefetch(begin, end - begin)
 
 
+def stream_bytes(
+    checkpoint: Checkpoint, tensor: TensorSpec, elements: int = 1024 * 1024
+) -> Iterator[tuple[int, memoryview]]:
+    """Yields (index of the first element, bytes of the elements) until the end of a tensor."""
+    for start in range(0, tensor.numel, elements):
+        yield start, read_bytes(checkpoint, [(tensor, start, min(tensor.numel, start + elements))])
+
+
 def stream(
     checkpoint: Checkpoint, tensor: TensorSpec, elements: int = 1024 * 1024
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields (index of the first element, elements) until the end of a tensor."""
-    for start in range(0, tensor.numel, elements):
-        yield start, read_ranges(checkpoint, [(tensor, start, min(tensor.numel, start + elements))])[0]
+    """Yields what `stream_bytes` does, as flat torch tensors."""
+    import torch
+
+    for start, contents in stream_bytes(checkpoint, tensor, elements):
+        yield start, torch.frombuffer(contents, dtype=torch_dtype(tensor.dtype))
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
     """Returns torch's dtype."""
+    import torch
+
     named: torch.dtype = getattr(torch, dtype.torch_name)
     return named
-
-
-def _offset(tensor: TensorSpec, element: int) -> int:
-    """Returns the first byte of an element of a contiguous tensor."""
-    return tensor.offset + element * tensor.dtype.itemsize
 
 
 def _windows(ranges: Sequence[Range]) -> list[tuple[int, int, int, list[tuple[int, int]]]]:
@@ -95,7 +134,7 @@ def _windows(ranges: Sequence[Range]) -> list[tuple[int, int, int, list[tuple[in
     A window is (file, first byte, byte after the last, [(first byte, index), … of the ranges in it]).
     """
     stored = sorted(
-        (tensor.file, _offset(tensor, start), _offset(tensor, stop), index)
+        (tensor.file, offset_of(tensor, start), offset_of(tensor, stop), index)
         for index, (tensor, start, stop) in enumerate(ranges)
         if start < stop and tensor.is_contiguous
     )
@@ -115,46 +154,57 @@ def _windows(ranges: Sequence[Range]) -> list[tuple[int, int, int, list[tuple[in
     return windows
 
 
-def _view(mapping: FileMapping, tensor: TensorSpec, offset: int, count: int) -> torch.Tensor:
-    itemsize = tensor.dtype.itemsize
-    position = mapping.position + offset - mapping.offset
-    if position % itemsize:
-        unaligned = torch.frombuffer(mapping.buffer, dtype=torch.uint8, count=count * itemsize, offset=position)
-        return unaligned.clone().view(torch_dtype(tensor.dtype))
-    return torch.frombuffer(mapping.buffer, dtype=torch_dtype(tensor.dtype), count=count, offset=position)
-
-
 # A box is a range of indices along each dimension: (first, end) pairs.
 _Box = tuple[tuple[int, int], ...]
 
 
-def _gather(checkpoint: Checkpoint, tensor: TensorSpec, start: int, stop: int) -> torch.Tensor:
-    gathered = torch.empty(stop - start, dtype=torch_dtype(tensor.dtype))
-    position = 0
+def _gather(checkpoint: Checkpoint, tensor: TensorSpec, start: int, stop: int, target: memoryview) -> None:
+    position = 0  # in elements of the target
     for box in _boxes(tensor.shape, start, stop):
-        extents = [end - first for first, end in box]
-        target = gathered[position : position + prod(extents)].view(extents)
+        extents = tuple(end - first for first, end in box)
+        steps = contiguous_stride(extents)
         if not tensor.parts:
-            _copy(checkpoint, tensor, box, target)
+            _copy(checkpoint, tensor, box, target, position, steps)
         for part in tensor.parts:
             shared = _shared(box, part)
             if shared is not None:
-                within = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(shared, box, strict=True))
+                first = sum((a - begin) * step for (a, _), (begin, _), step in zip(shared, box, steps, strict=True))
                 own = tuple((a - begin, b - begin) for (a, b), begin in zip(shared, part.starts, strict=True))
-                _copy(checkpoint, part.tensor, own, target[within])
+                _copy(checkpoint, part.tensor, own, target, position + first, steps)
         position += prod(extents)
-    return gathered
 
 
-def _copy(checkpoint: Checkpoint, tensor: TensorSpec, box: _Box, target: torch.Tensor) -> None:
-    """Copies a box of a tensor that is not stored in parts."""
-    file = checkpoint.files[tensor.file]
+def _copy(
+    checkpoint: Checkpoint, tensor: TensorSpec, box: _Box, target: memoryview, position: int, steps: tuple[int, ...]
+) -> None:
+    """Copies a box of a tensor that is not stored in parts to an element of ``target``, with steps of its own."""
     for part in _split(tensor, box):
         begin, end = _span(tensor, part)
-        count = (end - begin) // tensor.dtype.itemsize
-        storage = _view(file.map(begin, end - begin), tensor, begin, count)
-        inside = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(part, box, strict=True))
-        target[inside] = torch.as_strided(storage, [b - a for a, b in part], tensor.stride)
+        window = checkpoint.files[tensor.file].read(begin, end - begin)
+        first = sum((a - start) * step for (a, _), (start, _), step in zip(part, box, steps, strict=True))
+        extents = tuple(b - a for a, b in part)
+        _copy_strided(window, tensor.stride, target, position + first, steps, extents, tensor.dtype.itemsize)
+
+
+def _copy_strided(
+    source: bytes,
+    from_steps: tuple[int, ...],
+    target: memoryview,
+    start: int,
+    to_steps: tuple[int, ...],
+    extents: tuple[int, ...],
+    itemsize: int,
+) -> None:
+    kernel = engine.kernel()
+    if kernel is not None:
+        kernel.copy(source, 0, target, start * itemsize, extents, from_steps, to_steps, itemsize)
+        return
+    import torch
+
+    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
+    elements = torch.frombuffer(bytearray(source), dtype=dtype)  # a copy, because torch warns about bytes
+    into = torch.frombuffer(target, dtype=dtype)
+    into.as_strided(extents, to_steps, start).copy_(elements.as_strided(extents, from_steps))
 
 
 def _shared(box: _Box, part: Part) -> _Box | None:

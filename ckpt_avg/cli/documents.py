@@ -49,7 +49,7 @@ def average_json(result: AverageResult) -> dict[str, Any]:
         MARK: __version__,
         **_attributes(result, ("output", "written", "checkpoints", "skipped", "tensors")),
         "bytes": result.nbytes,
-        **_attributes(result, ("device", "data_digest", "sha256")),
+        **_attributes(result, ("device", "engine", "data_digest", "sha256")),
         "batch_norm": {
             "statistics": result.statistics,
             "layers": sorted(report.statistics) if report else [],

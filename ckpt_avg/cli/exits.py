@@ -17,7 +17,6 @@ import click
 
 from ckpt_avg.distributed.launch import launched_rank
 from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UserCodeError, is_out_of_memory
-from ckpt_avg.files.sigbus import catch_bus_errors
 from ckpt_avg.text import one_line, safe_text, suggestion
 
 # A signal may come between publishing and the last line of output.
@@ -50,7 +49,6 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
     if sys.stderr is None:
         # The caller closed it; tqdm and traceback would print on stdout instead.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the process ends)
-    catch_bus_errors()
     code = _run(command, arguments)
     try:
         if sys.stdout is not None:

@@ -31,13 +31,27 @@ from ckpt_avg.commands.requests import (
     VerifyRequest,
 )
 from ckpt_avg.distributed.launch import launch_of
+from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.text import one_line
 from ckpt_avg.version import __version__
 
 
+def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        click.echo(f"ckpt-avg, version {__version__}, {engine_for('cpu')} engine")
+        context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="ckpt-avg")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the version and the engine, and exit.",
+)
 def cli() -> None:
     """Average the checkpoints of a training run into one safetensors file (Stochastic Weight Averaging).
 

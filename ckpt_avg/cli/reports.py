@@ -30,7 +30,8 @@ def average_text(result: AverageResult, *, verbose: bool = False) -> str:
     lines = [
         f"{'averaged' if _is_done(result) else 'would average'} {plural(len(result.checkpoints), 'checkpoint')}: "
         f"{_names(result.checkpoints)}",
-        f"{plural(result.tensors, 'tensor')}, float64 sums on {result.device}",
+        f"{plural(result.tensors, 'tensor')}, float64 sums on {result.device}"
+        f"{f' by the {result.engine} engine' if verbose else ''}",
         *_outcome(result),
     ]
     if verbose:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.commands.requests import AverageRequest, options_of
@@ -27,7 +26,7 @@ def agree_on_request(ranks: Ranks, request: AverageRequest) -> None:
         option.name: (_name if option.metadata.get("code") else _plain)(getattr(request, option.name))
         for option in compared
     }
-    mine |= {"version of ckpt_avg": __version__, "version of torch": torch.__version__}
+    mine |= {"version of ckpt_avg": __version__, "version of torch": importlib.metadata.version("torch")}
 
     def describe(rank: int, first: dict[str, Any], other: dict[str, Any]) -> str:
         found = listing(f"{name} {other[name]!r}, not {first[name]!r}" for name in mine if other[name] != first[name])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt_avg.batchnorm.policy import COUNTS_ROOM, Statistics, summary
-from ckpt_avg.batchnorm.refresh import BatchNormReport
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.evaluations import Evaluations
 from ckpt_avg.commands.prepare import Prepared
 from ckpt_avg.commands.requests import AverageRequest, RecordedOptions
+from ckpt_avg.engine import engine_for
 from ckpt_avg.machine import gc_paused
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.header import encode_header, encode_tensors
@@ -19,6 +20,9 @@ from ckpt_avg.output.provenance import make_metadata, seal
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.user_code.comparison import Comparison, Evaluation
 from ckpt_avg.user_code.gate import Outcome
+
+if TYPE_CHECKING:
+    from ckpt_avg.batchnorm.refresh import BatchNormReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class AverageResult:
         tensors: how many tensors the output holds.
         nbytes: the output's size in bytes.
         device: where the mean was computed.
+        engine: ``native`` or ``torch``, which computed it.
         statistics: where the BatchNorm statistics come from: ``none`` (no BatchNorm layers), ``refreshed``,
             ``mean`` (of the checkpoints' statistics), ``frozen`` (the same in every checkpoint, kept), or ``copied``
             (from the only checkpoint).
@@ -56,6 +61,7 @@ class AverageResult:
     tensors: int
     nbytes: int
     device: str
+    engine: str
     statistics: Statistics
     batch_norm: BatchNormReport | None
     spectral_norms: tuple[str, ...]
@@ -115,7 +121,8 @@ class Draft:
             skipped=prepared.selected.skipped,
             tensors=len(prepared.plan.tensors),
             nbytes=self.nbytes,
-            device=str(prepared.mean_device),
+            device=prepared.mean_device,
+            engine=engine_for(prepared.mean_device),
             statistics=prepared.statistics,
             batch_norm=report,
             spectral_norms=tuple(layer.weight for layer in prepared.plan.spectral_norms),

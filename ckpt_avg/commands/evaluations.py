@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ckpt_avg.batchnorm.refresh import BatchNormReport
-from ckpt_avg.batchnorm.refresh_output import refresh_output
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import torch_dtype
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.prepare import Prepared
 from ckpt_avg.commands.requests import AverageRequest, MeanRequest
-from ckpt_avg.mean.arithmetic import round_to
 from ckpt_avg.text import distinct_names, plural
 from ckpt_avg.user_code.comparison import Comparison, Evaluation, compare, mean_of
-from ckpt_avg.user_code.evaluate import evaluate_weights, refuse_other_metrics
 from ckpt_avg.user_code.gate import Outcome, needs_all, outcomes, refuse_unknown_metrics
-from ckpt_avg.user_code.model import weights_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckpt_avg.batchnorm.refresh import BatchNormReport
 
 _CHUNK = 2**20  # elements that are rounded at a time
 
@@ -36,6 +35,10 @@ class Meter:
         self, weights: Mapping[str, torch.Tensor], frozen: Collection[str], seed: int = 0
     ) -> tuple[BatchNormReport, dict[str, torch.Tensor]]:
         """Measures the statistics of weights, except the frozen ones; returns the report and the new tensors."""
+        import torch
+
+        from ckpt_avg.batchnorm.refresh_output import refresh_output
+
         prepared, context = self._prepared, self._context
         if prepared.refresh is None:
             raise ValueError("nothing to refresh")
@@ -45,7 +48,7 @@ class Meter:
             weights,
             frozen=frozen,
             options=self._request,
-            device=prepared.model_device,
+            device=torch.device(prepared.model_device),
             progress=context.progress,
             ranks=context.ranks,
             seed=seed,
@@ -78,12 +81,17 @@ class Meter:
         evaluation = Evaluation(name, path, metrics, frozen is not None, samples)
         if self._context.ranks.is_first:
             if self._expected is not None:
+                from ckpt_avg.user_code.evaluate import refuse_other_metrics
+
                 refuse_other_metrics(self._expected, metrics, name)
             self._expected = metrics
         return evaluation
 
     def measure_refreshed(self, checkpoint: Checkpoint, name: str, frozen: Collection[str]) -> Evaluation:
         """Measures what `average` would write of this checkpoint alone, its statistics refreshed."""
+        from ckpt_avg.mean.arithmetic import round_to
+        from ckpt_avg.user_code.model import weights_of
+
         weights = weights_of(checkpoint)
         for tensor in self._prepared.plan.tensors:
             values, dtype = weights[tensor.name], torch_dtype(tensor.dtype)
@@ -107,6 +115,10 @@ class Meter:
             return []
         if prepared.model is None:
             raise ValueError("nothing to measure with")
+        import torch
+
+        from ckpt_avg.user_code.evaluate import evaluate_weights
+
         context.ranks.check(at_once=True)  # the others wait, and take this for a sign of life
         context.progress.evaluating(name)
         return [
@@ -115,7 +127,7 @@ class Meter:
                 prepared.model,
                 weights,
                 name=name,
-                device=prepared.model_device,
+                device=torch.device(prepared.model_device),
                 notice=context.notice,
                 seed=seed,
             )
@@ -153,6 +165,8 @@ class Evaluations(Meter):
         """
         if not self._is_on:
             return
+        from ckpt_avg.user_code.model import weights_of
+
         for checkpoint, name in self._compared:
             if self._refreshes and checkpoint is not self._prepared.last:
                 continue

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from ckpt_avg.batchnorm.policy import Statistics, choose_refresh, frozen_buffers, needs_refresh, source_of_statistics
-from ckpt_avg.batchnorm.refresh_output import PreparedRefresh
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.commands.check import notice_what_is_read
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.requests import MeanRequest
 from ckpt_avg.distributed.launch import launch_of
+from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import UsageError
 from ckpt_avg.machine import choose_threads, gc_paused
-from ckpt_avg.mean.devices import choose_devices
+from ckpt_avg.mean.devices import choose_mean_device, choose_model_device
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.mean.value_kinds import plan_of
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.select import Selected, open_selected
-from ckpt_avg.user_code.model import Passes, build_model, notice_other_names
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckpt_avg.batchnorm.refresh_output import PreparedRefresh
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,8 @@ class Prepared:
     model: torch.nn.Module | None  # if it is needed
     refresh: PreparedRefresh | None  # if statistics are to be measured
     statistics: Statistics
-    mean_device: torch.device
-    model_device: torch.device
+    mean_device: str
+    model_device: str  # if there is a model
     threads: int  # that sum on this rank
 
     @property
@@ -70,7 +73,10 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
             raise UsageError(f"--eval: got a {type(function).__name__}. Name a function of the model.")
     notice = context.notice
     launch = launch_of() if context.ranks.size > 1 else None
-    mean_device, model_device = choose_devices(request.device, launch)
+    mean_device = choose_mean_device(request.device, launch)
+    model_device = mean_device if request.model is None else choose_model_device(request.device, launch)
+    if request.io == "mmap" and engine_for(mean_device) == "torch":
+        notice("--io mmap: only the native engine maps files, and torch is used here, so files are read with pread")
     threads = choose_threads(request.threads, launch.local_size if launch else 1)
     with gc_paused():
         selected = open_selected(discovery, request, request, context.files, notice)
@@ -86,6 +92,8 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     measures = needs_refresh(plan, frozen, bn=request.bn, has_model=has_model, has_data=has_data, notice=notice)
     model, refresh = None, None
     if request.model is not None and (measures or request.functions):
+        from ckpt_avg.user_code.model import Passes, build_model, notice_other_names
+
         tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
         model = build_model(request.model, tensors, stripped=request.strip_prefix)
         notice_other_names(model, tensors, notice)

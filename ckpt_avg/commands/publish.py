@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ckpt_avg.batchnorm.refresh import BatchNormReport
 from ckpt_avg.commands.agreement import agree_on_header
 from ckpt_avg.commands.draft import AverageResult, Draft
 from ckpt_avg.errors import RankError, RequirementError
-from ckpt_avg.mean.spectral_norm import leading_vectors
 from ckpt_avg.mean.stream import Mean, write_means, write_tensors
 from ckpt_avg.output.digests import TreeDigest, digest_stream
 from ckpt_avg.output.header import refuse_unreadable
 from ckpt_avg.output.paths import write_checksum
 from ckpt_avg.output.unpublished_file import UnpublishedFile, unpublished_file
 from ckpt_avg.text import listing, plural
-from ckpt_avg.user_code.model import weights_in
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckpt_avg.batchnorm.refresh import BatchNormReport
 
 
 def publish(draft: Draft) -> AverageResult:
@@ -102,7 +101,11 @@ def _refresh_and_measure(draft: Draft, unpublished: UnpublishedFile, digest: Tre
         digest.invalidate(offset, len(contents))
         unpublished.write(contents, len(draft.header) + offset)
 
-    weights = partial(weights_in, unpublished.readable_path)
+    def weights() -> dict[str, torch.Tensor]:
+        from ckpt_avg.user_code.model import weights_in
+
+        return weights_in(unpublished.readable_path)
+
     if prepared.plan.spectral_norms:
         _write_spectral_vectors(draft, unpublished, weights, overwrite)
     if len(prepared.checkpoints) > 1 or prepared.refresh is None:  # a single checkpoint has been measured as it is
@@ -126,6 +129,8 @@ def _write_spectral_vectors(
     """Computes the vectors of spectral norm on rank 0, before any rank loads the weights."""
     ranks, prepared = draft.context.ranks, draft.prepared
     if ranks.is_first:
+        from ckpt_avg.mean.spectral_norm import leading_vectors
+
         vectors = leading_vectors(prepared.plan, prepared.last, weights(), draft.context.notice, ranks.check)
         write_tensors(vectors, prepared.plan, overwrite)
     if ranks.size > 1:

@@ -17,6 +17,7 @@ from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.evaluations import Meter
 from ckpt_avg.commands.prepare import Prepared, prepare
 from ckpt_avg.commands.requests import SweepRequest, takes
+from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import IncompatibleError, UsageError, UserCodeError
 from ckpt_avg.mean.spectral_norm import leading_vectors
 from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means, write_tensors
@@ -59,6 +60,7 @@ class SweepResult:
         change: how the best differs from the reference.
         refreshed: whether the statistics of each were recomputed.
         passes: how many times the checkpoints were read.
+        engine: ``native`` or ``torch``, which averaged them.
         notices: what the user should know.
     """
 
@@ -73,6 +75,7 @@ class SweepResult:
     change: Change
     refreshed: bool
     passes: int
+    engine: str
     notices: tuple[str, ...]
 
 
@@ -146,6 +149,7 @@ def sweep(request: SweepRequest) -> SweepResult:
             change=next(change for change in changes if change.metric == metric),
             refreshed=prepared.refresh is not None,
             passes=len(groups),
+            engine=engine_for(prepared.mean_device),
             notices=tuple(context.notices),
         )
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec, batch_norm_buffer
 from ckpt_avg.commands.requests import RecordedOptions, VerifyRequest
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, VerificationError
@@ -19,7 +17,6 @@ from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import OutputTensor, Plan
-from ckpt_avg.mean.spectral_norm import differing_vectors
 from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.mean.value_kinds import plan_of
 from ckpt_avg.output.digests import digest_files
@@ -35,7 +32,6 @@ from ckpt_avg.progress import Progress
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery, discover
 from ckpt_avg.text import listing, one_line, plural, quote
-from ckpt_avg.user_code.model import weights_of
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _NAME_THE_SOURCES = "Name the checkpoints that it was made of."
@@ -88,7 +84,7 @@ def compare_with_mean(
                 checkpoints,
                 plan,
                 [Mean(recorded_sum_order(recorded), comparison.compare)],
-                device=torch.device("cpu"),
+                device="cpu",
                 threads=threads,
                 memory=request.memory,
                 allow_nonfinite=options.allow_nonfinite,
@@ -99,6 +95,9 @@ def compare_with_mean(
                 f"{one_line(str(file.path))}: not the mean of these checkpoints: {error}", lines=True
             ) from error
         if plan.spectral_norms:
+            from ckpt_avg.mean.spectral_norm import differing_vectors
+            from ckpt_avg.user_code.model import weights_of
+
             found = Checkpoint(CheckpointSpec(file.path, "safetensors", tensors), (file,))
             others = list(differing_vectors(plan, checkpoints[-1], weights_of(found)))
             if others:

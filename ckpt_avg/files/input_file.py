@@ -3,20 +3,17 @@
 It promises:
 - Opening never blocks on a FIFO or a device, and only regular files are read.
 - No read goes past the end that the file had when it was opened.
-- A file that shrinks while it is mapped gives `ChangedWhileReadingError` instead of SIGBUS: each mapping is faulted in
-  with ``madvise(MADV_POPULATE_READ)``, which returns EFAULT where a plain access would end the process. `sigbus`
-  catches a later truncation in the command; a program that calls this package is ended by it.
-- A mapping is unmapped as soon as nothing refers to it.
+- A file that shrinks gives `ChangedWhileReadingError`, never a shorter result.
+
+Only the native engine maps files, and it catches the SIGBUS of a file that has shrunk; see `can_map`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -33,24 +30,8 @@ from ckpt_avg.text import quote, size
 
 IO = Literal["auto", "mmap", "pread"]
 
-_SMALL = 512 * 1024  # bytes below which copying is cheaper than mapping, faulting in and unmapping
 _RESERVE = 64  # descriptors that inputs leave to the output, mappings and the rest of the process
 _TRUNCATED = "It is truncated or damaged: copy it again"
-
-
-@dataclass(frozen=True, slots=True)
-class FileMapping:
-    """A range of a file in memory, as long as this object or a view of its buffer exists. It must not be written to.
-
-    Attributes:
-        buffer: contains the bytes.
-        position: the index in the buffer at which the range begins.
-        offset: the byte of the file at which the range begins.
-    """
-
-    buffer: mmap.mmap | bytearray
-    position: int
-    offset: int
 
 
 class InputFile:
@@ -75,20 +56,33 @@ class InputFile:
         self.use_io("auto")
 
     def use_io(self, io: IO) -> None:
-        """Chooses how `map` reads the file: `mmap`, `pread`, or `auto` (the default), which depends on the file system.
+        """Chooses how the native engine gets the bytes: `mmap`, `pread`, or `auto` (the default), which maps files that
+        are not on network storage.
+        """
+        self._must_map = io == "mmap"
+        self._can_map: bool | None = None if io == "auto" else io == "mmap" and platform.CAN_MAP
+
+    def can_map(self) -> bool:
+        """Whether the native engine is to map the file, by `descriptor`."""
+        if self._can_map is None:
+            self._can_map = platform.CAN_MAP and not platform.is_remote(self.descriptor())
+        return self._can_map
+
+    def refuse_mapping(self, code: int) -> None:
+        """Reads the file from now on, since the system refused a mapping: some network and FUSE file systems do.
 
         Raises:
-            ResourceError: this system has no mappings that can be faulted in safely.
+            ResourceError: `use_io` was told ``mmap``.
         """
-        if io == "mmap" and not platform.can_map():
-            raise ResourceError("--io mmap: needs a kernel with MADV_POPULATE_READ (Linux 5.14). Use --io auto.")
-        self._must_map = io == "mmap"
-        self._can_map = self._must_map or (io == "auto" and platform.can_map())
-        self._is_known_local = io != "auto"
+        if self._must_map:
+            raise ResourceError(
+                f"{self.path}: --io mmap: the system refused the mapping: {os.strerror(code)}. Use --io auto."
+            )
+        self._can_map = False
 
     def prefetch(self, offset: int, length: int) -> None:
         """Asks the system to load a range into memory in the background."""
-        platform.prefetch(self._descriptor(), offset, length)
+        platform.prefetch(self.descriptor(), offset, length)
 
     def read(self, offset: int, length: int) -> bytes:
         """Returns exactly ``length`` bytes from ``offset``.
@@ -96,23 +90,37 @@ class InputFile:
         Raises:
             CheckpointFormatError: the range is not inside the file, or reading fails.
         """
-        return bytes(self._copy(offset, length))
-
-    def map(self, offset: int, length: int) -> FileMapping:
-        """Returns a range of the file in memory, faulted in, so that using it cannot fail.
-
-        Raises:
-            ChangedWhileReadingError: the file was truncated.
-            CheckpointFormatError: the range is not inside the file, or reading fails.
-        """
         self._check_range(offset, length)
-        if self._can_map and length >= _SMALL and (mapped := self._map(offset, length)) is not None:
-            return mapped
-        return FileMapping(self._copy(offset, length), 0, offset)
+        contents = bytearray(length)
+        self.read_into(memoryview(contents), offset)
+        return bytes(contents)
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fills ``target``, of bytes, from ``offset``. Raises what `read` raises."""
+        self._check_range(offset, len(target))
+        done = 0
+        while done < len(target):
+            try:
+                count = platform.read_into(self.descriptor(), target[done:], offset + done)
+            except OSError as error:
+                raise self.failure(offset + done, error.errno) from error
+            if count == 0:
+                raise self.failure(offset + done)
+            done += count
+
+    def failure(self, offset: int, code: int | None = None) -> CheckpointFormatError:
+        """Returns the error for a read at ``offset`` that failed with an errno, or ended early."""
+        try:
+            if code is None:
+                self.check_unchanged()
+        except ChangedWhileReadingError as error:
+            return error
+        reason = os.strerror(errno.EIO if code is None else code)
+        return CheckpointFormatError(f"{self.path}: reading at byte {offset:,} failed: {reason}. Check the disk.")
 
     def check_unchanged(self) -> None:
         """Raises ChangedWhileReadingError if the size or the modification time of the file has changed."""
-        status = _status(self._descriptor(), self.path)
+        status = _status(self.descriptor(), self.path)
         if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
             raise ChangedWhileReadingError(
                 f"{self.path}: changed while reading: expected {self.size:,} bytes, unmodified, got "
@@ -120,7 +128,7 @@ class InputFile:
             )
 
     def close(self) -> None:
-        """Closes the file. Mappings stay valid as long as they are referenced."""
+        """Closes the file."""
         if self._fd >= 0:
             descriptor, self._fd = self._fd, -1
             with contextlib.suppress(OSError):  # nothing was written, and the descriptor is gone either way
@@ -137,7 +145,8 @@ class InputFile:
     def __repr__(self) -> str:
         return f"InputFile({quote(self.path)}, {size(self.size)})"
 
-    def _descriptor(self) -> int:
+    def descriptor(self) -> int:
+        """Returns the number by which the system knows the open file."""
         if self._fd < 0:
             raise ValueError(f"{self.path} is closed")
         return self._fd
@@ -146,49 +155,6 @@ class InputFile:
         if offset < 0 or length < 0 or offset + length > self.size:
             got = f"got a file of {self.size:,} bytes"
             fail(self.path, f"expected {length:,} bytes at byte {offset:,}, {got}", _TRUNCATED)
-
-    def _copy(self, offset: int, length: int) -> bytearray:
-        self._check_range(offset, length)
-        copy = bytearray(length)
-        target, done = memoryview(copy), 0
-        while done < length:
-            try:
-                count = platform.read_into(self._descriptor(), target[done:], offset + done)
-            except OSError as error:
-                raise CheckpointFormatError(
-                    f"{self.path}: reading at byte {offset + done:,} failed: {error.strerror}. Check the disk."
-                ) from error
-            if count == 0:
-                self.check_unchanged()
-                raise ChangedWhileReadingError(
-                    f"{self.path}: ended at byte {offset + done:,} while reading. Run again once nothing writes to it."
-                )
-            done += count
-        return copy
-
-    def _map(self, offset: int, length: int) -> FileMapping | None:
-        begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-        if not self._is_known_local:
-            self._is_known_local = True
-            if platform.is_remote(self._descriptor()):
-                self._can_map = False
-                return None
-        try:
-            mapped = platform.map_range(self._descriptor(), begin, offset + length - begin)
-        except ValueError:
-            self.check_unchanged()  # Python found that the mapping would go past the end of the file
-            raise
-        except OSError as error:
-            if self._must_map:
-                raise ResourceError(
-                    f"{self.path}: --io mmap: the system refused the mapping: {error.strerror}. Use --io auto."
-                ) from error
-            self._can_map = False  # some network and FUSE file systems refuse mappings: pread serves them
-            return None
-        if code := platform.populate(mapped):
-            self.check_unchanged()
-            fail(self.path, f"reading at byte {offset:,} failed: {os.strerror(code)}", "Check the disk")
-        return FileMapping(mapped, offset - begin, offset)
 
 
 class FileRange:

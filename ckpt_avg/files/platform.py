@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import functools
-import mmap
 import os
 import shutil
 import sys
@@ -14,8 +12,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from ckpt_avg.files.sigbus import watch
 
 # Opening a FIFO or a device must not block.
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -32,14 +28,11 @@ _REMOTE = {
 }
 _POSITION = threading.Lock()  # Windows: a descriptor has one position, which all threads share
 _SYNC_FILE_RANGE_WRITE = 2
-_MADV_POPULATE_READ = 22
-# A mapping needs no descriptor of its own; Python can be told so from 3.13 on.
-_WITHOUT_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+CAN_MAP = sys.platform == "linux"  # files; elsewhere the native engine reads them
 
 _LIBC: Any = None  # on Linux: calls that Python lacks, or makes with the interpreter lock held
 if sys.platform == "linux":
     _LIBC = ctypes.CDLL(None, use_errno=True)
-    _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     _LIBC.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
     _LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
@@ -179,33 +172,6 @@ def raise_open_file_limit() -> int | None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
     return None if soft == resource.RLIM_INFINITY else soft
-
-
-def can_map() -> bool:
-    """Whether files can be mapped safely: on Linux, with MADV_POPULATE_READ (5.14)."""
-    return _LIBC is not None and _can_populate()
-
-
-@functools.cache
-def _can_populate() -> bool:
-    return populate(mmap.mmap(-1, mmap.PAGESIZE)) == 0
-
-
-def map_range(descriptor: int, offset: int, length: int) -> mmap.mmap:
-    """Returns a private mapping; writable only because torch takes no read-only buffer. Don't write to it."""
-    access = mmap.PROT_READ | mmap.PROT_WRITE
-    return mmap.mmap(descriptor, length, flags=mmap.MAP_PRIVATE, prot=access, offset=offset, **_WITHOUT_DESCRIPTOR)
-
-
-def populate(mapped: mmap.mmap) -> int:
-    """Faults all pages of a mapping in. Returns 0, or the errno: EFAULT if the file has shrunk."""
-    # mmap.madvise keeps the interpreter lock while pages come from the disk; a ctypes call does not.
-    first = ctypes.c_char.from_buffer(mapped)
-    watch(mapped, ctypes.addressof(first))
-    while _LIBC.madvise(ctypes.addressof(first), len(mapped), _MADV_POPULATE_READ) != 0:
-        if (code := ctypes.get_errno()) != errno.EINTR:
-            return code
-    return 0
 
 
 def start_writing(descriptor: int, offset: int, length: int) -> None:

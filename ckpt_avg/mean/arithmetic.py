@@ -18,6 +18,19 @@ import torch
 # Returns the values of one input, flat and real, on the device. Valid until the next call.
 Values = Callable[[int], torch.Tensor]
 
+# The NaN that is written, since which one an addition of two NaNs returns depends on the processor.
+_NANS = {
+    torch.float64: 0x7FF8000000000000,
+    torch.float32: 0x7FC00000,
+    torch.bfloat16: 0x7FC0,
+    torch.float16: 0x7E00,
+    torch.float8_e5m2: 0x7F,
+    torch.float8_e4m3fn: 0x7F,
+    torch.float8_e5m2fnuz: 0x80,
+    torch.float8_e4m3fnuz: 0x80,
+}
+_CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 _LOST = 2**29 - 1  # the bits of a float64 that a float32 cannot store
 
 
@@ -152,6 +165,11 @@ def round_to(
     if dtype == torch.bfloat16 and _has_subnormal(odd):
         odd = _round_to_odd_subnormal_float32(values)
     return odd.to(dtype)
+
+
+def write_nans(values: torch.Tensor, rounded: torch.Tensor) -> None:
+    """Gives each NaN of ``values`` the one code in ``rounded`` that NaN has there."""
+    rounded.view(_CODES[rounded.element_size()]).masked_fill_(values.isnan(), _NANS[rounded.dtype])
 
 
 def _round_to_odd_float32(values: torch.Tensor, wide: torch.Tensor, single: torch.Tensor) -> torch.Tensor:

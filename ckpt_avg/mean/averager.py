@@ -9,15 +9,11 @@ import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import stream
-from ckpt_avg.errors import NonFiniteError
-from ckpt_avg.mean.arithmetic import as_real, mean_of_float64, mean_of_narrower, round_to
+from ckpt_avg.mean.arithmetic import as_real, mean_of_float64, mean_of_narrower, round_to, write_nans
 from ckpt_avg.mean.blocks import Block
-from ckpt_avg.mean.devices import Staging
-from ckpt_avg.mean.equal_tensors import differing
-from ckpt_avg.mean.plan import OutputTensor
-from ckpt_avg.text import listing, one_line, quote
-
-LEAST_CHUNK = 1024  # elements
+from ckpt_avg.mean.nonfinite import Constants, out_of_range, refuse_nonfinite
+from ckpt_avg.mean.staging import Staging
+from ckpt_avg.mean.stream import LEAST_CHUNK
 
 
 class Averager:
@@ -38,8 +34,8 @@ class Averager:
         self._device, self._chunk = device, chunk
         self._checkpoints = checkpoints
         self._allow_nonfinite = allow_nonfinite
+        self._constants = Constants(checkpoints)
         self._buffers: _Buffers | None = None
-        self._constants: dict[str, bool] = {}
 
     def average(self, block: Block, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
         """Computes the mean of a block.
@@ -96,27 +92,19 @@ class Averager:
         if not self._allow_nonfinite and not math.isfinite(mean.sum().item()):
             width = mean.numel() // output.numel()  # a complex element is two real ones
             for tensor, begin, end in block.parts(start, start + output.numel()):
-                values_here = mean[begin * width : end * width]
-                if not values_here.isfinite().all() and not self._may_be_infinite(tensor, values_here):
-                    raise NonFiniteError(_describe_nonfinite(self._checkpoints, tensor), lines=True)
+                here = mean[begin * width : end * width]
+                if not here.isfinite().all() and (here.isnan().any() or tensor.name not in self._constants):
+                    refuse_nonfinite(self._checkpoints, tensor, _count_nonfinite)
         rounded = round_to(mean, as_real(output).dtype, (buffers.wide, buffers.single))
         if block.dtype is not block.source_dtype and not self._allow_nonfinite:
             overflowed = rounded.isfinite().logical_not_().logical_and_(mean.isfinite())
             if overflowed.any():
                 first = _first(overflowed)
                 tensor, index = block.locate(start + first)
-                raise NonFiniteError(
-                    f"tensor {quote(tensor.name)}: the mean {mean[first].item():g} at index {index:,} is out of the "
-                    f"range of {tensor.dtype.torch_name}. Choose a wider --dtype."
-                )
+                raise out_of_range(tensor, index, mean[first].item())
+        if self._allow_nonfinite:
+            write_nans(mean, rounded)
         as_real(output).copy_(rounded)
-
-    def _may_be_infinite(self, tensor: OutputTensor, mean: torch.Tensor) -> bool:
-        """Whether a tensor is a constant, such as an attention mask: the same in several checkpoints, without NaN."""
-        if tensor.name not in self._constants:
-            several = len(self._checkpoints) > 1
-            self._constants[tensor.name] = several and not differing(self._checkpoints, [tensor.name])
-        return self._constants[tensor.name] and not mean.isnan().any()
 
 
 class _Buffers:
@@ -135,23 +123,12 @@ def _first(found: torch.Tensor) -> int:
     return int(found.to(torch.uint8).argmax())
 
 
-def _describe_nonfinite(checkpoints: Sequence[Checkpoint], tensor: OutputTensor) -> str:
-    """Returns which checkpoints have NaN or Inf in a tensor, how many and where."""
-    found: list[str] = []
-    for checkpoint in checkpoints:
-        count, first = 0, -1
-        for start, values in stream(checkpoint, checkpoint.spec.tensors[tensor.name]):
-            bad = values.to(torch.complex128 if values.is_complex() else torch.float64).isfinite().logical_not_()
-            if bad.any():
-                first = start + _first(bad) if first < 0 else first
-                count += int(bad.sum())
-        if count:
-            found.append(
-                f"{one_line(str(checkpoint.spec.path))}: {count:,} of {tensor.numel:,} elements, the first at index "
-                f"{first:,}"
-            )
-    return (
-        f"tensor {quote(tensor.name)}: NaN or Inf in these checkpoints:\n  "
-        + listing(found, separator="\n  ")
-        + "\nSkip them with --exclude, or accept NaN and Inf with --allow-nonfinite."
-    )
+def _count_nonfinite(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    """Returns how many elements of a tensor are NaN or Inf, and the index of the first."""
+    count, first = 0, -1
+    for start, values in stream(checkpoint, checkpoint.spec.tensors[name]):
+        bad = values.to(torch.complex128 if values.is_complex() else torch.float64).isfinite().logical_not_()
+        if bad.any():
+            first = start + _first(bad) if first < 0 else first
+            count += int(bad.sum())
+    return count, first

@@ -47,15 +47,17 @@ class Block:
         return self._stored[id(tensors)][1]
 
     def split(self, elements: int) -> list[Block]:
-        """Returns smaller blocks: each has at most ``elements`` elements, or is a part of one tensor."""
+        """Returns smaller blocks of at most ``elements`` elements. Only tensors with more are cut."""
         groups: list[list[OutputRange]] = []
         room = 0
         for tensor, start, stop in self.ranges:
-            if stop - start > room:
-                groups.append([])
-                room = elements
-            groups[-1].append((tensor, start, stop))
-            room -= stop - start
+            for begin in range(start, stop, elements):
+                end = min(stop, begin + elements)
+                if end - begin > room:
+                    groups.append([])
+                    room = elements
+                groups[-1].append((tensor, begin, end))
+                room -= end - begin
         return [Block(group) for group in groups]
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[OutputTensor, int, int]]:
@@ -66,6 +68,10 @@ class Block:
             if max(begin, start) < min(end, stop):
                 yield tensor, max(begin, start) - start, min(end, stop) - start
             begin = end
+
+    def tensors(self) -> list[Block]:
+        """Returns a block for each tensor."""
+        return [Block([each]) for each in self.ranges]
 
     def locate(self, index: int) -> tuple[OutputTensor, int]:
         """Returns the tensor that an element of the block belongs to, and its index in that tensor."""

@@ -1,22 +1,14 @@
-"""The devices of the sums and of the model, and the staging buffers through which chunks reach a CUDA device.
-
-On the CPU a chunk is used without a copy. A CUDA device receives it through page-locked buffers, while the chunk before
-it is being summed.
-"""
+"""The devices of the sums and of the model."""
 
 from __future__ import annotations
-
-import contextlib
-
-import torch
 
 from ckpt_avg.distributed.launch import Launch
 from ckpt_avg.errors import UsageError
 from ckpt_avg.text import plural
 
 
-def choose_devices(name: str, launch: Launch | None = None) -> tuple[torch.device, torch.device]:
-    """Returns the devices that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means: for the sums, and for the model.
+def choose_mean_device(name: str, launch: Launch | None = None) -> str:
+    """Returns the device of the sums that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means.
 
     ``auto`` sums on the CPU: each input byte is used once, so a GPU gains little there. If several ranks share a
     machine, ``cuda`` is a GPU for each of them.
@@ -24,73 +16,24 @@ def choose_devices(name: str, launch: Launch | None = None) -> tuple[torch.devic
     Raises:
         UsageError: there is no such device.
     """
+    return "cpu" if name in ("auto", "cpu") else _cuda_device(name, launch)
+
+
+def choose_model_device(name: str, launch: Launch | None = None) -> str:
+    """Returns the device of the model; ``auto`` is a CUDA device if torch finds one. Raises as `choose_mean_device`."""
+    import torch
+
     if name == "auto":
-        return torch.device("cpu"), _device("cuda" if torch.cuda.is_available() else "cpu", launch)
-    device = _device(name, launch)
-    return device, device
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu" if name == "cpu" else _cuda_device(name, launch)
 
 
-def _device(name: str, launch: Launch | None) -> torch.device:
+def _cuda_device(name: str, launch: Launch | None) -> str:
+    import torch
+
     if name == "cuda" and launch is not None and torch.cuda.is_available():
         name = f"cuda:{launch.local_rank % torch.cuda.device_count()}"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if (torch.device(name).index or 0) >= torch.cuda.device_count():
         found = plural(torch.cuda.device_count(), "CUDA device")
         raise UsageError(f"--device {name}: torch finds {found} on this machine. Use --device cpu.")
-    return device
-
-
-class Staging:
-    """The staging buffers of one worker. Not shared between threads.
-
-    For a CUDA device there are two slots, each a page-locked buffer on the host and a buffer of the same size on the
-    device. A chunk is copied into one slot, on a stream of its own, while the chunk in the other is still in use.
-    Events prevent a buffer from being filled again before its last use is complete.
-
-    Args:
-        device: where chunks are copied to.
-        nbytes: bytes of the largest chunk.
-    """
-
-    def __init__(self, device: torch.device, nbytes: int) -> None:
-        self._turn = 0
-        self._slots: list[_Slot] = []
-        if device.type == "cuda":
-            self._compute, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
-            self._slots = [_Slot(device, nbytes) for _ in range(2)]
-            for stream in (self._compute, self._copies):  # the memory of the buffers may still be in use on it
-                stream.wait_stream(torch.cuda.current_stream(device))
-
-    def context(self) -> contextlib.AbstractContextManager[object]:
-        """Returns a context in which the worker's stream for computation is current; on the CPU it does nothing."""
-        return torch.cuda.stream(self._compute) if self._slots else contextlib.nullcontext()
-
-    def copy_in(self, chunk: torch.Tensor) -> torch.Tensor:
-        """Returns the chunk on the device; on the CPU the chunk itself. Valid until the next call.
-
-        Queue everything that uses it before the next call, on the stream of `context`.
-        """
-        if not self._slots:
-            return chunk
-        self._slots[self._turn].used.record(self._compute)
-        self._turn ^= 1
-        slot = self._slots[self._turn]
-        slot.copied.synchronize()  # the page-locked buffer has been read
-        pinned = slot.pinned[: chunk.nbytes].view(chunk.dtype)
-        on_device = slot.on_device[: chunk.nbytes].view(chunk.dtype)
-        pinned.copy_(chunk)
-        self._copies.wait_event(slot.used)  # the device's buffer has been used
-        with torch.cuda.stream(self._copies):
-            on_device.copy_(pinned, non_blocking=True)
-            slot.copied.record(self._copies)
-        self._compute.wait_event(slot.copied)
-        return on_device
-
-
-class _Slot:
-    """A pair of buffers, and the events after which each can be filled again."""
-
-    def __init__(self, device: torch.device, nbytes: int) -> None:
-        self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self.on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.copied, self.used = torch.cuda.Event(blocking=True), torch.cuda.Event()
+    return name

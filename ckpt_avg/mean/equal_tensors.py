@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import stream
+from ckpt_avg.checkpoint.tensor_reads import stream_bytes
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.mean.buffers import KINDS
 from ckpt_avg.mean.plan import Plan
@@ -62,11 +60,12 @@ def refuse_unequal(checkpoints: Sequence[Checkpoint], plan: Plan) -> None:
 
 
 def _first_difference(first: Checkpoint, other: Checkpoint, name: str) -> int | None:
-    if first.spec.tensors[name].dtype != other.spec.tensors[name].dtype:
+    tensor = first.spec.tensors[name]
+    if tensor.dtype != other.spec.tensors[name].dtype:
         return 0
-    pairs = zip(stream(first, first.spec.tensors[name]), stream(other, other.spec.tensors[name]), strict=True)
+    pairs = zip(stream_bytes(first, tensor), stream_bytes(other, other.spec.tensors[name]), strict=True)
     for (start, expected), (_, found) in pairs:
-        unequal = expected.view(torch.uint8).ne(found.view(torch.uint8))
-        if unequal.any():
-            return start + int(unequal.to(torch.uint8).argmax()) // expected.element_size()
+        if bytes(expected) != bytes(found):
+            index = next(index for index, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+            return start + index // tensor.dtype.itemsize
     return None

@@ -43,6 +43,7 @@
 
 /* Elements that are summed together: few enough that sums and inputs stay in the first-level cache. */
 #define BLOCK 1024
+#define EXACT_BLOCK 256 /* for float64, which needs more buffers */
 
 /* Values at any address: tensors may begin at odd bytes of a file. */
 typedef uint8_t __attribute__((may_alias)) u8;
@@ -148,8 +149,8 @@ INLINE int64_t rounded(double value, struct format format)
 {
     int64_t bits = bits_of(value), magnitude = bits & MAGNITUDE;
     int shift = 52 - format.mantissa;
-    int64_t code = magnitude + ((INT64_C(1) << (shift - 1)) - 1) + ((magnitude >> shift) & 1);
-    code = (code >> shift) - ((int64_t)(1023 - format.bias) << format.mantissa);
+    uint64_t carried = (uint64_t)magnitude + ((UINT64_C(1) << (shift - 1)) - 1) + ((magnitude >> shift) & 1);
+    int64_t code = (int64_t)(carried >> shift) - ((int64_t)(1023 - format.bias) << format.mantissa);
     int64_t least = (int64_t)(1023 + 1 - format.bias) << 52;
     int64_t unit = (int64_t)(1023 + 52 + 1 - format.bias - format.mantissa) << 52;
     int64_t subnormal = bits_of(double_of(magnitude) + double_of(unit)) - unit;
@@ -287,38 +288,169 @@ static void write_nans(const double *mean, char *output, size_t n, int dtype)
 
 /* ---- float64 inputs ---------------------------------------------------------------------------------------------- */
 
-/* Adds an input to sums of float64 values, which round: what each addition loses is summed separately (TwoSum: Knuth,
- * The Art of Computer Programming, vol. 2, section 4.2.2, theorem B). `different` collects the bits in which an input
- * differs from the first. */
-CLONES static void add_exactly(double *restrict sum, double *restrict lost, int64_t *restrict different,
-                               const double *restrict first, const double *restrict input, size_t n)
+/* A float64 sum of float64 inputs rounds at every step, and can overflow. Here the mean is exact and rounded once. The
+ * sum is kept in two numbers, high + low, and so is the quotient; what these lose is bounded. Where the bound leaves two
+ * numbers to round to, the mean is computed with integers (`exact_mean`). */
+
+/* The rounded sum of two numbers; `rest` becomes what rounding has lost, exactly (TwoSum: Knuth, The Art of Computer
+ * Programming, vol. 2, section 4.2.2, theorem B). */
+INLINE double two_sum(double a, double b, double *rest)
+{
+    double sum = a + b, kept = sum - a;
+    *rest = (a - (sum - kept)) + (b - kept);
+    return sum;
+}
+
+/* dividend - quotient * number, exactly, for a quotient that was rounded, and at most 2^26 inputs: of the 53 bits of the
+ * quotient, 26 and 27 are multiplied separately, so that no product rounds. */
+INLINE double remainder_of(double dividend, double quotient, double number)
+{
+    double upper = double_of(bits_of(quotient) & ~INT64_C(0x7FFFFFF));
+    return (dividend - upper * number) - (quotient - upper) * number;
+}
+
+/* Adds an input; `different` collects the bits in which inputs differ from the first. */
+CLONES static void add_exactly(double *restrict high, double *restrict low, double *restrict lost,
+                               int64_t *restrict different, const double *restrict first,
+                               const double *restrict input, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        double after = sum[i] + input[i], kept = after - sum[i];
-        lost[i] += (sum[i] - (after - kept)) + (input[i] - kept);
-        sum[i] = after;
+        double rest;
+        high[i] = two_sum(high[i], input[i], &rest);
+        low[i] = two_sum(low[i], rest, &rest);
+        lost[i] += double_of(bits_of(rest) & MAGNITUDE);
         different[i] |= bits_of(input[i]) ^ bits_of(first[i]);
     }
 }
 
+/* Divides the sums. The mean is quotient + correction: nearest, or cut with the last bit set where anything was lost
+ * (round to odd), which makes a later rounding to a narrower format right. `unsure` is not zero where the bound on what
+ * was lost does not decide, or where a step may have underflowed or overflowed; twice what was lost, and the rounding of
+ * the correction, covers the rounding of the bound itself. */
+CLONES static void divide_exactly(double *restrict high, const double *restrict low, const double *restrict lost,
+                                  int64_t *restrict unsure, double number, int to_odd, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        double rest, more, left;
+        double sum = two_sum(high[i], low[i], &rest);
+        double quotient = sum / number;
+        double little = two_sum(remainder_of(sum, quotient, number), rest, &more);
+        double correction = little / number;
+        double missing = lost[i] + double_of(bits_of(more) & MAGNITUDE);
+        int64_t inexact = (missing != 0) | (remainder_of(little, correction, number) != 0);
+        double size = double_of(bits_of(correction) & MAGNITUDE);
+        double bound = inexact ? missing / number * 2 + size * 0x1p-50 : 0;
+        double mean = two_sum(quotient, correction, &left);
+        int64_t open = quotient + (correction + bound) != quotient + (correction - bound);
+        open |= inexact & (size < 0x1p-960);
+        int64_t bits = bits_of(mean);
+        open |= (bits & MAGNITUDE) >= INFINITE;
+        if (to_odd) {
+            int64_t beyond = (left != 0) & ((bits_of(left) ^ bits) < 0); /* the mean is farther from zero than it is */
+            open |= inexact & (double_of(bits_of(left) & MAGNITUDE) <= bound);
+            bits = (bits - beyond) | inexact | (left != 0);
+        }
+        high[i] = double_of(bits);
+        unsure[i] = open;
+    }
+}
+
+/* A sum of float64 values as an integer, in units of the smallest subnormal one, 2^-1074: 2,098 bits for one value, and
+ * 32 more for up to 2^32 of them. */
+#define DIGITS 68
+
+struct integer {
+    uint32_t digits[DIGITS]; /* the lowest first */
+};
+
+static void add_magnitude(struct integer *sum, double value)
+{
+    uint64_t bits = (uint64_t)(bits_of(value) & MAGNITUDE), fraction = bits & FRACTION, exponent = bits >> 52;
+    uint64_t shift = exponent ? exponent - 1 : 0, carry = 0;
+    fraction |= exponent ? UINT64_C(1) << 52 : 0;
+    uint32_t within = (uint32_t)(shift % 32);
+    uint64_t low = fraction << within, high = within ? fraction >> (64 - within) : 0; /* 53 + 31 bits */
+    uint32_t parts[3] = {(uint32_t)low, (uint32_t)(low >> 32), (uint32_t)high};
+    for (size_t i = shift / 32, k = 0; i < DIGITS && (k < 3 || carry); i++, k++) {
+        carry += (uint64_t)sum->digits[i] + (k < 3 ? parts[k] : 0);
+        sum->digits[i] = (uint32_t)carry;
+        carry >>= 32;
+    }
+}
+
+/* larger - smaller, in place */
+static void subtract(struct integer *larger, const struct integer *smaller)
+{
+    int64_t borrow = 0;
+    for (size_t i = 0; i < DIGITS; i++) {
+        borrow += (int64_t)larger->digits[i] - (int64_t)smaller->digits[i];
+        larger->digits[i] = (uint32_t)borrow;
+        borrow >>= 32; /* 0 or -1: every compiler shifts in copies of the sign */
+    }
+}
+
+static int is_smaller(const struct integer *a, const struct integer *b)
+{
+    for (size_t i = DIGITS; i-- > 0;)
+        if (a->digits[i] != b->digits[i])
+            return a->digits[i] < b->digits[i];
+    return 0;
+}
+
+INLINE uint64_t bit_of(const struct integer *value, int64_t bit)
+{
+    return bit < 0 ? 0 : value->digits[bit / 32] >> bit % 32 & 1;
+}
+
+/* The float64 nearest to sum / number, or cut to odd. A float64's bits, as an integer, are those of its significand plus
+ * 2^52 times the shift that makes it a multiple of the unit. */
+static double quotient_of(struct integer *sum, uint32_t number, int to_odd)
+{
+    uint64_t rest = 0;
+    int64_t top = -1; /* the highest bit of the quotient */
+    for (size_t i = DIGITS; i-- > 0;) {
+        uint64_t dividend = rest << 32 | sum->digits[i];
+        sum->digits[i] = (uint32_t)(dividend / number);
+        rest = dividend % number;
+        for (int bit = 31; top < 0 && bit >= 0; bit--)
+            if (sum->digits[i] >> bit & 1)
+                top = (int64_t)i * 32 + bit;
+    }
+    int64_t shift = top > 52 ? top - 52 : 0;
+    uint64_t bits = 0;
+    for (int64_t bit = shift + 52; bit >= shift; bit--)
+        bits = bits << 1 | bit_of(sum, bit);
+    bits += (uint64_t)shift << 52;
+    int is_half = shift ? bit_of(sum, shift - 1) != 0 : 2 * rest >= number;
+    int is_more = shift ? rest != 0 : 2 * rest != number && rest != 0; /* than the half, or than nothing */
+    for (int64_t bit = shift - 2; bit >= 0 && !is_more; bit--)
+        is_more = bit_of(sum, bit) != 0;
+    if (to_odd)
+        bits |= is_half || is_more;
+    else
+        bits += is_half && (is_more || (bits & 1));
+    return double_of((int64_t)bits);
+}
+
 /* ---- the inputs of one call -------------------------------------------------------------------------------------- */
 
-enum { MEMORY, MAP, READ }; /* where an input is: in its slot of the caller's memory, or in a file to map, or to read */
+enum { MEMORY, MAP, READ }; /* where an input is: in a slot of the caller's memory, or in a file to map, or to read */
 
 /* A row of the caller's table. */
 struct input {
-    int64_t where, descriptor, offset, dtype;
+    int64_t where, descriptor, offset, dtype, position; /* position: of its slot, if it is not mapped */
     int64_t address;           /* of the window's first element; set here, like what follows */
     int64_t mapping, nmapping; /* the mapped pages of the window; none if nmapping is 0 */
 };
 
+enum { CHECK_FINITE = 1, CHECK_RANGE = 2 };
 enum { DONE, NOT_FINITE, OUT_OF_RANGE, NOT_MAPPED, NOT_READ, LOST };
 
 struct job {
     struct input *inputs;
     int64_t number, elements, slot;
     char *memory, *output;
-    int dtype, check;
+    int dtype, check; /* check: CHECK_FINITE, CHECK_RANGE or both; NaN and Inf are accepted otherwise */
     int what; /* the result: one of the above, */
     int64_t index, code; /* the element or the input, and errno, */
     double value; /* and the mean that is out of range */
@@ -410,7 +542,7 @@ static void close_windows(struct job *job)
 static int read_window(struct job *job, int64_t i, int64_t offset, int64_t length)
 {
     struct input *input = &job->inputs[i];
-    char *slot = job->memory + i * job->slot;
+    char *slot = job->memory + input->position;
     input->address = (intptr_t)slot;
     for (int64_t done = 0; done < length;) {
         ssize_t count = pread((int)input->descriptor, slot + done, (size_t)(length - done), offset + done);
@@ -444,7 +576,7 @@ static int open_windows(struct job *job, int64_t first, int64_t n)
         struct input *input = &job->inputs[i];
         int64_t size = sizes[input->dtype];
         if (input->where == MEMORY)
-            input->address = (intptr_t)(job->memory + i * job->slot + first * size);
+            input->address = (intptr_t)(job->memory + input->position + first * size);
         else if ((input->where == MAP ? map_window : read_window)(job, i, input->offset + first * size, n * size) != 0)
             return -1;
     }
@@ -490,51 +622,63 @@ static void load(const struct input *input, size_t first, size_t n, double *wide
     (input->dtype == F64 ? add_f64 : add_f32)(wide, values, n);
 }
 
-/* The means of float64 inputs: compensated, equal elements copied, and sums that overflow computed again from inputs
- * scaled by a power of two. Returns whether any mean is NaN or infinite. */
+/* The exact mean of one element. */
+static double exact_mean(const struct job *job, size_t element, int to_odd)
+{
+    struct integer positive = {{0}}, negative = {{0}};
+    double sum = -0.0;
+    int is_finite = 1;
+    for (int64_t k = 0; k < job->number; k++) {
+        double value;
+        load(&job->inputs[k], element, 1, &value);
+        sum += value;
+        is_finite &= (bits_of(value) & MAGNITUDE) < INFINITE;
+        if (is_finite)
+            add_magnitude(bits_of(value) < 0 ? &negative : &positive, value);
+    }
+    if (!is_finite)
+        return sum / (double)job->number;
+    int is_negative = is_smaller(&positive, &negative);
+    struct integer *larger = is_negative ? &negative : &positive;
+    subtract(larger, is_negative ? &positive : &negative);
+    double mean = quotient_of(larger, (uint32_t)job->number, to_odd);
+    return is_negative ? -mean : mean;
+}
+
+/* The means of float64 inputs; elements that are equal in all are copied. Returns whether any is NaN or infinite. */
 static int mean_of_float64(const struct job *job, size_t first, size_t n, double *mean)
 {
-    double start[BLOCK], input[BLOCK], lost[BLOCK];
-    int64_t different[BLOCK];
-    double number = (double)job->number, scale = 1;
-    while (scale * number > 1)
-        scale /= 2;
+    double start[EXACT_BLOCK], input[EXACT_BLOCK], low[EXACT_BLOCK], lost[EXACT_BLOCK];
+    int64_t different[EXACT_BLOCK], unsure[EXACT_BLOCK];
+    int to_odd = job->dtype != F64, found = 0;
     load(&job->inputs[0], first, n, start);
     memcpy(mean, start, n * sizeof *mean);
+    memset(low, 0, n * sizeof *low);
     memset(lost, 0, n * sizeof *lost);
     memset(different, 0, n * sizeof *different);
     for (int64_t k = 1; k < job->number; k++) {
         load(&job->inputs[k], first, n, input);
-        add_exactly(mean, lost, different, start, input, n);
+        add_exactly(mean, low, lost, different, start, input, n);
     }
-    int found = 0;
+    divide_exactly(mean, low, lost, unsure, (double)job->number, to_odd, n);
     for (size_t i = 0; i < n; i++) {
-        mean[i] += lost[i];
-        if (different[i] == 0) {
+        if (different[i] == 0)
             mean[i] = start[i];
-        } else if ((bits_of(mean[i]) & MAGNITUDE) >= INFINITE) {
-            double sum = -0.0;
-            for (int64_t k = 0; k < job->number; k++) {
-                double value;
-                load(&job->inputs[k], first + i, 1, &value);
-                sum += value * scale;
-            }
-            mean[i] = sum / number / scale;
-        } else {
-            mean[i] /= number;
-        }
+        else if (unsure[i])
+            mean[i] = exact_mean(job, first + i, to_odd);
         found |= (bits_of(mean[i]) & MAGNITUDE) >= INFINITE;
     }
     return found;
 }
 
-/* Ends the call with the first mean that is NaN or infinite, in float64 or once it is rounded. */
+/* Ends the call with the first mean that is NaN or infinite: in float64, or only once it is rounded. */
 static void locate(struct job *job, int what, const double *mean, int64_t begin, size_t n)
 {
     char code[8];
     for (size_t i = 0; i < n && job->what == DONE; i++) {
+        int is_finite = (bits_of(mean[i]) & MAGNITUDE) < INFINITE;
         job->value = mean[i];
-        if ((bits_of(mean[i]) & MAGNITUDE) >= INFINITE || round_to[job->dtype](&mean[i], code, 1))
+        if (what == NOT_FINITE ? !is_finite : is_finite && round_to[job->dtype](&mean[i], code, 1))
             fail(job, what, begin + (int64_t)i, 0);
     }
 }
@@ -543,25 +687,27 @@ static void locate(struct job *job, int what, const double *mean, int64_t begin,
 static void mean_of_windows(struct job *job, int64_t begin, int64_t n)
 {
     double mean[BLOCK];
-    int compensated = 0;
+    int has_float64 = 0;
     for (int64_t i = 0; i < job->number; i++)
-        compensated |= job->inputs[i].dtype == F64;
+        has_float64 |= job->inputs[i].dtype == F64;
     for (int64_t first = 0; first < n && job->what == DONE; first += BLOCK) {
         size_t count = (size_t)(n - first < BLOCK ? n - first : BLOCK);
-        int found;
-        if (compensated) {
-            found = mean_of_float64(job, (size_t)first, count, mean);
+        int found = 0;
+        if (has_float64) {
+            for (size_t i = 0; i < count; i += EXACT_BLOCK)
+                found |= mean_of_float64(job, (size_t)first + i, count - i < EXACT_BLOCK ? count - i : EXACT_BLOCK,
+                                         mean + i);
         } else {
             sum_narrower(job, (size_t)first, count, mean);
             found = divide(mean, (double)job->number, count);
         }
         char *output = job->output + (begin + first) * sizes[job->dtype];
         int is_out = round_to[job->dtype](mean, output, count);
-        if (found && job->check)
-            locate(job, NOT_FINITE, mean, begin + first, count);
-        else if (found)
+        if (found)
             write_nans(mean, output, count, job->dtype);
-        else if (is_out && job->check)
+        if (found && (job->check & CHECK_FINITE))
+            locate(job, NOT_FINITE, mean, begin + first, count);
+        else if (is_out && (job->check & CHECK_RANGE))
             locate(job, OUT_OF_RANGE, mean, begin + first, count);
     }
 }
@@ -639,8 +785,8 @@ static int is_inside(int64_t position, int64_t count, int64_t size, int64_t leng
 
 static int check_mean(const struct job *job, const Py_buffer *table, const Py_buffer *memory, const Py_buffer *output)
 {
-    if (job->number < 1 || table->len % (int64_t)sizeof(struct input) || (uintptr_t)table->buf % 8)
-        return refuse("the table has no inputs, or parts of them");
+    if (job->number < 1 || job->number > 1 << 26 || table->len % (int64_t)sizeof(struct input) || (uintptr_t)table->buf % 8)
+        return refuse("the table has no inputs, too many, or parts of them");
     if (job->dtype < 0 || job->dtype >= DTYPES)
         return refuse("no such output dtype");
     if (!is_inside(0, job->elements, sizes[job->dtype], output->len))
@@ -654,7 +800,7 @@ static int check_mean(const struct job *job, const Py_buffer *table, const Py_bu
             return refuse("no such input dtype");
         if (input->where < MEMORY || input->where > READ || !is_inside(input->offset, job->elements, 8, INT64_MAX))
             return refuse("no such place");
-        if (input->where != MAP && job->number > memory->len / job->slot)
+        if (input->where != MAP && !is_inside(input->position, job->slot, 1, memory->len))
             return refuse("the memory is too small");
         if (input->where == MEMORY && !is_inside(0, job->elements, sizes[input->dtype], job->slot))
             return refuse("an input is larger than its slot");
@@ -671,7 +817,7 @@ static PyObject *py_mean(PyObject *module, PyObject *arguments)
     Py_buffer table, memory, output;
     Py_ssize_t slot, elements;
     struct job job = {0};
-    if (!PyArg_ParseTuple(arguments, "w*w*nniw*p", &table, &memory, &slot, &elements, &job.dtype, &output, &job.check))
+    if (!PyArg_ParseTuple(arguments, "w*w*nniw*i", &table, &memory, &slot, &elements, &job.dtype, &output, &job.check))
         return NULL;
     job.inputs = table.buf;
     job.number = table.len / (Py_ssize_t)sizeof(struct input);
@@ -782,22 +928,23 @@ static PyObject *py_copy(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(nonfinite_text, "nonfinite(values, dtype) -> (count, first)\n\n"
-                             "Counts NaN and Inf; first is the index of the first of them, -1 if there is none.");
+PyDoc_STRVAR(nonfinite_text, "nonfinite(values, dtype, width, infinities) -> (count, first)\n\n"
+                             "Counts the elements, of `width` values each, with NaN, or with NaN or Inf; first is "
+                             "the index of the first of them, -1 if there is none.");
 
 static PyObject *py_nonfinite(PyObject *module, PyObject *arguments)
 {
     (void)module;
     Py_buffer values;
-    int dtype;
-    if (!PyArg_ParseTuple(arguments, "y*i", &values, &dtype))
+    int dtype, width, infinities;
+    if (!PyArg_ParseTuple(arguments, "y*iip", &values, &dtype, &width, &infinities))
         return NULL;
-    if (dtype < 0 || dtype >= DTYPES) {
+    if (dtype < 0 || dtype >= DTYPES || width < 1) {
         PyBuffer_Release(&values);
-        refuse("no such dtype");
+        refuse("no such dtype or width");
         return NULL;
     }
-    int64_t found = 0, first = -1, number = values.len / sizes[dtype];
+    int64_t found = 0, last = -1, first = -1, number = values.len / sizes[dtype];
     struct input input = {.address = (intptr_t)values.buf, .dtype = dtype};
     Py_BEGIN_ALLOW_THREADS
     for (int64_t begin = 0; begin < number; begin += BLOCK) {
@@ -805,8 +952,11 @@ static PyObject *py_nonfinite(PyObject *module, PyObject *arguments)
         int64_t n = number - begin < BLOCK ? number - begin : BLOCK;
         load(&input, (size_t)begin, (size_t)n, wide);
         for (int64_t i = 0; i < n; i++) {
-            if ((bits_of(wide[i]) & MAGNITUDE) >= INFINITE) {
-                first = first < 0 ? begin + i : first;
+            int64_t element = (begin + i) / width;
+            int64_t magnitude = bits_of(wide[i]) & MAGNITUDE;
+            if (element != last && (magnitude > INFINITE || (infinities && magnitude == INFINITE))) {
+                first = found == 0 ? element : first;
+                last = element;
                 found++;
             }
         }
@@ -824,7 +974,8 @@ static int add_constants(PyObject *module)
     } constants[] = {
         {"MEMORY", MEMORY},         {"MAP", MAP},         {"READ", READ},           {"DONE", DONE},
         {"NOT_FINITE", NOT_FINITE}, {"LOST", LOST},       {"OUT_OF_RANGE", OUT_OF_RANGE},
-        {"NOT_MAPPED", NOT_MAPPED}, {"NOT_READ", NOT_READ}, {"ROW", (int)sizeof(struct input)},
+        {"NOT_MAPPED", NOT_MAPPED}, {"NOT_READ", NOT_READ}, {"CHECK_FINITE", CHECK_FINITE},
+        {"CHECK_RANGE", CHECK_RANGE}, {"ROW", (int)sizeof(struct input)},
     };
     for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
         if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) != 0)

@@ -1,31 +1,37 @@
 """Streams the mean: worker threads read blocks from every checkpoint, average them and write them.
 
-Each element is computed alone, so the bytes do not depend on blocks, threads or the device. Working memory has a fixed
-size: a worker maps, of each checkpoint, only the bytes of its block.
+Each element is computed alone, so the bytes do not depend on blocks, threads, the engine or the device. Working memory
+has a fixed size: a worker has, of each checkpoint, only the bytes of its block or of a window of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import prefetch, read_ranges, torch_dtype
+from ckpt_avg.checkpoint.tensor_reads import prefetch, read_into, torch_dtype
+from ckpt_avg.engine import engine_for
 from ckpt_avg.machine import gc_paused, run_workers
-from ckpt_avg.mean.averager import LEAST_CHUNK, Averager
 from ckpt_avg.mean.blocks import Block, cut_into_blocks
 from ckpt_avg.mean.plan import Plan
 
-# Elements summed at a time: few enough that the float64 sum and the widened input, 2 MiB together, stay in the cache of
-# a core, and enough to outweigh the calls.
+if TYPE_CHECKING:
+    import torch
+
+LEAST_CHUNK = 1024  # elements
+# Elements that torch sums at a time: few enough that the float64 sum and the widened input, 2 MiB together, stay in the
+# cache of a core, and enough to outweigh the calls.
 _CHUNK = 128 * 1024
 _CUDA_CHUNK = 1024 * 1024  # enough to outweigh the launch of a kernel
 _MOST_ELEMENTS = 8 * 1024 * 1024  # larger blocks are no faster
 _LEAST_BLOCKS = 2  # for each worker, so that all finish at about the same time
+_MOST_OUTPUT = 4 * 1024 * 1024  # bytes of a block of the native engine: enough to outweigh what Python does for each
+_MOST_WINDOW = 1024 * 1024  # bytes of one of its inputs; larger ones are no faster
 
 Write = Callable[[memoryview, int], None]
 
@@ -43,12 +49,25 @@ class Mean:
     write: Write
 
 
+class Engine(Protocol):
+    """What reads and averages blocks; each worker has its own."""
+
+    def fit(self, block: Block, indices: Sequence[int]) -> list[Block]:
+        """Returns the block, or smaller ones to compute instead."""
+
+    def read(self, block: Block, indices: Sequence[int]) -> None:
+        """Gets the elements of a block in the checkpoints of these indices."""
+
+    def average(self, block: Block, indices: Sequence[int], output: memoryview) -> None:
+        """Writes the mean of checkpoints for which `read` was called."""
+
+
 def write_means(
     checkpoints: Sequence[Checkpoint],
     plan: Plan,
     means: Sequence[Mean],
     *,
-    device: torch.device,
+    device: str,
     threads: int,
     memory: int,
     allow_nonfinite: bool = False,
@@ -73,13 +92,22 @@ def write_means(
         ChangedWhileReadingError: an input was truncated or overwritten meanwhile.
     """
     within = range(plan.nbytes) if within is None else within
-    chunk, elements = _sizes(memory, threads, plan, within, len(checkpoints), device)
+    is_native = engine_for(device) == "native"
+    sizes = _native_sizes if is_native else _torch_sizes
+    window, elements = sizes(memory, threads, plan, within, len(checkpoints), device)
     lock = threading.Lock()
 
     def work(blocks: Iterator[list[Block]]) -> None:
-        torch.set_num_threads(1)  # of this thread alone; the workers are the parallelism
-        averager = Averager(device, chunk, checkpoints, allow_nonfinite=allow_nonfinite)
-        worker = _Worker(checkpoints, means, averager, chunk, elements)
+        if is_native:
+            from ckpt_avg.mean.native import NativeEngine
+
+            shared = len(means) > 1
+            engine: Engine = NativeEngine(checkpoints, window, shared=shared, allow_nonfinite=allow_nonfinite)
+        else:
+            from ckpt_avg.mean.torch_engine import TorchEngine
+
+            engine = TorchEngine(device, window, checkpoints, allow_nonfinite=allow_nonfinite)
+        worker = _Worker(checkpoints, means, engine, elements)
         following = worker.prepare(next(blocks, []))
         while following:
             current, following = following, worker.prepare(next(blocks, []))
@@ -87,25 +115,49 @@ def write_means(
             with lock:
                 progress(nbytes)
 
-    before = torch.get_num_threads()
-    try:
-        with gc_paused():
-            run_workers(threads, cut_into_blocks(plan, elements, within), work)
-    finally:
-        torch.set_num_threads(before)
+    with gc_paused(), contextlib.nullcontext() if is_native else _threads_of_torch_kept():
+        run_workers(threads, cut_into_blocks(plan, elements, within), work)
     for checkpoint in checkpoints:
         checkpoint.check_unchanged()
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], plan: Plan, write: Write) -> None:
     """Writes small tensors over those in an output."""
+    import torch
+
     planned = plan.by_name()
     for name, value in tensors.items():
         write(memoryview(bytes(value.reshape(-1).view(torch.uint8).tolist())), planned[name].offset)
 
 
-def _sizes(
-    memory: int, threads: int, plan: Plan, within: range, checkpoints: int, device: torch.device
+@contextlib.contextmanager
+def _threads_of_torch_kept() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _native_sizes(
+    memory: int, threads: int, plan: Plan, within: range, checkpoints: int, device: str
+) -> tuple[int, int]:
+    """Returns the bytes of a window and the elements of a block such that the workers together use ``memory`` bytes.
+
+    A worker has a window of each checkpoint, and the output of its block, in memory.
+    """
+    each = memory // threads
+    output = min(_MOST_OUTPUT, each // 4)
+    window = min(_MOST_WINDOW, (each - output) // checkpoints)
+    itemsize = max((tensor.dtype.itemsize for tensor in plan.tensors), default=1)
+    elements = min(output // itemsize, _share(plan, within, threads, output // itemsize // 16))
+    return max(mmap.PAGESIZE, window - window % mmap.PAGESIZE), max(LEAST_CHUNK, elements)
+
+
+def _torch_sizes(
+    memory: int, threads: int, plan: Plan, within: range, checkpoints: int, device: str
 ) -> tuple[int, int]:
     """Returns the elements of a chunk and of a block such that the workers together use ``memory`` bytes.
 
@@ -114,42 +166,38 @@ def _sizes(
     checkpoints, blocks are smaller.
     """
     each = memory // threads
-    chunk = max(LEAST_CHUNK, min(_CHUNK if device.type == "cpu" else _CUDA_CHUNK, each // 64))
+    chunk = max(LEAST_CHUNK, min(_CHUNK if device == "cpu" else _CUDA_CHUNK, each // 64))
     # Bytes of an element in all inputs that are read, and in the output; of a copied element one input is read.
     kinds = {(tensor.source_dtype, tensor.dtype, tensor.rule == "mean") for tensor in plan.tensors}
     nbytes = max((checkpoints if is_mean else 1) * source.itemsize + dtype.itemsize for source, dtype, is_mean in kinds)
-    here = sum(tensor.numel for tensor in plan.tensors) * len(within) // max(1, plan.nbytes)
-    share = max(chunk, here // (_LEAST_BLOCKS * threads))
+    share = _share(plan, within, threads, chunk)
     elements = max(LEAST_CHUNK, min(_MOST_ELEMENTS, share, (each - 32 * chunk) // nbytes))
     return min(chunk, elements), elements
+
+
+def _share(plan: Plan, within: range, threads: int, least: int) -> int:
+    """Returns how many elements a block may have if each worker is to get several, but at least ``least``."""
+    here = sum(tensor.numel for tensor in plan.tensors) * len(within) // max(1, plan.nbytes)
+    return max(least, here // (_LEAST_BLOCKS * threads))
 
 
 class _Worker:
     """Reads, averages and writes blocks. Each thread has its own."""
 
-    def __init__(
-        self, checkpoints: Sequence[Checkpoint], means: Sequence[Mean], averager: Averager, chunk: int, elements: int
-    ) -> None:
-        self._checkpoints, self._means, self._averager, self._chunk = checkpoints, means, averager, chunk
+    def __init__(self, checkpoints: Sequence[Checkpoint], means: Sequence[Mean], engine: Engine, elements: int) -> None:
+        self._checkpoints, self._means, self._engine = checkpoints, means, engine
         self._averaged = {index for mean in means for index in mean.checkpoints}
-        self._buffer = mmap.mmap(-1, elements * 8)
-        self._output = torch.frombuffer(self._buffer, dtype=torch.uint8)
+        self._output = memoryview(mmap.mmap(-1, elements * 8))
 
     def prepare(self, blocks: list[Block]) -> list[Block]:
-        """Asks the system to read blocks ahead; returns them, or smaller ones to compute instead.
-
-        If an input does not store the elements of a block consecutively, they are copied together. Such a block has at
-        most the elements of a chunk, unless it is a part of one tensor.
-        """
+        """Asks the system to read blocks ahead; returns them, or smaller ones to compute instead."""
         prepared: list[Block] = []
         for block in blocks:
-            inputs = self._inputs(block).values()
-            is_consecutive = all(len(block.stored_in(checkpoint)) == 1 for checkpoint in inputs)
-            parts = [block] if is_consecutive else block.split(self._chunk)
-            for part in parts:
-                for checkpoint in inputs:
-                    prefetch(checkpoint, part.stored_in(checkpoint))
-            prepared += parts
+            indices = self._inputs(block)
+            for part in self._engine.fit(block, indices):
+                for index in indices:
+                    prefetch(self._checkpoints[index], part.stored_in(self._checkpoints[index]))
+                prepared.append(part)
         return prepared
 
     def compute(self, blocks: Sequence[Block]) -> int:
@@ -157,32 +205,29 @@ class _Worker:
 
         Copied elements count as read from every checkpoint, so that progress reaches the size of the inputs.
         """
-        inputs = [self._read(block) for block in blocks]
-        for mean in self._means:
-            filled = 0
-            for block, values in zip(blocks, inputs, strict=True):
-                output = self._output[filled : filled + block.nbytes].view(torch_dtype(block.dtype))
-                chosen = [values[index] for index in self._chosen(block, mean)]
-                if block.source_dtype.kind == "exact":
-                    output.copy_(chosen[-1])
+        filled = 0
+        for block in blocks:
+            is_copied = block.source_dtype.kind == "exact"
+            if not is_copied:
+                self._engine.read(block, self._inputs(block))
+            output = self._output[filled : filled + block.nbytes]
+            for mean in self._means:
+                chosen = self._chosen(block, mean)
+                if is_copied:
+                    checkpoint = self._checkpoints[chosen[-1]]
+                    read_into(checkpoint, block.stored_in(checkpoint), output)
                 else:
-                    self._averager.average(block, chosen, output)
-                filled += block.nbytes
-            mean.write(memoryview(self._buffer)[:filled], blocks[0].offset)
+                    self._engine.average(block, chosen, output)
+                if len(self._means) > 1:
+                    mean.write(output, block.offset)
+            filled += block.nbytes
+        if len(self._means) == 1:
+            self._means[0].write(self._output[:filled], blocks[0].offset)
         return len(self._averaged) * sum(block.numel * block.source_dtype.itemsize for block in blocks)
 
-    def _read(self, block: Block) -> dict[int, torch.Tensor]:
-        """Returns the elements of a block in each checkpoint, by the checkpoint's index."""
-        values: dict[int, torch.Tensor] = {}
-        for index, checkpoint in self._inputs(block).items():
-            parts = read_ranges(checkpoint, block.stored_in(checkpoint))
-            wide = [part.to(torch_dtype(block.source_dtype)) for part in parts]
-            values[index] = wide[0] if len(wide) == 1 else torch.cat(wide)
-        return values
-
-    def _inputs(self, block: Block) -> dict[int, Checkpoint]:
-        """Returns the checkpoints that a block is read from, by index."""
-        return {index: self._checkpoints[index] for mean in self._means for index in self._chosen(block, mean)}
+    def _inputs(self, block: Block) -> list[int]:
+        """Returns the indices of the checkpoints that a block is read from."""
+        return sorted({index for mean in self._means for index in self._chosen(block, mean)})
 
     def _chosen(self, block: Block, mean: Mean) -> Sequence[int]:
         """Returns the indices of the checkpoints that a block of a mean is computed from; one if it is copied."""
@@ -204,6 +249,8 @@ class MemoryOutput:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns the tensors by name: views of this memory."""
+        import torch
+
         return {
             tensor.name: torch.frombuffer(
                 self._buffer, dtype=torch_dtype(tensor.dtype), count=tensor.numel, offset=tensor.offset

@@ -5,15 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
-
-from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import prefetch, read_ranges, stream
+from ckpt_avg.checkpoint.spec import Checkpoint, DType
+from ckpt_avg.checkpoint.tensor_reads import read_bytes, read_ranges, stream_bytes
 from ckpt_avg.mean.buffers import SpectralNorm, possible_spectral_norms
 from ckpt_avg.mean.plan import Plan, make_plan
 
 _SAMPLES = 256  # elements that show whether a tensor may contain both zeros and ones
 _SMALL = 4096  # elements that are read at once instead
+# The bytes of 1.0, the lowest first. All but the highest of 0.0 are zero, and that is its sign.
+_ONES = {
+    "float64": bytes.fromhex("000000000000f03f"),
+    "float32": bytes.fromhex("0000803f"),
+    "bfloat16": bytes.fromhex("803f"),
+    "float16": bytes.fromhex("003c"),
+    "float8_e5m2": bytes.fromhex("3c"),
+    "float8_e4m3fn": bytes.fromhex("38"),
+    "float8_e5m2fnuz": bytes.fromhex("40"),
+    "float8_e4m3fnuz": bytes.fromhex("40"),
+}
 
 
 def plan_of(checkpoints: Sequence[Checkpoint], *, dtype: str, non_float: str) -> Plan:
@@ -48,11 +57,14 @@ def find_masks(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[str]:
     floats = (each for each in plan.tensors if each.source_dtype.kind == "float" and each.numel)
     plain = [tensors[each.name] for each in floats if each.name not in plan.kinds]
     # The first element shows of nearly every tensor that it is no mask.
-    firsts = [(tensor, 0, 1) for tensor in plain]
-    prefetch(checkpoints[0], firsts)
-    values = torch.cat([torch.empty(0), *map(_comparable, read_ranges(checkpoints[0], firsts))])
-    candidates = (values.eq(0) | values.eq(1)).nonzero().squeeze(1).tolist()
-    return [plain[index].name for index in candidates if _is_mask(checkpoints, plain[index].name)]
+    contents = bytes(read_bytes(checkpoints[0], [(tensor, 0, 1) for tensor in plain]))
+    candidates, begin = [], 0
+    for tensor in plain:
+        end = begin + tensor.dtype.itemsize
+        if _count_ones(contents[begin:end], tensor.dtype) is not None:
+            candidates.append(tensor.name)
+        begin = end
+    return [name for name in candidates if _is_mask(checkpoints, name)]
 
 
 def _is_mask(checkpoints: Sequence[Checkpoint], name: str) -> bool:
@@ -60,12 +72,14 @@ def _is_mask(checkpoints: Sequence[Checkpoint], name: str) -> bool:
     if not is_mixed and not any(_varies(each, name) for each in (checkpoints[0], checkpoints[-1])):
         return False
     for checkpoint in checkpoints:
-        ones = numel = 0
-        for _, values in stream(checkpoint, checkpoint.spec.tensors[name]):
-            if not _is_binary(values):
+        tensor = checkpoint.spec.tensors[name]
+        ones = 0
+        for _, contents in stream_bytes(checkpoint, tensor):
+            found = _count_ones(bytes(contents), tensor.dtype)
+            if found is None:
                 return False
-            ones, numel = ones + int(_comparable(values).count_nonzero()), numel + len(values)
-        is_mixed |= 0 < ones < numel
+            ones += found
+        is_mixed |= 0 < ones < tensor.numel
     return is_mixed
 
 
@@ -74,15 +88,21 @@ def _varies(checkpoint: Checkpoint, name: str) -> bool:
     tensor = checkpoint.spec.tensors[name]
     places = range(0, tensor.numel, -(-tensor.numel // _SAMPLES))
     ranges = [(tensor, place, place + 1) for place in places] if tensor.numel > _SMALL else [(tensor, 0, tensor.numel)]
-    values = _comparable(torch.cat(read_ranges(checkpoint, ranges)))
-    return bool(values.ne(values[0]).any())
+    contents = bytes(read_bytes(checkpoint, ranges))
+    size = tensor.dtype.itemsize
+    return contents != contents[:size] * (len(contents) // size)
 
 
-def _is_binary(values: torch.Tensor) -> bool:
-    values = _comparable(values)
-    return bool((values.eq(0) | values.eq(1)).all())
-
-
-def _comparable(values: torch.Tensor) -> torch.Tensor:
-    """Returns values of any floating-point dtype as torch can compare them: it cannot compare float8."""
-    return values.float() if values.element_size() == 1 else values
+def _count_ones(contents: bytes, dtype: DType) -> int | None:
+    """Returns how many floating-point values are one; None if some are neither zero nor one."""
+    one = _ONES[dtype.torch_name]
+    *others, highest = (contents[index :: len(one)] for index in range(len(one)))
+    ones, zeros = highest.count(one[-1]), highest.count(0)
+    if not dtype.torch_name.endswith("fnuz"):  # these have no negative zero
+        zeros += highest.count(0x80)
+    if ones + zeros < len(highest):
+        return None
+    for byte, found in zip(one, others, strict=False):
+        if found != highest.translate(bytes(byte if high == one[-1] else 0 for high in range(256))):
+            return None
+    return ones

@@ -8,14 +8,13 @@ several metadata keys the reference uses another order in each process; here the
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import safe_open
-
-from ckpt_avg.errors import IncompatibleError, OutputError, ResourceError
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, OutputError
+from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.formats.safetensors_header import parse_header, read_header
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.mean.plan import Plan
 
@@ -62,26 +61,16 @@ def _compact(value: object) -> str:
 
 
 def refuse_unreadable(path: Path, plan: Plan, target: Path) -> None:
-    """Opens the finished file with safetensors itself, before it is published.
+    """Reads the finished file's header back, as strictly as an input's, before the file is published.
 
     Raises:
-        OutputError: safetensors cannot read it, or finds other tensors than planned.
-        ResourceError: memory or file descriptors ran out.
+        OutputError: it cannot be read, or has other tensors than planned.
     """
     try:
-        with safe_open(str(path), framework="pt") as reader:
-            names = set(reader.keys())
-    except Exception as error:
-        reason = str(error)
-        try:
-            os.close(os.open(path, os.O_RDONLY))
-        except OSError as cause:  # which safetensors may report as a missing file
-            reason = str(cause)
-        for sign, what in (("Cannot allocate memory", "out of memory"), ("Too many open files", "too many open files")):
-            if sign in reason:
-                raise ResourceError(
-                    f"{target}: {what} while checking the output: {reason}. It is not published."
-                ) from error
-        raise OutputError(f"{target}: safetensors cannot read the output: {error}. It is not published.") from error
-    if names != {tensor.name for tensor in plan.tensors}:
-        raise OutputError(f"{target}: safetensors finds other tensors than were written. It is not published.")
+        with InputFile(path) as file:
+            tensors, _ = parse_header(file, read_header(file))
+    except CheckpointFormatError as error:
+        raise OutputError(f"{target}: the output cannot be read: {error} It is not published.") from error
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    if found != {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}:
+        raise OutputError(f"{target}: has other tensors than were written. It is not published.")

@@ -55,5 +55,6 @@ def swept(
         change=compare(reference, average, {metric: mode == "max"})[0],
         refreshed=True,
         passes=2,
+        engine="native",
         notices=("a notice",),
     )

@@ -684,8 +684,10 @@ def test_help_is_on_stdout(in_process: InProcess, arguments: list[str]) -> None:
     assert out.startswith("Usage: ckpt-avg")
 
 
-def test_the_version_is_the_packages(in_process: InProcess) -> None:
-    assert in_process("--version")[:2] == (0, f"ckpt-avg, version {package.__version__}\n")
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_the_version_names_the_engine(in_process: InProcess, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    monkeypatch.setattr("ckpt_avg.engine._kernel", object() if engine == "native" else None)
+    assert in_process("--version")[:2] == (0, f"ckpt-avg, version {package.__version__}, {engine} engine\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

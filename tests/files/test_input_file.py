@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import gc
 import mmap
 import os
 import random
@@ -22,13 +20,13 @@ import pytest
 
 from ckpt_avg.errors import ChangedWhileReadingError, CheckpointFormatError, ResourceError
 from ckpt_avg.files import platform
-from ckpt_avg.files.input_file import _SMALL as SMALL
-from ckpt_avg.files.input_file import FileMapping, FileRange, InputFile
+from ckpt_avg.files.input_file import FileRange, InputFile
 
 PAGE = mmap.PAGESIZE
+SMALL = 64 * 1024
 CONTENT = random.Random(1).randbytes(3 * SMALL + 777)
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="mappings are mapped on Linux alone")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 
 @pytest.fixture
@@ -38,17 +36,10 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["mapped", "copied"])
-def file(path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[InputFile]:
-    """The same file through both ways of reading."""
-    if request.param == "copied":
-        monkeypatch.setattr("ckpt_avg.files.platform.can_map", lambda: False)
+@pytest.fixture
+def file(path: Path) -> Iterator[InputFile]:
     with InputFile(path) as opened:
         yield opened
-
-
-def content(mapping: FileMapping, length: int) -> bytes:
-    return bytes(memoryview(mapping.buffer)[mapping.position : mapping.position + length])
 
 
 RANGES = [
@@ -72,22 +63,11 @@ RANGES = [
 
 @pytest.mark.parametrize(("offset", "length"), RANGES)
 def test_each_range_gives_the_bytes_of_the_file(file: InputFile, offset: int, length: int) -> None:
-    """Aligned or not, at the end of the file, empty, small and large, mapped and copied."""
-    mapping = file.map(offset, length)
-    assert mapping.offset == offset
-    assert content(mapping, length) == CONTENT[offset : offset + length]
+    """Aligned or not, at the end of the file, empty, small and large."""
     assert file.read(offset, length) == CONTENT[offset : offset + length]
-
-
-@linux
-def test_both_ways_are_really_taken(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two runs of the tests above are two."""
-    with InputFile(path) as opened:
-        assert isinstance(opened.map(1, SMALL).buffer, mmap.mmap)
-        assert isinstance(opened.map(1, SMALL - 1).buffer, bytearray)
-    monkeypatch.setattr("ckpt_avg.files.platform.can_map", lambda: False)
-    with InputFile(path) as opened:
-        assert isinstance(opened.map(1, SMALL).buffer, bytearray)
+    target = bytearray(length)
+    file.read_into(memoryview(target), offset)
+    assert target == CONTENT[offset : offset + length]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +76,7 @@ def test_both_ways_are_really_taken(path: Path, monkeypatch: pytest.MonkeyPatch)
 )
 def test_no_read_leaves_the_file(file: InputFile, offset: int, length: int) -> None:
     with pytest.raises(CheckpointFormatError) as caught:
-        file.map(offset, length)
+        file.read(offset, length)
     message = str(caught.value)
     assert caught.value.exit_code == 3
     assert type(caught.value) is CheckpointFormatError
@@ -116,7 +96,6 @@ def test_an_empty_file(tmp_path: Path) -> None:
     with InputFile(tmp_path / "empty") as opened:
         assert opened.size == 0
         assert opened.read(0, 0) == b""
-        assert content(opened.map(0, 0), 0) == b""
 
 
 @pytest.mark.guarantee("sparse-inputs")
@@ -127,7 +106,7 @@ def test_a_file_with_holes(tmp_path: Path) -> None:
         target.seek(49_000_000)
         target.write(b"x")
     with InputFile(path) as opened:
-        assert content(opened.map(48_999_999, SMALL), 3) == b"\0x\0"
+        assert opened.read(48_999_999, 3) == b"\0x\0"
 
 
 def test_a_range_of_a_file_is_never_left(path: Path) -> None:
@@ -285,7 +264,7 @@ def test_a_closed_file_is_not_read(file: InputFile) -> None:
 
 
 def test_an_unchanged_file_is_unchanged(file: InputFile) -> None:
-    file.map(0, len(CONTENT))
+    file.read(0, len(CONTENT))
     file.check_unchanged()
 
 
@@ -321,112 +300,17 @@ def test_deleting_or_replacing_a_file_does_not_matter(file: InputFile, change: s
         other.replace(file.path)
     else:
         file.path.unlink()
-    assert content(file.map(5, SMALL), SMALL) == CONTENT[5 : 5 + SMALL]
+    assert file.read(5, SMALL) == CONTENT[5 : 5 + SMALL]
     file.check_unchanged()
 
 
+@pytest.mark.guarantee("changing-inputs")
 @pytest.mark.parametrize("length", [0, 1, PAGE, SMALL, SMALL + 10])
 @pytest.mark.parametrize("offset", [0, 1, SMALL])
-def test_a_mapping_of_a_truncated_file(file: InputFile, length: int, offset: int) -> None:
+def test_reading_a_truncated_file(file: InputFile, length: int, offset: int) -> None:
     os.truncate(file.path, length)
     with pytest.raises(ChangedWhileReadingError, match="changed while reading"):
-        file.map(offset, 2 * SMALL)
-    with pytest.raises(ChangedWhileReadingError, match="changed while reading"):
         file.read(offset, 2 * SMALL)
-
-
-@linux
-@pytest.mark.parametrize("length", [0, PAGE, SMALL])
-def test_a_truncation_while_a_mapping_is_faulted_in(path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
-    """The file shrinks after it was mapped and before its pages are there."""
-    populate = platform.populate
-
-    def shrink_first(mapped: mmap.mmap) -> int:
-        os.truncate(path, length)
-        return populate(mapped)
-
-    with InputFile(path) as opened:
-        monkeypatch.setattr("ckpt_avg.files.platform.populate", shrink_first)
-        with pytest.raises(ChangedWhileReadingError, match="changed while reading"):
-            opened.map(3, len(CONTENT) - 3)
-
-
-_TRUNCATED_BETWEEN_WINDOWS = """
-import os, sys
-from pathlib import Path
-from typing import Any
-from ckpt_avg.errors import ChangedWhileReadingError
-from ckpt_avg.files.input_file import InputFile
-file = InputFile(Path(sys.argv[1]))
-half = file.size // 2
-first = bytes(memoryview(file.map(0, half).buffer)[:half])
-os.truncate(sys.argv[1], half + 5000)
-try:
-    file.map(half, file.size - half)
-except ChangedWhileReadingError as error:
-    print(error.exit_code)
-"""
-
-
-@pytest.mark.guarantee("changing-inputs")
-def test_a_truncation_between_two_mappings(path: Path) -> None:
-    """Also within the pages of the next mapping: an error, no SIGBUS."""
-    done = run(_TRUNCATED_BETWEEN_WINDOWS, path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "3\n"
-
-
-@pytest.mark.guarantee("interrupted-calls")
-@pytest.mark.skipif(sys.platform != "linux", reason="needs MADV_POPULATE_READ")
-def test_bringing_pages_in_goes_on_after_a_signal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python repeats its own calls after EINTR; this one is made by hand."""
-    real, answers = platform._LIBC.madvise, [errno.EINTR, errno.EINTR]
-
-    def interrupted(*arguments: Any) -> int:
-        if answers:
-            ctypes.set_errno(answers.pop())
-            return -1
-        return int(real(*arguments))
-
-    with InputFile(path) as opened:
-        monkeypatch.setattr(platform._LIBC, "madvise", interrupted)
-        mapping = opened.map(0, SMALL)
-        assert bytes(mapping.buffer[:SMALL]) == path.read_bytes()[:SMALL]
-    assert answers == []
-
-
-# --- lifetime ----------------------------------------------------------------------------------------------
-
-
-def test_a_mapping_outlives_the_file_object(path: Path) -> None:
-    opened = InputFile(path)
-    mapping = opened.map(3, SMALL)
-    opened.close()
-    opened.close()
-    assert content(mapping, SMALL) == CONTENT[3 : 3 + SMALL]
-
-
-@linux
-def test_mappings_are_unmapped_when_nothing_refers_to_them(path: Path) -> None:
-    """The resident set and the number of maps do not grow with what was read."""
-
-    def maps() -> int:
-        gc.collect()
-        return Path("/proc/self/maps").read_text().count(path.name)
-
-    with InputFile(path) as opened:
-        mappings = [opened.map(0, SMALL) for _ in range(3)]
-        assert maps() >= 1
-        mappings.clear()
-        assert maps() == 0
-
-
-def test_writing_to_a_mapping_never_reaches_the_file(path: Path) -> None:
-    """Windows are private: even a bug could not change an input."""
-    with InputFile(path) as opened:
-        mapping = opened.map(0, len(CONTENT))
-        mapping.buffer[mapping.position] ^= 0xFF
-    assert path.read_bytes() == CONTENT
 
 
 def test_threads_share_a_file(file: InputFile) -> None:
@@ -437,7 +321,7 @@ def test_threads_share_a_file(file: InputFile) -> None:
         for _ in range(50):
             offset = chooser.randrange(len(CONTENT))
             length = chooser.randrange(len(CONTENT) - offset + 1)
-            if content(file.map(offset, length), length) != CONTENT[offset : offset + length]:
+            if file.read(offset, length) != CONTENT[offset : offset + length]:
                 wrong.append(offset)
 
     with ThreadPoolExecutor(4) as pool:
@@ -447,53 +331,27 @@ def test_threads_share_a_file(file: InputFile) -> None:
 
 def test_its_repr(file: InputFile) -> None:
     assert repr(file).startswith("InputFile(")
-    assert repr(file).endswith("1.5 MiB)")
+    assert repr(file).endswith("192.8 KiB)")
 
 
-# --- how mappings come --------------------------------------------------------------------------------------
+# --- what is mapped -----------------------------------------------------------------------------------------
 
 
-@linux
-def test_the_way_to_read_is_chosen_by_hand(path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux alone")
+def test_the_way_to_read_is_chosen_by_hand(file: InputFile) -> None:
     """``--io pread`` must not map, whatever the storage; ``mmap`` and ``auto`` map a local file."""
-    with InputFile(path) as opened:
-        for way, kind in (("pread", bytearray), ("mmap", mmap.mmap), ("auto", mmap.mmap), ("pread", bytearray)):
-            opened.use_io(way)
-            mapping = opened.map(3, 2 * SMALL)
-            assert isinstance(mapping.buffer, kind), way
-            assert content(mapping, 2 * SMALL) == CONTENT[3 : 3 + 2 * SMALL]
+    for way, maps in (("pread", False), ("mmap", True), ("auto", True), ("pread", False)):
+        file.use_io(way)
+        assert file.can_map() == maps, way
 
 
-@pytest.mark.guarantee("no-mmap")
-@linux
-@pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM, errno.EACCES])
-def test_a_refused_map_is_an_error_only_where_maps_were_asked_for(
-    path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    """Some network and FUSE file systems have no maps: by default they are read all the same."""
-
-    def refuse(*arguments: object, **options: object) -> mmap.mmap:
-        raise OSError(code, os.strerror(code))
-
-    with InputFile(path) as opened:
-        monkeypatch.setattr("ckpt_avg.files.platform.mmap.mmap", refuse)
-        opened.use_io("mmap")
-        with pytest.raises(ResourceError, match=rf"--io mmap: the system refused the mapping: {os.strerror(code)}"):
-            opened.map(3, SMALL)
-        opened.use_io("auto")
-        mapping = opened.map(3, SMALL)
-        assert isinstance(mapping.buffer, bytearray)
-        assert content(mapping, SMALL) == CONTENT[3 : 3 + SMALL]
-
-
-def test_maps_need_a_kernel_that_can_fault_them_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without MADV_POPULATE_READ a truncated file would kill the process."""
-    monkeypatch.setattr("ckpt_avg.files.platform.can_map", lambda: False)
-    with InputFile(path) as opened:
-        with pytest.raises(ResourceError, match=r"--io mmap: .*Linux 5.14"):
-            opened.use_io("mmap")
-        opened.use_io("auto")
-        assert isinstance(opened.map(0, SMALL).buffer, bytearray)
+def test_a_refused_map_is_an_error_only_where_maps_were_asked_for(file: InputFile) -> None:
+    file.use_io("mmap")
+    with pytest.raises(ResourceError, match=rf"--io mmap: the system refused the mapping: {os.strerror(errno.ENODEV)}"):
+        file.refuse_mapping(errno.ENODEV)
+    file.use_io("auto")
+    file.refuse_mapping(errno.ENODEV)
+    assert not file.can_map()
 
 
 @pytest.mark.parametrize("io", ["auto", "mmap", "pread"])

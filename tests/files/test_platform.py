@@ -12,7 +12,7 @@ import pytest
 
 from ckpt_avg.files import platform
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.files.platform import can_map, is_remote, prefetch, start_writing
+from ckpt_avg.files.platform import is_remote, prefetch, start_writing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked")
 
@@ -46,17 +46,17 @@ def test_network_file_systems_are_read_and_not_mapped(
     monkeypatch.setattr(platform._LIBC, "fstatfs", fstatfs)
     assert is_remote(0) == remote
     path = tmp_path / "file"
-    path.write_bytes(bytes(600_000))
+    path.touch()
     with InputFile(path) as file:
-        assert isinstance(file.map(0, 600_000).buffer, bytearray) == remote
+        assert file.can_map() != remote
         file.use_io("mmap")
-        assert not isinstance(file.map(0, 600_000).buffer, bytearray)
+        assert file.can_map()
 
 
 def test_other_systems_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS and Windows have none of these calls."""
     monkeypatch.setattr(platform, "_LIBC", None)
-    assert (can_map(), is_remote(0)) == (False, False)
+    assert not is_remote(0)
     start_writing(0, 0, 10)
 
 

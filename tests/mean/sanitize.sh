@@ -7,25 +7,25 @@ cd "$(dirname "$0")/../.."
 
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-# In a copy, because the editable install's kernel is beside the sources.
-cp -r ckpt_avg hatch_build.py pyproject.toml README.md LICENSE "$build"
-rm -f "$build"/ckpt_avg/_kernel*.so
-python - "$build" <<'PYTHON'
+# In a copy, because the kernel of an editable install is beside the sources.
+cp -r ckpt_avg tests fixtures hatch_build.py pyproject.toml "$build"
+cd "$build"
+rm -f ckpt_avg/_kernel*.so
+python - <<'PYTHON'
 import sys
 from pathlib import Path
 
 sys.path.insert(0, ".")
 import hatch_build
 
-folder = Path(sys.argv[1])
-target = folder / f"ckpt_avg/_kernel{hatch_build._SUFFIX}"
+target = Path(f"ckpt_avg/_kernel{hatch_build._SUFFIX}")
 flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
-sys.exit(hatch_build._compile(folder / hatch_build._SOURCE, target, flags) or 0)
+sys.exit(hatch_build._compile(Path(hatch_build._SOURCE), target, flags) or 0)
 PYTHON
 
 # Python itself leaks by design, and other handlers of SIGBUS must see their signal.
 export ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
-export PYTHONPATH="$build" CKPT_AVG_ENGINE=native
+export PYTHONPATH="$build"
 python -c 'import ckpt_avg._kernel as kernel; print("sanitized:", kernel.__file__)'
 pytest -q -p no:cacheprovider -m "slow or not slow" "${@:-tests/mean/test_native.py}"

@@ -1,8 +1,10 @@
-"""The cast from float64, against exact integer arithmetic."""
+"""The cast from float64 by either engine, against exact integer arithmetic."""
 
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,8 +21,25 @@ WITH_INFINITY = (FLOAT32, BFLOAT16, FLOAT16, E5M2)
 all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: str(fmt.dtype).removeprefix("torch."))
 
 
-def codes_of(values: list[float], fmt: Format) -> list[int]:
-    return fmt.codes(round_to(torch.tensor(values, dtype=torch.float64), fmt.dtype))
+Cast = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+
+
+def round_natively(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The native engine's cast: the mean of one float64 input."""
+    kernel = pytest.importorskip("ckpt_avg._kernel", reason="the native engine was not built here")
+    contents = bytearray(values.numpy().tobytes())
+    row = struct.pack("5q", kernel.MEMORY, -1, 0, kernel.DTYPES["float64"], 0).ljust(kernel.ROW, b"\0")
+    output = bytearray(max(1, values.numel() * dtype.itemsize))
+    code = kernel.DTYPES[str(dtype).removeprefix("torch.")]
+    kernel.mean(bytearray(row), contents, max(8, len(contents)), values.numel(), code, output, 0)
+    return torch.frombuffer(output, dtype=dtype, count=values.numel())
+
+
+each_engine = pytest.mark.parametrize("cast", [round_to, round_natively])
+
+
+def codes_of(cast: Cast, values: list[float], fmt: Format) -> list[int]:
+    return fmt.codes(cast(torch.tensor(values, dtype=torch.float64), fmt.dtype))
 
 
 def neighbours(fmt: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -37,9 +56,12 @@ def neighbours(fmt: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return codes, lower, upper
 
 
+@each_engine
 @all_formats
 @pytest.mark.parametrize("sign", [1, -1])
-def test_every_midpoint_and_its_float64_neighbours_are_rounded_to_nearest_even(fmt: Format, sign: int) -> None:
+def test_every_midpoint_and_its_float64_neighbours_are_rounded_to_nearest_even(
+    cast: Cast, fmt: Format, sign: int
+) -> None:
     codes, lower, upper = neighbours(fmt)
     middle = (lower + upper) / 2  # exact: a midpoint has one bit more than the format
     grid = {
@@ -54,21 +76,22 @@ def test_every_midpoint_and_its_float64_neighbours_are_rounded_to_nearest_even(f
         "2^-40 above": (middle + middle * 2.0**-40, codes + 1),
     }
     for place, (values, expected) in grid.items():
-        rounded = round_to(torch.from_numpy(sign * values), fmt.dtype)
+        rounded = cast(torch.from_numpy(sign * values), fmt.dtype)
         bit = 0 if sign > 0 else 1 << (fmt.bits - 1)
         signed = np.where((expected == 0) & (not fmt.negative_zero), 0, expected | bit)
         wrong = np.flatnonzero(np.array(fmt.codes(rounded)) != signed)
         assert not wrong.size, f"{place}: {wrong.size} wrong, the first of {sign * values[wrong[0]]!r}"
 
 
+@each_engine
 @all_formats
 @given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=50))
 @settings(max_examples=40, deadline=None)
-def test_any_float64_is_rounded_as_exact_arithmetic_says(fmt: Format, values: list[float]) -> None:
+def test_any_float64_is_rounded_as_exact_arithmetic_says(cast: Cast, fmt: Format, values: list[float]) -> None:
     if fmt.infinity is None:
         largest = fmt.magnitude(fmt.largest) * float(fmt.unit)
         values = [math.fmod(value, largest) for value in values]
-    assert codes_of(values, fmt) == [fmt.nearest_to(value) for value in values]
+    assert codes_of(cast, values, fmt) == [fmt.nearest_to(value) for value in values]
 
 
 @pytest.mark.parametrize("fmt", [BFLOAT16, FLOAT16, E5M2], ids=lambda fmt: str(fmt.dtype))
@@ -80,19 +103,21 @@ def test_the_grid_catches_a_cast_that_rounds_twice(fmt: Format) -> None:
     assert (np.array(fmt.codes(twice)) != codes + 1).any()
 
 
+@each_engine
 @pytest.mark.guarantee("extreme-values")
 @all_formats
-def test_zeros_keep_their_sign_and_underflow_keeps_it_too(fmt: Format) -> None:
+def test_zeros_keep_their_sign_and_underflow_keeps_it_too(cast: Cast, fmt: Format) -> None:
     negative = 1 << (fmt.bits - 1) if fmt.negative_zero else 0
-    assert codes_of([0.0, -0.0, 5e-324, -5e-324, 1e-60, -1e-60], fmt) == [0, negative] * 3
+    assert codes_of(cast, [0.0, -0.0, 5e-324, -5e-324, 1e-60, -1e-60], fmt) == [0, negative] * 3
 
 
+@each_engine
 @pytest.mark.parametrize("fmt", WITH_INFINITY, ids=lambda fmt: str(fmt.dtype))
-def test_overflow_begins_halfway_past_the_largest_value(fmt: Format) -> None:
+def test_overflow_begins_halfway_past_the_largest_value(cast: Cast, fmt: Format) -> None:
     largest = fmt.magnitude(fmt.largest) * float(fmt.unit)
     threshold = (fmt.magnitude(fmt.largest) + fmt.magnitude(fmt.largest + 1)) * float(fmt.unit) / 2
     below = math.nextafter(threshold, 0)
-    rounded = round_to(
+    rounded = cast(
         torch.tensor([below, -below, threshold, -threshold, 1e308, math.inf, -math.inf], dtype=torch.float64), fmt.dtype
     )
     infinity = math.inf
@@ -101,10 +126,11 @@ def test_overflow_begins_halfway_past_the_largest_value(fmt: Format) -> None:
     ]  # fmt: skip
 
 
+@each_engine
 @all_formats
-def test_nan_stays_nan(fmt: Format) -> None:
+def test_nan_stays_nan(cast: Cast, fmt: Format) -> None:
     values = torch.tensor([math.nan, -math.nan, 1.0], dtype=torch.float64)
-    assert round_to(values, fmt.dtype).double().isnan().tolist() == [True, True, False]
+    assert cast(values, fmt.dtype).double().isnan().tolist() == [True, True, False]
 
 
 def test_float64_is_returned_bit_for_bit() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ckpt_avg import NonFiniteError, average
 from ckpt_avg.distributed.launch import Launch
 from ckpt_avg.mean.arithmetic import round_to
-from ckpt_avg.mean.devices import choose_devices
+from ckpt_avg.mean.devices import choose_mean_device, choose_model_device
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -42,12 +42,12 @@ def test_sums_and_model_have_their_devices(
     """``auto`` sums on the CPU and runs the model on CUDA; each rank of a machine has its own GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert tuple(map(str, choose_devices(asked, launch))) == (sums, model)
+    assert (choose_mean_device(asked, launch), choose_model_device(asked, launch)) == (sums, model)
 
 
 def test_without_cuda_all_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tuple(map(str, choose_devices("auto"))) == ("cpu", "cpu")
+    assert (choose_mean_device("auto"), choose_model_device("auto")) == ("cpu", "cpu")
 
 
 # -- The same bytes on each -----------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_names_that_keep_the_prefix_of_a_wrapper_are_computed_alike(tmp_path: Pa
 
 def test_verify_finds_vectors_of_another_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file with sound digests whose vectors were not computed from its weight."""
-    monkeypatch.setattr("ckpt_avg.commands.publish.leading_vectors", lambda *arguments: {})
+    monkeypatch.setattr("ckpt_avg.mean.spectral_norm.leading_vectors", lambda *arguments: {})
     paths, _ = run(LAYERS["hook, convolution"], tmp_path)
     with pytest.raises(VerificationError, match="'weight_orig': u and v are not the vectors of the averaged weight"):
         verify(tmp_path / "mean.safetensors", sources=paths)

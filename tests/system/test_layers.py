@@ -9,6 +9,7 @@ SOURCE = Path(ckpt_avg.__file__).parent
 LAYERS = (
     ("text", "limits", "version"),
     ("errors", "progress"),
+    ("engine",),
     ("files", "machine", "distributed"),
     ("checkpoint",),
     ("formats.pickles",),

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import stat
 import time
@@ -157,18 +156,16 @@ def not_looking_again(arguments: Sequence[str]) -> None:
 
 
 def cutting_an_input(arguments: Sequence[str]) -> None:
-    """Nothing wrong with the command: the second checkpoint is cut between being mapped and being read."""
-    import ckpt_avg.files.platform
+    """Nothing wrong with the command: the second checkpoint is cut just before it is mapped and read."""
+    from ckpt_avg import _kernel
 
-    real = ckpt_avg.files.platform.populate
+    real = _kernel.mean
 
-    def populate(mapping: Any) -> int:
-        code = real(mapping)
-        if len(mapping) > mmap.PAGESIZE:  # no trial whether it works at all
-            os.truncate(arguments[2], 0)
-        return code
+    def mean(*call: Any) -> Any:
+        os.truncate(arguments[2], 0)
+        return real(*call)
 
-    ckpt_avg.files.platform.populate = populate
+    _kernel.mean = mean
 
 
 def creating_early(arguments: Sequence[str]) -> None:

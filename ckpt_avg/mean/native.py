@@ -1,0 +1,160 @@
+"""The native engine: averages blocks with kernel.c, which maps or reads the inputs itself, one window at a time.
+
+A call takes a block, whatever its size, and works without the interpreter lock. In memory it needs a window of each
+input: mapped pages, or a slot that the kernel fills. An input whose elements are not consecutive in its file is
+gathered into its slot beforehand.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Sequence
+
+from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.checkpoint.tensor_reads import offset_of, read_into, stream_bytes
+from ckpt_avg.engine import kernel
+from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.mean.blocks import Block
+from ckpt_avg.mean.nonfinite import Constants, out_of_range, refuse_nonfinite
+
+_SMALL = 64 * 1024  # bytes below which reading is cheaper than mapping, faulting in and unmapping
+_ROW = struct.Struct("5q")  # what is set of a row of the kernel's table: where, descriptor, offset, dtype, position
+
+
+class NativeEngine:
+    """Averages blocks. Not shared between threads.
+
+    Args:
+        checkpoints: the inputs.
+        slot: bytes of the window of one input.
+        shared: the elements of a block are averaged several times, so they are read into the slots once.
+        allow_nonfinite: accept NaN and Inf in the inputs.
+    """
+
+    def __init__(
+        self, checkpoints: Sequence[Checkpoint], slot: int, *, shared: bool = False, allow_nonfinite: bool = False
+    ) -> None:
+        built = kernel()
+        if built is None:
+            raise ValueError("there is no kernel")
+        self._kernel = built
+        self._checkpoints, self._slot, self._shared = checkpoints, slot, shared
+        self._checks = 0 if allow_nonfinite else built.CHECK_FINITE | built.CHECK_RANGE
+        self._constants = Constants(checkpoints)
+        self._rows: list[bytes] = [b""] * len(checkpoints)
+        self._memory = memoryview(mmap.mmap(-1, len(checkpoints) * slot))  # takes no memory until it is used
+        self._files: list[tuple[InputFile, int] | None] = [None] * len(checkpoints)  # and the offset of the block
+
+    def fit(self, block: Block, indices: Sequence[int]) -> list[Block]:
+        """Returns the block, or smaller ones if elements have to be gathered: those fit in a slot."""
+        if all(self._place(block, index) is not None for index in indices):
+            return [block]
+        parts = block.split(self._slot // block.source_dtype.itemsize)
+        # The elements in a slot have one dtype.
+        return [each for part in parts for each in ([part] if self._is_uniform(part, indices) else part.tensors())]
+
+    def read(self, block: Block, indices: Sequence[int]) -> None:
+        """Finds the elements of a block in each of these checkpoints; gathers those that are not consecutive."""
+        for index in indices:
+            checkpoint = self._checkpoints[index]
+            ranges = block.stored_in(checkpoint)
+            place = self._place(block, index)
+            dtype = self._code(ranges[0][0].dtype.torch_name)
+            self._files[index] = place
+            position = index * self._slot
+            nbytes = block.numel * ranges[0][0].dtype.itemsize
+            if place is None:
+                read_into(checkpoint, ranges, self._memory[position : position + nbytes])
+                row = (self._kernel.MEMORY, -1, 0, dtype, position)
+            else:
+                file, offset = place
+                maps = min(self._slot, nbytes) >= _SMALL and file.can_map()
+                row = (self._kernel.MAP if maps else self._kernel.READ, file.descriptor(), offset, dtype, position)
+            self._rows[index] = _ROW.pack(*row).ljust(self._kernel.ROW, b"\0")
+
+    def average(self, block: Block, indices: Sequence[int], output: memoryview) -> None:
+        """Computes the mean of a block.
+
+        Args:
+            block: one that `read` was called with last.
+            indices: of the checkpoints, in the order of the sum; `read` was called with them.
+            output: receives the mean, in bytes of the output dtype.
+
+        Raises:
+            NonFiniteError: an input contains NaN or Inf, or the mean overflows the output dtype.
+            CheckpointFormatError: a file cannot be read, or has changed.
+            ResourceError: a file cannot be mapped, and has to be.
+        """
+        self._average(block, indices, output, self._checks)
+
+    def _average(self, block: Block, indices: Sequence[int], output: memoryview, check: int) -> None:
+        kernel = self._kernel
+        table = bytearray().join(self._rows[index] for index in indices)
+        # A complex element is a pair of real ones.
+        width = 2 if block.source_dtype.kind == "complex" else 1
+        dtype = self._code(block.dtype.torch_name)
+        what, index, code, value = kernel.mean(
+            table, self._memory, self._slot, width * block.numel, dtype, output, check
+        )
+        if what == kernel.DONE:
+            return
+        if what == kernel.OUT_OF_RANGE:
+            raise out_of_range(*block.locate(index // width), value)
+        if what == kernel.NOT_FINITE:
+            self._average_tensors(block, indices, output, width)
+            return
+        place = self._files[indices[index]]
+        if place is None:
+            raise ValueError(f"the kernel read no file, and returned {what}")
+        file, offset = place
+        if what == kernel.NOT_MAPPED:
+            file.refuse_mapping(code)
+            self.read(block, indices)
+            self._average(block, indices, output, check)
+            return
+        raise file.failure(offset, code if what == kernel.NOT_READ else None)
+
+    def _average_tensors(self, block: Block, indices: Sequence[int], output: memoryview, width: int) -> None:
+        """Averages the tensors of a block with NaN or Inf one by one. Only constants may have Inf."""
+        begin = 0
+        for part in block.tensors():
+            target = output[begin : begin + part.nbytes]
+            begin += part.nbytes
+            self.read(part, indices)
+            self._average(part, indices, target, self._kernel.CHECK_RANGE)
+            bad, _ = self._kernel.nonfinite(target, self._code(block.dtype.torch_name), width, True)
+            nans, _ = self._kernel.nonfinite(target, self._code(block.dtype.torch_name), width, False)
+            tensor = part.ranges[0][0]
+            if nans or (bad and tensor.name not in self._constants):
+                refuse_nonfinite([self._checkpoints[each] for each in indices], tensor, self._count)
+
+    def _place(self, block: Block, index: int) -> tuple[InputFile, int] | None:
+        """Returns the file and the offset of a block's elements, if the kernel can take them from there."""
+        checkpoint = self._checkpoints[index]
+        ranges = block.stored_in(checkpoint)
+        tensor, start, _ = ranges[0]
+        file = checkpoint.files[tensor.file] if tensor.is_contiguous else None
+        if len(ranges) > 1 or file is None or (self._shared and not file.can_map()):
+            return None
+        return file, offset_of(tensor, start)
+
+    def _is_uniform(self, block: Block, indices: Sequence[int]) -> bool:
+        stored = (block.stored_in(self._checkpoints[index]) for index in indices)
+        return all(len({tensor.dtype for tensor, _, _ in ranges}) == 1 for ranges in stored)
+
+    def _code(self, dtype: str) -> int:
+        code: int = self._kernel.DTYPES["float32" if dtype == "complex64" else dtype]
+        return code
+
+    def _count(self, checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+        """Returns how many elements of a tensor are NaN or Inf, and the index of the first."""
+        tensor = checkpoint.spec.tensors[name]
+        count, first = 0, -1
+        for start, contents in stream_bytes(checkpoint, tensor):
+            width = 2 if tensor.dtype.kind == "complex" else 1
+            found, index = self._kernel.nonfinite(contents, self._code(tensor.dtype.torch_name), width, True)
+            if found:
+                first = start + index if first < 0 else first
+                count += found
+        return count, first

@@ -1,0 +1,58 @@
+"""The torch engine: reads blocks and averages them with torch, on a CUDA device or a CPU without the native engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.checkpoint.tensor_reads import read_bytes, torch_dtype
+from ckpt_avg.mean.averager import Averager
+from ckpt_avg.mean.blocks import Block
+
+
+class TorchEngine:
+    """Averages blocks. Not shared between threads; the thread that creates it uses one thread of torch.
+
+    Args:
+        device: where sums are computed.
+        chunk: elements summed at a time.
+        checkpoints: the inputs.
+        allow_nonfinite: accept NaN and Inf in the inputs.
+    """
+
+    def __init__(self, device: str, chunk: int, checkpoints: Sequence[Checkpoint], *, allow_nonfinite: bool) -> None:
+        torch.set_num_threads(1)  # the workers are the parallelism
+        self._averager = Averager(torch.device(device), chunk, checkpoints, allow_nonfinite=allow_nonfinite)
+        self._checkpoints, self._chunk = checkpoints, chunk
+        self._values: dict[int, torch.Tensor] = {}
+
+    def fit(self, block: Block, indices: Sequence[int]) -> list[Block]:
+        """Returns the block, or smaller ones if elements have to be gathered: those have the elements of a chunk."""
+        stored = (block.stored_in(self._checkpoints[index]) for index in indices)
+        return [block] if all(len(ranges) == 1 for ranges in stored) else block.split(self._chunk)
+
+    def read(self, block: Block, indices: Sequence[int]) -> None:
+        """Reads the elements of a block from each of these checkpoints, in the block's source dtype."""
+        self._values = {index: self._read(block, self._checkpoints[index]) for index in indices}
+
+    def average(self, block: Block, indices: Sequence[int], output: memoryview) -> None:
+        """Computes the mean of a block that `read` was called with last, as `Averager.average` does."""
+        chosen = [self._values[index] for index in indices]
+        self._averager.average(block, chosen, torch.frombuffer(output, dtype=torch_dtype(block.dtype)))
+
+    def _read(self, block: Block, checkpoint: Checkpoint) -> torch.Tensor:
+        ranges = block.stored_in(checkpoint)
+        contents = read_bytes(checkpoint, ranges)
+        dtypes = {tensor.dtype for tensor, _, _ in ranges}
+        wanted = torch_dtype(block.source_dtype)
+        if len(dtypes) == 1:
+            return torch.frombuffer(contents, dtype=torch_dtype(dtypes.pop())).to(wanted)
+        parts, begin = [], 0
+        for tensor, start, stop in ranges:
+            end = begin + (stop - start) * tensor.dtype.itemsize
+            # A copy, because an element of another dtype may begin at an odd byte.
+            parts.append(torch.frombuffer(bytearray(contents[begin:end]), dtype=torch_dtype(tensor.dtype)).to(wanted))
+            begin = end
+        return torch.cat(parts)

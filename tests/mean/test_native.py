@@ -1,0 +1,396 @@
+"""The native engine: the same bytes as torch on any bits, no crash on files that change, no access out of bounds."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from mean.inputs import save
+from safetensors.torch import load_file
+
+from ckpt_avg import ChangedWhileReadingError, CheckpointFormatError, ResourceError, UsageError, average
+from ckpt_avg.engine import engine_for
+from ckpt_avg.mean import native
+
+_kernel = pytest.importorskip("ckpt_avg._kernel", reason="the native engine was not built here")
+
+DTYPES = {name: getattr(torch, name) for name in _kernel.DTYPES} | {"complex64": torch.complex64}
+linux = pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux alone")
+
+
+def random_bits(numel: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Any bits: NaN of every payload, infinities, subnormal numbers, zeros of both signs."""
+    return torch.randint(0, 256, (numel * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype)
+
+
+def states_of_any_bits(number: int, numel: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(number)
+    states = [{name: random_bits(numel, dtype, generator) for name, dtype in DTYPES.items()} for _ in range(number)]
+    for state in states[1:]:  # elements that are equal in all inputs
+        for name, values in state.items():
+            values[: numel // 4] = states[0][name][: numel // 4]
+    return states
+
+
+def by_both_engines(monkeypatch: pytest.MonkeyPatch, sources: Any, folder: Path, **options: Any) -> list[bytes]:
+    made = []
+    for engine in ("native", "torch"):
+        monkeypatch.setenv("CKPT_AVG_ENGINE", engine)
+        result = average(sources, folder / f"{engine}.safetensors", allow_nonfinite=True, **options)
+        assert result.engine == engine
+        made.append((folder / f"{engine}.safetensors").read_bytes())
+    return made
+
+
+# -- The same bytes as torch ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.guarantee("same-bytes")
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("dtype", ["keep", "float64", "float32", "bfloat16", "float16"])
+def test_any_bits_of_every_dtype_give_the_bytes_that_torch_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, dtype: str
+) -> None:
+    """Groups of four inputs and the rest; whole blocks of 1,024 elements and a part of one."""
+    paths = save(tmp_path, states_of_any_bits(number, 10_007))
+    native, torchs = by_both_engines(monkeypatch, paths, tmp_path, dtype=dtype)
+    assert native == torchs
+
+
+@pytest.mark.guarantee("same-bytes")
+@pytest.mark.parametrize("options", [{"memory": 2**20, "threads": 3}, {"io": "pread"}, {"threads": 1}], ids=str)
+def test_large_tensors_are_computed_window_by_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Windows that begin anywhere in a page, mapped and read."""
+    paths = save(tmp_path, states_of_any_bits(3, 300_007))
+    native, torchs = by_both_engines(monkeypatch, paths, tmp_path, **options)
+    assert native == torchs
+
+
+@pytest.mark.guarantee("same-bytes")
+def test_elements_that_are_not_consecutive_or_not_of_one_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels-last, transposed and repeated elements; tensors in another order; dtypes that differ."""
+    for index in range(3):
+        generator = torch.Generator().manual_seed(index)
+        kind = (torch.float32, torch.bfloat16, torch.float16)[index]
+        state = {
+            "channels last": torch.randn(40, 30, 7, 9, generator=generator).to(memory_format=torch.channels_last),
+            "transposed": torch.randn(500, 700, generator=generator).t(),
+            "repeated": torch.randn(300, 1, generator=generator).expand(300, 50),
+            "part": torch.randn(1000, generator=generator)[3:77],
+            **{f"small {name}": torch.randn(37, generator=generator).to(kind) for name in range(50)},
+            "plain": torch.randn(80_000, generator=generator).to(kind),
+        }
+        names = list(state) if index else list(reversed(state))
+        torch.save({name: state[name] for name in names}, tmp_path / f"step_{index}.pt")
+    for options in ({"memory": 2**20}, {"memory": 2**27}):
+        native, torchs = by_both_engines(
+            monkeypatch, tmp_path, tmp_path / "..", dtype="float32", overwrite=True, **options
+        )
+        assert native == torchs
+
+
+def test_every_nan_has_one_code(tmp_path: Path) -> None:
+    """Otherwise the bytes would depend on which of two NaNs a processor's addition returns."""
+    codes = {"float64": -0x0007_FFFF_FFFF_FFFE, "float32": -0x003F_FFFE, "bfloat16": -0x003E, "float16": -0x01FE}
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    state = {
+        name: torch.tensor([code, 0], dtype=integers[DTYPES[name].itemsize]).view(DTYPES[name])
+        for name, code in {**codes, "float8_e5m2": 0xFE, "float8_e4m3fn": 0xFF, "float8_e4m3fnuz": 0x80}.items()
+    }
+    other = {name: torch.zeros(2, dtype=torch.float32).to(values.dtype) for name, values in state.items()}
+    average(save(tmp_path, [state, other]), tmp_path / "mean.safetensors", allow_nonfinite=True)
+    found = {
+        name: values.view(integers[values.itemsize])[0].item() & (1 << 8 * values.itemsize) - 1
+        for name, values in load_file(tmp_path / "mean.safetensors").items()
+    }
+    assert found == {
+        "float64": 0x7FF8_0000_0000_0000,
+        "float32": 0x7FC0_0000,
+        "bfloat16": 0x7FC0,
+        "float16": 0x7E00,
+        "float8_e5m2": 0x7F,
+        "float8_e4m3fn": 0x7F,
+        "float8_e4m3fnuz": 0x80,
+    }
+
+
+# -- Files that change, and disks that fail -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def instead_of_mean(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Returns what replaces the kernel's function for the mean."""
+
+    def replace(mean: Callable[..., Any]) -> None:
+        names = {name: getattr(_kernel, name) for name in dir(_kernel)}
+        monkeypatch.setattr(native, "kernel", lambda: SimpleNamespace(**{**names, "mean": mean}))
+
+    return replace
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    return save(tmp_path, [{"w": torch.full((400_000,), float(index))} for index in range(2)])
+
+
+@pytest.mark.guarantee("changing-inputs")
+@pytest.mark.parametrize("io", [pytest.param("mmap", marks=linux), "pread"])
+@pytest.mark.parametrize("length", [0, 100, 1_000_000])
+def test_a_file_that_is_cut_is_an_error_also_in_other_programs(
+    tmp_path: Path, paths: list[Path], instead_of_mean: Callable[..., None], io: str, length: int
+) -> None:
+    """It is cut after it was checked, just before its pages are read: SIGBUS would end this process."""
+
+    def mean(*arguments: Any) -> Any:
+        os.truncate(paths[1], length)
+        return _kernel.mean(*arguments)
+
+    instead_of_mean(mean)
+    with pytest.raises(ChangedWhileReadingError, match=rf"{paths[1]}: changed while reading"):
+        average(paths, tmp_path / "out.safetensors", io=io)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.guarantee("read-errors")
+@pytest.mark.parametrize(("what", "reason"), [("NOT_READ", "Stale file handle"), ("LOST", "Input/output error")])
+def test_a_disk_that_fails_is_an_error_with_file_and_place(
+    tmp_path: Path, paths: list[Path], instead_of_mean: Callable[..., None], what: str, reason: str
+) -> None:
+    instead_of_mean(lambda *arguments: (getattr(_kernel, what), 1, 116, 0.0))
+    with pytest.raises(
+        CheckpointFormatError, match=rf"{paths[1]}: reading at byte [\d,]+ failed: {reason}\. Check the"
+    ):
+        average(paths, tmp_path / "out.safetensors")
+
+
+@pytest.mark.guarantee("no-mmap")
+@linux
+def test_a_file_system_without_maps_is_read(
+    tmp_path: Path, paths: list[Path], instead_of_mean: Callable[..., None]
+) -> None:
+    """Only where maps were asked for is their refusal an error."""
+    refused: list[int] = []
+
+    def mean(table: memoryview, *arguments: Any) -> Any:
+        for row in range(0, len(table), _kernel.ROW):
+            where, descriptor = struct.unpack_from("2q", table, row)
+            if where == _kernel.MAP:
+                refused.append(descriptor)
+                return _kernel.NOT_MAPPED, row // _kernel.ROW, 19, 0.0
+        return _kernel.mean(table, *arguments)
+
+    instead_of_mean(mean)
+    average(paths, tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["w"].eq(0.5).all()
+    assert len(set(refused)) == 2
+    with pytest.raises(ResourceError, match="--io mmap: the system refused the mapping: No such device"):
+        average(paths, tmp_path / "out2.safetensors", io="mmap")
+
+
+_FAULT = """
+import ctypes, faulthandler, mmap, os, signal, sys
+from ckpt_avg import _kernel, average
+if "before" in sys.argv:
+    faulthandler.enable()
+average(sys.argv[1:3], sys.argv[3])
+if "after" in sys.argv:
+    faulthandler.enable()
+    average(sys.argv[1:3], sys.argv[3] + "2")
+if "sent" in sys.argv:
+    os.kill(os.getpid(), signal.SIGBUS)
+with open(sys.argv[3], "r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 0)
+    os.ftruncate(file.fileno(), 0)
+    mapped[0]
+"""
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["never", "before", "after", "sent", "before sent", "after sent"])
+def test_other_faults_go_to_the_handler_that_was_there(tmp_path: Path, paths: list[Path], when: str) -> None:
+    """Whoever installed it, and whenever: the process ends by the signal, and nothing loops."""
+    command = [sys.executable, "-c", _FAULT, *map(str, paths), str(tmp_path / "out.safetensors"), *when.split()]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == -signal.SIGBUS, ended.stderr
+    assert ("Fatal Python error: Bus error" in ended.stderr) == ("before" in when or "after" in when)
+
+
+# -- What the kernel accepts ----------------------------------------------------------------------------------------
+
+
+def table_of(rows: Sequence[tuple[int, ...]]) -> bytearray:
+    table = bytearray(len(rows) * _kernel.ROW)
+    for index, row in enumerate(rows):
+        struct.pack_into("5q", table, index * _kernel.ROW, *row)
+    return table
+
+
+ROW = (_kernel.MEMORY, -1, 0, _kernel.DTYPES["float32"], 0)
+GOOD: dict[str, Any] = {
+    "table": table_of([ROW, (*ROW[:4], 64)]), "memory": bytearray(128), "slot": 64, "elements": 16, "dtype": 1,
+    "output": bytearray(64), "check": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"table": bytearray()},
+        {"table": bytearray(_kernel.ROW + 8)},
+        {"table": table_of([(3, -1, 0, 1, 0)])},
+        {"table": table_of([(-1, -1, 0, 1, 0)])},
+        {"table": table_of([(_kernel.MAP, 0, -1, 1, 0)])},
+        {"table": table_of([(_kernel.READ, 0, 2**63 - 8, 1, 0)])},
+        {"table": table_of([(_kernel.READ, 0, 0, 1, 65)])},
+        {"table": table_of([(_kernel.MEMORY, 0, 0, 1, -1)])},
+        {"table": table_of([(_kernel.MEMORY, -1, 0, 8, 0)])},
+        {"table": table_of([(_kernel.MEMORY, -1, 0, -1, 0)])},
+        {"table": table_of([(_kernel.MEMORY, -1, 0, _kernel.DTYPES["float64"], 0)])},
+        {"memory": bytearray(127)},
+        {"memory": bytearray()},
+        {"slot": 0},
+        {"slot": -64},
+        {"slot": 63},
+        {"elements": 17},
+        {"elements": -1},
+        {"elements": 2**62},
+        {"dtype": 8},
+        {"dtype": -1},
+        {"output": bytearray(63)},
+    ],
+    ids=str,
+)
+def test_calls_out_of_bounds_are_refused(wrong: dict[str, Any]) -> None:
+    assert _kernel.mean(*GOOD.values())[0] == _kernel.DONE
+    with pytest.raises(ValueError, match=r"^[a-z ,]+$"):
+        _kernel.mean(*{**GOOD, **wrong}.values())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (bytes(16), 0, bytearray(16), 0, (4,), (1,), (1,), 8),
+        (bytes(16), 1, bytearray(16), 0, (4,), (1,), (1,), 4),
+        (bytes(16), 0, bytearray(16), 4, (4,), (1,), (1,), 4),
+        (bytes(16), -1, bytearray(16), 0, (4,), (1,), (1,), 1),
+        (bytes(16), 0, bytearray(16), 0, (4, 4), (4, 1), (5, 1), 1),
+        (bytes(16), 0, bytearray(16), 0, (2**62, 2**62), (2**62, 1), (1, 1), 1),
+        (bytes(16), 0, bytearray(16), 0, (4,), (-1,), (1,), 1),
+        (bytes(16), 0, bytearray(16), 0, (0,), (1,), (1,), 1),
+        (bytes(16), 0, bytearray(16), 0, (4,), (1, 1), (1,), 1),
+        (bytes(16), 0, bytearray(16), 0, (4,), (1,), (1,), 3),
+        (bytes(16), 0, bytearray(16), 0, (2,) * 70, (0,) * 70, (0,) * 70, 1),
+    ],
+    ids=str,
+)
+def test_boxes_out_of_bounds_are_refused(arguments: Any) -> None:
+    with pytest.raises(ValueError, match=r"^[a-z0-9 ,]+$"):
+        _kernel.copy(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "width", "expected"),
+    [
+        ([1.0, 2.0, 3.0], "float32", 1, (0, -1)),
+        ([1.0, float("nan"), float("inf"), 0.0], "float32", 1, (2, 1)),
+        ([1.0, 2.0, float("nan"), float("-inf"), 0.0, 0.0], "float32", 2, (1, 1)),
+        ([1.0] * 5000 + [float("inf")], "float64", 1, (1, 5000)),
+        ([], "float32", 1, (0, -1)),
+    ],
+)
+def test_what_is_not_finite_is_counted(values: list[float], dtype: str, width: int, expected: tuple[int, int]) -> None:
+    contents = torch.tensor(values, dtype=DTYPES[dtype]).numpy().tobytes()
+    assert _kernel.nonfinite(contents, _kernel.DTYPES[dtype], width, True) == expected
+
+
+def test_the_first_value_out_of_range_is_named() -> None:
+    values = torch.ones(5_000, dtype=torch.float64)
+    values[[3_000, 4_000]] = 70_000.0
+    table = table_of([(_kernel.MEMORY, -1, 0, _kernel.DTYPES["float64"], 0)])
+    arguments = (
+        table,
+        bytearray(values.numpy().tobytes()),
+        40_000,
+        5_000,
+        _kernel.DTYPES["float16"],
+        bytearray(10_000),
+    )
+    assert _kernel.mean(*arguments, 3) == (_kernel.OUT_OF_RANGE, 3_000, 0, 70_000.0)
+    assert _kernel.mean(*arguments, 0)[0] == _kernel.DONE
+
+
+def test_other_threads_run_meanwhile() -> None:
+    slot = 32 * 2**20
+    memory, output = mmap.mmap(-1, 2 * slot), mmap.mmap(-1, slot)
+    worker = threading.Thread(
+        target=_kernel.mean, args=(table_of([ROW, (*ROW[:4], slot)]), memory, slot, slot // 4, 1, output, 3)
+    )
+    worker.start()
+    steps = 0
+    while worker.is_alive():
+        steps += 1
+    assert steps > 100, "the interpreter lock is held"
+
+
+# -- Which engine ---------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (engine_for("cpu"), engine_for("cuda:0")) == ("native", "torch")
+    monkeypatch.setenv("CKPT_AVG_ENGINE", "torch")
+    assert engine_for("cpu") == "torch"
+    monkeypatch.setenv("CKPT_AVG_ENGINE", "fast")
+    with pytest.raises(UsageError, match=r"CKPT_AVG_ENGINE=fast: no such engine\. Use native or torch\."):
+        engine_for("cpu")
+
+
+def test_without_a_kernel_torch_does_the_work(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where no C compiler was found. An explicit --io mmap is not silently something else."""
+    monkeypatch.setattr("ckpt_avg.engine._kernel", None)
+    result = average(paths, tmp_path / "out.safetensors", io="mmap")
+    assert result.engine == "torch"
+    assert [text for text in result.notices if text.startswith("--io mmap: only the native engine maps files")]
+    monkeypatch.setenv("CKPT_AVG_ENGINE", "native")
+    with pytest.raises(UsageError, match="CKPT_AVG_ENGINE=native: the native engine was not built"):
+        average(paths, tmp_path / "out2.safetensors")
+
+
+_COMMANDS = """
+import sys
+from ckpt_avg.cli.main import cli
+folder = sys.argv[1]
+for command in (
+    ["average", folder, "-o", f"{folder}/mean.safetensors", "--sha256"],
+    ["check", folder],
+    ["inspect", folder],
+    ["verify", f"{folder}/mean.safetensors"],
+    ["verify", f"{folder}/mean.safetensors", "--sources", f"{folder}/0.safetensors", f"{folder}/1.safetensors"],
+):
+    cli.main(command, standalone_mode=False)
+    print("after", command[0], {"torch", "numpy"} & set(sys.modules), file=sys.stderr)
+"""
+
+
+def test_no_command_imports_torch_if_no_model_is_run(paths: list[Path]) -> None:
+    """To import it takes longer than to average a few gigabytes."""
+    command = [sys.executable, "-c", _COMMANDS, str(paths[0].parent)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("after") == 5
+    assert ended.stderr.count("set()") == 5, ended.stderr

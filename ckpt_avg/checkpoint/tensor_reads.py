@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_avg import engine
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, Part, TensorSpec, contiguous_stride
+from ckpt_avg.files.input_file import InputFile
 
 if TYPE_CHECKING:
     import torch
@@ -96,10 +97,9 @@ def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.T
     return found
 
 
-def prefetch(checkpoint: Checkpoint, ranges: Sequence[Range]) -> None:
-    """Asks the system to read ahead what `read_ranges` will need."""
-    for file, begin, end, _ in _windows(ranges):
-        checkpoint.files[file].prefetch(begin, end - begin)
+def spans(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[tuple[InputFile, int, int]]:
+    """Returns the file, the first byte and the byte after the last of what `read_into` reads of contiguous tensors."""
+    return [(checkpoint.files[file], begin, end) for file, begin, end, _ in _windows(ranges)]
 
 
 def stream_bytes(

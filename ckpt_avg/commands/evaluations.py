@@ -89,6 +89,8 @@ class Meter:
 
     def measure_refreshed(self, checkpoint: Checkpoint, name: str, frozen: Collection[str]) -> Evaluation:
         """Measures what `average` would write of this checkpoint alone, its statistics refreshed."""
+        import torch
+
         from ckpt_avg.mean.arithmetic import round_to
         from ckpt_avg.user_code.model import weights_of
 

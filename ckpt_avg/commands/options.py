@@ -51,11 +51,20 @@ class ResourceOptions(OptionGroup):
         least=2**20,
         per_rank=True,
     )
+    readers: int = option(
+        16,
+        "Read ahead with N threads.",
+        doc="Threads that read ahead of the sums: as many requests as the storage serves at a time.",
+        metavar="N",
+        least=0,
+        most=256,
+        per_rank=True,
+    )
     io: IO = option(
         "auto",
         "Map files into memory, or read them with pread.",
-        doc="``mmap`` maps files into memory, ``pread`` reads them. ``auto`` maps them, except on network storage and "
-        "where the system refuses it.",
+        doc="How the native engine gets the bytes: ``mmap`` maps files into memory, ``pread`` reads them. ``auto`` "
+        "maps them, except on network storage and where the system refuses it.",
         choices=("auto", "mmap", "pread"),
         per_rank=True,
     )

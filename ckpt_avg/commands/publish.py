@@ -77,6 +77,7 @@ def _write_mean(draft: Draft, unpublished: UnpublishedFile, digest: TreeDigest) 
         device=prepared.mean_device,
         threads=prepared.threads,
         memory=draft.request.memory,
+        readers=draft.request.readers,
         allow_nonfinite=draft.request.allow_nonfinite,
         within=share,
         progress=read,

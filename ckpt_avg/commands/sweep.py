@@ -214,6 +214,7 @@ def _average(
         device=prepared.mean_device,
         threads=prepared.threads,
         memory=request.memory,
+        readers=request.readers,
         allow_nonfinite=request.allow_nonfinite,
         progress=context.progress.read,
     )

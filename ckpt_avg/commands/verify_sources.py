@@ -87,6 +87,7 @@ def compare_with_mean(
                 device="cpu",
                 threads=threads,
                 memory=request.memory,
+                readers=request.readers,
                 allow_nonfinite=options.allow_nonfinite,
                 progress=progress.read,
             )

@@ -80,9 +80,10 @@ class InputFile:
             )
         self._can_map = False
 
-    def prefetch(self, offset: int, length: int) -> None:
-        """Asks the system to load a range into memory in the background."""
-        platform.prefetch(self.descriptor(), offset, length)
+    def load(self, offset: int, length: int, scratch: memoryview) -> None:
+        """Brings a range into the page cache. A hint; ``scratch`` has at least that length."""
+        with contextlib.suppress(ValueError):  # closed meanwhile
+            platform.load(self.descriptor(), offset, length, scratch)
 
     def read(self, offset: int, length: int) -> bytes:
         """Returns exactly ``length`` bytes from ``offset``.

@@ -37,16 +37,26 @@ if sys.platform == "linux":
     _LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
-def prefetch(descriptor: int, offset: int, length: int) -> None:
-    """Asks the system to load a range into memory in the background, unless it is there. A hint: it never fails."""
-    if not length or not hasattr(os, "posix_fadvise"):
+def load(descriptor: int, offset: int, length: int, scratch: memoryview) -> None:
+    """Brings a range into the page cache, unless it is there. A hint: it never fails.
+
+    It reads, and waits, which keeps more requests in flight than asking for it does; but only where the system can tell
+    whether the range is there.
+    """
+    if not length:
         return
     with contextlib.suppress(OSError):
         if hasattr(os, "RWF_NOWAIT"):
-            with contextlib.suppress(OSError):  # EAGAIN: not in memory, or a file system that cannot tell
-                os.preadv(descriptor, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT)
+            try:
+                os.preadv(descriptor, [scratch[:1]], offset + length - 1, os.RWF_NOWAIT)
                 return
-        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+            except BlockingIOError:
+                os.preadv(descriptor, [scratch[:length]], offset)
+                return
+            except OSError:  # a file system that cannot tell
+                pass
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 def open_unnamed(folder: Path) -> int | None:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import prefetch, read_into, torch_dtype
+from ckpt_avg.checkpoint.tensor_reads import read_into, spans, torch_dtype
 from ckpt_avg.engine import engine_for
 from ckpt_avg.machine import gc_paused, run_workers
 from ckpt_avg.mean.blocks import Block, cut_into_blocks
 from ckpt_avg.mean.plan import Plan
+from ckpt_avg.mean.read_ahead import ReadAhead
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,7 @@ def write_means(
     device: str,
     threads: int,
     memory: int,
+    readers: int = 0,
     allow_nonfinite: bool = False,
     within: range | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
@@ -83,6 +85,7 @@ def write_means(
         device: where sums are computed.
         threads: workers.
         memory: bytes of working memory, shared by the workers.
+        readers: threads that read ahead of the workers.
         allow_nonfinite: accept NaN and Inf in the inputs.
         within: the bytes of the data section to compute; all by default.
         progress: called with the number of input bytes just read; from several threads, but never at the same time.
@@ -107,7 +110,7 @@ def write_means(
             from ckpt_avg.mean.torch_engine import TorchEngine
 
             engine = TorchEngine(device, window, checkpoints, allow_nonfinite=allow_nonfinite)
-        worker = _Worker(checkpoints, means, engine, elements)
+        worker = _Worker(checkpoints, means, engine, elements, ahead)
         following = worker.prepare(next(blocks, []))
         while following:
             current, following = following, worker.prepare(next(blocks, []))
@@ -115,7 +118,7 @@ def write_means(
             with lock:
                 progress(nbytes)
 
-    with gc_paused(), contextlib.nullcontext() if is_native else _threads_of_torch_kept():
+    with gc_paused(), ReadAhead(readers) as ahead, contextlib.nullcontext() if is_native else _threads_of_torch_kept():
         run_workers(threads, cut_into_blocks(plan, elements, within), work)
     for checkpoint in checkpoints:
         checkpoint.check_unchanged()
@@ -184,19 +187,26 @@ def _share(plan: Plan, within: range, threads: int, least: int) -> int:
 class _Worker:
     """Reads, averages and writes blocks. Each thread has its own."""
 
-    def __init__(self, checkpoints: Sequence[Checkpoint], means: Sequence[Mean], engine: Engine, elements: int) -> None:
-        self._checkpoints, self._means, self._engine = checkpoints, means, engine
+    def __init__(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        means: Sequence[Mean],
+        engine: Engine,
+        elements: int,
+        ahead: ReadAhead,
+    ) -> None:
+        self._checkpoints, self._means, self._engine, self._ahead = checkpoints, means, engine, ahead
         self._averaged = {index for mean in means for index in mean.checkpoints}
         self._output = memoryview(mmap.mmap(-1, elements * 8))
 
     def prepare(self, blocks: list[Block]) -> list[Block]:
-        """Asks the system to read blocks ahead; returns them, or smaller ones to compute instead."""
+        """Lets blocks be read ahead; returns them, or smaller ones to compute instead."""
         prepared: list[Block] = []
         for block in blocks:
             indices = self._inputs(block)
             for part in self._engine.fit(block, indices):
-                for index in indices:
-                    prefetch(self._checkpoints[index], part.stored_in(self._checkpoints[index]))
+                inputs = (self._checkpoints[index] for index in indices)
+                self._ahead.ask([spans(checkpoint, part.stored_in(checkpoint)) for checkpoint in inputs])
                 prepared.append(part)
         return prepared
 

@@ -89,7 +89,15 @@ OTHER: dict[str, Any] = {
     "overwrite": True,
     "dry_run": True,
 }
-HOW = {"device": "cpu", "io": "pread", "threads": 7, "memory": 1 << 20, "progress": object(), "ranks": Ranks()}
+HOW = {
+    "device": "cpu",
+    "io": "pread",
+    "threads": 7,
+    "memory": 1 << 20,
+    "readers": 3,
+    "progress": object(),
+    "ranks": Ranks(),
+}
 
 
 def test_every_argument_either_decides_bytes_or_does_not() -> None:

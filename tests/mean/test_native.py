@@ -29,6 +29,12 @@ DTYPES = {name: getattr(torch, name) for name in _kernel.DTYPES} | {"complex64":
 linux = pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux alone")
 
 
+@pytest.fixture(autouse=True)
+def _native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment chooses, these tests are of the native engine."""
+    monkeypatch.delenv("CKPT_AVG_ENGINE", raising=False)
+
+
 def random_bits(numel: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Any bits: NaN of every payload, infinities, subnormal numbers, zeros of both signs."""
     return torch.randint(0, 256, (numel * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype)

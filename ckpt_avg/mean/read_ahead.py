@@ -1,0 +1,62 @@
+"""Reads inputs ahead of the workers: the storage then has many requests at a time, however many cores there are."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+from ckpt_avg.files.input_file import InputFile
+
+_REQUEST = 1024 * 1024  # bytes
+
+Span = tuple[InputFile, int, int]  # file, first byte, byte after the last
+
+
+class ReadAhead:
+    """Threads that bring parts of files into the page cache, in the order in which they are asked for.
+
+    Args:
+        readers: how many; 0 reads nothing ahead.
+    """
+
+    def __init__(self, readers: int) -> None:
+        self._requests: queue.SimpleQueue[Span | None] = queue.SimpleQueue()
+        self._is_over = False
+        self._threads = [threading.Thread(target=self._read, name=f"reader {number}") for number in range(readers)]
+
+    def ask(self, inputs: Sequence[Sequence[Span]]) -> None:
+        """Asks for parts of several inputs that are used together: a request of each in turn."""
+        if self._threads:
+            requests = ([cut for span in spans for cut in _cut(span)] for spans in inputs)
+            for together in itertools.zip_longest(*requests):
+                for request in filter(None, together):
+                    self._requests.put(request)
+
+    def __enter__(self) -> ReadAhead:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_over = True
+        for _ in self._threads:
+            self._requests.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _read(self) -> None:
+        scratch = memoryview(bytearray(_REQUEST))
+        while (request := self._requests.get()) is not None:
+            if not self._is_over:
+                file, begin, end = request
+                file.load(begin, end - begin, scratch)
+
+
+def _cut(span: Span) -> list[Span]:
+    file, begin, end = span
+    return [(file, first, min(end, first + _REQUEST)) for first in range(begin, end, _REQUEST)]

@@ -1,0 +1,67 @@
+"""Reading ahead: everything is asked for once, all inputs in turn, and neither errors nor the end of a run matter."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from mean.inputs import digest, mixed_run, save
+
+from ckpt_avg import average
+from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.mean.read_ahead import ReadAhead
+
+MiB = 2**20
+
+
+class Recorded:
+    """A file that records what is loaded of it; loading waits for permission."""
+
+    def __init__(self, name: str, loaded: list[tuple[str, int, int]]) -> None:
+        self.name, self.loaded, self.permission = name, loaded, threading.Event()
+
+    def load(self, offset: int, length: int, scratch: memoryview) -> None:
+        assert length <= len(scratch)
+        self.permission.wait(20)
+        self.loaded.append((self.name, offset, length))
+
+
+def spans(*chosen: tuple[Recorded, int, int]) -> Any:
+    return [cast(tuple[InputFile, int, int], each) for each in chosen]
+
+
+def test_the_inputs_are_read_in_turn_and_each_byte_once() -> None:
+    """A request of each input at a time, so that the first block is complete as early as possible."""
+    loaded: list[tuple[str, int, int]] = []
+    a, b = Recorded("a", loaded), Recorded("b", loaded)
+    for each in (a, b):
+        each.permission.set()
+    with ReadAhead(1) as ahead:
+        ahead.ask([spans((a, 100, 100 + 2 * MiB + 7)), spans((b, 0, MiB), (b, 5 * MiB, 5 * MiB + 1))])
+        while len(loaded) < 5:
+            threading.Event().wait(0.001)
+    assert loaded == [
+        ("a", 100, MiB), ("b", 0, MiB), ("a", 100 + MiB, MiB), ("b", 5 * MiB, 1), ("a", 100 + 2 * MiB, 7),
+    ]  # fmt: skip
+
+
+def test_what_is_left_is_not_read_once_the_run_is_over() -> None:
+    """Otherwise an error would be shown only after everything was read."""
+    loaded: list[tuple[str, int, int]] = []
+    file = Recorded("a", loaded)
+    with ReadAhead(2) as ahead:
+        ahead.ask([spans((file, 0, 1000 * MiB))])
+        threading.Timer(0.1, file.permission.set).start()
+    assert len(loaded) <= 2
+    assert not [each for each in threading.enumerate() if each.name.startswith("reader")]
+
+
+@pytest.mark.guarantee("same-bytes")
+@pytest.mark.parametrize("readers", [0, 1, 5])
+def test_the_bytes_do_not_depend_on_it(tmp_path: Path, readers: int) -> None:
+    paths = save(tmp_path, mixed_run())
+    average(paths, tmp_path / "plain.safetensors")
+    average(paths, tmp_path / "found.safetensors", readers=readers)
+    assert digest(tmp_path / "plain.safetensors") == digest(tmp_path / "found.safetensors")

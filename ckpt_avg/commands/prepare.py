@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,8 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     launch = launch_of() if context.ranks.size > 1 else None
     mean_device = choose_mean_device(request.device, launch)
     model_device = mean_device if request.model is None else choose_model_device(request.device, launch)
+    if engine_for(mean_device) == "torch":
+        importlib.import_module("ckpt_avg.mean.torch_engine")  # before the inputs take the files that may be open
     if request.io == "mmap" and engine_for(mean_device) == "torch":
         notice("--io mmap: only the native engine maps files, and torch is used here, so files are read with pread")
     threads = choose_threads(request.threads, launch.local_size if launch else 1)

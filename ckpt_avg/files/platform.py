@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+if sys.platform != "win32":
+    import fcntl  # not later, when no file may be left to open it
+
 # Opening a FIFO or a device must not block.
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 WRITE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -81,8 +84,6 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
     """Locks a file until it is closed; returns False if another process has locked it, or there are no locks here."""
     if sys.platform == "win32":
         return False
-    import fcntl
-
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:

@@ -25,19 +25,32 @@ class ReadAhead:
     def __init__(self, readers: int) -> None:
         self._requests: queue.SimpleQueue[Span | None] = queue.SimpleQueue()
         self._is_over = False
-        self._threads = [threading.Thread(target=self._read, name=f"reader {number}") for number in range(readers)]
+        self._readers = readers
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
 
     def ask(self, inputs: Sequence[Sequence[Span]]) -> None:
         """Asks for parts of several inputs that are used together: a request of each in turn."""
-        if self._threads:
-            requests = ([cut for span in spans for cut in _cut(span)] for spans in inputs)
-            for together in itertools.zip_longest(*requests):
-                for request in filter(None, together):
-                    self._requests.put(request)
+        if not self._readers:
+            return
+        each_input = ([cut for span in spans for cut in _cut(span)] for spans in inputs)
+        requests = [request for turn in itertools.zip_longest(*each_input) for request in turn if request is not None]
+        for request in requests:
+            self._requests.put(request)
+        with self._lock:
+            self._start(min(len(requests), self._readers - len(self._threads)))
+
+    def _start(self, number: int) -> None:
+        for _ in range(number):
+            thread = threading.Thread(target=self._read, name="reader")
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more threads, or no memory for them: fewer read ahead
+                self._readers = len(self._threads)
+                return
+            self._threads.append(thread)
 
     def __enter__(self) -> ReadAhead:
-        for thread in self._threads:
-            thread.start()
         return self
 
     def __exit__(
@@ -50,7 +63,10 @@ class ReadAhead:
             thread.join()
 
     def _read(self) -> None:
-        scratch = memoryview(bytearray(_REQUEST))
+        try:
+            scratch = memoryview(bytearray(_REQUEST))
+        except MemoryError:
+            return
         while (request := self._requests.get()) is not None:
             if not self._is_over:
                 file, begin, end = request

@@ -18,6 +18,7 @@ from ckpt_avg.checkpoint.tensor_reads import read_into, spans, torch_dtype
 from ckpt_avg.engine import engine_for
 from ckpt_avg.machine import gc_paused, run_workers
 from ckpt_avg.mean.blocks import Block, cut_into_blocks
+from ckpt_avg.mean.native import NativeEngine
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.mean.read_ahead import ReadAhead
 
@@ -32,7 +33,8 @@ _CUDA_CHUNK = 1024 * 1024  # enough to outweigh the launch of a kernel
 _MOST_ELEMENTS = 8 * 1024 * 1024  # larger blocks are no faster
 _LEAST_BLOCKS = 2  # for each worker, so that all finish at about the same time
 _MOST_OUTPUT = 4 * 1024 * 1024  # bytes of a block of the native engine: enough to outweigh what Python does for each
-_MOST_WINDOW = 1024 * 1024  # bytes of one of its inputs; larger ones are no faster
+_WINDOWS = 4 * 1024 * 1024  # bytes of all its windows together, so that memory does not grow with the checkpoints …
+_LEAST_WINDOW = 64 * 1024  # … unless they would get smaller than this
 
 Write = Callable[[memoryview, int], None]
 
@@ -102,8 +104,6 @@ def write_means(
 
     def work(blocks: Iterator[list[Block]]) -> None:
         if is_native:
-            from ckpt_avg.mean.native import NativeEngine
-
             shared = len(means) > 1
             engine: Engine = NativeEngine(checkpoints, window, shared=shared, allow_nonfinite=allow_nonfinite)
         else:
@@ -153,7 +153,7 @@ def _native_sizes(
     """
     each = memory // threads
     output = min(_MOST_OUTPUT, each // 4)
-    window = min(_MOST_WINDOW, (each - output) // checkpoints)
+    window = min(max(_WINDOWS // checkpoints, _LEAST_WINDOW), (each - output) // checkpoints)
     itemsize = max((tensor.dtype.itemsize for tensor in plan.tensors), default=1)
     elements = min(output // itemsize, _share(plan, within, threads, output // itemsize // 16))
     return max(mmap.PAGESIZE, window - window % mmap.PAGESIZE), max(LEAST_CHUNK, elements)

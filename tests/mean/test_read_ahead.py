@@ -58,6 +58,22 @@ def test_what_is_left_is_not_read_once_the_run_is_over() -> None:
     assert not [each for each in threading.enumerate() if each.name.startswith("reader")]
 
 
+def test_threads_that_cannot_be_started_are_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As under a limit on threads or on memory: reading ahead is a help, not a need."""
+    real, started = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "reader":
+            started.append(thread)
+            if len(started) > 1:
+                raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    average(save(tmp_path, mixed_run()), tmp_path / "mean.safetensors")
+    assert len(started) == 2
+
+
 @pytest.mark.guarantee("same-bytes")
 @pytest.mark.parametrize("readers", [0, 1, 5])
 def test_the_bytes_do_not_depend_on_it(tmp_path: Path, readers: int) -> None:

@@ -192,21 +192,22 @@ static const widen_function widen[DTYPES] = {
 
 /* ---- sums -------------------------------------------------------------------------------------------------------- */
 
-/* Adds one input to the sums, or four in their order: then the sums are loaded and stored once for four inputs. */
-#define DEFINE_SUMS(TYPE)                                                                                              \
+#define DEFINE_ADD(TYPE)                                                                                               \
     CLONES static void add_##TYPE(double *restrict sum, const void *a, size_t n)                                       \
     {                                                                                                                  \
         for (size_t i = 0; i < n; i++)                                                                                 \
             sum[i] += ((const TYPE *)a)[i];                                                                            \
-    }                                                                                                                  \
-    CLONES static __attribute__((unused)) void add_four_##TYPE(double *restrict sum, const void *const *inputs, size_t n)                      \
-    {                                                                                                                  \
-        const TYPE *a = inputs[0], *b = inputs[1], *c = inputs[2], *d = inputs[3];                                     \
-        for (size_t i = 0; i < n; i++)                                                                                 \
-            sum[i] = (((sum[i] + a[i]) + b[i]) + c[i]) + d[i];                                                         \
     }
-DEFINE_SUMS(f32)
-DEFINE_SUMS(f64)
+DEFINE_ADD(f32)
+DEFINE_ADD(f64)
+
+/* Adds four inputs in their order, so that the sums are loaded and stored once for four. */
+CLONES static void add_four(double *restrict sum, const void *const *inputs, size_t n)
+{
+    const f32 *a = inputs[0], *b = inputs[1], *c = inputs[2], *d = inputs[3];
+    for (size_t i = 0; i < n; i++)
+        sum[i] = (((sum[i] + a[i]) + b[i]) + c[i]) + d[i];
+}
 
 /* Divides the sums by the number of inputs. Returns whether any mean is NaN or infinite: finite inputs narrower than
  * float64 cannot overflow the sum, so an input was. Multiplying by the reciprocal of a power of two, which is exact,
@@ -606,7 +607,7 @@ static void sum_narrower(const struct job *job, size_t first, size_t n, double *
     for (; k + 4 <= job->number; k += 4) {
         for (int i = 0; i < 4; i++)
             values[i] = values_of(&job->inputs[k + i], first, n, buffers[i]);
-        add_four_f32(sum, values, n);
+        add_four(sum, values, n);
     }
     for (; k < job->number; k++)
         add_f32(sum, values_of(&job->inputs[k], first, n, buffers[0]), n);

@@ -48,7 +48,7 @@ class NativeEngine:
 
     def fit(self, block: Block, indices: Sequence[int]) -> list[Block]:
         """Returns the block, or smaller ones if elements have to be gathered: those fit in a slot."""
-        if all(self._place(block, index) is not None for index in indices):
+        if not any(self._is_gathered(block, index) for index in indices):
             return [block]
         parts = block.split(self._slot // block.source_dtype.itemsize)
         # The elements in a slot have one dtype.
@@ -64,7 +64,7 @@ class NativeEngine:
             self._files[index] = place
             position = index * self._slot
             nbytes = block.numel * ranges[0][0].dtype.itemsize
-            if place is None:
+            if place is None or (self._is_gathered(block, index) and nbytes <= self._slot):
                 read_into(checkpoint, ranges, self._memory[position : position + nbytes])
                 row = (self._kernel.MEMORY, -1, 0, dtype, position)
             else:
@@ -128,16 +128,21 @@ class NativeEngine:
             tensor = part.ranges[0][0]
             if nans or (bad and tensor.name not in self._constants):
                 refuse_nonfinite([self._checkpoints[each] for each in indices], tensor, self._count)
+        self.read(block, indices)  # as it was, for another mean
+
+    def _is_gathered(self, block: Block, index: int) -> bool:
+        """Whether the elements of a block are copied into a slot: not consecutive, or read once for several means."""
+        place = self._place(block, index)
+        return place is None or (self._shared and not place[0].can_map())
 
     def _place(self, block: Block, index: int) -> tuple[InputFile, int] | None:
-        """Returns the file and the offset of a block's elements, if the kernel can take them from there."""
+        """Returns the file and the offset of a block's elements, if they are consecutive."""
         checkpoint = self._checkpoints[index]
         ranges = block.stored_in(checkpoint)
         tensor, start, _ = ranges[0]
-        file = checkpoint.files[tensor.file] if tensor.is_contiguous else None
-        if len(ranges) > 1 or file is None or (self._shared and not file.can_map()):
+        if len(ranges) > 1 or not tensor.is_contiguous:
             return None
-        return file, offset_of(tensor, start)
+        return checkpoint.files[tensor.file], offset_of(tensor, start)
 
     def _is_uniform(self, block: Block, indices: Sequence[int]) -> bool:
         stored = (block.stored_in(self._checkpoints[index]) for index in indices)

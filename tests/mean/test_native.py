@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,10 @@ from safetensors.torch import load_file
 
 from ckpt_avg import ChangedWhileReadingError, CheckpointFormatError, ResourceError, UsageError, average
 from ckpt_avg.engine import engine_for
+from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.mean import native
+from ckpt_avg.mean.plan import make_plan
+from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
 
 _kernel = pytest.importorskip("ckpt_avg._kernel", reason="the native engine was not built here")
 
@@ -106,6 +110,30 @@ def test_elements_that_are_not_consecutive_or_not_of_one_dtype(tmp_path: Path, m
             monkeypatch, tmp_path, tmp_path / "..", dtype="float32", overwrite=True, **options
         )
         assert native == torchs
+
+
+@pytest.mark.parametrize("io", [pytest.param("mmap", marks=linux), "pread"])
+def test_several_means_of_one_block_are_each_their_own(tmp_path: Path, io: str) -> None:
+    """Also of a block with a constant that has Inf, whose tensors are averaged one by one, and if maps are refused."""
+    states = []
+    for index in range(4):
+        generator = torch.Generator().manual_seed(index)
+        mask = torch.tensor([0.0, -torch.inf])
+        states.append({"a": torch.randn(70_000, generator=generator), "mask": mask, "z": torch.randn(9) + index})
+    paths = save(tmp_path, states)
+    windows = ([0, 1, 2], [3, 1], [0, 1, 2, 3])
+    with ExitStack() as stack:
+        checkpoints = [stack.enter_context(open_checkpoint(path)) for path in paths]
+        for file in (file for checkpoint in checkpoints for file in checkpoint.files):
+            file.use_io(io)
+        plan = make_plan([checkpoint.spec for checkpoint in checkpoints])
+        outputs = [MemoryOutput(plan) for _ in windows]
+        means = [Mean(window, output.write) for window, output in zip(windows, outputs, strict=True)]
+        write_means(checkpoints, plan, means, device="cpu", threads=2, memory=2**21)
+        for window, output in zip(windows, outputs, strict=True):
+            for name, found in output.tensors().items():
+                total = sum(states[index][name].double() for index in window)
+                assert found.equal((total / len(window)).float()), (window, name)
 
 
 def test_every_nan_has_one_code(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,12 +20,16 @@ _SHARE = "Put the checkpoints on storage that all ranks share, or copy them."
 
 def agree_on_request(ranks: Ranks, request: AverageRequest) -> None:
     """Raises RankError if options or versions differ, except options that no byte of the output depends on."""
+    if ranks.size == 1:
+        return
+    import torch
+
     compared = [option for _, option in options_of(type(request)) if not option.metadata.get("per_rank")]
     mine = {
         option.name: (_name if option.metadata.get("code") else _plain)(getattr(request, option.name))
         for option in compared
     }
-    mine |= {"version of ckpt_avg": __version__, "version of torch": importlib.metadata.version("torch")}
+    mine |= {"version of ckpt_avg": __version__, "version of torch": torch.__version__}
 
     def describe(rank: int, first: dict[str, Any], other: dict[str, Any]) -> str:
         found = listing(f"{name} {other[name]!r}, not {first[name]!r}" for name in mine if other[name] != first[name])

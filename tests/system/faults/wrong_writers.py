@@ -141,9 +141,10 @@ def leaving_a_note(arguments: Sequence[str]) -> None:
 
     def close(file: InputFile) -> None:
         real(file)
-        note = file.path.with_suffix(".lock")
-        note.touch()
-        note.unlink()
+        if file.path.parent != Path("/proc/self/fd"):  # the output, before it has a name
+            note = file.path.with_suffix(".lock")
+            note.touch()
+            note.unlink()
 
     InputFile.close = close  # type: ignore[method-assign]
 

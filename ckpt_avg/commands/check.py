@@ -67,7 +67,8 @@ def notice_what_is_read(
                 "select it with --include or --exclude, --ema or --state-key."
             )
         if copies or len(checkpoints) > 1:
-            others = "" if len(averaged) == 1 else f", as are {len(averaged) - 1:,} of the others"
+            more = len(averaged) - 1
+            others = f", as {'is' if more == 1 else 'are'} {more:,} of the others" if more else ""
             notice(f"{averaged[0].path.name} is already an average ({averaged[0].averaged}){others}")
     if copies and len(checkpoints) == 1:
         notice(f"{first.path} is the only checkpoint: its weights are copied")

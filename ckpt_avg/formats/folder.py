@@ -42,7 +42,7 @@ from ckpt_avg.text import argument, listing, quote
 
 DEEPEST = 3  # levels of folders that are searched for weights
 _SIDECARS = {sidecar.name for trainer in TRAINERS for sidecar in trainer.sidecars if not sidecar.files}
-_JOIN = (
+JOIN = (
     "Join them with the tool of the framework that trained the model, then average the results. If each rank saved the "
     "whole model, copy the files of one rank to a folder of their own."
 )
@@ -85,7 +85,7 @@ def _known(folder: Folder) -> WeightFiles | None:
             return WeightFiles(folder.path / index, Stored.INDEX, kind=kind)
     ranks = [name for name in folder.names if not folder.names.isdisjoint(part_of(name))]
     if ranks and any(inner.path.name in ranks and _sets(inner, 1) for inner in _folders(folder)):
-        problem = f"the folder has the parts of one checkpoint: {listing(map(quote, sorted(ranks)))}. {_JOIN}"
+        problem = f"the folder has the parts of one checkpoint: {listing(map(quote, sorted(ranks)))}. {JOIN}"
         return WeightFiles(folder.path, problem=problem)
     return None
 
@@ -138,7 +138,7 @@ def _sets(folder: Folder, depth: int) -> list[WeightFiles]:
     names = {name for name in checkpoint_files(folder) if _may_be_weights(name)}
     found: list[WeightFiles] = []
     if parts := [name for name in sorted(names) if not folder.names.isdisjoint(part_of(name))]:
-        problem = f"the folder has the parts of one checkpoint: {listing(map(quote, parts))}. {_JOIN}"
+        problem = f"the folder has the parts of one checkpoint: {listing(map(quote, parts))}. {JOIN}"
         found.append(WeightFiles(folder.path / parts[0], problem=problem))
     found += [WeightFiles(folder.path / name) for name in sorted(names - {*parts})]
     for inner in _folders(folder) if depth else ():
@@ -277,8 +277,8 @@ def refuse_part(path: Path) -> None:
     for other in [] if is_dcp else part_of(path.name):
         if other == path.name:
             index = " Name the folder, or the index of the shards." if "-of-" in path.name else ""
-            raise PartError(f"{path}: the file is one of the parts of a checkpoint, by its name.{index} {_JOIN}")
+            raise PartError(f"{path}: the file is one of the parts of a checkpoint, by its name.{index} {JOIN}")
         if input_status(path.with_name(other)):
             raise PartError(
-                f"{path}: the file has a part of a checkpoint, by its name ({quote(other)} is next to it). {_JOIN}"
+                f"{path}: the file has a part of a checkpoint, by its name ({quote(other)} is next to it). {JOIN}"
             )

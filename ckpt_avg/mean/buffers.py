@@ -210,9 +210,10 @@ def _subsets(words: set[str]) -> Iterator[frozenset[str]]:
 
 
 def _integer_tables(tensors: Tensors) -> Iterator[str]:
-    """Integers that may be codes with a scale of any name: next to floats other than the weight and the bias."""
+    """Integers that may be codes with a scale: next to floats other than the weight and the bias, or a scale inside."""
     floats = {_module(name) for name, each in tensors.items() if each.dtype.kind == "float"
               and _last_word(name) not in ("weight", "bias")}  # fmt: skip
+    floats |= {_module(_module(name)) for name in tensors if _words(name) & _SCALES}
     for name, tensor in tensors.items():
         is_table = tensor.dtype.kind == "exact" and len(tensor.shape) > 1 and tensor.dtype.name not in ("BOOL", "I64")
         if is_table and _module(name) and (_module(name) in floats or _last_word(name) == "weight"):
@@ -457,7 +458,8 @@ KINDS = (
     BufferKind(
         "other integer tables",
         "equal",
-        "int8, uint8, int16 or int32 in two dimensions or more, next to floats other than `weight` and `bias`",
+        "int8, uint8, int16 or int32 in two dimensions or more, next to floats other than `weight` and `bias`, or to a "
+        "module with a scale",
         "copied if they are equal",
         "integer table",
         refusal="they may be codes with a scale, whose mean is of no use. Average the checkpoints before quantisation.",

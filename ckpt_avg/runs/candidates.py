@@ -11,9 +11,10 @@ from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, PartError, TooManyFilesError
 from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.formats.folder import JOIN
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.formats.trainers.file_names import record_from_name, stem
+from ckpt_avg.formats.trainers.file_names import record_from_name, stem, without_part
 from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import Discovery, refuse_repeated
@@ -99,6 +100,7 @@ def open_candidates(
         reasons = listing((f"{quote(item.path.name)}: {item.reason}" for item in skipped), separator="; ")
         raise IncompatibleError(f"nothing to average: all checkpoints are skipped ({reasons}). Name others.")
     refuse_repeated((each.path, _identity(each)) for each in given)  # a folder, and the file in it
+    _refuse_parts([each.path for each in given])
     ordered = given = with_records_of_folders(given)
     if len(sources) > 1:
         named = {source.paths[0] for source in sources if not source.is_run}
@@ -129,6 +131,18 @@ def _open(path: Path, reading: Reading, stack: ExitStack) -> Candidate:
     except CheckpointFormatError as error:
         return Candidate(path, None, error, record_from_name(path.name))
     return Candidate(path, checkpoint, None, checkpoint.spec.record)
+
+
+def _refuse_parts(paths: Sequence[Path]) -> None:
+    """Raises PartError for two that differ in the number of a part alone, also if those between them are missing."""
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        pattern = Path(*map(without_part, path.parts))
+        if pattern != path and pattern in seen:
+            raise PartError(
+                f"{path}: this and {quote(seen[pattern])} are parts of one checkpoint, by their names. {JOIN}"
+            )
+        seen[pattern] = path
 
 
 def _advise_to_exclude(found: Sequence[Candidate]) -> None:

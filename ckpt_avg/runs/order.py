@@ -43,9 +43,18 @@ def position(record: Record, unit: Unit) -> int:
 def put_in_order(given: list[Candidate], notes: list[str]) -> list[Candidate]:
     """Orders checkpoints by what all of them record, else by the numbers in all names, else as they are given."""
     records = [each.record for each in given]
-    if unit := unit_of(records):
-        return _sorted(given, records, unit)
     by_name = [record_from_name(each.path.name) for each in given]
+    if unit := unit_of(records):
+        ordered = _sorted(given, records, unit)
+        unrecorded = [each for each, name in zip(given, by_name, strict=True) if _is_from_name(each.record, name)]
+        if 0 < len(unrecorded) < len(given) and unit_of(by_name) == unit and ordered != _sorted(given, by_name, unit):
+            only = ends([escaped(each.path.name) for each in unrecorded])
+            notes.append(
+                f"the {unit}s of {only} are known from the names alone, and the others record other numbers than their "
+                "names, so the checkpoints are ordered by the numbers in their names"
+            )
+            return _sorted(given, by_name, unit)
+        return ordered
     unit = unit_of(by_name)
     lacking = [each for each in given if each.record.is_lone_number or each.record.step is each.record.epoch is None]
     if 0 < len(lacking) < len(given) and not any(each.error for each in lacking):
@@ -68,6 +77,10 @@ def with_records_of_folders(given: list[Candidate]) -> list[Candidate]:
             record = functools.reduce(Record.or_else, map(record_from_name, names), record)
         found.append(replace(candidate, record=record))
     return found
+
+
+def _is_from_name(record: Record, name: Record) -> bool:
+    return (record.step, record.epoch) == (name.step, name.epoch)
 
 
 def _sorted(found: Sequence[Candidate], records: Sequence[Record], unit: Unit) -> list[Candidate]:

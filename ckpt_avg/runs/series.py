@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from ckpt_avg.errors import IncompatibleError
-from ckpt_avg.formats.trainers.file_names import is_ema, series_numbers, series_of, stem
+from ckpt_avg.formats.trainers.file_names import is_ema, record_from_name, series_numbers, series_of, stem
 from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import distinct_names, listing, quote
+
+_SAVED_EVERY = 10  # Trainings are counted one by one, steps are not: agent_1000, agent_2000
 
 
 def one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str], *, is_chosen: bool) -> list[Candidate]:
@@ -43,12 +47,21 @@ def one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str],
 
 
 def notes_on_series(found: Iterable[Candidate]) -> list[str]:
-    """Says of which trainings checkpoints are by their names, if these are several; a number may be the step."""
-    series = set()
-    for each in found:
-        name = series_of(each.path.name)
-        if name and name.partition("_")[2] not in (str(each.record.step), str(each.record.epoch)):
-            series.add(name)
+    """Says of which trainings checkpoints are by their names or folders, if of several; a number may be the step."""
+    found = list(found)
+    series, perhaps_steps = set(), dict[str, int]()
+    for each, distinct in zip(found, distinct_names([each.path for each in found]), strict=True):
+        for part in Path(distinct).parts:
+            name, by_name = series_of(part), record_from_name(part)
+            number = name.partition("_")[2]
+            if number in (str(each.record.step), str(each.record.epoch)) and not each.record.is_lone_number:
+                continue
+            if by_name.is_lone_number and number == str(by_name.step):
+                perhaps_steps[name] = int(number)
+            elif name:
+                series.add(name)
+    if series or math.gcd(*perhaps_steps.values()) < _SAVED_EVERY:
+        series.update(perhaps_steps)
     return [f"by their names these are of different trainings: {listing(sorted(series))}"] if len(series) > 1 else []
 
 

@@ -483,6 +483,16 @@ def test_tensors_hidden_in_an_entry_are_refused(hiding: str, key: str | None) ->
 
 
 @pytest.mark.parametrize(
+    ("name", "state"),
+    [("opt_state", {"m": W}), ("muon_states", {"m": W}), ("adam", {0: {"exp_avg": W, "exp_avg_sq": W}}),
+     ("momentum", {"momentum_buffer": W})],
+)  # fmt: skip
+def test_the_state_of_an_optimizer_under_other_names_is_no_choice(name: str, state: dict[Any, Any]) -> None:
+    """--state-key would average its moments."""
+    assert set(find_state_dict({"w": W, name: state}, PATH, Reading()).tensors) == {"w"}
+
+
+@pytest.mark.parametrize(
     "name", ["_extra_state", "layer.1._extra_state", "optimizer", "optimizer_state_dict", "optimizers", "lr_scheduler",
              "rng_state"],
 )  # fmt: skip

@@ -287,6 +287,7 @@ CASES: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], str, set[str]]] =
         "codebooks",
         {"q.embed_avg"},
     ),
+    "a scale inside": ({"q.W_q": ("U8", (4, 8)), "q.meta.scale": ("F16", (4, 1))}, "other integer tables", {"q.W_q"}),
     "marlin": ({"q.B": ("I32", (4, 8)), "q.s": ("F16", (1, 8))}, "other integer tables", {"q.B"}),
     "SmoothQuant": (
         {"l.weight": ("I8", (4, 8)), "l.bias": ("I8", (1, 8)), "l.a": ("F32", ()), "l.b": ("F32", ())},

@@ -311,6 +311,12 @@ LAYOUTS: dict[str, Layout] = {
         each((0, 1), {"model_optim_rng.pt": W}, "iter_0000001/tp_rank_00_pp_rank_00{}"),
         refused="split among 2 Megatron tensor- or pipeline-parallel ranks",
     ),
+    "folders of ranks, listed": Layout(
+        {f"rank_{rank}/step_1.pt": W for rank in (0, 1)}, exit_code=3,
+        sources=[f"rank_{rank}/step_1.pt" for rank in (0, 1)], refused="are parts of one checkpoint, by their names",
+    ),
+    "ranks that are not neighbours": Layout({f"model_rank{rank}.pt": W for rank in (0, 8)}, exit_code=3,
+                                            refused="are parts of one checkpoint, by their names"),
     "folders of ranks": Layout(each((0, 1), {"model.pt": W}, "rank_{}"), refused=RANKS),
     "zarr": Layout({"iter_0000001/decoder.weight/.zarray": text(), "iter_0000001/common.pt": other,
                     "iter_0000001/decoder.weight/0.0": text("x")}, refused="in the zarr format"),
@@ -373,10 +379,22 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "k-diffusion": Layout({f"run_{step:08}.pth": weights(step=step) for step in (1000, 20000)},
                           ["run_00001000.pth", "run_00020000.pth"]),
+    "agents at their steps": Layout(
+        {f"agent_{step}.pt": W for step in (500, 1000, 9500, 10000)}, ["agent_9500.pt", "agent_10000.pt"],
+        sources=[f"agent_{step}.pt" for step in (10000, 1000, 500, 9500)], options={"last": 2},
+        notice="the checkpoints are in the order of their steps, not as given",
+    ),
+    "runs at their steps": Layout({f"run-{step}.pt": W for step in (1000, 2000)}, ["run-1000.pt", "run-2000.pt"]),
+    "numbered runs": Layout({f"run_{number}.pt": W for number in (1, 2)}, exit_code=4,
+                            refused="got several: 'run_1*', 'run_2*'"),
     "folds, included": Layout({"fold_0.pt": W, "fold_1.pt": W}, ["fold_0.pt", "fold_1.pt"],
                               notice="of different trainings: fold_0, fold_1", options={"include": "fold_*"}),
     "folds, listed": Layout({"fold_0.pt": W, "fold_1.pt": W}, ["fold_1.pt", "fold_0.pt"],
                             notice="of different trainings: fold_0, fold_1", sources=("fold_1.pt", "fold_0.pt")),
+    "folders of folds, listed": Layout(
+        {f"fold_{fold}/model.pt": W for fold in (0, 1)}, ["fold_0/model.pt", "fold_1/model.pt"],
+        sources=[f"fold_{fold}/model.pt" for fold in (0, 1)], notice="of different trainings: fold_0, fold_1",
+    ),
     # --- order ---
     "steps as a shell sorts them": Layout(
         {f"step_{step}.pt": W for step in (1, 9, 10, 11)}, ["step_9.pt", "step_10.pt", "step_11.pt"],
@@ -386,6 +404,10 @@ LAYOUTS: dict[str, Layout] = {
     "the last one with --keep-order": Layout(
         {f"step_{step}.pt": W for step in (9, 10, 11)}, ["step_10.pt", "step_11.pt"],
         sources=[f"step_{step}.pt" for step in (10, 11, 9)], options={"last": 2, "keep_order": True},
+    ),
+    "a step without a record": Layout(
+        {f"step_{step}.pt": weights(**({"step": 100 * step} if step < 5 else {})) for step in range(1, 6)},
+        ["step_4.pt", "step_5.pt"], notice="the steps of step_5.pt are known from the names alone", options={"last": 2},
     ),
     "WeNet without one table": Layout(
         {f"{epoch}.pt": W for epoch in range(11)} | {f"{epoch}.yaml": text(f"epoch: {epoch}\nstep: {epoch}000\n")

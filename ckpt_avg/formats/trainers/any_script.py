@@ -18,9 +18,10 @@ EMA_KEYS = (
 # Under keys with these words are no weights but moments of optimizers, states of generators, counters.
 _TRAINING_STATE = re.compile(
     r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"  # whole words: not upsampler, optimus
-    r"(?i:optim(?:s|i[sz]ers?)?|(?:lr|loss|grad)?(?:sched(?:s|ulers?)?|scalers?)|rngs?|random|samplers?|callbacks?|loops"
+    r"(?i:optim(?:s|i[sz]ers?)?|(?:opt|adamw?|sgd|muon|lion)_?states?|(?:lr|loss|grad)?(?:sched(?:s|ulers?)?|scalers?)|rngs?|random|samplers?|callbacks?|loops"
     r"|averaging_state|train(?:er|ing)?_state|loss(?:es)?|criteri(?:on|a))(?![a-z])|_extra_state$"
 )
+_MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 RNG_STATE = re.compile(r"(?:[a-z]+_)?(?:rng|(?:rng|random)_states?)(?:_[a-z0-9]+)*", re.IGNORECASE)
 # Words in names of settings and counts, or of the best value so far, which another checkpoint may have.
 _NO_METRIC = {"epoch", "step", "iter", "version", "time", "seed", "lr", "rate", "size", "num", "n", "best", "decay"}
@@ -35,7 +36,9 @@ def describe_training_state(value: object) -> str:
     """Returns what a dict is by its keys: the state of an optimizer or of random generators; empty for others."""
     if not isinstance(value, dict):
         return ""
-    if {"state", "param_groups"} <= value.keys():
+    number, inner = next(iter(value.items()), (None, None))  # of the first parameter, if they are numbered
+    keys = value.keys() | (inner.keys() if isinstance(inner, dict) and isinstance(number, int) else set())
+    if {"state", "param_groups"} <= value.keys() or _MOMENTS & keys:
         return "the state of an optimizer"
     return "the states of random generators" if {"python", "numpy"} <= value.keys() else ""
 

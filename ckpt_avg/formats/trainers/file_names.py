@@ -68,9 +68,8 @@ def record_from_name(name: str, *, bare_number: bool = True) -> Record:
             text = text[: measured[0].start(1)] + (before[0] if before else "")
         patterns = (*name_patterns.LONE_NUMBERS, *([name_patterns.LEADING_NUMBER] if stem(name) != name else []))
         text = name_patterns.VERSION.sub("", text.rstrip("-_."))
-        if (number := next(filter(None, (pattern.search(text) for pattern in patterns)), None)) and (
-            count := _count(number["step"])
-        ) is not None:
+        numbers = (*(pattern.search(text) for pattern in patterns), name_patterns.RUN_NUMBER.search(stem(name)))
+        if (number := next(filter(None, numbers), None)) and (count := _count(number["step"])) is not None:
             scale = {"k": 1_000, "m": 1_000_000}.get(number["unit"].lower(), 1)
             return replace(record, step=count * scale, is_lone_number=True)
     return record
@@ -115,6 +114,15 @@ def part_of(name: str) -> list[str]:
     return others
 
 
+def without_part(name: str) -> str:
+    """Returns a name with a * for each number of a part, so that it is the same for all parts of a checkpoint."""
+    pieces, end = list[str](), 0
+    for begin, after in sorted({match.span("number") for match in _numbers_of_parts(stem(name))}):
+        pieces += (name[end:begin], "*")
+        end = after
+    return "".join((*pieces, name[end:]))
+
+
 def series_of(name: str) -> str:
     """Returns which of several trainings a name says that it is of, such as ``fold_3``; empty if it says nothing."""
     return " ".join(f"{match['word'].lower()}_{int(match['number'])}" for match in _series(stem(name)))
@@ -131,7 +139,8 @@ def _series(text: str) -> list[re.Match[str]]:
 
 def _numbers_of_parts(text: str) -> list[re.Match[str]]:
     found = list(name_patterns.PART.finditer(text))
-    return [*found, *name_patterns.PART_TOO.finditer(text)] if found else []
+    is_parallel = any(name_patterns.PARALLEL.match(match[0]) for match in found)
+    return [*found, *name_patterns.PART_TOO.finditer(text)] if is_parallel else found
 
 
 def _without_numbers_of_parts(text: str) -> str:

@@ -4,7 +4,7 @@ from ckpt_avg.formats.trainers.trainer import Trainer
 
 TRAINER = Trainer(
     name="LoRA adapter",
-    tensor_names=r"(?:^|[._])(?:lora_(?:[AB]|embedding_[AB]|down|up|mid|E)|lora\d*\.(?:down|up)|lora_linear_layer|"
+    tensor_names=r"(?:^|[._])(?:lora_(?:[ABab]|embedding_[AB]|down|up|mid|E)|lora\d*\.(?:down|up|[AB])|lora_linear_layer|"
     r"hada_[wt]\d|lokr_[wt]\d|vera_lambda_[bd]|oft_\w+|boft_\w+)(?:[._]|$)",
     note="these are factors of a low-rank adapter (LoRA): the product of their means only approximates the mean of "
     "their products, so this is not exactly the average of the models. For that, merge each adapter into its model "

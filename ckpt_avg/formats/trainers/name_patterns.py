@@ -73,15 +73,18 @@ LONE_NUMBERS = (
 )
 CHECKPOINT_NUMBER = re.compile(r"(?<![a-z])(?:checkpoint|ckpt|snapshot)[-_=.]?\d+$", re.IGNORECASE)
 LEADING_NUMBER = re.compile(r"^(?P<step>\d+)(?P<unit>)(?=[-_]\D)")
-# Numbers of the parts of one checkpoint, such as those of ranks, which are never a step.
+# Numbers of the parts of one checkpoint, such as those of ranks, which are never a step. A number before a noun counts:
+# 12layers_2 is step 2 of a model with 12 layers.
 PART = re.compile(
-    r"(?<![A-Za-z])(?:(?:local|global|world|node|data|model|tensor|pipeline|expert|[mtpdce]p)[-_]?)?"
+    r"(?<![A-Za-z])(?!(?<=\d)(?:gpu|worker|process|proc|node|host|device|layer|expert)s?[-_.=])"
+    r"(?:(?:local|global|world|node|data|model|tensor|pipeline|expert|[mtpdce]p)[-_]?)?"
     r"(?:rank|shard|part|partition|chunk|slice|piece|segment|[mtpd]p|[fsd]dp|gpu|worker|process|proc|node|host|device|layer|"
     r"expert)s?[-_.=]?(?P<number>\d+)",
     re.IGNORECASE,
 )
-# The same next to one of those: alone, ep is an epoch and cp a checkpoint.
-PART_TOO = re.compile(r"(?<=[-_.])(?:[ce]|et)p[-_.=]?(?P<number>\d+)", re.IGNORECASE)
+# The same next to a number of parallel parts: alone or next to a rank, ep is an epoch and cp a checkpoint.
+PARALLEL = re.compile(r"(?<![A-Za-z])[mtpd]p", re.IGNORECASE)
+PART_TOO = re.compile(r"(?:^|(?<=[-_.]))(?:[ce]|et)p[-_.=]?(?P<number>\d+)", re.IGNORECASE)
 # After the suffix: pytorch_model.bin.0.pt, checkpoint_10.th.1.
 PART_AFTER_SUFFIX = re.compile(r".*\.(?:safetensors|pth?|th|bin|ckpt|tar)\.(?P<number>\d+)(?:\.\w+)?")
 PART_OF = re.compile(r"(?<![A-Za-z0-9])(?P<number>\d+)[-_]?of[-_]?(?P<count>\d+)", re.IGNORECASE)
@@ -92,6 +95,8 @@ SERIES = re.compile(
     r"bag|lr|bs|config|cfg|hp|job|task|stage|phase)[-_.=]?(?P<number>\d{1,4})(?!\d)",
     re.IGNORECASE,
 )
+# Of these words, some are also the name of what is trained, and the number that of steps: agent_1000, run-2000.
+RUN_NUMBER = re.compile(r"(?<![A-Za-z])(?:run|exp|experiment|agent)[-_=.]?(?P<step>\d+)(?P<unit>)$", re.IGNORECASE)
 # Suffixes of second versions and of ranks, which say nothing about step and epoch.
 VERSION = re.compile(r"([-_.]?version[-_.]?\d+)|(-v\d+)?$", re.IGNORECASE)
 PRETRAINED = re.compile(r"(^|[-_.])pretrained([-_.]|$)", re.IGNORECASE)

@@ -125,6 +125,7 @@ def test_metrics(name: str, metrics: dict[str, float]) -> None:
         ("model_final.rank_1.pth", "model_final.rank_0.pth"),
         ("pytorch_model_tp_0_pp_1.bin", "pytorch_model_tp_0_pp_0.bin"),
         ("m_tp0_ep3.pt", "m_tp0_ep2.pt"),
+        ("ep_1_tp_0.pt", "ep_0_tp_0.pt"),
         ("state_gpu09.pt", "state_gpu10.pt"),
         ("ckpt-00001-of-00002.pt", "ckpt-00001-of-00002.pt"),
         ("model_world_size_2_rank_0.pt", "model_world_size_2_rank_0.pt"),
@@ -146,7 +147,16 @@ def test_parts_of_other_names(name: str, other: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["step_5.pt", "lowrank_8.pt", "apartment_2.pt", "model_ep_1.pt", "x-00001-of-00001.pt"]
+    "name",
+    [
+        "step_5.pt",
+        "lowrank_8.pt",
+        "apartment_2.pt",
+        "model_ep_1.pt",
+        "x-00001-of-00001.pt",
+        "12layers_2.pt",
+        "gpt_8gpu-1.pt",
+    ],
 )
 def test_names_that_tell_no_part(name: str) -> None:
     assert part_of(name) == [f"{name}.1"]
@@ -265,7 +275,8 @@ def test_trainers_of_bare_state_dicts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "pattern",
     ["yolov8n_{}", "model_n_{}", "out-{}", "step{}", "epoch_{}", "checkpoint-{}", "resnet50_{}", "run3_{}", "seed42_{}",
-     "lr0.001_{}", "ep-{}", "model.{}", "{}", "net_{}_G", "v1.5_{}", "2024-05-01-{}", "gpt2_{}k", "top5_{}", "mp3_{}"],
+     "lr0.001_{}", "ep-{}", "model.{}", "{}", "net_{}_G", "v1.5_{}", "2024-05-01-{}", "gpt2_{}k", "top5_{}", "mp3_{}",
+     "run_{}", "agent-{}", "8gpu_{}"],
 )  # fmt: skip
 def test_the_numbers_of_one_pattern_are_judged_alike(pattern: str) -> None:
     """A part of a series would be missing, and the newest of it more often than not."""

@@ -18,6 +18,8 @@ NAMES = (
     "attn.to_out.0.lora_linear_layer.down.weight",
     "transformer.h.0.attn.c_attn.lora_A",  # microsoft/LoRA
     "model.embed_tokens.lora_embedding_A",  # PEFT
+    "layers.0.attn.q_proj.lora_a.weight",  # pytorch/torchtune
+    "to_q.lora.B",
     "lora_unet_mid.hada_w1_a",  # LyCORIS
     "lycoris_layers_0.lokr_w2_b",
 )

@@ -28,6 +28,7 @@ from ckpt_avg.formats.tensor_dicts import (
 )
 from ckpt_avg.formats.trainers.any_script import (
     EMA_KEYS,
+    OPTIMIZER_TENSOR,
     RAW_KEYS,
     RNG_STATE,
     describe_training_state,
@@ -291,10 +292,11 @@ def _refuse_hidden(where: str, item: object, hidden: PickledTensor) -> None:
 
 
 def _is_skipped(name: str, item: object, *, at_top: bool) -> bool:
-    """Whether an entry of a state dict is training state or metrics; a tensor only if it can be a generator's."""
+    """Whether an entry of a state dict is training state or metrics; a tensor only by the names of such tensors."""
     if isinstance(item, PickledTensor):
         dtype = getattr(item, "dtype", None)
-        return at_top and bool(RNG_STATE.fullmatch(name)) and (dtype is None or dtype.name == "U8")
+        is_random = bool(RNG_STATE.fullmatch(name)) and (dtype is None or dtype.name == "U8")
+        return at_top and (is_random or bool(OPTIMIZER_TENSOR.fullmatch(name)))
     return is_training_state(name, item) or (at_top and holds_only_numbers(item))
 
 

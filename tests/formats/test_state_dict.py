@@ -492,6 +492,12 @@ def test_the_state_of_an_optimizer_under_other_names_is_no_choice(name: str, sta
     assert set(find_state_dict({"w": W, name: state}, PATH, Reading()).tensors) == {"w"}
 
 
+@pytest.mark.parametrize("name", ["optimizer.state.w.exp_avg", "chained_0.optimizer.state.exp_avg.w"])
+def test_tensors_of_an_optimizer_under_flat_names_are_skipped(name: str) -> None:
+    found = find_state_dict({"w": W, name: W, "optimizer.rnn.weight": W}, PATH, Reading())
+    assert (set(found.tensors), found.others) == ({"w", "optimizer.rnn.weight"}, (name,))
+
+
 @pytest.mark.parametrize(
     "name", ["_extra_state", "layer.1._extra_state", "optimizer", "optimizer_state_dict", "optimizers", "lr_scheduler",
              "rng_state"],

@@ -21,6 +21,8 @@ _TRAINING_STATE = re.compile(
     r"(?i:optim(?:s|i[sz]ers?)?|(?:opt|adamw?|sgd|muon|lion)_?states?|(?:lr|loss|grad)?(?:sched(?:s|ulers?)?|scalers?)|rngs?|random|samplers?|callbacks?|loops"
     r"|averaging_state|train(?:er|ing)?_state|loss(?:es)?|criteri(?:on|a))(?![a-z])|_extra_state$"
 )
+# Names of its tensors in a flat dict.
+OPTIMIZER_TENSOR = re.compile(r"(?:chained_\d+\.)?optim(?:izers?)?[\d_]*\.(?:state|param_groups)\..+", re.DOTALL)
 _MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 RNG_STATE = re.compile(r"(?:[a-z]+_)?(?:rng|(?:rng|random)_states?)(?:_[a-z0-9]+)*", re.IGNORECASE)
 # Words in names of settings and counts, or of the best value so far, which another checkpoint may have.

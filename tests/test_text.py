@@ -83,8 +83,8 @@ def test_the_separator_of_a_list() -> None:
     ("count", "expected"),
     [
         (0, "0 bytes"),
-        (1, "1 bytes"),
-        (1023, "1023 bytes"),
+        (1, "1 byte"),
+        (1023, "1,023 bytes"),
         (1024, "1.0 KiB"),
         (1536, "1.5 KiB"),
         (2**20, "1.0 MiB"),

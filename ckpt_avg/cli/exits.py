@@ -127,7 +127,7 @@ def _message_of(error: click.ClickException, command: click.Command, name: str) 
         return message
     known = f" {name}" if isinstance(command, click.Group) and name in command.commands else ""
     if isinstance(error, click.NoSuchOption):
-        message = f"{error.option_name}: no such option.{suggestion(error.option_name, error.possibilities or ())}"
+        message = f"{error.option_name}: no such option.{suggestion(error.option_name, error.possibilities or (), 0.8)}"
     elif isinstance(error, click.MissingParameter) and error.param is not None:
         is_option = isinstance(error.param, click.Option)
         message = f"{error.param.opts[-1] if is_option else error.param.human_readable_name}: missing."

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, TensorSpec
 from ckpt_avg.commands.requests import VerifyRequest, takes
-from ckpt_avg.errors import CheckpointFormatError, VerificationError
+from ckpt_avg.errors import CheckpointFormatError, UsageError, VerificationError
 from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.files.status import input_status
 from ckpt_avg.formats.safetensors_header import matches, parse_header, read_header
 from ckpt_avg.machine import choose_threads
 from ckpt_avg.output.digests import digest_data
@@ -56,7 +58,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
     Raises:
         VerificationError: the file is damaged, was not written by this package, or is not the mean of the sources.
         CheckpointFormatError: it cannot be opened, or a source cannot be read.
-        UsageError: an option is out of range.
+        UsageError: an option is out of range, or the path is no file.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -69,6 +71,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
     """
     threads = choose_threads(request.threads)
     progress = request.progress or Progress()
+    _refuse_other_paths(Path(request.path))
     with InputFile(Path(request.path)) as file:
         try:
             tensors, metadata, recorded = _check_header(file)
@@ -83,7 +86,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
         report = VerifyReport(Path(request.path), len(tensors), file.size, recorded.data, metadata)
         if request.sources is None:
             return report
-        from ckpt_avg.commands.verify_sources import compare_with_mean  # torch takes seconds to import
+        from ckpt_avg.commands.verify_sources import compare_with_mean  # the digests need nothing of it
 
         compared = compare_with_mean(file, tensors, metadata, request, threads=threads, progress=progress)
         return replace(
@@ -92,6 +95,15 @@ def verify(request: VerifyRequest) -> VerifyReport:
             measured=compared.measured,
             spectral_norms=compared.spectral_norms,
         )
+
+
+def _refuse_other_paths(path: Path) -> None:
+    status = input_status(path)
+    if status is None:
+        raise UsageError(f"{path}: no such file. Check the path.")
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
+        raise UsageError(f"{path}: is {kind}. Name a file that ckpt-avg wrote, for example swa.safetensors.")
 
 
 def _check_header(file: InputFile) -> tuple[dict[str, TensorSpec], dict[str, str], Digests]:
@@ -106,7 +118,7 @@ def _check_header(file: InputFile) -> tuple[dict[str, TensorSpec], dict[str, str
     if METHOD_KEY not in metadata or recorded is None:
         raise VerificationError(
             f"{file.path}: expected a file that ckpt-avg wrote, with digests in its metadata, got none. It was "
-            "written by another program or an older version, or is damaged."
+            f"written by another program, or is damaged. {_ADVICE}"
         )
     _refuse_other(file, "header", recorded.header, header_digest(file.read(0, 8 + len(text))))
     return tensors, metadata, recorded

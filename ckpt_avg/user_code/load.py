@@ -38,7 +38,7 @@ def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str])
     if not separator or not name or not all(module_name.split(".")):
         raise UsageError(f"{option} {reference}: expected MODULE:NAME, for example train:make_model.")
     if module_name.endswith(".py"):
-        raise UsageError(f"{option} {reference}: expected a module, not a file. Leave out '.py'.")
+        raise UsageError(f"{option} {reference}: expected a module, not a file. Remove '.py'.")
     folder = os.path.abspath(app_dir)
     if not os.path.isdir(folder):
         kind = "is not a folder" if os.path.exists(folder) else "does not exist"
@@ -58,9 +58,8 @@ def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str])
     for part in name.split("."):
         if not hasattr(found, part):
             file = getattr(sys.modules[module_name], "__file__", None) or "a package"
-            raise UsageError(
-                f"{option} {reference}: {module_name} (from {file}) has no {name!r}.{suggestion(part, dir(found))}"
-            )
+            advice = suggestion(part, dir(found)) or " Name a function of this module."
+            raise UsageError(f"{option} {reference}: {module_name} (from {file}) has no {name!r}.{advice}")
         found = getattr(found, part)
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from ckpt_avg.checkpoint.spec import Checkpoint, DType
 from ckpt_avg.checkpoint.tensor_reads import read_ranges, torch_dtype
@@ -23,6 +24,7 @@ _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "Full
 
 Model = torch.nn.Module | Callable[[], torch.nn.Module]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+_StateDict = Mapping[str, Any]  # names to tensors and extra state
 
 
 def build_model(
@@ -82,16 +84,16 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *,
             raise IncompatibleError(
                 f"the checkpoints don't fit the model {type(model).__name__}:\n  "
                 + listing((line if len(line) < 2000 else line[:2000] + " …" for line in lines), separator="\n  ")
-                + f"\n{_advice_on_names(set(tensors), set(model.state_dict()), stripped)}",
+                + f"\n{_advice_on_names(tensors, model.state_dict(), stripped)}",
                 lines=True,
             ) from error
 
 
-def _advice_on_names(given: set[str], expected: set[str], stripped: str | None) -> str:
+def _advice_on_names(given: _StateDict, expected: _StateDict, stripped: str | None) -> str:
     """Says what to do about a checkpoint's names that are not those that the model expects."""
     if prefix := _common_prefix(given, expected):
         whole = ".".join(each.strip(".") for each in (stripped, prefix) if each)
-        others = sorted(given - {prefix + name for name in expected})
+        others = sorted(given.keys() - {prefix + name for name in expected})
         if not others:
             return f"All names begin with {quote(prefix)}. Use --strip-prefix {argument(whole)}"
         return (
@@ -107,11 +109,24 @@ def _advice_on_names(given: set[str], expected: set[str], stripped: str | None) 
     return "Use the --model that was trained, or choose other weights with --state-key."
 
 
-def _common_prefix(longer: set[str], shorter: set[str]) -> str:
-    """Returns the prefix, with its dot, with which the first set has all names of the second; or nothing."""
+def _common_prefix(longer: _StateDict, shorter: _StateDict) -> str:
+    """Returns the prefix, with its dot, with which the first has all names of the second, and a shape of them; or "".
+
+    Without a common shape, a small model of other weights would be found in any part with a weight and a bias.
+    """
     known = max(shorter, key=len, default="")
-    prefixes = {name.removesuffix(known) for name in longer if name.endswith(f".{known}")}
-    return next((each for each in sorted(prefixes) if {each + name for name in shorter} <= longer), "")
+    for prefix in sorted({name.removesuffix(known) for name in longer if name.endswith(f".{known}")}):
+        names = {name: prefix + name for name in shorter}
+        if longer.keys() >= set(names.values()) and any(
+            _shape(longer[ours]) == _shape(shorter[name]) for name, ours in names.items()
+        ):
+            return prefix
+    return ""
+
+
+def _shape(value: object) -> object:
+    """Returns a tensor's shape; None for extra state, and for a lazy tensor, which has none yet."""
+    return value.shape if isinstance(value, torch.Tensor) and not is_lazy(value) else None
 
 
 def matching_names(model: torch.nn.Module, names: Collection[str]) -> dict[str, str]:

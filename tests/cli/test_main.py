@@ -667,6 +667,8 @@ def test_other_sizes_are_refused(in_process: InProcess, text: str) -> None:
         (["check", "a", "--last"], "--last: its value is missing. See ckpt-avg check --help."),
         (["check", "a", "--json=1"], "--json: takes no value. See ckpt-avg check --help."),
         (["check", "a", "--lst", "3"], "--lst: no such option. Did you mean '--last'? See ckpt-avg check --help."),
+        (["check", "a", "--bn", "keep"], "--bn: no such option. See ckpt-avg check --help."),
+        (["sweep", "a", "--require", "a>1"], "--require: no such option. See ckpt-avg sweep --help."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

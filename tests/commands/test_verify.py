@@ -200,11 +200,6 @@ def test_a_copy_by_another_program_is_no_longer_what_was_written(tmp_path: Path,
         ckpt_avg.verify(tmp_path / "copy.safetensors")
 
 
-def test_a_file_that_cannot_be_opened_is_not_damage(tmp_path: Path, in_process: Run) -> None:
-    assert in_process("verify", tmp_path / "none.safetensors")[0] == 3
-    assert in_process("verify", tmp_path)[0] == 3
-
-
 # -- the mean of its checkpoints --------------------------------------------------------------------------------------
 
 
@@ -331,6 +326,23 @@ def test_one_document_with_json(output: Path, inputs: list[Path], in_process: Ru
 def test_invalid_commands_are_usage_errors(output: Path, in_process: Run, arguments: tuple[str, ...]) -> None:
     given = [str(output) if argument == "OUT" else argument for argument in arguments]
     assert in_process("verify", *given)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("none", "no such file. Check the path."),
+        ("none/none", "no such file. Check the path."),
+        ("folder", "is a folder. Name a file that ckpt-avg wrote"),
+        ("pipe", "is a device, pipe or socket. Name a file that ckpt-avg wrote"),
+    ],
+)
+def test_a_path_that_is_no_file_is_a_usage_error(tmp_path: Path, in_process: Run, name: str, problem: str) -> None:
+    """If it failed, a wrong path in a CI step would be reported as a damaged release."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = in_process("verify", str(tmp_path / name))
+    assert (code, err.startswith(f"Error: {tmp_path / name}: {problem}")) == (2, True)
 
 
 def test_a_bad_option_is_refused(output: Path) -> None:

@@ -162,6 +162,12 @@ def test_other_names_are_no_prefix() -> None:
         load_weights(Wrapped().model, nn.Linear(2, 3).state_dict())
 
 
+def test_names_that_any_layer_has_are_no_prefix_if_no_shape_agrees() -> None:
+    """Otherwise the advice for a wrong model is to return a part of the right one."""
+    with pytest.raises(IncompatibleError, match="Use the --model that was trained"):
+        load_weights(nn.Linear(2, 3), nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).state_dict())
+
+
 # -- Lightning's data module ------------------------------------------------------------------------------------------
 
 

@@ -26,8 +26,8 @@ def kernel() -> ModuleType | None:
         raise UsageError(f"{_CHOICE}={chosen}: no such engine. Use native or torch.")
     if chosen == "native" and _kernel is None:
         raise UsageError(
-            f"{_CHOICE}=native: the native engine was not built, since no C compiler was found. Install ckpt-avg again "
-            f"where there is one, or unset {_CHOICE}."
+            f"{_CHOICE}=native: this installation has no native engine. Install ckpt-avg again with a C compiler, or "
+            f"unset {_CHOICE}."
         )
     return None if chosen == "torch" else _kernel
 

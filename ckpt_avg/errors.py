@@ -24,7 +24,7 @@ _OUT_OF_MEMORY = (  # in the words of Python, torch and the dynamic loader
 class CkptAvgError(Exception):
     """Base of every error that this package raises on purpose.
 
-    Its message is one line, whatever names it holds; only some kinds may have several.
+    Its message is one line, whatever names it contains; only some kinds may have several.
 
     Attributes:
         exit_code: of the command.
@@ -70,7 +70,7 @@ class IncompatibleError(CkptAvgError):
 
 
 class NonFiniteError(IncompatibleError):
-    """An input holds NaN or Inf, or the mean does not fit the output dtype."""
+    """An input contains NaN or Inf, or the mean does not fit the output dtype."""
 
 
 class OutputError(CkptAvgError):

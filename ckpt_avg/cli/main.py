@@ -71,7 +71,8 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **given:
 
     \b
     ckpt-avg average RUN --last 8 -o swa.safetensors
-    ckpt-avg average RUN -o swa.safetensors --model train:make_model --data train:train_loader
+    ckpt-avg average RUN -o swa.safetensors \\
+        --model train:make_model --data train:train_loader
     ckpt-avg average RUN -o swa.safetensors --bn keep \\
         --model train:make_model --eval train:evaluate --require 'accuracy>=last'
     """  # noqa: D301 (click needs the backspace character itself)
@@ -88,7 +89,8 @@ def refresh_command(weights: str, output: str, **given: Any) -> None:
     """Write WEIGHTS with recomputed BatchNorm statistics.
 
     \b
-    ckpt-avg refresh-bn weights.pt -o refreshed.safetensors --model train:make_model --data train:train_loader
+    ckpt-avg refresh-bn weights.pt -o refreshed.safetensors \\
+        --model train:make_model --data train:train_loader
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.reports import refreshed_text
 

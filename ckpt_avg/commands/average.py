@@ -30,7 +30,7 @@ def average(request: AverageRequest) -> AverageResult:
     Raises:
         UsageError: an option is wrong, or the model or data for a refresh is missing.
         CheckpointFormatError: a checkpoint is corrupt, unsafe or of an unknown kind.
-        IncompatibleError: the checkpoints don't fit together, or not the model, or hold NaN or Inf.
+        IncompatibleError: the checkpoints don't fit together, or not the model, or contain NaN or Inf.
         OutputError: the output exists, or could not be written.
         ResourceError, MemoryError, torch.OutOfMemoryError: a resource ran out.
         UserCodeError: the model, the data or the metric failed.

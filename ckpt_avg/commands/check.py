@@ -52,7 +52,7 @@ def notice_what_is_read(
 
     ``kinds`` of the tensors, if they are known, says which are no plain weights.
 
-    Raises IncompatibleError if some hold raw weights, others only a running average.
+    Raises IncompatibleError if some contain raw weights, others only a running average.
     """
     first = checkpoints[0].spec
     for spec in (checkpoint.spec for checkpoint in checkpoints):

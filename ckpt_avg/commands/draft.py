@@ -34,7 +34,7 @@ class AverageResult:
         written: whether it was published; False for a dry run, and if a requirement was not met.
         checkpoints: what was averaged, in order.
         skipped: files of run folders that were skipped, with reasons.
-        tensors: how many tensors the output holds.
+        tensors: how many tensors the output contains.
         nbytes: the output's size in bytes.
         device: where the mean was computed.
         engine: ``native`` or ``torch``, which computed it.

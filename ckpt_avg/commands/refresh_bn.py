@@ -20,6 +20,6 @@ def refresh_weights(request: RefreshRequest) -> AverageResult:
         What was done.
 
     Raises:
-        CkptAvgError: as `average`; UsageError also if ``weights`` holds several checkpoints.
+        CkptAvgError: as `average`; UsageError also if ``weights`` contains several checkpoints.
     """
     return average(request.discover().paths[0], **request.keywords())

@@ -72,7 +72,7 @@ class InputFile:
         """Reads the file from now on, since the system refused a mapping: some network and FUSE file systems do.
 
         Raises:
-            ResourceError: `use_io` was told ``mmap``.
+            ResourceError: `use_io` was called with ``mmap``.
         """
         if self._must_map:
             raise ResourceError(

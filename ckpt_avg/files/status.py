@@ -17,7 +17,7 @@ def stat_or_none(path: str | os.PathLike[str]) -> os.stat_result | None:
     """Returns the status of what a path leads to, or None if there is nothing.
 
     Raises:
-        OSError: the system cannot tell. A file that was taken for missing then might be replaced or skipped.
+        OSError: the system cannot say. A file that is wrongly reported as missing might be replaced or skipped.
     """
     try:
         return os.stat(path)

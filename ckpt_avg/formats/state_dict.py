@@ -73,7 +73,7 @@ def find_state_dict(root: object, path: Path, reading: Reading) -> StateDict:
     """Returns the state dict of what a torch file contains.
 
     Raises:
-        CheckpointFormatError: there is none, or several candidates, or it holds tensors without plain elements.
+        CheckpointFormatError: there is none, or several candidates, or it contains tensors without plain elements.
     """
     if isinstance(root, (list, tuple)) and not any(isinstance(item, PickledTensor) for item in root):
         root = {str(index): item for index, item in enumerate(root[:_MOST_ITEMS])}
@@ -244,7 +244,7 @@ class _Search:
                 return f"key {quote(key)}: {_pickled(described)}"
         if described := _class_of(self.root):
             return _pickled(described)
-        got = f"{_contents(self.root)}, which holds no named tensors"
+        got = f"{_contents(self.root)}, which contains no named tensors"
         return f"expected a state dict, got {got}. Save model.state_dict()."
 
 
@@ -259,7 +259,7 @@ def _separate(entries: Mapping[Any, object], where: str, key: str) -> tuple[dict
     """Returns the tensors of a state dict, and the names of its other entries.
 
     Raises:
-        CheckpointFormatError: an entry holds tensors that would be lost.
+        CheckpointFormatError: an entry contains tensors that would be lost.
     """
     tensors: dict[str, PickledTensor] = {}
     others: list[str] = []

@@ -30,7 +30,7 @@ def is_tensor_dict(value: object) -> bool:
 
 
 def find_tensor_dicts(value: object, seen: set[int] | None = None) -> list[tuple[str, ...]]:
-    """Returns the keys that lead to each dict that holds named tensors directly, the nearest to the top first.
+    """Returns the keys that lead to each dict that contains named tensors directly, the nearest to the top first.
 
     Dicts of numbers, such as metrics, count only if there is nothing else.
     """
@@ -112,7 +112,7 @@ def follow(root: object, key: str, default: object = None) -> Any:
     """Returns what a dotted key leads to through dicts; ``default`` if nothing."""
     value: Any = root
     while key:
-        # A key may itself hold dots, so the longest that fits goes first.
+        # A key may itself contain dots, so the longest that fits goes first.
         first = next((key[:end] for end in _ends(key) if isinstance(value, dict) and key[:end] in value), None)
         if first is None:
             return default
@@ -125,7 +125,7 @@ def _ends(text: str) -> list[int]:
 
 
 def hidden_tensor(item: object) -> PickledTensor | None:
-    """Returns a tensor that a list, a tuple or an object holds near its top."""
+    """Returns a tensor that a list, a tuple or an object contains near its top."""
     found: list[object] = [item]
     for value in itertools.islice(found, _MOST_VALUES):  # it grows meanwhile
         if isinstance(value, PickledTensor):

@@ -112,7 +112,7 @@ def settle_names(
     kind, averaged, notes = trainer.name if trainer else None, "", names.notes
     for each in TRAINERS:
         if each.counter in names.counters and each is not trainer:
-            averaged = f"it holds {each.counter}, the counter of {each.name}"
+            averaged = f"it contains {each.counter}, the counter of {each.name}"
             kind = kind or each.name
         if each.tensor_names and any(map(re.compile(each.tensor_names).search, names.renamed.values())):
             kind = kind or each.name

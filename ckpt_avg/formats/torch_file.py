@@ -146,7 +146,7 @@ def plain_values(root: object) -> dict[str, str | int | float | bool | None]:
         key: value
         for key, value in root.items()
         if isinstance(key, str)
-        # What JSON cannot hold tells nothing: NaN, Inf, integers of thousands of digits.
+        # What JSON cannot contain is skipped: NaN, Inf, integers of thousands of digits.
         and (isinstance(value, (str, bool, type(None))) or (isinstance(value, (int, float)) and abs(value) < 2.0**1000))
     }
 

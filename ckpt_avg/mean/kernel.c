@@ -139,7 +139,7 @@ INLINE float widened(uint32_t code, struct format format)
 
 /* Rounds a float64 to the code of a narrower format: once, to nearest, ties to even. NaN is not handled here.
  *
- * Where the result is normal, the float64's bits are an integer whose upper part is the code but for the bias, and whose
+ * Where the result is normal, the float64's bits are an integer whose upper part is the code except for the bias, and whose
  * lower part is what is cut off. Adding one less than half of the cut part's range, and one more if the code is odd,
  * carries into the code exactly if the cut part is above half, or at half and the code odd; a carry out of the mantissa
  * is the next exponent. Where the result is subnormal, |value| + C with C = 2^(52 + 1 - bias - mantissa) rounds at the

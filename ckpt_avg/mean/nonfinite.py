@@ -1,4 +1,4 @@
-"""NaN and Inf in the inputs, and means out of range: what is said of them."""
+"""The messages for NaN and Inf in the inputs, and for means out of range."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def evaluate_weights(
     if in_train_mode:
         notice(
             f"the --eval function ran BatchNorm layers in train mode ({listing(map(quote, sorted(in_train_mode)))}), "
-            "so its numbers don't depend on their statistics. Leave out model.train()."
+            "so its numbers don't depend on their statistics. Remove model.train()."
         )
     after = _structure_of(model)
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key) and before.get(key) != _LAZY]

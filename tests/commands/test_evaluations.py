@@ -821,7 +821,7 @@ def test_batch_norm_in_train_mode_gives_a_notice(run: list[Path], out: Path) -> 
         ]
         for function in (forgetful, careful)
     ]
-    assert "Leave out model.train()" in notices[0][0]
+    assert "Remove model.train()" in notices[0][0]
     assert notices[1] == []
 
 

@@ -143,7 +143,7 @@ def test_a_parameter_is_a_tensor(tmp_path: Path) -> None:
 
 
 def test_only_objects_are_no_weights(tmp_path: Path) -> None:
-    assert "holds no named tensors" in refusal(save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "c"))
+    assert "contains no named tensors" in refusal(save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "c"))
 
 
 # --- training state next to weights at the root ---

@@ -376,7 +376,7 @@ def test_a_pickled_module(key: str | None) -> None:
     ("root", "what"),
     [
         ({}, "an empty dict"),
-        ({"epoch": 3}, "a dict with the keys 'epoch', which holds no named tensors"),
+        ({"epoch": 3}, "a dict with the keys 'epoch', which contains no named tensors"),
         ({"optimizer": {"exp_avg": {"w": W}}, "epoch": 3}, "a dict with the keys 'optimizer', 'epoch'"),
         ({"state": {"w": {"exp_avg": W}}, "param_groups": [{"lr": 0.1}]}, "the state of an optimizer. Save model"),
         ({"python": (3, (1, 2)), "numpy": "MT19937", "cpu": RNG, "cuda": [RNG]}, "the states of random generators"),

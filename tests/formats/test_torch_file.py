@@ -127,7 +127,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "tuples and classes as names": (
         holding(state((sequence(text("a"), whole(1)), tensor()), (sequence(sequence(whole(2))), b"N"),
                       (named("m", "C"), b"N"), (named("torch", "float16"), b"N"))),
-        "a dict with the keys ('a', 1), ((2,),), m.C, torch.float16, which holds no named tensors",
+        "a dict with the keys ('a', 1), ((2,),), m.C, torch.float16, which contains no named tensors",
     ),
     "bytes as name": (
         holding(state((b"C\1w", tensor()), (text("v"), tensor()))), "expected tensor names, got the key b'w'."),

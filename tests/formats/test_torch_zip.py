@@ -251,7 +251,7 @@ KINDS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
         "a nested tensor. Save its parts, tensor.unbind(), or a padded tensor."),
     "complex128": (
         lambda: torch.ones(3, dtype=torch.complex128),
-        "a complex128 tensor, which safetensors cannot hold. Save tensor.to(torch.complex64)."),
+        "a complex128 tensor, which safetensors cannot store. Save tensor.to(torch.complex64)."),
     "complex32": (lambda: torch.ones(3, dtype=torch.complex32), f"complex32 tensor. {DTYPE}"),
     "float4": (
         lambda: torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), f"float4_e2m1fn_x2 tensor. {DTYPE}"),

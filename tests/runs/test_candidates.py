@@ -278,7 +278,7 @@ def test_a_named_file_without_weights_is_an_error(tmp_path: Path) -> None:
         found.ordered[1].opened()
     (tmp_path / "step_1.pt").unlink()
     (only,) = look(tmp_path).ordered  # a run of such files
-    with pytest.raises(NoWeightsError, match="which holds no named tensors"):
+    with pytest.raises(NoWeightsError, match="which contains no named tensors"):
         only.opened()
 
 

@@ -334,7 +334,7 @@ CHECKPOINT_FOLDERS = {
     "transformers": ("model.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth", "training_args.bin"),
     "transformers sharded": ("model.safetensors.index.json", "model-00001-of-00002.safetensors",
                              "model-00002-of-00002.safetensors", "trainer_state.json"),
-    "transformers of old": ("pytorch_model.bin", "trainer_state.json", "scheduler.pt"),
+    "older transformers": ("pytorch_model.bin", "trainer_state.json", "scheduler.pt"),
     "old and sharded": ("pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "trainer_state.json"),
     "diffusers": ("diffusion_pytorch_model.safetensors", "config.json"),
     "PEFT": ("adapter_model.safetensors", "adapter_config.json"),

@@ -113,7 +113,7 @@ LAYOUTS: dict[str, Layout] = {
         each((500, 1000), MODULES | {"model.safetensors": W, "2_Dense/model.safetensors": W}, "checkpoint-{}"),
         ["checkpoint-500", "checkpoint-1000"], notice="not '2_Dense'",
     ),
-    "sentence-transformers of old": Layout(
+    "older sentence-transformers": Layout(
         each((500, 1000), MODULES | {"0_Transformer/pytorch_model.bin": W, "2_Dense/pytorch_model.bin": W}, "model-{}"),
         ["model-500", "model-1000"], notice="'0_Transformer/pytorch_model.bin' is read, not '2_Dense'",
     ),
@@ -286,7 +286,7 @@ LAYOUTS: dict[str, Layout] = {
     "Composer ranks": Layout({"ep1-ba100-rank0.pt": W, "ep1-ba100-rank1.pt": W}, refused=RANKS),
     "audiocraft ranks": Layout({"checkpoint_10.th": W, "checkpoint_10.th.1": W}, refused=RANKS),
     "AllenNLP ranks": Layout({f"model_state_e1_b0_w{rank}.th": W for rank in (0, 1)}, refused=RANKS),
-    "torchtune of old": Layout({f"hf_model_000{part}_0.pt": W for part in (1, 2)}, refused=RANKS),
+    "older torchtune": Layout({f"hf_model_000{part}_0.pt": W for part in (1, 2)}, refused=RANKS),
     "ranks of several steps": Layout({f"step_{step}_rank_{rank}.pt": W for step in (1, 2) for rank in (0, 1)},
                                      refused=RANKS),
     "ranks among checkpoints": Layout({"rank_0.pt": W, "rank_1.pt": W, "step_1.pt": W, "step_2.pt": W},
@@ -436,7 +436,7 @@ LAYOUTS: dict[str, Layout] = {
              '{"training_iteration": 20, "loss": 0.5, "checkpoint_dir_name": "checkpoint_000001"}\n{"cut')},
         ["checkpoint_000001"], options={"best": 1, "metric": "loss", "mode": "min"}, skipped={"params.pkl": "a pickle"},
     ),
-    "Ray of old": Layout(
+    "older Ray": Layout(
         {"checkpoint_000010/model.pth": W, "checkpoint_000020/model.pth": W,
          "progress.csv": text("loss,training_iteration\n0.5,10\n0.25,20\n")},
         ["checkpoint_000010"], options={"best": 1, "mode": "max", "from_step": 10},

@@ -301,7 +301,7 @@ _BEFORE_QUANTISATION = "Average the checkpoints before quantisation"
 _COMMON_DTYPE = "Save it in a dtype that safetensors has, such as float32 or complex64"
 _ON_CPU = "Save tensor.cpu()"
 _UNREADABLE_STORAGES = {
-    "ComplexDoubleStorage": ("a complex128 tensor, which safetensors cannot hold", "Save tensor.to(torch.complex64)"),
+    "ComplexDoubleStorage": ("a complex128 tensor, which safetensors cannot store", "Save tensor.to(torch.complex64)"),
     **{
         f"{kind}Storage": ("a quantized tensor", _BEFORE_QUANTISATION)
         for kind in ("QUInt8", "QInt8", "QInt32", "QUInt4x2", "QUInt2x4")

@@ -1,4 +1,4 @@
-"""kohya's scripts: NAME-000003.safetensors, at last NAME.safetensors, whose metadata has the step and the epoch."""
+"""kohya's scripts: NAME-000003.safetensors, finally NAME.safetensors, whose metadata has the step and the epoch."""
 
 from collections.abc import Mapping
 

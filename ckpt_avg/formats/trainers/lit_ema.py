@@ -17,7 +17,7 @@ def averaged_weights(state: Any) -> dict[str, object] | None:
         name: averages + name.removeprefix(model).replace(".", "") for name in names if name.startswith(model)
     }
     if len(set(average_of.values()) & state.keys()) < sum(name.startswith(averages) for name in names) - 2:
-        return None  # besides num_updates and decay
+        return None  # other than num_updates and decay
     return {
         name: state.get(average_of.get(name), item)
         for name, item in state.items()

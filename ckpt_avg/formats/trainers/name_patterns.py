@@ -1,4 +1,4 @@
-"""What the names of checkpoint files and folders tell, whoever wrote them: step_500.pt, epoch=3-val_loss=0.12.ckpt."""
+"""What the names of checkpoint files and folders tell, for any trainer: step_500.pt, epoch=3-val_loss=0.12.ckpt."""
 
 from __future__ import annotations
 

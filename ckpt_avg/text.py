@@ -105,6 +105,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}"
 
 
+def type_of(value: object) -> str:
+    """Returns ``a str``, ``an int``: the type of a value, with its article."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns the lines of a table, the first row being its header."""
     cells = [list(map(one_line, row)) for row in rows]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg.text import argument, escaped, listing, plural, quote, safe_text, size, table
+from ckpt_avg.text import argument, escaped, listing, plural, quote, safe_text, size, table, type_of
 
 
 @pytest.mark.parametrize("name", ["w", "", "é", "日本語", "it's", 'a"b', 3, None, (1, 2), [1], b"x", 1.5])
@@ -111,6 +111,10 @@ def test_sizes(count: int, expected: str) -> None:
 )
 def test_plurals(count: int, noun: str, expected: str) -> None:
     assert plural(count, noun) == expected
+
+
+def test_types_have_their_article() -> None:
+    assert [type_of(value) for value in ("", 1, object(), None)] == ["a str", "an int", "an object", "a NoneType"]
 
 
 @pytest.mark.usefixtures("in_time")

@@ -22,6 +22,7 @@ from ckpt_avg.mean.value_kinds import plan_of
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.select import Selected, open_selected
+from ckpt_avg.text import type_of
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     """
     for function in request.functions:
         if not callable(function):
-            raise UsageError(f"--eval: got a {type(function).__name__}. Name a function of the model.")
+            raise UsageError(f"--eval: got {type_of(function)}. Name a function of the model.")
     notice = context.notice
     launch = launch_of() if context.ranks.size > 1 else None
     mean_device = choose_mean_device(request.device, launch)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ckpt_avg.errors import UserCodeError
-from ckpt_avg.text import listing, quote
+from ckpt_avg.text import listing, quote, type_of
 from ckpt_avg.user_code.load import user_errors
 
 ForwardBatch = Callable[[torch.nn.Module, Any], object]
@@ -69,8 +69,8 @@ def _shape(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return f"a mapping with the keys {listing(map(quote, batch))}"
     if isinstance(batch, (tuple, list)) and batch:
-        return f"a {type(batch).__name__} of {len(batch)}, the first {_shape(batch[0])}"
-    return f"a {type(batch).__name__}"
+        return f"{type_of(batch)} of {len(batch)}, the first {_shape(batch[0])}"
+    return type_of(batch)
 
 
 def to_device(batch: Any, device: torch.device | str | None) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ckpt_avg.errors import UserCodeError
-from ckpt_avg.text import listing, quote
+from ckpt_avg.text import listing, quote, type_of
 from ckpt_avg.user_code.isolation import seeded, undisturbed
 from ckpt_avg.user_code.load import user_errors
 from ckpt_avg.user_code.model import batch_norm_modules, load_weights, move_model
@@ -128,7 +128,7 @@ def _kind(value: Any) -> str:
     if value is None:
         return "None (is there a return?)"
     shape = getattr(value, "shape", None)
-    return f"a {type(value).__name__}" + (f" of shape {list(shape)}" if shape else "")
+    return type_of(value) + (f" of shape {list(shape)}" if shape else "")
 
 
 def _as_number(value: Any) -> float | None:

@@ -16,7 +16,7 @@ from ckpt_avg.checkpoint.tensor_reads import read_ranges, torch_dtype
 from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.tensor_names import without_wrappers
-from ckpt_avg.text import argument, listing, quote
+from ckpt_avg.text import argument, listing, quote, type_of
 from ckpt_avg.user_code.isolation import seeded
 from ckpt_avg.user_code.load import user_errors
 
@@ -37,12 +37,12 @@ def build_model(
     """
     if not callable(model):
         raise UserCodeError(
-            f"the model: expected a torch.nn.Module or a function that returns one, got a {type(model).__name__}."
+            f"the model: expected a torch.nn.Module or a function that returns one, got {type_of(model)}."
         )
     with user_errors("the model factory raised"):
         built = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model()
     if not isinstance(built, torch.nn.Module):
-        raise UserCodeError(f"the model factory: expected it to return a torch.nn.Module, got {type(built).__name__}.")
+        raise UserCodeError(f"the model factory: expected it to return a torch.nn.Module, got {type_of(built)}.")
     named = (*built.named_parameters(), *built.named_buffers())
     if without_values := [name for name, tensor in named if tensor.is_meta]:
         raise UserCodeError(
@@ -197,7 +197,7 @@ class Passes:
         self._is_fresh = True
         if not isinstance(self._batches, Iterable):
             raise UserCodeError(
-                f"the data factory: expected it to return an iterable of batches, got {type(self._batches).__name__}."
+                f"the data factory: expected it to return an iterable of batches, got {type_of(self._batches)}."
             )
 
     @property

@@ -217,7 +217,7 @@ def test_a_distributed_sampler_is_found_in_a_batch_sampler_too() -> None:
 
 @pytest.mark.guarantee("uneven-ranks")
 def test_other_numbers_of_batches_are_refused_on_every_rank() -> None:
-    """If it failed, a rank would wait for a batch that never comes, or some batches would be left out."""
+    """If it failed, a rank would wait for a batch that never comes, or some batches would be skipped."""
     batches = some(3, 4, 5, 6)
     ends = refreshed(3, lambda ranks: batches[: 4 - ranks.rank])
     assert [type(end) for end in ends] == [UserCodeError] * 3
@@ -229,7 +229,7 @@ def test_other_numbers_of_batches_are_refused_on_every_rank() -> None:
 
 
 def test_a_distributed_sampler_on_one_rank_only_is_refused_on_every_rank() -> None:
-    """If it failed, some batches would be run twice and others left out."""
+    """If it failed, some batches would be run twice and others skipped."""
     ends = refreshed(2, lambda ranks: Own(some(3, 4)) if ranks.is_first else some(3, 4))
     assert [type(end) for end in ends] == [UserCodeError] * 2
     assert all("gave rank 0 its part by DistributedSampler, and rank 1 2 batches. " in str(end) for end in ends)

@@ -249,7 +249,7 @@ def assert_refused(folder: Path, name: str = "a") -> None:
 @pytest.mark.parametrize("where", [0, 0.5, 1])
 @pytest.mark.parametrize("elements", [0, 1, 100, 5000, 250_000])
 def test_one_bit_in_a_file_of_up_to_a_megabyte_is_seen(tmp_path: Path, elements: int, where: float) -> None:
-    """If it failed, small checkpoints that differ would be taken for the same."""
+    """If it failed, small checkpoints that differ would be mistaken for the same."""
     tensors = {"w": torch.arange(elements, dtype=torch.float32), "b": torch.ones(2)}
     write_both(tmp_path, tensors, tensors)
     contents = bytearray((tmp_path / "one" / "a").read_bytes())
@@ -263,7 +263,7 @@ def test_one_bit_in_a_file_of_up_to_a_megabyte_is_seen(tmp_path: Path, elements:
 def test_another_training_step_of_a_large_file_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int, metadata: dict[str, str]
 ) -> None:
-    """If it failed, a checkpoint of another step would be taken for the same; also one of very many shards."""
+    """If it failed, a checkpoint of another step would be mistaken for the same; also one of very many shards."""
     monkeypatch.setattr("ckpt_avg.commands.agreement._SAMPLES", samples)
     values = torch.arange(3_000_000, dtype=torch.float64)
     write_both(tmp_path, {"w": values}, {"w": values + 1e-3}, **metadata)

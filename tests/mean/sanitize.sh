@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-# In a copy, because the kernel of an editable install is beside the sources.
+# In a copy, because the kernel of an editable install is next to the sources.
 cp -r ckpt_avg tests fixtures hatch_build.py pyproject.toml "$build"
 cd "$build"
 rm -f ckpt_avg/_kernel*.so

@@ -95,7 +95,7 @@ def test_consecutive_tensors_of_a_checkpoint_are_one_range(offsets: tuple[int, i
 def test_the_shares_of_ranks_cover_every_element_once_and_begin_at_pages(
     lengths: list[int], size: int, begin: int, dtype: str, elements: int
 ) -> None:
-    """If it failed, elements would be left out or computed twice, or two ranks would write to one page."""
+    """If it failed, elements would be omitted or computed twice, or two ranks would write to one page."""
     page = 64 * 1024
     plan = plan_of({f"t{n}": (dtype, (length,)) for n, length in enumerate(lengths)})
     shares = [plan.share(rank, size, begin=begin) for rank in range(size)]

@@ -45,7 +45,7 @@ def test_optimizer_states_are_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_several_model_parallel_ranks_are_refused(tmp_path: Path) -> None:
-    """Half of each matrix taken for the whole."""
+    """Half of each matrix would be mistaken for the whole."""
     place = layouts.deepspeed(tmp_path).checkpoints[0].path
     shutil.copyfile(place / "mp_rank_00_model_states.pt", place / "mp_rank_01_model_states.pt")
     assert "2 ranks" in refusal(place)

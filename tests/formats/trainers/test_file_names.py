@@ -132,7 +132,7 @@ def test_metrics(name: str, metrics: dict[str, float]) -> None:
     ],
 )
 def test_numbers_of_parts_are_no_steps(name: str, other: str) -> None:
-    """Ranks taken for steps would be averaged; the mean of two parts of one model is none of it."""
+    """Ranks mistaken for steps would be averaged, and the mean of two parts of a model is no model."""
     assert other in part_of(name)
     assert record_from_name(name) == Record()
 

@@ -20,7 +20,7 @@ STEPS = ["checkpoint-500", "checkpoint-1000", "checkpoint-1500"]
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_run(tmp_path: Path, in_process: Command, form: str) -> None:
-    """Shards are one checkpoint; the optimizer beside them is none; steps are in order. An index opens, too."""
+    """Shards are one checkpoint; the optimizer next to them is none; steps are in order. An index opens, too."""
     (tmp_path / "run").mkdir()
     run = layouts.hf_trainer(tmp_path / "run", form=form)
     for saved in run.checkpoints:
@@ -46,7 +46,7 @@ def test_the_final_model_beside_the_checkpoints_is_none_of_them(tmp_path: Path, 
 
 
 def test_with_deepspeed(tmp_path: Path, in_process: Command) -> None:
-    """The gathered weights are beside DeepSpeed's own folder; without them, stage 3 is refused."""
+    """The gathered weights are next to DeepSpeed's own folder; without them, stage 3 is refused."""
     run = layouts.hf_trainer(tmp_path)
     for saved in run.checkpoints:
         layouts.deepspeed(saved.path, stage=3)

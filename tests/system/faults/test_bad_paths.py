@@ -82,7 +82,7 @@ def test_a_shard_that_links_out_of_its_folder_is_refused(in_process: Command, tm
 
 @pytest.mark.guarantee("shard-links")
 def test_the_links_of_the_hubs_cache_are_followed(in_process: Command, tmp_path: Path) -> None:
-    """``snapshots/<revision>/<file>`` leads into ``blobs`` beside ``snapshots``, and nowhere else."""
+    """``snapshots/<revision>/<file>`` leads into ``blobs`` next to ``snapshots``, and nowhere else."""
     (tmp_path / "hub" / "blobs").mkdir(parents=True)
     (tmp_path / "hub" / "blobs" / "0123").write_bytes(double("b", 1024))
     (tmp_path / "hub" / "snapshots").mkdir()
@@ -204,7 +204,7 @@ def open_folder() -> Iterator[Path]:
 @pytest.mark.guarantee("unreadable")
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="this system keeps no rights as Unix does")
 def test_what_may_not_be_read_is_named_with_the_systems_reason(in_process: Command, open_folder: Path) -> None:
-    """A file, a shard, a folder of checkpoints, and what lies in such a folder."""
+    """A file, a shard, a folder of checkpoints, and what such a folder contains."""
 
     def command(*arguments: object) -> tuple[int, str, str]:
         with as_nobody():

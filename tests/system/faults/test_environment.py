@@ -83,7 +83,7 @@ def in_workers():
 
 @pytest.fixture
 def normed(tmp_path: Path) -> list[object]:
-    """Arguments for a refreshed average of two checkpoints into `out/mean.safetensors`, but for the data."""
+    """Arguments for a refreshed average of two checkpoints into `out/mean.safetensors`, without the data."""
     (tmp_path / "out").mkdir()
     (tmp_path / "user.py").write_text(USER)
     for seed in range(2):
@@ -196,7 +196,7 @@ def test_a_second_ctrl_c_ends_at_once(
 
 @pytest.mark.guarantee("loader-workers")
 def test_forked_loader_workers_change_nothing(ckpt_avg: Command, normed: list[object], tmp_path: Path) -> None:
-    """If it failed, users of `num_workers` would get other statistics, or workers that fail behind the signals."""
+    """If it failed, users of `num_workers` would get other statistics, or workers that fail after the signals."""
     made = []
     for data in ("user:batches", "user:in_workers"):
         ended = ckpt_avg(*normed, data, "--overwrite")

@@ -133,7 +133,7 @@ def kill_at_random(runs: Runs, run: Averaging, output: Path, kills: int, **setti
     found: Counter[str] = Counter()
     while found["killed"] < kills and found["runs"] < 4 * kills:
         overwrite = found["runs"] % 2 == 1
-        # In turn from tenths of the duration, so that no part of it is left out.
+        # In turn from tenths of the duration, so that no part of it is skipped.
         moment = (found["runs"] // 2 % 10 + rng.random()) / 10 * 1.05 * sorted(durations)[1]
         arguments = run.command(output, *begin(output, overwrite))
         ended = runs.run(*arguments, signalled=(signal.SIGKILL, moment), **settings)

@@ -186,7 +186,7 @@ EMPTY_AND_SCALAR = (
 
 @pytest.mark.guarantee("empty-tensors")
 def test_tensors_without_elements_or_dimensions_are_averaged(in_process: Command, tmp_path: Path) -> None:
-    """They lie at odd offsets beside others, which a strict reader must not refuse."""
+    """They are at odd offsets next to others, which a strict reader must not refuse."""
     for number in (1, 2):
         data = struct.pack("<f2d", number, 10 * number, -number)
         write(tmp_path, lay_out(EMPTY_AND_SCALAR, data), f"step_{number}.safetensors")
@@ -240,7 +240,7 @@ def test_a_hostile_pickle_is_averaged_without_its_code_or_refused(
 
 @pytest.mark.guarantee("weights-crc")
 def test_damaged_weights_are_found_where_all_bytes_are_read(in_process: Command, tmp_path: Path) -> None:
-    """With --sha256: a flipped bit of a weight, which no header shows, contradicts the CRC-32 beside it."""
+    """With --sha256: a flipped bit of a weight, which no header shows, contradicts the CRC-32 next to it."""
     path = write(tmp_path, WHOLE)
     mean(in_process, path, "--sha256", folder=tmp_path)
     write(tmp_path, WHOLE.replace(DATA, DATA[:-1] + bytes([DATA[-1] ^ 1])))

@@ -51,7 +51,7 @@ def interrupt(
     while found["hit"] < hits and found["runs"] < 4 * hits:
         overwrite = found["runs"] % 2 == 1
         can_be_unnamed = found["runs"] // 2 % 2 == 0 if unnamed is None else unnamed
-        # In turn from equal parts of the duration, so that none is left out.
+        # In turn from equal parts of the duration, so that none is skipped.
         moment = (found["runs"] % hits + rng.random()) / hits * sorted(usual)[len(usual) // 2]
         arguments = run.command(output, *TIGHT, *begin(output, overwrite=overwrite))
         ended = runs.run(*arguments, signalled=(number, moment), unnamed=can_be_unnamed, wrong=wrong)

@@ -19,7 +19,7 @@ from system.faults.tracing import Call
 
 pytestmark = pytest.mark.slow
 
-# Names differ between architectures and C libraries; those that a run does not make are left out.
+# Names differ between architectures and C libraries; those that a run does not make are skipped.
 OPENS = ("open", "openat")
 CALLS = (
     *OPENS, "close", "fcntl", "access", "stat", "lstat", "fstat", "newfstatat", "statx", "statfs", "fstatfs",

@@ -12,7 +12,7 @@ from typing import NoReturn
 REQUIRE = "CKPT_AVG_TEST_REQUIRE"  # names what must not be skipped, for CI: "strace", "mount"
 _LINE = re.compile(r"(?:\d+ +)?(\w+)\((.*)")
 
-# Whatever can change a file or a folder; names that an architecture does not have are left out by strace.
+# Whatever can change a file or a folder; names that an architecture does not have are skipped by strace.
 CHANGES = (
     "creat", "truncate", "ftruncate", "fallocate", "write", "pwrite64", "writev", "pwritev", "pwritev2",
     "copy_file_range", "sendfile", "unlink", "unlinkat", "rename", "renameat", "renameat2", "link", "linkat",
@@ -49,7 +49,7 @@ def refuse_or_skip(what: str, reason: str) -> NoReturn:
 
 
 def parse(trace: str) -> list[Call]:
-    """Returns the calls in strace's output, but for the ``poll`` at which a run waits until it is traced."""
+    """Returns the calls in strace's output, except the ``poll`` at which a run waits until it is traced."""
     found = []
     for line in trace.splitlines():
         match = _LINE.match(line)

@@ -1,4 +1,4 @@
-"""Runs that real libraries trained: their folders, what each checkpoint holds in truth, and what was recorded of it."""
+"""Runs that real libraries trained: their folders, what each checkpoint contains, and what was recorded of it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Saved:
     """A checkpoint.
 
     Attributes:
-        path: where it lies.
+        path: where it is.
         facts: what its library recorded: kind, step, epoch, metrics, learning_rate (of the step that made it), …
         out: the folder of the producer.
     """
@@ -87,7 +87,7 @@ class Saved:
 
     @property
     def ema(self) -> State:
-        """The running average beside them."""
+        """The running average next to them."""
         return torch.load(self.out / self.facts["ema"])
 
 

@@ -18,7 +18,7 @@ from system.trainers.runs import LIBRARIES, RUNS, Run, Saved, Trainers, execute,
 pytestmark = pytest.mark.trainers
 Average = Callable[..., dict[str, Any]]
 
-# What lies in each run folder beside its checkpoints, and why it is no further one.
+# What each run folder contains next to its checkpoints, and why it is no further one.
 LEFT_OUT = {
     "bert": {"model.safetensors": "the run's own weights", "training_args.bin": "training state"},
     "lightning": {"last.ckpt": "last|same weights as epoch=5-step=18"},
@@ -63,7 +63,7 @@ def paths(saved: Sequence[Saved]) -> list[str]:
 
 @pytest.mark.parametrize("run", RUNS, indirect=True)
 def test_each_checkpoint_counts_once_in_the_order_of_training(run: Run, averaged: Average) -> None:
-    """Not once more as last, best, milestone or copy; and no optimizer or recovery file is taken for weights."""
+    """Not once more as last, best, milestone or copy; and no optimizer or recovery file is mistaken for weights."""
     said = averaged(run.folder)
     assert said["checkpoints"] == paths(run.checkpoints)
     reasons = {Path(each["path"]).name: each["reason"] for each in said["skipped"]}

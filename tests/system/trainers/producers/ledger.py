@@ -1,4 +1,4 @@
-"""What every producer leaves beside the checkpoints: what they hold in truth, and what the library recorded of them.
+"""What every producer leaves next to the checkpoints: what they really contain, and what the library recorded of them.
 
 A producer is a program: ``write_x.py OUT`` trains and leaves run folders under ``OUT/runs``; ``write_x.py load RUN
 WEIGHTS [RUN WEIGHTS]...`` loads averaged files into the models of runs, as their users would.
@@ -41,9 +41,9 @@ class Ledger:
 
         Args:
             run: its run.
-            path: where it lies in the run folder.
+            path: where it is in the run folder.
             state: the weights that were saved, by the names of the model without any wrapper.
-            ema: an exponential moving average beside them.
+            ema: an exponential moving average next to them.
             facts: step, epoch, metrics, learning_rate, kind, …: what the library recorded of it.
         """
         number = len(self._runs[run])
@@ -57,7 +57,7 @@ class Ledger:
         self._runs[run].append(facts)
 
     def close(self) -> None:
-        """Writes the notes, beside those of other processes before this one."""
+        """Writes the notes, next to those of other processes before this one."""
         path = self.out / "ledger.json"
         earlier = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(earlier | self._runs, indent=1))

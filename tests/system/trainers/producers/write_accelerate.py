@@ -18,7 +18,7 @@ SAVES = 3
 
 
 def train(ledger: Ledger, run: str, *, safe: bool, two: bool = False) -> None:
-    """Saves after every second step. ``two``: a second model beside the first, as in adversarial training."""
+    """Saves after every second step. ``two``: a second model next to the first, as in adversarial training."""
     set_seed(3)
     folder = ledger.folder(run)
     accelerator = Accelerator(

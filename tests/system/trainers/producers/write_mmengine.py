@@ -40,7 +40,7 @@ class Accuracy(BaseMetric):
 
 
 class Note(Hook):
-    """Keeps the weights of every checkpoint, of the average beside them, and the learning rate of the last step."""
+    """Keeps the weights of every checkpoint, of the average next to them, and the learning rate of the last step."""
 
     priority = "VERY_HIGH"  # before other hooks change what is saved
 

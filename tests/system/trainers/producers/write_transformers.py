@@ -130,7 +130,7 @@ def train(ledger: Ledger, run: str, *, steps: int, every: int) -> None:
     )
     trainer.train()
     if run == "bert":
-        trainer.save_model()  # beside the checkpoints: a copy of the best, under the name of any weights
+        trainer.save_model()  # next to the checkpoints: a copy of the best, under the name of any weights
         trainer.save_state()
     for step, live in note.states.items():
         entries = [entry for entry in trainer.state.log_history if entry["step"] == step]

@@ -76,6 +76,7 @@ def _compile(source: Path, target: Path, flags: Sequence[str] = ()) -> str:
     if compiler is None:
         return "there is no C compiler"
     own = shlex.split(os.environ.get("CFLAGS", ""))
-    command = [*compiler, *own, *_FLAGS, *flags, f"-I{sysconfig.get_path('include')}", str(source), "-o", str(target)]
+    files = (f"-I{sysconfig.get_path('include')}", str(source), "-lm", "-o", str(target))
+    command = [*compiler, *own, *_FLAGS, *flags, *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (the user's compiler)
     return "" if done.returncode == 0 else f"{shlex.join(command)}: {done.stderr.strip()}"

@@ -42,7 +42,7 @@ class Averager:
 
         Args:
             block: which elements these are.
-            inputs: the values of each checkpoint: flat, in the source dtype, on the CPU.
+            inputs: the values of each checkpoint: flat, in the dtype in which it stores them, on the CPU.
             output: receives the mean: flat, in the output dtype, on the CPU.
 
         Raises:
@@ -84,8 +84,9 @@ class Averager:
         def values(index: int) -> torch.Tensor:
             return as_real(buffers.staging.copy_in(inputs[index]))
 
-        if block.source_dtype.torch_name == "float64":
-            mean = mean_of_float64(values, count, is_narrowed=block.dtype is not block.source_dtype)
+        if any(each.dtype == torch.float64 for each in inputs):
+            is_narrowed = output.dtype != torch.float64
+            mean = mean_of_float64(lambda index: values(index).to(torch.float64), count, is_narrowed=is_narrowed)
         else:
             mean = mean_of_narrower(values, count, len(inputs), buffers.total, buffers.wide, buffers.single)
         # One sum shows any NaN or Inf, at 1/N of the cost of checking every input.

@@ -46,8 +46,11 @@ class Block:
             self._stored[id(tensors)] = tensors, join_ranges(ranges)
         return self._stored[id(tensors)][1]
 
-    def split(self, elements: int) -> list[Block]:
-        """Returns smaller blocks of at most ``elements`` elements. Only tensors with more are cut."""
+    def split(self, elements: int, checkpoints: Sequence[Checkpoint]) -> list[Block]:
+        """Returns smaller blocks of at most ``elements`` elements, which each checkpoint stores in one dtype.
+
+        Only tensors with more elements are cut.
+        """
         groups: list[list[OutputRange]] = []
         room = 0
         for tensor, start, stop in self.ranges:
@@ -58,7 +61,12 @@ class Block:
                     room = elements
                 groups[-1].append((tensor, begin, end))
                 room -= end - begin
-        return [Block(group) for group in groups]
+        blocks = map(Block, groups)
+        return [each for block in blocks for each in ([block] if block._is_uniform(checkpoints) else block.tensors())]
+
+    def _is_uniform(self, checkpoints: Sequence[Checkpoint]) -> bool:
+        stored = map(self.stored_in, checkpoints)
+        return all(len({tensor.dtype for tensor, _, _ in ranges}) == 1 for ranges in stored)
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[OutputTensor, int, int]]:
         """Yields each tensor that elements start … stop of the block belong to, and which of these elements do."""

@@ -61,7 +61,7 @@ def refuse_unequal(checkpoints: Sequence[Checkpoint], plan: Plan) -> None:
 
 def _first_difference(first: Checkpoint, other: Checkpoint, name: str) -> int | None:
     tensor = first.spec.tensors[name]
-    if tensor.dtype != other.spec.tensors[name].dtype:
+    if (tensor.dtype, tensor.shape) != (other.spec.tensors[name].dtype, other.spec.tensors[name].shape):
         return 0
     pairs = zip(stream_bytes(first, tensor), stream_bytes(other, other.spec.tensors[name]), strict=True)
     for (start, expected), (_, found) in pairs:

@@ -12,6 +12,7 @@
 #include <Python.h>
 
 #include <errno.h>
+#include <fenv.h>
 #include <float.h>
 #include <signal.h>
 #include <stdint.h>
@@ -715,6 +716,9 @@ static void mean_of_windows(struct job *job, int64_t begin, int64_t n)
 
 static void compute(struct job *job)
 {
+    fenv_t kept; /* threads inherit it: a program may flush subnormal numbers to zero, as torch.set_flush_denormal does */
+    fegetenv(&kept);
+    fesetenv(FE_DFL_ENV);
     int64_t window = job->elements, size = 1;
     for (int64_t i = 0; i < job->number; i++)
         size = sizes[job->inputs[i].dtype] > size ? sizes[job->inputs[i].dtype] : size;
@@ -730,6 +734,7 @@ static void compute(struct job *job)
             fail(job, LOST, job->lost - 1, 0);
     }
     current = NULL;
+    fesetenv(&kept);
 }
 
 /* ---- strided tensors --------------------------------------------------------------------------------------------- */

@@ -50,9 +50,8 @@ class NativeEngine:
         """Returns the block, or smaller ones if elements have to be gathered: those fit in a slot."""
         if not any(self._is_gathered(block, index) for index in indices):
             return [block]
-        parts = block.split(self._slot // block.source_dtype.itemsize)
-        # The elements in a slot have one dtype.
-        return [each for part in parts for each in ([part] if self._is_uniform(part, indices) else part.tensors())]
+        checkpoints = [self._checkpoints[index] for index in indices]
+        return block.split(self._slot // block.source_dtype.itemsize, checkpoints)
 
     def read(self, block: Block, indices: Sequence[int]) -> None:
         """Finds the elements of a block in each of these checkpoints; gathers those that are not consecutive."""
@@ -90,13 +89,18 @@ class NativeEngine:
 
     def _average(self, block: Block, indices: Sequence[int], output: memoryview, check: int) -> None:
         kernel = self._kernel
-        table = bytearray().join(self._rows[index] for index in indices)
         # A complex element is a pair of real ones.
         width = 2 if block.source_dtype.kind == "complex" else 1
         dtype = self._code(block.dtype.torch_name)
-        what, index, code, value = kernel.mean(
-            table, self._memory, self._slot, width * block.numel, dtype, output, check
-        )
+        while True:
+            table = bytearray().join(self._rows[index] for index in indices)
+            what, index, code, value = kernel.mean(
+                table, self._memory, self._slot, width * block.numel, dtype, output, check
+            )
+            if what != kernel.NOT_MAPPED:
+                break
+            self._place_of(indices[index])[0].refuse_mapping(code)
+            self.read(block, [indices[index]])
         if what == kernel.DONE:
             return
         if what == kernel.OUT_OF_RANGE:
@@ -104,15 +108,7 @@ class NativeEngine:
         if what == kernel.NOT_FINITE:
             self._average_tensors(block, indices, output, width)
             return
-        place = self._files[indices[index]]
-        if place is None:
-            raise ValueError(f"the kernel read no file, and returned {what}")
-        file, offset = place
-        if what == kernel.NOT_MAPPED:
-            file.refuse_mapping(code)
-            self.read(block, indices)
-            self._average(block, indices, output, check)
-            return
+        file, offset = self._place_of(indices[index])
         raise file.failure(offset, code if what == kernel.NOT_READ else None)
 
     def _average_tensors(self, block: Block, indices: Sequence[int], output: memoryview, width: int) -> None:
@@ -130,6 +126,12 @@ class NativeEngine:
                 refuse_nonfinite([self._checkpoints[each] for each in indices], tensor, self._count)
         self.read(block, indices)  # as it was, for another mean
 
+    def _place_of(self, index: int) -> tuple[InputFile, int]:
+        place = self._files[index]
+        if place is None:
+            raise ValueError("the kernel read no file of this checkpoint")
+        return place
+
     def _is_gathered(self, block: Block, index: int) -> bool:
         """Whether the elements of a block are copied into a slot: not consecutive, or read once for several means."""
         place = self._place(block, index)
@@ -143,10 +145,6 @@ class NativeEngine:
         if len(ranges) > 1 or not tensor.is_contiguous:
             return None
         return checkpoint.files[tensor.file], offset_of(tensor, start)
-
-    def _is_uniform(self, block: Block, indices: Sequence[int]) -> bool:
-        stored = (block.stored_in(self._checkpoints[index]) for index in indices)
-        return all(len({tensor.dtype for tensor, _, _ in ranges}) == 1 for ranges in stored)
 
     def _code(self, dtype: str) -> int:
         code: int = self._kernel.DTYPES["float32" if dtype == "complex64" else dtype]

@@ -33,6 +33,7 @@ _CUDA_CHUNK = 1024 * 1024  # enough to outweigh the launch of a kernel
 _MOST_ELEMENTS = 8 * 1024 * 1024  # larger blocks are no faster
 _LEAST_BLOCKS = 2  # for each worker, so that all finish at about the same time
 _MOST_OUTPUT = 4 * 1024 * 1024  # bytes of a block of the native engine: enough to outweigh what Python does for each
+_MOST_INPUT = 256 * 1024 * 1024  # bytes of a block in all checkpoints: a call is not interrupted
 _WINDOWS = 4 * 1024 * 1024  # bytes of all its windows together, so that memory does not grow with the checkpoints …
 _LEAST_WINDOW = 64 * 1024  # … unless they would get smaller than this
 
@@ -155,7 +156,8 @@ def _native_sizes(
     output = min(_MOST_OUTPUT, each // 4)
     window = min(max(_WINDOWS // checkpoints, _LEAST_WINDOW), (each - output) // checkpoints)
     itemsize = max((tensor.dtype.itemsize for tensor in plan.tensors), default=1)
-    elements = min(output // itemsize, _share(plan, within, threads, output // itemsize // 16))
+    most = min(output, _MOST_INPUT // checkpoints) // itemsize
+    elements = min(most, _share(plan, within, threads, most // 16))
     return max(mmap.PAGESIZE, window - window % mmap.PAGESIZE), max(LEAST_CHUNK, elements)
 
 

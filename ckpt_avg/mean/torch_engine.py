@@ -24,17 +24,19 @@ class TorchEngine:
 
     def __init__(self, device: str, chunk: int, checkpoints: Sequence[Checkpoint], *, allow_nonfinite: bool) -> None:
         torch.set_num_threads(1)  # the workers are the parallelism
+        torch.set_flush_denormal(False)  # of this thread, which inherits what the program has set
         self._averager = Averager(torch.device(device), chunk, checkpoints, allow_nonfinite=allow_nonfinite)
         self._checkpoints, self._chunk = checkpoints, chunk
         self._values: dict[int, torch.Tensor] = {}
 
     def fit(self, block: Block, indices: Sequence[int]) -> list[Block]:
         """Returns the block, or smaller ones if elements have to be gathered: those have the elements of a chunk."""
-        stored = (block.stored_in(self._checkpoints[index]) for index in indices)
-        return [block] if all(len(ranges) == 1 for ranges in stored) else block.split(self._chunk)
+        checkpoints = [self._checkpoints[index] for index in indices]
+        is_whole = all(len(block.stored_in(checkpoint)) == 1 for checkpoint in checkpoints)
+        return [block] if is_whole else block.split(self._chunk, checkpoints)
 
     def read(self, block: Block, indices: Sequence[int]) -> None:
-        """Reads the elements of a block from each of these checkpoints, in the block's source dtype."""
+        """Reads the elements of a block from each of these checkpoints, in the dtype in which it stores them."""
         self._values = {index: self._read(block, self._checkpoints[index]) for index in indices}
 
     def average(self, block: Block, indices: Sequence[int], output: memoryview) -> None:
@@ -44,15 +46,4 @@ class TorchEngine:
 
     def _read(self, block: Block, checkpoint: Checkpoint) -> torch.Tensor:
         ranges = block.stored_in(checkpoint)
-        contents = read_bytes(checkpoint, ranges)
-        dtypes = {tensor.dtype for tensor, _, _ in ranges}
-        wanted = torch_dtype(block.source_dtype)
-        if len(dtypes) == 1:
-            return torch.frombuffer(contents, dtype=torch_dtype(dtypes.pop())).to(wanted)
-        parts, begin = [], 0
-        for tensor, start, stop in ranges:
-            end = begin + (stop - start) * tensor.dtype.itemsize
-            # A copy, because an element of another dtype may begin at an odd byte.
-            parts.append(torch.frombuffer(bytearray(contents[begin:end]), dtype=torch_dtype(tensor.dtype)).to(wanted))
-            begin = end
-        return torch.cat(parts)
+        return torch.frombuffer(read_bytes(checkpoint, ranges), dtype=torch_dtype(ranges[0][0].dtype))

@@ -65,7 +65,7 @@ def test_a_block_can_be_split_and_knows_its_tensors() -> None:
     with pytest.raises(IndexError):
         block.locate(15)
     for elements, expected in ((4, ["a", "b", "b", "bc"]), (13, ["ab", "c"])):
-        parts = block.split(elements)
+        parts = block.split(elements, ())
         assert ["".join(tensor.name for tensor, _, _ in part.ranges) for part in parts] == expected
         assert parts[0].offset == 28
 

@@ -360,6 +360,12 @@ def test_extra_state_of_another_length_is_the_lasts(tmp_path: Path) -> None:
     assert check(save(tmp_path, states, ".pt")).compatible
 
 
+def test_infinity_in_extra_state_of_another_length_is_refused(tmp_path: Path) -> None:
+    """It is no constant, and to find that out is no crash."""
+    states = [{"l._extra_state": torch.full((size,), float("inf"))} for size in (5, 7)]
+    assert "tensor 'l._extra_state': NaN or Inf" in refusal_of(tmp_path, states)
+
+
 def test_nan_in_a_tensor_that_is_copied_is_refused(tmp_path: Path) -> None:
     states = [{"queue": torch.rand(4), "queue_ptr": torch.tensor([n])} for n in range(2)]
     states[1]["queue"][3] = float("nan")

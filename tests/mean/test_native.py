@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 from mean.inputs import save
+from mean.plans import plan_of
 from safetensors.torch import load_file
 
 from ckpt_avg import ChangedWhileReadingError, CheckpointFormatError, ResourceError, UsageError, average
 from ckpt_avg.engine import engine_for
 from ckpt_avg.formats.open import open_checkpoint
-from ckpt_avg.mean import native
+from ckpt_avg.mean import native, stream
 from ckpt_avg.mean.plan import make_plan
 from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
 
@@ -134,6 +135,56 @@ def test_several_means_of_one_block_are_each_their_own(tmp_path: Path, io: str) 
             for name, found in output.tensors().items():
                 total = sum(states[index][name].double() for index in window)
                 assert found.equal((total / len(window)).float()), (window, name)
+
+
+@pytest.mark.guarantee("same-bytes")
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_subnormal_numbers_count_whatever_the_program_does_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Threads inherit a processor's mode that takes them for zero; some libraries set it when they are imported."""
+    monkeypatch.setenv("CKPT_AVG_ENGINE", engine)
+    single = torch.tensor([2.0**-149, -(2.0**-130)])
+    double = torch.tensor([2.0**-1074, 2.0**-1030], dtype=torch.float64)
+    paths = save(tmp_path, [{"single": single * k, "double": double * k} for k in (1, 3)])
+    if not torch.set_flush_denormal(True):
+        pytest.skip("torch cannot set that mode here")
+    try:
+        average(paths, tmp_path / "out.safetensors")
+        assert torch.tensor([2.0**-149]).add(0.0).item() == 0, "the mode of this thread is as it was"
+    finally:
+        torch.set_flush_denormal(False)
+    found = load_file(tmp_path / "out.safetensors")
+    assert found["single"].equal(single * 2)
+    assert found["double"].equal(double * 2)
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_a_mean_of_several_is_the_one_of_its_own_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Float64 sums are exact; those of float32 inputs are not, also if other checkpoints store float64."""
+    monkeypatch.setenv("CKPT_AVG_ENGINE", engine)
+    states = [{name: random_finite(10 * index + seed) for seed, name in enumerate("ab")} for index in range(4)]
+    states[3]["a"], states[2]["b"] = states[3]["a"].double(), states[2]["b"].double()
+    paths = save(tmp_path, states)
+    with ExitStack() as stack:
+        checkpoints = [stack.enter_context(open_checkpoint(path)) for path in paths]
+        plan = make_plan([checkpoint.spec for checkpoint in checkpoints], dtype="float64")
+        windows = ([0, 1, 2], [0, 1, 2, 3], [1, 3], [0])
+        outputs = [MemoryOutput(plan) for _ in windows]
+        means = [Mean(window, output.write) for window, output in zip(windows, outputs, strict=True)]
+        write_means(checkpoints, plan, means, device="cpu", threads=1, memory=2**24)
+    for window, output in zip(windows, outputs, strict=True):
+        average([paths[index] for index in window], tmp_path / "one.safetensors", dtype="float64", overwrite=True)
+        expected = load_file(tmp_path / "one.safetensors")
+        assert all(values.equal(expected[name]) for name, values in output.tensors().items()), window
+
+
+def random_finite(seed: int) -> torch.Tensor:
+    """Float32 values of so many magnitudes that a float64 sum of them rounds."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3000, generator=generator) * 2.0 ** torch.randint(-60, 60, (3000,), generator=generator)
 
 
 def test_every_nan_has_one_code(tmp_path: Path) -> None:
@@ -261,6 +312,14 @@ def test_other_faults_go_to_the_handler_that_was_there(tmp_path: Path, paths: li
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == -signal.SIGBUS, ended.stderr
     assert ("Fatal Python error: Bus error" in ended.stderr) == ("before" in when or "after" in when)
+
+
+def test_a_call_ends_soon_however_many_checkpoints_there_are() -> None:
+    """Ctrl-C, and the failure of another thread, wait for it."""
+    plan = plan_of({"w": ("F32", (2**26,))})
+    for number in (2, 1000):
+        _, elements = stream._native_sizes(2**30, 1, plan, range(plan.nbytes), number, "cpu")
+        assert 2**22 <= 4 * elements * number <= 2**28
 
 
 # -- What the kernel accepts ----------------------------------------------------------------------------------------

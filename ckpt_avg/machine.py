@@ -81,8 +81,8 @@ def run_workers(threads: int, items: Iterable[Item], work: Callable[[SharedItems
     stop = threading.Event()
     shared = SharedItems(items, stop)
     with ThreadPoolExecutor(threads, thread_name_prefix="worker") as pool:
-        futures = [pool.submit(work, shared) for _ in range(threads)]
         try:
+            futures = [pool.submit(work, shared) for _ in range(threads)]
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()

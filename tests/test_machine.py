@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,27 @@ def test_an_interrupt_stops_the_workers(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("ckpt_avg.machine.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_workers(2, iter(int, 1), lambda items: [None for _ in items])
+
+
+def test_a_thread_that_cannot_start_ends_those_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the error would come only after all the work."""
+    start = threading.Thread.start
+    running: list[threading.Thread] = []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(running) == 2:
+            raise RuntimeError("can't start new thread")
+        running.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    taken: list[int] = []
+
+    def work(items: SharedItems[int]) -> None:
+        for item in items:
+            time.sleep(0.005)
+            taken.append(item)
+
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        run_workers(3, range(500), work)
+    assert len(taken) < 500

@@ -101,15 +101,17 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
             return error.exit_code
         message = one_line(_message_of(error, command, arguments[0]))
         return _fail(type(error).__name__, message, error.exit_code, as_json)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("Interrupted", f"interrupted: {_UNTOUCHED}", 130, as_json)
-    except _Terminated as error:
-        return _fail("Terminated", f"terminated: {_UNTOUCHED}", 128 + error.number, as_json)
+    except (KeyboardInterrupt, click.Abort, _Terminated) as error:
+        return _interrupted(error, as_json)
     except CkptAvgError as error:
+        if (signalled := _signal_before(error)) is not None:
+            return _interrupted(signalled, as_json)
         if isinstance(error, UserCodeError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         return _fail(type(error).__name__, str(error), error.exit_code, as_json, error.document)
     except (MemoryError, OSError, RuntimeError, ImportError) as error:
+        if (signalled := _signal_before(error)) is not None:
+            return _interrupted(signalled, as_json)
         if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["the system has no more"])[0]
@@ -118,6 +120,20 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
             advice = "Raise the limit on the memory of this process (ulimit -v) or of its job."
         text = f"out of memory: {reason}. {advice}"
         return _fail("ResourceError", text, ResourceError.exit_code, as_json)
+
+
+def _signal_before(error: BaseException) -> BaseException | None:
+    """Returns the signal that the command was stopping for, as torch raises for workers that Ctrl-C has ended, too."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, (KeyboardInterrupt, _Terminated)):
+        found = found.__context__
+    return found
+
+
+def _interrupted(error: BaseException, as_json: bool) -> int:
+    if isinstance(error, _Terminated):
+        return _fail("Terminated", f"terminated: {_UNTOUCHED}", 128 + error.number, as_json)
+    return _fail("Interrupted", f"interrupted: {_UNTOUCHED}", 130, as_json)
 
 
 def _message_of(error: click.ClickException, command: click.Command, name: str) -> str:

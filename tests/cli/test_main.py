@@ -406,6 +406,28 @@ def test_a_signal_during_the_refresh_has_its_code(
     assert handlers == [unhandled] * 3
 
 
+@pytest.mark.guarantee("signals")
+@pytest.mark.parametrize("error", [RuntimeError("worker killed"), errors.UserCodeError("worker killed")], ids=repr)
+def test_an_error_while_a_signal_stops_the_command_is_no_bug(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch raises an error for loader workers that Ctrl-C has ended, at any moment."""
+
+    @click.command
+    def interrupted() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise error
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell ignores it
+    try:
+        assert run(interrupted, []) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.startswith("Error: interrupted")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Streams: stdout, stderr, terminals
 

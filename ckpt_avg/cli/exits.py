@@ -101,39 +101,48 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
             return error.exit_code
         message = one_line(_message_of(error, command, arguments[0]))
         return _fail(type(error).__name__, message, error.exit_code, as_json)
-    except (KeyboardInterrupt, click.Abort, _Terminated) as error:
+    except (KeyboardInterrupt, click.Abort) as error:
         return _interrupted(error, as_json)
-    except CkptAvgError as error:
-        if (signalled := _signal_before(error)) is not None:
-            return _interrupted(signalled, as_json)
+    except _Terminated as error:
+        return _interrupted(error, as_json)
+    except Exception as error:
+        return _failed(error, as_json)
+
+
+def _failed(error: Exception, as_json: bool) -> int:
+    """Says what has failed; a bug of ours is raised again."""
+    # torch raises for loader workers that the signal has ended, too; a RankError knows the cause better.
+    signalled = _signal_before(error) if isinstance(error, (UserCodeError, RuntimeError)) else None
+    if signalled is not None:
+        return _interrupted(signalled, as_json)
+    if isinstance(error, CkptAvgError):
         if isinstance(error, UserCodeError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         return _fail(type(error).__name__, str(error), error.exit_code, as_json, error.document)
-    except (MemoryError, OSError, RuntimeError, ImportError) as error:
-        if (signalled := _signal_before(error)) is not None:
-            return _interrupted(signalled, as_json)
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or ["the system has no more"])[0]
-        advice = "Use a smaller --memory, or smaller batches for the refresh and --eval."
-        if isinstance(error, ImportError):
-            advice = "Raise the limit on the memory of this process (ulimit -v) or of its job."
-        text = f"out of memory: {reason}. {advice}"
-        return _fail("ResourceError", text, ResourceError.exit_code, as_json)
+    if not isinstance(error, (MemoryError, OSError, RuntimeError, ImportError)) or not is_out_of_memory(error):
+        raise error
+    reason = (str(error).splitlines() or ["the system has no more"])[0]
+    advice = "Use a smaller --memory, or smaller batches for the refresh and --eval."
+    if isinstance(error, ImportError):
+        advice = "Raise the limit on the memory of this process (ulimit -v) or of its job."
+    text = f"out of memory: {reason}. {advice}"
+    return _fail("ResourceError", text, ResourceError.exit_code, as_json)
 
 
-def _signal_before(error: BaseException) -> BaseException | None:
-    """Returns the signal that the command was stopping for, as torch raises for workers that Ctrl-C has ended, too."""
+def _signal_before(error: BaseException) -> KeyboardInterrupt | _Terminated | None:
+    """Returns the signal for which the command was stopping when the error came."""
     found: BaseException | None = error
-    while found is not None and not isinstance(found, (KeyboardInterrupt, _Terminated)):
+    while found is not None:
+        if isinstance(found, (KeyboardInterrupt, _Terminated)):
+            return found
         found = found.__context__
-    return found
+    return None
 
 
-def _interrupted(error: BaseException, as_json: bool) -> int:
-    if isinstance(error, _Terminated):
-        return _fail("Terminated", f"terminated: {_UNTOUCHED}", 128 + error.number, as_json)
-    return _fail("Interrupted", f"interrupted: {_UNTOUCHED}", 130, as_json)
+def _interrupted(error: KeyboardInterrupt | click.Abort | _Terminated, as_json: bool) -> int:
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return _fail("Interrupted", f"interrupted: {_UNTOUCHED}", 130, as_json)
+    return _fail("Terminated", f"terminated: {_UNTOUCHED}", 128 + error.number, as_json)
 
 
 def _message_of(error: click.ClickException, command: click.Command, name: str) -> str:

@@ -614,7 +614,7 @@ def test_the_batch_counter_is_the_lasts(tmp_path: Path) -> None:
     ("options", "fact"),
     [
         ({"threads": 0}, r"--threads: 0 is out of range\. Use 1 to 1,024"),
-        ({"memory": 1000}, r"--memory: 1000 bytes is out of range\. Use 1\.0 MiB or more"),
+        ({"memory": 1000}, r"--memory: 1,000 bytes is out of range\. Use 1\.0 MiB or more"),
         ({"memory": MiB - 1}, r"--memory: .* is out of range"),
         ({"dtype": "int8"}, r"--dtype: 'int8' is not one of keep, float64"),
         ({"non_float": "mean"}, r"--non-float: 'mean' is not one of equal, last"),

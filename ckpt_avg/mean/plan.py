@@ -27,10 +27,9 @@ from ckpt_avg.mean.buffers import (
     SPECTRAL,
     BufferKind,
     Rule,
-    SpectralNorm,
     kinds_of,
-    spectral_norms,
 )
+from ckpt_avg.mean.recognisers import SpectralNorm, spectral_norms
 from ckpt_avg.text import quote
 
 # The shares of ranks begin at multiples of this. Some network file systems lose writes of two ranks to one page.

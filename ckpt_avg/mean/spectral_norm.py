@@ -14,8 +14,8 @@ import torch
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import read_ranges
 from ckpt_avg.mean.arithmetic import round_to
-from ckpt_avg.mean.buffers import SpectralNorm
 from ckpt_avg.mean.plan import Plan
+from ckpt_avg.mean.recognisers import SpectralNorm
 from ckpt_avg.text import listing, plural, quote
 
 _TOLERANCE = 1e-7  # by which σ may still change in `_AT_ONCE` iterations

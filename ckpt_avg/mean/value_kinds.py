@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from ckpt_avg.checkpoint.spec import Checkpoint, DType
 from ckpt_avg.checkpoint.tensor_reads import read_bytes, read_ranges, stream_bytes
-from ckpt_avg.mean.buffers import SpectralNorm, possible_spectral_norms
 from ckpt_avg.mean.plan import Plan, make_plan
+from ckpt_avg.mean.recognisers import SpectralNorm, possible_spectral_norms
 
 _SAMPLES = 256  # elements that show whether a tensor may contain both zeros and ones
 _SMALL = 4096  # elements that are read at once instead

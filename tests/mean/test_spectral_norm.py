@@ -17,7 +17,7 @@ from system.faults.rank_runs import in_threads
 from torch import Tensor, nn
 
 from ckpt_avg import VerificationError, average, sweep, verify
-from ckpt_avg.mean.buffers import SpectralNorm, spectral_norms
+from ckpt_avg.mean.recognisers import SpectralNorm, spectral_norms
 
 Layer = Callable[[], nn.Module]
 HOOK, PARAMETRIZATION = nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm

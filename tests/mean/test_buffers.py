@@ -326,6 +326,11 @@ CASES: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], str, set[str]]] =
         "adapter scales",
         {"u.alpha"},
     ),
+    "adapter scales, embedding": (
+        {"u.alpha": ("F32", ()), "u.lora_embedding_A": ("F32", (2, 4)), "snake.alpha": ("F32", (4,))},
+        "adapter scales",
+        {"u.alpha"},
+    ),
 }
 
 

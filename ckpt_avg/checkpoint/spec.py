@@ -6,6 +6,7 @@ fast.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ from ckpt_avg.files.input_file import InputFile
 Kind = Literal["float", "float8", "complex", "exact"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class DType:
-    """One dtype of the safetensors format.
+    """One dtype of the safetensors format: there is one object for each, so that they are compared by identity.
 
     Attributes:
         name: the name in a safetensors header.
@@ -129,6 +130,7 @@ class TensorSpec:
         return True
 
 
+@functools.lru_cache(maxsize=1024)  # most tensors of a model have one of a few shapes
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the row-major stride of a shape, in elements."""
     steps: list[int] = []

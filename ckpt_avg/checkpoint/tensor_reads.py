@@ -34,11 +34,12 @@ def join_ranges(ranges: Sequence[Range]) -> list[Range]:
     groups: list[list[Range]] = []
     following: tuple[int, int, DType] | None = None  # the file, offset and dtype of what may be joined
     for tensor, start, stop in ranges:
-        if tensor.is_contiguous and (tensor.file, offset_of(tensor, start), tensor.dtype) == following:
+        is_contiguous = tensor.is_contiguous
+        if is_contiguous and (tensor.file, offset_of(tensor, start), tensor.dtype) == following:
             groups[-1].append((tensor, start, stop))
         else:
             groups.append([(tensor, start, stop)])
-        following = (tensor.file, offset_of(tensor, stop), tensor.dtype) if tensor.is_contiguous else None
+        following = (tensor.file, offset_of(tensor, stop), tensor.dtype) if is_contiguous else None
     return [group[0] if len(group) == 1 else _joined(group) for group in groups]
 
 

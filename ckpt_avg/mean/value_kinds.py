@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ckpt_avg.checkpoint.spec import Checkpoint, DType
+from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
 from ckpt_avg.checkpoint.tensor_reads import read_bytes, read_ranges, stream_bytes
 from ckpt_avg.mean.plan import Plan, make_plan
 from ckpt_avg.mean.recognisers import SpectralNorm, possible_spectral_norms
@@ -22,6 +22,11 @@ _ONES = {
     "float8_e4m3fn": bytes.fromhex("38"),
     "float8_e5m2fnuz": bytes.fromhex("40"),
     "float8_e4m3fnuz": bytes.fromhex("40"),
+}
+# All that a mask may contain. These dtypes have a negative zero, except those whose names end with fnuz.
+_IN_MASKS = {
+    name: {one, bytes(len(one)), *([] if name.endswith("fnuz") else [bytes(len(one) - 1) + b"\x80"])}
+    for name, one in _ONES.items()
 }
 
 
@@ -57,14 +62,15 @@ def find_masks(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[str]:
     floats = (each for each in plan.tensors if each.source_dtype.kind == "float" and each.numel)
     plain = [tensors[each.name] for each in floats if each.name not in plan.kinds]
     # The first element shows of nearly every tensor that it is no mask.
-    contents = bytes(read_bytes(checkpoints[0], [(tensor, 0, 1) for tensor in plain]))
-    candidates, begin = [], 0
-    for tensor in plain:
-        end = begin + tensor.dtype.itemsize
-        if _count_ones(contents[begin:end], tensor.dtype) is not None:
-            candidates.append(tensor.name)
-        begin = end
+    first = checkpoints[0]
+    candidates = [each.name for each in plain if _first_element(first, each) in _IN_MASKS[each.dtype.torch_name]]
     return [name for name in candidates if _is_mask(checkpoints, name)]
+
+
+def _first_element(checkpoint: Checkpoint, tensor: TensorSpec) -> bytes:
+    if tensor.parts:
+        return bytes(read_bytes(checkpoint, [(tensor, 0, 1)]))
+    return checkpoint.files[tensor.file].read(tensor.offset, tensor.dtype.itemsize)
 
 
 def _is_mask(checkpoints: Sequence[Checkpoint], name: str) -> bool:
@@ -86,6 +92,8 @@ def _is_mask(checkpoints: Sequence[Checkpoint], name: str) -> bool:
 def _varies(checkpoint: Checkpoint, name: str) -> bool:
     """Whether samples of a tensor differ."""
     tensor = checkpoint.spec.tensors[name]
+    if tensor.numel == 1:
+        return False
     places = range(0, tensor.numel, -(-tensor.numel // _SAMPLES))
     ranges = [(tensor, place, place + 1) for place in places] if tensor.numel > _SMALL else [(tensor, 0, tensor.numel)]
     contents = bytes(read_bytes(checkpoint, ranges))

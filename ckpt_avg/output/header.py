@@ -16,6 +16,7 @@ from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, OutputErro
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.safetensors_header import parse_header, read_header
 from ckpt_avg.limits import LIMITS
+from ckpt_avg.machine import gc_paused
 from ckpt_avg.mean.plan import Plan
 
 
@@ -67,7 +68,7 @@ def refuse_unreadable(path: Path, plan: Plan, target: Path) -> None:
         OutputError: it cannot be read, or has other tensors than planned.
     """
     try:
-        with InputFile(path) as file:
+        with InputFile(path) as file, gc_paused():
             tensors, _ = parse_header(file, read_header(file))
     except CheckpointFormatError as error:
         raise OutputError(f"{target}: the output cannot be read: {error} It is not published.") from error

@@ -7,7 +7,7 @@ these are equal are the weights read in full.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec
 
@@ -23,10 +23,15 @@ def find_copies(checkpoints: Sequence[Checkpoint], *, in_full: bool = True) -> d
         checkpoints: open checkpoints.
         in_full: compare all bytes if the samples are equal; otherwise equal samples suffice.
     """
-    alike: dict[bytes, list[int]] = {}
+    alike: dict[tuple[bytes, bytes], list[int]] = {}
     copies: dict[int, int] = {}
+    tables: dict[int, tuple[bytes, list[TensorSpec]]] = {}  # by identity: equal headers share a table
     for index, checkpoint in enumerate(checkpoints):
-        others = alike.setdefault(_sample(checkpoint), [])
+        table = checkpoint.spec.tensors
+        if id(table) not in tables:
+            tables[id(table)] = _described(table)
+        description, tensors = tables[id(table)]
+        others = alike.setdefault((description, _sample(checkpoint, tensors)), [])
         original = next((other for other in others if not in_full or _same(checkpoints[other], checkpoint)), None)
         if original is None:
             others.append(index)
@@ -43,11 +48,16 @@ def _stored(tensor: TensorSpec) -> Iterator[tuple[int, int, int]]:
             yield piece.file, piece.offset, (last + 1) * piece.dtype.itemsize
 
 
-def _sample(checkpoint: Checkpoint) -> bytes:
-    tensors = [tensor for _, tensor in sorted(checkpoint.spec.tensors.items()) if tensor.numel]
-    digest = hashlib.sha256(repr([(t.name, t.dtype.name, t.shape) for t in tensors]).encode(errors="surrogatepass"))
-    step = max(1, len(tensors) // _SAMPLES)
-    for tensor in tensors[::step]:
+def _described(table: Mapping[str, TensorSpec]) -> tuple[bytes, list[TensorSpec]]:
+    """Returns a digest of what the tensors with elements are, and those of them that samples are taken of."""
+    tensors = [tensor for _, tensor in sorted(table.items()) if tensor.numel]
+    description = repr([(t.name, t.dtype.name, t.shape) for t in tensors]).encode(errors="surrogatepass")
+    return hashlib.sha256(description).digest(), tensors[:: max(1, len(tensors) // _SAMPLES)]
+
+
+def _sample(checkpoint: Checkpoint, tensors: Sequence[TensorSpec]) -> bytes:
+    digest = hashlib.sha256()
+    for tensor in tensors:
         file, begin, nbytes = next(_stored(tensor))
         middle = begin + nbytes // 2 // tensor.dtype.itemsize * tensor.dtype.itemsize
         digest.update(checkpoint.files[file].read(middle, min(_BYTES, begin + nbytes - middle)))

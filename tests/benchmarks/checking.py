@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 _CHUNK = 8 * 2**20  # elements
-_BITS = {4: torch.int32, 2: torch.int16}
+_BITS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Difference:
         return f"{self.wrong / self.elements:.2g} of elements wrong, relative error to {self.relative:.1e}"
 
 
-def difference(output: Path, inputs: list[Path]) -> Difference:
+def difference(output: Path, inputs: Sequence[Path]) -> Difference:
     """Compares an output with the mean of safetensors checkpoints.
 
     The numbers here differ by less than 2²⁹ in magnitude, so float64 sums are exact.
@@ -55,7 +55,7 @@ def difference(output: Path, inputs: list[Path]) -> Difference:
                 values = part[rows]
                 mean = given[0][name].get_slice(name)[rows].double()
                 for each in given[1:]:
-                    mean += each[name].get_slice(name)[rows]
+                    mean += each[name].get_slice(name)[rows].double()
                 mean /= len(given)
                 elements += values.numel()
                 wrong += _wrong(values, mean)
@@ -65,7 +65,7 @@ def difference(output: Path, inputs: list[Path]) -> Difference:
 
 
 def _wrong(values: Tensor, mean: Tensor) -> int:
-    """Counts what is not the nearest number of its dtype: torch rounds to float32 rightly, to halves it does not."""
+    """Counts what is not the nearest number of its dtype. torch rounds rightly to float32 alone."""
     bits = values.view(_BITS[values.dtype.itemsize])
     if values.dtype == torch.float32:
         return int((bits != mean.to(torch.float32).view(torch.int32)).sum())

@@ -1,4 +1,4 @@
-"""How benchmarks measure: one program run, the page cache, programs that run in turn, and the tables.
+"""How benchmarks measure: the page cache, programs that run in turn, and tables.
 
 The programs of a table run in turn, round after round, so that all of them meet the same noise.
 """
@@ -6,115 +6,129 @@ The programs of a table run in turn, round after round, so that all of them meet
 from __future__ import annotations
 
 import argparse
-import ctypes
+import filecmp
 import json
-import mmap
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
-from tempfile import mkdtemp
 
 from benchmarks.inputs import files_of, write_random
 
-PROGRAMS = Path(__file__).with_name("programs.py")
-IMPORT = "import torch"
-FLOOR, OURS, NAIVE = "floor: import torch, fault in, write, fsync", "ckpt-avg", "`safe_open` loop, float64, `save_file`"
-TIMM = "as timm's avg_checkpoints.py does"
-_MERGEKIT = "mergekit.scripts.run_yaml"
-_COLD = 0.001  # of the pages; the readahead of a header may leave a few behind
+_COLD = 0.001  # of the bytes; the readahead of a header may leave a few in memory
 
 # A process's peak includes that of the process that started it, up to the exec. So a small one starts it. The kernel
 # keeps no peak of the anonymous part alone, so that is looked at every 20 ms.
 _LAUNCHER = """
 import json, os, subprocess, sys, threading, time
 start = time.monotonic()
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-anonymous, ended, said = 0, threading.Event(), []
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+anonymous, ended = [0], threading.Event()
 def watch():
-    global anonymous
     while not ended.wait(0.02):
-        try:
-            with open(f"/proc/{process.pid}/status", "rb") as file:
-                found = [line for line in file if line.startswith(b"RssAnon")]
-        except OSError:
-            return
-        anonymous = max([anonymous, *(int(line.split()[1]) for line in found)])
-def listen():
-    for line in process.stderr:
-        said[:] = [*said[-19:], line.decode(errors="replace")]
-threads = [threading.Thread(target=each, daemon=True) for each in (watch, listen)]
-for thread in threads:
-    thread.start()
-_, status, usage = os.wait4(process.pid, 0)
+        with open(f"/proc/{process.pid}/status") as file:
+            anonymous.extend(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+threading.Thread(target=watch, daemon=True).start()
+_, status, used = os.wait4(process.pid, 0)
 wall = time.monotonic() - start
 ended.set()
-for thread in threads:
-    thread.join()
-cpu = usage.ru_utime + usage.ru_stime
-code = os.waitstatus_to_exitcode(status)
-print(json.dumps([code, wall, cpu, usage.ru_maxrss / 1024, anonymous / 1024, "".join(said)]))
+memory = [1024e-6 * kibibytes for kibibytes in (used.ru_maxrss, max(anonymous))]
+print(json.dumps([os.waitstatus_to_exitcode(status), wall, used.ru_utime, used.ru_stime, *memory]))
 """
 
 
 @dataclass(frozen=True)
 class Run:
-    """Wall seconds, user and system seconds, and the peak resident set and its anonymous part in MiB, of one process.
+    """Wall, user and system seconds, and the peak resident set and its anonymous part in MB, of one process.
 
     The anonymous part is what the process needs itself; the rest are pages of files that it maps.
     """
 
     wall: float
-    cpu: float
+    user: float
+    system: float
     peak: float
     anonymous: float
 
 
-def run(arguments: list[str]) -> Run:
+def run(arguments: Sequence[str]) -> Run:
     """Runs a program to its end; fails if it does."""
-    launcher = [sys.executable, "-S", "-c", _LAUNCHER, *arguments]
-    printed = subprocess.run(launcher, stdout=subprocess.PIPE, text=True, check=True).stdout
-    code, wall, cpu, peak, anonymous, said = json.loads(printed)
-    if code != 0:
-        raise RuntimeError(f"{arguments[:4]} exited with {code}:\n{said}")
-    return Run(wall, cpu, peak, anonymous)
+    with tempfile.TemporaryFile("w+") as said:
+        launcher = [sys.executable, "-S", "-c", _LAUNCHER, *arguments]
+        printed = subprocess.run(launcher, stdout=subprocess.PIPE, stderr=said, text=True, check=True).stdout
+        code, *measured = json.loads(printed)
+        if code:
+            said.seek(0)
+            raise RuntimeError(f"{arguments[:4]} exited with {code}:\n{said.read()}")
+    return Run(*measured)
 
 
-def ckpt_avg(*arguments: object) -> list[str]:
-    """Returns the command line of this project's command, quiet."""
-    return [sys.executable, "-m", "ckpt_avg", "average", "-q", *map(str, arguments)]
+def ckpt_avg(*arguments: object, launcher: Sequence[str] = (sys.executable,)) -> list[str]:
+    """Returns the command line of this project's command, quiet; the launcher runs a module."""
+    return [*launcher, "-m", "ckpt_avg", "average", "-q", *map(str, arguments)]
 
 
-class Rounds(list[Run]):
-    """The counted runs of one program: medians of times, and the largest memory."""
+@dataclass(frozen=True)
+class Program:
+    """A program to measure.
 
-    @property
-    def wall(self) -> float:
-        return median(one.wall for one in self)
+    Attributes:
+        command: from the path of the output to the command line.
+        inputs: the files that it reads.
+    """
 
-    @property
-    def cpu(self) -> float:
-        return median(one.cpu for one in self)
+    command: Callable[[Path], list[str]]
+    inputs: Sequence[Path] = ()
 
-    @property
-    def peak(self) -> str:
-        return f"{max(one.peak for one in self):.0f}"
 
-    @property
-    def anonymous(self) -> str:
-        return f"{max(one.anonymous for one in self):.0f}"
+def python(code: str, interpreter: str = sys.executable) -> Program:
+    """Returns a program that runs some code and reads no inputs."""
+    return Program(lambda output: [interpreter, "-c", code])
 
-    def less(self, start: Rounds) -> Rounds:
-        """Returns the rounds without the median wall time of another program, such as an import."""
-        return Rounds(replace(one, wall=one.wall - start.wall) for one in self)
 
-    def ratio(self, to: Rounds) -> float:
-        """Returns the median of the rounds' ratios."""
-        return median(one.wall / other.wall for one, other in zip(self, to, strict=True))
+def script(name: str, inputs: Sequence[Path], threads: int = 2, interpreter: str = sys.executable) -> Program:
+    """Returns a program of `programs`, over files."""
+    command = [interpreter, str(Path(__file__).with_name("programs.py")), f"{name}={threads}"]
+    return Program(lambda output: [*command, str(output), *map(str, inputs)], inputs)
+
+
+def ours(inputs: Sequence[Path], *options: object, launcher: Sequence[str] = (sys.executable,)) -> Program:
+    """Returns this project's command over files or folders of shards, with two threads unless an option differs."""
+    threads = ("--threads", 2)
+    return Program(
+        lambda output: ckpt_avg("-o", output, *threads, *options, *inputs, launcher=launcher), files_of(inputs)
+    )
+
+
+# -- The page cache: what of a file the kernel holds in memory -------------------------------------------------------
+
+
+def warm(paths: Sequence[Path]) -> None:
+    """Reads files into memory."""
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.read(2**22):
+                pass
+
+
+def cool(paths: Sequence[Path]) -> None:
+    """Drops files from memory; fails if they stay."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    asked = ["fincore", "--bytes", "--noheadings", "--output", "RES", *map(str, paths)]
+    left = sum(map(int, subprocess.run(asked, stdout=subprocess.PIPE, check=True).stdout.split()))
+    if left > _COLD * sum(path.stat().st_size for path in paths):
+        raise RuntimeError(f"{left / 1e6:.0f} MB of the inputs stay in the page cache")
+
+
+# -- What was asked for, and where files are -------------------------------------------------------------------------
 
 
 def arguments_of(description: str | None, sections: Collection[str], **options: float | str) -> argparse.Namespace:
@@ -128,84 +142,6 @@ def arguments_of(description: str | None, sections: Collection[str], **options: 
     if unknown := [name for name in arguments.only if name not in sections]:
         parser.error(f"--only: expected some of {', '.join(sections)}, got {', '.join(unknown)}")
     return arguments
-
-
-# -- The page cache: what of a file the kernel holds in memory -------------------------------------------------------
-
-
-def resident(paths: Sequence[Path]) -> float:
-    """Returns the fraction of the files' pages that are in memory."""
-    present = total = 0
-    for path in paths:
-        if size := path.stat().st_size:
-            pages = _mincore(path, size)
-            present += len(pages) - pages.count(0)
-            total += len(pages)
-    return present / total if total else 1.0
-
-
-def _mincore(path: Path, size: int) -> bytes:
-    """Returns a byte for each page, 0 where it is not in memory."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
-    pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
-    with path.open("rb") as file:
-        # Writable and private only because ctypes takes the address of nothing else; it touches no page.
-        mapped = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        if libc.mincore(ctypes.addressof(ctypes.c_char.from_buffer(mapped)), size, pages):
-            raise OSError(ctypes.get_errno(), str(path))
-    return bytes(byte & 1 for byte in pages.raw)
-
-
-def warm(paths: Sequence[Path]) -> None:
-    """Reads what is not in memory yet."""
-    for path in paths:
-        if resident([path]) < 1:
-            with path.open("rb", buffering=0) as file:
-                while file.read(2**24):
-                    pass
-
-
-def cool(paths: Sequence[Path]) -> float:
-    """Drops the files from memory; returns the fraction that is left.
-
-    Where the advice alone does not do it, and this process may, the kernel drops all clean pages; the interpreter's
-    and torch's are then read again, so that they are warm as before.
-    """
-    os.sync()
-    for path in paths:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    left = resident(paths)
-    if left > _COLD and os.geteuid() == 0:
-        try:
-            Path("/proc/sys/vm/drop_caches").write_text("1")
-        except OSError:
-            return left
-        subprocess.run([sys.executable, "-c", "import torch, ckpt_avg.cli.main"], check=True)
-        left = resident(paths)
-    return left
-
-
-# -- Programs in turn, and tables ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Program:
-    """A program to measure.
-
-    Attributes:
-        command: from the path of the output to the command line.
-        reads: the files that it reads.
-    """
-
-    command: Callable[[Path], list[str]]
-    reads: Sequence[Path] = ()
-
-
-def importing(module: str, python: str = sys.executable) -> Program:
-    """Returns a program that imports a module and ends."""
-    return Program(lambda output: [python, "-c", f"import {module}"])
 
 
 @dataclass
@@ -224,68 +160,103 @@ class Setup:
     rounds: int
     folder: Path
     peers: str
-    _plain: list[Path] = field(default_factory=list)
 
+    @cached_property
     def plain(self) -> list[Path]:
-        """Returns float32 safetensors checkpoints, which several sections share."""
-        if not self._plain:
-            self._plain = write_random(self.scratch("plain"), self.checkpoints, self.nbytes)
-        return self._plain
+        """Float32 safetensors checkpoints, which several sections share."""
+        return write_random(self.empty("plain"), self.checkpoints, self.nbytes)
 
-    def release(self) -> None:
-        """Removes what `plain` wrote."""
-        self._plain = []
-        shutil.rmtree(self.folder / "plain", ignore_errors=True)
-
-    def scratch(self, name: str | None = None) -> Path:
-        """Returns a new folder for inputs or outputs."""
-        if name is None:
-            return Path(mkdtemp(dir=self.folder))
+    def empty(self, name: str) -> Path:
+        """Returns a folder of this name, without what an earlier section left in it."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / name).mkdir()
         return self.folder / name
 
-    def has_room(self, what: str, nbytes: float) -> bool:
-        """Tells whether the disk has room for so many bytes, those of `plain` included; prints a line if not."""
-        free = shutil.disk_usage(self.folder).free + len(self._plain) * self.nbytes
-        if nbytes > free:
-            print(f"{what} skipped: it needs {nbytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free\n", flush=True)
-        return nbytes <= free
+
+# -- Programs in turn, and tables ------------------------------------------------------------------------------------
 
 
-def in_turn(
-    programs: dict[str, Program],
-    rounds: int,
-    outputs: Path,
-    before: Callable[[str, Program], None] = lambda name, program: warm(program.reads),
-) -> dict[str, Rounds]:
-    """Runs every program once in each round, every second round in the opposite order; the first is not counted.
+class Rounds(list[Run]):
+    """The counted runs of one program, and the bytes that it reads."""
 
-    Pages that were just written are slower the first times they are looked at, on a virtual machine three times and
-    more, and of these programs each has pages of its own.
+    nbytes: int = 0
+
+    @property
+    def wall(self) -> float:
+        """The median."""
+        return median(one.wall for one in self)
+
+    def ratio(self, to: Rounds) -> float:
+        """Returns the median of the rounds' ratios of wall times."""
+        return median(one.wall / other.wall for one, other in zip(self, to, strict=True))
+
+    def cells(self) -> list[str]:
+        """Returns the cells of a table below `COLUMNS`."""
+        walls = [one.wall for one in self]
+        peak = max(one.peak for one in self)
+        user, system = (median(getattr(one, name) for one in self) for name in ("user", "system"))
+        speed = f"{self.nbytes / self.wall / 1e9:.2f}" if self.nbytes else ""
+        return [
+            f"{self.wall:.2f} ({min(walls):.2f}–{max(walls):.2f})",
+            speed,
+            f"{user:.2f} + {system:.2f}",
+            f"{peak:.0f}",
+        ]
+
+
+COLUMNS = ("wall, s (range)", "input, GB/s", "processor, s (user + system)", "peak RSS, MB")
+
+
+class Compared(dict[str, Rounds]):
+    """The counted runs of each program, by name; the last output of each is at `output`."""
+
+    def __init__(self, programs: dict[str, Program], folder: Path) -> None:
+        super().__init__((name, Rounds()) for name in programs)
+        for name, program in programs.items():
+            self[name].nbytes = sum(path.stat().st_size for path in program.inputs)
+        self._folder = folder
+
+    def output(self, name: str) -> Path:
+        """Returns the path of a program's output."""
+        return self._folder / f"{list(self).index(name)}.safetensors"
+
+    def show(self, base: str) -> None:
+        """Prints a table."""
+        table("", *COLUMNS, "time, relative")
+        for name, done in self.items():
+            row(name, *done.cells(), done.ratio(self[base]))
+
+    def same(self, *names: str) -> None:
+        """Fails unless the outputs of these programs are the same bytes; says that they are."""
+        first, *others = map(self.output, names or self)
+        if not all(filecmp.cmp(first, other, shallow=False) for other in others):
+            raise AssertionError("the outputs differ")
+        print("\nThe outputs are the same bytes.")
+
+
+def in_turn(setup: Setup, programs: dict[str, Program], *, rounds: int | None = None, cold: bool = False) -> Compared:
+    """Runs every program once in each round, every second round in the opposite order.
+
+    If the page cache is warm a first round does not count: pages that were just written are slower the first times
+    they are looked at, on a virtual machine three times and more.
 
     Args:
+        setup: where outputs are written, and how many rounds.
         programs: by name.
-        rounds: how many.
-        outputs: a folder; the last output of each program stays there, see `output_of`.
-        before: called before each run; by default the inputs are brought into the page cache.
+        rounds: instead of the setup's.
+        cold: drop the inputs from the page cache before each run, instead of reading them into it.
     """
-    runs = {name: Rounds() for name in programs}
-    for number in range(rounds + 1):
-        order = list(programs) if number % 2 == 0 else list(programs)[::-1]
-        for name in order:
-            output = output_of(name, programs, outputs)
+    done = Compared(programs, setup.empty("outputs"))
+    for number in range(1 if cold else 0, 1 + (rounds or setup.rounds)):
+        for name in list(programs)[:: 1 if number % 2 else -1]:
+            output = done.output(name)
             remove(output)
-            before(name, programs[name])
             os.sync()  # what the program before it left to be written is not this one's work
-            done = run(programs[name].command(output))
+            (cool if cold else warm)(programs[name].inputs)
+            measured = run(programs[name].command(output))
             if number:
-                runs[name].append(done)
-    return runs
-
-
-def output_of(name: str, programs: Iterable[str], outputs: Path) -> Path:
-    """Returns the path of a program's output."""
-    return outputs / f"{list(programs).index(name)}.safetensors"
+                done[name].append(measured)
+    return done
 
 
 def remove(path: Path) -> None:
@@ -305,84 +276,3 @@ def row(*cells: object) -> None:
     """Prints one row; numbers with two decimals."""
     shown = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
     print("| " + " | ".join(shown) + " |", flush=True)
-
-
-# -- What is compared: this project's command, the floor, loops by hand, other projects' tools -----------------------
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A tool to compare with.
-
-    Attributes:
-        program: how it is run.
-        imports: the module that it imports before it begins.
-        python: by which interpreter.
-        exact: whether it sums in float64 and divides once, so that its bits must be those of the mean.
-        tolerance: the relative error that is allowed otherwise.
-    """
-
-    program: Program
-    imports: str = "torch"
-    python: str = sys.executable
-    exact: bool = True
-    tolerance: float = 0.0
-
-
-def script(name: str, inputs: Sequence[Path], python: str = sys.executable) -> Program:
-    """Returns a program of `programs`, over files."""
-    files = files_of(list(inputs))
-    return Program(lambda output: [python, str(PROGRAMS), name, str(output), *map(str, files)], files)
-
-
-def ours(inputs: Sequence[Path], *options: object) -> Program:
-    """Returns this project's command over files or folders of shards."""
-    return Program(lambda output: ckpt_avg("-o", output, *options, *inputs), files_of(list(inputs)))
-
-
-def comparable(inputs: list[Path], python: str, folder: Path) -> dict[str, Peer]:
-    """Returns all programs that average these inputs, by name.
-
-    Args:
-        inputs: files named ``model.safetensors``, each in a folder with its configuration.
-        python: the interpreter that may have the other tools; a line names those that it lacks.
-        folder: for their configuration files.
-    """
-    found = {
-        FLOOR: Peer(script("floor", inputs)),
-        OURS: Peer(ours(inputs)),
-        NAIVE: Peer(script("naive", inputs)),
-        TIMM: Peer(script("as_timm", inputs)),
-    }
-    if version := _version("mergekit", _MERGEKIT, python):
-        for dtype in ("float32", "float64"):
-            program = Program(_mergekit(inputs, python, folder / f"{dtype}.yml", dtype), inputs)
-            # Linear merging adds products with the weight 1 and divides once.
-            peer = Peer(program, _MERGEKIT, python, exact=dtype == "float64", tolerance=len(inputs) * 2**-24)
-            found[f"mergekit {version}, linear, `--lazy-unpickle`, {dtype}"] = peer
-    if version := _version("sd-mecha", "sd_mecha", python):
-        # A running average, which rounds in each step: in float64, then once to float32.
-        program = script("by_sd_mecha", inputs, python)
-        peer = Peer(program, "sd_mecha", python, exact=False, tolerance=2**-23)
-        found[f"sd-mecha {version}, `n_average`, float64, 2 threads"] = peer
-    return found
-
-
-def _mergekit(inputs: Sequence[Path], python: str, config: Path, dtype: str) -> Callable[[Path], list[str]]:
-    models = [{"model": str(path.parent), "parameters": {"weight": 1.0}} for path in inputs]
-    # JSON is YAML.
-    config.write_text(json.dumps({"merge_method": "linear", "dtype": dtype, "out_dtype": "float32", "models": models}))
-    options = ["--lazy-unpickle", "--allow-crimes", "--no-copy-tokenizer", "--quiet"]
-    offline = ["env", "HF_HUB_OFFLINE=1"]
-    return lambda output: [*offline, python, "-m", _MERGEKIT, str(config), str(output), *options]
-
-
-def _version(project: str, module: str, python: str) -> str | None:
-    """Returns the version of an installed project, and imports it once, so that its bytecode is compiled."""
-    code = f"import {module}; from importlib.metadata import version; print(version({project!r}))"
-    done = subprocess.run([python, "-c", code], check=False, capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        print(f"{project} skipped: {python} cannot import it ({reason[0]})\n", flush=True)
-        return None
-    return done.stdout.split()[-1]

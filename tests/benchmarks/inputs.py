@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -132,7 +133,7 @@ def write_random(
     shapes: Shapes | None = None,
     config: dict[str, object] | None = None,
 ) -> list[Path]:
-    """Writes ``count`` checkpoints of random numbers, each a little different from the one before.
+    """Writes ``count`` checkpoints of random numbers as large as weights, each a little different from the last.
 
     Args:
         folder: where.
@@ -151,7 +152,7 @@ def write_random(
     torch.manual_seed(0)
     target: torch.dtype = getattr(torch, dtype)
     shapes = shapes or layout(nbytes, target.itemsize)
-    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    tensors = {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()}
     paths = []
     for index in range(count):
         for tensor in tensors.values():
@@ -189,6 +190,6 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor], form: Form) -> P
     return home
 
 
-def files_of(paths: list[Path]) -> list[Path]:
+def files_of(paths: Sequence[Path]) -> list[Path]:
     """Returns the files that hold the tensors of checkpoints."""
     return [file for path in paths for file in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]

@@ -1,50 +1,42 @@
-"""Programs that benchmarks run and compare: ``python programs.py NAME OUTPUT INPUT...``."""
+"""Programs that benchmarks compare: ``python programs.py NAME[=THREADS] OUTPUT INPUT...``."""
 
-import ctypes
-import mmap
 import os
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
-_MADV_POPULATE_READ = 22
-_STEP = 8 * 2**20
-_BLOCK = 256 * 1024  # as fast as any size here, and up to 20 times as fast as 8 MiB: see docs/benchmarks.md
+_READ, _WRITE = 1024 * 1024, 256 * 1024  # bytes at a time, about as fast as any size
 
 
-def floor(output: str, inputs: list[str]) -> None:
-    """The least that averaging can cost: import torch, fault in each input page by 2 threads, write and fsync."""
-    import torch  # noqa: F401 (its import is part of what is measured)
+def floor(output: str, inputs: list[str], threads: int) -> None:
+    """The least that averaging costs: read every input byte with some threads, write and fsync as many as one has."""
+    files = [os.open(path, os.O_RDONLY) for path in inputs]
+    pieces = iter([(file, start) for file in files for start in range(0, os.fstat(file).st_size, _READ)])
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(_touch, inputs))
-    block = memoryview(bytes(_BLOCK))
-    left = os.path.getsize(inputs[0])
-    descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_EXCL)
-    while left:
-        left -= os.write(descriptor, block[: min(_BLOCK, left)])
-    os.fsync(descriptor)
+    def read() -> None:
+        memory = bytearray(_READ)
+        for file, start in pieces:
+            os.preadv(file, [memory], start)
 
-
-def _touch(path: str) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        for offset in range(0, size, _STEP):
-            flags, access = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
-            mapping = mmap.mmap(file.fileno(), min(_STEP, size - offset), flags=flags, prot=access, offset=offset)
-            address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-            if libc.madvise(address, len(mapping), _MADV_POPULATE_READ):
-                raise OSError(ctypes.get_errno(), path)
+    readers = [Thread(target=read) for _ in range(threads)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    size = sum(os.fstat(file).st_size for file in files) // len(files)
+    block = memoryview(bytes(_WRITE))
+    written = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_EXCL)
+    for start in range(0, size, _WRITE):
+        os.write(written, block[: size - start])
+    os.fsync(written)
 
 
-def naive(output: str, inputs: list[str]) -> None:
+def by_hand(output: str, inputs: list[str], threads: int) -> None:
     """What people write by hand: one tensor at a time through safe_open, float64 sums, save_file."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
+    torch.set_num_threads(threads)
     readers = [safe_open(path, framework="pt") for path in inputs]
     result = {}
     for name in readers[0].keys():  # noqa: SIM118 (the reader is no dict)
@@ -55,11 +47,12 @@ def naive(output: str, inputs: list[str]) -> None:
     save_file(result, output)
 
 
-def as_timm(output: str, inputs: list[str]) -> None:
+def as_timm(output: str, inputs: list[str], threads: int) -> None:
     """As timm's avg_checkpoints.py does: one whole checkpoint after the other, float64 sums, one division."""
     import torch
     from safetensors.torch import load_file, save_file
 
+    torch.set_num_threads(threads)
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
     for path in inputs:
@@ -75,36 +68,16 @@ def as_timm(output: str, inputs: list[str]) -> None:
     save_file({name: total.clamp(limits.min, limits.max).to(torch.float32) for name, total in sums.items()}, output)
 
 
-def by_sd_mecha(output: str, inputs: list[str]) -> None:
-    """Averages with sd-mecha's recipe of `n_average`, in float64, by 2 threads."""
+def by_sd_mecha(output: str, inputs: list[str], threads: int) -> None:
+    """Averages with sd-mecha's recipe of `n_average`, in float64."""
     import sd_mecha
     import torch
 
     recipe = sd_mecha.n_average(*map(sd_mecha.model, inputs))
-    sd_mecha.merge(recipe, merge_dtype=torch.float64, output_dtype=torch.float32, threads=2, output=output)
-
-
-def first_byte(output: str, inputs: list[str]) -> None:
-    """Prints seconds: of `import ckpt_avg`, and from the end of `import torch` to the first tensor byte."""
-    import torch  # noqa: F401 (whose import does not count)
-
-    begin = time.perf_counter()
-    from ckpt_avg import Progress, average
-
-    imported = time.perf_counter()
-
-    class Started(Exception):
-        """The next thing would have been to read a tensor. Nothing is written."""
-
-    def start(total: int) -> None:
-        raise Started
-
-    try:
-        average(inputs, output, progress=Progress(start=start))
-    except Started:
-        print(imported - begin, time.perf_counter() - begin)
+    sd_mecha.merge(recipe, merge_dtype=torch.float64, output_dtype=torch.float32, threads=threads, output=output)
 
 
 if __name__ == "__main__":
-    _, _name, _output, *_inputs = sys.argv
-    {each.__name__: each for each in (floor, naive, as_timm, by_sd_mecha, first_byte)}[_name](_output, _inputs)
+    _, _what, _output, *_inputs = sys.argv
+    _name, _, _threads = _what.partition("=")
+    {each.__name__: each for each in (floor, by_hand, as_timm, by_sd_mecha)}[_name](_output, _inputs, int(_threads))

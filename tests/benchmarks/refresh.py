@@ -19,12 +19,16 @@ import copy
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.harness import row, table
 
 from ckpt_avg import refresh_batch_norm
 
@@ -108,7 +112,7 @@ if update_bn_stats is not None:
 
 
 class Peak:
-    """The peak of the memory in use since it was made, in MiB."""
+    """The peak of the memory in use since it was made, in MB."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -119,9 +123,9 @@ class Peak:
 
     def read(self) -> float:
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) / 2**20
+            return torch.cuda.max_memory_allocated(self._device) / 1e6
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024e-6
 
 
 def speed(title: str, model: nn.Module, batches: Batches, device: torch.device, rounds: int) -> None:
@@ -141,13 +145,12 @@ def speed(title: str, model: nn.Module, batches: Batches, device: torch.device, 
     floor = seconds["plain forward, evaluation mode"]
     floor_peak = peaks["plain forward, evaluation mode"]
     print(f"\n{title}, {len(batches)} batches, medians of {rounds} rounds\n")
-    print("| program | s | ratio to the forward pass | ratio of the fastest rounds | more memory at peak, MiB |")
-    print("|---|---|---|---|---|")
+    table("", "s", "ratio to the forward pass", "ratio of the fastest rounds", "more memory at peak, MB")
     for name, of_program in seconds.items():
         median = statistics.median(of_program)
         ratio = statistics.median(mine / plain for mine, plain in zip(of_program, floor, strict=True))
         least = min(of_program) / min(floor)
-        print(f"| {name} | {median:.3f} | {ratio:.2f} | {least:.2f} | {peaks[name] - floor_peak:+.0f} |", flush=True)
+        row(name, f"{median:.3f}", ratio, least, f"{peaks[name] - floor_peak:+.0f}")
 
 
 def synchronize(device: torch.device) -> None:
@@ -203,8 +206,7 @@ def accuracy(title: str, model: nn.Module, batches: Batches) -> None:
     """Prints a table of the worst errors."""
     expected = truth(model, batches)
     print(f"\n{title}: batches of {', '.join(str(len(batch)) for batch in batches)}\n")
-    print("| program | first layer, mean | first layer, variance | all layers, mean | all layers, variance |")
-    print("|---|---|---|---|---|")
+    table("", "first layer, mean", "first layer, variance", "all layers, mean", "all layers, variance")
     for name, program in PROGRAMS.items():
         if program is plain_forward:
             continue
@@ -212,7 +214,7 @@ def accuracy(title: str, model: nn.Module, batches: Batches) -> None:
         program(refreshed, batches)
         first = error(refreshed, expected, list(expected)[:1])
         every = error(refreshed, expected, expected)
-        print(f"| {name} | " + " | ".join(f"{value:.1e}" for value in (*first, *every)) + " |", flush=True)
+        row(name, *(f"{value:.1e}" for value in (*first, *every)))
 
 
 def main() -> None:

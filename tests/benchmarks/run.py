@@ -3,54 +3,62 @@
     python tests/benchmarks/run.py [--only NAME[,NAME]] [--gigabytes 1] [--checkpoints 8] [--rounds 3] [--folder DIR]
                                    [--peers PYTHON]
 
-    warm     float32 safetensors, page cache warm: the floor and ckpt-avg
-    cold     the same, each program after the page cache of its inputs was dropped
-    threads  the same, warm, with 1, 2, 4, … threads
-    first    the same: time from the end of `import torch` to the first tensor byte
-    ranks    the same, warm, shared by the ranks of torchrun
-    cuda     the same, warm, on a GPU, where there is one
-    formats  bfloat16, float16, torch.save and shards of the same total bytes, next to float32 safetensors
-    peers    mergekit and sd-mecha where PYTHON has them, and what people write by hand
-    memory   peak resident sets of models of 0.25, 1 and 4 GiB and of 2, 8 and 32 checkpoints, over sparse files
-    tensors  many small tensors, the usual ones, and one large tensor
+    warm      float32 safetensors, page cache warm: next to the least it can cost
+    profile   the same: the start, headers and plan, and the digest of the output alone
+    cold      the same, the inputs dropped from the page cache before each run
+    readers   the same, with 0 to 32 threads that read ahead
+    threads   warm, with 2 to 16 threads
+    engines   warm, the native engine and torch
+    ranks     warm, shared by the ranks of torchrun
+    cuda      warm, on a GPU where there is one, next to the copies that the bus allows
+    formats   warm, as many bytes of other dtypes, of torch.save and of shards, next to float32 safetensors
+    tensors   warm, as many bytes in tensors of 10 KB, next to the usual layout
+    fixture   the fixture run, next to the start of Python and of torch
+    memory    peak resident sets by size, checkpoints and threads, over sparse files
+    peers     mergekit and sd-mecha where PYTHON has them, and what people write by hand
 
-In each round the programs run in turn; medians over the rounds are shown, and ratios are medians of each round's. All
-times are of whole processes. Outputs are compared with the exact mean. --gigabytes scales the sizes of all sections. At
-most 2 · checkpoints + 2 times as much disk is needed, and for warm caches as much memory.
+In each round the programs run in turn. Times are medians of whole processes, ratios are medians of the rounds' ratios,
+memory is the largest. `ckpt-avg` runs with two threads unless the table says otherwise. Outputs are compared with the
+exact mean or with each other. --gigabytes is the size of a checkpoint and scales all sections. At most
+2.5 · checkpoints times as much disk is needed, and for warm caches as much memory.
 """
 
 from __future__ import annotations
 
+import compileall
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import sections
 from benchmarks.harness import Setup, arguments_of
 
-# In the order of their definitions: the first ones share their inputs.
+import ckpt_avg
+
 SECTIONS = {name[8:]: measure for name, measure in vars(sections).items() if name.startswith("measure_")}
-SHARING = ("warm", "cold", "threads", "first", "ranks", "cuda", "formats")
+_ROOM = 2.5  # inputs of two kinds, and outputs
 
 
 def main() -> None:
     """Prints the tables of the chosen sections."""
     arguments = arguments_of(__doc__, SECTIONS, gigabytes=1.0, checkpoints=8, rounds=3, peers=sys.executable)
-    _print_machine()
+    nbytes = int(arguments.gigabytes * 1e9)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        nbytes = int(arguments.gigabytes * 1e9)
+        if (needed := _ROOM * arguments.checkpoints * nbytes) > (free := shutil.disk_usage(folder).free):
+            sys.exit(f"{folder}: {needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} are free.")
+        _print_machine()
+        compileall.compile_dir(next(iter(ckpt_avg.__path__)), quiet=1)  # as an installer does
         setup = Setup(nbytes, arguments.checkpoints, arguments.rounds, Path(folder), arguments.peers)
+        print(f"{setup.checkpoints} checkpoints of {nbytes / 1e9:g} GB, {setup.rounds} rounds")
         for name, measure in SECTIONS.items():
-            if name not in arguments.only:
-                continue
-            if name not in SHARING:
-                setup.release()
-            print(f"\n## {name}\n", flush=True)
-            if name not in SHARING or setup.has_room(name, 1.25 * (setup.checkpoints + 2) * nbytes):
+            if name in arguments.only:
+                print(f"\n## {name}\n\n{measure.__doc__}\n", flush=True)
                 measure(setup)
 
 
@@ -60,7 +68,7 @@ def _print_machine() -> None:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "safetensors", "ckpt-avg")]
     print(
         f"{platform.machine()}, {cores} cores ({usable} usable), {memory:.0f} GiB, Linux {platform.release()}, "
-        f"Python {platform.python_version()}, {', '.join(versions)}",
+        f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {', '.join(versions)}",
         flush=True,
     )
 

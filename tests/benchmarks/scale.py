@@ -1,10 +1,9 @@
-"""What grows with tensors, with bytes, with checkpoints and with files: runs of up to 400,000 files and 1 TB, sparse.
+"""Measures what grows with bytes, checkpoints and files: runs of up to 400,000 files and 1 TB, sparse.
 
     python tests/benchmarks/scale.py [--only NAME[,NAME]] [--folder DIR]
 
     headers   `check` and `average --dry-run` over up to 400 checkpoints of 1,000 shards
     llama     `check` and `inspect` on 100 checkpoints of a 7-billion-parameter model
-    plan      headers, comparison, plan and output header by the number of tensors
     terabyte  runs of 10 GB, 100 GB and 1 TB of input, or as much of it as 8 minutes allow
 
 Inputs are sparse files. Their bytes come from no disk, but each page of them is still brought into the page cache,
@@ -14,10 +13,7 @@ where the kernel fills it with zeros. Outputs are real. Files are new at each ru
 
 from __future__ import annotations
 
-import itertools
-import json
 import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,36 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.harness import arguments_of, ckpt_avg, remove, row, run, table
 from benchmarks.inputs import Shapes, layout, llama_shapes, many, write_run
 
-_PHASES = """
-import json, sys, time
-from pathlib import Path
-from ckpt_avg.runs.compatibility import refuse_differences
-from ckpt_avg.output.header import encode_header, encode_tensors
-from ckpt_avg.mean.blocks import cut_into_blocks
-from ckpt_avg.mean.plan import make_plan
-from ckpt_avg.formats.open import open_with
-from ckpt_avg.formats.reading import Reading
-import gc; gc.disable()
-def resident():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
-found, reading = [], Reading()
-def mark():
-    found.append((time.process_time(), resident()))
-mark()
-specs = [open_with(path, reading).spec for path in sorted(Path(sys.argv[1]).iterdir())]
-mark()
-refuse_differences(specs)
-mark()
-plan = make_plan(specs)
-mark()
-encode_header(encode_tensors(plan), {})
-mark()
-for _ in cut_into_blocks(plan, 1 << 20):
-    pass
-mark()
-print(json.dumps(found))
-"""
 _YARDSTICK = """
 import sys
 from safetensors import safe_open
@@ -75,7 +41,7 @@ def measure_headers(folder: Path) -> None:
     """Whole runs of `check` and of `average --dry-run`; where one stops, why."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     print(f"2,000 tensors of 4 KiB in each checkpoint; hard limit of {limit:,} open files\n")
-    table("checkpoints", "shards", "files", "command", "wall, s", "CPU, s", "peak RSS, MiB")
+    table("checkpoints", "shards", "files", "command", "wall, s", "processor, s", "peak RSS, MB")
     stops: list[str] = []
     for checkpoints, shards in _RUNS:
         home = folder / "run"
@@ -87,7 +53,7 @@ def measure_headers(folder: Path) -> None:
             about = (checkpoints, f"{shards:,}", f"{checkpoints * shards:,}", name)
             try:
                 done = run([*_COMMAND, *arguments])
-                row(*about, done.wall, done.cpu, f"{done.peak:.0f}")
+                row(*about, done.wall, done.user + done.system, f"{done.peak:.0f}")
             except RuntimeError as error:
                 row(*about, "stops", "", "")
                 stops.append(f"{name} of {checkpoints} × {shards}: {str(error).splitlines()[-1]}")
@@ -106,7 +72,7 @@ def measure_llama(folder: Path) -> None:
     whole = write_run(folder / "whole", shapes, _LLAMAS, dtype="BF16")
     write_run(folder / "sharded", shapes, _LLAMAS, shards=3, dtype="BF16")
     _write_zips(folder / "zips", shapes)
-    table("", "wall, s", "peak RSS, MiB")
+    table("", "wall, s", "peak RSS, MB")
     for title, arguments in (
         ("safe_open, one file each", [sys.executable, "-c", _YARDSTICK, *map(str, whole)]),
         ("check, one file each", [*_COMMAND, "check", str(folder / "whole")]),
@@ -136,36 +102,10 @@ def _write_zips(folder: Path, shapes: Shapes) -> None:
             torch.save({"model": model, "optimizer": optimizer, "step": step}, folder / f"step_{step}.pt")
 
 
-def measure_plan(folder: Path) -> None:
-    """Each step between the headers and the first tensor byte, by the number of tensors."""
-    table(
-        *("tensors", "checkpoints", "header, CPU µs per tensor and checkpoint"),
-        "header, bytes per tensor and checkpoint",
-        *("compare, µs per tensor and checkpoint", "plan, µs per tensor", "output header, µs per tensor"),
-        *("tasks, µs per tensor", "plan and after, bytes per tensor", "whole dry run, s", "peak RSS, MiB"),
-    )
-    for tensors in (1000, 10_000, 100_000, 300_000):
-        for checkpoints in (2, 8):
-            home = folder / "run"
-            write_run(home, many(tensors, 4096), checkpoints)
-            phases = subprocess.run([sys.executable, "-c", _PHASES, str(home)], stdout=subprocess.PIPE, check=True)
-            marks = json.loads(phases.stdout)
-            seconds = [after[0] - before[0] for before, after in itertools.pairwise(marks)]
-            both = tensors * checkpoints
-            done = run([*_COMMAND, "average", "-q", str(home), "-o", str(folder / "out.safetensors"), "--dry-run"])
-            row(
-                *(f"{tensors:,}", checkpoints, f"{seconds[0] / both * 1e6:.1f}"),
-                *(f"{(marks[1][1] - marks[0][1]) * 1024 / both:.0f}", f"{seconds[1] / both * 1e6:.2f}"),
-                *(f"{each / tensors * 1e6:.1f}" for each in seconds[2:]),
-                *(f"{(marks[-1][1] - marks[1][1]) * 1024 / tensors:.0f}", done.wall, f"{done.peak:.0f}"),
-            )
-            remove(home)
-
-
 def measure_terabyte(folder: Path) -> None:
     """Actual runs over 64 checkpoints, each ten times as large as the one before, as far as the time allows."""
     print("64 checkpoints\n")
-    table("input, GB", "output, GB", "wall, s", "input, GB/s", "CPU, s", "peak RSS, MiB", "anonymous, MiB")
+    table("input, GB", "output, GB", "wall, s", "input, GB/s", "processor, s", "peak RSS, MB")
     rate = 0.0
     for asked in (10, 100, 1000):
         gigabytes = asked if not rate else min(asked, int(rate * 60 * _MINUTES))
@@ -173,19 +113,13 @@ def measure_terabyte(folder: Path) -> None:
         write_run(home, layout(int(gigabytes * 1e9) // 64), 64)
         done = run(ckpt_avg(home, "-o", output))
         rate = gigabytes / done.wall
-        shown = (done.wall, rate, done.cpu)
-        row(gigabytes, gigabytes / 64, *shown, f"{done.peak:.0f}", f"{done.anonymous:.0f}")
+        row(gigabytes, gigabytes / 64, done.wall, rate, done.user + done.system, f"{done.peak:.0f}")
         remove(home)
         remove(output)
     print(f"\n1 TB at the rate of the last run: {1000 / rate / 60:.1f} minutes.")
 
 
-SECTIONS = {
-    "headers": measure_headers,
-    "llama": measure_llama,
-    "plan": measure_plan,
-    "terabyte": measure_terabyte,
-}
+SECTIONS = {"headers": measure_headers, "llama": measure_llama, "terabyte": measure_terabyte}
 
 if __name__ == "__main__":
     chosen = arguments_of(__doc__, SECTIONS)

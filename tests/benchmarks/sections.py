@@ -2,336 +2,234 @@
 
 from __future__ import annotations
 
-import filecmp
-import math
-import os
-import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from statistics import median
+from typing import TYPE_CHECKING
 
 from benchmarks.checking import Difference, difference, same
 from benchmarks.harness import (
-    FLOOR,
-    IMPORT,
-    OURS,
+    COLUMNS,
+    Compared,
     Program,
-    Rounds,
     Setup,
     ckpt_avg,
-    comparable,
-    cool,
-    importing,
     in_turn,
     ours,
-    output_of,
+    python,
     remove,
-    resident,
     row,
     run,
     script,
     table,
-    warm,
-)  # fmt: skip
-from benchmarks.inputs import Form, Shapes, files_of, layout, llama, many, write_random, write_run
+)
+from benchmarks.inputs import Form, layout, llama, many, write_random, write_run
+from benchmarks.peers import Peer, installed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GIB = 2**30
-_CACHED = 0.6  # of the machine's memory: the page cache holds inputs of this size next to everything else
-CASES: dict[str, tuple[str, Form]] = {
+_FIXTURE = Path(__file__).parents[2] / "fixtures" / "mnist_cnn"
+_READERS = (0, 2, 4, 8, 16, 32)
+_FORMATS: dict[str, tuple[str, Form]] = {
     "bfloat16 safetensors": ("bfloat16", "safetensors"),
     "float16 safetensors": ("float16", "safetensors"),
+    "float8_e4m3fn safetensors": ("float8_e4m3fn", "safetensors"),
     "float32 `torch.save`": ("float32", "zip"),
     "float32 safetensors, 4 shards with an index": ("float32", "shards"),
 }
-PLAIN = "float32 safetensors"
-_OUTPUTS = 8  # at most, one of each program
+_PLAIN = "float32 safetensors"
+FLOOR, OURS = "floor", "ckpt-avg"
 
 
-def _assert_exact(name: str, found: Difference) -> None:
+def _exact(name: str, found: Difference) -> None:
     if found.wrong:
         raise AssertionError(f"{name}: {found}")
 
 
-# -- Float32 safetensors: page cache warm and cold, threads, and how soon the first byte is read -------------------
-
-
-def _described(setup: Setup) -> str:
-    return f"{setup.checkpoints} float32 safetensors checkpoints of {setup.nbytes / 1e9:.2f} GB"
+# -- Float32 safetensors: page cache warm and cold, threads, engines, ranks, a GPU ---------------------------------
 
 
 def measure_warm(setup: Setup) -> None:
-    """Wall seconds, page cache warm, as a ratio to the floor."""
-    inputs, outputs = setup.plain(), setup.scratch()
-    programs = {FLOOR: script("floor", inputs), OURS: ours(inputs)}
-    runs = in_turn(programs, setup.rounds, outputs)
-    print(f"{_described(setup)}, page cache warm, whole process, medians of {setup.rounds} rounds\n")
-    table("program", "wall, s", "ratio to the floor", "CPU, s", "peak RSS, MiB", "anonymous, MiB")
-    for name, done in runs.items():
-        row(name, done.wall, done.ratio(runs[FLOOR]), done.cpu, done.peak, done.anonymous)
-    found = difference(output_of(OURS, programs, outputs), inputs)
-    _assert_exact(OURS, found)
-    print(f"\nEach of the {found.elements:,} elements of ckpt-avg's output is the float64 mean, rounded.")
-    remove(outputs)
+    """Page cache warm, next to the floor of two threads; every element of the output is checked."""
+    done = in_turn(setup, {FLOOR: script("floor", setup.plain), OURS: ours(setup.plain)})
+    done.show(FLOOR)
+    _exact(OURS, difference(done.output(OURS), setup.plain))
+    print("\nEvery element of the output is the exact mean, rounded once.")
+
+
+def measure_profile(setup: Setup) -> None:
+    """Page cache warm, parts of the work alone: the start, headers and plan, and the digest of the output."""
+    digest = f"import hashlib; d = hashlib.sha256(); [d.update(bytes(2**20)) for _ in range({setup.nbytes} >> 20)]"
+    programs = {
+        "`python -c pass`": python("pass"),
+        "`ckpt-avg --version`": Program(lambda output: [sys.executable, "-m", "ckpt_avg", "--version"]),
+        "`ckpt-avg average --dry-run`": ours(setup.plain, "--dry-run"),
+        "SHA-256 of as many bytes as the output, one thread": python(digest),
+        OURS: ours(setup.plain),
+    }
+    in_turn(setup, programs).show(OURS)
 
 
 def measure_cold(setup: Setup) -> None:
-    """Wall seconds if nothing of the inputs is in the page cache."""
-    inputs, outputs = setup.plain(), setup.scratch()
-    left: list[str] = []
+    """The inputs dropped from the page cache before each run, next to the best of several floors."""
+    floors = {f"floor, {count} readers": script("floor", setup.plain, count) for count in (1, *_READERS[1:])}
+    done = in_turn(setup, {**floors, OURS: ours(setup.plain)}, cold=True)
+    done.show(min(floors, key=lambda name: done[name].wall))
 
-    def before(name: str, program: Program) -> None:
-        left.append(f"{cool(program.reads):.4f} ({name.partition(':')[0]})")
 
-    runs = in_turn({FLOOR: script("floor", inputs), OURS: ours(inputs)}, setup.rounds, outputs, before)
-    after = resident(inputs)
-    megabytes = sum(path.stat().st_size for path in inputs) / 1e6
-    print(f"{_described(setup)}, page cache of the inputs dropped before each run, medians of {setup.rounds} rounds\n")
-    table("program", "wall, s", "ratio to the floor", "input, MB/s", "CPU, s", "peak RSS, MiB")
-    for name, done in runs.items():
-        row(name, done.wall, done.ratio(runs[FLOOR]), f"{megabytes / done.wall:.0f}", done.cpu, done.peak)
-    print(f"\nFraction of the inputs' pages in memory before each run: {', '.join(left)}; after the last: {after:.4f}.")
-    remove(outputs)
+def measure_readers(setup: Setup) -> None:
+    """The same, by the number of threads that read ahead."""
+    programs = {f"`--readers {count}`": ours(setup.plain, "--readers", count) for count in _READERS}
+    done = in_turn(setup, programs, cold=True)
+    done.show("`--readers 16`")
+    done.same()
 
 
 def measure_threads(setup: Setup) -> None:
-    """Wall seconds with 1, 2, 4, … threads, as a ratio to 1."""
-    inputs, outputs = setup.plain(), setup.scratch()
-    cores = len(os.sched_getaffinity(0))
-    counts = sorted({1, 2, cores, *(2**power for power in range(cores.bit_length()))})
-    programs = {IMPORT: importing("torch")} | {str(count): ours(inputs, "--threads", count) for count in counts}
-    runs = in_turn(programs, setup.rounds, outputs)
-    start = runs.pop(IMPORT)
-    print(
-        f"{_described(setup)}, page cache warm, medians of {setup.rounds} rounds, {cores} usable cores; "
-        f"`import torch` {start.wall:.2f} s\n"
-    )
-    table("`--threads`", "wall, s", "ratio to 1", "without `import torch`, s", "ratio to 1", "CPU, s", "peak RSS, MiB")
-    one = runs["1"]
-    for name, done in runs.items():
-        net = done.less(start)
-        row(name, done.wall, done.ratio(one), net.wall, net.ratio(one.less(start)), done.cpu, done.peak)
-    remove(outputs)
+    """Page cache warm, by the number of threads."""
+    programs = {f"`--threads {count}`": ours(setup.plain, "--threads", count) for count in (2, 4, 8, 16)}
+    done = in_turn(setup, programs)
+    done.show("`--threads 2`")
+    done.same()
 
 
-def measure_first(setup: Setup) -> None:
-    """Seconds from the end of `import torch` to the first tensor byte."""
-    inputs, outputs = setup.plain(), setup.scratch()
-    rounds = max(5, setup.rounds)
-    command = script("first_byte", inputs).command(outputs / "out.safetensors")
-    seconds: dict[str, list[tuple[float, float]]] = {"warm": [], "cold": []}
-    for _ in range(rounds):
-        for state, prepare in (("warm", warm), ("cold", cool)):
-            prepare(inputs)
-            printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            imported, started = map(float, printed.split())
-            seconds[state].append((imported, started))
-    print(f"{_described(setup)}, from the end of `import torch`, {rounds} rounds\n")
-    table("page cache of the inputs", "`import ckpt_avg`, s", "first tensor byte, s: median", "least", "most")
-    for state, times in seconds.items():
-        imports, first = zip(*times, strict=True)
-        row(state, *(f"{value:.3f}" for value in (median(imports), median(first), min(first), max(first))))
-    remove(outputs)
-
-
-# -- Other processors: several ranks of one machine, and a GPU -----------------------------------------------------
+def measure_engines(setup: Setup) -> None:
+    """Page cache warm, the native engine and torch."""
+    names = ("native", "torch")
+    programs = {name: ours(setup.plain, launcher=("env", f"CKPT_AVG_ENGINE={name}", sys.executable)) for name in names}
+    done = in_turn(setup, programs)
+    done.show("native")
+    done.same()
 
 
 def measure_ranks(setup: Setup) -> None:
-    """Wall seconds with 2 and 4 ranks of torchrun, as a ratio to one process; the same bytes."""
-    inputs = setup.plain()
-    programs = {OURS: ours(inputs)}
+    """Page cache warm, one process and several ranks of one machine; the memory is that of one process."""
+    programs = {"one process": ours(setup.plain)}
     for size in (2, 4):
-        programs[f"torchrun, {size} ranks"] = _with_ranks(size, inputs)
-    print("Several ranks of one machine, page cache warm: what they cost, since one process uses its cores anyway.\n")
-    _compare(setup, programs)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+        programs[f"torchrun, {size} ranks"] = ours(setup.plain, launcher=launcher)
+    done = in_turn(setup, programs)
+    done.show("one process")
+    done.same()
 
 
 def measure_cuda(setup: Setup) -> None:
-    """Wall seconds on the CPU and on a GPU, the start of CUDA apart; the same bytes."""
+    """Page cache warm, on the CPU and on a GPU, next to the copies that the bus allows."""
     import torch
 
     if not torch.cuda.is_available():
-        print("skipped: torch finds no CUDA device", flush=True)
+        print("Skipped: torch finds no CUDA device.")
         return
-    inputs = setup.plain()
-    print(f"{torch.cuda.get_device_name()}, page cache warm.\n")
-    start = "import torch; torch.zeros(1, device='cuda')"
-    programs = {"start of torch and CUDA": Program(lambda output: [sys.executable, "-c", start])}
-    programs |= {f"--device {name}": ours(inputs, "--device", name) for name in ("cpu", "cuda", "auto")}
-    _compare(setup, programs)
+    start, cpu, cuda = "start of torch and CUDA", "`--device cpu`", "`--device cuda`"
+    programs = {start: python("import torch; torch.zeros(1, device='cuda')")}
+    programs |= {f"`--device {name}`": ours(setup.plain, "--device", name) for name in ("cpu", "cuda")}
+    done = in_turn(setup, programs)
+    done.show(cpu)
+    done.same(cpu, cuda)
+    net = done[cuda].wall - done[start].wall
+    speed = done[cuda].nbytes / net
+    print(f"\n{torch.cuda.get_device_name()}; without the start {net:.2f} s, {speed / 1e9:.1f} GB/s of input.\n")
+    table("copies to the device", "GB/s", "`--device cuda` without the start, relative")
+    for name, is_pinned in (("page-locked memory", True), ("pageable memory", False)):
+        possible = _copy_speed(torch.empty(_GIB // 4, dtype=torch.uint8, pin_memory=is_pinned).fill_(1))
+        row(name, f"{possible / 1e9:.1f}", speed / possible)
 
 
-def _with_ranks(size: int, inputs: list[Path]) -> Program:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "-m", "ckpt_avg"]
-    return Program(lambda output: [*launcher, "average", "-q", "-o", str(output), *map(str, inputs)], inputs)
+def _copy_speed(source: Tensor) -> float:
+    """Returns bytes per second to a CUDA device, the best of ten copies."""
+    import torch
+
+    target = torch.empty_like(source, device="cuda")
+    seconds = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return source.nbytes / min(seconds)
 
 
-def _compare(setup: Setup, programs: dict[str, Program]) -> None:
-    outputs = setup.scratch()
-    runs = in_turn({IMPORT: importing("torch"), **programs}, setup.rounds, outputs)
-    written = [name for name in programs if programs[name].reads]
-    table("program", "wall, s", "ratio", "without `import torch`, s", "CPU, s", "peak RSS of one process, MiB")
-    for name in programs:
-        done = runs[name]
-        row(name, done.wall, done.ratio(runs[written[0]]), done.less(runs[IMPORT]).wall, done.cpu, done.peak)
-    first, *others = (output_of(name, runs, outputs) for name in written)
-    if not all(filecmp.cmp(first, other, shallow=False) for other in others):
-        raise AssertionError("the outputs differ")
-    print("\nAll outputs are the same bytes.")
-    remove(outputs)
-
-
-# -- Other dtypes and formats of the same total bytes --------------------------------------------------------------
+# -- Other formats, layouts and sizes ------------------------------------------------------------------------------
 
 
 def measure_formats(setup: Setup) -> None:
-    """Each format is measured in the same rounds as float32 safetensors, and its output is checked."""
-    if not setup.has_room("formats", (2 * setup.checkpoints + 2) * setup.nbytes):
-        return
-    print(
-        f"{setup.checkpoints} checkpoints of {setup.nbytes / 1e9:.2f} GB in each format, page cache warm, "
-        f"medians of {setup.rounds} rounds. Bytes are those of the inputs; ratios are to float32 safetensors in the "
-        "same rounds.\n"
-    )
-    table(
-        *("format", "wall, s", "MB/s", "ratio of MB/s"),
-        *("without `import torch`, s", "MB/s", "ratio of MB/s", "peak RSS, MiB", "output"),
-    )
-    for name, (dtype, form) in CASES.items():
-        folder, outputs = setup.scratch(), setup.scratch()
-        inputs = write_random(folder, setup.checkpoints, setup.nbytes, dtype=dtype, form=form)
-        programs = {IMPORT: importing("torch"), PLAIN: ours(setup.plain()), name: ours(inputs)}
-        runs = in_turn(programs, setup.rounds, outputs)
-        plain, mine = (output_of(each, programs, outputs) for each in (PLAIN, name))
-        if name == next(iter(CASES)):
-            _assert_exact(PLAIN, difference(plain, setup.plain()))
-            _format_row(PLAIN, runs, setup.plain(), setup.plain(), "exact")
+    """Page cache warm, as many bytes in each format, each in the same rounds as float32 safetensors."""
+    table("", *COLUMNS, "bytes per second, relative to float32 safetensors")
+    for name, (dtype, form) in _FORMATS.items():
+        inputs = write_random(setup.empty("inputs"), setup.checkpoints, setup.nbytes, dtype=dtype, form=form)
+        done = in_turn(setup, {_PLAIN: ours(setup.plain), name: ours(inputs)})
+        speed = done[name].nbytes / done[_PLAIN].nbytes / done[name].ratio(done[_PLAIN])
+        row(name, *done[name].cells(), speed)
         if dtype != "float32":
-            _assert_exact(name, difference(mine, inputs))
-        elif not same(mine, plain):
-            raise AssertionError(f"{name}: not the bits of {PLAIN}")
-        _format_row(name, runs, inputs, setup.plain(), "exact" if dtype != "float32" else f"bits of {PLAIN}")
-        remove(folder)
-        remove(outputs)
+            _exact(name, difference(done.output(name), inputs))
+        elif not same(done.output(name), done.output(_PLAIN)):
+            raise AssertionError(f"{name}: not the bits of {_PLAIN}")
+    print("\nEvery element of each output is the exact mean, rounded once.")
 
 
-def _format_row(name: str, runs: dict[str, Rounds], inputs: list[Path], plain: list[Path], checked: str) -> None:
-    mine, theirs = (sum(file.stat().st_size for file in files_of(paths)) / 1e6 for paths in (inputs, plain))
-    cells: list[object] = []
-    for done, other in ((runs[name], runs[PLAIN]), (runs[name].less(runs[IMPORT]), runs[PLAIN].less(runs[IMPORT]))):
-        cells += [done.wall, f"{mine / done.wall:.0f}", mine / theirs / done.ratio(other)]
-    row(name, *cells, runs[name].peak, checked)
+def measure_tensors(setup: Setup) -> None:
+    """Page cache warm, as many bytes in small tensors; a dry run ends before the first tensor byte."""
+    shapes = many(setup.nbytes // 10_000, 10_000)
+    inputs = write_random(setup.empty("inputs"), setup.checkpoints, setup.nbytes, shapes=shapes)
+    usual, small = "the usual layout", f"{len(shapes):,} tensors of 10 KB"
+    programs = {usual: ours(setup.plain), small: ours(inputs), "the same, `--dry-run`": ours(inputs, "--dry-run")}
+    done = in_turn(setup, programs)
+    done.show(usual)
+    _exact(small, difference(done.output(small), inputs))
+
+
+def measure_fixture(setup: Setup) -> None:
+    """A run of small files, next to the start of Python and of torch."""
+    programs = {f"`python -c '{code}'`": python(code) for code in ("pass", "import torch")}
+    programs["fixture run, `--bn keep`"] = ours([_FIXTURE], "--last", 8, "--bn", "keep")
+    in_turn(setup, programs, rounds=3 * setup.rounds).show("`python -c 'import torch'`")
+
+
+def measure_memory(setup: Setup) -> None:
+    """Peak resident sets over sparse files, and the ratio of the largest to the smallest; one run each."""
+    scale = setup.nbytes / 1e9
+    table("`--threads`", "model, GiB", "checkpoints", "peak RSS, MB", "wall, s", "input, GB/s")
+    sizes = (0.25 * scale, scale, 4 * scale)
+    for threads, of_sizes in ((2, sizes), (16, sizes[:2])):
+        peaks = []
+        for size, count in product(of_sizes, (2, 8, 32)):
+            home = setup.empty("inputs")
+            paths = write_run(home, layout(int(size * _GIB)), count)
+            done = run(ckpt_avg("-o", home / "out.safetensors", "--threads", threads, *paths))
+            row(threads, f"{size:g}", count, f"{done.peak:.0f}", done.wall, count * size * _GIB / 1e9 / done.wall)
+            peaks.append(done.peak)
+        row(threads, "largest / smallest", "", f"{max(peaks) / min(peaks):.3f}", "", "")
 
 
 # -- Other tools over the same checkpoints; some of them know only Llamas ------------------------------------------
 
 
 def measure_peers(setup: Setup) -> None:
-    """Wall seconds, memory and error of every tool that is installed."""
-    if not setup.has_room("peers", (setup.checkpoints + _OUTPUTS) * setup.nbytes):
-        return
-    folder, outputs = setup.scratch(), setup.scratch()
+    """Page cache warm, every tool that is installed, and the error of each output."""
+    remove(setup.folder / "plain")
+    vars(setup).pop("plain", None)
     shapes, config = llama(setup.nbytes)
+    folder = setup.empty("inputs")
     inputs = write_random(folder, setup.checkpoints, setup.nbytes, shapes=shapes, config=config)
-    peers = comparable(inputs, setup.peers, folder)
-    programs = {name: peer.program for name, peer in peers.items()}
-    starts = {f"import {peer.imports}": importing(peer.imports, peer.python) for peer in peers.values()}
-    runs = in_turn({**programs, **starts}, setup.rounds, outputs)
-    errors: dict[str, Difference] = {}
-    for name, peer in peers.items():
-        if name == FLOOR:
-            continue
-        errors[name] = difference(output_of(name, programs, outputs), inputs)
-        if errors[name].wrong if peer.exact else errors[name].relative > peer.tolerance:
-            raise AssertionError(f"{name}: {errors[name]}")
-    print(
-        f"{setup.checkpoints} float32 safetensors checkpoints of {setup.nbytes / 1e9:.2f} GB with the layout of a "
-        f"Llama ({len(shapes)} tensors), page cache warm, medians of {setup.rounds} rounds\n"
-    )
-    table(
-        *("program", "wall, s", "ratio to ckpt-avg", "of it imports, s", "CPU, s"),
-        *("peak RSS, MiB", "anonymous, MiB", "output"),
-    )
-    for name, peer in peers.items():
-        done, start = runs[name], runs[f"import {peer.imports}"].wall
-        times = done.wall, done.ratio(runs[OURS]), start, done.cpu
-        row(name, *times, done.peak, done.anonymous, errors.get(name, "not computed"))
-    print(
-        "\nExact is the float64 mean, rounded to float32, which alone makes relative errors to 6.0e-08. All that sum "
-        "in float64 and divide once must be exact. sd-mecha's running average rounds in each step, so that it may miss "
-        "in the last bit where the mean is halfway between two float32 numbers; float32 sums miss in the last few. "
-        "The floor and ckpt-avg fsync their output, the others do not."
-    )
-    remove(folder)
-    remove(outputs)
+    peers = installed(inputs, setup.peers, folder)
+    programs = {FLOOR: script("floor", inputs), OURS: ours(inputs)}
+    imports = {f"import {peer.imports}": python(f"import {peer.imports}", peer.python) for peer in peers.values()}
+    done = in_turn(setup, programs | {name: peer.program for name, peer in peers.items()} | imports)
+    print(f"{len(shapes)} tensors, the layout of a Llama\n")
+    table("", *COLUMNS, "anonymous, MB", "time, relative", "output")
+    for name, of_program in done.items():
+        checked = "" if name == FLOOR or name in imports else _checked(name, peers.get(name), done, inputs)
+        anonymous = max(one.anonymous for one in of_program)
+        row(name, *of_program.cells(), f"{anonymous:.0f}", of_program.ratio(done[OURS]), checked)
 
 
-# -- Memory and time by the size of the model, the number of checkpoints and of tensors ----------------------------
-
-
-def measure_memory(setup: Setup) -> None:
-    """Peak resident sets over sparse files, and the ratio of the largest to the smallest."""
-    scale = setup.nbytes / 1e9
-    print("Peak resident set of the whole process, sparse float32 files, page cache as it comes, one run each\n")
-    table("model, GiB", "checkpoints", "peak RSS, MiB", "anonymous, MiB", "wall, s")
-    bare = run(importing("torch").command(Path()))
-    row("`import torch` alone", "", f"{bare.peak:.0f}", f"{bare.anonymous:.0f}", bare.wall)
-    peaks = []
-    for gibibytes in (0.25 * scale, scale, 4 * scale):
-        if not setup.has_room(f"{gibibytes:g} GiB", 1.1 * gibibytes * _GIB):
-            continue
-        for count in (2, 8, 32):
-            folder = setup.scratch()
-            paths = write_run(folder, layout(int(gibibytes * _GIB)), count)
-            done = run(ckpt_avg("-o", folder / "out.safetensors", *paths))
-            row(f"{gibibytes:g}", count, f"{done.peak:.0f}", f"{done.anonymous:.0f}", done.wall)
-            peaks.append(done.peak)
-            remove(folder)
-    print(f"\nThe largest is {max(peaks) / min(peaks):.3f} of the smallest.")
-
-
-def measure_tensors(setup: Setup) -> None:
-    """Time without `import torch` for each input byte, and for each tensor and checkpoint.
-
-    Two checkpoints of random numbers are also compared with the exact mean.
-    """
-    number = max(1000, setup.nbytes // 10_000)
-    cases: dict[str, tuple[Shapes, bool]] = {
-        "1,000 tensors of 1 KB": (many(1000, 1000), False),
-        f"{number:,} tensors of 10 KB": (many(number, 10_000), False),
-        "middle: the usual layout, as many bytes": (layout(number * 10_000), False),
-        f"one tensor of {4 * setup.nbytes / 1e9:g} GB, sparse": ({"only": (setup.nbytes,)}, True),
-    }
-    print(f"Page cache warm, medians of {setup.rounds} rounds; net is without `import torch`\n")
-    table(
-        *("model", "checkpoints", "input, GB", "floor, s", "ckpt-avg, s", "ratio", "floor net, s", "ckpt-avg net, s"),
-        *("net ns per input byte", "net µs per tensor and checkpoint", "CPU, s", "peak RSS, MiB"),
-    )
-    for name, (shapes, is_sparse) in cases.items():
-        for count in (2, 8):
-            _measure_tensors(setup, name, shapes, count, is_sparse)
-
-
-def _measure_tensors(setup: Setup, name: str, shapes: Shapes, count: int, is_sparse: bool) -> None:
-    each = 4 * sum(map(math.prod, shapes.values()))
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not setup.has_room(name, (2 if is_sparse else count + 2) * each):
-        return
-    if count * each > _CACHED * memory:
-        row(f"{name}: skipped, the page cache would not hold it", count, count * each / 1e9, *[""] * 9)
-        return
-    folder, outputs = setup.scratch(), setup.scratch()
-    paths = write_run(folder, shapes, count) if is_sparse else write_random(folder, count, each, shapes=shapes)
-    programs = {IMPORT: importing("torch"), FLOOR: script("floor", paths), OURS: ours(paths)}
-    runs = in_turn(programs, setup.rounds, outputs)
-    least, mine = runs[FLOOR], runs[OURS]
-    net = mine.less(runs[IMPORT]).wall
-    row(
-        *(name, count, f"{count * each / 1e9:.3g}", least.wall, mine.wall, mine.ratio(least)),
-        *(least.less(runs[IMPORT]).wall, net, f"{net / count / each * 1e9:.3g}"),
-        *(f"{net / count / len(shapes) * 1e6:.3g}", mine.cpu, mine.peak),
-    )
-    if count == 2 and not is_sparse:
-        _assert_exact(name, difference(output_of(OURS, programs, outputs), paths))
-    remove(folder)
-    remove(outputs)
+def _checked(name: str, peer: Peer | None, done: Compared, inputs: Sequence[Path]) -> Difference:
+    found = difference(done.output(name), inputs)
+    if found.wrong and (peer is None or found.relative > peer.tolerance):
+        raise AssertionError(f"{name}: {found}")
+    return found

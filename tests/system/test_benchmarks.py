@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,18 +16,19 @@ def printed(*command: object) -> str:
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True).stdout
 
 
-def test_a_section_of_each_script_runs(tmp_path: Path) -> None:
-    tiny = ("--gigabytes", 0.001, "--checkpoints", 2, "--rounds", 1, "--folder", tmp_path)
-    out = printed(BENCHMARKS / "run.py", "--only", "warm", *tiny)
-    assert "elements of ckpt-avg's output is the float64 mean, rounded" in out
+def test_sections_run(tmp_path: Path) -> None:
+    """All but those that only repeat others with more processes."""
+    names = ("warm", "profile", "cold", "engines", "formats", "tensors", "memory", "peers")
+    tiny = ("--gigabytes", 0.002, "--checkpoints", 2, "--rounds", 1, "--folder", tmp_path)
+    out = printed(BENCHMARKS / "run.py", "--only", ",".join(names), *tiny)
+    assert out.count("\n## ") == len(names)
+    assert "| like timm" in out  # of the last section
+
+
+def test_the_refresh_runs() -> None:
     out = printed(BENCHMARKS / "refresh.py", "--only", "accuracy", "--batches", 2, "--samples", 2, "--size", 32)
     assert "| ckpt_avg, pooled |" in out
 
 
-def test_the_steps_before_the_first_byte_are_measured(tmp_path: Path) -> None:
-    from benchmarks.inputs import many, write_run
-    from benchmarks.scale import _PHASES
-
-    paths = write_run(tmp_path / "run", many(3, 4096), 2)
-    assert len(json.loads(printed("-c", _PHASES, tmp_path / "run"))) == 6
-    assert len(printed(BENCHMARKS / "programs.py", "first_byte", tmp_path / "out", *paths).split()) == 2
+def test_scale_runs(tmp_path: Path) -> None:
+    assert "inspect, one file each" in printed(BENCHMARKS / "scale.py", "--only", "llama", "--folder", tmp_path)

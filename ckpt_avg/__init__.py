@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_avg.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ckpt_avg.batchnorm.hooks import LayerStatistics as LayerStatistics
+    from ckpt_avg.batchnorm.pools import LayerStatistics as LayerStatistics
     from ckpt_avg.batchnorm.refresh import BatchNormReport as BatchNormReport
     from ckpt_avg.batchnorm.refresh import refresh_batch_norm as refresh_batch_norm
     from ckpt_avg.checkpoint.spec import Checkpoint as Checkpoint, CheckpointSpec as CheckpointSpec, DType as DType
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from ckpt_avg.user_code.gate import Outcome as Outcome, Requirement as Requirement
 
 _HOMES = {
-    "ckpt_avg.batchnorm.hooks": ("LayerStatistics",),
+    "ckpt_avg.batchnorm.pools": ("LayerStatistics",),
     "ckpt_avg.batchnorm.refresh": ("BatchNormReport", "refresh_batch_norm"),
     "ckpt_avg.checkpoint.spec": ("Checkpoint", "CheckpointSpec", "DType", "Part", "TensorSpec"),
     "ckpt_avg.checkpoint.training_record": ("Record",),

@@ -16,10 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ckpt_avg.batchnorm.batch_share import BatchShare, refuse_other_counts
-from ckpt_avg.batchnorm.hooks import LayerStatistics, Pool, measuring, refuse
+from ckpt_avg.batchnorm.hooks import measuring
 from ckpt_avg.batchnorm.options import RefreshOptions
+from ckpt_avg.batchnorm.pools import LayerStatistics, Measurements, Pool, refuse
 from ckpt_avg.distributed.ranks import Ranks
-from ckpt_avg.errors import UsageError
+from ckpt_avg.errors import UsageError, UserCodeError
 from ckpt_avg.mean.arithmetic import round_to
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import ForwardBatch, count_samples, run_batch, to_device
@@ -118,27 +119,30 @@ def refresh_batch_norm(
     layers = _refreshed_layers(model, frozen)
     _refuse_unusable(model)
     ranks = ranks or Ranks()
-    pools: Mapping[str, Pool] = {name: Pool(name, estimator) for name in layers}
+    measurements = Measurements(layers, estimator)
     samples = done = 0
     where = device if device is not None else next((tensor.device for tensor in model.parameters()), "cpu")
     kind = torch.device(where).type
     autocast = torch.autocast(kind, getattr(torch, amp)) if amp != "off" else contextlib.nullcontext()
-    with ranks.share_errors(), measuring(model, layers, pools) as reached, torch.no_grad(), autocast:
+    with ranks.share_errors(), measuring(model, layers, measurements), torch.no_grad(), autocast:
         share = BatchShare(batches, ranks, max_batches)
         for batch in share:
             with user_errors(f"moving batch {share.seen} to {device} raised:"):
                 moved = to_device(batch, device)
-            for pool in pools.values():
-                pool.batch = share.seen
-            run_batch(model, moved, forward_batch, share.seen)
-            for pool in reached:
-                pool.refuse_nonfinite()
-            reached.clear()
+            measurements.batch = share.seen
+            try:
+                run_batch(model, moved, forward_batch, share.seen)
+            except UserCodeError:
+                with contextlib.suppress(RuntimeError):  # from CUDA, after an error of the model there
+                    measurements.end_batch()  # NaN may be the cause
+                raise
+            with user_errors(f"the model raised at batch {share.seen}:"):  # CUDA tells its errors when it is waited for
+                measurements.end_batch()
             done += 1
             samples += count_samples(moved)
             progress(share.seen, samples)
             ranks.check()
-        done, samples, pools = _pooled(ranks, share, done, samples, pools, estimator)
+        done, samples, pools = _pooled(ranks, share, done, samples, measurements.pools(), estimator)
         if done == 0:
             refuse("the dataloader is empty", "A generator is used up after one pass: make a new one in the factory")
         if unreached := [name for name, pool in pools.items() if pool.calls == 0]:
@@ -182,7 +186,7 @@ def _pooled(
         return batches, samples, pools
 
     def pool_all(states: Iterable[Mapping[str, list[Any] | None]]) -> dict[str, Pool]:
-        pooled = {name: Pool(name, estimator) for name in pools}
+        pooled = {name: Pool(estimator) for name in pools}
         for each in states:
             for name, pool in pooled.items():
                 pool.add_state(each[name])

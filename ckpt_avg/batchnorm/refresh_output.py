@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ckpt_avg.batchnorm.hooks import refuse
 from ckpt_avg.batchnorm.options import RefreshOptions
+from ckpt_avg.batchnorm.pools import refuse
 from ckpt_avg.batchnorm.refresh import BatchNormReport, refresh_batch_norm, rounded_statistic
 from ckpt_avg.checkpoint.spec import batch_norm_buffer
 from ckpt_avg.checkpoint.tensor_reads import torch_dtype
@@ -130,6 +130,6 @@ def refresh_output(
             for name in prepared.buffers[layer].get(buffer, ()):
                 dtype = torch_dtype(planned[name].dtype)
                 is_count = buffer == "num_batches_tracked"
-                value = measured.to(dtype) if is_count else rounded_statistic(layer, buffer, measured.cpu(), dtype)
+                value = measured.to(dtype) if is_count else rounded_statistic(layer, buffer, measured, dtype)
                 tensors[name] = value.reshape(planned[name].shape)
     return report, tensors

@@ -307,6 +307,35 @@ def test_the_first_layer_that_sees_nonfinite_values_is_named(value: float) -> No
     assert "check the data and the weights" in message
 
 
+def test_a_model_that_fails_after_nan_is_refused_for_the_nan() -> None:
+    """What fails may be far behind the layer that saw NaN first, and its message may say nothing of it."""
+
+    def forward(model: Any, values: Tensor) -> Tensor:
+        return torch.bernoulli(model.norm(values).sigmoid())  # which NaN makes torch refuse
+
+    model = model_of(forward, norm=nn.BatchNorm1d(3))
+    message = failure_of([randn(4, 3), torch.full((4, 3), math.nan)], model)
+    assert "layer 'norm', batch 2: the activations contain NaN or Inf" in message
+
+
+def test_batches_that_pass_other_layers_in_another_order_are_all_pooled() -> None:
+    """Layers of different sizes, called in turns, in varying numbers, with varying batches."""
+    layers = {name: nn.BatchNorm1d(channels) for name, channels in (("narrow", 2), ("wide", 5))}
+    orders = [["narrow", "wide"], ["wide", "narrow"], ["wide"], ["narrow", "wide", "narrow"], ["wide"], ["wide"]]
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    remaining = iter(orders)
+
+    def forward(model: Any, values: Tensor) -> Tensor:
+        for name in next(remaining):
+            seen[name].append(values[: 2 + len(seen[name]), : layers[name].num_features])
+            getattr(model, name)(seen[name][-1])
+        return values
+
+    report = refresh_batch_norm(model_of(forward, **layers), [3 * randn(9, 5, seed=seed) + 1 for seed in range(6)])
+    for name, parts in seen.items():
+        assert_measured(report.statistics[name], torch.cat(parts))
+
+
 def test_statistics_beyond_the_range_of_the_buffer_are_refused() -> None:
     """A float16 buffer cannot hold a variance of 90,000; an infinite one would turn every output into zero."""
     message = failure_of([(300 * randn(50, 2)).half()], nn.Sequential(nn.BatchNorm1d(2).half()))

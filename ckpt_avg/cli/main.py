@@ -76,7 +76,7 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **given:
     ckpt-avg average RUN -o swa.safetensors --bn keep \\
         --model train:make_model --eval train:evaluate --require 'accuracy>=last'
     """  # noqa: D301 (click needs the backspace character itself)
-    from ckpt_avg.cli.reports import average_text
+    from ckpt_avg.cli.average_text import average_text
 
     make_output(AverageRequest, "average", partial(average_text, verbose=verbose), sources, output, **given)
 
@@ -92,7 +92,7 @@ def refresh_command(weights: str, output: str, **given: Any) -> None:
     ckpt-avg refresh-bn weights.pt -o refreshed.safetensors \\
         --model train:make_model --data train:train_loader
     """  # noqa: D301 (click needs the backspace character itself)
-    from ckpt_avg.cli.reports import refreshed_text
+    from ckpt_avg.cli.average_text import refreshed_text
 
     make_output(RefreshRequest, "refresh_weights", refreshed_text, weights, output, **given)
 
@@ -130,7 +130,7 @@ def sweep_command(
     SweepRequest(sources, **given).discover()  # checks options and sources before the user's code is imported
     from ckpt_avg.cli.documents import sweep_json
     from ckpt_avg.cli.plots import KINDS, draw_sweep, refuse_without_matplotlib
-    from ckpt_avg.cli.reports import sweep_text
+    from ckpt_avg.cli.sweep_text import sweep_text
     from ckpt_avg.output.paths import SideFiles, json_bytes
 
     files = SideFiles(sources, output=None, overwrite=overwrite)
@@ -156,8 +156,8 @@ def sweep_command(
 @options.verbose
 def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given: Any) -> None:
     """Check that checkpoints fit together, from headers alone."""
+    from ckpt_avg.cli.check_text import compatibility_text
     from ckpt_avg.cli.documents import compatibility_json
-    from ckpt_avg.cli.reports import compatibility_text
 
     report = ckpt_avg.check(sources, **given)
     for text in () if as_json else report.notices:
@@ -178,7 +178,7 @@ def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given:
 def inspect_command(path: str, as_json: bool, **given: Any) -> None:
     """Show what a path contains, and how it would be read."""
     from ckpt_avg.cli.documents import inspection_json
-    from ckpt_avg.cli.reports import inspection_text
+    from ckpt_avg.cli.inspect_text import inspection_text
 
     found = ckpt_avg.inspect(path, **given)
     say(json.dumps(inspection_json(found), indent=2) if as_json else inspection_text(found))
@@ -208,7 +208,7 @@ def verify_command(
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.documents import verify_json
     from ckpt_avg.cli.progress_bars import bars
-    from ckpt_avg.cli.reports import verify_text
+    from ckpt_avg.cli.verify_text import verify_text
 
     if sources != bool(checkpoints):
         problem = "--sources: names no checkpoints" if sources else f"{checkpoints[0]}: --sources is missing before it"

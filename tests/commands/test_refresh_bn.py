@@ -22,7 +22,7 @@ from ckpt_avg import (
     refresh_batch_norm,
     refresh_weights,
 )
-from ckpt_avg.cli.reports import refreshed_text
+from ckpt_avg.cli.average_text import refreshed_text
 
 MODULE = f"""{NET}
 class Net(nn.Module):

@@ -1,4 +1,4 @@
-"""Texts, compared with expected lines."""
+"""What was measured, compared with expected lines."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cli.results import VALUES, mean_of, single, swept
+from cli.results import mean_of, single
 
-from ckpt_avg.cli.reports import evaluation_lines, sweep_text
-from ckpt_avg.user_code.comparison import Change, Comparison, Evaluation, compare
+from ckpt_avg.cli.average_text import evaluation_lines
+from ckpt_avg.user_code.comparison import Comparison, Evaluation, compare
 from ckpt_avg.user_code.gate import outcomes, parse_requirement
 
 NAN, INF = math.nan, math.inf
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# average, refresh-bn
 
 
 def test_no_table_without_evaluations() -> None:
@@ -130,61 +126,3 @@ def test_the_order_of_a_dict_of_metrics_does_not_matter() -> None:
         Evaluation("average", None, {"y": 20.0, "x": 10.0}),
     ]
     assert evaluation_lines(rows, None, [])[-1].split() == ["average", "10", "(+9)", "20", "(+18)"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sweep
-
-
-def test_sweep_in_words() -> None:
-    assert sweep_text(swept(VALUES, ("last", 2), last=0.5), "ckpt-avg average run") == "\n".join(
-        [
-            "                            m               other",
-            "step_3.pt (last)            0.375 (-0.125)  1 (+0)",
-            "last, statistics refreshed  0.5             1",
-            "last 1                      0.5 (+0)        nan",
-            "last 2  ← best              0.75 (+0.25)    nan",
-            "all 3                       0.625 (+0.125)  nan",
-            "first 1                     0.25 (-0.25)    nan",
-            "first 2                     0.5 (+0)        nan",
-            "",
-            "best by m: the average of the last 2, 0.75, +0.25 compared with the refreshed last checkpoint",
-            "to write it: ckpt-avg average run",
-        ]
-    )
-
-
-def test_without_a_refresh_a_sweep_compares_with_the_last_checkpoint() -> None:
-    result = swept(VALUES, ("last", 2), last=0.5)
-    result = replace(result, last=result.reference, reference=result.reference, refreshed=False)
-    lines = sweep_text(replace(result, last=result.reference), "c").splitlines()
-    assert len(lines) == 10
-    assert (
-        lines[-2] == "best by m: the average of the last 2, 0.75, +0.25 compared with step_3.pt, statistics refreshed"
-    )
-
-
-@pytest.mark.parametrize(
-    ("best", "last", "mode", "line"),
-    [
-        (("last", 3), 0.5, "max", "all 3, 0.625, +0.125 compared with"),
-        (("first", 2), 0.25, "max", "the first 2, 0.5, +0.25 compared with"),
-        (("first", 1), 0.5, "min", "the first 1, 0.25, -0.25 compared with"),
-        (("last", 2), 0.75, "max", "the last 2, 0.75, no better than (0.75)"),
-        (("first", 1), 0.125, "min", "the first 1, 0.25, no better than (0.125)"),
-        (("last", 2), NAN, "max", "the last 2, 0.75, no better than (nan)"),
-    ],
-)
-def test_the_text_says_whether_averaging_helps(best: tuple[str, int], last: float, mode: str, line: str) -> None:
-    """An average that is only the best of the averages, and worse than the last checkpoint, is not praised."""
-    *_, found, command = sweep_text(swept(VALUES, best, last=last, mode=mode), "c").splitlines()
-    assert found.replace(" the refreshed last checkpoint", "") == f"best by m: the average of {line}"
-    assert command == ("to write it: c" if "compared" in line else "to write it anyway: c")
-
-
-def test_a_best_average_within_the_spread_is_not_praised() -> None:
-    result = swept(VALUES, ("last", 2), last=0.5)
-    result = replace(result, change=Change("m", 0.25, 0.5, "within the spread"))
-    *_, found, command = sweep_text(result, "c").splitlines()
-    assert "+0.25 ±0.5, within the spread, compared with the refreshed last checkpoint" in found
-    assert command == "to write it anyway: c"

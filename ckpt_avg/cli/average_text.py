@@ -1,0 +1,119 @@
+"""The results of `average` and `refresh-bn` as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ckpt_avg.cli.shared_text import REFERENCE, difference_text, measured_cells, names_text, skipped_lines
+from ckpt_avg.text import escaped, listing, one_line, plural, size, table
+from ckpt_avg.user_code.comparison import Change, Comparison, Evaluation, helped, mean_of
+
+if TYPE_CHECKING:
+    from ckpt_avg.commands.draft import AverageResult
+    from ckpt_avg.user_code.gate import Outcome
+
+
+def average_text(result: AverageResult, *, verbose: bool = False) -> str:
+    """Says what was averaged, how, and what was written; with ``verbose`` also what was skipped."""
+    lines = [
+        f"{'averaged' if _is_done(result) else 'would average'} {plural(len(result.checkpoints), 'checkpoint')}: "
+        f"{names_text(result.checkpoints)}",
+        f"{plural(result.tensors, 'tensor')}, float64 sums on {result.device}"
+        f"{f' by the {result.engine} engine' if verbose else ''}",
+        *_outcome(result),
+    ]
+    if verbose:
+        lines += skipped_lines(result.skipped)
+    elif result.skipped:
+        lines.append(f"skipped {plural(len(result.skipped), 'entry')} (-v lists them with the reasons)")
+    return "\n".join(lines)
+
+
+def refreshed_text(result: AverageResult) -> str:
+    """Says which weights were refreshed, over what, and what was written."""
+    done, would_be = ("copied", "would copy") if result.statistics == "none" else ("refreshed", "would refresh")
+    return "\n".join([f"{done if _is_done(result) else would_be} {names_text(result.checkpoints)}", *_outcome(result)])
+
+
+def evaluation_lines(
+    evaluations: Sequence[Evaluation], comparison: Comparison | None, outcomes: Sequence[Outcome]
+) -> list[str]:
+    """Returns a table with a row for each measurement, a sentence on what helped, and a line for each requirement.
+
+    The difference to the last checkpoint, refreshed if the average is, is in brackets.
+    """
+    if not evaluations:
+        return []
+    saved = [each for each in evaluations if each.path is not None and not each.refreshed]
+    refreshed = [each for each in evaluations if each.path is not None and each.refreshed]
+    last = saved[-1]
+    reference = next((each for each in refreshed if each.path == last.path), last)
+    order = list(last.metrics)
+    rows = [["", *order]]
+    for each in (*saved, *refreshed):
+        name = f"{each.name} (last)" if each is last else each.name if each is not reference else REFERENCE
+        rows.append(measured_cells(name, each, order, None if each is reference else reference))
+    compared = refreshed or saved
+    if len(compared) > 1:
+        mean = {metric: mean_of([each.metrics[metric] for each in compared]) for metric in order}
+        name = f"mean of the {len(compared)}{', statistics refreshed' if refreshed else ''}"
+        rows.append(measured_cells(name, Evaluation(name, None, mean), order, reference))
+    rows += [measured_cells(each.name, each, order, reference) for each in evaluations if each.path is None]
+    sentence = [_summary(comparison)] if comparison and (comparison.averaging or comparison.refresh) else []
+    return table(rows) + sentence + [f"{'met' if each.met else 'NOT MET'}: {each}" for each in outcomes]
+
+
+def _is_done(result: AverageResult) -> bool:
+    """Whether it was computed, even if not published; a dry run evaluates nothing."""
+    return result.written or bool(result.evaluations)
+
+
+def _outcome(result: AverageResult) -> list[str]:
+    """Says where the BatchNorm statistics come from, what was measured, and what was written."""
+    lines = []
+    if report := result.batch_norm:
+        how = "" if report.estimator == "pooled" else f" ({report.estimator})"
+        lines.append(
+            f"BatchNorm statistics of {plural(len(report.statistics), 'layer')} recomputed over "
+            f"{plural(report.samples, 'sample')} in {plural(report.batches, 'batch')}{how}"
+        )
+    elif result.statistics != "none":
+        statistics = {
+            "refreshed": "would be recomputed",
+            "mean": "averaged, not recomputed",
+            "copied": "copied from the checkpoint",
+            "frozen": "frozen, the same in every checkpoint",
+        }
+        lines.append(f"BatchNorm statistics: {statistics[result.statistics]}")
+    if result.spectral_norms:
+        would = "" if _is_done(result) else "would be "
+        weights = plural(len(result.spectral_norms), "weight")
+        lines.append(f"spectral norm of {weights}: u and v {would}computed from the averaged weight")
+    lines += evaluation_lines(result.evaluations, result.comparison, result.outcomes)
+    if all(outcome.met for outcome in result.outcomes):
+        lines.append(
+            f"{'wrote' if result.written else 'would write'} {one_line(result.output)} ({size(result.nbytes)})"
+        )
+    else:
+        lines.append(f"did not write {result.output}")
+    return lines
+
+
+def _summary(comparison: Comparison) -> str:
+    """Says in one sentence what averaging changed, and what the refresh of the statistics changed."""
+    parts = {"averaging": comparison.averaging, "the refresh": comparison.refresh}
+    return "; ".join(_changes(what, changes) for what, changes in parts.items() if changes)
+
+
+def _changes(what: str, changes: Sequence[Change]) -> str:
+    helps = {True: " helped", False: " did not help", None: ""}[helped(changes)]
+    shown = listing(
+        f"{escaped(change.metric)} cannot be compared ({change.verdict})"
+        if math.isnan(change.difference)
+        else f"{escaped(change.metric)} {difference_text(change.difference, change.spread)}"
+        + (f" ({change.verdict})" if change.verdict else "")
+        for change in changes
+    )
+    return f"{what}{helps}: {shown}"

@@ -1,0 +1,31 @@
+"""The result of `verify` as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckpt_avg.cli.shared_text import names_text
+from ckpt_avg.text import one_line, plural, size
+
+if TYPE_CHECKING:
+    from ckpt_avg.commands.verify import VerifyReport
+
+
+def verify_text(report: VerifyReport) -> str:
+    """Says that the file is as it was written, and of which checkpoints it is the mean."""
+    lines = [
+        f"{one_line(report.path)} is complete and undamaged: {plural(report.tensors, 'tensor')}, {size(report.nbytes)}",
+        f"data digest: {report.data_digest}",
+    ]
+    if report.checkpoints is not None:
+        count = len(report.checkpoints)
+        lines.append(
+            f"it is {'the mean' if count > 1 else 'a copy'} of {plural(count, 'checkpoint')}, bit for bit: "
+            f"{names_text(report.checkpoints)}"
+        )
+    if report.spectral_norms:
+        weights = plural(len(report.spectral_norms), "weight")
+        lines.append(f"spectral norm of {weights}: u and v give the same norm as when computed again, to 1e-6")
+    if report.measured:
+        lines.append(f"not compared: {plural(len(report.measured), 'BatchNorm tensor')} that were refreshed")
+    return "\n".join(lines)

@@ -1,16 +1,17 @@
-"""Progress bars and notices on stderr."""
+"""Progress bars and notices on stderr. Without a terminal there are no bars, and tqdm is not imported."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.progress import Progress
 from ckpt_avg.text import one_line, safe_text
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class _Bars:
@@ -21,11 +22,12 @@ class _Bars:
         self._quiet = quiet
         self._bar: tqdm[Any] | None = None
 
-    def _open(self, **options: Any) -> tqdm[Any]:
+    def _open(self, **options: Any) -> None:
         self.close()
-        # disable=None: on a terminal only
-        self._bar = tqdm(disable=True if self._quiet else None, file=sys.stderr, **options)
-        return self._bar
+        if not self._quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(file=sys.stderr, **options)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -48,12 +50,13 @@ class _Bars:
             self._bar.update(batches - self._bar.n)  # other ranks run batches, too
 
     def evaluating(self, name: str) -> None:
-        self._open(desc=safe_text(one_line(f"evaluating {name}")), bar_format="{desc} … {elapsed}").refresh()
+        self._open(desc=safe_text(one_line(f"evaluating {name}")), bar_format="{desc} … {elapsed}")
 
     def notice(self, text: str) -> None:
+        write = print if self._bar is None else self._bar.write  # above the bar
         if not self._quiet:
             with contextlib.suppress(OSError):  # a broken stderr must not stop the averaging
-                tqdm.write(safe_text(f"Notice: {one_line(text)}"), file=sys.stderr)
+                write(safe_text(f"Notice: {one_line(text)}"), file=sys.stderr)
 
 
 @contextlib.contextmanager

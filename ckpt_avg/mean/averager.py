@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -24,7 +24,7 @@ class Averager:
     Args:
         device: where sums are computed.
         chunk: elements summed at a time.
-        checkpoints: the inputs, to name those with NaN or Inf.
+        checkpoints: from which means are computed, to name those with NaN or Inf.
         allow_nonfinite: accept NaN and Inf in the inputs.
     """
 
@@ -37,12 +37,13 @@ class Averager:
         self._constants = Constants(checkpoints)
         self._buffers: _Buffers | None = None
 
-    def average(self, block: Block, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    def average(self, block: Block, inputs: Mapping[int, torch.Tensor], output: torch.Tensor) -> None:
         """Computes the mean of a block.
 
         Args:
             block: which elements these are.
-            inputs: the values of each checkpoint: flat, in the dtype in which it stores them, on the CPU.
+            inputs: the values of each checkpoint in the mean, by its index and in the order of the sum: flat, in the
+                dtype in which it stores them, on the CPU.
             output: receives the mean: flat, in the output dtype, on the CPU.
 
         Raises:
@@ -62,14 +63,14 @@ class Averager:
             self._chunk = max(LEAST_CHUNK, self._chunk // 8)
             torch.cuda.empty_cache()
 
-    def _average(self, block: Block, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    def _average(self, block: Block, inputs: Mapping[int, torch.Tensor], output: torch.Tensor) -> None:
         if self._buffers is None:
             self._buffers = _Buffers(self._device, self._chunk)
         with self._buffers.staging.context():
             count = torch.tensor(float(len(inputs)), dtype=torch.float64, device=self._device)
             for start in range(0, block.numel, self._chunk):
                 stop = min(block.numel, start + self._chunk)
-                chunks = [values[start:stop] for values in inputs]
+                chunks = {index: values[start:stop] for index, values in inputs.items()}
                 self._average_chunk(self._buffers, block, start, chunks, count, output[start:stop])
 
     def _average_chunk(
@@ -77,16 +78,18 @@ class Averager:
         buffers: _Buffers,
         block: Block,
         start: int,
-        inputs: Sequence[torch.Tensor],
+        inputs: Mapping[int, torch.Tensor],
         count: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        def values(index: int) -> torch.Tensor:
-            return as_real(buffers.staging.copy_in(inputs[index]))
+        chunks = list(inputs.values())
 
-        if any(each.dtype == torch.float64 for each in inputs):
+        def values(position: int) -> torch.Tensor:
+            return as_real(buffers.staging.copy_in(chunks[position]))
+
+        if any(each.dtype == torch.float64 for each in chunks):
             is_narrowed = output.dtype != torch.float64
-            mean = mean_of_float64(lambda index: values(index).to(torch.float64), count, is_narrowed=is_narrowed)
+            mean = mean_of_float64(lambda position: values(position).to(torch.float64), count, is_narrowed=is_narrowed)
         else:
             mean = mean_of_narrower(values, count, len(inputs), buffers.total, buffers.wide, buffers.single)
         # One sum shows any NaN or Inf, at 1/N of the cost of checking every input.
@@ -95,7 +98,7 @@ class Averager:
             for tensor, begin, end in block.parts(start, start + output.numel()):
                 here = mean[begin * width : end * width]
                 if not here.isfinite().all() and (here.isnan().any() or tensor.name not in self._constants):
-                    refuse_nonfinite(self._checkpoints, tensor, _count_nonfinite)
+                    refuse_nonfinite([self._checkpoints[index] for index in inputs], tensor, _count_nonfinite)
         rounded = round_to(mean, as_real(output).dtype, (buffers.wide, buffers.single))
         if block.dtype is not block.source_dtype and not self._allow_nonfinite:
             overflowed = rounded.isfinite().logical_not_().logical_and_(mean.isfinite())

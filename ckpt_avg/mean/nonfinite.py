@@ -31,7 +31,7 @@ def refuse_nonfinite(
     """Raises NonFiniteError with the checkpoints that have NaN or Inf in a tensor, how many and where.
 
     Args:
-        checkpoints: the inputs.
+        checkpoints: those in the mean.
         tensor: the tensor.
         count: returns how many elements of a checkpoint's tensor are NaN or Inf, and the index of the first.
     """

@@ -41,7 +41,7 @@ class TorchEngine:
 
     def average(self, block: Block, indices: Sequence[int], output: memoryview) -> None:
         """Computes the mean of a block that `read` was called with last, as `Averager.average` does."""
-        chosen = [self._values[index] for index in indices]
+        chosen = {index: self._values[index] for index in indices}
         self._averager.average(block, chosen, torch.frombuffer(output, dtype=torch_dtype(block.dtype)))
 
     def _read(self, block: Block, checkpoint: Checkpoint) -> torch.Tensor:

@@ -78,7 +78,7 @@ def average_on_cpu(inputs: list[torch.Tensor], chunk: int, times: int = 1) -> No
     one = Averager(torch.device("cpu"), chunk, (), allow_nonfinite=False)
     for _ in range(times):
         output = torch.empty(numel)
-        one.average(block, inputs, output)
+        one.average(block, dict(enumerate(inputs)), output)
         assert torch.equal(output, (sum(each.double() for each in inputs) / len(inputs)).float())
 
 

@@ -21,7 +21,14 @@ from mean.inputs import save
 from mean.plans import plan_of
 from safetensors.torch import load_file
 
-from ckpt_avg import ChangedWhileReadingError, CheckpointFormatError, ResourceError, UsageError, average
+from ckpt_avg import (
+    ChangedWhileReadingError,
+    CheckpointFormatError,
+    NonFiniteError,
+    ResourceError,
+    UsageError,
+    average,
+)
 from ckpt_avg.engine import engine_for
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.mean import native, stream
@@ -179,6 +186,22 @@ def test_a_mean_of_several_is_the_one_of_its_own_checkpoints(
         average([paths[index] for index in window], tmp_path / "one.safetensors", dtype="float64", overwrite=True)
         expected = load_file(tmp_path / "one.safetensors")
         assert all(values.equal(expected[name]) for name, values in output.tensors().items()), window
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_nan_outside_a_mean_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """Whoever excludes the checkpoints that are named gets a mean."""
+    monkeypatch.setenv("CKPT_AVG_ENGINE", engine)
+    states = [{"w": torch.ones(3000)} for _ in range(4)]
+    states[1]["w"][7] = states[3]["w"][8] = torch.nan
+    with ExitStack() as stack:
+        checkpoints = [stack.enter_context(open_checkpoint(path)) for path in save(tmp_path, states)]
+        plan = make_plan([checkpoint.spec for checkpoint in checkpoints])
+        means = [Mean([2, 1, 0], MemoryOutput(plan).write)]
+        with pytest.raises(NonFiniteError) as error:
+            write_means(checkpoints, plan, means, device="cpu", threads=1, memory=2**24)
+    assert "1.safetensors: 1 of 3,000 elements, the first at index 7" in str(error.value)
+    assert "3.safetensors" not in str(error.value)
 
 
 def random_finite(seed: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from types import FrameType
 import click
 
 from ckpt_avg.distributed.launch import launched_rank
-from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UserCodeError, is_out_of_memory
+from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UsageError, UserCodeError, is_out_of_memory
 from ckpt_avg.text import one_line, safe_text, suggestion
 
 # A signal may come between publishing and the last line of output.
@@ -119,6 +119,9 @@ def _failed(error: Exception, as_json: bool) -> int:
         if isinstance(error, UserCodeError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         return _fail(type(error).__name__, str(error), error.exit_code, as_json, error.document)
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        text = "torch is not installed, and is needed here. Install it: pip install torch."
+        return _fail("UsageError", text, UsageError.exit_code, as_json)
     if not isinstance(error, (MemoryError, OSError, RuntimeError, ImportError)) or not is_out_of_memory(error):
         raise error
     reason = (str(error).splitlines() or ["the system has no more"])[0]

@@ -360,7 +360,17 @@ def test_out_of_memory_has_its_code(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Traceback" not in message
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), RuntimeError("ours")])
+def test_without_torch_it_says_what_to_install(tmp_path: Path, run_folder: Path) -> None:
+    """As after pip install --no-deps, and only where torch is needed."""
+    code = "import sys; sys.modules['torch'] = None; from ckpt_avg.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "average", str(run_folder), "--bn", "keep", "-o", "out.safetensors"]
+    environment = os.environ | {"CKPT_AVG_ENGINE": "torch"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "Error: torch is not installed, and is needed here. Install it: pip install torch.\n"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), ModuleNotFoundError("ours"), RuntimeError("ours")])
 def test_a_bug_of_ours_keeps_its_traceback(error: Exception) -> None:
     @click.command()
     def broken() -> None:

@@ -25,6 +25,15 @@ def build(folder: Path, **environment: str | None) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=ROOT, env=merged, capture_output=True, text=True, timeout=120, check=False)
 
 
+def version_of(wheel: Path) -> str:
+    """Returns what the command of a wheel says of its version and engine."""
+    installed = wheel.parent / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    command = [sys.executable, "-m", "ckpt_avg", "--version"]
+    environment = os.environ | {"PYTHONPATH": str(installed), "CKPT_AVG_ENGINE": ""}
+    return subprocess.run(command, cwd=wheel.parent, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 def test_a_wheel_has_the_kernel_and_the_tags_of_its_system(tmp_path: Path) -> None:
     done = build(tmp_path, CKPT_AVG_ENGINE="native")
     assert done.returncode == 0, done.stderr
@@ -33,6 +42,7 @@ def test_a_wheel_has_the_kernel_and_the_tags_of_its_system(tmp_path: Path) -> No
     assert re.search(rf"-{python}-(?!any)\w+\.whl$", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if re.fullmatch(r"ckpt_avg/_kernel\.\S+\.so", name)]
+    assert version_of(wheel).endswith("native engine\n")
 
 
 def test_without_a_compiler_the_wheel_is_a_plain_one(tmp_path: Path) -> None:
@@ -43,6 +53,7 @@ def test_without_a_compiler_the_wheel_is_a_plain_one(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert version_of(wheel).endswith("torch engine\n")
     done = build(tmp_path, PATH=str(tmp_path), CC=None, CKPT_AVG_ENGINE="native")
     assert done.returncode != 0
     assert "mean/kernel.c: not compiled: there is no C compiler" in done.stderr

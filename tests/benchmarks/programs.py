@@ -8,7 +8,10 @@ _READ, _WRITE = 1024 * 1024, 256 * 1024  # bytes at a time, about as fast as any
 
 
 def floor(output: str, inputs: list[str], threads: int) -> None:
-    """The least that averaging costs: read every input byte with some threads, write and fsync as many as one has."""
+    """The least that averaging costs: threads read every input byte, and one writes and fsyncs as many as a checkpoint.
+
+    Writing waits for no reading, as if the mean were known.
+    """
     files = [os.open(path, os.O_RDONLY) for path in inputs]
     pieces = iter([(file, start) for file in files for start in range(0, os.fstat(file).st_size, _READ)])
 
@@ -17,17 +20,19 @@ def floor(output: str, inputs: list[str], threads: int) -> None:
         for file, start in pieces:
             os.preadv(file, [memory], start)
 
-    readers = [Thread(target=read) for _ in range(threads)]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
-    size = sum(os.fstat(file).st_size for file in files) // len(files)
-    block = memoryview(bytes(_WRITE))
-    written = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_EXCL)
-    for start in range(0, size, _WRITE):
-        os.write(written, block[: size - start])
-    os.fsync(written)
+    def write() -> None:
+        size = sum(os.fstat(file).st_size for file in files) // len(files)
+        block = memoryview(bytes(_WRITE))
+        written = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_EXCL)
+        for start in range(0, size, _WRITE):
+            os.write(written, block[: size - start])
+        os.fsync(written)
+
+    workers = [Thread(target=write), *(Thread(target=read) for _ in range(threads))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
 
 
 def by_hand(output: str, inputs: list[str], threads: int) -> None:

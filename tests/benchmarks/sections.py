@@ -76,7 +76,7 @@ def measure_profile(setup: Setup) -> None:
 
 def measure_cold(setup: Setup) -> None:
     """The inputs dropped from the page cache before each run, next to the best of several floors."""
-    floors = {f"floor, {count} readers": script("floor", setup.plain, count) for count in (1, *_READERS[1:])}
+    floors = {f"floor, {count} at a time": script("floor", setup.plain, count) for count in (1, *_READERS[1:])}
     done = in_turn(setup, {**floors, OURS: ours(setup.plain)}, cold=True)
     done.show(min(floors, key=lambda name: done[name].wall))
 

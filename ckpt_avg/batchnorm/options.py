@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ckpt_avg.user_code.model import Batches, Model
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RefreshOptions(OptionGroup):
     """Whether and how BatchNorm statistics are recomputed."""
 

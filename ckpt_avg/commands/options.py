@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ckpt_avg.user_code.gate import Requirement
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ResourceOptions(OptionGroup):
     """What a command may use. No byte of the output depends on it."""
 
@@ -70,7 +70,7 @@ class ResourceOptions(OptionGroup):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MeanOptions(ResourceOptions):
     """How the mean is computed."""
 
@@ -102,7 +102,7 @@ class MeanOptions(ResourceOptions):
             raise UsageError(f"--device: {str(self.device)!r} cannot be used. Use auto, cpu, cuda or cuda:N.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class EvalOptions(OptionGroup):
     """What is measured, and what the average must reach."""
 
@@ -166,7 +166,7 @@ class EvalOptions(OptionGroup):
         return tuple(map(parse_requirement, self.require))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class OutputOptions(OptionGroup):
     """What is written."""
 
@@ -185,7 +185,7 @@ class OutputOptions(OptionGroup):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SweepOptions(OptionGroup):
     """Which windows are compared, and by what."""
 
@@ -215,7 +215,7 @@ class SweepOptions(OptionGroup):
         return ("--minimize", self.minimize or "") if self.maximize is None else ("--maximize", self.maximize)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ProgressOptions(OptionGroup):
     """Callbacks for Python callers."""
 
@@ -223,7 +223,7 @@ class ProgressOptions(OptionGroup):
     progress: Progress | None = option(None, doc="Callbacks.", per_rank=True)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RankOptions(OptionGroup):
     """The ranks that share the work. An option that is not allowed is an error on all of them."""
 

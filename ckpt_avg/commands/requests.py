@@ -1,6 +1,7 @@
 """What each command takes: groups of options and arguments of its own. These are the signatures of the public API.
 
-The requests have no ``__eq__`` and ``__repr__``, which nobody uses: to make them for so many fields delays ``--help``.
+Requests and groups of options have no ``__eq__`` and ``__repr__``, which nobody uses: to make them for so many fields
+delays ``--help``.
 """
 
 from __future__ import annotations

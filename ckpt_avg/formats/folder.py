@@ -19,8 +19,6 @@ from pathlib import Path
 from ckpt_avg.checkpoint.spec import Checkpoint, name_of
 from ckpt_avg.errors import CheckpointFormatError, NoWeightsError, PartError
 from ckpt_avg.files.status import input_status
-from ckpt_avg.formats.dcp import open_dcp
-from ckpt_avg.formats.dcp_safetensors import open_dcp_safetensors
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import SUFFIX, open_sharded, shards_of
 from ckpt_avg.formats.single_file import open_file, starts_as_checkpoint, starts_as_text
@@ -261,8 +259,12 @@ def _open(weights: WeightFiles, folder: Path, reading: Reading) -> Checkpoint:
     if weights.stored is Stored.INDEX:
         return open_sharded(weights.path, folder, reading)
     if weights.stored is Stored.DCP:
+        from ckpt_avg.formats.dcp import open_dcp
+
         return open_dcp(weights.path, folder, reading)
     if weights.stored is Stored.DCP_SAFETENSORS:
+        from ckpt_avg.formats.dcp_safetensors import open_dcp_safetensors
+
         shards = Folder.of(weights.path).matching(torch_dcp.SHARD)
         return open_dcp_safetensors([weights.path / name for name in shards], folder, reading)
     return open_file(weights.path, reading)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ckpt_avg.errors import OptionGroup, UsageError, option
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Reading(OptionGroup):
     """Which tensors of a checkpoint are its weights, and their names."""
 

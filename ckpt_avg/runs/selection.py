@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from ckpt_avg.errors import OptionGroup, UsageError, option
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Selection(OptionGroup):
     """Which checkpoints are used.
 

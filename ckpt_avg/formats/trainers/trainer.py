@@ -138,7 +138,7 @@ class Folder:
         return [name for name in self.matching(pattern) if (self.path / name).is_dir()]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Trainer:
     """What one trainer writes, and what users should know of it."""
 

@@ -54,13 +54,9 @@ def parse_header(file: Readable, header: bytes) -> tuple[dict[str, TensorSpec], 
     """
     metadata, entries = _parse(file, header)
     data_start = 8 + len(header)
-    ordered = sorted(
-        (_tensor(file, name, entry, data_start) for name, entry in entries.items()),
-        key=lambda tensor: (tensor.offset, tensor.nbytes),
-    )
-    _check_no_gaps(file, ordered, data_start)
-    by_name = {tensor.name: tensor for tensor in ordered}
-    return {name: by_name[name] for name in entries}, metadata
+    tensors = {name: _tensor(file, name, entry, data_start) for name, entry in entries.items()}
+    _check_no_gaps(file, sorted(tensors.values(), key=lambda tensor: tensor.storage), data_start)
+    return tensors, metadata
 
 
 def _parse(file: Readable, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
@@ -170,7 +166,7 @@ def _check_no_gaps(file: Readable, ordered: Iterable[TensorSpec], data_start: in
             previous = "the header" if before is None else f"tensor {quote(before.name)}"
             bounds = f"it to begin at byte {position - data_start:,} of the data, got {tensor.offset - data_start:,}"
             fail(file.path, f"tensor {quote(tensor.name)} {problem} {previous}: expected {bounds}")
-        position, before = tensor.offset + tensor.nbytes, tensor
+        position, before = sum(tensor.storage), tensor
     sizes = f"expected {position:,} bytes, got {file.size:,}"
     if position > file.size:
         missing = plural(position - file.size, "byte")

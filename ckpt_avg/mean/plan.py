@@ -158,7 +158,8 @@ def make_plan(
     described = {name: describe(name) for name in tensors}
     placed: list[OutputTensor] = []
     offset = 0
-    for name in sorted(tensors, key=lambda name: (_DTYPE_ORDER[described[name][2]], name.encode())):
+    # Python orders text by code points, which is also the order of its bytes in UTF-8.
+    for name in sorted(sorted(tensors), key=lambda name: _DTYPE_ORDER[described[name][2]]):
         shape, source, target, rule = described[name]
         placed.append(OutputTensor(name, shape, source, target, rule, offset, prod(shape)))
         offset += placed[-1].nbytes

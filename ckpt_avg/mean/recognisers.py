@@ -87,7 +87,7 @@ _ORIGINALS = ("_orig", "_bar", "_unspec")  # suffixes that implementations give 
 
 def spectral_norms(tensors: Tensors) -> Iterator[SpectralNorm]:
     """Yields the weights with spectral norm whose vectors can be computed from the weight alone."""
-    for u in tensors:
+    for u in (name for name in tensors if name.endswith(("_u", "u0"))):
         v = f"{u[:-1]}v" if f"{u[:-1]}v" in tensors else ""
         if u.endswith(".0._u"):  # a parametrization; a later one gets what the one before returns, not the weight
             weights = [u.removesuffix("0._u") + "original"]

@@ -5,7 +5,6 @@ The programs of a table run in turn, round after round, so that all of them meet
 
 from __future__ import annotations
 
-import argparse
 import filecmp
 import json
 import os
@@ -13,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,19 +128,6 @@ def cool(paths: Sequence[Path]) -> None:
 
 
 # -- What was asked for, and where files are -------------------------------------------------------------------------
-
-
-def arguments_of(description: str | None, sections: Collection[str], **options: float | str) -> argparse.Namespace:
-    """Parses the command line: ``--only`` some of the sections, ``--folder``, and options with their defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME[,NAME]", type=lambda text: text.split(","), default=list(sections))
-    parser.add_argument("--folder", help="where inputs and outputs are written, on a disk")
-    for name, default in options.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    arguments = parser.parse_args()
-    if unknown := [name for name in arguments.only if name not in sections]:
-        parser.error(f"--only: expected some of {', '.join(sections)}, got {', '.join(unknown)}")
-    return arguments
 
 
 @dataclass

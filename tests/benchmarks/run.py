@@ -16,6 +16,8 @@
     fixture   the fixture run, next to the start of Python and of torch
     memory    peak resident sets by size, checkpoints and threads, over sparse files
     peers     mergekit and sd-mecha where PYTHON has them, and what people write by hand
+    files     `check` and a dry run of up to 100,000 files
+    llama     `check` and `inspect` of 100 checkpoints of a Llama 2 7B
 
 In each round the programs run in turn. Times are medians of whole processes, ratios are medians of the rounds' ratios,
 memory is the largest. `ckpt-avg` runs with two threads unless the table says otherwise. Outputs are compared with the
@@ -25,8 +27,10 @@ exact mean or with each other. --gigabytes is the size of a checkpoint and scale
 
 from __future__ import annotations
 
+import argparse
 import compileall
 import importlib.metadata
+import inspect
 import os
 import platform
 import shutil
@@ -36,29 +40,43 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import sections
-from benchmarks.harness import Setup, arguments_of
+from benchmarks import headers, sections
+from benchmarks.harness import Setup
 
 import ckpt_avg
 
-SECTIONS = {name[8:]: measure for name, measure in vars(sections).items() if name.startswith("measure_")}
+SECTIONS = {
+    name[8:]: measure
+    for module in (sections, headers)
+    for name, measure in vars(module).items()
+    if name.startswith("measure_")
+}
 _ROOM = 2.5  # inputs of two kinds, and outputs
 
 
 def main() -> None:
     """Prints the tables of the chosen sections."""
-    arguments = arguments_of(__doc__, SECTIONS, gigabytes=1.0, checkpoints=8, rounds=3, peers=sys.executable)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME[,NAME]", type=lambda text: text.split(","), default=list(SECTIONS))
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--checkpoints", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="where inputs and outputs are written, on a disk")
+    parser.add_argument("--peers", metavar="PYTHON", default=sys.executable)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only) - set(SECTIONS):
+        parser.error(f"--only: expected some of {', '.join(SECTIONS)}, got {', '.join(unknown)}")
     nbytes = int(arguments.gigabytes * 1e9)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         if (needed := _ROOM * arguments.checkpoints * nbytes) > (free := shutil.disk_usage(folder).free):
-            sys.exit(f"{folder}: {needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} are free.")
+            parser.error(f"{folder}: {needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} are free")
         _print_machine()
+        print(f"{arguments.checkpoints} checkpoints of {arguments.gigabytes:g} GB, {arguments.rounds} rounds")
         compileall.compile_dir(next(iter(ckpt_avg.__path__)), quiet=1)  # as an installer does
         setup = Setup(nbytes, arguments.checkpoints, arguments.rounds, Path(folder), arguments.peers)
-        print(f"{setup.checkpoints} checkpoints of {nbytes / 1e9:g} GB, {setup.rounds} rounds")
         for name, measure in SECTIONS.items():
             if name in arguments.only:
-                print(f"\n## {name}\n\n{measure.__doc__}\n", flush=True)
+                print(f"\n## {name}\n\n{inspect.getdoc(measure)}\n", flush=True)
                 measure(setup)
 
 

@@ -1,4 +1,4 @@
-"""The sections of `run`: what is measured, and the table of each."""
+"""The sections of `run` that average."""
 
 from __future__ import annotations
 

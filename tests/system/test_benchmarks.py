@@ -18,17 +18,14 @@ def printed(*command: object) -> str:
 
 def test_sections_run(tmp_path: Path) -> None:
     """All but those that only repeat others with more processes."""
-    names = ("warm", "profile", "cold", "engines", "formats", "tensors", "memory", "peers")
+    names = ("warm", "profile", "cold", "engines", "formats", "tensors", "memory", "peers", "llama")
     tiny = ("--gigabytes", 0.002, "--checkpoints", 2, "--rounds", 1, "--folder", tmp_path)
     out = printed(BENCHMARKS / "run.py", "--only", ",".join(names), *tiny)
     assert out.count("\n## ") == len(names)
-    assert "| like timm" in out  # of the last section
+    assert "| like timm" in out
+    assert "| `inspect`" in out
 
 
 def test_the_refresh_runs() -> None:
     out = printed(BENCHMARKS / "refresh.py", "--only", "accuracy", "--batches", 2, "--samples", 2, "--size", 32)
     assert "| ckpt_avg, pooled |" in out
-
-
-def test_scale_runs(tmp_path: Path) -> None:
-    assert "inspect, one file each" in printed(BENCHMARKS / "scale.py", "--only", "llama", "--folder", tmp_path)

@@ -31,8 +31,11 @@ process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 anonymous, ended = [0], threading.Event()
 def watch():
     while not ended.wait(0.02):
-        with open(f"/proc/{process.pid}/status") as file:
-            anonymous.extend(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+        try:
+            with open(f"/proc/{process.pid}/status") as file:
+                anonymous.extend(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+        except OSError:
+            return
 threading.Thread(target=watch, daemon=True).start()
 _, status, used = os.wait4(process.pid, 0)
 wall = time.monotonic() - start

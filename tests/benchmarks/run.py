@@ -16,7 +16,7 @@
     fixture   the fixture run, next to the start of Python and of torch
     memory    peak resident sets by size, checkpoints and threads, over sparse files
     peers     mergekit and sd-mecha where PYTHON has them, and what people write by hand
-    files     `check` and a dry run of up to 100,000 files
+    files     `check` and a dry run of up to 10,000 files
     llama     `check` and `inspect` of 100 checkpoints of a Llama 2 7B
 
 In each round the programs run in turn. Times are medians of whole processes, ratios are medians of the rounds' ratios,

@@ -101,14 +101,15 @@ def fvcore_precise_bn(model: nn.Module, batches: Batches) -> None:
     update_bn_stats(model, batches, len(batches))
 
 
+FORWARD = "plain forward pass"
 PROGRAMS: dict[str, Program] = {
-    "plain forward, evaluation mode": plain_forward,
-    "ckpt_avg, pooled": refresh_batch_norm,
-    "ckpt_avg, batch-mean": lambda model, batches: refresh_batch_norm(model, batches, estimator="batch-mean"),
-    "torch update_bn": lambda model, batches: torch.optim.swa_utils.update_bn(batches, model),
+    FORWARD: plain_forward,
+    "ckpt-avg, pooled": refresh_batch_norm,
+    "ckpt-avg, batch-mean": lambda model, batches: refresh_batch_norm(model, batches, estimator="batch-mean"),
+    "torch `update_bn`": lambda model, batches: torch.optim.swa_utils.update_bn(batches, model),
 }
 if update_bn_stats is not None:
-    PROGRAMS["fvcore update_bn_stats"] = fvcore_precise_bn
+    PROGRAMS["fvcore `update_bn_stats`"] = fvcore_precise_bn
 
 
 class Peak:
@@ -128,8 +129,8 @@ class Peak:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024e-6
 
 
-def speed(title: str, model: nn.Module, batches: Batches, device: torch.device, rounds: int) -> None:
-    """Prints a table of the medians of interleaved rounds."""
+def speed(model: nn.Module, batches: Batches, device: torch.device, rounds: int) -> dict[str, str]:
+    """Returns the time of each program as a ratio to the forward pass, and the memory that it takes beyond it."""
     seconds: dict[str, list[float]] = {name: [] for name in PROGRAMS}
     peaks: dict[str, float] = dict.fromkeys(PROGRAMS, 0.0)
     for number in range(rounds + 1):
@@ -142,15 +143,13 @@ def speed(title: str, model: nn.Module, batches: Batches, device: torch.device, 
             if number:
                 seconds[name].append(time.perf_counter() - start)
                 peaks[name] = max(peaks[name], peak.read())
-    floor = seconds["plain forward, evaluation mode"]
-    floor_peak = peaks["plain forward, evaluation mode"]
-    print(f"\n{title}, {len(batches)} batches, medians of {rounds} rounds\n")
-    table("", "s", "ratio to the forward pass", "ratio of the fastest rounds", "more memory at peak, MB")
-    for name, of_program in seconds.items():
-        median = statistics.median(of_program)
-        ratio = statistics.median(mine / plain for mine, plain in zip(of_program, floor, strict=True))
-        least = min(of_program) / min(floor)
-        row(name, f"{median:.3f}", ratio, least, f"{peaks[name] - floor_peak:+.0f}")
+    least = seconds[FORWARD]
+    found = {FORWARD: f"{statistics.median(least) / len(batches) * 1000:.3g} ms a batch"}
+    for name in list(PROGRAMS)[1:]:
+        ratio = statistics.median(mine / plain for mine, plain in zip(seconds[name], least, strict=True))
+        fastest = min(seconds[name]) / min(least)
+        found[name] = f"{ratio:.2f} ({fastest:.2f}), {peaks[name] - peaks[FORWARD]:+.0f} MB"
+    return found
 
 
 def synchronize(device: torch.device) -> None:
@@ -202,19 +201,15 @@ def error(model: nn.Module, expected: Truth, names: Iterable[str]) -> tuple[floa
     return worst_mean, worst_variance
 
 
-def accuracy(title: str, model: nn.Module, batches: Batches) -> None:
-    """Prints a table of the worst errors."""
+def accuracy(model: nn.Module, batches: Batches) -> dict[str, list[float]]:
+    """Returns the worst errors of mean and variance, of the first layer and of all."""
     expected = truth(model, batches)
-    print(f"\n{title}: batches of {', '.join(str(len(batch)) for batch in batches)}\n")
-    table("", "first layer, mean", "first layer, variance", "all layers, mean", "all layers, variance")
-    for name, program in PROGRAMS.items():
-        if program is plain_forward:
-            continue
+    found = {}
+    for name in list(PROGRAMS)[1:]:
         refreshed = copy.deepcopy(model)
-        program(refreshed, batches)
-        first = error(refreshed, expected, list(expected)[:1])
-        every = error(refreshed, expected, expected)
-        row(name, *(f"{value:.1e}" for value in (*first, *every)))
+        PROGRAMS[name](refreshed, batches)
+        found[name] = [*error(refreshed, expected, list(expected)[:1]), *error(refreshed, expected, expected)]
+    return found
 
 
 def main() -> None:
@@ -250,15 +245,24 @@ def main() -> None:
         ]
 
     if arguments.only != "accuracy":
-        title = f"ResNet-50, images of {size}×{size}"
-        speed(f"{title}, {samples} per batch", network, images(*[samples] * count), device, arguments.rounds)
-        speed(f"{title}, 2 per batch", network, images(*[2] * 2 * count), device, arguments.rounds)
-        rows = [torch.randn(64, 512, device=device) for _ in range(50 * count)]
-        speed("Perceptron, 8 layers of 512, 64 per batch", wide, rows, device, arguments.rounds)
+        cases = {
+            f"ResNet-50, {samples} per batch": (network, images(*[samples] * count)),
+            "ResNet-50, 2 per batch": (network, images(*[2] * 2 * count)),
+            "perceptron, 64 per batch": (wide, [torch.randn(64, 512, device=device) for _ in range(50 * count)]),
+        }
+        columns = {title: speed(*case, device, arguments.rounds) for title, case in cases.items()}
+        print(f"\n## speed\n\nImages of {size}×{size}, medians of {arguments.rounds} rounds\n")
+        table("time to the forward pass (of the fastest rounds), memory beyond it", *columns)
+        for name in PROGRAMS:
+            row(name, *(column[name] for column in columns.values()))
     if arguments.only != "speed":
         network = network.to(memory_format=torch.contiguous_format)
-        accuracy("Error with equal batches", network, images(*[samples] * count))
-        accuracy("Error with a small last batch", network, images(*[samples] * (count - 1), 2))
+        equal = accuracy(network, images(*[samples] * count))
+        unequal = accuracy(network, images(*[samples] * (count - 1), 2))
+        print(f"\n## accuracy\n\n{count} batches of {samples} / the last one of 2\n")
+        table("", "first layer, mean", "first layer, variance", "all layers, mean", "all layers, variance")
+        for name in equal:
+            row(name, *(f"{one:.1e} / {other:.1e}" for one, other in zip(equal[name], unequal[name], strict=True)))
 
 
 if __name__ == "__main__":

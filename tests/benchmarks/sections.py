@@ -82,7 +82,7 @@ def measure_cold(setup: Setup) -> None:
 
 
 def measure_readers(setup: Setup) -> None:
-    """The same, by the number of threads that read ahead."""
+    """The inputs dropped from the page cache before each run, by the number of threads that read ahead."""
     programs = {f"`--readers {count}`": ours(setup.plain, "--readers", count) for count in _READERS}
     done = in_turn(setup, programs, cold=True)
     done.show("`--readers 16`")

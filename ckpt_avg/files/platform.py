@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -94,6 +93,8 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
 def free_space(folder: Path) -> int:
     """Returns the bytes that this process could write to a folder's file system; a large number if it cannot tell."""
     if not hasattr(os, "statvfs"):
+        import shutil
+
         return shutil.disk_usage(folder).free
     try:
         status = os.statvfs(folder)

@@ -17,7 +17,6 @@ import errno
 import hashlib
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,7 +270,7 @@ def unpublished_file(target: Path, size: int, ranks: Ranks | None = None) -> Ite
 
 def _open_shared(file: UnpublishedFile, size: int, ranks: Ranks) -> None:
     # Every rank knows the name before the file exists, so that any rank can remove it.
-    name, mark = ranks.exchange("output", None, lambda _: [_temporary_name(file.target), secrets.token_hex(_MARK)])
+    name, mark = ranks.exchange("output", None, lambda _: [_temporary_name(file.target), os.urandom(_MARK).hex()])
     file.set_temporary_name(name)
     if ranks.is_first:
         file.open(size)
@@ -296,7 +295,7 @@ def publish_bytes(target: Path, contents: bytes, *, overwrite: bool) -> None:
 
 
 def _temporary_name(target: Path) -> str:
-    return f"{_temporary_prefix(target)}{secrets.token_hex(6)}.tmp"
+    return f"{_temporary_prefix(target)}{os.urandom(6).hex()}.tmp"
 
 
 def _temporary_prefix(target: Path) -> str:

@@ -15,7 +15,7 @@ from fractions import Fraction
 
 import torch
 
-# Returns the values of one input, flat and real, on the device. Valid until the next call.
+# Returns the values of one input, flat and real, on the device.
 Values = Callable[[int], torch.Tensor]
 
 # The NaN that is written, since which one an addition of two NaNs returns depends on the processor.
@@ -60,7 +60,7 @@ def mean_of_narrower(
     return total.div_(count)
 
 
-def mean_of_float64(values: Values, count: torch.Tensor, *, is_narrowed: bool = False) -> torch.Tensor:
+def mean_of_float64(values: Values, count: torch.Tensor, number: int, *, is_narrowed: bool = False) -> torch.Tensor:
     """Returns the exact means of float64 inputs, rounded once. Elements that are equal in all inputs are copied.
 
     The sum is kept in two numbers, and so is the quotient. What these lose is bounded, and where the bound leaves two
@@ -70,11 +70,11 @@ def mean_of_float64(values: Values, count: torch.Tensor, *, is_narrowed: bool = 
     Args:
         values: returns an input.
         count: the number of inputs, as a float64 tensor on the device.
+        number: the same as an int.
         is_narrowed: round to odd, for a caller who rounds the means again, to a narrower dtype.
     """
-    first = values(0).clone()
-    number = int(count.item())
-    high, low, lost = first.clone(), torch.zeros_like(first), torch.zeros_like(first)
+    first = values(0)
+    high, low, lost = first, torch.zeros_like(first), torch.zeros_like(first)
     equal = torch.ones_like(first, dtype=torch.bool)
     for index in range(1, number):
         other = values(index)
@@ -161,8 +161,9 @@ def round_to(
     if scratch is None:
         scratch = torch.empty_like(values), torch.empty_like(values, dtype=torch.float32)
     odd = _round_to_odd_float32(values, *(buffer[: values.numel()] for buffer in scratch))
-    # Subnormal float32 numbers have fewer bits. Of the narrower dtypes only bfloat16 has values there.
-    if dtype == torch.bfloat16 and _has_subnormal(odd):
+    # Subnormal float32 numbers have fewer bits. Of the narrower dtypes only bfloat16 has values there. On CUDA, looking
+    # for them would wait for the device.
+    if dtype == torch.bfloat16 and (values.is_cuda or _has_subnormal(odd)):
         odd = _round_to_odd_subnormal_float32(values)
     return odd.to(dtype)
 

@@ -12,7 +12,6 @@ from ckpt_avg.checkpoint.tensor_reads import stream
 from ckpt_avg.mean.arithmetic import as_real, mean_of_float64, mean_of_narrower, round_to, write_nans
 from ckpt_avg.mean.blocks import Block
 from ckpt_avg.mean.nonfinite import Constants, out_of_range, refuse_nonfinite
-from ckpt_avg.mean.staging import Staging
 from ckpt_avg.mean.stream import LEAST_CHUNK
 
 
@@ -40,25 +39,28 @@ class Averager:
     def average(self, block: Block, inputs: Mapping[int, torch.Tensor], output: torch.Tensor) -> None:
         """Computes the mean of a block.
 
+        On CUDA it is queued on the current stream, and looked at once, after all of it. (Sums of float64 are looked at
+        in each chunk.)
+
         Args:
             block: which elements these are.
             inputs: the values of each checkpoint in the mean, by its index and in the order of the sum: flat, in the
-                dtype in which it stores them, on the CPU.
-            output: receives the mean: flat, in the output dtype, on the CPU.
+                dtype in which it stores them, on the CPU or all of them on the device.
+            output: receives the mean: flat, in the output dtype, on the CPU. If it is page-locked, wait for the stream
+                before you use it.
 
         Raises:
             NonFiniteError: an input contains NaN or Inf, or the mean overflows the output dtype.
-            torch.OutOfMemoryError: the device has no memory even for the smallest chunk.
+            torch.OutOfMemoryError: the device has no memory even for the smallest chunk; or it has none, and the inputs
+                are on it.
         """
         while True:
             try:
                 self._average(block, inputs, output)
                 return
             except torch.OutOfMemoryError:
-                if self._chunk <= LEAST_CHUNK:
+                if self._chunk <= LEAST_CHUNK or any(values.is_cuda for values in inputs.values()):
                     raise
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # a copy into the buffers may not be finished
             self._buffers = None
             self._chunk = max(LEAST_CHUNK, self._chunk // 8)
             torch.cuda.empty_cache()
@@ -66,60 +68,81 @@ class Averager:
     def _average(self, block: Block, inputs: Mapping[int, torch.Tensor], output: torch.Tensor) -> None:
         if self._buffers is None:
             self._buffers = _Buffers(self._device, self._chunk)
-        with self._buffers.staging.context():
-            count = torch.tensor(float(len(inputs)), dtype=torch.float64, device=self._device)
-            for start in range(0, block.numel, self._chunk):
-                stop = min(block.numel, start + self._chunk)
-                chunks = {index: values[start:stop] for index, values in inputs.items()}
-                self._average_chunk(self._buffers, block, start, chunks, count, output[start:stop])
+        is_cast = block.dtype is not block.source_dtype
+        values = list(inputs.values())
+        starts = range(0, block.numel, self._chunk)
+        sums: list[torch.Tensor] = []
+        for start in starts:
+            part = output[start : start + self._chunk]
+            mean, rounded = self._mean(self._buffers, values, start, part)
+            if self._allow_nonfinite:
+                write_nans(mean, rounded)
+            else:
+                # One sum shows any NaN or Inf, at 1/N of the cost of checking every input.
+                sums.append(mean.sum())
+                if is_cast:
+                    sums[-1].masked_fill_(_overflowed(mean, rounded).any(), math.nan)
+            as_real(part).copy_(rounded, non_blocking=True)
+        found = torch.stack(sums).tolist() if sums else []
+        for start in (start for start, total in zip(starts, found, strict=False) if not math.isfinite(total)):
+            part = output[start : start + self._chunk]
+            mean, rounded = self._mean(self._buffers, values, start, part)
+            checkpoints = [self._checkpoints[index] for index in inputs]
+            self._refuse(checkpoints, block, range(start, start + part.numel()), mean, rounded if is_cast else None)
 
-    def _average_chunk(
-        self,
-        buffers: _Buffers,
-        block: Block,
-        start: int,
-        inputs: Mapping[int, torch.Tensor],
-        count: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        chunks = list(inputs.values())
+    def _mean(
+        self, buffers: _Buffers, inputs: Sequence[torch.Tensor], start: int, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the means of a chunk in float64, and rounded to the dtype of the output."""
 
-        def values(position: int) -> torch.Tensor:
-            return as_real(buffers.staging.copy_in(chunks[position]))
+        def values(index: int) -> torch.Tensor:
+            chunk = inputs[index][start : start + output.numel()]
+            return as_real(chunk.to(self._device, non_blocking=True))
 
-        if any(each.dtype == torch.float64 for each in chunks):
+        number = len(inputs)
+        # A fill, since a copy to the device would wait for it.
+        count = torch.full((), number, dtype=torch.float64, device=self._device)
+        if any(each.dtype == torch.float64 for each in inputs):
             is_narrowed = output.dtype != torch.float64
-            mean = mean_of_float64(lambda position: values(position).to(torch.float64), count, is_narrowed=is_narrowed)
+            mean = mean_of_float64(
+                lambda index: values(index).to(torch.float64), count, number, is_narrowed=is_narrowed
+            )
         else:
-            mean = mean_of_narrower(values, count, len(inputs), buffers.total, buffers.wide, buffers.single)
-        # One sum shows any NaN or Inf, at 1/N of the cost of checking every input.
-        if not self._allow_nonfinite and not math.isfinite(mean.sum().item()):
-            width = mean.numel() // output.numel()  # a complex element is two real ones
-            for tensor, begin, end in block.parts(start, start + output.numel()):
-                here = mean[begin * width : end * width]
-                if not here.isfinite().all() and (here.isnan().any() or tensor.name not in self._constants):
-                    refuse_nonfinite([self._checkpoints[index] for index in inputs], tensor, _count_nonfinite)
-        rounded = round_to(mean, as_real(output).dtype, (buffers.wide, buffers.single))
-        if block.dtype is not block.source_dtype and not self._allow_nonfinite:
-            overflowed = rounded.isfinite().logical_not_().logical_and_(mean.isfinite())
-            if overflowed.any():
-                first = _first(overflowed)
-                tensor, index = block.locate(start + first)
-                raise out_of_range(tensor, index, mean[first].item())
-        if self._allow_nonfinite:
-            write_nans(mean, rounded)
-        as_real(output).copy_(rounded)
+            mean = mean_of_narrower(values, count, number, buffers.total, buffers.wide, buffers.single)
+        return mean, round_to(mean, as_real(output).dtype, (buffers.wide, buffers.single))
+
+    def _refuse(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        block: Block,
+        elements: range,
+        mean: torch.Tensor,
+        cast: torch.Tensor | None,
+    ) -> None:
+        """Raises NonFiniteError if elements of a block are NaN or Inf, except in constants, or the cast overflows."""
+        width = mean.numel() // len(elements)  # a complex element is two real ones
+        for tensor, begin, end in block.parts(elements.start, elements.stop):
+            here = mean[begin * width : end * width]
+            if not here.isfinite().all() and (here.isnan().any() or tensor.name not in self._constants):
+                refuse_nonfinite(checkpoints, tensor, _count_nonfinite)
+        if cast is not None and (overflowed := _overflowed(mean, cast)).any():
+            first = _first(overflowed)
+            tensor, index = block.locate(elements.start + first)
+            raise out_of_range(tensor, index, mean[first].item())
 
 
 class _Buffers:
-    """The staging buffers, the accumulator and an input widened once or twice, for one chunk."""
+    """The accumulator and an input widened once or twice, for one chunk."""
 
     def __init__(self, device: torch.device, chunk: int) -> None:
-        self.staging = Staging(device, chunk * 8)
-        with self.staging.context():  # a complex element is two real ones
-            self.total = torch.empty(2 * chunk, dtype=torch.float64, device=device)
-            self.wide = torch.empty(2 * chunk, dtype=torch.float64, device=device)
-            self.single = torch.empty(2 * chunk, dtype=torch.float32, device=device)
+        # A complex element is two real ones.
+        self.total = torch.empty(2 * chunk, dtype=torch.float64, device=device)
+        self.wide = torch.empty(2 * chunk, dtype=torch.float64, device=device)
+        self.single = torch.empty(2 * chunk, dtype=torch.float32, device=device)
+
+
+def _overflowed(mean: torch.Tensor, cast: torch.Tensor) -> torch.Tensor:
+    return cast.isfinite().logical_not_().logical_and_(mean.isfinite())
 
 
 def _first(found: torch.Tensor) -> int:

@@ -1,67 +1,88 @@
-"""The staging buffers through which chunks reach a CUDA device.
+"""Page-locked memory, through which inputs reach a CUDA device and means come back.
 
-On the CPU a chunk is used without a copy. A CUDA device receives it through page-locked buffers, while the chunk before
-it is being summed.
+A worker has one stream, on which the device does everything in order: it copies an input, then sums it, and copies a
+mean when it is complete. So nothing has to wait for anything there. The worker itself waits in two places only: before
+it reads into memory that may still be being copied, and for a block's mean. What the device does for one worker
+overlaps with what it does for the others, and with their reading.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
+from collections.abc import Sequence
 
 import torch
 
+from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.checkpoint.tensor_reads import Range, read_into, torch_dtype
+
 
 class Staging:
-    """The staging buffers of one worker. Not shared between threads.
-
-    For a CUDA device there are two slots, each a page-locked buffer on the host and a buffer of the same size on the
-    device. A chunk is copied into one slot, on a stream of its own, while the chunk in the other is still in use.
-    Events prevent a buffer from being filled again before its last use is complete.
+    """The page-locked memory of the worker that creates it, whose current stream is then a new one.
 
     Args:
-        device: where chunks are copied to.
-        nbytes: bytes of the largest chunk.
+        device: a CUDA device.
     """
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
-        self._turn = 0
-        self._slots: list[_Slot] = []
-        if device.type == "cuda":
-            self._compute, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
-            self._slots = [_Slot(device, nbytes) for _ in range(2)]
-            for stream in (self._compute, self._copies):  # the memory of the buffers may still be in use on it
-                stream.wait_stream(torch.cuda.current_stream(device))
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # of this thread
+        self._device = device
+        self._inputs = [_PageLocked(), _PageLocked()]
+        self._mean = _PageLocked()
 
-    def context(self) -> contextlib.AbstractContextManager[object]:
-        """Returns a context in which the worker's stream for computation is current; on the CPU it does nothing."""
-        return torch.cuda.stream(self._compute) if self._slots else contextlib.nullcontext()
+    def read(self, checkpoint: Checkpoint, ranges: Sequence[Range]) -> torch.Tensor:
+        """Returns elements of one dtype, flat, on the device. The next input is read while these are copied.
 
-    def copy_in(self, chunk: torch.Tensor) -> torch.Tensor:
-        """Returns the chunk on the device; on the CPU the chunk itself. Valid until the next call.
-
-        Queue everything that uses it before the next call, on the stream of `context`.
+        Raises:
+            torch.OutOfMemoryError: the device has no memory for them.
+            ChangedWhileReadingError, CheckpointFormatError: as `read_into`.
         """
-        if not self._slots:
-            return chunk
-        self._slots[self._turn].used.record(self._compute)
-        self._turn ^= 1
-        slot = self._slots[self._turn]
-        slot.copied.synchronize()  # the page-locked buffer has been read
-        pinned = slot.pinned[: chunk.nbytes].view(chunk.dtype)
-        on_device = slot.on_device[: chunk.nbytes].view(chunk.dtype)
-        pinned.copy_(chunk)
-        self._copies.wait_event(slot.used)  # the device's buffer has been used
-        with torch.cuda.stream(self._copies):
-            on_device.copy_(pinned, non_blocking=True)
-            slot.copied.record(self._copies)
-        self._compute.wait_event(slot.copied)
-        return on_device
+        memory = self._inputs[0]
+        self._inputs.reverse()
+        nbytes = sum((stop - start) * tensor.dtype.itemsize for tensor, start, stop in ranges)
+        values = memory.take(nbytes)
+        read_into(checkpoint, ranges, _bytes_of(values))
+        copied = _queue_copy(values.view(torch_dtype(ranges[0][0].dtype)), self._device)
+        memory.in_use_until_now()
+        return copied
+
+    def mean(self, nbytes: int) -> torch.Tensor:
+        """Returns memory for the mean of a block, as bytes, to be copied to without blocking."""
+        return self._mean.take(nbytes)
+
+    def fetch(self, nbytes: int, output: memoryview) -> None:
+        """Waits for everything so far, then copies the mean to ``output``."""
+        self._mean.in_use_until_now()
+        output[:] = _bytes_of(self._mean.take(nbytes))
 
 
-class _Slot:
-    """A pair of buffers, and the events after which each can be filled again."""
+class _PageLocked:
+    """Memory that the device copies from or to."""
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
-        self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self.on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.copied, self.used = torch.cuda.Event(blocking=True), torch.cuda.Event()
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._used = torch.cuda.Event(blocking=True)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Waits for the last use, and returns so many bytes; the same ones again if they are enough."""
+        self._used.synchronize()
+        if self._memory.nbytes < nbytes:
+            self._memory = _page_locked(nbytes)
+        return self._memory[:nbytes]
+
+    def in_use_until_now(self) -> None:
+        """Says that what has been queued on the stream so far uses it."""
+        self._used.record()
+
+
+def _page_locked(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _queue_copy(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return values.to(device, non_blocking=True)
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    """Returns the memory of contiguous values on the CPU, to be used while they exist."""
+    return memoryview((ctypes.c_char * values.nbytes).from_address(values.data_ptr())).cast("B")

@@ -29,8 +29,8 @@ LEAST_CHUNK = 1024  # elements
 # Elements that torch sums at a time: few enough that the float64 sum and the widened input, 2 MiB together, stay in the
 # cache of a core, and enough to outweigh the calls.
 _CHUNK = 128 * 1024
-_CUDA_CHUNK = 1024 * 1024  # enough to outweigh the launch of a kernel
 _MOST_ELEMENTS = 8 * 1024 * 1024  # larger blocks are no faster
+_MOST_CUDA_ELEMENTS = 1024 * 1024  # of a block, which is one chunk: enough to outweigh the launches of its kernels
 _LEAST_BLOCKS = 2  # for each worker, so that all finish at about the same time
 _MOST_OUTPUT = 4 * 1024 * 1024  # bytes of a block of the native engine: enough to outweigh what Python does for each
 _MOST_INPUT = 256 * 1024 * 1024  # bytes of a block in all checkpoints: a call is not interrupted
@@ -99,7 +99,7 @@ def write_means(
     """
     within = range(plan.nbytes) if within is None else within
     is_native = engine_for(device) == "native"
-    sizes = _native_sizes if is_native else _torch_sizes
+    sizes = _native_sizes if is_native else _torch_sizes if device == "cpu" else _cuda_sizes
     window, elements = sizes(memory, threads, plan, within, len(checkpoints), device)
     lock = threading.Lock()
 
@@ -171,13 +171,27 @@ def _torch_sizes(
     checkpoints, blocks are smaller.
     """
     each = memory // threads
-    chunk = max(LEAST_CHUNK, min(_CHUNK if device == "cpu" else _CUDA_CHUNK, each // 64))
+    chunk = max(LEAST_CHUNK, min(_CHUNK, each // 64))
     # Bytes of an element in all inputs that are read, and in the output; of a copied element one input is read.
     kinds = {(tensor.source_dtype, tensor.dtype, tensor.rule == "mean") for tensor in plan.tensors}
     nbytes = max((checkpoints if is_mean else 1) * source.itemsize + dtype.itemsize for source, dtype, is_mean in kinds)
     share = _share(plan, within, threads, chunk)
     elements = max(LEAST_CHUNK, min(_MOST_ELEMENTS, share, (each - 32 * chunk) // nbytes))
     return min(chunk, elements), elements
+
+
+def _cuda_sizes(memory: int, threads: int, plan: Plan, within: range, checkpoints: int, device: str) -> tuple[int, int]:
+    """Returns the elements of a chunk, which is a whole block, twice.
+
+    The workers together use ``memory`` bytes of the host, and as many of the device. For each element of its block, a
+    worker has on the device every input, and 40 bytes for the sum and a widened input; on the host the output, and
+    page-locked memory for two inputs and an output, which torch rounds up to powers of two.
+    """
+    kinds = {(tensor.source_dtype.itemsize, tensor.dtype.itemsize) for tensor in plan.tensors}
+    nbytes = max(max(checkpoints * source + 40, 4 * source + 3 * output) for source, output in kinds)
+    share = _share(plan, within, threads, _CHUNK)
+    elements = max(LEAST_CHUNK, min(_MOST_CUDA_ELEMENTS, share, memory // threads // nbytes))
+    return elements, elements
 
 
 def _share(plan: Plan, within: range, threads: int, least: int) -> int:

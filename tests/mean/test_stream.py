@@ -177,7 +177,7 @@ def test_float64_means_next_to_a_midpoint_of_the_output_are_rounded_once(fmt: Fo
     for odd, step in itertools.product((1, 3), (2.0**-52, -(2.0**-52))):
         middle = sign * (1 + odd * 2.0 ** -(fmt.mantissa + 1))
         inputs = [torch.tensor([value], dtype=torch.float64) for value in (middle, middle, middle + step)]
-        mean = mean_of_float64(inputs.__getitem__, torch.tensor(3.0, dtype=torch.float64), is_narrowed=True)
+        mean = mean_of_float64(inputs.__getitem__, torch.tensor(3.0, dtype=torch.float64), 3, is_narrowed=True)
         assert fmt.codes(round_to(mean, fmt.dtype)) == exact_mean(inputs, FLOAT64, fmt)
 
 
@@ -200,7 +200,7 @@ def test_float64_means_next_to_a_midpoint_of_the_output_are_rounded_once(fmt: Fo
 def test_any_float64_values_have_their_exact_mean(rows: list[list[float]], fmt: Format) -> None:
     inputs = [torch.tensor(row, dtype=torch.float64) for row in rows]
     count = torch.tensor(float(len(rows)), dtype=torch.float64)
-    mean = mean_of_float64(inputs.__getitem__, count, is_narrowed=fmt is not FLOAT64)
+    mean = mean_of_float64(inputs.__getitem__, count, len(inputs), is_narrowed=fmt is not FLOAT64)
     assert fmt.codes(round_to(mean, fmt.dtype)) == exact_mean(inputs, FLOAT64, fmt)
 
 

@@ -1,0 +1,124 @@
+"""Page-locked memory on the way to a CUDA device, with a fake device that does everything as late as it may.
+
+`tests/mean/test_devices.py` has the tests that need a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mean.inputs import every_dtype, mixed_run, save
+
+from ckpt_avg import average
+from ckpt_avg.mean import staging, stream, torch_engine
+from ckpt_avg.mean.averager import Averager
+from ckpt_avg.mean.blocks import Block
+
+ELEMENTS = 20_001
+
+
+class LateDevice:
+    """The stream of one worker. What is queued is done when the worker waits for it, or looks at a value.
+
+    Args:
+        room: how many copies of inputs fit on the device.
+        full_at: the number of the block at which the device has no memory for sums.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, room: int | None = None, full_at: int | None = None) -> None:
+        self._queued: list[Callable[[], object]] = []
+        self._done = self.copies = self.blocks = 0
+        self._room, self._full_at = room, full_at
+        self._average = Averager.average
+        for name, value in (("Stream", torch.device), ("set_stream", print), ("Event", lambda blocking: _Event(self))):
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(staging, "_page_locked", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+        monkeypatch.setattr(staging, "_queue_copy", self.copy)
+        monkeypatch.setattr(Averager, "average", lambda *values: LateDevice.average(self, *values))
+        monkeypatch.setattr(torch_engine, "TorchEngine", _Engine)
+        monkeypatch.setattr(stream, "engine_for", lambda device: "torch")
+        monkeypatch.setattr(stream, "_torch_sizes", stream._cuda_sizes)
+
+    def queue(self, work: Callable[[], object]) -> None:
+        self._queued.append(work)
+
+    def queued(self) -> int:
+        return len(self._queued)
+
+    def run(self, until: int) -> None:
+        while self._done < until:
+            self._queued[self._done]()
+            self._done += 1
+
+    def copy(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if self.copies == self._room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.copies += 1
+        copied = torch.full_like(values.view(torch.uint8), 0xAA).view(values.dtype)
+        self.queue(lambda: copied.copy_(values))
+        return copied
+
+    def average(
+        self, averager: Averager, block: Block, inputs: Mapping[int, torch.Tensor], output: torch.Tensor
+    ) -> None:
+        self.blocks += 1
+        if self.blocks == self._full_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.run(self.queued())  # the copies, after which the sums come in the stream
+        mean = torch.empty_like(output)
+        self._average(averager, block, inputs, mean)
+        self.queue(lambda: output.copy_(mean))
+
+
+class _Event:
+    def __init__(self, device: LateDevice) -> None:
+        self._device, self._recorded = device, 0
+
+    def record(self) -> None:
+        self._recorded = self._device.queued()
+
+    def synchronize(self) -> None:
+        self._device.run(self._recorded)
+
+
+class _Engine(torch_engine.TorchEngine):
+    """Sums on the CPU, but has its inputs copied as for CUDA."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._staging = staging.Staging(torch.device("cpu"))
+
+
+@pytest.mark.guarantee("same-bytes")
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"allow_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("memory", [2**20, 2**27])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_no_memory_is_used_again_before_the_device_is_done_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], memory: int, suffix: str
+) -> None:
+    """Otherwise one input is summed in the place of another, or a mean is written before it is there."""
+    paths = save(tmp_path, mixed_run(5), suffix)
+    average(paths, tmp_path / "expected", **options)
+    device = LateDevice(monkeypatch)
+    average(paths, tmp_path / "found", threads=1, memory=memory, **options)
+    assert device.copies > 5 * 5, "the inputs went through the device"
+    assert (tmp_path / "expected").read_bytes() == (tmp_path / "found").read_bytes()
+
+
+@pytest.mark.guarantee("cuda-memory")
+@pytest.mark.parametrize("full", [{"room": 0}, {"room": 7}, {"full_at": 1}, {"full_at": 3}], ids=str)
+def test_a_device_that_gets_full_keeps_no_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: dict[str, int]
+) -> None:
+    """From the block at which it is full on, they stay in the memory of the host, and go there in chunks."""
+    paths = save(tmp_path, every_dtype(3, ELEMENTS))
+    average(paths, tmp_path / "expected")
+    device = LateDevice(monkeypatch, **full)
+    average(paths, tmp_path / "found", threads=1, memory=2**20)
+    assert device.copies == full.get("room", 3 * full.get("full_at", 0))
+    assert device.blocks > 3
+    assert (tmp_path / "expected").read_bytes() == (tmp_path / "found").read_bytes()

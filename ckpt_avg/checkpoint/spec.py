@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -36,6 +36,14 @@ class DType:
     itemsize: int
     torch_name: str
     kind: Kind
+
+    def __reduce__(self) -> tuple[Callable[[str], DType], tuple[str]]:
+        """Copies, and what another process unpickles, are the object that there is."""
+        return _dtype, (self.name,)
+
+
+def _dtype(name: str) -> DType:
+    return DTYPES[name]
 
 
 # In the order in which safetensors writes tensors: larger items first.

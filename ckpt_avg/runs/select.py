@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.formats.open import refuse_missing_prefix
 from ckpt_avg.formats.reading import Reading
@@ -31,11 +32,19 @@ class Selected:
         checkpoints: open, in the order of their steps or epochs, if all record them.
         skipped: what is not averaged, and why.
         sum_order: their indices in the order in which they are summed.
+        listed: their indices in the order of the sources.
+        records: of each, what it or its name records.
+        places: of each, its index among all checkpoints of the run, selected or not.
+        steps_before: of each, the step of the checkpoint before it in the run; 0 for the first.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     skipped: tuple[Skipped, ...]
     sum_order: tuple[int, ...]
+    listed: tuple[int, ...]
+    records: tuple[Record, ...]
+    places: tuple[int, ...]
+    steps_before: tuple[int, ...]
 
 
 def open_selected(
@@ -70,8 +79,23 @@ def open_selected(
     for candidate in found.ordered:
         if candidate.checkpoint is not None and id(candidate) not in kept:
             candidate.checkpoint.close()
-    given = found.given if selection.keep_order else found.ordered
-    return Selected(checkpoints, found.skipped, tuple(kept[id(each)] for each in given if id(each) in kept))
+    listed = tuple(kept[id(each)] for each in found.given if id(each) in kept)
+    places = [place for place, candidate in enumerate(found.ordered) if id(candidate) in kept]
+    return Selected(
+        checkpoints,
+        found.skipped,
+        sum_order=listed if selection.keep_order else tuple(range(len(chosen))),
+        listed=listed,
+        records=tuple(candidate.record for candidate in chosen),
+        places=tuple(places),
+        steps_before=tuple(_step_before(found.ordered, place) for place in places),
+    )
+
+
+def _step_before(run: Sequence[Candidate], place: int) -> int:
+    """Returns the highest step of the earlier checkpoints that is below the step of the one at ``place``."""
+    steps = [candidate.record.step for candidate in run[: place + 1]]
+    return max((step for step in steps if step is not None and step < (steps[place] or 0)), default=0)
 
 
 def select(

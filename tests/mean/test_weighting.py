@@ -1,0 +1,321 @@
+"""The weights of each rule: against published numbers, exact arithmetic, and averages that a training loop kept."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mpmath
+import pytest
+
+from ckpt_avg.errors import IncompatibleError, UsageError
+from ckpt_avg.mean.weighting import (
+    Weighting,
+    choose_weights,
+    decay_weights,
+    ema_weights,
+    exponent_of,
+    power_weights,
+    summed,
+)
+
+EVEN = [0, 1, 2, 3, 4]
+UNEVEN = [0, 100, 200, 1000]
+
+
+def chosen(steps: Sequence[int] | None, count: int | None = None, **options: Any) -> list[float] | None:
+    """The weights of checkpoints at these steps; None if all are equal."""
+    how = {name: options.pop(name) for name in ("before", "places", "listed", "has_units") if name in options}
+    number = len(steps or ()) if count is None else count
+    found = choose_weights(Weighting(**options), [Path(f"{index}.pt") for index in range(number)], steps, **how)
+    return None if found is None else list(found.values)
+
+
+# -- Published numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (decay_weights(range(4), "minus-sqrt"), [0.500, 0.207, 0.159, 0.134]),  # WSM, arXiv:2507.17634
+        (decay_weights(UNEVEN, "minus-sqrt"), [0.236, 0.098, 0.412, 0.255]),
+        (decay_weights(EVEN, "cosine"), [0.095, 0.250, 0.309, 0.250, 0.095]),
+        (decay_weights(UNEVEN, "linear"), [100 / 1800, 100 / 1800, 800 / 1800, 800 / 1800]),
+        (ema_weights([0, 100, 300], 100.0), [1 / 11, 2 / 11, 8 / 11]),
+        (power_weights([100, 200, 400], 1.0), [1 / 16, 3 / 16, 12 / 16]),
+        (power_weights([200, 300, 400], 1.0, before=100), [3 / 15, 5 / 15, 7 / 15]),
+    ],
+)
+def test_known_weights(found: list[float], expected: list[float]) -> None:
+    assert found == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 20])
+def test_the_coefficients_are_those_of_megatron(count: int) -> None:
+    """Its ``weighted_merge.py`` takes differences of 1 − √x between positions, and gives the first the rest.
+
+    https://github.com/NVIDIA/Megatron-LM/blob/main/tools/checkpoint/weighted_merge.py: ``minus-sqrt`` and ``linear``.
+    """
+    for decay, s in (("minus-sqrt", lambda x: 1 - math.sqrt(x)), ("linear", lambda x: 1 - x)):
+        heights = [s(index / count) for index in range(count)] + [0.0]
+        later = [high - low for high, low in itertools.pairwise(heights[1:])]
+        assert decay_weights(range(count), decay) == pytest.approx([1 - sum(later), *later], abs=1e-15)
+
+
+@pytest.mark.parametrize(("width", "exponent"), [(0.05, 16.97), (0.10, 6.94), (0.15, 3.56), (0.20, 1.83)])
+def test_the_exponents_of_widths(width: float, exponent: float) -> None:
+    """Table of Karras et al. 2024 (arXiv:2312.02696)."""
+    assert exponent_of(width) == pytest.approx(exponent, abs=5e-3)
+
+
+@pytest.mark.parametrize("width", [1e-6, 0.01, 0.1, 0.25, 0.288675])
+def test_the_width_of_the_weights_is_what_was_asked_for(width: float) -> None:
+    """The standard deviation of a distribution over 0 … 1 with the density (γ + 1) t^γ."""
+    gamma = exponent_of(width)
+    mean, square = (gamma + 1) / (gamma + 2), (gamma + 1) / (gamma + 3)
+    assert math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) == pytest.approx(width, rel=1e-9)
+    if width > 0.001:
+        assert math.sqrt(square - mean**2) == pytest.approx(width, rel=1e-6)
+
+
+# -- Exact arithmetic -------------------------------------------------------------------------------------------------
+
+
+def exactly(rule: str, steps: Sequence[int], *, before: int = 0, value: float = 0.0) -> list[Any]:
+    """The weights by their definition, with 60 digits."""
+    with mpmath.workdps(60):
+        times = [mpmath.mpf(step) for step in steps]
+        if rule == "ema":
+            raw = [mpmath.mpf(2) ** ((time - times[-1]) / value) for time in times]
+        elif rule == "power":
+            powers = [(time / times[-1]) ** (mpmath.mpf(value) + 1) for time in (mpmath.mpf(before), *times)]
+            raw = [high - low for low, high in itertools.pairwise(powers)]
+        else:
+            s: Callable[[Any], Any] = {
+                "linear": lambda x: 1 - x,
+                "minus-sqrt": lambda x: 1 - mpmath.sqrt(x),
+                "cosine": lambda x: (1 + mpmath.cos(mpmath.pi * x)) / 2,
+            }[rule]
+            length = times[-1] - times[0] + (times[-1] - times[-2])
+            places = [(time - times[0]) / length for time in times] + [mpmath.mpf(1)]
+            raw = [s(low) - s(high) for low, high in itertools.pairwise(places)]
+        total = sum(raw)
+        return [each / total for each in raw]
+
+
+STEPS = [
+    [0, 1],
+    [5, 6, 7, 8],
+    [0, 100, 200, 1000],
+    [10**9, 10**9 + 1, 10**9 + 3],
+    [1, 2**62],
+    [1000 * index for index in range(1, 60)],
+]
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=lambda steps: f"{steps[0]}…{steps[-1]}")
+@pytest.mark.parametrize("rule", ["linear", "minus-sqrt", "cosine", "ema", "power"])
+def test_every_weight_is_as_precise_as_float64(rule: str, steps: list[int]) -> None:
+    """If terms that nearly cancel were subtracted, checkpoints a few steps apart late in a run would get noise."""
+    span = float(steps[-1] - steps[0])
+    if rule == "ema":
+        found, expected = ema_weights(steps, span / 3), exactly("ema", steps, value=span / 3)
+    elif rule == "power":
+        before = max(0, 2 * steps[0] - steps[1])
+        found = power_weights(steps, 6.94, before)
+        expected = exactly("power", steps, before=before, value=6.94)
+    else:
+        found, expected = decay_weights(steps, rule), exactly(rule, steps)
+    for each, exact in zip(found, expected, strict=True):
+        assert abs(each - exact) <= 64 * 2.0**-52 * exact
+    assert math.fsum(found) == pytest.approx(1, abs=1e-15)
+
+
+# -- Averages kept during training ------------------------------------------------------------------------------------
+
+
+def trajectory(steps: int) -> list[float]:
+    """A weight that training moves: a decaying transient and a slow oscillation. Index t is after step t."""
+    return [math.exp(-3 * t / steps) + 0.2 * math.sin(9 * t / steps) for t in range(steps + 1)]
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
+def test_power_on_checkpoints_is_nearly_the_average_that_training_kept(width: float) -> None:
+    """The closer the checkpoints, the nearer; with one for each step it is that average."""
+    steps, gamma = 4096, exponent_of(width)
+    values = trajectory(steps)
+    kept = 0.0
+    for t in range(1, steps + 1):
+        beta = (1 - 1 / t) ** (gamma + 1)
+        kept = beta * kept + (1 - beta) * values[t]
+    errors = []
+    for spacing in (256, 64, 16, 4, 1):
+        saved = range(spacing, steps + 1, spacing)
+        weights = power_weights(saved, gamma)
+        errors.append(abs(math.fsum(weight * values[t] for weight, t in zip(weights, saved, strict=True)) - kept))
+    assert errors[-1] < 1e-13
+    assert all(2.5 * later < earlier for earlier, later in itertools.pairwise(errors))
+
+
+def test_power_on_a_window_is_the_average_kept_since_its_begin() -> None:
+    """The first checkpoint of a window counts from the step of the one before, not from the start of the training."""
+    steps, gamma, before = 4096, exponent_of(0.1), 3072
+    values = trajectory(steps)
+    inside = [(t / steps) ** (gamma + 1) - ((t - 1) / steps) ** (gamma + 1) for t in range(before + 1, steps + 1)]
+    kept = sum(w * value for w, value in zip(inside, values[before + 1 :], strict=True)) / sum(inside)
+    saved = range(before + 1, steps + 1)
+
+    def error(begin: int) -> float:
+        weights = power_weights(saved, gamma, begin)
+        return abs(sum(w * values[t] for w, t in zip(weights, saved, strict=True)) - kept)
+
+    assert error(before) < 1e-13 < 1e-3 < error(0)
+
+
+def test_ema_on_every_step_is_the_average_that_training_kept() -> None:
+    """Apart from what is left of the first weights, which the sequential form keeps as a lump."""
+    beta, values = 0.7, trajectory(60)
+    kept = values[1]
+    for value in values[2:]:
+        kept = beta * kept + (1 - beta) * value
+    weights = ema_weights(range(1, 61), math.log(0.5) / math.log(beta))
+    assert sum(w * value for w, value in zip(weights, values[1:], strict=True)) == pytest.approx(kept, abs=1e-8)
+
+
+# -- Steps and positions ----------------------------------------------------------------------------------------------
+
+
+def test_steps_count_where_all_record_them() -> None:
+    assert chosen(UNEVEN, weighting="minus-sqrt") == decay_weights(UNEVEN, "minus-sqrt")
+    assert chosen(UNEVEN, weighting="minus-sqrt", weighting_by="index") == decay_weights(range(4), "minus-sqrt")
+    assert chosen(None, 4, weighting="minus-sqrt") == decay_weights(range(4), "minus-sqrt")
+
+
+def test_that_steps_are_missing_is_said() -> None:
+    notices: list[str] = []
+    paths = [Path("a.pt"), Path("b.pt")]
+    choose_weights(Weighting(weighting="cosine"), [*paths, Path("c.pt")], None, notice=notices.append)
+    choose_weights(Weighting(weighting="cosine"), paths, [1, 2], notice=notices.append)
+    assert notices == ["not every checkpoint records a step, so the weights are those of evenly spaced checkpoints"]
+
+
+def test_power_by_position_counts_from_the_start_of_the_run() -> None:
+    """As if its checkpoints were evenly spaced from the start of the training; a window begins where the run was."""
+    gamma = exponent_of(0.1)
+    found = chosen(None, 3, weighting="power", width=0.1, places=[2, 4, 6])
+    assert found == power_weights([3, 5, 7], gamma, before=2)
+    assert chosen(None, 3, weighting="power", width=0.1, places=[0, 1, 2]) == power_weights([1, 2, 3], gamma)
+
+
+@pytest.mark.parametrize("half_life", ["25%", "25 %", 250, "250", 250.0])
+def test_a_half_life_in_percent_is_of_the_steps_between_the_first_and_the_last(half_life: Any) -> None:
+    found = chosen([1000, 1500, 2000], weighting="ema", half_life=half_life)
+    assert found == pytest.approx([1 / 21, 4 / 21, 16 / 21])
+    if "%" in str(half_life):
+        assert chosen(None, 3, weighting="ema", half_life=half_life) == found
+
+
+@pytest.mark.parametrize("rule", ["linear", "mean"])
+def test_equal_weights_are_no_weights(rule: str) -> None:
+    """So that the mean divides, and the file is the same."""
+    assert chosen([10, 20, 30], weighting=rule) is None
+    assert chosen(None, 7, weighting=rule) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"weighting": "minus-sqrt"}, {"weighting": "ema", "half_life": 5}, {"weighting": "power", "width": 0.1}],
+    ids=lambda options: options["weighting"],
+)
+def test_one_checkpoint_has_all_the_weight(options: dict[str, Any]) -> None:
+    assert chosen([7], **options) is None
+    assert chosen(None, 1, **options) is None
+
+
+def test_a_checkpoint_of_no_weight_is_not_summed() -> None:
+    assert summed([0, 1, 2], None) == ([0, 1, 2], None)
+    assert summed([2, 1, 0], [0.25, 0.0, 0.75]) == ([2, 0], (0.75, 0.25))
+    assert summed([0, 1, 2], [0.5, 0.0, 0.5]) == ([0, 2], None)  # the mean of the others, which divides
+    assert summed([0, 1], [0.0, 1.0]) == ([1], None)
+
+
+# -- What cannot be used ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting": "minus_sqrt"}, "Did you mean 'minus-sqrt'?"),
+        ({"weighting": "ema"}, "--weighting ema needs --half-life. Add for example --half-life 1000 (steps), or 10%."),
+        ({"weighting": "power"}, "--weighting power needs --width. Add for example --width 0.1."),
+        ({"weighting": "power", "half_life": 10, "width": 0.1}, "--half-life 10 needs --weighting ema. Add it, or rem"),
+        ({"half_life": "10%"}, "--half-life 10% needs --weighting ema."),
+        ({"width": 0.1}, "--width 0.1 needs --weighting power."),
+        ({"weighting": "power", "width": 0.2887}, "--width 0.2887: no power has this width. Use 1e-06 or more, and le"),
+        ({"weighting": "power", "width": 0.0}, "--width 0: no power has this width."),
+        ({"weighting": "power", "width": math.nan}, "--width nan: no power has this width."),
+        ({"weighting": "ema", "half_life": "soon"}, "--half-life: 'soon' is no half-life. Write for example 1000 (st"),
+        ({"weighting": "ema", "half_life": "0"}, "--half-life: '0' is no half-life."),
+        ({"weighting": "ema", "half_life": "-5%"}, "--half-life: '-5%' is no half-life."),
+        ({"weighting": "ema", "half_life": math.inf}, "--half-life: 'inf' is no half-life."),
+        ({"weighting": "ema", "half_life": "nan"}, "--half-life: 'nan' is no half-life."),
+        ({"weighting_by": "index"}, "--weighting-by index needs another --weighting than mean."),
+        ({"weights": "1,2", "weighting": "cosine"}, "--weights and --weighting cosine: both choose weights."),
+        ({"normalize": True}, "--normalize needs --weights."),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Weighting(**options)
+    assert message in str(caught.value)
+
+
+EMA = {"weighting": "ema", "half_life": 100}
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "error", "message"),
+    [
+        (
+            {"weighting": "cosine"},
+            [1, 2, 2],
+            IncompatibleError,
+            "expected steps that increase, got '1.pt' (2), '2.pt' ",
+        ),
+        (EMA, [1, 2, 2], IncompatibleError, "Skip one of these with --exclude, or use --weighting-by index."),
+        (
+            {"weighting": "linear", "weighting_by": "step"},
+            None,
+            IncompatibleError,
+            "expected a step in every checkpoint",
+        ),
+        (
+            EMA,
+            None,
+            IncompatibleError,
+            "--half-life 100 counts steps, and not every checkpoint records one: 0.pt, 1.pt",
+        ),
+        ({**EMA, "weighting_by": "index"}, [1, 2, 3], UsageError, "and --weighting-by index uses none."),
+    ],
+    ids=str,
+)
+def test_steps_that_are_missing_or_equal(
+    options: dict[str, Any], steps: list[int] | None, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        chosen(steps, 3, **options)
+    assert message in str(caught.value)
+
+
+def test_a_half_life_in_an_unknown_unit_is_refused_until_the_user_says_that_it_is_steps() -> None:
+    """The numbers may be epochs: a half-life of 100 epochs would be nearly the mean, without a word."""
+    with pytest.raises(
+        IncompatibleError, match=r"unit of the numbers .* \(2\.pt\)\. If they are steps, add --weighting"
+    ):
+        chosen([1, 2, 3], **EMA, has_units=False)
+    assert chosen([1, 2, 3], **EMA, weighting_by="step", has_units=False) == ema_weights([1, 2, 3], 100)
+    assert chosen([1, 2, 3], weighting="cosine", has_units=False) == decay_weights([1, 2, 3], "cosine")

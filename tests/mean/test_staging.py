@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import collections
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,24 @@ from ckpt_avg.mean.blocks import Block
 ELEMENTS = 20_001
 
 
+class Memory:
+    """Gives memory, full of nonsense.
+
+    Attributes:
+        most: the most bytes that were in use at a time.
+    """
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._given: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        taken = torch.full((nbytes,), 0xAA, dtype=torch.uint8)
+        self._given = [given for given in (*self._given, weakref.ref(taken.untyped_storage())) if given() is not None]
+        self.most = max(self.most, sum(storage.nbytes() for given in self._given if (storage := given()) is not None))
+        return taken
+
+
 class LateDevice:
     """The stream of one worker. What is queued is done when the worker waits for it, or looks at a value.
 
@@ -30,13 +50,16 @@ class LateDevice:
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, room: int | None = None, full_at: int | None = None) -> None:
-        self._queued: list[Callable[[], object]] = []
+        self._queued: collections.deque[Callable[[], object]] = collections.deque()
         self._done = self.copies = self.blocks = 0
+        self.page_locked, self.memory = Memory(), Memory()
         self._room, self._full_at = room, full_at
         self._average = Averager.average
         for name, value in (("Stream", torch.device), ("set_stream", print), ("Event", lambda blocking: _Event(self))):
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(staging, "_page_locked", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+        monkeypatch.setattr(
+            staging, "_page_locked", lambda nbytes: self.page_locked.take(1 << (nbytes - 1).bit_length())
+        )
         monkeypatch.setattr(staging, "_queue_copy", self.copy)
         monkeypatch.setattr(Averager, "average", lambda *values: LateDevice.average(self, *values))
         monkeypatch.setattr(torch_engine, "TorchEngine", _Engine)
@@ -47,18 +70,18 @@ class LateDevice:
         self._queued.append(work)
 
     def queued(self) -> int:
-        return len(self._queued)
+        return self._done + len(self._queued)
 
     def run(self, until: int) -> None:
         while self._done < until:
-            self._queued[self._done]()
+            self._queued.popleft()()
             self._done += 1
 
     def copy(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
         if self.copies == self._room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.copies += 1
-        copied = torch.full_like(values.view(torch.uint8), 0xAA).view(values.dtype)
+        copied = self.memory.take(values.nbytes).view(values.dtype)
         self.queue(lambda: copied.copy_(values))
         return copied
 
@@ -106,6 +129,8 @@ def test_no_memory_is_used_again_before_the_device_is_done_with_it(
     device = LateDevice(monkeypatch)
     average(paths, tmp_path / "found", threads=1, memory=memory, **options)
     assert device.copies > 5 * 5, "the inputs went through the device"
+    assert 0 < device.page_locked.most <= memory
+    assert 0 < device.memory.most <= memory
     assert (tmp_path / "expected").read_bytes() == (tmp_path / "found").read_bytes()
 
 

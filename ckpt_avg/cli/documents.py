@@ -15,6 +15,7 @@ from ckpt_avg.version import __version__
 
 if TYPE_CHECKING:
     from ckpt_avg.checkpoint.training_record import Record
+    from ckpt_avg.commands.compare import CompareResult
     from ckpt_avg.commands.draft import AverageResult
     from ckpt_avg.commands.inspect import Inspection
     from ckpt_avg.commands.sweep import Measured, SweepResult
@@ -93,6 +94,11 @@ def sweep_json(result: SweepResult, command: Sequence[str]) -> dict[str, Any]:
         "best": window(result.best),
         "command": list(command),
     }
+
+
+def compare_json(result: CompareResult) -> dict[str, Any]:
+    """Returns the result of `compare`."""
+    return {MARK: __version__, **plain(result)}
 
 
 def compatibility_json(report: CompatibilityReport) -> dict[str, Any]:

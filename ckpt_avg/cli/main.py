@@ -25,6 +25,7 @@ from ckpt_avg.commands.options import OutputOptions
 from ckpt_avg.commands.requests import (
     AverageRequest,
     CheckRequest,
+    CompareRequest,
     InspectRequest,
     RefreshRequest,
     SweepRequest,
@@ -101,7 +102,7 @@ def refresh_command(weights: str, output: str, **given: Any) -> None:
 @options.sources
 @options.options_from(SweepRequest)
 @options.app_dir
-@options.plot
+@options.sweep_plot
 @options.options_from(OutputOptions, only=["overwrite"])
 @options.report
 @options.as_json
@@ -169,6 +170,58 @@ def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given:
     if not report.compatible:
         say(f"Error: {report}", err=True)
         raise click.exceptions.Exit(IncompatibleError.exit_code)
+
+
+@cli.command("compare", cls=Command)
+@options.sources
+@options.options_from(CompareRequest)
+@options.tensors
+@options.compare_plot
+@options.options_from(OutputOptions, only=["overwrite"])
+@options.report
+@options.as_json
+@options.quiet
+@options.verbose
+def compare_command(
+    sources: Sequence[str],
+    tensors: bool,
+    plot: str | None,
+    report: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **given: Any,
+) -> None:
+    """Measure how far checkpoints are from their mean and from each other, and name what is far off.
+
+    \b
+    ckpt-avg compare RUN
+    ckpt-avg compare RUN --last 20 --tensors --plot path.png
+    """  # noqa: D301 (click needs the backspace character itself)
+    from ckpt_avg.cli.compare_plot import draw_comparison
+    from ckpt_avg.cli.compare_text import comparison_text
+    from ckpt_avg.cli.documents import compare_json
+    from ckpt_avg.cli.plots import KINDS, refuse_without_matplotlib
+    from ckpt_avg.cli.progress_bars import bars
+    from ckpt_avg.output.paths import SideFiles, json_bytes
+
+    if launch_of() is not None:
+        raise UsageError("compare: runs in one process only. Start it without torchrun.")
+    files = SideFiles(sources, output=None, overwrite=overwrite)
+    files.check("--report", report, (".json",))
+    files.check("--plot", plot, KINDS)
+    if plot is not None:
+        refuse_without_matplotlib()
+    with bars(quiet=quiet, reading="comparing") as progress:
+        result = ckpt_avg.compare(sources, progress=progress, **given)
+    document = compare_json(result)
+    contents = {
+        "--report": lambda: json_bytes(document),
+        "--plot": lambda: draw_comparison(result, os.path.splitext(plot or "")[1].lower()),
+    }
+    text = comparison_text(result, tensors=tensors, verbose=verbose)
+    show(text, document, contents, files, as_json=as_json)
 
 
 @cli.command("inspect", cls=Command)

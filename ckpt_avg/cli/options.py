@@ -83,6 +83,10 @@ def _only_here(*names: str, heading: str, **options: Any) -> Callable[[_Command]
     return click.option(*names, cls=Option, heading=heading, **options)
 
 
+def _plot(text: str) -> Callable[[_Command], _Command]:
+    return _only_here("--plot", heading="Output", metavar="FILE.png", help=text)
+
+
 output = _only_here(
     "-o", "--output", heading="Output", required=True, metavar="OUT.safetensors", help="Write this file."
 )
@@ -90,7 +94,9 @@ report = _only_here("--report", heading="Output", metavar="FILE.json", help="Wri
 as_json = _only_here("--json", "as_json", heading="Output", is_flag=True, help="Print one JSON document on stdout.")
 quiet = _only_here("-q", "--quiet", heading="Output", is_flag=True, help="Hide progress bars and notices.")
 verbose = _only_here("-v", "--verbose", heading="Output", is_flag=True, help="List skipped files with the reasons.")
-plot = _only_here("--plot", heading="Output", metavar="FILE.png", help="Draw the metric over k (.png, .svg or .pdf).")
+sweep_plot = _plot("Draw the metric over k (.png, .svg or .pdf).")
+compare_plot = _plot("Draw the path of the weights (.png, .svg or .pdf).")
+tensors = _only_here("--tensors", heading="Output", is_flag=True, help="List the tensors that moved most.")
 app_dir = _only_here(
     "--app-dir",
     heading=RefreshOptions.heading,

@@ -30,6 +30,7 @@ from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import plural, suggestion
 
 if TYPE_CHECKING:
+    from ckpt_avg.files.input_file import IO
     from ckpt_avg.runs.discover import Discovery, Sources
 
 _Arguments = ParamSpec("_Arguments")
@@ -134,6 +135,15 @@ class CheckRequest(Selection, Reading):
     """The arguments of `check`."""
 
     sources: Sources = field(metadata={"doc": "Checkpoint files, checkpoint folders and run folders."})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CompareRequest(Selection, Reading, ResourceOptions, ProgressOptions):
+    """The arguments of `compare`."""
+
+    sources: Sources = field(metadata={"doc": "Checkpoint files, checkpoint folders and run folders."})
+    memory: int = field(default=0, init=False)
+    io: IO = field(default="pread", init=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from ckpt_avg.text import distinct_names, escaped, one_line, plural, quote, table
+from ckpt_avg.cli.shared_text import skipped_lines
+from ckpt_avg.text import distinct_names, escaped, one_line, plural, table
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.compare import ComparedCheckpoint, ComparedTensor, CompareResult
@@ -34,7 +35,7 @@ def comparison_text(result: CompareResult, *, tensors: bool = False, verbose: bo
         lines += ["", *_tensors(result)]
     lines += ["", *_findings(result)]
     if verbose:
-        lines += [f"skipped: {quote(item.path.name)}: {one_line(item.reason)}" for item in result.skipped]
+        lines += skipped_lines(result.skipped)
     return "\n".join(lines)
 
 

@@ -343,12 +343,13 @@ class _Comparison:
             cosines[place][other] for place in group for each in groups if each is not group for other in each
         )
         is_similar = all(abs(norms[place] / norms[groups[0][-1]] - 1) < _SIMILAR for place in group)
-        what = "permuted weights" if is_similar else "weights that were initialised again"
+        what = "permuted weights" if is_similar else "weights initialised again"
+        cosine = f"cosine of the matrices at most {nearest + 0.0:.2f}"
         return self._finding(
             "unrelated",
             group,
-            f"nothing in common with the others (cosine of the matrices at most {nearest + 0.0:.2f}): another run, or {what}. The "
-            "mean of unrelated weights is of no use",
+            f"nothing in common with the others ({cosine}): another run, or {what}. The mean of unrelated weights is "
+            "of no use",
         )
 
     def _detour(self, detour: Detour) -> Finding:

@@ -32,6 +32,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "average": ckpt_avg.average,
     "check": ckpt_avg.check,
     "inspect": ckpt_avg.inspect,
+    "compare": ckpt_avg.compare,
     "refresh-bn": ckpt_avg.refresh_weights,
     "sweep": ckpt_avg.sweep,
     "verify": ckpt_avg.verify,
@@ -142,5 +143,5 @@ def test_what_is_recorded_can_be_read_again() -> None:
 
 def test_every_group_has_a_heading() -> None:
     kinds = [each for each in vars(requests).values() if isinstance(each, type) and each.__name__.endswith("Request")]
-    assert len(kinds) == 7
+    assert len(kinds) == 8
     assert all(heading for kind in kinds for heading, _ in options_of(kind))

@@ -19,6 +19,10 @@ class Limits:
     elements: int = 2**63 - 1  # of one tensor; torch counts them in int64
     index: int = 16 * 2**20  # bytes of a shard index
     log: int = 8 * 2**20  # bytes of a trainer's log next to the weights
+    log_line: int = 16 * 2**20  # bytes of a line of a log that the user names, which is read as a stream
+    log_document: int = 64 * 2**20  # bytes of such a log if it is one JSON document
+    log_columns: int = 10_000  # different columns of it
+    log_steps: int = 1_000_000  # steps of it that are compared with those of the checkpoints, to tell what differs
     part_members: int = 100  # of the archive of one stored part of a tensor
     zip_directory: int = 256 * 2**20  # bytes of a zip's central directory
     pickle: int = 256 * 2**20  # bytes of a checkpoint's pickle, the tensors not included

@@ -162,6 +162,7 @@ class Draft:
                 batch_norm=summary(self.prepared.statistics, report, self.request),
                 spectral_norms=len(self.prepared.plan.spectral_norms),
                 sum_order=self.prepared.selected.sum_order,
+                log=self.prepared.selected.log,
                 digests=self._source_digests,
                 data_digest=data_digest,
             )

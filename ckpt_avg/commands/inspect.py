@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec
@@ -14,8 +15,10 @@ from ckpt_avg.formats.folder import find_weights
 from ckpt_avg.formats.open import open_checkpoint, open_with
 from ckpt_avg.formats.single_file import starts_as_checkpoint
 from ckpt_avg.formats.trainers.name_patterns import SUFFIXES
+from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.candidates import open_candidates
 from ckpt_avg.runs.discover import discover
+from ckpt_avg.runs.metric_log import read_log
 from ckpt_avg.runs.run_folder import Skipped, entries_of
 from ckpt_avg.text import plural
 
@@ -73,21 +76,39 @@ def inspect(request: InspectRequest) -> Inspection:
         return Inspection(path, seen=_described_entries(path), needed=str(error))
     if discovery.named == (path,):
         with open_with(path, request) as checkpoint:
-            return Inspection(path, checkpoint.spec)
+            return _one(checkpoint.spec, request)
     with ExitStack() as stack:
         try:
             found = open_candidates(discovery, request, stack, compare_in_full=False)
         except (IncompatibleError, PartError) as error:
             return Inspection(path, skipped=discovery.skipped, seen=_described_entries(path), needed=str(error))
+        notes = list(found.notes)
+        records = _with_logged(found.ordered, request, notes)
         listed = [
-            Listed(candidate.checkpoint.spec, candidate.record)
-            for candidate in found.ordered
+            Listed(candidate.checkpoint.spec, record)
+            for candidate, record in zip(found.ordered, records, strict=True)
             if candidate.checkpoint is not None
         ]
         unreadable = [(each.path.name, str(each.error)) for each in found.ordered if each.checkpoint is None]
         needed = "" if listed else f"{path}: no checkpoint could be read (see the errors above)"
         seen = () if listed else _described_entries(path)
-        return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, found.notes)
+        return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, tuple(notes))
+
+
+def _one(spec: CheckpointSpec, request: InspectRequest) -> Inspection:
+    notes: list[str] = []
+    (record,) = _with_logged([Candidate(spec.path, None, None, spec.record)], request, notes)
+    return Inspection(Path(request.path), replace(spec, record=record, notes=(*spec.notes, *notes)))
+
+
+def _with_logged(candidates: Sequence[Candidate], request: InspectRequest, notes: list[str]) -> list[Record]:
+    """Returns what is recorded of the checkpoints, with the metrics of the log, if one was named."""
+    records = [candidate.record for candidate in candidates]
+    if request.log is None:
+        return records
+    log = read_log(candidates, request, notes.append)
+    logged = [log.metrics_of(each) for each in records]
+    return [replace(each, metrics=new | dict(each.metrics) | new) for each, new in zip(records, logged, strict=True)]
 
 
 def _described_entries(folder: Path) -> tuple[tuple[str, str], ...]:

@@ -26,7 +26,7 @@ from ckpt_avg.commands.options import (
 )
 from ckpt_avg.errors import UsageError
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.runs.selection import Selection
+from ckpt_avg.runs.selection import LogOptions, Selection
 from ckpt_avg.text import plural, suggestion
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class CompareRequest(Selection, Reading, ResourceOptions, ProgressOptions):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InspectRequest(Reading):
+class InspectRequest(LogOptions, Reading):
     """The arguments of `inspect`."""
 
     path: str | os.PathLike[str] = field(

@@ -13,16 +13,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, ORIGIN_KEY, Checkpoint, CheckpointSpec, name_of
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.version import __version__
 
+if TYPE_CHECKING:
+    from ckpt_avg.runs.metric_log import LogUse
+
 SUMMED = "summed"  # of a source: its position in the sum, if that is not in the order of the sources
 SOURCES = "ckpt_avg.sources"
 OPTIONS = "ckpt_avg.options"
 DTYPE = "ckpt_avg.dtype"
+LOG = "ckpt_avg.log"
 BATCH_NORM = "ckpt_avg.batch_norm"
 SPECTRAL_NORM = "ckpt_avg.spectral_norm"
 DATA_DIGEST = "ckpt_avg.data_digest"
@@ -48,6 +52,7 @@ def make_metadata(
     options: Mapping[str, Any],
     *,
     sum_order: Sequence[int] = (),
+    log: LogUse | None = None,
     batch_norm: dict[str, object] | None,
     spectral_norms: int = 0,
     digests: Sequence[Mapping[str, str]] | None = None,
@@ -59,6 +64,7 @@ def make_metadata(
         checkpoints: the checkpoints that were averaged, in order.
         options: the options to record.
         sum_order: the checkpoints' indices in the order of the sum, if it is another one.
+        log: the log whose metric selected them.
         batch_norm: where the running statistics come from; None without BatchNorm layers.
         spectral_norms: how many weights have spectral norm whose vectors are computed from the averaged weight.
         digests: for each checkpoint the SHA-256 of its files, by name; None if not requested.
@@ -72,6 +78,8 @@ def make_metadata(
     if list(sum_order) != sorted(sum_order):
         for position, index in enumerate(sum_order):
             sources[index][SUMMED] = position
+    for source, value in zip(sources, log.values, strict=True) if log is not None else ():
+        source["logged"] = value
     others = dict(options)
     dtype = others.pop("dtype")
     metadata = {
@@ -87,6 +95,8 @@ def make_metadata(
     }
     if dtype != "keep":
         metadata[DTYPE] = dtype
+    if log is not None:
+        metadata[LOG] = _as_json({"name": text_of(Path(log.name)), "step": log.step, "metric": log.metric})
     if batch_norm is not None and not (batch_norm["statistics"] == "copied" and BATCH_NORM in own):
         metadata[BATCH_NORM] = _as_json(batch_norm)
     if spectral_norms:

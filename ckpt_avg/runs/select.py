@@ -15,10 +15,11 @@ from ckpt_avg.formats.reading import Reading
 from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.candidates import open_candidates
 from ckpt_avg.runs.discover import Discovery
+from ckpt_avg.runs.metric_log import LogUse, MetricLog, read_log
 from ckpt_avg.runs.order import Unit, position, unit_of
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.runs.selection import Selection
-from ckpt_avg.text import ends, escaped, listing, plural, quote, suggestion
+from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote, suggestion
 
 _NEAR = 0.05  # of the amplitude: how far the first or last minimum of a run may be from its neighbour
 _FAR = 0.25  # of the distance between minima: a checkpoint further from one was not saved at it
@@ -36,6 +37,7 @@ class Selected:
         records: of each, what it or its name records.
         places: of each, its index among all checkpoints of the run, selected or not.
         steps_before: of each, the step of the checkpoint before it in the run; 0 for the first.
+        log: the log whose metric selected them.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -45,6 +47,7 @@ class Selected:
     records: tuple[Record, ...]
     places: tuple[int, ...]
     steps_before: tuple[int, ...]
+    log: LogUse | None = None
 
 
 def open_selected(
@@ -72,13 +75,19 @@ def open_selected(
     found = open_candidates(discovery, reading, stack, selection, compare_in_full=compare_in_full)
     for note in found.notes:
         notice(note)
-    chosen = select(found.ordered, selection, notice)
+    log = read_log(found.ordered, selection, notice) if selection.log is not None else None
+    chosen = select(found.ordered, selection, notice, log)
     checkpoints = tuple(candidate.opened() for candidate in chosen)
     refuse_missing_prefix([checkpoint.spec for checkpoint in checkpoints], reading)
     kept = {id(candidate): index for index, candidate in enumerate(chosen)}
     for candidate in found.ordered:
         if candidate.checkpoint is not None and id(candidate) not in kept:
             candidate.checkpoint.close()
+    use = log.use(chosen, log.metric(found.ordered, selection.metric)) if log is not None else None
+    if use is not None:
+        names = distinct_names([each.path for each in chosen])
+        shown = [f"{escaped(name)} {value:.6g}" for name, value in zip(names, use.values, strict=True)]
+        notice(f"by {quote(use.metric)} in {escaped(use.name)}: {listing(shown)}")
     listed = tuple(kept[id(each)] for each in found.given if id(each) in kept)
     places = [place for place, candidate in enumerate(found.ordered) if id(candidate) in kept]
     return Selected(
@@ -89,6 +98,7 @@ def open_selected(
         records=tuple(candidate.record for candidate in chosen),
         places=tuple(places),
         steps_before=tuple(_step_before(found.ordered, place) for place in places),
+        log=use,
     )
 
 
@@ -99,9 +109,14 @@ def _step_before(run: Sequence[Candidate], place: int) -> int:
 
 
 def select(
-    candidates: Sequence[Candidate], selection: Selection, notice: Callable[[str], None] = lambda text: None
+    candidates: Sequence[Candidate],
+    selection: Selection,
+    notice: Callable[[str], None] = lambda text: None,
+    log: MetricLog | None = None,
 ) -> tuple[Candidate, ...]:
     """Applies a selection to candidates in order; ``include`` and ``exclude`` have been applied to their names.
+
+    With a ``log`` of the candidates, ``best`` goes by its metrics.
 
     Raises:
         IncompatibleError: too few are left, or the run does not record what a rule needs.
@@ -113,10 +128,17 @@ def select(
         kept = _at_minima(kept, notice)
     if selection.every is not None:
         kept = kept[::-1][:: selection.every][::-1]
+    if selection.min_interval is not None:
+        kept = _apart(kept, selection.min_interval, notice)
     if selection.last is not None:
         kept = _enough(kept, selection.last, "--last")[-selection.last :]
     if selection.best is not None:
-        kept = _best(kept, selection.best, selection.metric, selection.mode == "max", notice)
+        if log is None:
+            measured = _recorded(kept, selection.best, selection.metric, notice)
+        else:
+            measured = log.measured(kept, log.metric(candidates, selection.metric), notice)
+        best = _best(measured, selection.best, highest=selection.mode == "max")
+        kept = [each for each in kept if id(each) in best]
     return tuple(kept)
 
 
@@ -170,16 +192,36 @@ def _between(kept: list[Candidate], selection: Selection, notice: Callable[[str]
     return found
 
 
-def _best(
-    kept: list[Candidate], number: int, metric: str | None, highest: bool, notice: Callable[[str], None]
-) -> list[Candidate]:
+def _apart(kept: list[Candidate], interval: int, notice: Callable[[str], None]) -> list[Candidate]:
+    option = f"--min-interval {interval}"
+    unit = _unit(kept, option)
+    positions = [position(candidate.record, unit) for candidate in kept]
+    if positions != sorted(positions):
+        shown = ends([str(at) for at in positions])
+        raise IncompatibleError(
+            f"{option}: expected {unit}s that rise from checkpoint to checkpoint, got {shown} in "
+            f"{_names(kept)}. Use --every or --include instead."
+        )
+    found = kept[-1:]
+    for candidate, at in zip(kept[-2::-1], positions[-2::-1], strict=True):
+        if position(found[-1].record, unit) - at >= interval:
+            found.append(candidate)
+    if unit == "epoch":
+        notice(f"{option}: the run records no steps, so these are epochs")
+    return found[::-1]
+
+
+def _recorded(
+    kept: list[Candidate], number: int, metric: str | None, notice: Callable[[str], None]
+) -> list[tuple[Candidate, float]]:
+    """Returns the checkpoints that record a metric, or the only one, with its values."""
     recorded = sorted({name for candidate in kept for name in candidate.record.metrics})
     if metric is None and len(recorded) == 1:
         metric = recorded[0]
     if metric is None or metric not in recorded:
         if not recorded:
             raise IncompatibleError(
-                f"--best {number}: the checkpoints record no metrics. Use --last or --include instead."
+                f"--best {number}: the checkpoints record no metrics. Add --log FILE, or use --last or --include."
             )
         found = f"the checkpoints record {listing(map(quote, recorded))}"
         if metric is None:
@@ -189,13 +231,16 @@ def _best(
     if len(measured) < len(kept):
         lacking = [candidate for candidate in kept if metric not in candidate.record.metrics]
         notice(f"skipped, because they record no {quote(metric)}: {_names(lacking)}")
-    _enough(measured, number, "--best")
+    return [(candidate, candidate.record.metrics[metric]) for candidate in measured]
+
+
+def _best(measured: list[tuple[Candidate, float]], number: int, *, highest: bool) -> set[int]:
+    """Returns the ids of the best; of equal ones the later."""
+    _enough([candidate for candidate, _ in measured], number, "--best")
     sign = -1.0 if highest else 1.0
     newest_first = measured[::-1]
-    # sorted keeps the order of ties, so the later checkpoint is used.
-    ranked = sorted(newest_first, key=lambda candidate: sign * candidate.record.metrics[metric])
-    chosen = {id(candidate) for candidate in ranked[:number]}
-    return [candidate for candidate in kept if id(candidate) in chosen]
+    ranked = sorted(newest_first, key=lambda each: sign * each[1])  # keeps the order of ties
+    return {id(candidate) for candidate, _ in ranked[:number]}
 
 
 def _at_minima(kept: list[Candidate], notice: Callable[[str], None]) -> list[Candidate]:

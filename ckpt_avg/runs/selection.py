@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,10 +11,36 @@ from ckpt_avg.errors import OptionGroup, UsageError, option
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Selection(OptionGroup):
+class LogOptions(OptionGroup):
+    """Where metrics are that the checkpoints do not record."""
+
+    heading = "Which checkpoints"
+    log: str | os.PathLike[str] | None = option(
+        None,
+        "Take the metrics from this log (CSV or JSON lines).",
+        doc="Take the metrics from this log, a CSV file or JSON lines, and not from the checkpoints.",
+        metavar="FILE",
+    )
+    log_step: str | None = option(
+        None,
+        "Find the log's steps or epochs in this column (default: step).",
+        doc="The column of the log with the steps (default: ``step``), or with the epochs if its name says so. "
+        "``step+1`` adds a number to them; ``epoch=COLUMN`` says that they are epochs.",
+        metavar="COLUMN",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.log is None and self.log_step is not None:
+            raise UsageError(f"--log-step {self.log_step} needs --log. Add --log FILE.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Selection(LogOptions):
     """Which checkpoints are used.
 
-    The options apply in this order: include and exclude, from_step and to_step, at_lr_minima, every, last, best.
+    The options apply in this order: include and exclude, from_step and to_step, at_lr_minima, every, min_interval,
+    last, best.
     """
 
     heading = "Which checkpoints"
@@ -21,7 +48,15 @@ class Selection(OptionGroup):
     every: int | None = option(None, "Keep every K-th checkpoint, counted from the last.", metavar="K", least=1)
     from_step: int | None = option(None, "Skip checkpoints before step S (or epoch S).", metavar="S")
     to_step: int | None = option(None, "Skip checkpoints after step S (or epoch S).", metavar="S")
-    best: int | None = option(None, "Keep the N best checkpoints by a recorded metric.", metavar="N", least=1)
+    min_interval: int | None = option(
+        None,
+        "Keep checkpoints at least STEPS (or epochs) apart.",
+        doc="Keep checkpoints that are at least so many steps apart, counted back from the last; epochs if the run "
+        "records no steps.",
+        metavar="STEPS",
+        least=1,
+    )
+    best: int | None = option(None, "Keep the N best checkpoints by a metric.", metavar="N", least=1)
     metric: str | None = option(None, "Use this metric for --best.", metavar="NAME")
     mode: str | None = option(None, "Say whether --best means low or high.", choices=("min", "max"))
     include: str | Iterable[str] = option((), "Keep only file names that match. Repeatable.", metavar="GLOB")
@@ -40,9 +75,9 @@ class Selection(OptionGroup):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         if self.best is None:
-            for option, given in (("--metric", self.metric), ("--mode", self.mode)):
+            for option, given in (("--metric", self.metric), ("--mode", self.mode), ("--log", self.log)):
                 if given is not None:
-                    raise UsageError(f"{option} {given} needs --best. Add --best N.")
+                    raise UsageError(f"{option} {os.fspath(given)} needs --best. Add --best N.")
         elif self.mode is None:
             raise UsageError(
                 f"--best {self.best} needs --mode. Add --mode min (for a loss) or --mode max (for an accuracy)."

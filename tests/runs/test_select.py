@@ -1,7 +1,11 @@
-"""Which of the candidates are averaged: names, steps, cycles of the learning rate, every, last, best, in this order."""
+"""Which of the candidates are averaged: names, steps, cycles of the learning rate, every, intervals, last, best.
+
+In this order. What comes from a log is in test_metric_log.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,6 +79,10 @@ def notices(candidates: Sequence[Candidate], **options: Any) -> list[str]:
         (Selection(from_step=0, to_step=99), list(range(1, 11))),
         (Selection(to_step=9, every=4, last=2), [5, 9]),
         (Selection(from_step=2, to_step=8, every=3), [2, 5, 8]),
+        (Selection(min_interval=1), list(range(1, 11))),
+        (Selection(min_interval=4), [2, 6, 10]),
+        (Selection(min_interval=99), [10]),
+        (Selection(to_step=9, every=2, min_interval=3, last=2), [5, 9]),
     ],
 )
 def test_the_rules(selection: Selection, expected: list[int]) -> None:
@@ -90,6 +98,36 @@ def test_every_and_last_agree_with_counting_from_the_end(every: int, last: int) 
             chosen(Selection(every=every, last=last))
     else:
         assert chosen(Selection(every=every, last=last)) == kept[-last:]
+
+
+def test_an_interval_is_counted_in_steps_back_from_the_last() -> None:
+    """Unlike --every it does not depend on how often checkpoints were saved."""
+    uneven = [candidate(f"step_{step}.pt", step=step) for step in (100, 190, 200, 290, 300, 301, 400)]
+    assert chosen(Selection(min_interval=100), uneven) == [100, 200, 300, 400]
+    assert chosen(Selection(min_interval=101), uneven) == [100, 290, 400]
+    assert chosen(Selection(min_interval=101, last=2), uneven) == [290, 400]
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=20, unique=True), st.integers(1, 30))
+def test_an_interval_leaves_no_gap_that_another_checkpoint_could_fill(steps: list[int], interval: int) -> None:
+    ordered = [candidate(f"step_{step}.pt", step=step) for step in sorted(steps)]
+    kept = chosen(Selection(min_interval=interval), ordered)
+    assert kept[-1] == max(steps)
+    assert all(after - before >= interval for before, after in itertools.pairwise(kept))
+    for before, after in itertools.pairwise([-interval, *kept]):
+        assert not [step for step in steps if before < step <= after - interval and step not in kept]
+
+
+def test_an_interval_needs_numbers_that_rise() -> None:
+    assert chosen(Selection(min_interval=2), EPOCHS) == [3, 5, 7]
+    assert notices(EPOCHS, min_interval=2) == ["--min-interval 2: the run records no steps, so these are epochs"]
+    message = refusal(IncompatibleError, [TEN[1], TEN[4], TEN[2]], min_interval=2)
+    assert message == (
+        "--min-interval 2: expected steps that rise from checkpoint to checkpoint, got 2, 5, 3 in step_2.pt, "
+        "step_5.pt, step_3.pt. Use --every or --include instead."
+    )
+    message = refusal(IncompatibleError, [*TEN[:2], candidate("final.pt")], min_interval=2)
+    assert message.startswith("--min-interval 2: expected a step or an epoch in every checkpoint, got none in final.pt")
 
 
 @given(
@@ -290,8 +328,12 @@ TWO = [candidate("step_1.pt", metrics={"loss": 0.1}), candidate("step_2.pt", met
         (TWO, None, "--best 1: the checkpoints record 'acc', 'loss'. Choose one of them with --metric."),
         (LOSSES, "los", "--metric los: the checkpoints record 'loss'. Did you mean 'loss'?"),
         (LOSSES, "f1", "--metric f1: the checkpoints record 'loss'. Use one of these."),
-        (TEN, None, "--best 1: the checkpoints record no metrics. Use --last or --include instead."),
-        (TEN, "loss", "--best 1: the checkpoints record no metrics. Use --last or --include instead."),
+        (TEN, None, "--best 1: the checkpoints record no metrics. Add --log FILE, or use --last or --include."),
+        (
+            TEN,
+            "loss",
+            "--best 1: the checkpoints record no metrics. Add --log FILE, or use --last or --include.",
+        ),
     ],
 )
 def test_a_metric_that_is_not_recorded(candidates: list[Candidate], metric: str | None, message: str) -> None:
@@ -326,7 +368,7 @@ def test_best_needs_a_mode(mode: str | None) -> None:
         assert message == f"--mode: {mode!r} is not one of min, max.{near}"
 
 
-@pytest.mark.parametrize(("option", "value"), [("metric", "loss"), ("mode", "min")])
+@pytest.mark.parametrize(("option", "value"), [("metric", "loss"), ("mode", "min"), ("log", "metrics.csv")])
 def test_a_metric_without_best(option: str, value: str) -> None:
     message = refusal(UsageError, LOSSES, **{option: value})
     assert message == f"--{option} {value} needs --best. Add --best N."

@@ -20,7 +20,8 @@ from ckpt_avg import check
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, CkptAvgError, IncompatibleError, UsageError
 from ckpt_avg.runs.candidate import Candidate
-from ckpt_avg.runs.select import minima_of, select
+from ckpt_avg.runs.lr_minima import minima_of
+from ckpt_avg.runs.select import select
 from ckpt_avg.runs.selection import Selection
 
 Rates = tuple[tuple[int, float], ...]

@@ -180,10 +180,13 @@ def compare(request: CompareRequest) -> CompareResult:
             progress=context.progress.read,
         )
         comparison = _Comparison(checkpoints, plan, groups, sums)
+        elements = sum(each.numel for each in plan.tensors if groups[each.name] != "statistics")
+        if elements < LEAST_WEIGHTS:
+            context.notice(f"fewer than {LEAST_WEIGHTS} weights: too few to tell by distances what is far off")
         return CompareResult(
             checkpoints=comparison.checkpoints(),
             skipped=selected.skipped,
-            elements=sum(each.numel for each in plan.tensors if groups[each.name] != "statistics"),
+            elements=elements,
             norm=comparison.weights.norm,
             distances=comparison.spread(comparison.weights.distances),
             cosines=comparison.spread(comparison.weights.cosines),
@@ -192,7 +195,7 @@ def compare(request: CompareRequest) -> CompareResult:
             straightness=comparison.straightness(),
             tensors=comparison.tensors(),
             not_compared=len(whole.tensors) - len(plan.tensors),
-            findings=tuple(comparison.findings()),
+            findings=tuple(comparison.findings(by_distance=elements >= LEAST_WEIGHTS)),
             notices=tuple(context.notices),
         )
 
@@ -316,13 +319,13 @@ class _Comparison:
         way = sum(distances[place][place + 1] for place in range(len(distances) - 1))
         return _ratio(distances[0][-1], way)
 
-    def findings(self) -> list[Finding]:
-        """Returns what is far off."""
+    def findings(self, *, by_distance: bool) -> list[Finding]:
+        """Returns what is far off; only checkpoints with NaN or Inf unless ``by_distance``."""
         found = [
             Finding("nonfinite", (self._specs[index].path,), self._nonfinite_text(index))
             for index in sorted(self._sums.nonfinite)
         ]
-        if sum(each.numel for each in self._plan.tensors if self._groups[each.name] != "statistics") < LEAST_WEIGHTS:
+        if not by_distance:
             return found
         groups = related_groups(self._matrices.cosines, range(len(self._finite)))
         found += [self._unrelated(group, groups) for group in groups[1:]]

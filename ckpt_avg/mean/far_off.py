@@ -19,7 +19,7 @@ UNRELATED = 0.5  # cosine: at equal norms, the distance is then the norm
 # Of the way through a checkpoint to the direct one. A straight path has 1, a random walk √2, noise around one point 2,
 # and noise that grows or shrinks at most 1 + √2.
 DETOUR = 4.0
-JUMP = 4.0  # of a step to each other step, if that is as long as the longer time allows
+JUMP = 3.0  # of a step to each other step, if that is as long as the longer time allows
 # Of a tensor to its mean: as above, where all other checkpoints are clearly related.
 RELATED = 0.75
 LEAST_WEIGHTS = 100  # distances of fewer random numbers vary too much to tell

@@ -26,6 +26,7 @@ OF_THE_COMMAND_LINE = {
     "quiet",
     "rank_timeout",
     "report",
+    "tensors",
     "verbose",
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {

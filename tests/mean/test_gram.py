@@ -1,0 +1,149 @@
+"""The sums of `compare`: against exact fractions, in one pass, the same with any threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from mean.inputs import State, every_dtype, mixed_run, save
+
+from ckpt_avg.files import platform
+from ckpt_avg.formats.open import open_checkpoint
+from ckpt_avg.mean import gram
+from ckpt_avg.mean.geometry import geometry_of
+from ckpt_avg.mean.gram import Sums, measure
+from ckpt_avg.mean.value_kinds import plan_of
+
+
+def sums_of(paths: Sequence[Path], *, threads: int = 2, readers: int = 0) -> Sums:
+    with ExitStack() as stack:
+        checkpoints = [stack.enter_context(open_checkpoint(path)) for path in paths]
+        plan = plan_of(checkpoints, dtype="keep", non_float="last")
+        plan = replace(plan, tensors=tuple(each for each in plan.tensors if each.rule == "mean"))
+        groups = {each.name: "all" for each in plan.tensors}
+        return measure(checkpoints, plan, groups, threads=threads, readers=readers)
+
+
+def flat(state: State) -> torch.Tensor:
+    """All averaged values of a state, widened."""
+    real = [torch.view_as_real(each) if each.is_complex() else each for each in state.values()]
+    return torch.cat([each.double().flatten() for each in real if each.is_floating_point()])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_every_dtype_as_numpy_would_compute_it(tmp_path: Path, suffix: str) -> None:
+    """Large tensors, many small ones, and complex numbers, whose parts count as two."""
+    states = mixed_run(4)
+    points = torch.stack([flat(state) for state in states])
+    found = geometry_of(sums_of(save(tmp_path, states, suffix)).products["all"])
+    mean = points.mean(0)
+    close = {"rel": 1e-12}
+    assert found.norm == pytest.approx(mean.norm().item(), **close)
+    assert found.norms == pytest.approx(points.norm(dim=1).tolist(), **close)
+    assert found.to_mean == pytest.approx((points - mean).norm(dim=1).tolist(), **close)
+    for i in range(4):
+        assert found.distances[i] == pytest.approx((points - points[i]).norm(dim=1).tolist(), **close)
+        cosines = torch.cosine_similarity(points, points[i : i + 1]).tolist()
+        assert found.cosines[i] == pytest.approx(cosines, rel=1e-12, abs=1e-12)
+        centred = torch.cosine_similarity(points - mean, (points - mean)[i : i + 1]).tolist()
+        assert found.centred_cosines[i] == pytest.approx(centred, rel=1e-12, abs=1e-12)
+
+
+def test_float16_and_float8_of_many_magnitudes(tmp_path: Path) -> None:
+    states = every_dtype(3, 5000)
+    points = torch.stack([flat(state) for state in states])
+    found = geometry_of(sums_of(save(tmp_path, states, ".pt")).products["all"])
+    assert found.to_mean == pytest.approx((points - points.mean(0)).norm(dim=1).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("smaller", [1e-3, 1e-6, 1e-9])
+def test_small_differences_of_large_weights_keep_their_digits(tmp_path: Path, smaller: float) -> None:
+    """The products of the checkpoints themselves would leave none: their squares agree in 18 digits."""
+    generator = torch.Generator().manual_seed(0)
+    base = 1000 + torch.randn(3000, generator=generator, dtype=torch.float64)
+    states = [{"w": base + smaller * torch.randn(3000, generator=generator, dtype=torch.float64)} for _ in range(3)]
+    found = geometry_of(sums_of(save(tmp_path, states)).products["all"])
+    for i, j in ((0, 1), (1, 2)):
+        exact = sum((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(*(states[k]["w"].tolist() for k in (i, j))))  # noqa: B905
+        assert found.distances[i][j] == pytest.approx(math.sqrt(exact), rel=1e-6 if smaller < 1e-8 else 1e-9)
+
+
+def test_the_plane_of_points_in_a_plane(tmp_path: Path) -> None:
+    """Their distances are kept, the mean is in the middle, and the last one is to the right."""
+    corners = torch.tensor([[-4.0, 0.0, 0.0], [0.0, 1.0, -1.0], [0.0, -1.0, 1.0], [4.0, 0.0, 0.0]], dtype=torch.float64)
+    found = geometry_of(sums_of(save(tmp_path, [{"w": 7 + row} for row in corners])).products["all"])
+    assert [x for x, _ in found.plane] == pytest.approx([-4, 0, 0, 4], abs=1e-12)
+    assert [abs(y) for _, y in found.plane] == pytest.approx([0, 2**0.5, 2**0.5, 0], abs=1e-12)
+    assert found.shares == pytest.approx((32 / 36, 4 / 36))
+
+
+def test_the_same_with_any_threads_and_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit: blocks depend on the number of checkpoints alone, and are added in their order."""
+    monkeypatch.setattr(gram, "_READ", 64 * 1024)
+    monkeypatch.setattr(gram, "_CHUNK", 8 * 1024)
+    paths = save(tmp_path, mixed_run())
+    first = sums_of(paths, threads=1)
+    for threads, readers in ((2, 0), (5, 3)):
+        other = sums_of(paths, threads=threads, readers=readers)
+        assert torch.equal(first.products["all"], other.products["all"])
+        assert all(torch.equal(each.squares, other.tensors[name].squares) for name, each in first.tensors.items())
+
+
+def test_every_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass, whatever is computed of it; a few samples tell copies and masks beforehand."""
+    states = mixed_run()
+    paths = save(tmp_path, states)
+    read = 0
+    real = platform.read_into
+
+    def count(fd: int, target: memoryview, offset: int) -> int:
+        nonlocal read
+        done = real(fd, target, offset)
+        read += done
+        return done
+
+    with ExitStack() as stack:
+        checkpoints = [stack.enter_context(open_checkpoint(path)) for path in paths]
+        plan = plan_of(checkpoints, dtype="keep", non_float="last")
+        plan = replace(plan, tensors=tuple(each for each in plan.tensors if each.rule == "mean"))
+        monkeypatch.setattr(platform, "read_into", count)
+        measure(checkpoints, plan, {each.name: "all" for each in plan.tensors}, threads=2, readers=0)
+    assert read == 3 * plan.source_nbytes
+
+
+def test_nan_and_infinity_are_counted_and_left_out(tmp_path: Path) -> None:
+    """They must not make NaN of what the other checkpoints have; the same infinity in all is a constant."""
+    states = [{"a": torch.randn(50, 3), "b": torch.randn(9), "mask": torch.full((4,), -math.inf)} for _ in range(4)]
+    states[1]["a"][7, 1] = math.nan
+    states[1]["b"][2:4] = math.inf
+    states[3]["b"][5] = -math.inf
+    sums = sums_of(save(tmp_path, states))
+    assert sums.nonfinite == {1: {"a": 1, "b": 2}, 3: {"b": 1}}
+    found = geometry_of(sums.products["all"], chosen=[0, 2])
+    points = torch.stack([flat({name: states[index][name] for name in "ab"}) for index in (0, 2)])
+    assert found.distances[0][1] == pytest.approx((points[0] - points[1]).norm().item(), rel=1e-12)
+    assert found.norm == pytest.approx(points.mean(0).norm().item(), rel=1e-12)
+
+
+def test_transposed_tensors_and_checkpoints_of_other_dtypes(tmp_path: Path) -> None:
+    """Elements are compared where they are in the tensor, not where they are in the file."""
+    values = torch.randn(40, 30)
+    first, second, third = {"w": values, "v": values}, {"w": values.T.contiguous().T, "v": values.double()}, {}
+    third = {"w": values.bfloat16(), "v": values.half()}
+    found = geometry_of(sums_of(save(tmp_path, [first, second, third], ".pt")).products["all"])
+    assert found.distances[0][1] == 0
+    expected = torch.stack([third[name].double() - values.double() for name in ("w", "v")]).norm().item()
+    assert found.distances[0][2] == pytest.approx(expected, rel=1e-12)
+
+
+def test_many_checkpoints_of_few_elements(tmp_path: Path) -> None:
+    """More than a chunk has room for: a chunk then has the least number of elements."""
+    points = torch.randn(300, 700, dtype=torch.float64)
+    found = geometry_of(sums_of(save(tmp_path, [{"w": row.clone()} for row in points])).products["all"])
+    assert found.to_mean == pytest.approx((points - points.mean(0)).norm(dim=1).tolist(), rel=1e-12)

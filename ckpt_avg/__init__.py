@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ckpt_avg.commands.inspect import Inspection as Inspection, Listed as Listed, inspect as inspect
     from ckpt_avg.commands.draft import AverageResult as AverageResult
     from ckpt_avg.commands.refresh_bn import refresh_weights as refresh_weights
+    from ckpt_avg.commands.soup import Decision as Decision, SoupResult as SoupResult, soup as soup
     from ckpt_avg.commands.sweep import Measured as Measured, SweepResult as SweepResult, sweep as sweep
     from ckpt_avg.commands.verify import VerifyReport as VerifyReport, verify as verify
     from ckpt_avg.distributed.launch import join_ranks as join_ranks
@@ -62,6 +63,7 @@ _HOMES = {
     "ckpt_avg.commands.inspect": ("Inspection", "Listed", "inspect"),
     "ckpt_avg.commands.draft": ("AverageResult",),
     "ckpt_avg.commands.refresh_bn": ("refresh_weights",),
+    "ckpt_avg.commands.soup": ("Decision", "SoupResult", "soup"),
     "ckpt_avg.commands.sweep": ("Measured", "SweepResult", "sweep"),
     "ckpt_avg.commands.verify": ("VerifyReport", "verify"),
     "ckpt_avg.distributed.launch": ("join_ranks",),

@@ -101,7 +101,7 @@ def size(count: int) -> str:
 def plural(count: int, noun: str) -> str:
     """Returns ``1 tensor``, ``3,000 tensors``."""
     if count != 1:
-        noun = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+        noun = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}es" if noun.endswith(("ch", "ss")) else f"{noun}s"
     return f"{count:,} {noun}"
 
 

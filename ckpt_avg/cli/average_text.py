@@ -22,7 +22,7 @@ def average_text(result: AverageResult, *, verbose: bool = False) -> str:
         f"{names_text(result.checkpoints)}",
         f"{plural(result.tensors, 'tensor')}, float64 sums on {result.device}"
         f"{f' by the {result.engine} engine' if verbose else ''}",
-        *_outcome(result),
+        *outcome_lines(result),
     ]
     if verbose:
         lines += skipped_lines(result.skipped)
@@ -34,7 +34,9 @@ def average_text(result: AverageResult, *, verbose: bool = False) -> str:
 def refreshed_text(result: AverageResult) -> str:
     """Says which weights were refreshed, over what, and what was written."""
     done, would_be = ("copied", "would copy") if result.statistics == "none" else ("refreshed", "would refresh")
-    return "\n".join([f"{done if _is_done(result) else would_be} {names_text(result.checkpoints)}", *_outcome(result)])
+    return "\n".join(
+        [f"{done if _is_done(result) else would_be} {names_text(result.checkpoints)}", *outcome_lines(result)]
+    )
 
 
 def evaluation_lines(
@@ -70,7 +72,7 @@ def _is_done(result: AverageResult) -> bool:
     return result.written or bool(result.evaluations)
 
 
-def _outcome(result: AverageResult) -> list[str]:
+def outcome_lines(result: AverageResult) -> list[str]:
     """Says where the BatchNorm statistics come from, what was measured, and what was written."""
     lines = []
     if report := result.batch_norm:

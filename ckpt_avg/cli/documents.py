@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ckpt_avg.commands.compare import CompareResult
     from ckpt_avg.commands.draft import AverageResult
     from ckpt_avg.commands.inspect import Inspection
+    from ckpt_avg.commands.soup import SoupResult
     from ckpt_avg.commands.sweep import Measured, SweepResult
     from ckpt_avg.commands.verify import VerifyReport
     from ckpt_avg.user_code.comparison import Comparison, Evaluation
@@ -50,7 +51,7 @@ def average_json(result: AverageResult) -> dict[str, Any]:
         MARK: __version__,
         **_attributes(result, ("output", "written", "checkpoints", "skipped", "tensors")),
         "bytes": result.nbytes,
-        **_attributes(result, ("device", "engine", "data_digest", "sha256")),
+        **_attributes(result, ("device", "engine", "data_digest", "sha256", "split")),
         "batch_norm": {
             "statistics": result.statistics,
             "layers": sorted(report.statistics) if report else [],
@@ -99,6 +100,12 @@ def sweep_json(result: SweepResult, command: Sequence[str]) -> dict[str, Any]:
 def compare_json(result: CompareResult) -> dict[str, Any]:
     """Returns the result of `compare`."""
     return {MARK: __version__, **plain(result)}
+
+
+def soup_json(result: SoupResult, command: Sequence[str]) -> dict[str, Any]:
+    """Returns the result of `soup`: that of `average`, and how it was chosen."""
+    names = ("candidates", "skipped", "decisions", "kept", "metric", "mode", "tolerance", "split", "passes", "notices")
+    return {**average_json(result.average), **_attributes(result, names), "command": list(command)}
 
 
 def compatibility_json(report: CompatibilityReport) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def say(text: str, *, err: bool = False) -> None:
 
 def _run(command: click.Command, arguments: Sequence[str]) -> int:
     # Only rank 0 prints results; any rank prints its errors.
-    silent = bool(arguments) and arguments[0] in ("average", "refresh-bn", "sweep") and launched_rank()
+    silent = bool(arguments) and arguments[0] in ("average", "refresh-bn", "soup", "sweep") and launched_rank()
     as_json = "--json" in arguments and not silent
     try:
         # Not command.main(), which returns the code of an Exit as a value and turns a closed pipe into exit 1.

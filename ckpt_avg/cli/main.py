@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,7 +20,7 @@ import ckpt_avg
 from ckpt_avg.cli import options
 from ckpt_avg.cli.exits import open_missing_streams, run, say
 from ckpt_avg.cli.options import Command
-from ckpt_avg.cli.run import computing, make_output, show
+from ckpt_avg.cli.run import computing, make_output, refuse_ranks, show
 from ckpt_avg.commands.options import OutputOptions
 from ckpt_avg.commands.requests import (
     AverageRequest,
@@ -28,14 +28,17 @@ from ckpt_avg.commands.requests import (
     CompareRequest,
     InspectRequest,
     RefreshRequest,
+    SoupRequest,
     SweepRequest,
     VerifyRequest,
 )
-from ckpt_avg.distributed.launch import launch_of
 from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.text import one_line
 from ckpt_avg.version import __version__
+
+if TYPE_CHECKING:
+    from ckpt_avg.commands.soup import SoupResult
 
 
 def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -126,8 +129,7 @@ def sweep_command(
     ckpt-avg sweep RUN --model train:make_model --data train:train_loader \\
         --eval train:evaluate --maximize accuracy
     """  # noqa: D301 (click needs the backspace character itself)
-    if launch_of() is not None:
-        raise UsageError("sweep: runs in one process only. Start it without torchrun.")
+    refuse_ranks("sweep")
     SweepRequest(sources, **given).discover()  # checks options and sources before the user's code is imported
     from ckpt_avg.cli.documents import sweep_json
     from ckpt_avg.cli.plots import KINDS, draw_sweep, refuse_without_matplotlib
@@ -141,13 +143,49 @@ def sweep_command(
         refuse_without_matplotlib()
     with computing(quiet=quiet) as progress:
         result = ckpt_avg.sweep(sources, progress=progress, **options.load_all(app_dir, given))
-    command = options.average_command_for(context, result.best)
+    best = result.best
+    command = options.average_command_for(context, best.checkpoints, are_last=best.side == "last")
     document = sweep_json(result, command)
     contents = {
         "--report": lambda: json_bytes(document),
         "--plot": lambda: draw_sweep(result, os.path.splitext(plot or "")[1].lower()),
     }
     show(sweep_text(result, shlex.join(command)), document, contents, files, as_json=as_json)
+
+
+@cli.command("soup", cls=Command)
+@options.sources
+@options.options_from(SoupRequest)
+@options.app_dir
+@options.output
+@options.report
+@options.as_json
+@options.quiet
+@click.pass_context
+def soup_command(context: click.Context, /, sources: Sequence[str], output: str, **given: Any) -> None:
+    """Write the greedy soup: add checkpoints while a metric gets no worse.
+
+    \b
+    ckpt-avg soup RUN -o soup.safetensors --eval train:evaluate \\
+        --maximize accuracy --model train:make_model --data train:train_loader
+    """  # noqa: D301 (click needs the backspace character itself)
+    refuse_ranks("soup")
+    from ckpt_avg.cli.documents import soup_json
+    from ckpt_avg.cli.soup_text import soup_text
+
+    def command(result: SoupResult) -> list[str]:
+        """Returns the command that makes the same file; empty for a dry run."""
+        return options.average_command_for(context, result.kept, output) if result.kept else []
+
+    make_output(
+        SoupRequest,
+        "soup",
+        lambda result: soup_text(result, command(result)),
+        sources,
+        output,
+        document=lambda result: soup_json(result, command(result)),
+        **given,
+    )
 
 
 @cli.command("check", cls=Command)

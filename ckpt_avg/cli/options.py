@@ -6,9 +6,10 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -21,9 +22,6 @@ from ckpt_avg.errors import flag_of
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import size
-
-if TYPE_CHECKING:
-    from ckpt_avg.commands.sweep import Measured
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -54,6 +52,7 @@ def _number(kind: Callable[[str], float], form: str) -> Callable[[str], float]:
 
 _whole = _number(int, "whole number. Write for example 8")
 _seconds = _number(float, "number of seconds. Write for example 600")
+_real = _number(float, "number. Write for example 0.001")
 
 
 class Option(click.Option):
@@ -145,7 +144,7 @@ def _click_option(heading: str, option: Field[Any]) -> Callable[[_Command], _Com
     elif metavar == "SIZE":
         settings |= {"type": _size, "metavar": metavar, "default": size(int(str(default))).replace(".0 ", "")}
     else:
-        number = _whole if kind.startswith("int") else str
+        number = _whole if kind.startswith("int") else _real if kind.startswith("float") else str
         settings |= {"type": number, "metavar": metavar, "multiple": default == ()}
     return click.option(flag_of(option), option.name, cls=Option, heading=heading, **settings)
 
@@ -163,15 +162,18 @@ def load_all(app_dir: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**given, **loaded}
 
 
-def average_command_for(context: click.Context, window: Measured) -> list[str]:
-    """Returns the ``average`` command that makes one average of a sweep, from the options that the sweep was given.
+def average_command_for(
+    context: click.Context, checkpoints: Sequence[Path], output: str = "swa.safetensors", *, are_last: bool = False
+) -> list[str]:
+    """Returns the ``average`` command for checkpoints, with the options that a sweep or a soup was given.
 
-    The last k of the selected checkpoints become ``--last k``. With ``--best``, and for the first k, the command lists
-    the checkpoints instead and selects nothing.
+    The last k of the selected checkpoints become ``--last k``, unless ``--best`` selects them. Otherwise the command
+    lists the checkpoints and selects nothing. It writes ``output``, or a name like it if that exists.
     """
-    by_name = window.side == "first" or context.params["best"] is not None
+    by_name = not are_last or context.params["best"] is not None
     groups = (Reading, MeanOptions, RefreshOptions) if by_name else (Selection, Reading, MeanOptions, RefreshOptions)
-    passed_on = {"app_dir", "keep_order", *(option.name for group in groups for option in fields(group))} - {"last"}
+    passed_on = {option.name for group in groups for option in fields(group)} - {"last"}
+    passed_on |= {"app_dir", "keep_order", "sha256", "split"}
     words = ["ckpt-avg", "average"]
     for parameter in context.command.params:
         name = parameter.name or ""
@@ -183,12 +185,13 @@ def average_command_for(context: click.Context, window: Measured) -> list[str]:
                 for each in value if parameter.multiple else [value]:
                     words += [option, str(each)]
     if not by_name:
-        words += ["--last", str(len(window.checkpoints))]
-    words += ["-o", _free_name()]
-    paths = [str(path) for path in window.checkpoints] if by_name else list(context.params["sources"])
+        words += ["--last", str(len(checkpoints))]
+    words += ["-o", _free_name(output)]
+    paths = [str(path) for path in checkpoints] if by_name else list(context.params["sources"])
     return [*words, *(["--"] if any(path.startswith("-") for path in paths) else []), *paths]
 
 
-def _free_name() -> str:
-    names = itertools.chain(["swa.safetensors"], (f"swa-{number}.safetensors" for number in itertools.count(2)))
-    return next(name for name in names if not os.path.lexists(name))
+def _free_name(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    names = itertools.chain([name], (f"{stem}-{number}{suffix}" for number in itertools.count(2)))
+    return next(each for each in names if not os.path.lexists(each))

@@ -10,39 +10,40 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ckpt_avg
+from ckpt_avg.cli.documents import average_json
 from ckpt_avg.cli.exits import error_json, say
 from ckpt_avg.cli.options import load_all
+from ckpt_avg.commands.options import RankOptions
 from ckpt_avg.distributed.launch import join_ranks, launch_of
-from ckpt_avg.errors import CkptAvgError, RequirementError
+from ckpt_avg.distributed.ranks import RANK_TIMEOUT
+from ckpt_avg.errors import CkptAvgError, RequirementError, UsageError
 
 if TYPE_CHECKING:
-    from ckpt_avg.commands.draft import AverageResult
-    from ckpt_avg.commands.requests import AverageRequest, RefreshRequest
     from ckpt_avg.output.paths import SideFiles
     from ckpt_avg.progress import Progress
     from ckpt_avg.runs.discover import Sources
 
 
 def make_output(
-    request: Callable[..., AverageRequest | RefreshRequest],
+    request: type[Any],
     function: str,
-    text: Callable[[AverageResult], str],
+    text: Callable[[Any], str],
     sources: Sources,
     output: str,
     *,
+    document: Callable[[Any], dict[str, Any]] = average_json,
     app_dir: str,
     report: str | None,
     as_json: bool,
     quiet: bool,
-    rank_timeout: float,
+    rank_timeout: float = RANK_TIMEOUT,
     **given: Any,
 ) -> None:
     """Runs what makes an output, on one rank or many; prints and reports the result, even if a requirement is not met.
 
-    ``request`` checks the options and the sources before the user's code is imported. ``function`` is the name of
-    `average` or `refresh_weights`: torch is imported with it.
+    ``request`` is the class of the request, which checks options and sources before the user's code is imported.
+    ``function`` is the name of `average`, `refresh_weights` or `soup`: torch is imported with it.
     """
-    from ckpt_avg.cli.documents import average_json
     from ckpt_avg.output.paths import SideFiles, checksum_path, json_bytes
 
     launch = launch_of()
@@ -53,20 +54,27 @@ def make_output(
     unmet: RequirementError | None = None
     try:
         with computing(quiet=quiet or not speaks) as progress, join_ranks(timeout=rank_timeout) as ranks:
-            request(sources, output, ranks=ranks, **given).discover()
+            shared: dict[str, Any] = {"ranks": ranks} if issubclass(request, RankOptions) else {}
+            request(sources, output, **shared, **given).discover()
             if speaks:
                 files.check("--report", report, (".json",))
-            options = {**load_all(app_dir, given), "ranks": ranks, "progress": progress}
+            options = {**load_all(app_dir, given), **shared, "progress": progress}
             result = getattr(ckpt_avg, function)(sources, output, **options)
     except RequirementError as error:
         unmet, result = error, error.result
     if not speaks:
         return
-    document = average_json(result)
-    reported = document
+    found = document(result)
+    reported = found
     if unmet is not None:
-        reported = {**document, "error": error_json(type(unmet).__name__, str(unmet), unmet.exit_code)}
-    show(text(result), document, {"--report": lambda: json_bytes(reported)}, files, as_json=as_json, failure=unmet)
+        reported = {**found, "error": error_json(type(unmet).__name__, str(unmet), unmet.exit_code)}
+    show(text(result), found, {"--report": lambda: json_bytes(reported)}, files, as_json=as_json, failure=unmet)
+
+
+def refuse_ranks(command: str) -> None:
+    """Raises UsageError if this process is one of several ranks."""
+    if launch_of() is not None:
+        raise UsageError(f"{command}: runs in one process only. Start it without torchrun.")
 
 
 @contextlib.contextmanager

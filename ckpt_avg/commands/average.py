@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_avg.commands.agreement import agree_on_files, agree_on_request
@@ -9,9 +10,10 @@ from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.draft import AverageResult, Draft
 from ckpt_avg.commands.prepare import prepare
 from ckpt_avg.commands.publish import publish
-from ckpt_avg.commands.requests import AverageRequest, takes
+from ckpt_avg.commands.requests import AverageRequest, SoupRequest, takes
 from ckpt_avg.output.paths import check_checksum, check_output
 from ckpt_avg.runs.discover import Discovery
+from ckpt_avg.user_code.comparison import Evaluation
 
 
 @takes(AverageRequest)
@@ -44,15 +46,22 @@ def average(request: AverageRequest) -> AverageResult:
     """
     with Context(request.ranks, request.progress) as context:
         agree_on_request(context.ranks, request)
-        discovery = request.discover()
-        target, checksum = _check_paths(request, discovery, context)
-        prepared = prepare(discovery, request, context)  # open → check → plan
-        agree_on_files(context.ranks, prepared.checkpoints)
-        draft = Draft(request, prepared, context, target, checksum)
-        return draft.result() if request.dry_run else publish(draft)  # mean → refresh → evaluate → publish
+        return write_average(request, context)
 
 
-def _check_paths(request: AverageRequest, discovery: Discovery, context: Context) -> tuple[Path, Path | None]:
+def write_average(request: AverageRequest, context: Context, measured: Sequence[Evaluation] = ()) -> AverageResult:
+    """Does what `average` does, in a context. What was measured before is not measured again (see `Evaluations`)."""
+    discovery = request.discover()
+    target, checksum = check_paths(request, discovery, context)
+    prepared = prepare(discovery, request, context)  # open → check → plan
+    agree_on_files(context.ranks, prepared.checkpoints)
+    draft = Draft(request, prepared, context, target, checksum, measured)
+    return draft.result() if request.dry_run else publish(draft)  # mean → refresh → evaluate → publish
+
+
+def check_paths(
+    request: AverageRequest | SoupRequest, discovery: Discovery, context: Context
+) -> tuple[Path, Path | None]:
     """Returns where the output goes, and where its checksum goes, if it is to have one."""
     output, overwrite = request.output, request.overwrite
     target = check_output(output, discovery, overwrite=overwrite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +52,7 @@ class AverageResult:
             is that of the output.
         comparison: what averaging and what the refresh changed; None if nothing was measured.
         outcomes: each requirement, and whether it was met.
+        split: as given.
         notices: what the user should know.
     """
 
@@ -70,6 +72,7 @@ class AverageResult:
     evaluations: tuple[Evaluation, ...]
     comparison: Comparison | None
     outcomes: tuple[Outcome, ...]
+    split: str | None
     notices: tuple[str, ...]
 
 
@@ -80,15 +83,21 @@ class Draft:
         request, prepared, context: what is to be done, with what.
         target: the file to write.
         checksum: where its SHA-256 goes, if anywhere.
-        evaluations: what is measured.
+        evaluations: what is measured, or was before, as `Evaluations` takes it.
     """
 
     def __init__(
-        self, request: AverageRequest, prepared: Prepared, context: Context, target: Path, checksum: Path | None
+        self,
+        request: AverageRequest,
+        prepared: Prepared,
+        context: Context,
+        target: Path,
+        checksum: Path | None,
+        measured: Sequence[Evaluation] = (),
     ) -> None:
         self.request, self.prepared, self.context = request, prepared, context
         self.target, self.checksum = target, checksum
-        self.evaluations = Evaluations(request, prepared, context)
+        self.evaluations = Evaluations(request, prepared, context, measured)
 
     @functools.cached_property
     def header(self) -> bytes:
@@ -131,6 +140,7 @@ class Draft:
             evaluations=self.evaluations.measured,
             comparison=self.evaluations.comparison,
             outcomes=self.evaluations.outcomes,
+            split=self.request.split,
             notices=tuple(self.context.notices),
         )
 
@@ -161,6 +171,7 @@ class Draft:
                 RecordedOptions.values(self.request),
                 batch_norm=summary(self.prepared.statistics, report, self.request),
                 spectral_norms=len(self.prepared.plan.spectral_norms),
+                split=self.request.split,
                 sum_order=self.prepared.selected.sum_order,
                 log=self.prepared.selected.log,
                 digests=self._source_digests,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,14 +77,17 @@ class Meter:
                     found.setdefault(metric, []).append(value)
         metrics = {metric: mean_of(values) for metric, values in found.items()}
         samples = {metric: tuple(values) for metric, values in found.items() if len(values) > 1}
-        self._varies |= any(len(set(values)) > 1 for values in samples.values())
-        evaluation = Evaluation(name, path, metrics, frozen is not None, samples)
+        return self.compare_with_earlier(Evaluation(name, path, metrics, frozen is not None, samples))
+
+    def compare_with_earlier(self, evaluation: Evaluation) -> Evaluation:
+        """Returns what was measured. Raises UserCodeError if it has other metrics than what was measured before."""
+        self._varies |= any(len(set(values)) > 1 for values in evaluation.samples.values())
         if self._context.ranks.is_first:
             if self._expected is not None:
                 from ckpt_avg.user_code.evaluate import refuse_other_metrics
 
-                refuse_other_metrics(self._expected, metrics, name)
-            self._expected = metrics
+                refuse_other_metrics(self._expected, evaluation.metrics, evaluation.name)
+            self._expected = evaluation.metrics
         return evaluation
 
     def measure_refreshed(self, checkpoint: Checkpoint, name: str, frozen: Collection[str]) -> Evaluation:
@@ -138,19 +141,27 @@ class Meter:
 
 
 class Evaluations(Meter):
-    """What `average` measures: checkpoints and their average. Without a function it does nothing."""
+    """What `average` measures: checkpoints and their average. Without a function it does nothing.
 
-    def __init__(self, request: AverageRequest, prepared: Prepared, context: Context) -> None:
+    ``before`` is what was measured of checkpoints before, in their order, the last one last: the average is compared
+    with these, and none is measured again. Some may not be in the average.
+    """
+
+    def __init__(
+        self, request: AverageRequest, prepared: Prepared, context: Context, before: Sequence[Evaluation] = ()
+    ) -> None:
         super().__init__(request, prepared, context)
         self._measured: list[Evaluation] = []
+        self._before = before
         self._requirements = request.requirements
         self._is_on = bool(request.functions)
-        self._several = len(prepared.checkpoints) > 1
+        self._several = len(prepared.checkpoints) > 1 or bool(before)
         every = request.evaluate_all or needs_all(request.requirements)
-        compared = prepared.checkpoints if every else (prepared.last,)
+        compared = () if before else prepared.checkpoints if every else (prepared.last,)
         names = distinct_names([each.spec.path for each in compared])
         self._compared = list(zip(compared, names, strict=True))
-        self._refreshes = self._is_on and self._several and prepared.refresh is not None
+        self._last_path = before[-1].path if before else prepared.last.spec.path
+        self._refreshes = self._is_on and self._several and prepared.refresh is not None and not before
         if self._is_on and request.dry_run:
             context.notice("a dry run measures nothing, so --eval and --require are not tried")
         elif self._refreshes and (every or request.eval_repeats > 1):
@@ -169,6 +180,7 @@ class Evaluations(Meter):
             return
         from ckpt_avg.user_code.model import weights_of
 
+        self._measured += map(self.compare_with_earlier, self._before)
         for checkpoint, name in self._compared:
             if self._refreshes and checkpoint is not self._prepared.last:
                 continue
@@ -178,7 +190,8 @@ class Evaluations(Meter):
 
     def measure_average(self, weights: Callable[[], Mapping[str, torch.Tensor]], *, is_refreshed: bool) -> None:
         """Measures the average as it would now be published."""
-        if not self._is_on:
+        refreshes_later = self._prepared.refresh is not None and not is_refreshed
+        if not self._is_on or (self._before and refreshes_later):
             return
         name = "average" if self._several else "these weights"
         if is_refreshed:
@@ -242,5 +255,4 @@ class Evaluations(Meter):
         return saved, refreshed, averages[-1] if averages else None
 
     def _last(self, evaluations: list[Evaluation]) -> Evaluation:
-        path = self._prepared.last.spec.path
-        return next(each for each in evaluations if each.path == path)
+        return next(each for each in evaluations if each.path == self._last_path)

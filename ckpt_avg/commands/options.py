@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,6 +139,12 @@ class EvalOptions(OptionGroup):
         "if those of the average are), ``last-saved`` (the last one as it was saved) or a number.",
         metavar="'METRIC>=last'",
     )
+    split: str | None = option(
+        None,
+        "Record on which split the checkpoints were chosen.",
+        doc="The name of the split of the data on which the checkpoints were chosen, for the metadata and the result.",
+        metavar="NAME",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,13 +193,12 @@ class OutputOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class SweepOptions(OptionGroup):
-    """Which windows are compared, and by what."""
+class ChoiceOptions(OptionGroup):
+    """By what averages are compared."""
 
-    heading = "Which windows"
+    heading = "Which is best"
     maximize: str | None = option(None, "Prefer the highest value of this metric.", metavar="METRIC")
     minimize: str | None = option(None, "Prefer the lowest value of this metric.", metavar="METRIC")
-    windows: str = option("both", "Average the last k, the first k, or both.", choices=("last", "first", "both"))
     hold: int = option(
         2 * 2**30,
         "Hold up to SIZE of averages in memory.",
@@ -213,6 +219,37 @@ class SweepOptions(OptionGroup):
     def target(self) -> tuple[str, str]:
         """The option that names the metric to compare by, and that metric."""
         return ("--minimize", self.minimize or "") if self.maximize is None else ("--maximize", self.maximize)
+
+    @property
+    def sign(self) -> float:
+        """What to multiply the metric by, so that higher is better."""
+        return -1.0 if self.maximize is None else 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SweepOptions(ChoiceOptions):
+    """Which windows are compared, and by what."""
+
+    windows: str = option("both", "Average the last k, the first k, or both.", choices=("last", "first", "both"))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SoupOptions(ChoiceOptions):
+    """By what a checkpoint is kept."""
+
+    tolerance: float = option(
+        0.0,
+        "Keep checkpoints that make the metric worse by up to X.",
+        doc="Keep a checkpoint also if the metric gets worse by it, by at most this much. What counts is the best soup "
+        "so far, so the metric never falls by more in all.",
+        metavar="X",
+        least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if math.isinf(self.tolerance):
+            raise UsageError("--tolerance: inf is out of range. Use a finite number.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -172,7 +172,7 @@ def _refuse_unmet(result: AverageResult) -> None:
     unmet = [outcome for outcome in result.outcomes if not outcome.met]
     if unmet:
         advice = "Average other checkpoints (ckpt-avg sweep shows which are best together)"
-        if len(result.checkpoints) == 1:
+        if result.comparison is not None and not result.comparison.averaging:
             advice = "Keep the statistics that these weights have, or measure over other data"
         raise RequirementError(
             f"{result.output}: not published, because {len(unmet)} of {plural(len(result.outcomes), 'requirement')} "

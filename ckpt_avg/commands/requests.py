@@ -22,6 +22,7 @@ from ckpt_avg.commands.options import (
     ProgressOptions,
     RankOptions,
     ResourceOptions,
+    SoupOptions,
     SweepOptions,
 )
 from ckpt_avg.errors import UsageError
@@ -30,6 +31,8 @@ from ckpt_avg.runs.selection import LogOptions, Selection
 from ckpt_avg.text import plural, suggestion
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ckpt_avg.files.input_file import IO
     from ckpt_avg.runs.discover import Discovery, Sources
 
@@ -40,7 +43,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MeanRequest(Selection, Reading, MeanOptions, RefreshOptions, EvalOptions):
-    """The arguments that `average` and `sweep` share."""
+    """The arguments that `average`, `sweep` and `soup` share."""
 
     sources: Sources = field(
         metadata={
@@ -77,6 +80,7 @@ class RefreshRequest(RankOptions, Reading, MeanOptions, RefreshOptions, EvalOpti
     non_float: str = field(default="last", init=False)
     bn: str = field(default="refresh", init=False)
     evaluate_all: bool = field(default=False, init=False)
+    split: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +117,26 @@ class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
         super().__post_init__()
         if not self.functions:
             raise UsageError("--eval is missing. Add --eval MODULE:FUNCTION to measure each average.")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SoupRequest(MeanRequest, SoupOptions, OutputOptions, ProgressOptions):
+    """The arguments of `soup`."""
+
+    output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
+    evaluate_all: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.functions:
+            raise UsageError("--eval is missing. Add --eval MODULE:FUNCTION to measure each checkpoint.")
+
+    def as_average(self, checkpoints: Sequence[Path] = ()) -> AverageRequest:
+        """Returns the request to average the same, or only these checkpoints, which need no selection then."""
+        selected = {each.name for each in fields(Selection)} - {"keep_order"} if checkpoints else set()
+        names = {each.name for each in fields(AverageRequest) if each.init} & {each.name for each in fields(self)}
+        given = {name: getattr(self, name) for name in names - selected}
+        return AverageRequest(**{**given, "sources": checkpoints or self.sources})
 
 
 @dataclass(frozen=True, eq=False, repr=False)

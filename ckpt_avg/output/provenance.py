@@ -29,6 +29,7 @@ DTYPE = "ckpt_avg.dtype"
 LOG = "ckpt_avg.log"
 BATCH_NORM = "ckpt_avg.batch_norm"
 SPECTRAL_NORM = "ckpt_avg.spectral_norm"
+SPLIT = "ckpt_avg.split"
 DATA_DIGEST = "ckpt_avg.data_digest"
 HEADER_DIGEST = "ckpt_avg.header_digest"
 
@@ -55,6 +56,7 @@ def make_metadata(
     log: LogUse | None = None,
     batch_norm: dict[str, object] | None,
     spectral_norms: int = 0,
+    split: str | None = None,
     digests: Sequence[Mapping[str, str]] | None = None,
     data_digest: str | None = None,
 ) -> dict[str, str]:
@@ -67,6 +69,7 @@ def make_metadata(
         log: the log whose metric selected them.
         batch_norm: where the running statistics come from; None without BatchNorm layers.
         spectral_norms: how many weights have spectral norm whose vectors are computed from the averaged weight.
+        split: the split of the data on which the checkpoints were chosen; None if that is not known.
         digests: for each checkpoint the SHA-256 of its files, by name; None if not requested.
         data_digest: of the output's data section, in hex; None while it is not known.
     """
@@ -99,6 +102,8 @@ def make_metadata(
         metadata[LOG] = _as_json({"name": text_of(Path(log.name)), "step": log.step, "metric": log.metric})
     if batch_norm is not None and not (batch_norm["statistics"] == "copied" and BATCH_NORM in own):
         metadata[BATCH_NORM] = _as_json(batch_norm)
+    if split is not None:
+        metadata[SPLIT] = split.encode(errors="backslashreplace").decode()
     if spectral_norms:
         metadata[SPECTRAL_NORM] = _as_json({"vectors": "recomputed", "weights": spectral_norms})
     return metadata

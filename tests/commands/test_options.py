@@ -35,6 +35,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "inspect": ckpt_avg.inspect,
     "compare": ckpt_avg.compare,
     "refresh-bn": ckpt_avg.refresh_weights,
+    "soup": ckpt_avg.soup,
     "sweep": ckpt_avg.sweep,
     "verify": ckpt_avg.verify,
 }
@@ -144,5 +145,5 @@ def test_what_is_recorded_can_be_read_again() -> None:
 
 def test_every_group_has_a_heading() -> None:
     kinds = [each for each in vars(requests).values() if isinstance(each, type) and each.__name__.endswith("Request")]
-    assert len(kinds) == 8
+    assert len(kinds) == 9
     assert all(heading for kind in kinds for heading, _ in options_of(kind))

@@ -1,0 +1,99 @@
+"""Averages in memory, measured: what `sweep` and `soup` choose from. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from ckpt_avg.batchnorm.policy import frozen_buffers, moving_layers
+from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.commands.context import Context
+from ckpt_avg.commands.evaluations import Meter
+from ckpt_avg.commands.options import ChoiceOptions
+from ckpt_avg.commands.prepare import Prepared
+from ckpt_avg.commands.requests import MeanRequest
+from ckpt_avg.errors import IncompatibleError, UsageError
+from ckpt_avg.mean.spectral_norm import leading_vectors
+from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means, write_tensors
+from ckpt_avg.text import listing, quote, suggestion
+from ckpt_avg.user_code.comparison import Evaluation
+from ckpt_avg.user_code.model import weights_of
+
+
+class Averages:
+    """Averages of some of the checkpoints each: bit for bit what `average` writes of these.
+
+    Attributes:
+        meter: what measures them.
+        passes: how many times checkpoints were read to compute averages.
+    """
+
+    def __init__(self, request: MeanRequest, prepared: Prepared, context: Context) -> None:
+        if len(prepared.checkpoints) < 2:
+            raise IncompatibleError(f"{prepared.specs[0].path}: is the only checkpoint. Name at least two to compare.")
+        self._request, self._prepared, self._context = request, prepared, context
+        self.meter = Meter(request, prepared, context)
+        self.passes = 0
+
+    def measure_last(self, choice: ChoiceOptions) -> Evaluation:
+        """Measures the last checkpoint as it was saved. Raises UsageError if that has no such metric."""
+        last = self._prepared.last
+        measured = self.meter.measure(last.spec.name, last.spec.path, weights_of(last))
+        option, metric = choice.target
+        if metric not in measured.metrics:
+            raise UsageError(
+                f"{option} {metric}: the --eval function returns no such metric. Use one of "
+                f"{listing(map(quote, measured.metrics))}.{suggestion(metric, measured.metrics)}"
+            )
+        return measured
+
+    def compute(self, subsets: Sequence[Collection[int]]) -> list[MemoryOutput]:
+        """Averages checkpoints, given by their indices, in one pass over those that are needed, each summed alone."""
+        prepared = self._prepared
+        read = {index for subset in subsets for index in subset}
+        needed = sorted(read | {len(prepared.checkpoints) - 1})  # the plan's last has some tensors for all
+        places = {index: place for place, index in enumerate(needed)}
+        outputs = [MemoryOutput(prepared.plan) for _ in subsets]
+        means = [
+            Mean([places[index] for index in prepared.selected.sum_order if index in subset], output.write)
+            for subset, output in zip(subsets, outputs, strict=True)
+        ]
+        self._context.progress.start(len(read) * prepared.plan.source_nbytes)
+        write_means(
+            [prepared.checkpoints[index] for index in needed],
+            prepared.plan,
+            means,
+            device=prepared.mean_device,
+            threads=prepared.threads,
+            memory=self._request.memory,
+            readers=self._request.readers,
+            allow_nonfinite=self._request.allow_nonfinite,
+            progress=self._context.progress.read,
+        )
+        self.passes += 1
+        return outputs
+
+    def measure(self, name: str, subset: Collection[int], output: MemoryOutput) -> Evaluation:
+        """Refreshes what `compute` returned for these checkpoints, and measures it."""
+        checkpoints = [self._prepared.checkpoints[index] for index in sorted(subset)]
+        if len(checkpoints) > 1:
+            plan = self._prepared.plan
+            vectors = leading_vectors(plan, checkpoints[-1], output.tensors(), self._context.notice)
+            write_tensors(vectors, plan, output.write)
+        return self.meter.measure(name, None, output.tensors(), frozen=self.frozen(checkpoints))
+
+    def frozen(self, checkpoints: Sequence[Checkpoint]) -> Collection[str] | None:
+        """Returns the statistics of these checkpoints that a refresh keeps; None if there is nothing to refresh."""
+        if self._prepared.refresh is None:
+            return None
+        frozen = frozen_buffers(checkpoints, self._prepared.plan, self._request.bn)
+        return frozen if moving_layers(self._prepared.plan, frozen) else None
+
+    def paths(self, subset: Collection[int]) -> tuple[Path, ...]:
+        """Returns the paths of checkpoints, in the order of the sum."""
+        return tuple(self._prepared.specs[index].path for index in self._prepared.selected.sum_order if index in subset)
+
+
+def at_once(hold: int, prepared: Prepared) -> int:
+    """Returns how many averages ``hold`` bytes of memory contain, at least one."""
+    return max(1, hold // max(1, prepared.plan.nbytes))

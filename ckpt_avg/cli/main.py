@@ -244,8 +244,7 @@ def compare_command(
     from ckpt_avg.cli.progress_bars import bars
     from ckpt_avg.output.paths import SideFiles, json_bytes
 
-    if launch_of() is not None:
-        raise UsageError("compare: runs in one process only. Start it without torchrun.")
+    refuse_ranks("compare")
     files = SideFiles(sources, output=None, overwrite=overwrite)
     files.check("--report", report, (".json",))
     files.check("--plot", plot, KINDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,7 @@ class Record:
     Attributes:
         step: optimizer steps (updates, iterations, batches) done.
         epoch: the epoch, as the trainer counts it.
-        metrics: the metrics of this checkpoint under the trainer's names; finite values only.
+        metrics: the metrics of this checkpoint under the trainer's names; NaN and infinity, too.
         learning_rate: of the first parameter group.
         rates: (step, learning rate) as logged up to this checkpoint, in order; empty if the trainer keeps no log.
         is_lone_number: whether the step is a number in the name that no word explains, so that its unit is unknown.
@@ -46,16 +46,24 @@ def count(value: object) -> int | None:
     return value if type(value) is int and 0 <= value < 2**63 else None
 
 
-def measure(value: object) -> float | None:
-    """Returns ``value`` as a metric or learning rate, or None if it is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) >= 2.0**1000:
+def as_number(value: object) -> float | None:
+    """Returns ``value`` as a metric, or None if it is no number. Beyond 2¹⁰⁰⁰ it is infinite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if isfinite(value) else None
+    if abs(value) >= 2.0**1000:
+        return inf if value > 0 else -inf
+    return float(value)
+
+
+def measure(value: object) -> float | None:
+    """Returns ``value`` as a learning rate, or None if it is not a finite number."""
+    number = as_number(value)
+    return number if number is not None and isfinite(number) else None
 
 
 def number_in(text: object) -> float | None:
-    """Returns the number that a text, such as the cell of a table, is."""
+    """Returns the number that a text, such as the cell of a table, is; None if it is none."""
     try:
-        return measure(float(text)) if isinstance(text, str) else None
+        return as_number(float(text)) if isinstance(text, str) else None
     except ValueError:
         return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
-from ckpt_avg.checkpoint.training_record import measure
+from ckpt_avg.checkpoint.training_record import as_number
 from ckpt_avg.errors import CheckpointFormatError, fail
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.pickles.stand_ins import StoredTensor
@@ -56,7 +56,7 @@ def open_torch_file(
 
     def scalar(value: object) -> float | None:
         if not isinstance(value, StoredTensor) or value.shape not in ((), (1,)):
-            return measure(value)
+            return as_number(value)
         try:
             spec = locate(file.path, "(recorded)", value, contents)
         except CheckpointFormatError:
@@ -161,5 +161,4 @@ def element(dtype: DType, content: bytes) -> float | None:
         )
     if not letter or struct.calcsize(letter) != len(content):
         return None
-    value = float(struct.unpack(f"<{letter}", content)[0])
-    return value if math.isfinite(value) else None
+    return as_number(struct.unpack(f"<{letter}", content)[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -199,8 +200,9 @@ def _source(checkpoint: Checkpoint, digests: Mapping[str, str] | None) -> dict[s
     }
     moment = {"step": spec.record.step, "epoch": spec.record.epoch}
     source |= {key: value for key, value in moment.items() if value is not None}
-    if spec.record.metrics:
-        source["metrics"] = dict(sorted(spec.record.metrics.items())[:_MOST_METRICS])
+    metrics = sorted(each for each in spec.record.metrics.items() if math.isfinite(each[1]))
+    if metrics:
+        source["metrics"] = dict(metrics[:_MOST_METRICS])
     if digests is not None:
         source["sha256"] = dict(digests)
     return source

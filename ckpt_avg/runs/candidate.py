@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError
+from ckpt_avg.text import argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +38,8 @@ class Candidate:
         if self.checkpoint is None:
             raise self.error or CheckpointFormatError(f"{self.path}: cannot be opened.")
         return self.checkpoint
+
+
+def excluding(candidates: Iterable[Candidate]) -> str:
+    """Returns the options that skip at most 20 candidates."""
+    return " ".join(f"--exclude {argument(each.path.name)}" for each in itertools.islice(candidates, 20))

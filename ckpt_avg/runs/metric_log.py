@@ -17,7 +17,7 @@ from pathlib import Path
 from ckpt_avg.checkpoint.training_record import Record, measure, number_in
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.runs.candidate import Candidate
+from ckpt_avg.runs.candidate import Candidate, excluding
 from ckpt_avg.runs.log_rows import read_rows
 from ckpt_avg.runs.log_step import StepColumn
 from ckpt_avg.runs.order import Unit, unit_of
@@ -51,7 +51,7 @@ class Logged:
     @property
     def value(self) -> float | None:
         """The finite number that it is; None if it is none."""
-        return number_in(self.cell) if isinstance(self.cell, str) else measure(self.cell)
+        return measure(number_in(self.cell) if isinstance(self.cell, str) else self.cell)
 
     def __str__(self) -> str:
         return f"{escaped(str(self.cell))} in {self.where}"
@@ -127,7 +127,7 @@ class MetricLog:
             places = listing(f"{found} for {escaped(each.path.name)}" for each, found in unclear)
             raise IncompatibleError(
                 f"{self.path}: expected finite numbers as {quote(metric)}, got {places}. To rank the others, add "
-                f"{_exclude([each for each, _ in unclear])}."
+                f"{excluding(each for each, _ in unclear)}."
             )
         changed = [(each, found) for each, found in logged if found.earlier is not None]
         if changed:
@@ -185,7 +185,7 @@ class MetricLog:
         extent = f"only at {min(logged)} to {max(logged)}" if logged else "nor at any other"
         advice = hint or "Name another column with --log-step, or the log of this run."
         if not is_all:
-            advice += f" Otherwise add {_exclude(lacking)}."
+            advice += f" Otherwise add {excluding(lacking)}."
         raise IncompatibleError(f"--log-step {self.step.given}: {here}, {extent}. {advice}")
 
     def _hint(self, kept: Sequence[Candidate], logged: set[int], *, is_all: bool) -> str:
@@ -281,10 +281,6 @@ def _number(record: Record, unit: Unit) -> int | None:
     if unit == "epoch" and record.epoch is not None:
         return record.epoch
     return record.step if unit == "step" or record.is_lone_number else None
-
-
-def _exclude(candidates: Sequence[Candidate]) -> str:
-    return " ".join(f"--exclude {argument(each.path.name)}" for each in candidates[:20])
 
 
 def _earlier(before: Logged | None, cell: object) -> Logged | None:

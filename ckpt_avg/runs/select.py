@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import isfinite
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.formats.open import refuse_missing_prefix
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.runs.candidate import Candidate
+from ckpt_avg.runs.candidate import Candidate, excluding
 from ckpt_avg.runs.candidates import open_candidates
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.lr_minima import at_lr_minima
@@ -228,6 +229,12 @@ def _recorded(
     if len(measured) < len(kept):
         lacking = [candidate for candidate in kept if metric not in candidate.record.metrics]
         notice(f"skipped, because they record no {quote(metric)}: {_names(lacking)}")
+    if unclear := [candidate for candidate in measured if not isfinite(candidate.record.metrics[metric])]:
+        shown = ends([f"{each.record.metrics[metric]} in {escaped(each.path.name)}" for each in unclear])
+        raise IncompatibleError(
+            f"--best {number}: expected finite numbers as {quote(metric)}, got {shown}. To rank the others, add "
+            f"{excluding(unclear)}."
+        )
     return [(candidate, candidate.record.metrics[metric]) for candidate in measured]
 
 

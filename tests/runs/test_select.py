@@ -352,6 +352,17 @@ def test_checkpoints_without_the_metric_are_skipped_with_a_notice() -> None:
     )
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_metric_that_is_not_finite_ranks_nowhere(bad: float) -> None:
+    """Whether such a checkpoint is averaged is the user's decision."""
+    some = measured({1: 0.5, 2: bad, 3: 0.9, 4: bad})
+    assert refusal(IncompatibleError, some, best=2, mode="max") == (
+        f"--best 2: expected finite numbers as 'loss', got {bad} in step_2.pt, {bad} in step_4.pt. To rank the others, "
+        "add --exclude step_2.pt --exclude step_4.pt."
+    )
+    assert chosen(Selection(best=1, mode="max", to_step=1), some) == [1]
+
+
 def test_the_best_of_what_the_other_rules_leave() -> None:
     assert chosen(Selection(best=1, mode="min", from_step=3), LOSSES) == [4]
     assert chosen(Selection(best=1, mode="min", last=1), LOSSES) == [5]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 
-from ckpt_avg.checkpoint.training_record import Record, count, measure
+from ckpt_avg.checkpoint.training_record import Record, as_number, count, measure
 from ckpt_avg.files.status import is_file, is_folder
 
 INCOMPLETE = "incomplete, by its name"
@@ -28,7 +28,7 @@ class Contents:
     """
 
     root: object
-    scalar: Callable[[object], float | None] = measure
+    scalar: Callable[[object], float | None] = as_number
 
     def get(self, key: str) -> object:
         """Returns what a dotted key leads to, through dicts and the first elements of lists; None if nothing."""
@@ -41,14 +41,14 @@ class Contents:
 
     def number(self, key: str) -> float | None:
         """Returns the finite number under a key."""
-        return self.scalar(self.get(key))
+        return measure(self.scalar(self.get(key)))
 
     def count(self, key: str) -> int | None:
         """Returns the step or epoch under a key."""
         return count(self.number(key))
 
     def numbers(self, pairs: Iterable[tuple[object, object]]) -> dict[str, float]:
-        """Returns those of the named values that are finite numbers."""
+        """Returns those of the named values that are numbers; NaN and infinity, too."""
         values = ((name, self.scalar(value)) for name, value in pairs)
         return {name: value for name, value in values if isinstance(name, str) and value is not None}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,21 @@ def test_numbers_beside_the_weights_are_metrics(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize(
     ("name", "value"),
     [("lr", 0.1), ("learning_rate", 0.1), ("time", 3.5), ("seed", 4.0), ("version", 2.0), ("best_acc", 0.9),
-     ("num_classes", 10), ("batch_size", 32.0), ("loss", "low"), ("loss", True), ("loss", float("nan")),
+     ("num_classes", 10), ("batch_size", 32.0), ("loss", "low"), ("loss", True),
      ("loss", [0.5]), ("loss", torch.ones(2)), ("count", 7), (3, 0.5), ("loss", 10**400)],
 )  # fmt: skip
 def test_settings_and_counts_are_no_metrics(tmp_path: Path, name: Any, value: Any) -> None:
-    """``best_acc`` is that of another checkpoint; a whole number is a count; NaN ranks nowhere."""
+    """``best_acc`` is that of another checkpoint; a whole number is a count."""
     assert dict(recorded(tmp_path, {"model": W, "epoch": 1, name: value}).metrics) == {}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_not_finite_is_recorded(tmp_path: Path, value: float) -> None:
+    """So that a selection by it can refuse it: the training has diverged."""
+    for stored in (value, torch.tensor(value), torch.tensor(value, dtype=torch.float16)):
+        found = recorded(tmp_path, {"model": W, "loss": stored, "lr": value, "step": value})
+        assert str(dict(found.metrics)) == str({"loss": value})
+        assert (found.learning_rate, found.step) == (None, None)
 
 
 @pytest.mark.parametrize("key", ["metrics", "train_metrics", "val_metrics", "eval_metrics"])
@@ -145,10 +155,14 @@ def test_one_stored_element(name: str, data: st.DataObject) -> None:
     raw = data.draw(st.binary(min_size=dtype.itemsize, max_size=dtype.itemsize))
     value = torch.frombuffer(bytearray(raw), dtype=getattr(torch, name))
     found = element(dtype, raw)
-    if found is not None:
+    if found is not None and math.isnan(found):
+        assert torch.isnan(value).all()
+    elif found is not None and math.isinf(found):
+        assert (value.double().abs() >= 2.0**1000).all()
+    elif found is not None:
         assert found == float(value.float() if name.startswith("float8") else value.double())
     else:
-        assert name.startswith("float8") or not torch.isfinite(value).all()
+        assert name.startswith("float8")
 
 
 @pytest.mark.parametrize("value", [None, "3", [], {}, b"3", object(), 1j, float("nan"), float("inf"), True])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import ckpt_avg
 from ckpt_avg.cli import options
 from ckpt_avg.cli.exits import open_missing_streams, run, say
 from ckpt_avg.cli.options import Command
-from ckpt_avg.cli.run import computing, make_output, refuse_ranks, show
+from ckpt_avg.cli.run import computing, make_output, make_report, refuse_ranks
 from ckpt_avg.commands.options import OutputOptions
 from ckpt_avg.commands.requests import (
     AverageRequest,
@@ -38,7 +37,9 @@ from ckpt_avg.text import one_line
 from ckpt_avg.version import __version__
 
 if TYPE_CHECKING:
+    from ckpt_avg.commands.compare import CompareResult
     from ckpt_avg.commands.soup import SoupResult
+    from ckpt_avg.commands.sweep import SweepResult
 
 
 def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -132,25 +133,29 @@ def sweep_command(
     refuse_ranks("sweep")
     SweepRequest(sources, **given).discover()  # checks options and sources before the user's code is imported
     from ckpt_avg.cli.documents import sweep_json
-    from ckpt_avg.cli.plots import KINDS, draw_sweep, refuse_without_matplotlib
+    from ckpt_avg.cli.plots import draw_sweep
     from ckpt_avg.cli.sweep_text import sweep_text
-    from ckpt_avg.output.paths import SideFiles, json_bytes
 
-    files = SideFiles(sources, output=None, overwrite=overwrite)
-    files.check("--report", report, (".json",))
-    files.check("--plot", plot, KINDS)
-    if plot is not None:
-        refuse_without_matplotlib()
-    with computing(quiet=quiet) as progress:
-        result = ckpt_avg.sweep(sources, progress=progress, **options.load_all(app_dir, given))
-    best = result.best
-    command = options.average_command_for(context, best.checkpoints, are_last=best.side == "last")
-    document = sweep_json(result, command)
-    contents = {
-        "--report": lambda: json_bytes(document),
-        "--plot": lambda: draw_sweep(result, os.path.splitext(plot or "")[1].lower()),
-    }
-    show(sweep_text(result, shlex.join(command)), document, contents, files, as_json=as_json)
+    def measure() -> SweepResult:
+        with computing(quiet=quiet) as progress:
+            return ckpt_avg.sweep(sources, progress=progress, **options.load_all(app_dir, given))
+
+    def command(result: SweepResult) -> list[str]:
+        """Returns the command that makes the best average."""
+        best = result.best
+        return options.average_command_for(context, best.checkpoints, are_last=best.side == "last")
+
+    make_report(
+        sources,
+        measure,
+        lambda result: sweep_text(result, shlex.join(command(result))),
+        lambda result: sweep_json(result, command(result)),
+        draw_sweep,
+        plot=plot,
+        report=report,
+        overwrite=overwrite,
+        as_json=as_json,
+    )
 
 
 @cli.command("soup", cls=Command)
@@ -240,25 +245,25 @@ def compare_command(
     from ckpt_avg.cli.compare_plot import draw_comparison
     from ckpt_avg.cli.compare_text import comparison_text
     from ckpt_avg.cli.documents import compare_json
-    from ckpt_avg.cli.plots import KINDS, refuse_without_matplotlib
     from ckpt_avg.cli.progress_bars import bars
-    from ckpt_avg.output.paths import SideFiles, json_bytes
 
     refuse_ranks("compare")
-    files = SideFiles(sources, output=None, overwrite=overwrite)
-    files.check("--report", report, (".json",))
-    files.check("--plot", plot, KINDS)
-    if plot is not None:
-        refuse_without_matplotlib()
-    with bars(quiet=quiet, reading="comparing") as progress:
-        result = ckpt_avg.compare(sources, progress=progress, **given)
-    document = compare_json(result)
-    contents = {
-        "--report": lambda: json_bytes(document),
-        "--plot": lambda: draw_comparison(result, os.path.splitext(plot or "")[1].lower()),
-    }
-    text = comparison_text(result, tensors=tensors, verbose=verbose)
-    show(text, document, contents, files, as_json=as_json)
+
+    def measure() -> CompareResult:
+        with bars(quiet=quiet, reading="comparing") as progress:
+            return ckpt_avg.compare(sources, progress=progress, **given)
+
+    make_report(
+        sources,
+        measure,
+        partial(comparison_text, tensors=tensors, verbose=verbose),
+        compare_json,
+        draw_comparison,
+        plot=plot,
+        report=report,
+        overwrite=overwrite,
+        as_json=as_json,
+    )
 
 
 @cli.command("inspect", cls=Command)

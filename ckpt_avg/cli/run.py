@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ckpt_avg
 from ckpt_avg.cli.documents import average_json
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ckpt_avg.output.paths import SideFiles
     from ckpt_avg.progress import Progress
     from ckpt_avg.runs.discover import Sources
+
+_Result = TypeVar("_Result")
 
 
 def make_output(
@@ -68,7 +71,37 @@ def make_output(
     reported = found
     if unmet is not None:
         reported = {**found, "error": error_json(type(unmet).__name__, str(unmet), unmet.exit_code)}
-    show(text(result), found, {"--report": lambda: json_bytes(reported)}, files, as_json=as_json, failure=unmet)
+    _show(text(result), found, {"--report": lambda: json_bytes(reported)}, files, as_json=as_json, failure=unmet)
+
+
+def make_report(
+    sources: Sources,
+    measure: Callable[[], _Result],
+    text: Callable[[_Result], str],
+    document: Callable[[_Result], dict[str, Any]],
+    draw: Callable[[_Result, str], bytes],
+    *,
+    plot: str | None,
+    report: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Runs what only measures; prints the result, writes its report and draws it, into paths that are checked first."""
+    from ckpt_avg.cli.plots import KINDS, refuse_without_matplotlib
+    from ckpt_avg.output.paths import SideFiles, json_bytes
+
+    files = SideFiles(sources, output=None, overwrite=overwrite)
+    files.check("--report", report, (".json",))
+    files.check("--plot", plot, KINDS)
+    if plot is not None:
+        refuse_without_matplotlib()
+    result = measure()
+    found = document(result)
+    contents = {
+        "--report": lambda: json_bytes(found),
+        "--plot": lambda: draw(result, os.path.splitext(plot or "")[1].lower()),
+    }
+    _show(text(result), found, contents, files, as_json=as_json)
 
 
 def refuse_ranks(command: str) -> None:
@@ -88,7 +121,7 @@ def computing(*, quiet: bool) -> Iterator[Progress]:
         yield progress
 
 
-def show(
+def _show(
     text: str,
     document: dict[str, Any],
     contents: Mapping[str, Callable[[], bytes]],

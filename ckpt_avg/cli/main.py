@@ -7,39 +7,30 @@ from __future__ import annotations
 
 import gc
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import ckpt_avg
 from ckpt_avg.cli import options
+from ckpt_avg.cli.choosing import compare_command, soup_command, sweep_command
 from ckpt_avg.cli.exits import open_missing_streams, run, say
 from ckpt_avg.cli.options import Command
-from ckpt_avg.cli.run import computing, make_output, make_report, refuse_ranks
-from ckpt_avg.commands.options import OutputOptions
+from ckpt_avg.cli.run import make_output
 from ckpt_avg.commands.requests import (
     AverageRequest,
     CheckRequest,
-    CompareRequest,
     InspectRequest,
     RefreshRequest,
-    SoupRequest,
-    SweepRequest,
     VerifyRequest,
 )
 from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.text import one_line
 from ckpt_avg.version import __version__
-
-if TYPE_CHECKING:
-    from ckpt_avg.commands.compare import CompareResult
-    from ckpt_avg.commands.soup import SoupResult
-    from ckpt_avg.commands.sweep import SweepResult
 
 
 def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -102,97 +93,6 @@ def refresh_command(weights: str, output: str, **given: Any) -> None:
     make_output(RefreshRequest, "refresh_weights", refreshed_text, weights, output, **given)
 
 
-@cli.command("sweep", cls=Command)
-@options.sources
-@options.options_from(SweepRequest)
-@options.app_dir
-@options.sweep_plot
-@options.options_from(OutputOptions, only=["overwrite"])
-@options.report
-@options.as_json
-@options.quiet
-@click.pass_context
-def sweep_command(
-    context: click.Context,
-    /,
-    sources: Sequence[str],
-    app_dir: str,
-    plot: str | None,
-    report: str | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-    **given: Any,
-) -> None:
-    """Find the best window of checkpoints to average. Measures the last k and the first k, for each k.
-
-    \b
-    ckpt-avg sweep RUN --model train:make_model --data train:train_loader \\
-        --eval train:evaluate --maximize accuracy
-    """  # noqa: D301 (click needs the backspace character itself)
-    refuse_ranks("sweep")
-    SweepRequest(sources, **given).discover()  # checks options and sources before the user's code is imported
-    from ckpt_avg.cli.documents import sweep_json
-    from ckpt_avg.cli.plots import draw_sweep
-    from ckpt_avg.cli.sweep_text import sweep_text
-
-    def measure() -> SweepResult:
-        with computing(quiet=quiet) as progress:
-            return ckpt_avg.sweep(sources, progress=progress, **options.load_all(app_dir, given))
-
-    def command(result: SweepResult) -> list[str]:
-        """Returns the command that makes the best average."""
-        best = result.best
-        return options.average_command_for(context, best.checkpoints, are_last=best.side == "last")
-
-    make_report(
-        sources,
-        measure,
-        lambda result: sweep_text(result, shlex.join(command(result))),
-        lambda result: sweep_json(result, command(result)),
-        draw_sweep,
-        plot=plot,
-        report=report,
-        overwrite=overwrite,
-        as_json=as_json,
-    )
-
-
-@cli.command("soup", cls=Command)
-@options.sources
-@options.options_from(SoupRequest)
-@options.app_dir
-@options.output
-@options.report
-@options.as_json
-@options.quiet
-@click.pass_context
-def soup_command(context: click.Context, /, sources: Sequence[str], output: str, **given: Any) -> None:
-    """Write the greedy soup: add checkpoints while a metric gets no worse.
-
-    \b
-    ckpt-avg soup RUN -o soup.safetensors --eval train:evaluate \\
-        --maximize accuracy --model train:make_model --data train:train_loader
-    """  # noqa: D301 (click needs the backspace character itself)
-    refuse_ranks("soup")
-    from ckpt_avg.cli.documents import soup_json
-    from ckpt_avg.cli.soup_text import soup_text
-
-    def command(result: SoupResult) -> list[str]:
-        """Returns the command that makes the same file; empty for a dry run."""
-        return options.average_command_for(context, result.kept, output) if result.kept else []
-
-    make_output(
-        SoupRequest,
-        "soup",
-        lambda result: soup_text(result, command(result)),
-        sources,
-        output,
-        document=lambda result: soup_json(result, command(result)),
-        **given,
-    )
-
-
 @cli.command("check", cls=Command)
 @options.sources
 @options.options_from(CheckRequest)
@@ -213,57 +113,6 @@ def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given:
     if not report.compatible:
         say(f"Error: {report}", err=True)
         raise click.exceptions.Exit(IncompatibleError.exit_code)
-
-
-@cli.command("compare", cls=Command)
-@options.sources
-@options.options_from(CompareRequest)
-@options.tensors
-@options.compare_plot
-@options.options_from(OutputOptions, only=["overwrite"])
-@options.report
-@options.as_json
-@options.quiet
-@options.verbose
-def compare_command(
-    sources: Sequence[str],
-    tensors: bool,
-    plot: str | None,
-    report: str | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **given: Any,
-) -> None:
-    """Measure how far checkpoints are from their mean and from each other, and name what is far off.
-
-    \b
-    ckpt-avg compare RUN
-    ckpt-avg compare RUN --last 20 --tensors --plot path.png
-    """  # noqa: D301 (click needs the backspace character itself)
-    from ckpt_avg.cli.compare_plot import draw_comparison
-    from ckpt_avg.cli.compare_text import comparison_text
-    from ckpt_avg.cli.documents import compare_json
-    from ckpt_avg.cli.progress_bars import bars
-
-    refuse_ranks("compare")
-
-    def measure() -> CompareResult:
-        with bars(quiet=quiet, reading="comparing") as progress:
-            return ckpt_avg.compare(sources, progress=progress, **given)
-
-    make_report(
-        sources,
-        measure,
-        partial(comparison_text, tensors=tensors, verbose=verbose),
-        compare_json,
-        draw_comparison,
-        plot=plot,
-        report=report,
-        overwrite=overwrite,
-        as_json=as_json,
-    )
 
 
 @cli.command("inspect", cls=Command)
@@ -311,6 +160,10 @@ def verify_command(
     with bars(quiet=quiet, reading="verifying") as progress:
         report = ckpt_avg.verify(output, sources=checkpoints or None, progress=progress, **given)
     say(json.dumps(verify_json(report), indent=2) if as_json else verify_text(report))
+
+
+for each in (sweep_command, soup_command, compare_command):
+    cli.add_command(each)
 
 
 def main() -> None:

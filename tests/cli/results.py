@@ -51,6 +51,7 @@ def swept(
         windows=tuple(windows.values()),
         metric=metric,
         mode=mode,
+        split=None,
         best=windows[best],
         change=compare(reference, average, {metric: mode == "max"})[0],
         refreshed=True,

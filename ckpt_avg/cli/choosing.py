@@ -1,0 +1,164 @@
+"""The commands that help to choose what to average: `sweep`, `soup` and `compare`. Each runs in one process."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import ckpt_avg
+from ckpt_avg.cli import options
+from ckpt_avg.cli.options import Command
+from ckpt_avg.cli.run import computing, make_output, make_report, refuse_ranks
+from ckpt_avg.commands.options import OutputOptions
+from ckpt_avg.commands.requests import CompareRequest, SoupRequest, SweepRequest
+
+if TYPE_CHECKING:
+    from ckpt_avg.commands.compare import CompareResult
+    from ckpt_avg.commands.soup import SoupResult
+    from ckpt_avg.commands.sweep import SweepResult
+
+
+@click.command("sweep", cls=Command)
+@options.sources
+@options.options_from(SweepRequest)
+@options.app_dir
+@options.sweep_plot
+@options.options_from(OutputOptions, only=["overwrite"])
+@options.report
+@options.as_json
+@options.quiet
+@click.pass_context
+def sweep_command(
+    context: click.Context,
+    /,
+    sources: Sequence[str],
+    app_dir: str,
+    plot: str | None,
+    report: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Find the best window of checkpoints to average. Measures the last k and the first k, for each k.
+
+    \b
+    ckpt-avg sweep RUN --model train:make_model --data train:train_loader \\
+        --eval train:evaluate --maximize accuracy
+    """  # noqa: D301 (click needs the backspace character itself)
+    refuse_ranks("sweep")
+    SweepRequest(sources, **given).discover()  # checks options and sources before the user's code is imported
+    from ckpt_avg.cli.documents import sweep_json
+    from ckpt_avg.cli.plots import draw_sweep
+    from ckpt_avg.cli.sweep_text import sweep_text
+
+    def measure() -> SweepResult:
+        with computing(quiet=quiet) as progress:
+            return ckpt_avg.sweep(sources, progress=progress, **options.load_all(app_dir, given))
+
+    def command(result: SweepResult) -> list[str]:
+        """Returns the command that makes the best average."""
+        best = result.best
+        return options.average_command_for(context, best.checkpoints, are_last=best.side == "last")
+
+    make_report(
+        sources,
+        measure,
+        lambda result: sweep_text(result, shlex.join(command(result))),
+        lambda result: sweep_json(result, command(result)),
+        draw_sweep,
+        plot=plot,
+        report=report,
+        overwrite=overwrite,
+        as_json=as_json,
+    )
+
+
+@click.command("soup", cls=Command)
+@options.sources
+@options.options_from(SoupRequest)
+@options.app_dir
+@options.output
+@options.report
+@options.as_json
+@options.quiet
+@click.pass_context
+def soup_command(context: click.Context, /, sources: Sequence[str], output: str, **given: Any) -> None:
+    """Write the greedy soup: add checkpoints while a metric gets no worse.
+
+    \b
+    ckpt-avg soup RUN -o soup.safetensors --eval train:evaluate \\
+        --maximize accuracy --model train:make_model --data train:train_loader
+    """  # noqa: D301 (click needs the backspace character itself)
+    refuse_ranks("soup")
+    from ckpt_avg.cli.documents import soup_json
+    from ckpt_avg.cli.soup_text import soup_text
+
+    def command(result: SoupResult) -> list[str]:
+        """Returns the command that makes the same file; empty for a dry run."""
+        return options.average_command_for(context, result.kept, output) if result.kept else []
+
+    make_output(
+        SoupRequest,
+        "soup",
+        lambda result: soup_text(result, command(result)),
+        sources,
+        output,
+        document=lambda result: soup_json(result, command(result)),
+        **given,
+    )
+
+
+@click.command("compare", cls=Command)
+@options.sources
+@options.options_from(CompareRequest)
+@options.tensors
+@options.compare_plot
+@options.options_from(OutputOptions, only=["overwrite"])
+@options.report
+@options.as_json
+@options.quiet
+@options.verbose
+def compare_command(
+    sources: Sequence[str],
+    tensors: bool,
+    plot: str | None,
+    report: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **given: Any,
+) -> None:
+    """Measure how far checkpoints are from their mean and from each other, and name what is far off.
+
+    \b
+    ckpt-avg compare RUN
+    ckpt-avg compare RUN --last 20 --tensors --plot path.png
+    """  # noqa: D301 (click needs the backspace character itself)
+    from ckpt_avg.cli.compare_plot import draw_comparison
+    from ckpt_avg.cli.compare_text import comparison_text
+    from ckpt_avg.cli.documents import compare_json
+    from ckpt_avg.cli.progress_bars import bars
+
+    refuse_ranks("compare")
+
+    def measure() -> CompareResult:
+        with bars(quiet=quiet, reading="comparing") as progress:
+            return ckpt_avg.compare(sources, progress=progress, **given)
+
+    make_report(
+        sources,
+        measure,
+        partial(comparison_text, tensors=tensors, verbose=verbose),
+        compare_json,
+        draw_comparison,
+        plot=plot,
+        report=report,
+        overwrite=overwrite,
+        as_json=as_json,
+    )

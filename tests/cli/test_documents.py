@@ -59,8 +59,8 @@ def test_sweep_as_json() -> None:
     result = swept(VALUES, ("first", 2), last=0.5)
     document = json.loads(json.dumps(sweep_json(result, ["ckpt-avg", "average", "a b"]), allow_nan=False))
     assert set(document) == {
-        "ckpt_avg", "checkpoints", "skipped", "metric", "mode", "split", "refreshed", "last", "reference", "windows", "best",
-        "change", "command", "passes", "engine", "notices",
+        "ckpt_avg", "checkpoints", "skipped", "metric", "mode", "split", "refreshed", "last", "reference", "windows",
+        "best", "change", "command", "passes", "engine", "notices",
     }  # fmt: skip
     assert document["checkpoints"] == ["run/step_1.pt", "run/step_2.pt", "run/step_3.pt"]
     assert document["skipped"] == [{"path": "run/log.txt", "reason": "no checkpoint"}]

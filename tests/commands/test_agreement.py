@@ -85,6 +85,7 @@ OTHER: dict[str, Any] = {
     "evaluate_all": True,
     "eval_repeats": 2,
     "require": ("loss<=last",),
+    "split": "test",
     "sha256": True,
     "overwrite": True,
     "dry_run": True,

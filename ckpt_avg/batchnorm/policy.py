@@ -10,6 +10,7 @@ from ckpt_avg.checkpoint.spec import Checkpoint, batch_norm_buffer
 from ckpt_avg.errors import UsageError
 from ckpt_avg.mean.equal_tensors import differing
 from ckpt_avg.mean.plan import Plan
+from ckpt_avg.mean.recognisers import is_spread
 from ckpt_avg.text import listing, plural, quote
 
 if TYPE_CHECKING:
@@ -99,6 +100,32 @@ def source_of_statistics(plan: Plan, frozen: frozenset[str], refresh: PreparedRe
     if plan.checkpoints == 1:
         return "copied"
     return "frozen" if len(frozen) == 2 * len(plan.batch_norm) else "mean"
+
+
+def refuse_negative_variances(
+    plan: Plan, weights: Sequence[float], frozen: Collection[str], refresh: PreparedRefresh | None
+) -> None:
+    """Raises UsageError if a weight is negative, and a variance would be averaged, which might become negative."""
+    if min(weights) >= 0:
+        return
+    measured = (
+        set()
+        if refresh is None
+        else {name for buffers in refresh.buffers.values() for names in buffers.values() for name in names}
+    )
+    averaged = [
+        tensor.name
+        for tensor in plan.tensors
+        if tensor.rule == "mean"
+        and is_spread(tensor.name)
+        and tensor.name not in frozen
+        and tensor.name not in measured
+    ]
+    if averaged:
+        raise UsageError(
+            f"--weights: with negative ones, running variances might become negative: {listing(map(quote, averaged))}. "
+            "Add --model and --data to recompute those of BatchNorm, or use weights of 0 and above."
+        )
 
 
 def summary(

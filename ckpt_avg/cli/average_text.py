@@ -6,7 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ckpt_avg.cli.shared_text import REFERENCE, difference_text, measured_cells, names_text, skipped_lines
+from ckpt_avg.cli.shared_text import (
+    REFERENCE,
+    difference_text,
+    measured_cells,
+    names_text,
+    skipped_lines,
+    weights_lines,
+)
 from ckpt_avg.text import escaped, listing, one_line, plural, size, table
 from ckpt_avg.user_code.comparison import Change, Comparison, Evaluation, helped, mean_of
 
@@ -20,6 +27,7 @@ def average_text(result: AverageResult, *, verbose: bool = False) -> str:
     lines = [
         f"{'averaged' if _is_done(result) else 'would average'} {plural(len(result.checkpoints), 'checkpoint')}: "
         f"{names_text(result.checkpoints)}",
+        *weights_lines(result.checkpoints, result.steps, result.weights),
         f"{plural(result.tensors, 'tensor')}, float64 sums on {result.device}"
         f"{f' by the {result.engine} engine' if verbose else ''}",
         *outcome_lines(result),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_avg.text import distinct_names, ends, escaped, one_line, quote
+from ckpt_avg.text import distinct_names, ends, escaped, one_line, quote, table
 from ckpt_avg.user_code.comparison import Evaluation, spread_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,22 @@ def names_text(paths: Sequence[Path]) -> str:
 def skipped_lines(items: Sequence[Skipped]) -> list[str]:
     """Returns a line for each skipped entry, with the reason."""
     return [f"skipped: {quote(item.path.name)}: {one_line(item.reason)}" for item in items]
+
+
+def weights_lines(
+    checkpoints: Sequence[Path], steps: Sequence[int | None], weights: Sequence[float] | None
+) -> list[str]:
+    """Returns a table of checkpoints, their steps and weights, at most 80 columns wide; nothing if all are equal."""
+    if weights is None:
+        return []
+    numbers = [("-" if step is None else str(step), f"{each:.6g}") for step, each in zip(steps, weights, strict=True)]
+    room = 80 - sum(2 + max(map(len, column)) for column in zip(("step", "weight"), *numbers, strict=True))
+    names = [
+        escaped(name if len(name) <= room else f"{name[: room - 26]}…{name[-25:]}")
+        for name in distinct_names(checkpoints)
+    ]
+    rows = [(name, *cells) for name, cells in zip(names, numbers, strict=True)]
+    return table([("checkpoint", "step", "weight"), *rows])
 
 
 def measured_cells(

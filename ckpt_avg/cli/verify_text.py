@@ -19,10 +19,8 @@ def verify_text(report: VerifyReport) -> str:
     ]
     if report.checkpoints is not None:
         count = len(report.checkpoints)
-        lines.append(
-            f"it is {'the mean' if count > 1 else 'a copy'} of {plural(count, 'checkpoint')}, bit for bit: "
-            f"{names_text(report.checkpoints)}"
-        )
+        what = "a copy" if count == 1 else "the mean" if report.weights is None else "the weighted mean"
+        lines.append(f"it is {what} of {plural(count, 'checkpoint')}, bit for bit: {names_text(report.checkpoints)}")
     if report.spectral_norms:
         weights = plural(len(report.spectral_norms), "weight")
         lines.append(f"spectral norm of {weights}: u and v give the same norm as when computed again, to 1e-6")

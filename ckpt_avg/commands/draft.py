@@ -34,6 +34,8 @@ class AverageResult:
         output: the path that was given.
         written: whether it was published; False for a dry run, and if a requirement was not met.
         checkpoints: what was averaged, in order.
+        steps: that each records, in the same order; None if it records none.
+        weights: of each, in the same order; None if all are equal, so that the mean divides by their number.
         skipped: files of run folders that were skipped, with reasons.
         tensors: how many tensors the output contains.
         nbytes: the output's size in bytes.
@@ -59,6 +61,8 @@ class AverageResult:
     output: Path
     written: bool
     checkpoints: tuple[Path, ...]
+    steps: tuple[int | None, ...]
+    weights: tuple[float, ...] | None
     skipped: tuple[Skipped, ...]
     tensors: int
     nbytes: int
@@ -127,6 +131,8 @@ class Draft:
             output=Path(self.request.output),
             written=written,
             checkpoints=tuple(spec.path for spec in prepared.specs),
+            steps=tuple(record.step for record in prepared.selected.records),
+            weights=prepared.weights,
             skipped=prepared.selected.skipped,
             tensors=len(prepared.plan.tensors),
             nbytes=self.nbytes,
@@ -169,6 +175,7 @@ class Draft:
             metadata = make_metadata(
                 self.prepared.checkpoints,
                 RecordedOptions.values(self.request),
+                weights=self.prepared.weighting,
                 batch_norm=summary(self.prepared.statistics, report, self.request),
                 spectral_norms=len(self.prepared.plan.spectral_norms),
                 split=self.request.split,

@@ -6,11 +6,19 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckpt_avg.batchnorm.policy import Statistics, choose_refresh, frozen_buffers, needs_refresh, source_of_statistics
+from ckpt_avg.batchnorm.policy import (
+    Statistics,
+    choose_refresh,
+    frozen_buffers,
+    needs_refresh,
+    refuse_negative_variances,
+    source_of_statistics,
+)
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.commands.check import notice_what_is_read
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.requests import MeanRequest
+from ckpt_avg.commands.weighting import weighting_of
 from ckpt_avg.distributed.launch import launch_of
 from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import UsageError
@@ -19,6 +27,7 @@ from ckpt_avg.mean.devices import choose_mean_device, choose_model_device
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.mean.value_kinds import plan_of
+from ckpt_avg.mean.weighting import Weights
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.select import Selected, open_selected
@@ -35,6 +44,7 @@ class Prepared:
     """All that averaging needs."""
 
     selected: Selected  # open
+    weighting: Weights | None  # None if all checkpoints count the same
     plan: Plan
     frozen: frozenset[str]  # running statistics that are the same in every checkpoint; empty if each window has its own
     model: torch.nn.Module | None  # if it is needed
@@ -53,6 +63,11 @@ class Prepared:
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The checkpoints in the order of their steps, the last one last."""
         return self.selected.checkpoints
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The weights of the checkpoints, in their order; None if all are equal."""
+        return None if self.weighting is None else self.weighting.values
 
     @property
     def specs(self) -> list[CheckpointSpec]:
@@ -87,6 +102,7 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
         checkpoints = selected.checkpoints
         for file in (file for checkpoint in checkpoints for file in checkpoint.files):
             file.use_io(request.io)
+        weighting = weighting_of(request, selected, range(len(checkpoints)), notice)
         specs = [checkpoint.spec for checkpoint in checkpoints]
         refuse_differences(specs, dtype=request.dtype)
         plan = plan_of(checkpoints, dtype=request.dtype, non_float=request.non_float)
@@ -112,4 +128,6 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
                 )
     refuse_unequal(checkpoints, plan)
     statistics = source_of_statistics(plan, frozen, refresh)
-    return Prepared(selected, plan, frozen, model, refresh, statistics, mean_device, model_device, threads)
+    if weighting is not None:
+        refuse_negative_variances(plan, weighting.values, frozen, refresh)
+    return Prepared(selected, weighting, plan, frozen, model, refresh, statistics, mean_device, model_device, threads)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.commands.agreement import agree_on_header
 from ckpt_avg.commands.draft import AverageResult, Draft
-from ckpt_avg.errors import RankError, RequirementError
+from ckpt_avg.errors import RankError, RequirementError, UsageError
 from ckpt_avg.mean.stream import Mean, write_means, write_tensors
+from ckpt_avg.mean.weighting import summed
 from ckpt_avg.output.digests import TreeDigest, digest_stream
 from ckpt_avg.output.header import refuse_unreadable
 from ckpt_avg.output.paths import write_checksum
@@ -66,6 +67,9 @@ def _write_mean(draft: Draft, unpublished: UnpublishedFile, digest: TreeDigest) 
         ranks.check()
         progress.read(nbytes)
 
+    indices, weights = summed(prepared.selected.sum_order, prepared.weights)
+    if weights is not None:
+        raise UsageError("unequal weights: the engines cannot sum with them yet. Use equal weights.")
     share = plan.share(ranks.rank, ranks.size, begin=begin)
     if ranks.is_first:
         unpublished.write(draft.header, 0)
@@ -73,7 +77,7 @@ def _write_mean(draft: Draft, unpublished: UnpublishedFile, digest: TreeDigest) 
     write_means(
         prepared.checkpoints,
         plan,
-        [Mean(prepared.selected.sum_order, write)],
+        [Mean(indices, write)],
         device=prepared.mean_device,
         threads=prepared.threads,
         memory=draft.request.memory,

@@ -27,6 +27,7 @@ from ckpt_avg.commands.options import (
 )
 from ckpt_avg.errors import UsageError
 from ckpt_avg.formats.reading import Reading
+from ckpt_avg.mean.weighting import Weighting
 from ckpt_avg.runs.selection import LogOptions, Selection
 from ckpt_avg.text import plural, suggestion
 
@@ -42,7 +43,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MeanRequest(Selection, Reading, MeanOptions, RefreshOptions, EvalOptions):
+class MeanRequest(Selection, Reading, Weighting, MeanOptions, RefreshOptions, EvalOptions):
     """The arguments that `average`, `sweep` and `soup` share."""
 
     sources: Sources = field(
@@ -102,7 +103,7 @@ class RefreshRequest(RankOptions, Reading, MeanOptions, RefreshOptions, EvalOpti
 
     def keywords(self) -> dict[str, Any]:
         """Returns the keywords with which `average` does the same."""
-        names = {each.name for each in fields(AverageRequest)} & {each.name for each in fields(self)}
+        names = {each.name for each in fields(AverageRequest)} & {each.name for each in fields(self)} - {"weights"}
         return {name: getattr(self, name) for name in names}
 
 
@@ -117,6 +118,8 @@ class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
         super().__post_init__()
         if not self.functions:
             raise UsageError("--eval is missing. Add --eval MODULE:FUNCTION to measure each average.")
+        if self.weights is not None or self.weighting != "mean":
+            raise UsageError("--weighting, --weights: sweep averages with equal weights. Use ckpt-avg average.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,6 +128,12 @@ class SoupRequest(MeanRequest, SoupOptions, OutputOptions, ProgressOptions):
 
     output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
     evaluate_all: bool = field(default=False, init=False)
+    weighting: str = field(default="mean", init=False)
+    weighting_by: str = field(default="auto", init=False)
+    half_life: str | float | None = field(default=None, init=False)
+    width: float | None = field(default=None, init=False)
+    weights: None = field(default=None, init=False)
+    normalize: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

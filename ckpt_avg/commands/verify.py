@@ -31,6 +31,7 @@ class VerifyReport:
         data_digest: the digest of its data section.
         metadata: its ``__metadata__``.
         checkpoints: the checkpoints that it is the mean of, in order; None if it was not compared with any.
+        weights: of the checkpoints, as the file records them; None if all are equal.
         measured: tensors that are not the mean, because a BatchNorm refresh measured them.
         spectral_norms: weights whose vectors of spectral norm were computed again, and give the same norm to 1e-6.
     """
@@ -41,6 +42,7 @@ class VerifyReport:
     data_digest: str
     metadata: dict[str, str]
     checkpoints: tuple[Path, ...] | None = None
+    weights: tuple[float, ...] | None = None
     measured: tuple[str, ...] = ()
     spectral_norms: tuple[str, ...] = ()
 
@@ -92,6 +94,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
         return replace(
             report,
             checkpoints=compared.checkpoints,
+            weights=compared.weights,
             measured=compared.measured,
             spectral_norms=compared.spectral_norms,
         )

@@ -19,12 +19,14 @@ from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import OutputTensor, Plan
 from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.mean.value_kinds import plan_of
+from ckpt_avg.mean.weighting import summed
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.provenance import (
     recorded_options,
     recorded_sources,
     recorded_statistics,
     recorded_sum_order,
+    recorded_weights,
     size_of,
     text_of,
 )
@@ -42,6 +44,7 @@ class Compared:
     """What was compared, as in `VerifyReport`."""
 
     checkpoints: tuple[Path, ...]
+    weights: tuple[float, ...] | None
     measured: tuple[str, ...]
     spectral_norms: tuple[str, ...]
 
@@ -61,6 +64,11 @@ def compare_with_mean(
     """
     recorded = recorded_sources(metadata)
     options = RecordedOptions.read(recorded_options(metadata) or {"": None})
+    weights = None
+    try:
+        weights = recorded_weights(recorded or ())
+    except ValueError:
+        recorded = None
     if recorded is None or options is None:
         raise VerificationError(
             f"{file.path}: expected its sources and options in its metadata, got none that can be read. Average the "
@@ -80,10 +88,13 @@ def compare_with_mean(
             vectors = {name for layer in plan.spectral_norms for name in (layer.u, layer.v)}
             comparison = _Comparison(file, tensors, plan, free | vectors)
             progress.start(len(specs) * plan.source_nbytes)
+            indices, unequal = summed(recorded_sum_order(recorded), weights)
+            if unequal is not None:
+                raise VerificationError(f"{file.path}: unequal weights cannot be summed yet. Use a later version.")
             write_means(
                 checkpoints,
                 plan,
-                [Mean(recorded_sum_order(recorded), comparison.compare)],
+                [Mean(indices, comparison.compare)],
                 device="cpu",
                 threads=threads,
                 memory=request.memory,
@@ -107,7 +118,9 @@ def compare_with_mean(
                     "averaged weight. Average the checkpoints again."
                 )
     measured = tuple(name for name in plan.by_name() if name in comparison.measured - vectors)
-    return Compared(tuple(spec.path for spec in specs), measured, tuple(layer.weight for layer in plan.spectral_norms))
+    return Compared(
+        tuple(spec.path for spec in specs), weights, measured, tuple(layer.weight for layer in plan.spectral_norms)
+    )
 
 
 def _recorded_among(

@@ -110,7 +110,9 @@ def _open_safetensors(file: InputFile, reading: Reading, *, strip: bool) -> Chec
         "safetensors",
         table,
         kind="torch DCP" if DCP_SHARDING in metadata else None,
-        averaged="ckpt-avg made it" if metadata.get(METHOD_KEY) == "mean" or ORIGIN_KEY in metadata else "",
+        averaged="ckpt-avg made it"
+        if metadata.get(METHOD_KEY) in ("mean", "weighted mean") or ORIGIN_KEY in metadata
+        else "",
         notes=notes,
         metadata=metadata,
         digest=digest,

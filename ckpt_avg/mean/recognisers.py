@@ -80,6 +80,11 @@ def other_statistics(tensors: Tensors) -> Iterator[str]:
     return (name for name in tensors if name not in known and pattern.fullmatch(_last_word(name)))
 
 
+def is_spread(name: str) -> bool:
+    """Whether a tensor is a running variance or standard deviation by its name, which cannot be negative."""
+    return re.fullmatch(r"(?:running|moving)_(?:var|variance|std)", _last_word(name)) is not None
+
+
 # -- Functions of the weights -----------------------------------------------------------------------------------------
 
 _ORIGINALS = ("_orig", "_bar", "_unspec")  # suffixes that implementations give the weight before the division

@@ -21,11 +21,14 @@ from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.version import __version__
 
 if TYPE_CHECKING:
+    from ckpt_avg.mean.weighting import Weights
     from ckpt_avg.runs.metric_log import LogUse
 
+WEIGHT = "weight"  # of a source: its weight, if the weights are not all equal
 SUMMED = "summed"  # of a source: its position in the sum, if that is not in the order of the sources
 SOURCES = "ckpt_avg.sources"
 OPTIONS = "ckpt_avg.options"
+WEIGHTING = "ckpt_avg.weighting"
 DTYPE = "ckpt_avg.dtype"
 LOG = "ckpt_avg.log"
 BATCH_NORM = "ckpt_avg.batch_norm"
@@ -55,6 +58,7 @@ def make_metadata(
     *,
     sum_order: Sequence[int] = (),
     log: LogUse | None = None,
+    weights: Weights | None = None,
     batch_norm: dict[str, object] | None,
     spectral_norms: int = 0,
     split: str | None = None,
@@ -68,6 +72,7 @@ def make_metadata(
         options: the options to record.
         sum_order: the checkpoints' indices in the order of the sum, if it is another one.
         log: the log whose metric selected them.
+        weights: of the checkpoints; None if all are equal.
         batch_norm: where the running statistics come from; None without BatchNorm layers.
         spectral_norms: how many weights have spectral norm whose vectors are computed from the averaged weight.
         split: the split of the data on which the checkpoints were chosen; None if that is not known.
@@ -84,10 +89,13 @@ def make_metadata(
             sources[index][SUMMED] = position
     for source, value in zip(sources, log.values, strict=True) if log is not None else ():
         source["logged"] = value
+    if weights is not None:
+        for source, weight in zip(sources, weights.values, strict=True):
+            source[WEIGHT] = weight
     others = dict(options)
     dtype = others.pop("dtype")
     metadata = {
-        METHOD_KEY: "mean" if len(specs) > 1 else "copy",
+        METHOD_KEY: "copy" if len(specs) == 1 else "weighted mean" if weights else "mean",
         SOURCES: _as_json(sources),
         OPTIONS: _as_json(others),
         DTYPE: dtype,
@@ -105,6 +113,8 @@ def make_metadata(
         metadata[BATCH_NORM] = _as_json(batch_norm)
     if split is not None:
         metadata[SPLIT] = split.encode(errors="backslashreplace").decode()
+    if weights is not None:
+        metadata[WEIGHTING] = _as_json(dict(weights.method))
     if spectral_norms:
         metadata[SPECTRAL_NORM] = _as_json({"vectors": "recomputed", "weights": spectral_norms})
     return metadata
@@ -152,6 +162,20 @@ def recorded_sum_order(sources: Sequence[Mapping[str, Any]]) -> list[int]:
     if sorted(each for each in positions if type(each) is int) != list(range(len(sources))):
         return list(range(len(sources)))
     return sorted(range(len(sources)), key=lambda index: sources[index][SUMMED])
+
+
+def recorded_weights(sources: Sequence[Mapping[str, Any]]) -> tuple[float, ...] | None:
+    """Returns the weights of recorded sources; None if they record none, so that all are equal.
+
+    Raises ValueError if only some record one, or what cannot be one.
+    """
+    weights = [source.get(WEIGHT) for source in sources]
+    if all(weight is None for weight in weights):
+        return None
+    known = [float(weight) for weight in weights if isinstance(weight, float) and math.isfinite(weight)]
+    if len(known) < len(weights) or not any(known):
+        raise ValueError("a source without a weight")
+    return tuple(known)
 
 
 def recorded_options(metadata: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -36,8 +36,19 @@ BASE: dict[str, Any] = {
     "best": 1,
     "metric": "accuracy",
     "mode": "max",
+    "weighting": "ema",
+    "half_life": 100,
     "model": torch.nn.Identity,
     "evaluate": print,
+}
+
+
+# What makes some of them valid, instead of the weighting above, on every rank.
+BASES: dict[str, dict[str, Any]] = {
+    "weighting": {"weighting": "linear", "half_life": None},
+    "width": {"weighting": "power", "width": 0.2, "half_life": None},
+    "weights": {"weighting": None, "half_life": None, "weights": [0.25, 0.75]},
+    "normalize": {"weighting": None, "half_life": None, "weights": [0.25, 0.75]},
 }
 
 
@@ -48,9 +59,10 @@ def request(**others: Any) -> AverageRequest:
 
 def compared(**others: Any) -> list[Any]:
     """Lets three ranks agree, the last of which was given other arguments; returns how each ended."""
+    base = next((BASES[name] for name in others if name in BASES), {})
 
     def work(ranks: Ranks) -> None:
-        agree_on_request(ranks, request(**others if ranks.rank == 2 else {}))
+        agree_on_request(ranks, request(**base | (others if ranks.rank == 2 else {})))
 
     return in_threads(3, work)
 
@@ -69,6 +81,12 @@ OTHER: dict[str, Any] = {
     "exclude": ["*.pt"],
     "at_lr_minima": True,
     "keep_order": True,
+    "weighting": "cosine",
+    "weighting_by": "index",
+    "half_life": "100%",
+    "width": 0.1,
+    "weights": {"a.pt": 0.25, "b.pt": 0.75},
+    "normalize": True,
     "state_key": "model",
     "strip_prefix": "model.",
     "dtype": "bfloat16",
@@ -128,6 +146,9 @@ def test_arguments_that_decide_no_byte_may_differ() -> None:
         {"sources": ("run",)},
         {"output": Path("swa.safetensors")},
         {"forward_batch": None},
+        {"half_life": "100"},
+        {"half_life": 100.0},
+        {"weights": "0.25,75e-2"},
         {"include": []},
     ],
     ids=str,

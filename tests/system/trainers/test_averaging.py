@@ -134,30 +134,6 @@ def test_best_takes_what_the_librarys_own_log_ranks_first(run: Run, metric: str,
 
 
 @pytest.mark.parametrize(
-    ("run", "log", "metric", "log_step"),
-    [
-        ("bert", "checkpoint-*/trainer_state.json", "eval_loss", "step"),
-        ("lightning", "../../logs/lightning/metrics.csv", "val_loss", "step+1"),
-        ("lightning", "../../logs/lightning/metrics.csv", "val_loss", "epoch"),
-        ("timm", "summary.csv", "eval_top1", "epoch"),
-        ("mmengine_average", "*/vis_data/2*.json", "test/accuracy", "epoch=step"),
-    ],
-    indirect=["run"],
-)
-def test_best_by_the_log_that_the_library_writes(
-    run: Run, log: str, metric: str, log_step: str, averaged: Average
-) -> None:
-    """The values are those that the library had when it saved the checkpoints."""
-    values = {
-        saved.path: {**saved.facts.get("metrics", {}), **saved.facts.get("validated", {})} for saved in run.checkpoints
-    }
-    expected = max(reversed(run.checkpoints), key=lambda saved: values[saved.path][metric])
-    path = max(run.folder.glob(log), key=lambda path: (len(path.parent.name), path))
-    said = averaged(run.folder, "--best", 1, "--metric", metric, "--mode", "max", "--log", path, "--log-step", log_step)
-    assert said["checkpoints"] == paths([expected])
-
-
-@pytest.mark.parametrize(
     ("run", "metric", "mode"), [("bert", "eval_loss", "min"), ("timm", "metric", "max")], indirect=["run"]
 )
 def test_the_best_is_the_one_that_the_library_calls_so(run: Run, metric: str, mode: str, averaged: Average) -> None:

@@ -11,7 +11,6 @@ import torch
 from ledger import Ledger, copied, load_strictly, program, same
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from nets import CLASSES, Net, batches
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -108,7 +107,7 @@ def train(ledger: Ledger, run: str, *more: EMAWeightAveraging, interval: str = "
         accelerator="cpu",
         max_epochs=EPOCHS,
         callbacks=[checkpoints, *more],
-        logger=CSVLogger(ledger.out / "logs", name=run, version=""),
+        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -114,7 +114,9 @@ def _shown(total: Fraction) -> str:
 def _by_name(listed: ListedWeights, paths: Sequence[Path], names: Sequence[str]) -> list[float]:
     found: dict[int, float] = {}
     for name, value in listed:
-        matches = [index for index, path in enumerate(paths) if name in (path.name, str(path), names[index])]
+        matches = [
+            index for index, path in enumerate(paths) if name in (path.name, names[index]) or Path(name or "") == path
+        ]
         if not matches:
             raise UsageError(
                 f"--weights: {quote(name)} is none of the checkpoints {ends(list(map(escaped, names)))}."

@@ -161,6 +161,11 @@ def choose_weights(
             if not by_step and places is not None:  # the run begins at 0, wherever the window does
                 moments, before = [place + 1 for place in places], places[0]
             values = power_weights(moments, exponent_of(float(options.width or 0)), before)
+            if by_step and before == 0 and moments[0] > 2 * (moments[1] - moments[0]):
+                notice(
+                    f"power: {paths[0].name} counts for all steps up to its own, {moments[0]}, because no checkpoint "
+                    "before it is known. Name the run folder if there are some"
+                )
         else:
             values = decay_weights(moments, options.weighting)
         if not by_step and options.weighting_by == "auto":

@@ -36,7 +36,7 @@ def weights(given: Any, *, normalize: bool = False, notices: list[str] | None = 
         torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64),
         (weight for weight in (0.2, 0.3, 0.5)),
         {"a.pt": 0.2, "c.pt": 0.5, "b.pt": 0.3},
-        {"run/a.pt": 0.2, "b.pt": 0.3, "run/c.pt": 0.5},
+        {"run/a.pt": 0.2, "b.pt": 0.3, "./run/c.pt": 0.5},
     ],
     ids=lambda given: type(given).__name__,
 )

@@ -210,6 +210,19 @@ def test_power_by_position_counts_from_the_start_of_the_run() -> None:
     assert chosen(None, 3, weighting="power", width=0.1, places=[0, 1, 2]) == power_weights([1, 2, 3], gamma)
 
 
+@pytest.mark.parametrize(
+    ("steps", "before", "is_said"), [([900, 950], 0, True), ([900, 950], 850, False), ([50, 100], 0, False)]
+)
+def test_that_power_knows_no_checkpoint_before_the_window_is_said(steps: list[int], before: int, is_said: bool) -> None:
+    """Listed files may be the end of a run, of which the first then gets the weight of all that is missing."""
+    notices: list[str] = []
+    paths = [Path("a.pt"), Path("b.pt")]
+    choose_weights(Weighting(weighting="power", width=0.1), paths, steps, before=before, notice=notices.append)
+    assert [notice.split(", because")[0] for notice in notices] == [
+        "power: a.pt counts for all steps up to its own, 900"
+    ] * is_said
+
+
 @pytest.mark.parametrize("half_life", ["25%", "25 %", 250, "250", 250.0])
 def test_a_half_life_in_percent_is_of_the_steps_between_the_first_and_the_last(half_life: Any) -> None:
     found = chosen([1000, 1500, 2000], weighting="ema", half_life=half_life)

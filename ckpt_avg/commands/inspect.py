@@ -14,7 +14,7 @@ from ckpt_avg.errors import CkptAvgError, IncompatibleError, PartError
 from ckpt_avg.formats.folder import find_weights
 from ckpt_avg.formats.open import open_checkpoint, open_with
 from ckpt_avg.formats.single_file import starts_as_checkpoint
-from ckpt_avg.formats.trainers.name_patterns import SUFFIXES
+from ckpt_avg.formats.trainers.name_patterns import SUFFIXES, other_format
 from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.candidates import open_candidates
 from ckpt_avg.runs.discover import discover
@@ -130,8 +130,8 @@ def _description(path: Path) -> str:
             return weights.problem or "a checkpoint folder" + (f" ({weights.kind})" if weights.kind else "")
         if not path.is_file():
             return "a broken link, a device, a pipe or a socket"
-        known = (*SUFFIXES, ".pkl", ".nemo", ".jit", ".onnx", ".h5", ".npz", ".tar", ".gguf")
-        if not path.name.lower().endswith(known) and not starts_as_checkpoint(path):
+        known = path.name.lower().endswith(SUFFIXES) or other_format(path.name)
+        if not known and not starts_as_checkpoint(path):
             return f"not a checkpoint, by its name; {plural(path.stat().st_size, 'byte')}"
         with open_checkpoint(path) as checkpoint:
             return f"{checkpoint.spec.format} with {plural(len(checkpoint.spec.tensors), 'tensor')}"

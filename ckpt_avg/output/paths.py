@@ -21,6 +21,7 @@ from ckpt_avg.files.status import input_status, is_folder, stat_or_none
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.sharded import SUFFIX as INDEX_SUFFIX
 from ckpt_avg.formats.sharded import is_index
+from ckpt_avg.formats.trainers.name_patterns import NO_CHECKPOINTS, OTHER_FORMATS, SUFFIXES
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.output.unpublished_file import publish_bytes
 from ckpt_avg.runs.discover import Discovery, Sources, discover
@@ -29,16 +30,7 @@ from ckpt_avg.text import argument, quote
 MARK = "ckpt_avg"  # the first key of a report
 
 # Suffixes of other formats. Loaders go by them, and so do people.
-_OTHER_FORMATS = frozenset(
-    (
-        *(".pt", ".pth", ".pyth", ".ckpt", ".chkpt", ".bin", ".tar", ".t7", ".th", ".model", ".distcp", ".nemo"),
-        *(".pkl", ".pickle", ".joblib", ".pt2", ".pte", ".ptl", ".jit", ".torchscript", ".torch", ".mar"),
-        *(".onnx", ".ort", ".mlmodel", ".mlpackage", ".engine", ".trt", ".parquet", ".arrow", ".sha256"),
-        *(".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".tflite", ".pb", ".npz", ".npy", ".msgpack"),
-        *(".json", ".yaml", ".yml", ".toml", ".csv", ".txt", ".md", ".py", ".log", ".png", ".svg", ".pdf"),
-        *(".params", ".pdparams", ".caffemodel", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
-    )
-)
+_OTHERS = frozenset((*SUFFIXES, *NO_CHECKPOINTS, *OTHER_FORMATS)) - {".safetensors"}
 
 
 def check_output(path: str | os.PathLike[str], discovery: Discovery, *, overwrite: bool) -> Path:
@@ -56,9 +48,9 @@ def check_output(path: str | os.PathLike[str], discovery: Discovery, *, overwrit
     """
     target = _check_target(path, str(path), discovery)
     for each in (Path(path), target):
-        if each.suffix.lower() in _OTHER_FORMATS:
+        if each.suffix.lower() in _OTHERS:
             stem = each
-            while stem.suffix.lower() in _OTHER_FORMATS:
+            while stem.suffix.lower() in _OTHERS:
                 stem = stem.with_suffix("")
             name = f"{stem.name.removesuffix('.index').removesuffix('.safetensors')}.safetensors"
             raise UsageError(

@@ -16,7 +16,8 @@ NO_CHECKPOINTS = (
     ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf", ".wav", ".flac", ".mp3", ".mp4", ".npy", ".npz", ".gz", ".zst",
     ".distcp", ".nemo",
 )  # fmt: skip
-_OTHER_FORMATS = {
+# Suffixes of other formats, with what writes them; nothing where a run folder's files need no such word.
+OTHER_FORMATS = {
     ".h5": "HDF5, as Keras writes it",
     ".hdf5": "HDF5, as Keras writes it",
     ".keras": "Keras",
@@ -34,6 +35,13 @@ _OTHER_FORMATS = {
     ".zip": "a zip archive",
     ".pkl": "a pickle",
     ".pickle": "a pickle",
+    ".tar": "a tar archive",
+    ".nemo": "a NeMo archive",
+    ".jit": "TorchScript",
+    **dict.fromkeys((".pyth", ".chkpt", ".t7", ".th", ".model", ".torch"), ""),
+    **dict.fromkeys((".torchscript", ".ptl", ".pte", ".mar", ".joblib"), ""),
+    **dict.fromkeys((".ort", ".mlmodel", ".mlpackage", ".engine", ".trt", ".ggml", ".pb", ".caffemodel"), ""),
+    **dict.fromkeys((".parquet", ".arrow", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".sha256"), ""),
 }
 UNFINISHED_FOLDERS = "tmp-"  # what their names begin with
 
@@ -110,4 +118,4 @@ def other_format(name: str) -> str:
     """Returns what writes files with such a suffix, if that is another library; empty otherwise."""
     if re.search(r"\.data-\d+-of-\d+$", name):
         return "TensorFlow"
-    return next((what for suffix, what in _OTHER_FORMATS.items() if name.lower().endswith(suffix)), "")
+    return next((what for suffix, what in OTHER_FORMATS.items() if name.lower().endswith(suffix)), "")

@@ -86,6 +86,66 @@ def test_any_bits_of_every_dtype_give_the_bytes_that_torch_gives(
     assert native == torchs
 
 
+def finite_bits(numel: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Any bits of values below two."""
+    contents = random_bits(numel, dtype, generator).view(torch.uint8).view(numel, dtype.itemsize)
+    contents[:, -1] &= 0xBF  # without the exponent's highest bit
+    if "fnuz" in str(dtype):
+        contents[contents == 0x80] = 0
+    return contents.view(dtype).flatten()
+
+
+@pytest.mark.guarantee("same-bytes")
+@pytest.mark.parametrize("number", [1, 3, 4, 7, 8])
+@pytest.mark.parametrize("dtype", ["keep", "float32"])
+def test_any_bits_of_finite_values_give_the_bytes_that_torch_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, dtype: str
+) -> None:
+    """NaN and Inf are handled apart, in some other order."""
+    generator = torch.Generator().manual_seed(number)
+    real = {name: each for name, each in DTYPES.items() if name != "complex64"}
+    paths = save(
+        tmp_path, [{name: finite_bits(10_007, each, generator) for name, each in real.items()} for _ in range(number)]
+    )
+    native, torchs = by_both_engines(monkeypatch, paths, tmp_path, dtype=dtype)
+    assert native == torchs
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e4m3fnuz"])
+def test_many_float8_inputs_are_summed_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Float32 has the bits for 64 of the largest values and the smallest; here are 150, and zeros of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    largest, smallest = (torch.randint(*codes, (150, 500), generator=generator) for codes in ((0x70, 0x7F), (0, 8)))
+    codes = torch.where(torch.rand(150, 500, generator=generator) < 0.9, largest, smallest).to(torch.uint8)
+    if name == "float8_e4m3fn":
+        codes[:, :100] |= 0x80
+        codes[:, :10] = 0x80
+    paths = save(tmp_path, [{"w": row.view(DTYPES[name])} for row in codes])
+    native, torchs = by_both_engines(monkeypatch, paths, tmp_path, dtype="float64")
+    assert native == torchs
+
+
+@pytest.mark.parametrize("name", ["float16", "float8_e5m2", "float8_e4m3fn"])
+def test_every_code_is_widened_the_same_way_with_and_without_special_instructions(name: str) -> None:
+    """Processors may have some that take sixteen elements at a time; what is left is widened as on any other."""
+    size = DTYPES[name].itemsize
+    contents = torch.arange(256**size).to(torch.uint16 if size == 2 else torch.uint8).numpy().tobytes()
+
+    def widened(part: bytes) -> bytes:
+        output = bytearray(4 * len(part) // size)
+        row = (_kernel.MEMORY, -1, 0, _kernel.DTYPES[name], 0)
+        _kernel.mean(table_of([row]), bytearray(part).ljust(8), max(8, len(part)), len(part) // size, 1, output, 0)
+        return bytes(output)
+
+    parts = (contents[begin : begin + 13 * size] for begin in range(0, len(contents), 13 * size))
+    assert b"".join(map(widened, parts)) == widened(contents)
+    assert (
+        torch.frombuffer(bytearray(widened(contents)), dtype=torch.float32)
+        .nan_to_num(nan=7.5)
+        .equal(torch.frombuffer(bytearray(contents), dtype=DTYPES[name]).float().nan_to_num(nan=7.5))
+    )
+
+
 @pytest.mark.guarantee("same-bytes")
 @pytest.mark.parametrize("options", [{"memory": 2**20, "threads": 3}, {"io": "pread"}, {"threads": 1}], ids=str)
 def test_large_tensors_are_computed_window_by_window(

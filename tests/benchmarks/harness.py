@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -254,6 +255,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def heading(name: str, described: str | None, command: str) -> None:
+    """Prints what comes before the table of a section; `page` puts the emphasised line below it."""
+    when = f"{date.today()}, load {os.getloadavg()[0]:.1f}"
+    print(f"\n## {name}\n\n{described}\n\n*`{command}`, {when}*\n", flush=True)
 
 
 def table(*columns: str) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.harness import row, table
+from benchmarks.harness import heading, row, table
 
 from ckpt_avg import refresh_batch_norm
 
@@ -251,7 +251,9 @@ def main() -> None:
             "perceptron, 64 per batch": (wide, [torch.randn(64, 512, device=device) for _ in range(50 * count)]),
         }
         columns = {title: speed(*case, device, arguments.rounds) for title, case in cases.items()}
-        print(f"\n## speed\n\nImages of {size}×{size}, medians of {arguments.rounds} rounds\n")
+        heading(
+            "speed", "Ratios are medians.", f"refresh.py --size {size} --batches {count} --rounds {arguments.rounds}"
+        )
         table("time to the forward pass (of the fastest rounds), memory beyond it", *columns)
         for name in PROGRAMS:
             row(name, *(column[name] for column in columns.values()))
@@ -259,7 +261,7 @@ def main() -> None:
         network = network.to(memory_format=torch.contiguous_format)
         equal = accuracy(network, images(*[samples] * count))
         unequal = accuracy(network, images(*[samples] * (count - 1), 2))
-        print(f"\n## accuracy\n\n{count} batches of {samples} / the last one of 2\n")
+        heading("accuracy", "Equal batches / a small last one.", f"refresh.py --size {size} --batches {count}")
         table("", "first layer, mean", "first layer, variance", "all layers, mean", "all layers, variance")
         for name in equal:
             row(name, *(f"{one:.1e} / {other:.1e}" for one, other in zip(equal[name], unequal[name], strict=True)))

@@ -36,12 +36,11 @@ import platform
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import headers, sections
-from benchmarks.harness import Setup
+from benchmarks.harness import Setup, heading
 
 import ckpt_avg
 
@@ -71,12 +70,12 @@ def main() -> None:
         if (needed := _ROOM * arguments.checkpoints * nbytes) > (free := shutil.disk_usage(folder).free):
             parser.error(f"{folder}: {needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} are free")
         _print_machine()
-        print(f"{arguments.checkpoints} checkpoints of {arguments.gigabytes:g} GB, {arguments.rounds} rounds")
         compileall.compile_dir(next(iter(ckpt_avg.__path__)), quiet=1)  # as an installer does
         setup = Setup(nbytes, arguments.checkpoints, arguments.rounds, Path(folder), arguments.peers)
         for name, measure in SECTIONS.items():
             if name in arguments.only:
-                print(f"\n## {name}\n\n{inspect.getdoc(measure)}\n", flush=True)
+                sizes = f"--gigabytes {arguments.gigabytes:g} --checkpoints {setup.checkpoints} --rounds {setup.rounds}"
+                heading(name, inspect.getdoc(measure), f"run.py --only {name} {sizes}")
                 measure(setup)
 
 
@@ -86,7 +85,7 @@ def _print_machine() -> None:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "safetensors", "ckpt-avg")]
     print(
         f"{platform.machine()}, {cores} cores ({usable} usable), {memory:.0f} GiB, Linux {platform.release()}, "
-        f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {', '.join(versions)}",
+        f"Python {platform.python_version()}, {', '.join(versions)}",
         flush=True,
     )
 

@@ -42,7 +42,7 @@ _FORMATS: dict[str, tuple[str, Form]] = {
     "float32 safetensors, 4 shards with an index": ("float32", "shards"),
 }
 _PLAIN = "float32 safetensors"
-FLOOR, OURS = "floor", "ckpt-avg"
+FLOOR, OVERLAPPED, OURS = "floor: reads, then writes", "floor: writes while it reads", "ckpt-avg"
 
 
 def _exact(name: str, found: Difference) -> None:
@@ -54,8 +54,9 @@ def _exact(name: str, found: Difference) -> None:
 
 
 def measure_warm(setup: Setup) -> None:
-    """Page cache warm, next to the floor of two threads; every element of the output is checked."""
-    done = in_turn(setup, {FLOOR: script("floor", setup.plain), OURS: ours(setup.plain)})
+    """Page cache warm, next to floors of two threads; every element of the output is checked."""
+    floors = {FLOOR: script("floor", setup.plain), OVERLAPPED: script("overlapped_floor", setup.plain)}
+    done = in_turn(setup, {**floors, OURS: ours(setup.plain)})
     done.show(FLOOR)
     _exact(OURS, difference(done.output(OURS), setup.plain))
     print("\nEvery element of the output is the exact mean, rounded once.")
@@ -67,7 +68,7 @@ def measure_profile(setup: Setup) -> None:
     programs = {
         "`python -c pass`": python("pass"),
         "`ckpt-avg --version`": Program(lambda output: [sys.executable, "-m", "ckpt_avg", "--version"]),
-        "`ckpt-avg average --dry-run`": ours(setup.plain, "--dry-run"),
+        "`ckpt-avg average --dry-run`": Program(ours(setup.plain, "--dry-run").command),
         "SHA-256 of as many bytes as the output, one thread": python(digest),
         OURS: ours(setup.plain),
     }
@@ -76,7 +77,10 @@ def measure_profile(setup: Setup) -> None:
 
 def measure_cold(setup: Setup) -> None:
     """The inputs dropped from the page cache before each run, next to the best of several floors."""
-    floors = {f"floor, {count} at a time": script("floor", setup.plain, count) for count in (1, *_READERS[1:])}
+    floors = {
+        f"{OVERLAPPED}, {count} at a time": script("overlapped_floor", setup.plain, count)
+        for count in (1, *_READERS[1:])
+    }
     done = in_turn(setup, {**floors, OURS: ours(setup.plain)}, cold=True)
     done.show(min(floors, key=lambda name: done[name].wall))
 
@@ -177,7 +181,11 @@ def measure_tensors(setup: Setup) -> None:
     shapes = many(setup.nbytes // 10_000, 10_000)
     inputs = write_random(setup.empty("inputs"), setup.checkpoints, setup.nbytes, shapes=shapes)
     usual, small = "the usual layout", f"{len(shapes):,} tensors of 10 KB"
-    programs = {usual: ours(setup.plain), small: ours(inputs), "the same, `--dry-run`": ours(inputs, "--dry-run")}
+    programs = {
+        usual: ours(setup.plain),
+        small: ours(inputs),
+        "the same, `--dry-run`": Program(ours(inputs, "--dry-run").command),
+    }
     done = in_turn(setup, programs)
     done.show(usual)
     _exact(small, difference(done.output(small), inputs))

@@ -18,10 +18,11 @@ from ckpt_avg.user_code.comparison import Evaluation
 
 @takes(AverageRequest)
 def average(request: AverageRequest) -> AverageResult:
-    """Writes the equal-weighted mean of checkpoints, BatchNorm refreshed, to one safetensors file.
+    """Writes the mean of checkpoints, BatchNorm refreshed, to one safetensors file.
 
     Each element is the float64 sum over the checkpoints in their order, divided once by their number, and rounded once
-    to the output dtype. Until everything is done the output path is untouched.
+    to the output dtype. With unequal weights it is the sum of rounded products, which is not divided. Until everything
+    is done the output path is untouched.
 
     Args:
         The fields of `AverageRequest`.

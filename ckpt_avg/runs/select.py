@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def open_selected(
         shown = [f"{escaped(name)} {value:.6g}" for name, value in zip(names, use.values, strict=True)]
         notice(f"by {quote(use.metric)} in {escaped(use.name)}: {listing(shown)}")
     listed = tuple(kept[id(each)] for each in found.given if id(each) in kept)
+    before = _steps_before(found.ordered)
     places = [place for place, candidate in enumerate(found.ordered) if id(candidate) in kept]
     return Selected(
         checkpoints,
@@ -95,15 +97,22 @@ def open_selected(
         listed=listed,
         records=tuple(candidate.record for candidate in chosen),
         places=tuple(places),
-        steps_before=tuple(_step_before(found.ordered, place) for place in places),
+        steps_before=tuple(before[place] for place in places),
         log=use,
     )
 
 
-def _step_before(run: Sequence[Candidate], place: int) -> int:
-    """Returns the highest step of the earlier checkpoints that is below the step of the one at ``place``."""
-    steps = [candidate.record.step for candidate in run[: place + 1]]
-    return max((step for step in steps if step is not None and step < (steps[place] or 0)), default=0)
+def _steps_before(run: Sequence[Candidate]) -> list[int]:
+    """Returns for each checkpoint the highest step of the earlier ones that is below its own; 0 if there is none."""
+    known: list[int] = []
+    found = []
+    for candidate in run:
+        step = candidate.record.step
+        place = bisect.bisect_left(known, 0 if step is None else step)
+        found.append(known[place - 1] if place else 0)
+        if step is not None:
+            bisect.insort(known, step)
+    return found
 
 
 def select(

@@ -224,6 +224,15 @@ def test_rules_on_a_run(run: Path, tmp_path: Path, options: dict[str, Any], expe
     assert_is_the_weighted_sum(found, inputs, weights)
 
 
+def test_power_begins_at_a_lower_step_than_that_of_the_first(run: Path, tmp_path: Path) -> None:
+    """Two checkpoints of one step: between them there are no steps that one could count for."""
+    torch.save({"model": {"w": torch.ones(50)}, "global_step": 1000}, run / "again_1000.pt")
+    first = average(run, tmp_path / "dry.safetensors", last=2, dry_run=True)
+    assert first.steps == (1000, 1100)
+    _, weights = written(run, tmp_path, last=2, weighting="power", width=0.1)
+    assert weights == power_weights([1000, 1100], exponent_of(0.1), 300)
+
+
 def test_steps_that_folders_record(tmp_path: Path) -> None:
     """As everywhere: the steps of checkpoint-100/unet and checkpoint-900/unet are those of their folders."""
     for step in (100, 200, 900):
@@ -468,7 +477,7 @@ def test_the_table_is_at_most_80_columns_wide(tmp_path: Path, in_process: Run) -
         (["--weights", "no.json"], 2, "no.json: cannot be read as JSON"),
         (["--weighting", "ema"], 2, "--weighting ema needs --half-life."),
         (["--weighting", "power", "--width", "0.3"], 2, "--width 0.3: no power has this width."),
-        (["--weighting", "power", "--width", "wide"], 2, "'wide' is not a number. Write for example 0.1."),
+        (["--weighting", "power", "--width", "wide"], 2, "'wide' is not a number. Write for example"),
         (["--weighting", "ema", "--half-life", "100", "--weighting-by", "index"], 2, "uses none. Use a percentage"),
     ],
     ids=str,

@@ -44,8 +44,8 @@ class Sums:
     Attributes:
         products: for each group of tensors the (N + 1, N + 1) products of d_1, …, d_N and the mean m.
         tensors: by name.
-        nonfinite: by the index of a checkpoint, its tensors with NaN or Inf and how many elements these are. They are
-            left out: the mean is that of the finite values of an element, and the difference there is zero.
+        nonfinite: by the index of a checkpoint, its tensors with NaN or Inf and how many elements these are. The mean
+            is that of the finite values of an element; the sums of these checkpoints have no meaning.
     """
 
     products: Mapping[str, torch.Tensor]
@@ -198,8 +198,6 @@ class _Worker:
             differences.masked_fill_(differences.isfinite().logical_not_(), 0.0)
             torch.div(differences.sum(0), bad.logical_not().sum(0).clamp_(min=1), out=mean)
         differences.sub_(mean)
-        if bad is not None:
-            differences.masked_fill_(bad, 0.0)
         return bad
 
 

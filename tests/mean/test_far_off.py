@@ -49,6 +49,7 @@ RATES: dict[str, Callable[[float], float]] = {
     "exponential": lambda x: 0.001**x,
     "a tenth in the middle": lambda x: 1.0 if x < 0.5 else 0.1,
     "a hundredth in the middle": lambda x: 1.0 if x < 0.5 else 0.01,
+    "a hundredth soon": lambda x: 1.0 if x < 0.2 else 0.01,
     "a warm-up": lambda x: min(1.0, 0.05 + 4 * x),
 }
 SPACINGS = {

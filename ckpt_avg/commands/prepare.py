@@ -26,6 +26,7 @@ from ckpt_avg.machine import choose_threads, gc_paused
 from ckpt_avg.mean.devices import choose_mean_device, choose_model_device
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import Plan
+from ckpt_avg.mean.samples import far_off_by_sample
 from ckpt_avg.mean.value_kinds import plan_of
 from ckpt_avg.mean.weighting import Weights
 from ckpt_avg.runs.compatibility import refuse_differences
@@ -107,6 +108,8 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
         refuse_differences(specs, dtype=request.dtype)
         plan = plan_of(checkpoints, dtype=request.dtype, non_float=request.non_float)
         notice_what_is_read(checkpoints, notice, copies=request.bn != "refresh", kinds=plan.kinds)
+        for index, what in far_off_by_sample(checkpoints, plan):
+            notice(f"{specs[index].path}: by a sample, {what}. ckpt-avg compare measures all weights")
     frozen = frozenset() if by_window and request.data is not None else frozen_buffers(checkpoints, plan, request.bn)
     has_model, has_data = request.model is not None, request.data is not None
     measures = needs_refresh(plan, frozen, bn=request.bn, has_model=has_model, has_data=has_data, notice=notice)

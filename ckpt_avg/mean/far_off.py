@@ -12,8 +12,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ckpt_avg.mean.geometry import Matrix
+if TYPE_CHECKING:
+    from ckpt_avg.mean.geometry import Matrix  # which imports torch
 
 UNRELATED = 0.5  # cosine: at equal norms, the distance is then the norm
 # Of the way through a checkpoint to the direct one. A straight path has 1, a random walk √2, noise around one point 2,

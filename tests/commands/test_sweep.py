@@ -637,7 +637,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_lose_the_numbers(
     app: SweepApp, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sweep may have taken hours; whatever the drawing does, what was measured is printed or in the report."""
-    monkeypatch.setattr("ckpt_avg.cli.plots._draw", lambda *_: 1 / 0)
+    monkeypatch.setattr("ckpt_avg.cli.plots._saved", lambda *_: 1 / 0)
     more = ["--plot", "sweep.png", "--report", "sweep.json", "--last", "2"]
     code, stdout, stderr = in_process("sweep", "a run", *app.words(*more))
     assert code == 5

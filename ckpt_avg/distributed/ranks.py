@@ -68,6 +68,8 @@ class Ranks:
         self._step, self._done = (0, ""), 0
         self._pulse = max(_PULSE, size / 100)
         self._next_check = 0.0
+        self._signs: list[Any] = []  # what each rank reported last
+        self._quiet = set(range(size))  # the ranks that have given no sign of life between the last two looks
 
     def connect(self) -> None:
         """Waits until all ranks have come, and connects them.
@@ -124,6 +126,8 @@ class Ranks:
         """
         if self._group is not None and (at_once or time.monotonic() > self._next_check):
             self._next_check = time.monotonic() + self._pulse
+            if at_once:
+                self._quiet = set(range(self.size))
             self._stop_for(self._read_store()[1])
 
     @contextlib.contextmanager
@@ -145,7 +149,7 @@ class Ranks:
             with contextlib.suppress(RankError):  # the work of this rank is done
                 self._wait_for("leave", range(self.size))
         deadline = time.monotonic() + _LAST_WORDS
-        while self.is_first and len(self._lost()) < self.size - 1 and time.monotonic() < deadline:
+        while self.is_first and len(self._lost(range(self.size))) < self.size - 1 and time.monotonic() < deadline:
             time.sleep(10 * _PAUSE)
         self._group = None  # closes the connections
 
@@ -184,7 +188,7 @@ class Ranks:
 
     def _read_store(self) -> tuple[list[Any], Failure | None]:
         """Gives a sign of life; returns what each rank reported last (step number, step, time), and what has failed."""
-        lost = self._lost()  # before the store, in which a rank leaves word before it closes its connections
+        lost = self._lost(self._quiet)  # before the store, in which a rank leaves word before it closes its connections
         mine = json.dumps([*self._step, time.monotonic()])
         try:
             self._ask("set", f"rank/{self.rank}", mine)
@@ -192,6 +196,8 @@ class Ranks:
         except ConnectionError as error:
             return [], Failure(lost[0] if lost else 0, f"was lost: {error}")
         known = Failure(lost[0], f"was lost: {_CLOSED}") if lost else None
+        self._quiet = {rank for rank, report in enumerate(reports) if [report] == self._signs[rank : rank + 1]}
+        self._signs = reports
         return [json.loads(each or '[0, ""]') for each in reports], Failure(**json.loads(failure)) if failure else known
 
     def _ask(self, method: str, *arguments: Any) -> Any:
@@ -219,12 +225,15 @@ class Ranks:
                 self._store_fails = _CLOSED
         raise ConnectionError(self._store_fails)
 
-    def _lost(self) -> list[int]:
-        """Returns the ranks whose connections are closed: gloo refuses to receive from them."""
+    def _lost(self, ranks: Iterable[int]) -> list[int]:
+        """Returns those of the ranks whose connections are closed: gloo refuses to receive from them.
+
+        Gloo keeps a note of each attempt, about 90 bytes, so ranks that give signs of life are not asked.
+        """
         import torch
 
         lost = []
-        for rank in range(self.size):
+        for rank in sorted(ranks):
             if rank != self.rank and self._group is not None:
                 try:
                     self._group.recv([torch.empty(1, dtype=torch.uint8)], rank, _PROBE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -225,6 +226,28 @@ def test_a_lost_rank_stops_all_others(lost: int, waits: bool) -> None:
     ends = stopped(3, {lost: "lost"}, waits=waits)
     del ends[lost]
     assert [str(end) for end in ends] == [f"rank {lost} was lost: its connection was closed. {STOP}"] * 2
+
+
+def test_ranks_that_give_signs_of_life_are_seldom_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it failed, gloo would keep a note of each look, for hours, at each rank."""
+    original, asked, looks = Ranks._lost, [0], [0]
+
+    def counted(ranks: Ranks, others: Iterable[int]) -> list[int]:
+        others = set(others) - {ranks.rank}
+        asked[0], looks[0] = asked[0] + len(others), looks[0] + ranks.size - 1
+        return original(ranks, others)
+
+    def work(ranks: Ranks) -> None:
+        ranks.exchange("begin", None)
+        monkeypatch.setattr(Ranks, "_lost", counted)
+        for _ in range(60):
+            time.sleep(0.02)
+            ranks.check()
+        monkeypatch.setattr(Ranks, "_lost", original)
+
+    assert in_threads(3, work) == [None] * 3
+    assert looks[0] > 50
+    assert asked[0] < looks[0] / 2
 
 
 @pytest.mark.slow

@@ -15,9 +15,9 @@ from ckpt_avg.text import one_line, quote, size, suggestion
 
 _Value = TypeVar("_Value")
 
-_OUT_OF_MEMORY = (  # in the words of Python, torch and the dynamic loader
+_OUT_OF_MEMORY = (  # in the words of Python, torch, the dynamic loader and CUDA (page-locked memory, a full GPU)
     *("can't start new thread", "can't allocate memory", "std::bad_alloc"),
-    *("failed to map segment", "annot allocate memory"),
+    *("failed to map segment", "annot allocate memory", "CUDA error: out of memory"),
 )
 
 

@@ -24,6 +24,8 @@ from ckpt_avg.errors import is_out_of_memory
         (ImportError("libgomp.so.1: cannot allocate memory in static TLS block"), True),
         (ModuleNotFoundError("No module named 'train'"), False),
         (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"), True),  # a full GPU
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
     ],
 )
 def test_out_of_memory(error: Exception, expected: bool) -> None:

@@ -120,6 +120,7 @@ class Measurements:
         # The calls of batches that passed the same layers in the same order, with their channels joined.
         self._joined = Pool(estimator)
         self._layers: list[tuple[str, int]] = []  # the name and the channels of each of these calls
+        self._device = torch.device("cpu")  # of what is joined; the layers may be on several
         self._counts: tuple[list[int], torch.Tensor] | None = None  # of the batch before: of each call, and channel
 
     def add(self, layer: str, moments: Moments) -> None:
@@ -138,12 +139,11 @@ class Measurements:
         layers = [(name, moments.mean.numel()) for name, moments in calls]
         if layers != self._layers:
             self._separate()
-            self._layers = layers
-        device = calls[0][1].mean.device
+            self._layers, self._device = layers, calls[0][1].mean.device
         joined = Moments(
-            self._counts_of(calls, device),
-            torch.cat([moments.mean.to(device) for _, moments in calls]),
-            torch.cat([moments.squares.to(device) for _, moments in calls]),
+            self._counts_of(calls),
+            torch.cat([moments.mean.to(self._device) for _, moments in calls]),
+            torch.cat([moments.squares.to(self._device) for _, moments in calls]),
         )
         # The sum shows NaN and Inf, except that a sum of finite numbers may overflow.
         if not math.isfinite(joined.mean.sum().item()):
@@ -160,13 +160,13 @@ class Measurements:
         self._joined.add_parts_to(pools, channels)
         self._joined, self._layers, self._counts = Pool(self._estimator), [], None
 
-    def _counts_of(self, calls: Sequence[tuple[str, Moments]], device: torch.device) -> torch.Tensor:
+    def _counts_of(self, calls: Sequence[tuple[str, Moments]]) -> torch.Tensor:
         """Returns the count of each channel. Batches mostly have the same, which are copied to the device once."""
         counts = [int(moments.count) for _, moments in calls]
         if self._counts is None or self._counts[0] != counts:
             channels = torch.tensor([moments.mean.numel() for _, moments in calls])
             of_channels = torch.tensor(counts, dtype=torch.float64).repeat_interleave(channels)
-            self._counts = counts, of_channels.to(device)
+            self._counts = counts, of_channels.to(self._device)
         return self._counts[1]
 
     def _refuse_nonfinite(self, calls: Sequence[tuple[str, Moments]]) -> None:

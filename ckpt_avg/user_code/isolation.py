@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -35,13 +35,31 @@ def _random_states_restored(cuda: Iterable[int]) -> Iterator[None]:
     """Restores the random states of torch, of CUDA devices with these numbers, of Python, and of numpy if loaded."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=list(cuda)):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
+    torch_state = torch.get_rng_state()
+    cuda_states = {number: torch.cuda.get_rng_state(number) for number in cuda}
+
+    def restore() -> None:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        for number, state in cuda_states.items():
+            torch.cuda.set_rng_state(state, number)
+
+    with _in_the_end(restore):
+        yield
+
+
+@contextlib.contextmanager
+def _in_the_end(restore: Callable[[], None]) -> Iterator[None]:
+    """Calls ``restore``. After an error it may fail, too, as everything on CUDA then may: the first is raised."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            restore()
+        raise
+    restore()
 
 
 @contextlib.contextmanager
@@ -58,28 +76,30 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     ]
     contents = [(buffer, buffer.clone()) for buffer in model.buffers() if not _is_expanded(buffer)]
     tensors = [*model.parameters(), *model.buffers()]
-    with _random_states_restored(sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda})):
-        try:
-            for module, _ in modes:
-                # The attribute, not eval(): some models override train(), to keep layers frozen.
-                module.training = False
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for module, buffers, parameters, transient in named:
-                # A forward may have replaced a buffer by another tensor, or registered one.
-                module._buffers.clear()
-                module._buffers.update(buffers)
-                module._parameters.clear()
-                module._parameters.update(parameters)
-                module._non_persistent_buffers_set = transient
-            with torch.no_grad():
-                for buffer, values in contents:
-                    if buffer.shape == values.shape:
-                        buffer.copy_(values)
-                    else:
-                        buffer.data = values
+
+    def restore() -> None:
+        for module, training in modes:
+            module.training = training
+        for module, buffers, parameters, transient in named:
+            # A forward may have replaced a buffer by another tensor, or registered one.
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._non_persistent_buffers_set = transient
+        with torch.no_grad():
+            for buffer, values in contents:
+                if buffer.shape == values.shape:
+                    buffer.copy_(values)
+                else:
+                    buffer.data = values
+
+    cuda = sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda})
+    with _random_states_restored(cuda), _in_the_end(restore):
+        for module, _ in modes:
+            # The attribute, not eval(): some models override train(), to keep layers frozen.
+            module.training = False
+        yield
 
 
 def _is_expanded(tensor: torch.Tensor) -> bool:

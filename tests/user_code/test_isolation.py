@@ -334,3 +334,17 @@ def test_what_is_raised_passes_through() -> None:
     with pytest.raises(KeyError) as caught, undisturbed(nn.Dropout()):
         raise error
     assert caught.value is error
+
+
+def test_an_error_is_raised_even_if_nothing_can_be_restored_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some errors CUDA refuses everything. What the user has to see is the first one, not the last."""
+
+    def refuse(*values: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.Tensor, "copy_", refuse)
+    monkeypatch.setattr(torch, "set_rng_state", refuse)
+    with pytest.raises(IndexError, match="theirs"), undisturbed(nn.BatchNorm1d(3)):
+        raise IndexError("theirs")
+    with pytest.raises(RuntimeError, match="device-side"), undisturbed(nn.BatchNorm1d(3)):
+        pass  # what cannot be restored without an error is one itself

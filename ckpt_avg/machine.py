@@ -17,9 +17,12 @@ Item = TypeVar("Item")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def choose_threads(threads: int | None, processes: int = 1) -> int:
-    """Returns ``threads``, or one for each usable core, divided by the number of processes on this machine."""
-    return max(1, usable_cores() // processes) if threads is None else threads
+def choose_threads(threads: int | None, processes: int = 1, most: int | None = None) -> int:
+    """Returns ``threads``; by default the usable cores, shared by the processes on this machine, or ``most``."""
+    if threads is not None:
+        return threads
+    each = max(1, usable_cores() // processes)
+    return each if most is None else min(each, most)
 
 
 def usable_cores() -> int:

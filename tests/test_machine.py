@@ -11,6 +11,7 @@ import pytest
 
 from ckpt_avg import machine
 from ckpt_avg.machine import SharedItems, run_workers
+from ckpt_avg.mean.stream import most_workers
 
 
 @pytest.fixture
@@ -78,6 +79,16 @@ def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -
     assert machine.choose_threads(None, 4) == 2
     assert machine.choose_threads(None, 64) == 1
     assert machine.choose_threads(3, 4) == 3
+
+
+@pytest.mark.parametrize(("device", "memory", "expected"), [("cpu", 128, 16), ("cuda:1", 128, 4), ("cuda", 1, 1)])
+def test_a_gpu_gets_no_more_threads_than_it_can_feed(
+    monkeypatch: pytest.MonkeyPatch, device: str, memory: int, expected: int
+) -> None:
+    """With a small share of the memory each, they would wait for the interpreter lock."""
+    monkeypatch.setattr(machine, "usable_cores", lambda: 16)
+    assert machine.choose_threads(None, most=most_workers(device, memory * 2**20)) == expected
+    assert machine.choose_threads(9, most=most_workers(device, memory * 2**20)) == 9
 
 
 def test_each_item_goes_to_one_worker() -> None:

@@ -27,6 +27,7 @@ from ckpt_avg.mean.devices import choose_mean_device, choose_model_device
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.mean.samples import far_off_by_sample
+from ckpt_avg.mean.stream import most_workers
 from ckpt_avg.mean.value_kinds import plan_of
 from ckpt_avg.mean.weighting import Weights
 from ckpt_avg.runs.compatibility import refuse_differences
@@ -97,7 +98,8 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
         importlib.import_module("ckpt_avg.mean.torch_engine")  # before the inputs take the files that may be open
     if request.io == "mmap" and engine_for(mean_device) == "torch":
         notice("--io mmap: only the native engine maps files, and torch is used here, so files are read with pread")
-    threads = choose_threads(request.threads, launch.local_size if launch else 1)
+    most = most_workers(mean_device, request.memory)
+    threads = choose_threads(request.threads, launch.local_size if launch else 1, most)
     with gc_paused():
         selected = open_selected(discovery, request, request, context.files, notice)
         checkpoints = selected.checkpoints

@@ -158,12 +158,14 @@ def round_to(
     """
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype)
+    # Subnormal float32 numbers have fewer bits. Of the narrower dtypes only bfloat16 has values there. On CUDA, looking
+    # for them would wait for the device.
+    if dtype == torch.bfloat16 and values.is_cuda:
+        return _round_to_odd_subnormal_float32(values).to(dtype)
     if scratch is None:
         scratch = torch.empty_like(values), torch.empty_like(values, dtype=torch.float32)
     odd = _round_to_odd_float32(values, *(buffer[: values.numel()] for buffer in scratch))
-    # Subnormal float32 numbers have fewer bits. Of the narrower dtypes only bfloat16 has values there. On CUDA, looking
-    # for them would wait for the device.
-    if dtype == torch.bfloat16 and (values.is_cuda or _has_subnormal(odd)):
+    if dtype == torch.bfloat16 and _has_subnormal(odd):
         odd = _round_to_odd_subnormal_float32(values)
     return odd.to(dtype)
 

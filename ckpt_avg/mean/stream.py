@@ -31,6 +31,8 @@ LEAST_CHUNK = 1024  # elements
 _CHUNK = 128 * 1024
 _MOST_ELEMENTS = 8 * 1024 * 1024  # larger blocks are no faster
 _MOST_CUDA_ELEMENTS = 1024 * 1024  # of a block, which is one chunk: enough to outweigh the launches of its kernels
+_SUMS, _FLOAT64_SUMS = 70, 150  # bytes on CUDA for each element: what the sum, the rounding and the checks need at most
+_CUDA_MEMORY = 32 * 1024 * 1024  # bytes of a worker
 _LEAST_BLOCKS = 2  # for each worker, so that all finish at about the same time
 _MOST_OUTPUT = 4 * 1024 * 1024  # bytes of a block of the native engine: enough to outweigh what Python does for each
 _MOST_INPUT = 256 * 1024 * 1024  # bytes of a block in all checkpoints: a call is not interrupted
@@ -125,6 +127,16 @@ def write_means(
         checkpoint.check_unchanged()
 
 
+def most_workers(device: str, memory: int) -> int | None:
+    """Returns how many workers are worth starting; None if there may be one for each core.
+
+    On CUDA each operation of torch holds the interpreter lock for some microseconds, whatever the size of the block. If
+    a worker has less than `_CUDA_MEMORY`, workers wait for the lock longer than for the copies; and torch reserves 22
+    MiB of the device for each stream.
+    """
+    return None if device == "cpu" else max(1, memory // _CUDA_MEMORY)
+
+
 def write_tensors(tensors: Mapping[str, torch.Tensor], plan: Plan, write: Write) -> None:
     """Writes small tensors over those in an output."""
     import torch
@@ -184,11 +196,18 @@ def _cuda_sizes(memory: int, threads: int, plan: Plan, within: range, checkpoint
     """Returns the elements of a chunk, which is a whole block, twice.
 
     The workers together use ``memory`` bytes of the host, and as many of the device. For each element of its block, a
-    worker has on the device every input, and 40 bytes for the sum and a widened input; on the host the output, and
-    page-locked memory for two inputs and an output, which torch rounds up to powers of two.
+    worker has on the device every input that is read, and room for the sum; on the host the output, and page-locked
+    memory for two inputs and an output, which torch rounds up to powers of two.
     """
-    kinds = {(tensor.source_dtype.itemsize, tensor.dtype.itemsize) for tensor in plan.tensors}
-    nbytes = max(max(checkpoints * source + 40, 4 * source + 3 * output) for source, output in kinds)
+    kinds = {(tensor.source_dtype, tensor.dtype, tensor.rule == "mean") for tensor in plan.tensors}
+    nbytes = max(
+        max(
+            (checkpoints if is_mean else 1) * source.itemsize
+            + (_FLOAT64_SUMS if source.torch_name == "float64" else _SUMS),
+            4 * source.itemsize + 3 * dtype.itemsize,
+        )
+        for source, dtype, is_mean in kinds
+    )
     share = _share(plan, within, threads, _CHUNK)
     elements = max(LEAST_CHUNK, min(_MOST_CUDA_ELEMENTS, share, memory // threads // nbytes))
     return elements, elements

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mean.inputs import save
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_avg import NonFiniteError, average
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME
-from ckpt_avg.mean import averager
+from ckpt_avg.mean import arithmetic, averager, stream
 from ckpt_avg.mean.averager import Averager
 from ckpt_avg.mean.blocks import Block
 from ckpt_avg.mean.plan import OutputTensor
@@ -126,3 +129,54 @@ def test_no_room_for_the_smallest_chunk(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(averager, "_Buffers", full)
     with pytest.raises(torch.OutOfMemoryError):
         average_on_cpu([torch.ones(10)], 65_536)
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations return, except those that exist already.
+
+    Attributes:
+        most: the most bytes at a time.
+    """
+
+    def __init__(self, *existing: torch.Tensor) -> None:
+        super().__init__()
+        self.most = 0
+        self._existing = [each.untyped_storage() for each in existing]
+        self._allocated: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        if isinstance(result, torch.Tensor):
+            alive = [storage for each in self._allocated if (storage := each()) is not None]
+            if not any(storage is result.untyped_storage() for storage in [*self._existing, *alive]):
+                alive.append(result.untyped_storage())
+            self._allocated = [weakref.ref(storage) for storage in alive]
+            self.most = max(self.most, sum(storage.nbytes() for storage in alive))
+        return result
+
+
+@pytest.mark.parametrize("allow_nonfinite", [False, True])
+@pytest.mark.parametrize(
+    ("stored", "written"),
+    [
+        *(("float32", written) for written in ("float32", "bfloat16", "float16", "float64")),
+        *(("float64", written) for written in ("float64", "bfloat16", "float32")),
+        *((each, each) for each in ("bfloat16", "float16", "float8_e5m2", "complex64")),
+    ],
+)
+def test_sums_take_no_more_memory_than_blocks_leave_for_them(
+    monkeypatch: pytest.MonkeyPatch, stored: str, written: str, allow_nonfinite: bool
+) -> None:
+    """Of a GPU: blocks have the size at which the inputs and these sums fit in --memory."""
+    monkeypatch.setattr(arithmetic, "_has_subnormal", lambda values: True)  # as on CUDA, which does not look
+    numel = 10_000
+    tensor = OutputTensor("w", (numel,), BY_TORCH_NAME[stored], BY_TORCH_NAME[written], "mean", 0, numel)
+    inputs = [torch.randn(2 * numel) for _ in range(3)]
+    dtype = getattr(torch, stored)
+    values = [each.view(dtype) if dtype.is_complex else each[:numel].to(dtype) for each in inputs]
+    output = torch.empty(numel, dtype=getattr(torch, written))
+    one = Averager(torch.device("cpu"), numel, (), allow_nonfinite=allow_nonfinite)
+    with Allocated(*values, output) as allocated:
+        one.average(Block([(tensor, 0, numel)]), dict(enumerate(values)), output)
+    most = stream._FLOAT64_SUMS if stored == "float64" else stream._SUMS
+    assert 0.5 * most * numel < allocated.most < most * numel + 1000

@@ -27,7 +27,7 @@ def average_text(result: AverageResult, *, verbose: bool = False) -> str:
     lines = [
         f"{'averaged' if _is_done(result) else 'would average'} {plural(len(result.checkpoints), 'checkpoint')}: "
         f"{names_text(result.checkpoints)}",
-        *weights_lines(result.checkpoints, result.steps, result.weights),
+        *weights_lines(result.checkpoints, result.steps, result.weights, result.unit),
         f"{plural(result.tensors, 'tensor')}, float64 sums on {result.device}"
         f"{f' by the {result.engine} engine' if verbose else ''}",
         *outcome_lines(result),

@@ -49,7 +49,7 @@ def average_json(result: AverageResult) -> dict[str, Any]:
     report = result.batch_norm
     return {
         MARK: __version__,
-        **_attributes(result, ("output", "written", "checkpoints", "steps", "weights", "skipped", "tensors")),
+        **_attributes(result, ("output", "written", "checkpoints", "steps", "unit", "weights", "skipped", "tensors")),
         "bytes": result.nbytes,
         **_attributes(result, ("device", "engine", "data_digest", "sha256", "split")),
         "batch_norm": {

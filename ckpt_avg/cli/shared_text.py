@@ -28,19 +28,19 @@ def skipped_lines(items: Sequence[Skipped]) -> list[str]:
 
 
 def weights_lines(
-    checkpoints: Sequence[Path], steps: Sequence[int | None], weights: Sequence[float] | None
+    checkpoints: Sequence[Path], steps: Sequence[int | None], weights: Sequence[float] | None, unit: str = "step"
 ) -> list[str]:
-    """Returns a table of checkpoints, their steps and weights, at most 80 columns wide; nothing if all are equal."""
+    """Returns a table of checkpoints and their unequal weights, at most 80 columns wide; nothing if these are None."""
     if weights is None:
         return []
     numbers = [("-" if step is None else str(step), f"{each:.6g}") for step, each in zip(steps, weights, strict=True)]
-    room = 80 - sum(2 + max(map(len, column)) for column in zip(("step", "weight"), *numbers, strict=True))
+    room = 80 - sum(2 + max(map(len, column)) for column in zip((unit, "weight"), *numbers, strict=True))
     names = [
         escaped(name if len(name) <= room else f"{name[: room - 26]}…{name[-25:]}")
         for name in distinct_names(checkpoints)
     ]
     rows = [(name, *cells) for name, cells in zip(names, numbers, strict=True)]
-    return table([("checkpoint", "step", "weight"), *rows])
+    return table([("checkpoint", unit, "weight"), *rows])
 
 
 def measured_cells(

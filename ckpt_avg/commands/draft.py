@@ -34,7 +34,8 @@ class AverageResult:
         output: the path that was given.
         written: whether it was published; False for a dry run, and if a requirement was not met.
         checkpoints: what was averaged, in order.
-        steps: that each records, in the same order; None if it records none.
+        steps: that each records, in the same order; None if it records none. Epochs if the run records no steps.
+        unit: of these: ``step`` or ``epoch``.
         weights: of each, in the same order; None if all are equal, so that the mean divides by their number.
         skipped: files of run folders that were skipped, with reasons.
         tensors: how many tensors the output contains.
@@ -62,6 +63,7 @@ class AverageResult:
     written: bool
     checkpoints: tuple[Path, ...]
     steps: tuple[int | None, ...]
+    unit: str
     weights: tuple[float, ...] | None
     skipped: tuple[Skipped, ...]
     tensors: int
@@ -131,7 +133,8 @@ class Draft:
             output=Path(self.request.output),
             written=written,
             checkpoints=tuple(spec.path for spec in prepared.specs),
-            steps=tuple(record.step for record in prepared.selected.records),
+            steps=prepared.selected.moments,
+            unit=prepared.selected.unit or "step",
             weights=prepared.weights,
             skipped=prepared.selected.skipped,
             tensors=len(prepared.plan.tensors),

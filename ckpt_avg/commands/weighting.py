@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from ckpt_avg.mean.weighting import Weighting, Weights, choose_weights
-from ckpt_avg.runs.order import unit_of
+from ckpt_avg.checkpoint.training_record import Record
+from ckpt_avg.mean.weighting import Moments, Weighting, Weights, choose_weights
+from ckpt_avg.runs.order import Unit, position, unit_of
 from ckpt_avg.runs.select import Selected
 
 
@@ -17,15 +18,23 @@ def weighting_of(
     Raises:
         CkptAvgError: as `choose_weights`.
     """
-    records = [selected.records[index] for index in window]
-    steps = [record.step for record in records if record.step is not None]
+    places = [selected.places[index] for index in window]
+    unit = unit_of(selected.run[place] for place in places)
     return choose_weights(
         options,
         [selected.checkpoints[index].spec.path for index in window],
-        steps if unit_of(records) == "step" else None,
-        before=selected.steps_before[window.start],
-        places=[selected.places[index] for index in window],
+        None if unit is None else _moments(selected.run, places, unit),
+        places=places,
         listed=[index - window.start for index in selected.listed if index in window],
-        has_units=not any(record.is_lone_number for record in records),
         notice=notice,
     )
+
+
+def _moments(run: Sequence[Record], places: Sequence[int], unit: Unit) -> Moments:
+    known = [record.step if unit == "step" else record.epoch for record in run]
+    # Epochs counted from 0 end one later.
+    late = int(unit == "epoch" and 0 in known)
+    chosen = [position(run[place], unit) + late for place in places]
+    before = [each + late for each in known[: places[0]] if each is not None and each + late < chosen[0]]
+    is_lone = any(run[place].is_lone_number for place in places)
+    return Moments(tuple(chosen), max(before, default=0), unit, is_in_steps=unit == "step" and not is_lone)

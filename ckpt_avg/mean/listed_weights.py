@@ -58,7 +58,8 @@ def read_weights(
     if normalize and total <= 0:
         raise UsageError(f"{where}: the sum {_shown(total)} cannot be made 1. Use weights of a sum above 0.")
     if not normalize and abs(total - 1) > _NEAR:
-        raise UsageError(f"{where}: the weights sum to {_shown(total)}, not to 1. Add --normalize to divide by it.")
+        count = plural(len(values), "weight")
+        raise UsageError(f"{where}: {count} with the sum {_shown(total)}, not 1. Add --normalize to divide by it.")
     return ListedWeights((name, value) for (name, _), value in zip(pairs, values, strict=True))
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ckpt_avg.errors import IncompatibleError, OptionGroup, UsageError, option
 from ckpt_avg.text import distinct_names, ends, escaped, listing, quote
@@ -79,8 +79,8 @@ class Weighting(OptionGroup):
                 f"{_WIDEST:.4f}, for example 0.1."
             )
         if self.half_life is not None:
-            number, is_percent = _half_life(self.half_life)
-            object.__setattr__(self, "half_life", f"{number:.17g}{'%' * is_percent}")
+            is_in_percent = str(self.half_life).strip().endswith("%")
+            object.__setattr__(self, "half_life", f"{_half_life(self.half_life):.17g}{'%' * is_in_percent}")
         if self.normalize and self.weights is None:
             raise UsageError("--normalize needs --weights. Add --weights W,W,... or remove --normalize.")
         if self.weights is not None:
@@ -89,6 +89,11 @@ class Weighting(OptionGroup):
             from ckpt_avg.mean.listed_weights import read_weights  # not for --help
 
             object.__setattr__(self, "weights", read_weights(self.weights, normalize=self.normalize))
+
+    @property
+    def half_life_in_percent(self) -> bool:
+        """Whether the half-life is a share of the steps from the first checkpoint to the last."""
+        return str(self.half_life).endswith("%")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +109,30 @@ class Weights:
     method: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """When checkpoints were saved.
+
+    Attributes:
+        values: the step or epoch of each.
+        before: that of the checkpoint before them in the run, 0 if they begin with its first.
+        unit: ``step`` or ``epoch``.
+        is_in_steps: False also of numbers in names that no word explains, which may be epochs.
+    """
+
+    values: tuple[int, ...]
+    before: int = 0
+    unit: str = "step"
+    is_in_steps: bool = True
+
+
 def choose_weights(
     options: Weighting,
     paths: Sequence[Path],
-    steps: Sequence[int] | None,
+    moments: Moments | None,
     *,
-    before: int = 0,
     places: Sequence[int] | None = None,
     listed: Sequence[int] | None = None,
-    has_units: bool = True,
     notice: Callable[[str], None] = lambda text: None,
 ) -> Weights | None:
     """Returns the weights of checkpoints, in order; None if all are equal, so that the mean divides by the number.
@@ -120,11 +140,9 @@ def choose_weights(
     Args:
         options: what the user has chosen.
         paths: of the checkpoints.
-        steps: that they record; None if not all do.
-        before: the step of the checkpoint before them in the run, 0 if they begin with its first.
+        moments: when they were saved; None if not all record it.
         places: their indices in the run; by default they are the whole run.
         listed: their indices in the order of the sources; by default in order.
-        has_units: False if the steps are numbers in names that no word explains, which may be epochs.
         notice: called with what the user should know.
 
     Raises:
@@ -132,45 +150,79 @@ def choose_weights(
         IncompatibleError: the rule needs steps that increase, and the checkpoints do not record them.
     """
     count = len(paths)
-    method = {"weighting": options.weighting}
-    moments: Sequence[int]
+    places = range(count) if places is None else places
     if options.weights is not None:
         from ckpt_avg.mean.listed_weights import read_weights, weights_listed
 
         read = read_weights(options.weights, normalize=options.normalize)
-        values = weights_listed(read, paths, range(count) if listed is None else listed, notice)
         method = {"weighting": "listed"}
+        values: Sequence[float] = weights_listed(read, paths, range(count) if listed is None else listed, notice)
     elif options.weighting == "mean" or count == 1:
         return None
     else:
-        by_step = options.weighting_by == "step" or (options.weighting_by == "auto" and steps is not None)
-        method["by"] = "step" if by_step else "index"
-        if by_step:
-            moments = _increasing(steps, paths, options)
-        else:
-            moments, before = range(count), 0
-        if options.weighting == "ema":
-            method["half_life"] = str(options.half_life)
-            number, is_percent = _half_life(str(options.half_life))
-            if not is_percent and not (by_step and (has_units or options.weighting_by == "step")):
-                _refuse_half_life(options, paths, steps)
-            half_life = number / 100 * (moments[-1] - moments[0]) if is_percent else number
-            values = ema_weights(moments, half_life)
-        elif options.weighting == "power":
-            method["width"] = repr(float(options.width or 0))
-            if not by_step and places is not None:  # the run begins at 0, wherever the window does
-                moments, before = [place + 1 for place in places], places[0]
-            values = power_weights(moments, exponent_of(float(options.width or 0)), before)
-            if by_step and before == 0 and moments[0] > 2 * (moments[1] - moments[0]):
-                notice(
-                    f"power: {paths[0].name} counts for all steps up to its own, {moments[0]}, because no checkpoint "
-                    "before it is known. Name the run folder if there are some"
-                )
-        else:
-            values = decay_weights(moments, options.weighting)
-        if not by_step and options.weighting_by == "auto":
-            notice("not every checkpoint records a step, so the weights are those of evenly spaced checkpoints")
+        used = _moments_used(options, paths, moments, places, notice)
+        method = _method(options, used.unit)
+        values = _weights_by_rule(options, paths, used, notice)
     return None if len(set(values)) == 1 else Weights(tuple(values), method)
+
+
+def _moments_used(
+    options: Weighting,
+    paths: Sequence[Path],
+    moments: Moments | None,
+    places: Sequence[int],
+    notice: Callable[[str], None],
+) -> Moments:
+    """Returns the steps or epochs that a rule applies to, or positions; says if these are no steps."""
+    rule, by = f"--weighting {options.weighting}", options.weighting_by
+    if options.half_life is not None and not options.half_life_in_percent:
+        is_in_steps = moments is not None and (moments.is_in_steps or by == "step")
+        if by == "index" or not is_in_steps:
+            _refuse_half_life(options, paths, moments)
+    if by != "index" and moments is not None:
+        if moments.unit == "epoch":
+            in_epochs = options.half_life is not None and not options.half_life_in_percent
+            counted = f", and --half-life {options.half_life} counts epochs" if in_epochs else ""
+            notice(f"{rule}: the run records no steps, so its epochs are used{counted}")
+        _refuse_equal(moments.values, paths, rule)
+        return moments
+    if by == "step":
+        raise IncompatibleError(
+            f"{rule} --weighting-by step: expected a step or an epoch in every checkpoint, got none in at least one of "
+            f"{_names(paths)}. Use --weighting-by index, or --weights."
+        )
+    if by == "auto":
+        notice(f"{rule}: not every checkpoint records a step or an epoch, so they are taken as evenly spaced")
+    if options.weighting == "power":  # the run begins at 0, wherever the window does
+        return Moments(tuple(place + 1 for place in places), places[0], "index")
+    return Moments(tuple(range(len(paths))), 0, "index")
+
+
+def _weights_by_rule(
+    options: Weighting, paths: Sequence[Path], moments: Moments, notice: Callable[[str], None]
+) -> list[float]:
+    times = moments.values
+    if options.half_life is not None:
+        number = _half_life(options.half_life)
+        return ema_weights(times, number / 100 * (times[-1] - times[0]) if options.half_life_in_percent else number)
+    if options.width is None:
+        return decay_weights(times, options.weighting)
+    if moments.unit != "index" and moments.before == 0 and times[0] > 2 * (times[1] - times[0]):
+        notice(
+            f"--weighting power: {escaped(paths[0].name)} counts for all {moments.unit}s up to its own, {times[0]}, "
+            "because no checkpoint before it is known. Name the run folder if there are some"
+        )
+    return power_weights(times, exponent_of(options.width), moments.before)
+
+
+def _method(options: Weighting, by: str) -> dict[str, str]:
+    """Returns what the output's metadata records of a rule."""
+    given = {"weighting": options.weighting, "by": by}
+    if options.half_life is not None:
+        given["half_life"] = str(options.half_life)
+    if options.width is not None:
+        given["width"] = repr(float(options.width))
+    return given
 
 
 def summed(
@@ -212,7 +264,8 @@ def decay_weights(steps: Sequence[int], decay: str) -> list[float]:
     def weight(begin: int, end: int) -> float:
         # No formula subtracts two numbers that are nearly equal, so that every weight is as precise as float64.
         if decay == "cosine":
-            return math.sin(math.pi * (begin + end) / (2 * length)) * math.sin(math.pi * (end - begin) / (2 * length))
+            middle = min(begin + end, 2 * length - begin - end)  # so that the weights of even spacing are symmetric
+            return math.sin(math.pi * middle / (2 * length)) * math.sin(math.pi * (end - begin) / (2 * length))
         share = (end - begin) / length
         return share if decay == "linear" else share / (math.sqrt(end / length) + math.sqrt(begin / length))
 
@@ -271,8 +324,8 @@ def exponent_of(width: float) -> float:
         root = lower
 
 
-def _half_life(value: str | float) -> tuple[float, bool]:
-    """Returns the number, and whether it is in percent."""
+def _half_life(value: str | float) -> float:
+    """Returns the number of steps, or of percent."""
     text = str(value).strip()
     try:
         number = float(text.removesuffix("%"))
@@ -280,39 +333,43 @@ def _half_life(value: str | float) -> tuple[float, bool]:
         number = math.nan
     if not 0 < number < math.inf:
         raise UsageError(f"--half-life: {quote(text)} is no half-life. Write for example 1000 (steps), or 10%.")
-    return number, text.endswith("%")
+    return number
 
 
-def _increasing(steps: Sequence[int] | None, paths: Sequence[Path], options: Weighting) -> Sequence[int]:
-    how = f"--weighting {options.weighting}"
-    if steps is None:
-        raise IncompatibleError(
-            f"{how} --weighting-by step: expected a step in every checkpoint, got none in at least one of "
-            f"{ends([escaped(name) for name in distinct_names(paths)])}. Use --weighting-by index, or --weights."
-        )
-    equal = [index for index in range(1, len(steps)) if steps[index] <= steps[index - 1]]
+def _names(paths: Sequence[Path]) -> str:
+    return ends([escaped(name) for name in distinct_names(paths)])
+
+
+def _refuse_equal(times: Sequence[int], paths: Sequence[Path], rule: str) -> None:
+    """Raises IncompatibleError if steps or epochs do not increase."""
+    equal = [index for index in range(1, len(times)) if times[index] <= times[index - 1]]
     if equal:
         names = distinct_names(paths)
         shown = listing(
-            f"{quote(names[index - 1])} ({steps[index - 1]}), {quote(names[index])} ({steps[index]})" for index in equal
+            f"{quote(names[index - 1])} ({times[index - 1]}), {quote(names[index])} ({times[index]})" for index in equal
         )
         raise IncompatibleError(
-            f"{how}: expected steps that increase, got {shown}. Skip one of these with --exclude, or use "
+            f"{rule}: expected steps that increase, got {shown}. Skip one of these with --exclude, or use "
             "--weighting-by index."
         )
-    return steps
 
 
-def _refuse_half_life(options: Weighting, paths: Sequence[Path], steps: Sequence[int] | None) -> None:
+def _refuse_half_life(options: Weighting, paths: Sequence[Path], moments: Moments | None) -> NoReturn:
+    """Raises an error for a half-life in steps where there are none."""
     problem = f"--half-life {options.half_life} counts steps"
-    if steps is None:
-        names = ends([escaped(name) for name in distinct_names(paths)])
+    names = _names(paths)
+    if options.weighting_by == "index":
+        raise UsageError(f"{problem}, and --weighting-by index uses none. Use a percentage, or remove --weighting-by.")
+    if moments is None:
         raise IncompatibleError(
             f"{problem}, and not every checkpoint records one: {names}. Use a percentage, for example --half-life 10%."
         )
-    if options.weighting_by == "index":
-        raise UsageError(f"{problem}, and --weighting-by index uses none. Use a percentage, or remove --weighting-by.")
+    if moments.unit == "epoch":
+        raise IncompatibleError(
+            f"{problem}, and the checkpoints record only epochs: {names}. Add --weighting-by step to count epochs, or "
+            "use a percentage, for example --half-life 10%."
+        )
     raise IncompatibleError(
-        f"{problem}, and the unit of the numbers in the checkpoints' names is unknown ({paths[-1].name}). If they are "
-        "steps, add --weighting-by step; otherwise use a percentage, for example --half-life 10%."
+        f"{problem}, and the unit of the numbers in the checkpoints' names is unknown: {names}. If they are steps, add "
+        "--weighting-by step; otherwise use a percentage, for example --half-life 10%."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,9 +32,8 @@ class Selected:
         skipped: what is not averaged, and why.
         sum_order: their indices in the order in which they are summed.
         listed: their indices in the order of the sources.
-        records: of each, what it or its name records.
-        places: of each, its index among all checkpoints of the run, selected or not.
-        steps_before: of each, the step of the checkpoint before it in the run; 0 for the first.
+        run: what each checkpoint of the run or its name records, selected or not.
+        places: the selected ones' indices among these.
         log: the log whose metric selected them.
     """
 
@@ -43,9 +41,24 @@ class Selected:
     skipped: tuple[Skipped, ...]
     sum_order: tuple[int, ...]
     listed: tuple[int, ...]
-    records: tuple[Record, ...]
+    run: tuple[Record, ...]
     places: tuple[int, ...]
-    steps_before: tuple[int, ...]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """What each records."""
+        return tuple(self.run[place] for place in self.places)
+
+    @property
+    def unit(self) -> Unit | None:
+        """``step`` or ``epoch``, if all record one."""
+        return unit_of(self.records)
+
+    @property
+    def moments(self) -> tuple[int | None, ...]:
+        """The step of each, if it records one; epochs if no step orders them."""
+        return tuple(record.epoch if self.unit == "epoch" else record.step for record in self.records)
+
     log: LogUse | None = None
 
 
@@ -88,31 +101,15 @@ def open_selected(
         shown = [f"{escaped(name)} {value:.6g}" for name, value in zip(names, use.values, strict=True)]
         notice(f"by {quote(use.metric)} in {escaped(use.name)}: {listing(shown)}")
     listed = tuple(kept[id(each)] for each in found.given if id(each) in kept)
-    before = _steps_before(found.ordered)
-    places = [place for place, candidate in enumerate(found.ordered) if id(candidate) in kept]
     return Selected(
         checkpoints,
         found.skipped,
         sum_order=listed if selection.keep_order else tuple(range(len(chosen))),
         listed=listed,
-        records=tuple(candidate.record for candidate in chosen),
-        places=tuple(places),
-        steps_before=tuple(before[place] for place in places),
+        run=tuple(candidate.record for candidate in found.ordered),
+        places=tuple(place for place, candidate in enumerate(found.ordered) if id(candidate) in kept),
         log=use,
     )
-
-
-def _steps_before(run: Sequence[Candidate]) -> list[int]:
-    """Returns for each checkpoint the highest step of the earlier ones that is below its own; 0 if there is none."""
-    known: list[int] = []
-    found = []
-    for candidate in run:
-        step = candidate.record.step
-        place = bisect.bisect_left(known, 0 if step is None else step)
-        found.append(known[place - 1] if place else 0)
-        if step is not None:
-            bisect.insort(known, step)
-    return found
 
 
 def select(

@@ -471,7 +471,7 @@ def test_the_table_is_at_most_80_columns_wide(tmp_path: Path, in_process: Run) -
     ("words", "code", "message"),
     [
         (["--weights", "0.5,0.5"], 2, "expected 5 weights, one for each of step_100.pt, step_200.pt, …, step_1100.pt"),
-        (["--weights", "1,1,1,1,1"], 2, "the weights sum to 5, not to 1. Add --normalize to divide by it."),
+        (["--weights", "1,1,1,1,1"], 2, "5 weights with the sum 5, not 1. Add --normalize to divide by it."),
         (["--weights", "0,0,0,0,0"], 2, "all weights are 0."),
         (["--weights", "nan,0,0,0,1"], 2, "nan is no weight."),
         (["--weights", "no.json"], 2, "no.json: cannot be read as JSON"),
@@ -491,15 +491,47 @@ def test_faults_are_found_before_the_work(
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_a_half_life_in_steps_on_a_run_without_steps(run_folder: Path, tmp_path: Path, in_process: Run) -> None:
-    words = ["average", run_folder, "--bn", "keep", "--last", "3", "-o", tmp_path / "out.safetensors"]
+def test_a_run_that_records_epochs(run_folder: Path, tmp_path: Path, in_process: Run) -> None:
+    """Epochs stand in for steps, as for --from-step; but a half-life in steps is none in epochs."""
+    words = ["average", run_folder, "--bn", "keep", "--last", "3", "--overwrite", "-o", tmp_path / "out.safetensors"]
     code, _, err = in_process(*words, "--weighting", "ema", "--half-life", "1000")
     assert code == 4
-    assert "not every checkpoint records one: epoch_18.pt, epoch_19.pt, epoch_20.pt. Use a percentage" in err
+    assert "--half-life 1000 counts steps, and the checkpoints record only epochs: epoch_18.pt, epoch_19.pt, " in err
     code, out, err = in_process(*words, "--weighting", "ema", "--half-life", "50%")
     assert code == 0
-    assert "epoch_20.pt  -     0.571429" in out
-    assert "the weights are those of evenly spaced checkpoints" in err
+    assert out.splitlines()[1] == "checkpoint   epoch  weight"
+    assert out.splitlines()[4] == "epoch_20.pt  20     0.571429"
+    assert "--weighting ema: the run records no steps, so its epochs are used" in err
+    in_process(*words, "--weighting", "power", "--width", "0.1")
+    recorded = metadata(tmp_path / "out.safetensors")
+    assert json.loads(recorded["ckpt_avg.weighting"]) == {"weighting": "power", "by": "epoch", "width": "0.1"}
+    weights = [each["weight"] for each in json.loads(recorded["ckpt_avg.sources"])]
+    assert weights == power_weights([18, 19, 20], exponent_of(0.1), 17)
+
+
+def test_a_half_life_without_steps(tmp_path: Path, in_process: Run) -> None:
+    paths = save(tmp_path, [{"w": torch.ones(2) * each} for each in range(2)])
+    paths = [path.rename(path.with_name(f"{name}.safetensors")) for path, name in zip(paths, "ab", strict=True)]
+    words = ["average", *paths, "-o", tmp_path / "out.safetensors", "--weighting", "ema"]
+    code, _, err = in_process(*words, "--half-life", "1000")
+    assert code == 4
+    assert "and not every checkpoint records one: a.safetensors, b.safetensors. Use a percentage" in err
+    code, out, err = in_process(*words, "--half-life", "100%")
+    assert code == 0
+    assert "a.safetensors  -     0.333333" in out
+    assert "not every checkpoint records a step or an epoch, so they are taken as evenly spaced" in err
+
+
+def test_epochs_that_are_counted_from_0_end_one_later(tmp_path: Path) -> None:
+    """Otherwise the first would have no weight: nothing is trained at 0."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for epoch in range(3):
+        torch.save({"model": {"w": torch.full((2,), float(epoch))}, "epoch": epoch}, folder / f"epoch_{epoch}.pt")
+    _, weights = written(folder, tmp_path, weighting="power", width=0.2)
+    assert weights == power_weights([1, 2, 3], exponent_of(0.2))
+    _, weights = written(folder, tmp_path, weighting="power", width=0.2, last=2)
+    assert weights == power_weights([2, 3], exponent_of(0.2), 1)
 
 
 def test_two_checkpoints_of_one_step(run: Path, tmp_path: Path, in_process: Run) -> None:

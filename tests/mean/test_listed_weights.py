@@ -111,8 +111,8 @@ def test_negative_weights_are_pointed_out() -> None:
     [
         ("0.5,0.5", False, "--weights: expected 3 weights, one for each of a.pt, b.pt, c.pt, got 2. Select as many"),
         ([0.25] * 4, False, "--weights: expected 3 weights, one for each of a.pt, b.pt, c.pt, got 4."),
-        ("0.5,0.5,0.5", False, "--weights: the weights sum to 1.5, not to 1. Add --normalize to divide by it."),
-        ([0.2, 0.3, 0.5 + 1.1e-6], False, "--weights: the weights sum to 1.0000011, not to 1."),
+        ("0.5,0.5,0.5", False, "--weights: 3 weights with the sum 1.5, not 1. Add --normalize to divide by it."),
+        ([0.2, 0.3, 0.5 + 1.1e-6], False, "--weights: 3 weights with the sum 1.0000011, not 1."),
         ([0, 0, 0], False, "--weights: all weights are 0. Give at least one above 0."),
         ([0, 0.0, -0.0], True, "--weights: all weights are 0."),
         ([], True, "--weights: no weights."),

@@ -13,6 +13,7 @@ import pytest
 
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.mean.weighting import (
+    Moments,
     Weighting,
     choose_weights,
     decay_weights,
@@ -28,9 +29,12 @@ UNEVEN = [0, 100, 200, 1000]
 
 def chosen(steps: Sequence[int] | None, count: int | None = None, **options: Any) -> list[float] | None:
     """The weights of checkpoints at these steps; None if all are equal."""
-    how = {name: options.pop(name) for name in ("before", "places", "listed", "has_units") if name in options}
+    places = options.pop("places", None)
+    when = {name: options.pop(name) for name in ("before", "unit", "is_in_steps") if name in options}
+    moments = None if steps is None else Moments(tuple(steps), **when)
     number = len(steps or ()) if count is None else count
-    found = choose_weights(Weighting(**options), [Path(f"{index}.pt") for index in range(number)], steps, **how)
+    paths = [Path(f"{index}.pt") for index in range(number)]
+    found = choose_weights(Weighting(**options), paths, moments, places=places)
     return None if found is None else list(found.values)
 
 
@@ -198,8 +202,12 @@ def test_that_steps_are_missing_is_said() -> None:
     notices: list[str] = []
     paths = [Path("a.pt"), Path("b.pt")]
     choose_weights(Weighting(weighting="cosine"), [*paths, Path("c.pt")], None, notice=notices.append)
-    choose_weights(Weighting(weighting="cosine"), paths, [1, 2], notice=notices.append)
-    assert notices == ["not every checkpoint records a step, so the weights are those of evenly spaced checkpoints"]
+    choose_weights(Weighting(weighting="cosine"), paths, Moments((1, 2)), notice=notices.append)
+    choose_weights(Weighting(weighting="cosine"), paths, Moments((1, 2), unit="epoch"), notice=notices.append)
+    assert notices == [
+        "--weighting cosine: not every checkpoint records a step or an epoch, so they are taken as evenly spaced",
+        "--weighting cosine: the run records no steps, so its epochs are used",
+    ]
 
 
 def test_power_by_position_counts_from_the_start_of_the_run() -> None:
@@ -217,9 +225,9 @@ def test_that_power_knows_no_checkpoint_before_the_window_is_said(steps: list[in
     """Listed files may be the end of a run, of which the first then gets the weight of all that is missing."""
     notices: list[str] = []
     paths = [Path("a.pt"), Path("b.pt")]
-    choose_weights(Weighting(weighting="power", width=0.1), paths, steps, before=before, notice=notices.append)
+    choose_weights(Weighting(weighting="power", width=0.1), paths, Moments(tuple(steps), before), notice=notices.append)
     assert [notice.split(", because")[0] for notice in notices] == [
-        "power: a.pt counts for all steps up to its own, 900"
+        "--weighting power: a.pt counts for all steps up to its own, 900"
     ] * is_said
 
 
@@ -304,7 +312,7 @@ EMA = {"weighting": "ema", "half_life": 100}
             {"weighting": "linear", "weighting_by": "step"},
             None,
             IncompatibleError,
-            "expected a step in every checkpoint",
+            "expected a step or an epoch in every",
         ),
         (
             EMA,
@@ -327,8 +335,24 @@ def test_steps_that_are_missing_or_equal(
 def test_a_half_life_in_an_unknown_unit_is_refused_until_the_user_says_that_it_is_steps() -> None:
     """The numbers may be epochs: a half-life of 100 epochs would be nearly the mean, without a word."""
     with pytest.raises(
-        IncompatibleError, match=r"unit of the numbers .* \(2\.pt\)\. If they are steps, add --weighting"
+        IncompatibleError, match=r"unit of the numbers .*, 2\.pt\. If they are steps, add --weighting-by step"
     ):
-        chosen([1, 2, 3], **EMA, has_units=False)
-    assert chosen([1, 2, 3], **EMA, weighting_by="step", has_units=False) == ema_weights([1, 2, 3], 100)
-    assert chosen([1, 2, 3], weighting="cosine", has_units=False) == decay_weights([1, 2, 3], "cosine")
+        chosen([1, 2, 3], **EMA, is_in_steps=False)
+    assert chosen([1, 2, 3], **EMA, weighting_by="step", is_in_steps=False) == ema_weights([1, 2, 3], 100)
+    assert chosen([1, 2, 3], weighting="cosine", is_in_steps=False) == decay_weights([1, 2, 3], "cosine")
+
+
+def test_a_half_life_counts_epochs_only_if_the_user_says_so() -> None:
+    epochs: dict[str, Any] = {"unit": "epoch", "is_in_steps": False}
+    with pytest.raises(
+        IncompatibleError, match=r"and the checkpoints record only epochs: 0\.pt, .*\. Add --weighting-by st"
+    ):
+        chosen([1, 2, 3], **EMA, **epochs)
+    notices: list[str] = []
+    options = Weighting(weighting="ema", half_life=2, weighting_by="step")
+    found = choose_weights(options, [Path("a"), Path("b")], Moments((1, 3), **epochs), notice=notices.append)
+    assert found is not None
+    assert found.values == tuple(ema_weights([1, 3], 2))
+    assert notices == [
+        "--weighting ema: the run records no steps, so its epochs are used, and --half-life 2 counts epochs"
+    ]

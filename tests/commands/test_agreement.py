@@ -45,6 +45,7 @@ BASE: dict[str, Any] = {
 
 # What makes some of them valid, instead of the weighting above, on every rank.
 BASES: dict[str, dict[str, Any]] = {
+    "log_step": {"log": "results.csv"},
     "weighting": {"weighting": "linear", "half_life": None},
     "width": {"weighting": "power", "width": 0.2, "half_life": None},
     "weights": {"weighting": None, "half_life": None, "weights": [0.25, 0.75]},
@@ -74,9 +75,12 @@ OTHER: dict[str, Any] = {
     "every": 2,
     "from_step": 1,
     "to_step": 1,
+    "min_interval": 100,
     "best": 2,
     "metric": "loss",
     "mode": "min",
+    "log": "metrics.csv",
+    "log_step": "epoch",
     "include": ("*.pt",),
     "exclude": ["*.pt"],
     "at_lr_minima": True,

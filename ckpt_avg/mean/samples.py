@@ -33,17 +33,18 @@ def far_off_by_sample(checkpoints: Sequence[Checkpoint], plan: Plan) -> Iterator
         return
     samples = [_sample(checkpoint, places) for checkpoint in checkpoints]
     norms = [math.sqrt(_product(sample, sample)) for sample in samples]
-    if not all(0 < norm < math.inf for norm in norms):  # NaN and Inf are found in the mean
-        return
     middle = sorted(norms)[len(norms) // 2]
+    if not middle or not all(map(math.isfinite, norms)):  # NaN and Inf are found in the mean
+        return
     total = [sum(column) for column in zip(*samples, strict=True)]
     for index, (sample, norm) in enumerate(zip(samples, norms, strict=True)):
+        if not 1 / NORM < norm / middle < NORM:
+            yield index, f"the norm of its weights is about {norm / middle:.2g} times that of the other checkpoints"
+            continue
         others = [a - b for a, b in zip(total, sample, strict=True)]
         length = math.sqrt(_product(others, others))
         cosine = _product(sample, others) / (norm * length) if length else 1.0
-        if not 1 / NORM < norm / middle < NORM:
-            yield index, f"the norm of its weights is about {norm / middle:.2g} times that of the other checkpoints"
-        elif cosine < UNRELATED and (len(samples) > 2 or index):
+        if cosine < UNRELATED and (len(samples) > 2 or index):
             yield index, f"its weights have nothing in common with those of the others (cosine about {cosine:.2f})"
 
 

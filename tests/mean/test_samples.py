@@ -63,8 +63,9 @@ def test_nothing_in_the_fixture_run(run_folder: Path) -> None:
         (another, "nothing in common"),
         (scaled(5), r"norm of its weights is about [45]\.?\d* times that"),
         (scaled(0.1), r"norm of its weights is about 0\.\d+ times that"),
+        (scaled(0), "norm of its weights is about 0 times that"),
     ],
-    ids=["another run", "exploded", "shrunk"],
+    ids=["another run", "exploded", "shrunk", "zeroed"],
 )
 def test_a_checkpoint_that_is_far_off(
     change: Callable[[State], State], words: str, suffix: str, dtype: torch.dtype, tmp_path: Path
@@ -82,6 +83,12 @@ def test_a_checkpoint_that_is_far_off(
 def test_two_runs_are_noticed_once(tmp_path: Path) -> None:
     (state,) = run(1)
     assert list(noticed(save(tmp_path, [state, another(state)]))) == [1]
+
+
+def test_weights_of_zeros_alone(tmp_path: Path) -> None:
+    """They have no direction."""
+    states = [scaled(0)(state) for state in run(3)]
+    assert noticed(save(tmp_path, states)) == {}
 
 
 @pytest.mark.parametrize("spoil", [math.nan, math.inf])

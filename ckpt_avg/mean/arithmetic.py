@@ -31,6 +31,7 @@ _NANS = {
 }
 _CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+_OVERFLOW_E4M3FN = 464  # halfway from the largest value, 448, to what would be the next; itself rounded to 448
 _LOST = 2**29 - 1  # the bits of a float64 that a float32 cannot store
 
 
@@ -46,18 +47,46 @@ def mean_of_narrower(
         total, wide: float64 buffers of at least as many elements; ``total`` contains the result.
         single: a float32 buffer of the same size.
     """
-    first = values(0)
-    total, wide, single = (buffer[: first.numel()] for buffer in (total, wide, single))
-
-    def widened(narrow: torch.Tensor) -> torch.Tensor:
-        # Processors widen float16 in two steps; in one step, torch on the CPU converts element by element.
-        return single.copy_(narrow) if narrow.dtype == torch.float16 else narrow
-
-    total.copy_(widened(first))
+    numel = values(0).numel()
+    total, wide, single = (buffer[:numel] for buffer in (total, wide, single))
+    total.copy_(_widened(values(0), single))
     for index in range(1, number):
-        total.add_(wide.copy_(widened(values(index))))
+        total.add_(wide.copy_(_widened(values(index), single)))
     # The divisor is a tensor on the device: by a Python number, CUDA multiplies by the reciprocal.
     return total.div_(count)
+
+
+def weighted_sum(
+    values: Values, weights: Sequence[float], total: torch.Tensor, wide: torch.Tensor, single: torch.Tensor
+) -> torch.Tensor:
+    """Returns Σ weight · input in float64: each product is rounded, then added, in the order of the inputs.
+
+    If a sum is not finite, but all inputs are equal, it is that value: −Inf in a mask, times weights of both signs,
+    would be NaN.
+
+    Args:
+        values: returns an input.
+        weights: of the inputs.
+        total, wide, single: buffers as for `mean_of_narrower`; ``total`` contains the result.
+    """
+    numel = values(0).numel()
+    total, wide, single = (buffer[:numel] for buffer in (total, wide, single))
+    total.fill_(-0.0)  # neutral: -0.0 + -0.0 is -0.0
+    for index, weight in enumerate(weights):
+        # Two calls: in one, the product may not be rounded.
+        wide.copy_(_widened(values(index), single)).mul_(weight)
+        total.add_(wide)
+    places = total.isfinite().logical_not_().nonzero().squeeze(1)
+    if places.numel():
+        columns = torch.stack([values(index)[places].to(torch.float64) for index in range(len(weights))])
+        bits = columns.view(torch.int64)
+        total[places] = torch.where(bits.eq(bits[0]).all(dim=0), columns[0], total[places])
+    return total
+
+
+def _widened(values: torch.Tensor, single: torch.Tensor) -> torch.Tensor:
+    # Processors widen float16 in two steps; in one step, torch on the CPU converts element by element.
+    return single.copy_(values) if values.dtype == torch.float16 else values
 
 
 def mean_of_float64(values: Values, count: torch.Tensor, number: int, *, is_narrowed: bool = False) -> torch.Tensor:
@@ -148,7 +177,7 @@ def round_to(
 ) -> torch.Tensor:
     """Returns float64 ``values`` in ``dtype``, each rounded once, to nearest, ties to even.
 
-    A value out of the range of ``dtype`` becomes infinite, or what torch's cast returns if the dtype has no infinity.
+    A value out of the range of ``dtype`` becomes infinite, or NaN if the dtype has no infinity.
 
     Args:
         values: flat.
@@ -167,7 +196,10 @@ def round_to(
     odd = _round_to_odd_float32(values, *(buffer[: values.numel()] for buffer in scratch))
     if dtype == torch.bfloat16 and _has_subnormal(odd):
         odd = _round_to_odd_subnormal_float32(values)
-    return odd.to(dtype)
+    rounded = odd.to(dtype)
+    if dtype == torch.float8_e4m3fn:  # torch's cast returns the largest value instead; the next code is NaN
+        rounded.view(torch.uint8).bitwise_or_(odd.abs().gt(_OVERFLOW_E4M3FN).to(torch.uint8))
+    return rounded
 
 
 def write_nans(values: torch.Tensor, rounded: torch.Tensor) -> None:

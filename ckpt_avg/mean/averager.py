@@ -9,7 +9,7 @@ import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import stream
-from ckpt_avg.mean.arithmetic import as_real, mean_of_float64, mean_of_narrower, round_to, write_nans
+from ckpt_avg.mean.arithmetic import as_real, mean_of_float64, mean_of_narrower, round_to, weighted_sum, write_nans
 from ckpt_avg.mean.blocks import Block
 from ckpt_avg.mean.nonfinite import Constants, out_of_range, refuse_nonfinite
 from ckpt_avg.mean.stream import LEAST_CHUNK
@@ -36,7 +36,13 @@ class Averager:
         self._constants = Constants(checkpoints)
         self._buffers: _Buffers | None = None
 
-    def average(self, block: Block, inputs: Mapping[int, torch.Tensor], output: torch.Tensor) -> None:
+    def average(
+        self,
+        block: Block,
+        inputs: Mapping[int, torch.Tensor],
+        output: torch.Tensor,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         """Computes the mean of a block.
 
         On CUDA it is queued on the current stream, and looked at once, after all of it. (Sums of float64 are looked at
@@ -48,15 +54,16 @@ class Averager:
                 dtype in which it stores them, on the CPU or all of them on the device.
             output: receives the mean: flat, in the output dtype, on the CPU. If it is page-locked, wait for the stream
                 before you use it.
+            weights: of the inputs; None if all count the same.
 
         Raises:
-            NonFiniteError: an input contains NaN or Inf, or the mean overflows the output dtype.
+            NonFiniteError: an input contains NaN or Inf, or the mean overflows the output dtype, or its sum float64.
             torch.OutOfMemoryError: the device has no memory even for the smallest chunk; or it has none, and the inputs
                 are on it.
         """
         while True:
             try:
-                self._average(block, inputs, output)
+                self._average(block, inputs, output, weights)
                 return
             except torch.OutOfMemoryError:
                 if self._chunk <= LEAST_CHUNK or any(values.is_cuda for values in inputs.values()):
@@ -65,33 +72,46 @@ class Averager:
             self._chunk = max(LEAST_CHUNK, self._chunk // 8)
             torch.cuda.empty_cache()
 
-    def _average(self, block: Block, inputs: Mapping[int, torch.Tensor], output: torch.Tensor) -> None:
+    def _average(
+        self,
+        block: Block,
+        inputs: Mapping[int, torch.Tensor],
+        output: torch.Tensor,
+        weights: Sequence[float] | None,
+    ) -> None:
         if self._buffers is None:
             self._buffers = _Buffers(self._device, self._chunk)
-        is_cast = block.dtype is not block.source_dtype
+        may_overflow = block.dtype is not block.source_dtype or weights is not None
         values = list(inputs.values())
         starts = range(0, block.numel, self._chunk)
         sums: list[torch.Tensor] = []
         for start in starts:
             part = output[start : start + self._chunk]
-            mean, rounded = self._mean(self._buffers, values, start, part)
+            mean, rounded = self._mean(self._buffers, values, weights, start, part)
             if self._allow_nonfinite:
                 write_nans(mean, rounded)
             else:
                 # One sum shows any NaN or Inf, at 1/N of the cost of checking every input.
                 sums.append(mean.sum())
-                if is_cast:
+                if may_overflow:
                     sums[-1].masked_fill_(_overflowed(mean, rounded).any(), math.nan)
             as_real(part).copy_(rounded, non_blocking=True)
         found = torch.stack(sums).tolist() if sums else []
         for start in (start for start, total in zip(starts, found, strict=False) if not math.isfinite(total)):
             part = output[start : start + self._chunk]
-            mean, rounded = self._mean(self._buffers, values, start, part)
+            mean, rounded = self._mean(self._buffers, values, weights, start, part)
             checkpoints = [self._checkpoints[index] for index in inputs]
-            self._refuse(checkpoints, block, range(start, start + part.numel()), mean, rounded if is_cast else None)
+            self._refuse(
+                checkpoints, block, range(start, start + part.numel()), mean, rounded if may_overflow else None
+            )
 
     def _mean(
-        self, buffers: _Buffers, inputs: Sequence[torch.Tensor], start: int, output: torch.Tensor
+        self,
+        buffers: _Buffers,
+        inputs: Sequence[torch.Tensor],
+        weights: Sequence[float] | None,
+        start: int,
+        output: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the means of a chunk in float64, and rounded to the dtype of the output."""
 
@@ -102,7 +122,9 @@ class Averager:
         number = len(inputs)
         # A fill, since a copy to the device would wait for it.
         count = torch.full((), number, dtype=torch.float64, device=self._device)
-        if any(each.dtype == torch.float64 for each in inputs):
+        if weights is not None:
+            mean = weighted_sum(values, weights, buffers.total, buffers.wide, buffers.single)
+        elif any(each.dtype == torch.float64 for each in inputs):
             is_narrowed = output.dtype != torch.float64
             mean = mean_of_float64(
                 lambda index: values(index).to(torch.float64), count, number, is_narrowed=is_narrowed
@@ -142,7 +164,8 @@ class _Buffers:
 
 
 def _overflowed(mean: torch.Tensor, cast: torch.Tensor) -> torch.Tensor:
-    return cast.isfinite().logical_not_().logical_and_(mean.isfinite())
+    known = cast.to(torch.float32) if cast.element_size() == 1 else cast  # not every float8 dtype has isfinite
+    return known.isfinite().logical_not_().logical_and_(mean.isfinite())
 
 
 def _first(found: torch.Tensor) -> int:

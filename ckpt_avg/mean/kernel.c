@@ -266,6 +266,15 @@ CLONES static void add_four(double *restrict sum, const void *const *inputs, int
         sum[i] = (((SUM(i) + a[i]) + b[i]) + c[i]) + d[i];
 }
 
+/* Adds an input times its weight: the product is rounded, then added. */
+CLONES static void add_product(double *restrict sum, const double *restrict input, double weight, int is_first, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        double product = weight * input[i];
+        sum[i] = SUM(i) + product;
+    }
+}
+
 /* bfloat16 values in pairs, read as words: these are half as many, and to widen is one operation. The sums of the first
  * of each pair come before those of the second. */
 #define FIRST(word) float_of((word) << 16)
@@ -540,6 +549,7 @@ enum { DONE, NOT_FINITE, OUT_OF_RANGE, NOT_MAPPED, NOT_READ, LOST };
 
 struct job {
     struct input *inputs;
+    const f64 *weights; /* one for each input; NULL if all count the same */
     int64_t number, elements, slot;
     char *memory, *output;
     int64_t only;    /* the dtype of all inputs, or -1 */
@@ -747,6 +757,35 @@ static void load(const struct input *input, size_t first, size_t n, double *wide
         add(wide, values_of(input, first, n, buffer), 1, n);
 }
 
+/* The sums of inputs times their weights, of any dtypes. With u = 2^-53, the error of a sum of n products is at most
+ * n u / (1 - n u) * sum(|weight * input|), unless a product is subnormal (Higham, Accuracy and Stability of Numerical
+ * Algorithms, section 3.1). */
+static void sum_weighted(const struct job *job, size_t first, size_t n, double *sum)
+{
+    double input[BLOCK];
+    for (int64_t k = 0; k < job->number; k++) {
+        load(&job->inputs[k], first, n, input);
+        add_product(sum, input, job->weights[k], k == 0, n);
+    }
+}
+
+/* Where a weighted sum is not finite, but all inputs are equal, the mean is that value: -Inf in a mask, times weights of
+ * both signs, would be NaN. */
+static void keep_equal(const struct job *job, size_t first, size_t n, double *mean)
+{
+    double start[BLOCK], input[BLOCK];
+    int64_t different[BLOCK] = {0};
+    load(&job->inputs[0], first, n, start);
+    for (int64_t k = 1; k < job->number; k++) {
+        load(&job->inputs[k], first, n, input);
+        for (size_t i = 0; i < n; i++)
+            different[i] |= bits_of(input[i]) ^ bits_of(start[i]);
+    }
+    for (size_t i = 0; i < n; i++)
+        if ((bits_of(mean[i]) & MAGNITUDE) >= INFINITE && different[i] == 0)
+            mean[i] = start[i];
+}
+
 /* The exact mean of one element. */
 static double exact_mean(const struct job *job, size_t element, int to_odd)
 {
@@ -799,7 +838,9 @@ static void mean_of_float64(const struct job *job, size_t first, size_t n, doubl
 static int write_means(const struct job *job, size_t first, size_t n, int in_pairs, double *mean, char *output)
 {
     double number = (double)job->number, factor = 1;
-    if (job->has_float64) {
+    if (job->weights != NULL) {
+        sum_weighted(job, first, n, mean);
+    } else if (job->has_float64) {
         for (size_t i = 0; i < n; i += EXACT_BLOCK)
             mean_of_float64(job, first + i, n - i < EXACT_BLOCK ? n - i : EXACT_BLOCK, mean + i);
     } else {
@@ -814,7 +855,10 @@ static int write_means(const struct job *job, size_t first, size_t n, int in_pai
         return 0;
     for (size_t i = 0; i < n; i++)
         mean[i] *= factor;
-    return 1;
+    if (job->weights == NULL)
+        return 1;
+    keep_equal(job, first, n, mean);
+    return round_to[job->dtype](mean, 1, output, n);
 }
 
 /* Writes the code of NaN; ends the call with the first mean that is NaN or infinite, or else out of range. */
@@ -845,7 +889,7 @@ static void mean_of_windows(struct job *job, int64_t begin, int64_t n)
     for (int64_t first = 0; first < n && job->what == DONE; first += BLOCK) {
         size_t count = (size_t)(n - first < BLOCK ? n - first : BLOCK);
         char *output = job->output + (begin + first) * sizes[job->dtype];
-        int in_pairs = job->only == BF16 && job->dtype == BF16 && count % 2 == 0;
+        int in_pairs = job->only == BF16 && job->dtype == BF16 && count % 2 == 0 && job->weights == NULL;
         int found = write_means(job, (size_t)first, count, in_pairs, mean, output);
         if (found && in_pairs)
             found = write_means(job, (size_t)first, count, 0, mean, output);
@@ -934,10 +978,13 @@ static int is_inside(int64_t position, int64_t count, int64_t size, int64_t leng
     return position >= 0 && count >= 0 && position <= length && count <= (length - position) / size;
 }
 
-static int check_mean(const struct job *job, const Py_buffer *table, const Py_buffer *memory, const Py_buffer *output)
+static int check_mean(const struct job *job, const Py_buffer *table, const Py_buffer *weights, const Py_buffer *memory,
+                      const Py_buffer *output)
 {
     if (job->number < 1 || job->number > 1 << 26 || table->len % (int64_t)sizeof(struct input) || (uintptr_t)table->buf % 8)
         return refuse("the table has no inputs, too many, or parts of them");
+    if (weights->len && weights->len != job->number * (int64_t)sizeof(double))
+        return refuse("not one weight for each input");
     if (job->dtype < 0 || job->dtype >= DTYPES)
         return refuse("no such output dtype");
     if (!is_inside(0, job->elements, sizes[job->dtype], output->len))
@@ -959,23 +1006,25 @@ static int check_mean(const struct job *job, const Py_buffer *table, const Py_bu
     return 0;
 }
 
-PyDoc_STRVAR(mean_text, "mean(table, memory, slot, elements, dtype, output, check) -> (what, index, code, value)\n\n"
-                        "See native.py.");
+PyDoc_STRVAR(mean_text, "mean(table, weights, memory, slot, elements, dtype, output, check) -> (what, index, code, "
+                        "value)\n\nSee native.py. Without weights, all inputs count the same.");
 
 static PyObject *py_mean(PyObject *module, PyObject *arguments)
 {
     (void)module;
-    Py_buffer table, memory, output;
+    Py_buffer table, weights, memory, output;
     Py_ssize_t slot, elements;
     struct job job = {0};
-    if (!PyArg_ParseTuple(arguments, "w*w*nniw*i", &table, &memory, &slot, &elements, &job.dtype, &output, &job.check))
+    if (!PyArg_ParseTuple(arguments, "w*y*w*nniw*i", &table, &weights, &memory, &slot, &elements, &job.dtype, &output,
+                          &job.check))
         return NULL;
     job.inputs = table.buf;
+    job.weights = weights.len ? weights.buf : NULL;
     job.number = table.len / (Py_ssize_t)sizeof(struct input);
     job.memory = memory.buf, job.output = output.buf;
     job.slot = slot, job.elements = elements;
     PyObject *result = NULL;
-    if (check_mean(&job, &table, &memory, &output) == 0) {
+    if (check_mean(&job, &table, &weights, &memory, &output) == 0) {
         if (watch_faults() != 0) {
             PyErr_SetFromErrno(PyExc_OSError);
         } else {
@@ -986,6 +1035,7 @@ static PyObject *py_mean(PyObject *module, PyObject *arguments)
         }
     }
     PyBuffer_Release(&table);
+    PyBuffer_Release(&weights);
     PyBuffer_Release(&memory);
     PyBuffer_Release(&output);
     return result;

@@ -72,22 +72,26 @@ class NativeEngine:
                 row = (self._kernel.MAP if maps else self._kernel.READ, file.descriptor(), offset, dtype, position)
             self._rows[index] = _ROW.pack(*row).ljust(self._kernel.ROW, b"\0")
 
-    def average(self, block: Block, indices: Sequence[int], output: memoryview) -> None:
+    def average(
+        self, block: Block, indices: Sequence[int], weights: Sequence[float] | None, output: memoryview
+    ) -> None:
         """Computes the mean of a block.
 
         Args:
             block: one that `read` was called with last.
             indices: of the checkpoints, in the order of the sum; `read` was called with them.
+            weights: theirs; None if all count the same.
             output: receives the mean, in bytes of the output dtype.
 
         Raises:
-            NonFiniteError: an input contains NaN or Inf, or the mean overflows the output dtype.
+            NonFiniteError: an input contains NaN or Inf, or the mean overflows the output dtype, or its sum float64.
             CheckpointFormatError: a file cannot be read, or has changed.
             ResourceError: a file cannot be mapped, and has to be.
         """
-        self._average(block, indices, output, self._checks)
+        packed = b"" if weights is None else struct.pack(f"{len(weights)}d", *weights)
+        self._average(block, indices, packed, output, self._checks)
 
-    def _average(self, block: Block, indices: Sequence[int], output: memoryview, check: int) -> None:
+    def _average(self, block: Block, indices: Sequence[int], weights: bytes, output: memoryview, check: int) -> None:
         kernel = self._kernel
         # A complex element is a pair of real ones.
         width = 2 if block.source_dtype.kind == "complex" else 1
@@ -95,7 +99,7 @@ class NativeEngine:
         while True:
             table = bytearray().join(self._rows[index] for index in indices)
             what, index, code, value = kernel.mean(
-                table, self._memory, self._slot, width * block.numel, dtype, output, check
+                table, weights, self._memory, self._slot, width * block.numel, dtype, output, check
             )
             if what != kernel.NOT_MAPPED:
                 break
@@ -106,19 +110,21 @@ class NativeEngine:
         if what == kernel.OUT_OF_RANGE:
             raise out_of_range(*block.locate(index // width), value)
         if what == kernel.NOT_FINITE:
-            self._average_tensors(block, indices, output, width)
+            self._average_tensors(block, indices, weights, output, width)
             return
         file, offset = self._place_of(indices[index])
         raise file.failure(offset, code if what == kernel.NOT_READ else None)
 
-    def _average_tensors(self, block: Block, indices: Sequence[int], output: memoryview, width: int) -> None:
+    def _average_tensors(
+        self, block: Block, indices: Sequence[int], weights: bytes, output: memoryview, width: int
+    ) -> None:
         """Averages the tensors of a block with NaN or Inf one by one. Only constants may have Inf."""
         begin = 0
         for part in block.tensors():
             target = output[begin : begin + part.nbytes]
             begin += part.nbytes
             self.read(part, indices)
-            self._average(part, indices, target, self._kernel.CHECK_RANGE)
+            self._average(part, indices, weights, target, self._kernel.CHECK_RANGE)
             bad, _ = self._kernel.nonfinite(target, self._code(block.dtype.torch_name), width, True)
             nans, _ = self._kernel.nonfinite(target, self._code(block.dtype.torch_name), width, False)
             tensor = part.ranges[0][0]

@@ -30,6 +30,8 @@ def refuse_nonfinite(
 ) -> NoReturn:
     """Raises NonFiniteError with the checkpoints that have NaN or Inf in a tensor, how many and where.
 
+    If none has, a weighted sum of finite values has overflowed.
+
     Args:
         checkpoints: those in the mean.
         tensor: the tensor.
@@ -43,6 +45,11 @@ def refuse_nonfinite(
                 f"{one_line(str(checkpoint.spec.path))}: {number:,} of {tensor.numel:,} elements, the first at index "
                 f"{first:,}"
             )
+    if not found:
+        raise NonFiniteError(
+            f"tensor {quote(tensor.name)}: all values are finite, but their sum with these weights is out of the range "
+            "of float64. Use weights closer to zero."
+        )
     raise NonFiniteError(
         f"tensor {quote(tensor.name)}: NaN or Inf in these checkpoints:\n  "
         + listing(found, separator="\n  ")

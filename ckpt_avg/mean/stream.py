@@ -7,6 +7,7 @@ has a fixed size: a worker has, of each checkpoint, only the bytes of its block 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,10 +50,25 @@ class Mean:
     Attributes:
         checkpoints: the indices of its checkpoints, in the order of the sum. Copied tensors are the highest one's.
         write: receives bytes and their offset in the data section; called from several threads.
+        weights: of the checkpoints, finite and not zero; their sum is one. None if all count the same. Elements are
+            Σ weight · value in float64: each product is rounded, then added.
+
+    Raises:
+        ValueError: there is not one such weight for each checkpoint.
     """
 
     checkpoints: Sequence[int]
     write: Write
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        weights = self.weights
+        if weights is not None and not (len(weights) == len(self.checkpoints) and all(map(_can_weigh, weights))):
+            raise ValueError(f"weights that are not finite, or zero, or not one for each checkpoint: {weights}")
+
+
+def _can_weigh(weight: float) -> bool:
+    return math.isfinite(weight) and weight != 0
 
 
 class Engine(Protocol):
@@ -64,7 +80,9 @@ class Engine(Protocol):
     def read(self, block: Block, indices: Sequence[int]) -> None:
         """Gets the elements of a block in the checkpoints of these indices."""
 
-    def average(self, block: Block, indices: Sequence[int], output: memoryview) -> None:
+    def average(
+        self, block: Block, indices: Sequence[int], weights: Sequence[float] | None, output: memoryview
+    ) -> None:
         """Writes the mean of checkpoints for which `read` was called."""
 
 
@@ -262,7 +280,8 @@ class _Worker:
                     checkpoint = self._checkpoints[chosen[-1]]
                     read_into(checkpoint, block.stored_in(checkpoint), output)
                 else:
-                    self._engine.average(block, chosen, output)
+                    weights = mean.weights if block.rule == "mean" else None
+                    self._engine.average(block, chosen, weights, output)
                 if len(self._means) > 1:
                     mean.write(output, block.offset)
             filled += block.nbytes

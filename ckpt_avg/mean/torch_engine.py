@@ -47,25 +47,29 @@ class TorchEngine:
         for index in indices:
             self._values[index] = self._read(block, self._checkpoints[index])
 
-    def average(self, block: Block, indices: Sequence[int], output: memoryview) -> None:
+    def average(
+        self, block: Block, indices: Sequence[int], weights: Sequence[float] | None, output: memoryview
+    ) -> None:
         """Computes the mean of a block that `read` was called with last, as `Averager.average` does."""
         if self._staging is None:
-            self._average(block, indices, torch.frombuffer(output, dtype=torch.uint8))
+            self._average(block, indices, weights, torch.frombuffer(output, dtype=torch.uint8))
             return
         mean = self._staging.mean(len(output))
         try:
-            self._average(block, indices, mean)
+            self._average(block, indices, weights, mean)
             is_full = False
         except torch.OutOfMemoryError:
             is_full = True  # while the error exists, so do the values on the device
         if is_full:
             self._keep_on_the_host()
-            self._average(block, indices, mean)
+            self._average(block, indices, weights, mean)
         self._staging.fetch(len(output), output)
 
-    def _average(self, block: Block, indices: Sequence[int], output: torch.Tensor) -> None:
+    def _average(
+        self, block: Block, indices: Sequence[int], weights: Sequence[float] | None, output: torch.Tensor
+    ) -> None:
         inputs = {index: self._values[index] for index in indices}
-        self._averager.average(block, inputs, output.view(torch_dtype(block.dtype)))
+        self._averager.average(block, inputs, output.view(torch_dtype(block.dtype)), weights)
 
     def _read(self, block: Block, checkpoint: Checkpoint) -> torch.Tensor:
         ranges = block.stored_in(checkpoint)

@@ -31,7 +31,7 @@ def round_natively(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     row = struct.pack("5q", kernel.MEMORY, -1, 0, kernel.DTYPES["float64"], 0).ljust(kernel.ROW, b"\0")
     output = bytearray(max(1, values.numel() * dtype.itemsize))
     code = kernel.DTYPES[str(dtype).removeprefix("torch.")]
-    kernel.mean(bytearray(row), contents, max(8, len(contents)), values.numel(), code, output, 0)
+    kernel.mean(bytearray(row), b"", contents, max(8, len(contents)), values.numel(), code, output, 0)
     return torch.frombuffer(output, dtype=dtype, count=values.numel())
 
 
@@ -124,6 +124,18 @@ def test_overflow_begins_halfway_past_the_largest_value(cast: Cast, fmt: Format)
     assert rounded.double().tolist() == [
         largest, -largest, infinity, -infinity, infinity, infinity, -infinity
     ]  # fmt: skip
+
+
+@each_engine
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.infinity is None], ids=lambda fmt: str(fmt.dtype))
+def test_overflow_is_nan_where_there_is_no_infinity(cast: Cast, fmt: Format) -> None:
+    """Casts that return the largest value instead would hide it."""
+    largest = fmt.magnitude(fmt.largest) * float(fmt.unit)
+    threshold = (fmt.magnitude(fmt.largest) + fmt.magnitude(fmt.largest + 1)) * float(fmt.unit) / 2
+    inside, outside = math.nextafter(threshold, 0), math.nextafter(threshold, math.inf)
+    rounded = cast(torch.tensor([inside, -inside, outside, -outside, 1e308, math.inf], dtype=torch.float64), fmt.dtype)
+    assert rounded[:2].double().tolist() == [largest, -largest]
+    assert rounded[2:].double().isnan().all()
 
 
 @each_engine

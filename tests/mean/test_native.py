@@ -134,7 +134,7 @@ def test_every_code_is_widened_the_same_way_with_and_without_special_instruction
     def widened(part: bytes) -> bytes:
         output = bytearray(4 * len(part) // size)
         row = (_kernel.MEMORY, -1, 0, _kernel.DTYPES[name], 0)
-        _kernel.mean(table_of([row]), bytearray(part).ljust(8), max(8, len(part)), len(part) // size, 1, output, 0)
+        _kernel.mean(table_of([row]), b"", bytearray(part).ljust(8), max(8, len(part)), len(part) // size, 1, output, 0)
         return bytes(output)
 
     parts = (contents[begin : begin + 13 * size] for begin in range(0, len(contents), 13 * size))
@@ -417,8 +417,8 @@ def table_of(rows: Sequence[tuple[int, ...]]) -> bytearray:
 
 ROW = (_kernel.MEMORY, -1, 0, _kernel.DTYPES["float32"], 0)
 GOOD: dict[str, Any] = {
-    "table": table_of([ROW, (*ROW[:4], 64)]), "memory": bytearray(128), "slot": 64, "elements": 16, "dtype": 1,
-    "output": bytearray(64), "check": 3,
+    "table": table_of([ROW, (*ROW[:4], 64)]), "weights": struct.pack("2d", 0.5, 0.5), "memory": bytearray(128),
+    "slot": 64, "elements": 16, "dtype": 1, "output": bytearray(64), "check": 3,
 }  # fmt: skip
 
 
@@ -436,6 +436,9 @@ GOOD: dict[str, Any] = {
         {"table": table_of([(_kernel.MEMORY, -1, 0, 8, 0)])},
         {"table": table_of([(_kernel.MEMORY, -1, 0, -1, 0)])},
         {"table": table_of([(_kernel.MEMORY, -1, 0, _kernel.DTYPES["float64"], 0)])},
+        {"weights": bytes(8)},
+        {"weights": bytes(17)},
+        {"weights": bytes(24)},
         {"memory": bytearray(127)},
         {"memory": bytearray()},
         {"slot": 0},
@@ -499,6 +502,7 @@ def test_the_first_value_out_of_range_is_named() -> None:
     table = table_of([(_kernel.MEMORY, -1, 0, _kernel.DTYPES["float64"], 0)])
     arguments = (
         table,
+        b"",
         bytearray(values.numpy().tobytes()),
         40_000,
         5_000,
@@ -513,7 +517,7 @@ def test_other_threads_run_meanwhile() -> None:
     slot = 32 * 2**20
     memory, output = mmap.mmap(-1, 2 * slot), mmap.mmap(-1, slot)
     worker = threading.Thread(
-        target=_kernel.mean, args=(table_of([ROW, (*ROW[:4], slot)]), memory, slot, slot // 4, 1, output, 3)
+        target=_kernel.mean, args=(table_of([ROW, (*ROW[:4], slot)]), b"", memory, slot, slot // 4, 1, output, 3)
     )
     worker.start()
     steps = 0

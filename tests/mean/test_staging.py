@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,19 @@ class LateDevice:
         return copied
 
     def average(
-        self, averager: Averager, block: Block, inputs: Mapping[int, torch.Tensor], output: torch.Tensor
+        self,
+        averager: Averager,
+        block: Block,
+        inputs: Mapping[int, torch.Tensor],
+        output: torch.Tensor,
+        weights: Sequence[float] | None,
     ) -> None:
         self.blocks += 1
         if self.blocks == self._full_at:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.run(self.queued())  # the copies, after which the sums come in the stream
         mean = torch.empty_like(output)
-        self._average(averager, block, inputs, mean)
+        self._average(averager, block, inputs, mean, weights)
         self.queue(lambda: output.copy_(mean))
 
 

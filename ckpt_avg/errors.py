@@ -17,7 +17,7 @@ _Value = TypeVar("_Value")
 
 _OUT_OF_MEMORY = (  # in the words of Python, torch, the dynamic loader and CUDA (page-locked memory, a full GPU)
     *("can't start new thread", "can't allocate memory", "std::bad_alloc"),
-    *("failed to map segment", "annot allocate memory", "CUDA error: out of memory"),
+    *("failed to map segment", "annot allocate memory", " error: out of memory", "_STATUS_ALLOC_FAILED"),
 )
 
 

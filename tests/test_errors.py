@@ -25,6 +25,7 @@ from ckpt_avg.errors import is_out_of_memory
         (ModuleNotFoundError("No module named 'train'"), False),
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"), True),  # a full GPU
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
     ],
 )

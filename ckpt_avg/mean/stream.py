@@ -121,6 +121,7 @@ def write_means(
     is_native = engine_for(device) == "native"
     sizes = _native_sizes if is_native else _torch_sizes if device == "cpu" else _cuda_sizes
     window, elements = sizes(memory, threads, plan, within, len(checkpoints), device)
+    device = _in_any_thread(device)
     lock = threading.Lock()
 
     def work(blocks: Iterator[list[Block]]) -> None:
@@ -162,6 +163,15 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], plan: Plan, write: Write)
     planned = plan.by_name()
     for name, value in tensors.items():
         write(memoryview(bytes(value.reshape(-1).view(torch.uint8).tolist())), planned[name].offset)
+
+
+def _in_any_thread(device: str) -> str:
+    """Returns the device that ``cuda`` means in this thread; in a new one it would be the first."""
+    if device != "cuda":
+        return device
+    import torch
+
+    return f"cuda:{torch.cuda.current_device()}"
 
 
 @contextlib.contextmanager

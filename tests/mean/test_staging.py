@@ -16,9 +16,11 @@ import torch
 from mean.inputs import every_dtype, mixed_run, save
 
 from ckpt_avg import average
+from ckpt_avg.checkpoint.spec import BY_TORCH_NAME
 from ckpt_avg.mean import staging, stream, torch_engine
 from ckpt_avg.mean.averager import Averager
 from ckpt_avg.mean.blocks import Block
+from ckpt_avg.mean.plan import OutputTensor, Plan
 
 ELEMENTS = 20_001
 
@@ -152,3 +154,23 @@ def test_a_device_that_gets_full_keeps_no_inputs(
     assert device.copies == full.get("room", 3 * full.get("full_at", 0))
     assert device.blocks > 3
     assert (tmp_path / "expected").read_bytes() == (tmp_path / "found").read_bytes()
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("cpu", "cpu"), ("cuda", "cuda:2"), ("cuda:1", "cuda:1")])
+def test_workers_use_the_device_that_is_current_in_the_program(
+    monkeypatch: pytest.MonkeyPatch, asked: str, expected: str
+) -> None:
+    """In a new thread the first GPU is current, whatever `torch.cuda.set_device` was called with."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    found: list[str] = []
+
+    def engine(device: str, *arguments: Any, **options: Any) -> None:
+        found.append(device)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch_engine, "TorchEngine", engine)
+    monkeypatch.setattr(stream, "engine_for", lambda device: "torch")
+    tensor = OutputTensor("w", (9,), BY_TORCH_NAME["float32"], BY_TORCH_NAME["float32"], "mean", 0, 9)
+    with pytest.raises(InterruptedError):
+        stream.write_means([], Plan((tensor,), (), 1, {}), [], device=asked, threads=1, memory=2**27)
+    assert found == [expected]

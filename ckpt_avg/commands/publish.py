@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.commands.agreement import agree_on_header
 from ckpt_avg.commands.draft import AverageResult, Draft
-from ckpt_avg.errors import RankError, RequirementError, UsageError
+from ckpt_avg.errors import RankError, RequirementError
 from ckpt_avg.mean.stream import Mean, write_means, write_tensors
 from ckpt_avg.mean.weighting import summed
 from ckpt_avg.output.digests import TreeDigest, digest_stream
@@ -68,8 +68,6 @@ def _write_mean(draft: Draft, unpublished: UnpublishedFile, digest: TreeDigest) 
         progress.read(nbytes)
 
     indices, weights = summed(prepared.selected.sum_order, prepared.weights)
-    if weights is not None:
-        raise UsageError("unequal weights: the engines cannot sum with them yet. Use equal weights.")
     share = plan.share(ranks.rank, ranks.size, begin=begin)
     if ranks.is_first:
         unpublished.write(draft.header, 0)
@@ -77,7 +75,7 @@ def _write_mean(draft: Draft, unpublished: UnpublishedFile, digest: TreeDigest) 
     write_means(
         prepared.checkpoints,
         plan,
-        [Mean(indices, write)],
+        [Mean(indices, write, weights)],
         device=prepared.mean_device,
         threads=prepared.threads,
         memory=draft.request.memory,

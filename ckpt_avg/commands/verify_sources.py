@@ -89,12 +89,10 @@ def compare_with_mean(
             comparison = _Comparison(file, tensors, plan, free | vectors)
             progress.start(len(specs) * plan.source_nbytes)
             indices, unequal = summed(recorded_sum_order(recorded), weights)
-            if unequal is not None:
-                raise VerificationError(f"{file.path}: unequal weights cannot be summed yet. Use a later version.")
             write_means(
                 checkpoints,
                 plan,
-                [Mean(indices, comparison.compare)],
+                [Mean(indices, comparison.compare, unequal)],
                 device="cpu",
                 threads=threads,
                 memory=request.memory,

@@ -15,9 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import ckpt_avg
 from ckpt_avg import UsageError
-from ckpt_avg.mean.stream import Mean
 
-pytestmark = pytest.mark.skipif("weights" not in Mean.__annotations__, reason="the engines lack it")
 PAGE = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
 State = dict[str, Tensor]
 

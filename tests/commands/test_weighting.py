@@ -21,13 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from system.faults.exact import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOAT64, Format
 
-from ckpt_avg import IncompatibleError, UsageError, VerificationError, average, inspect, sweep, verify
+from ckpt_avg import IncompatibleError, UsageError, VerificationError, average, inspect, verify
 from ckpt_avg.engine import kernel
 from ckpt_avg.errors import NonFiniteError
-from ckpt_avg.mean.stream import Mean
 from ckpt_avg.mean.weighting import decay_weights, ema_weights, exponent_of, power_weights
 
-pytestmark = pytest.mark.skipif("weights" not in Mean.__annotations__, reason="the engines lack it")
 Run = Callable[..., tuple[int, str, str]]
 WEIGHTS = [0.5, 0.207, 0.159, 0.134]
 FORMATS: dict[str, Format] = {str(each.dtype): each for each in (FLOAT64, FLOAT32, BFLOAT16, FLOAT16, *FLOAT8)}
@@ -548,39 +546,3 @@ def test_help_groups_the_options(in_process: Run) -> None:
         assert "\nHow to weigh:\n" in out
         assert "--weighting [mean|linear|minus-sqrt|cosine|ema|power]" in out or "--weighting mean|linear" in out
     assert "--weighting" not in in_process("refresh-bn", "--help")[1]
-
-
-# -- Sweeps -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"weighting": "minus-sqrt"},
-        {"weighting": "power", "width": 0.15, "every": 2},
-        {"weighting": "ema", "half_life": 100, "keep_order": True, "hold": 0},
-    ],
-    ids=str,
-)
-def test_each_window_of_a_sweep_is_what_average_writes(tmp_path: Path, options: dict[str, Any]) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for step in (100, 200, 300, 1000, 1100):
-        torch.save({"model": trained(step), "global_step": step}, folder / f"step_{step}.pt")
-    shared: dict[str, Any] = {"model": make, "bn": "keep", "device": "cpu"}
-    result = sweep(folder, evaluate=score, minimize="loss", **shared, **options)
-    options = {name: value for name, value in options.items() if name != "hold"}
-    assert len(result.windows) == (9 if len(result.checkpoints) == 5 else 5)
-    for window in result.windows:
-        of_last = {"last": len(window.checkpoints)} if window.side == "last" else {}
-        output = tmp_path / f"{window.side}-{len(window.checkpoints)}.safetensors"
-        source = folder if of_last else window.checkpoints
-        chosen = options if of_last else {**options, "every": None}
-        made = average(source, output, **shared, **{**chosen, **of_last})
-        assert window.weights == made.weights
-        assert window.metrics == of_file(output)
-
-
-def test_a_sweep_takes_no_listed_weights(run: Path) -> None:
-    with pytest.raises(UsageError, match=r"the windows differ in their number of checkpoints\. Use --weighting"):
-        sweep(run, evaluate=score, model=make, minimize="loss", weights=[0.5, 0.5])

@@ -67,10 +67,13 @@ def dim_of(layer: nn.Module) -> int:
 
 
 @pytest.mark.guarantee("spectral-norm")
+@pytest.mark.parametrize("options", [{}, {"weights": [1.5, -0.75, 0.25, 0.0]}], ids=["equal", "weights"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_largest_singular_value_of_the_effective_weight_is_one(tmp_path: Path, kind: str) -> None:
+def test_the_largest_singular_value_of_the_effective_weight_is_one(
+    tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
     """With averaged vectors it would be several times that; this is what the layer promises in evaluation mode."""
-    _, layer = run(LAYERS[kind], tmp_path)
+    _, layer = run(LAYERS[kind], tmp_path, **options)
     matrix = effective(layer).detach().double().movedim(dim_of(layer), 0).flatten(1)
     assert torch.linalg.matrix_norm(matrix, 2).item() == pytest.approx(1, abs=2e-5)
 

@@ -21,6 +21,7 @@ from ckpt_avg.cli.main import cli
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 USAGE = (ROOT / "docs" / "usage.md").read_text()
+WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -75,8 +76,8 @@ def test_readme_evaluation_prints_what_the_readme_shows(
     assert measured == [pytest.approx(row, rel=0.05) for row in rows]
 
 
-@pytest.mark.parametrize("line", re.findall(r"^\$ (ckpt-avg [^\\\n]*?)(?:  +#.*)?$", README, re.MULTILINE))
-def test_other_commands_of_the_readme_work(
+@pytest.mark.parametrize("line", re.findall(r"^\$ (ckpt-avg [^\\\n]*?)(?:  +#.*)?$", README + WEIGHTS, re.MULTILINE))
+def test_other_commands_of_the_readme_and_on_weights_work(
     line: str, in_process: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The README's RUN and a.pt, b.pt, … stand for the reader's own; the fixture run takes their place."""

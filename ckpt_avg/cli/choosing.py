@@ -51,7 +51,8 @@ def sweep_command(
         --eval train:evaluate --maximize accuracy
     """  # noqa: D301 (click needs the backspace character itself)
     refuse_ranks("sweep")
-    SweepRequest(sources, **given).discover()  # checks options and sources before the user's code is imported
+    request = SweepRequest(sources, **given)
+    request.discover()  # options and sources are checked before the user's code is imported
     from ckpt_avg.cli.documents import sweep_json
     from ckpt_avg.cli.plots import draw_sweep
     from ckpt_avg.cli.sweep_text import sweep_text
@@ -63,7 +64,13 @@ def sweep_command(
     def command(result: SweepResult) -> list[str]:
         """Returns the command that makes the best average."""
         best = result.best
-        return options.average_command_for(context, best.checkpoints, are_last=best.side == "last")
+        return options.average_command_for(
+            context,
+            best.checkpoints,
+            are_last=best.side == "last",
+            weighting=request.rules[best.weighting],
+            weights=best.weights,
+        )
 
     make_report(
         sources,

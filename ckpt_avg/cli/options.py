@@ -20,6 +20,8 @@ from ckpt_avg.commands.requests import options_of
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT
 from ckpt_avg.errors import flag_of
 from ckpt_avg.formats.reading import Reading
+from ckpt_avg.mean.weighting import Weighting
+from ckpt_avg.mean.weighting_rules import options_of_rule
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import size
 
@@ -163,12 +165,19 @@ def load_all(app_dir: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def average_command_for(
-    context: click.Context, checkpoints: Sequence[Path], output: str = "swa.safetensors", *, are_last: bool = False
+    context: click.Context,
+    checkpoints: Sequence[Path],
+    output: str = "swa.safetensors",
+    *,
+    are_last: bool = False,
+    weighting: Weighting | None = None,
+    weights: Sequence[float] | None = None,
 ) -> list[str]:
     """Returns the ``average`` command for checkpoints, with the options that a sweep or a soup was given.
 
     The last k of the selected checkpoints become ``--last k``, unless ``--best`` selects them. Otherwise the command
-    lists the checkpoints and selects nothing. It writes ``output``, or a name like it if that exists.
+    lists the checkpoints and selects nothing. It writes ``output``, or a name like it if that exists. ``weights`` are
+    those that ``weighting`` gives the checkpoints, None if they are equal.
     """
     by_name = not are_last or context.params["best"] is not None
     groups = (Reading, MeanOptions, RefreshOptions) if by_name else (Selection, Reading, MeanOptions, RefreshOptions)
@@ -186,6 +195,10 @@ def average_command_for(
                     words += [option, str(each)]
     if not by_name:
         words += ["--last", str(len(checkpoints))]
+    if weighting is not None and weights is not None:
+        # What power gives them depends on the checkpoints before them, which a list does not contain.
+        is_listed = by_name and weighting.weighting == "power"
+        words += ["--weights", ",".join(map(repr, weights))] if is_listed else options_of_rule(weighting)
     words += ["-o", _free_name(output)]
     paths = [str(path) for path in checkpoints] if by_name else list(context.params["sources"])
     return [*words, *(["--"] if any(path.startswith("-") for path in paths) else []), *paths]

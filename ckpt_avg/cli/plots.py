@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _LONGEST = 60  # characters of a name that fit under the picture
 
+_COLOURS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9")  # C3 is the best, C7 is grey
+
 KINDS = (".png", ".svg", ".pdf")
 
 
@@ -64,21 +66,26 @@ def _draw_sweep(result: SweepResult, figure: Figure) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.add_subplot()
-    for side, colour, marker in (("last", "C0", "o"), ("first", "C1", "s")):
+    sides = {"last": ("-", "o"), "first": (":" if len(result.weightings) > 1 else "-", "s")}
+    lines = [(rule, side) for rule in result.weightings for side in sides]
+    for rule, side in lines:
         of_side = [
             window
             for window in result.windows
-            if window.side == side or len(window.checkpoints) == len(result.checkpoints)
+            if window.weighting == rule and (window.side == side or len(window.checkpoints) == len(result.checkpoints))
         ]
         if any(window.side == side for window in of_side):
             of_side.sort(key=lambda window: len(window.checkpoints))
+            several = len(result.weightings) > 1
+            style, marker = sides[side]
             axes.plot(
                 [len(window.checkpoints) for window in of_side],
                 [window.metrics[result.metric] for window in of_side],
-                color=colour,
+                color=_COLOURS[(result.weightings.index(rule) if several else list(sides).index(side)) % len(_COLOURS)],
+                linestyle=style,
                 marker=marker,
                 markersize=4,
-                label=f"average of the {side} k",
+                label=f"{rule}, {side} k" if several else f"average of the {side} k",
             )
     axes.axhline(
         result.reference.metrics[result.metric],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckpt_avg.cli.shared_text import REFERENCE, difference_text, measured_cells
+from ckpt_avg.cli.shared_text import REFERENCE, difference_text, measured_cells, weights_lines
 from ckpt_avg.text import escaped, table
 
 if TYPE_CHECKING:
@@ -14,18 +14,11 @@ if TYPE_CHECKING:
 def sweep_text(result: SweepResult, command: str) -> str:
     """Returns the table of a sweep, its best window, and the command that writes the best average."""
     reference, best, change, total = result.reference, result.best, result.change, len(result.checkpoints)
-    order = list(result.last.metrics)
-    name = result.last.name
-    rows = [
-        ["", *order],
-        measured_cells(f"{name} (last)", result.last, order, None if reference is result.last else reference),
-    ]
-    if reference is not result.last:
-        rows.append(measured_cells(REFERENCE, reference, order, None))
-        name = "the refreshed last checkpoint"
-    for window in result.windows:
-        label = _window(window.side, len(window.checkpoints), total) + ("  ← best" if window is best else "")
-        rows.append(measured_cells(label, window, order, reference))
+    name = result.last.name if reference is result.last else "the refreshed last checkpoint"
+    several = len(result.weightings) > 1
+    rows = _by_rule(result) if several else _by_metric(result)
+    rule = f" with {best.weighting}" if several else ""
+    steps = dict(zip(result.checkpoints, result.steps, strict=True))
     if change.verdict == "better":
         compared = f"{difference_text(change.difference, change.spread)} compared with {name}"
     elif change.verdict == "within the spread":
@@ -38,10 +31,41 @@ def sweep_text(result: SweepResult, command: str) -> str:
             *table(rows),
             "",
             f"best by {escaped(result.metric)}: the average of "
-            f"{_window(best.side, len(best.checkpoints), total, 'the ')}, {value:.6g}, {compared}",
+            f"{_window(best.side, len(best.checkpoints), total, 'the ')}{rule}, {value:.6g}, {compared}",
+            *weights_lines(best.checkpoints, [steps[path] for path in best.checkpoints], best.weights),
             f"to write it{'' if change.verdict == 'better' else ' anyway'}: {command}",
         ]
     )
+
+
+def _by_metric(result: SweepResult) -> list[list[str]]:
+    """Returns a row for each window, with all metrics and their differences to the reference."""
+    reference, order, last = result.reference, list(result.last.metrics), f"{result.last.name} (last)"
+    rows = [["", *order], measured_cells(last, result.last, order, None if reference is result.last else reference)]
+    if reference is not result.last:
+        rows.append(measured_cells(REFERENCE, reference, order, None))
+    for window in result.windows:
+        label = _window(window.side, len(window.checkpoints), len(result.checkpoints))
+        rows.append(measured_cells(label + ("  ← best" if window is result.best else ""), window, order, reference))
+    return rows
+
+
+def _by_rule(result: SweepResult) -> list[list[str]]:
+    """Returns a row for each window, with the metric for each rule."""
+    count = len(result.weightings)
+    lasts = {f"{result.last.name} (last)": result.last}
+    if result.reference is not result.last:
+        lasts[REFERENCE] = result.reference
+    rows = [[result.metric, *result.weightings]]
+    rows += [[*measured_cells(name, each, [result.metric], None), *[""] * (count - 1)] for name, each in lasts.items()]
+    for start in range(0, len(result.windows), count):
+        windows = result.windows[start : start + count]
+        row = [_window(windows[0].side, len(windows[0].checkpoints), len(result.checkpoints))]
+        for window in windows:
+            _, cell = measured_cells("", window, [result.metric], None)
+            row.append(cell + (" ← best" if window is result.best else ""))
+        rows.append(row)
+    return rows
 
 
 def _window(side: str, count: int, total: int, article: str = "") -> str:

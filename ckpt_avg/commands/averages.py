@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ckpt_avg.batchnorm.policy import frozen_buffers, moving_layers
@@ -15,6 +15,7 @@ from ckpt_avg.commands.requests import MeanRequest
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.mean.spectral_norm import leading_vectors
 from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means, write_tensors
+from ckpt_avg.mean.weighting import summed
 from ckpt_avg.text import listing, quote, suggestion
 from ckpt_avg.user_code.comparison import Evaluation
 from ckpt_avg.user_code.model import weights_of
@@ -47,16 +48,25 @@ class Averages:
             )
         return measured
 
-    def compute(self, subsets: Sequence[Collection[int]]) -> list[MemoryOutput]:
-        """Averages checkpoints, given by their indices, in one pass over those that are needed, each summed alone."""
+    def compute(
+        self, subsets: Sequence[Collection[int]], weights: Sequence[Mapping[int, float] | None] = ()
+    ) -> list[MemoryOutput]:
+        """Averages checkpoints in one pass over those that are needed, each average summed alone.
+
+        Args:
+            subsets: the checkpoints of each average, by their indices.
+            weights: for each average the weights by index, None if all are equal; by default they are.
+        """
         prepared = self._prepared
-        read = {index for subset in subsets for index in subset}
+        orders = [self.order(subset) for subset in subsets]
+        chosen = [summed(order, each) for order, each in zip(orders, weights or [None] * len(orders), strict=True)]
+        read = {index for indices, _ in chosen for index in indices}
         needed = sorted(read | {len(prepared.checkpoints) - 1})  # the plan's last has some tensors for all
         places = {index: place for place, index in enumerate(needed)}
         outputs = [MemoryOutput(prepared.plan) for _ in subsets]
         means = [
-            Mean([places[index] for index in prepared.selected.sum_order if index in subset], output.write)
-            for subset, output in zip(subsets, outputs, strict=True)
+            Mean([places[index] for index in indices], output.write, unequal)
+            for (indices, unequal), output in zip(chosen, outputs, strict=True)
         ]
         self._context.progress.start(len(read) * prepared.plan.source_nbytes)
         write_means(
@@ -91,7 +101,11 @@ class Averages:
 
     def paths(self, subset: Collection[int]) -> tuple[Path, ...]:
         """Returns the paths of checkpoints, in the order of the sum."""
-        return tuple(self._prepared.specs[index].path for index in self._prepared.selected.sum_order if index in subset)
+        return tuple(self._prepared.specs[index].path for index in self.order(subset))
+
+    def order(self, subset: Collection[int]) -> list[int]:
+        """Returns the indices of checkpoints, in the order of the sum."""
+        return [index for index in self._prepared.selected.sum_order if index in subset]
 
 
 def at_once(hold: int, prepared: Prepared) -> int:

@@ -22,7 +22,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -231,6 +231,13 @@ class SweepOptions(ChoiceOptions):
     """Which windows are compared, and by what."""
 
     windows: str = option("both", "Average the last k, the first k, or both.", choices=("last", "first", "both"))
+    weightings: str | Iterable[str] = option(
+        (),
+        "Compare these rules for weights, for example mean,ema:1000.",
+        doc="Rules for weights to compare, separated by commas, in each window: ``mean``, ``linear``, ``minus-sqrt``, "
+        "``cosine``, ``ema:HALF-LIFE`` and ``power:WIDTH``. By default only that of ``weighting``.",
+        metavar="RULE,RULE:NUMBER,...",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -118,8 +118,25 @@ class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
         super().__post_init__()
         if not self.functions:
             raise UsageError("--eval is missing. Add --eval MODULE:FUNCTION to measure each average.")
-        if self.weights is not None or self.weighting != "mean":
-            raise UsageError("--weighting, --weights: sweep averages with equal weights. Use ckpt-avg average.")
+        if self.weights is not None:
+            raise UsageError("--weights: the windows differ in their number of checkpoints. Use --weighting instead.")
+        if self.weightings and self.weighting != "mean":
+            raise UsageError(
+                f"--weightings, --weighting {self.weighting}: both choose rules. Add this one to --weightings."
+            )
+        self.rules  # noqa: B018 (checks the option)
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether some rule may give the checkpoints unequal weights."""
+        return bool(self.weightings) or self.weighting != "mean"
+
+    @functools.cached_property
+    def rules(self) -> dict[str, Weighting]:
+        """The rules for weights to compare, by their short forms."""
+        from ckpt_avg.mean.weighting_rules import parse_rules, rule_of
+
+        return parse_rules(self.weightings, self.weighting_by) if self.weightings else {rule_of(self): self}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

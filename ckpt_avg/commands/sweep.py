@@ -13,12 +13,13 @@ from typing import Literal
 
 from ckpt_avg.commands.averages import Averages, at_once
 from ckpt_avg.commands.context import Context
-from ckpt_avg.commands.prepare import prepare
+from ckpt_avg.commands.prepare import Prepared, prepare
 from ckpt_avg.commands.requests import SweepRequest, takes
+from ckpt_avg.commands.weighting import weighting_of
 from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import UserCodeError
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.text import quote
+from ckpt_avg.text import plural, quote
 from ckpt_avg.user_code.comparison import Change, Evaluation, compare
 
 Side = Literal["last", "first"]
@@ -32,12 +33,16 @@ class Measured:
         side: ``last`` or ``first``.
         checkpoints: what was averaged, in the order of the sum.
         metrics, samples: what was measured of the average, as in `Evaluation`.
+        weighting: the rule for its weights, for example ``mean`` or ``ema:1000``.
+        weights: of the checkpoints, in the order of the sum; None if all are equal.
     """
 
     side: Side
     checkpoints: tuple[Path, ...]
     metrics: Mapping[str, float]
     samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    weighting: str = "mean"
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +51,16 @@ class SweepResult:
 
     Attributes:
         checkpoints: all that were selected, in order.
+        steps: that each records, in the same order; None if it records none.
         skipped: files of run folders that were skipped, with reasons.
         last: the last checkpoint as it was saved.
         reference: what the averages are compared with: the last checkpoint, its statistics refreshed if theirs are.
-        windows: the averages, in the order in which they were measured.
+        weightings: the rules for weights that were compared.
+        windows: the averages: each window with each rule. Those with the same weights are measured once.
         metric, mode: by which metric they are compared, and whether ``min`` or ``max`` is better.
         split: as given.
-        best: the best of the windows; ties go to the one with the fewest checkpoints, then to the last ones.
+        best: the best of the windows; ties go to the one with the fewest checkpoints, then to the last ones, then to
+            the rule that is listed first.
         change: how the best differs from the reference.
         refreshed: whether the statistics of each were recomputed.
         passes: how many times the checkpoints were read.
@@ -61,9 +69,11 @@ class SweepResult:
     """
 
     checkpoints: tuple[Path, ...]
+    steps: tuple[int | None, ...]
     skipped: tuple[Skipped, ...]
     last: Evaluation
     reference: Evaluation
+    weightings: tuple[str, ...]
     windows: tuple[Measured, ...]
     metric: str
     mode: str
@@ -116,22 +126,24 @@ def sweep(request: SweepRequest) -> SweepResult:
     with Context(progress=request.progress) as context:
         prepared = prepare(request.discover(), request, context, by_window=True)
         averages = Averages(request, prepared, context)
+        planned = _plan(request, prepared, context)
         option, metric = request.target
         last = averages.measure_last(request)
-        windows = windows_of(len(prepared.checkpoints), request.windows)
-        groups = passes(windows, at_once(request.hold, prepared))
-        measured = [each for group in groups for each in _measure(averages, group)]
+        measured = _measure(averages, planned, at_once(request.hold, prepared))
         frozen = averages.frozen(prepared.checkpoints)
         reference = last if frozen is None else averages.meter.measure_refreshed(prepared.last, last.name, frozen)
         best = _best(measured, metric, request.sign)
         averages.meter.notice_chance()
+        _notice_nan(measured, metric, context)
         best_average = Evaluation("", None, best.metrics, reference.refreshed, best.samples)
         changes = compare(reference, best_average, {metric: option == "--maximize"})
         return SweepResult(
             checkpoints=tuple(spec.path for spec in prepared.specs),
+            steps=tuple(record.step for record in prepared.selected.records),
             skipped=prepared.selected.skipped,
             last=last,
             reference=reference,
+            weightings=tuple(request.rules),
             windows=tuple(measured),
             metric=metric,
             mode="max" if option == "--maximize" else "min",
@@ -154,20 +166,69 @@ def windows_of(count: int, sides: str) -> list[Window]:
     return last if sides == "last" else first
 
 
-def passes(windows: Sequence[Window], together: int) -> list[Sequence[Window]]:
-    """Returns the windows in groups, each for one pass over the checkpoints."""
-    return [windows[start : start + together] for start in range(0, len(windows), together)]
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """An average to measure: a window, the rule for its weights, and these in the order of its indices."""
+
+    window: Window
+    rule: str
+    weights: tuple[float, ...] | None
+
+    @property
+    def average(self) -> tuple[Window, tuple[float, ...] | None]:
+        """What is the same for rules that give the same average."""
+        return self.window, self.weights
 
 
-def _measure(averages: Averages, windows: Sequence[Window]) -> list[Measured]:
-    """Averages some windows in one pass, then refreshes and measures one after the other."""
-    measured = []
-    outputs = averages.compute([window.indices for window in windows])
-    for window in windows:
-        # The memory of an average is free after it is measured.
-        found = averages.measure(window.name, window.indices, outputs.pop(0))
-        measured.append(Measured(window.side, averages.paths(window.indices), found.metrics, found.samples))
-    return measured
+def _plan(request: SweepRequest, prepared: Prepared, context: Context) -> list[_Planned]:
+    """Returns each window with each rule. Raises IncompatibleError if the checkpoints lack what a rule needs."""
+    planned = []
+    for window in windows_of(len(prepared.checkpoints), request.windows):
+        for rule, options in request.rules.items():
+            weights = weighting_of(options, prepared.selected, window.indices, context.notice)
+            planned.append(_Planned(window, rule, None if weights is None else weights.values))
+    return planned
+
+
+def _measure(averages: Averages, planned: Sequence[_Planned], together: int) -> list[Measured]:
+    """Averages as many at a time as memory holds, in one pass; then refreshes and measures one after the other."""
+    distinct = list({each.average: each for each in reversed(planned)}.values())[::-1]
+    several = len({each.rule for each in planned}) > 1
+    found: dict[object, Evaluation] = {}
+    for start in range(0, len(distinct), together):
+        group = distinct[start : start + together]
+        outputs = averages.compute([each.window.indices for each in group], list(map(_by_index, group)))
+        for each in group:
+            # The memory of an average is free after it is measured.
+            name = f"{each.window.name}, {each.rule}" if several else each.window.name
+            found[each.average] = averages.measure(name, each.window.indices, outputs.pop(0))
+    return [_measured(averages, each, found[each.average]) for each in planned]
+
+
+def _measured(averages: Averages, planned: _Planned, found: Evaluation) -> Measured:
+    order, weights = averages.order(planned.window.indices), _by_index(planned)
+    return Measured(
+        planned.window.side,
+        averages.paths(planned.window.indices),
+        found.metrics,
+        found.samples,
+        planned.rule,
+        None if weights is None else tuple(weights[index] for index in order),
+    )
+
+
+def _by_index(planned: _Planned) -> dict[int, float] | None:
+    return None if planned.weights is None else dict(zip(planned.window.indices, planned.weights, strict=True))
+
+
+def _notice_nan(windows: Sequence[Measured], metric: str, context: Context) -> None:
+    """Tells the user which checkpoints may be the cause if some averages measure NaN."""
+    unclear = [window for window in windows if math.isnan(window.metrics[metric])]
+    if unclear:
+        context.notice(
+            f"{quote(metric)} is NaN for {len(unclear)} of {plural(len(windows), 'average')}, so none of these is the "
+            "best. ckpt-avg compare names checkpoints that are far off; skip them with --exclude"
+        )
 
 
 def _best(windows: Sequence[Measured], metric: str, sign: float) -> Measured:

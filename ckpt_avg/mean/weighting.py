@@ -71,7 +71,7 @@ class Weighting(OptionGroup):
                 raise UsageError(f"--weighting {rule} needs {flag}. Add for example {flag} {example}.")
             if value is not None and self.weighting != rule:
                 raise UsageError(f"{flag} {value} needs --weighting {rule}. Add it, or remove {flag}.")
-        if self.weighting_by != "auto" and self.weighting == "mean":
+        if self.weighting_by != "auto" and not self.has_rule:
             raise UsageError(f"--weighting-by {self.weighting_by} needs another --weighting than mean. Add one.")
         if self.width is not None and not _NARROWEST <= self.width < _WIDEST:
             raise UsageError(
@@ -94,6 +94,11 @@ class Weighting(OptionGroup):
     def half_life_in_percent(self) -> bool:
         """Whether the half-life is a share of the steps from the first checkpoint to the last."""
         return str(self.half_life).endswith("%")
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether a rule gives the checkpoints unequal weights."""
+        return self.weighting != "mean"
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,9 +45,11 @@ def swept(
     average = Evaluation("", None, windows[best].metrics)
     return SweepResult(
         checkpoints=paths,
+        steps=(1, 2, 3),
         skipped=(Skipped(Path("run/log.txt"), "no checkpoint"),),
         last=saved,
         reference=reference,
+        weightings=("mean",),
         windows=tuple(windows.values()),
         metric=metric,
         mode=mode,

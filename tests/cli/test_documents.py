@@ -60,7 +60,7 @@ def test_sweep_as_json() -> None:
     document = json.loads(json.dumps(sweep_json(result, ["ckpt-avg", "average", "a b"]), allow_nan=False))
     assert set(document) == {
         "ckpt_avg", "checkpoints", "skipped", "metric", "mode", "split", "refreshed", "last", "reference", "windows",
-        "best", "change", "command", "passes", "engine", "notices",
+        "steps", "weightings", "best", "change", "command", "passes", "engine", "notices",
     }  # fmt: skip
     assert document["checkpoints"] == ["run/step_1.pt", "run/step_2.pt", "run/step_3.pt"]
     assert document["skipped"] == [{"path": "run/log.txt", "reason": "no checkpoint"}]
@@ -76,6 +76,8 @@ def test_sweep_as_json() -> None:
         "checkpoints": ["run/step_1.pt", "run/step_2.pt"],
         "metrics": {"m": 0.5, "other": None},
         "samples": {},
+        "weighting": "mean",
+        "weights": None,
     }
     assert document["command"] == ["ckpt-avg", "average", "a b"]
     assert (document["metric"], document["mode"], document["refreshed"], document["passes"]) == ("m", "max", True, 2)

@@ -217,6 +217,114 @@ def test_one_side_alone(run: list[Path], sides: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Rules for weights
+
+RULES = {
+    "mean": {},
+    "minus-sqrt": {"weighting": "minus-sqrt"},
+    "linear": {"weighting": "linear"},
+    "ema:2": {"weighting": "ema", "half_life": 2},
+    "ema:30%": {"weighting": "ema", "half_life": "30%"},
+    "power:0.2": {"weighting": "power", "width": 0.2},
+}
+
+
+@pytest.fixture
+def uneven(run: list[Path]) -> list[Path]:
+    """The same run with steps 1, 2, 5, 6: with even ones some rules would be equal, or the same as by position."""
+    for path, step in zip(run, (1, 2, 5, 6), strict=True):
+        torch.save({**torch.load(path), "step": step}, path)
+    return run
+
+
+@pytest.mark.parametrize("hold", [10**9, 0])
+def test_each_rule_in_each_window_is_what_average_writes(uneven: list[Path], tmp_path: Path, hold: int) -> None:
+    """Bit for bit, each with its own refresh; in a run folder, so that power knows what is before the last k."""
+    result = swept(uneven[0].parent, weightings=",".join(RULES), hold=hold)
+    assert result.weightings == tuple(RULES)
+    assert sizes(result) == [
+        (side, size) for side, most in (("last", 4), ("first", 3)) for size in range(1, most + 1) for _ in RULES
+    ]
+    for window in result.windows:
+        size, out = len(window.checkpoints), tmp_path / "out.safetensors"
+        chosen: dict[str, Any] = {"last": size} if window.side == "last" else {"to_step": (1, 2, 5)[size - 1]}
+        written = average(
+            uneven[0].parent,
+            out,
+            model=make,
+            data=data,
+            device="cpu",
+            overwrite=True,
+            **chosen,
+            **RULES[window.weighting],
+        )
+        assert window.metrics == of_file(out), (window.side, size, window.weighting)
+        assert (window.checkpoints, window.weights) == (written.checkpoints, written.weights)
+    # Alone all rules are the same, and of two checkpoints linear is the mean.
+    assert len({window.metrics["loss"] for window in result.windows}) == 7 + 5 * (len(RULES) - 1) - 2
+
+
+@pytest.mark.parametrize(("held", "expected"), [(100, 1), (7, 4), (1, 27)])
+def test_rules_share_the_passes(uneven: list[Path], held: int, expected: int) -> None:
+    """Of 4 + 3 windows and five rules, what has equal weights is averaged once: 7 means and 4 · 5 others."""
+    started: list[int] = []
+    result = swept(
+        uneven,
+        weightings=list(RULES)[:2] + list(RULES)[3:],
+        hold=held * bytes_of_one(uneven),
+        progress=Progress(start=started.append),
+    )
+    assert len(result.windows) == 35
+    assert (result.passes, len(started)) == (expected, expected)
+    if expected == 1:
+        assert started == [4 * bytes_of_one(uneven)]
+
+
+def test_ties_go_to_the_rule_that_is_listed_first(run: list[Path]) -> None:
+    result = swept(run, weightings=["ema:1", "mean"], evaluate=lambda model: {"loss": 1.0})
+    assert (result.best.side, len(result.best.checkpoints), result.best.weighting) == ("last", 1, "ema:1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weightings": "mean,ema"}, "--weightings: 'ema': ema takes a number. Write ema:1000 (steps), or ema:10%."),
+        ({"weightings": "mean:1"}, "--weightings: 'mean:1': mean takes no number. Write mean."),
+        (
+            {"weightings": "minus-sqr"},
+            "--weightings: 'minus-sqr' is not one of mean, linear, minus-sqrt, cosine, ema, ",
+        ),
+        ({"weightings": "mean,,linear"}, "--weightings: '' is not one of mean, "),
+        ({"weightings": "power:x"}, "--weightings: 'power:x': expected a width, for example power:0.1."),
+        ({"weightings": "power:0.3"}, "--width 0.3: no power has this width. "),
+        ({"weightings": ["ema:5", "ema:5.0"]}, "--weightings: ema:5 is listed twice. List it once."),
+        ({"weightings": "mean", "weighting": "linear"}, "--weightings, --weighting linear: both choose rules. "),
+        ({"weights": [0.5, 0.5]}, "--weights: the windows differ in their number of checkpoints. Use --weighting "),
+        ({"weighting_by": "index"}, "--weighting-by index needs another --weighting than mean. "),
+    ],
+)
+def test_rules_that_are_refused(run: list[Path], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        swept(run, **options)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_rule_that_the_run_does_not_allow_is_refused_before_anything_is_measured(run: list[Path]) -> None:
+    """Two checkpoints record the same step, so there is no distance between them."""
+    torch.save({**torch.load(run[3]), "step": 3}, run[3])
+    with pytest.raises(IncompatibleError, match="expected steps that increase"):
+        swept(run, weightings="mean,ema:2", evaluate=lambda model: pytest.fail("measured"))
+
+
+def test_a_notice_says_how_many_averages_measure_nan(run: list[Path]) -> None:
+    result = listed(run, *(math.nan, math.nan, 1, 2, 3, 4, 5))
+    assert [notice for notice in result.notices if "NaN" in notice] == [
+        "'m' is NaN for 2 of 7 averages, so none of these is the best. ckpt-avg compare names checkpoints that are far "
+        "off; skip them with --exclude"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Frozen layers: which they are depends on the window
 
 
@@ -527,6 +635,35 @@ def test_the_command_makes_what_was_measured(
         best = document["best"]
         assert (best["side"], best["size"]) == (side, size)
         assert made_by(in_process, document["command"])["loss"] == best["metrics"]["loss"], document["command"]
+
+
+@pytest.mark.usefixtures("uneven")
+@pytest.mark.parametrize(
+    ("options", "pick", "given"),
+    [
+        (["--weightings", "mean,power:0.2"], 3, ["--width", "0.2", "--last", "2"]),
+        (["--weightings", "mean,ema:50%", "--weighting-by", "index"], 5, ["--weighting-by", "index"]),
+        (["--weightings", "mean,power:0.2", "--from-step", "2", "--windows", "first"], 3, ["--weights"]),
+        (["--weightings", "minus-sqrt,mean", "--windows", "first"], 4, ["--weighting", "minus-sqrt"]),
+        (["--weightings", "mean,ema:3", "--best", "3", "--metric", "loss", "--mode", "min"], 3, ["--half-life", "3"]),
+        (["--weighting", "ema", "--half-life", "3", "--every", "2"], 2, ["--half-life", "3", "--every", "2"]),
+    ],
+)  # fmt: skip
+def test_the_command_makes_what_was_measured_with_a_rule(
+    app: SweepApp,
+    in_process: InProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    pick: int,
+    given: list[str],
+) -> None:
+    """Power with --weights where a list of checkpoints does not show what was before them."""
+    monkeypatch.setenv("PICKED", str(pick))
+    sys.modules.pop(app.module, None)
+    document = app.document(in_process, *options, function="picked", direction="--maximize")
+    assert document["best"]["weights"] is not None
+    assert set(given) <= set(document["command"])
+    assert made_by(in_process, document["command"])["loss"] == document["best"]["metrics"]["loss"]
 
 
 def test_the_command_without_a_refresh(app: SweepApp, run: list[Path], in_process: InProcess) -> None:

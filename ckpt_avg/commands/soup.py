@@ -10,6 +10,7 @@ would round differently. To read less, several decisions are prepared in one pas
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +24,9 @@ from ckpt_avg.commands.prepare import prepare
 from ckpt_avg.commands.requests import SoupRequest, takes
 from ckpt_avg.errors import IncompatibleError, RequirementError, UserCodeError
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.text import argument, distinct_names, listing, quote
+from ckpt_avg.text import argument, distinct_names, escaped, listing, quote
 from ckpt_avg.user_code.comparison import Evaluation
+from ckpt_avg.user_code.gate import refuse_unknown_metrics
 
 _MOST_DECISIONS = 3  # that are prepared in one pass: the averages double with each
 
@@ -168,6 +170,7 @@ def _choose(request: SoupRequest, context: Context) -> _Choice:
     if request.dry_run:
         return choice
     saved = averages.measure_last(request)
+    refuse_unknown_metrics(request.requirements, saved)
     alone = _measure_alone(averages, choice.candidates, request.target[1], together)
     decisions, kept = _decide(averages, alone, request, decided)
     averages.meter.notice_chance()
@@ -190,10 +193,11 @@ def _measure_alone(averages: Averages, paths: Sequence[Path], metric: str, toget
     if len(unclear) == len(paths):
         raise UserCodeError(f"the --eval function: {quote(metric)} is NaN for every checkpoint. Return a number.")
     if unclear:
-        options = (f"--exclude {argument(each.path.name)}" for each in unclear if each.path is not None)
+        are_unique = len({path.name for path in paths}) == len(paths)
+        options = listing((f"--exclude {argument(glob.escape(each.name))}" for each in unclear), separator=" ")
         raise IncompatibleError(
-            f"{listing(each.name for each in unclear)}: the --eval function returns NaN for {quote(metric)}. Skip with "
-            f"{listing(options, separator=' ')}, or return a number."
+            f"{listing(escaped(each.name) for each in unclear)}: the --eval function returns NaN for {quote(metric)}. "
+            f"{f'Add {options}' if are_unique else 'Name the other checkpoints'}, or return a number."
         )
     return alone
 

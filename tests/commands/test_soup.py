@@ -341,7 +341,7 @@ def test_checkpoints_without_a_number(marked: Any) -> None:
     with pytest.raises(IncompatibleError) as caught:
         marked(4, lambda chosen: math.nan if chosen <= {0, 2} else 1.0)
     assert str(caught.value) == (
-        "step_0.safetensors, step_2.safetensors: the --eval function returns NaN for 'm'. Skip with --exclude "
+        "step_0.safetensors, step_2.safetensors: the --eval function returns NaN for 'm'. Add --exclude "
         "step_0.safetensors --exclude step_2.safetensors, or return a number."
     )
     result, _ = marked(
@@ -352,12 +352,28 @@ def test_checkpoints_without_a_number(marked: Any) -> None:
         marked(4, lambda chosen: math.nan)
 
 
+def test_the_advice_does_not_skip_others(run: list[Path], tmp_path: Path) -> None:
+    """A pattern goes by the last part of the path, which is the same here; brackets are none of a pattern."""
+    paths = []
+    for index, path in enumerate(run[:3]):
+        (tmp_path / str(index)).mkdir()
+        paths.append(path.rename(tmp_path / str(index) / "model.pt"))
+    answers = itertools.cycle([1.0, math.nan, 1.0, 1.0])  # the last one as it was saved, then each
+    options: dict[str, Any] = {"evaluate": lambda model: {"loss": next(answers)}}
+    with pytest.raises(IncompatibleError, match=r"^0/model.pt: .*Name the other checkpoints, or return a number"):
+        made(paths, tmp_path / "soup.safetensors", **options)
+    run[4].rename(run[4].with_name("step_0 [a].pt"))
+    with pytest.raises(IncompatibleError, match=r"Add --exclude 'step_0 \[\[\]a\].pt', or"):
+        made(run[0].parent, tmp_path / "soup.safetensors", exclude="step_1.pt", **options)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"evaluate": None}, UsageError, "--eval is missing. Add --eval MODULE:FUNCTION to measure each checkpoint."),
         ({"minimize": None}, UsageError, "--maximize, --minimize: got neither. Add one: "),
         ({"minimize": "los"}, UsageError, "--minimize los: the --eval function returns no such metric. Use one of "),
+        ({"require": "los<1"}, UsageError, "--require 'los<1': the --eval function returns no 'los'. "),
         ({"tolerance": -0.1}, UsageError, "--tolerance: -0.1 is out of range. Use 0 or more."),
         ({"tolerance": math.nan}, UsageError, "--tolerance: nan is out of range. Use 0 or more."),
         ({"tolerance": math.inf}, UsageError, "--tolerance: inf is out of range. Use a finite number."),

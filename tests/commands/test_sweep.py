@@ -646,6 +646,7 @@ def test_the_command_makes_what_was_measured(
         (["--weightings", "mean,power:0.2", "--from-step", "2", "--windows", "first"], 3, ["--weights"]),
         (["--weightings", "minus-sqrt,mean", "--windows", "first"], 4, ["--weighting", "minus-sqrt"]),
         (["--weightings", "mean,ema:3", "--best", "3", "--metric", "loss", "--mode", "min"], 3, ["--half-life", "3"]),
+        (["--weightings", "mean,power:0.2", "--exclude", "step_1.pt", "--keep-order"], 5, ["--last", "3"]),
         (["--weighting", "ema", "--half-life", "3", "--every", "2"], 2, ["--half-life", "3", "--every", "2"]),
     ],
 )  # fmt: skip

@@ -256,6 +256,17 @@ def test_each_number_is_that_of_what_average_writes(run: list[Path], tmp_path: P
     assert sorted(result.average.checkpoints) == sorted(kept)
 
 
+def test_the_order_of_the_sum(run: list[Path], tmp_path: Path) -> None:
+    """That of the steps, or with --keep-order that of the sources; neither is that of the metric."""
+    given = [run[4], run[0], run[2]]
+    options: dict[str, Any] = {"tolerance": 1e9, "data": None, "bn": "keep"}
+    result = made(given, tmp_path / "a.safetensors", keep_order=True, **options)
+    assert result.kept == tuple(given)
+    by_step = made(given, tmp_path / "b.safetensors", **options)
+    assert by_step.kept == (run[0], run[2], run[4])
+    assert [each.checkpoint for each in by_step.decisions] not in (given, sorted(given)), "the test would notice"
+
+
 def test_frozen_layers_are_those_of_each_soup(run: list[Path], tmp_path: Path) -> None:
     """Two checkpoints have the same statistics: of these two alone they are kept, as `average` does."""
     states = [torch.load(path) for path in run]

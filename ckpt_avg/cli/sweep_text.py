@@ -32,7 +32,7 @@ def sweep_text(result: SweepResult, command: str) -> str:
             "",
             f"best by {escaped(result.metric)}: the average of "
             f"{_window(best.side, len(best.checkpoints), total, 'the ')}{rule}, {value:.6g}, {compared}",
-            *weights_lines(best.checkpoints, [steps[path] for path in best.checkpoints], best.weights),
+            *weights_lines(best.checkpoints, [steps[path] for path in best.checkpoints], best.weights, result.unit),
             f"to write it{'' if change.verdict == 'better' else ' anyway'}: {command}",
         ]
     )

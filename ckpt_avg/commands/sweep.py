@@ -51,7 +51,8 @@ class SweepResult:
 
     Attributes:
         checkpoints: all that were selected, in order.
-        steps: that each records, in the same order; None if it records none.
+        steps: that each records, in the same order; None if it records none. Epochs if ``unit`` says so.
+        unit: ``step`` or ``epoch``.
         skipped: files of run folders that were skipped, with reasons.
         last: the last checkpoint as it was saved.
         reference: what the averages are compared with: the last checkpoint, its statistics refreshed if theirs are.
@@ -70,6 +71,7 @@ class SweepResult:
 
     checkpoints: tuple[Path, ...]
     steps: tuple[int | None, ...]
+    unit: str
     skipped: tuple[Skipped, ...]
     last: Evaluation
     reference: Evaluation
@@ -139,7 +141,8 @@ def sweep(request: SweepRequest) -> SweepResult:
         changes = compare(reference, best_average, {metric: option == "--maximize"})
         return SweepResult(
             checkpoints=tuple(spec.path for spec in prepared.specs),
-            steps=tuple(record.step for record in prepared.selected.records),
+            steps=prepared.selected.moments,
+            unit=prepared.selected.unit or "step",
             skipped=prepared.selected.skipped,
             last=last,
             reference=reference,

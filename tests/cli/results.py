@@ -46,6 +46,7 @@ def swept(
     return SweepResult(
         checkpoints=paths,
         steps=(1, 2, 3),
+        unit="step",
         skipped=(Skipped(Path("run/log.txt"), "no checkpoint"),),
         last=saved,
         reference=reference,

@@ -60,7 +60,7 @@ def test_sweep_as_json() -> None:
     document = json.loads(json.dumps(sweep_json(result, ["ckpt-avg", "average", "a b"]), allow_nan=False))
     assert set(document) == {
         "ckpt_avg", "checkpoints", "skipped", "metric", "mode", "split", "refreshed", "last", "reference", "windows",
-        "steps", "weightings", "best", "change", "command", "passes", "engine", "notices",
+        "steps", "unit", "weightings", "best", "change", "command", "passes", "engine", "notices",
     }  # fmt: skip
     assert document["checkpoints"] == ["run/step_1.pt", "run/step_2.pt", "run/step_3.pt"]
     assert document["skipped"] == [{"path": "run/log.txt", "reason": "no checkpoint"}]

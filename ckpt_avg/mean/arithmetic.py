@@ -78,7 +78,8 @@ def weighted_sum(
         total.add_(wide)
     places = total.isfinite().logical_not_().nonzero().squeeze(1)
     if places.numel():
-        columns = torch.stack([values(index)[places].to(torch.float64) for index in range(len(weights))])
+        # Widened first: torch before 2.11 cannot pick elements of float8.
+        columns = torch.stack([values(index).to(torch.float64)[places] for index in range(len(weights))])
         bits = columns.view(torch.int64)
         total[places] = torch.where(bits.eq(bits[0]).all(dim=0), columns[0], total[places])
     return total

@@ -45,8 +45,8 @@ class Averager:
     ) -> None:
         """Computes the mean of a block.
 
-        On CUDA it is queued on the current stream, and looked at once, after all of it. (Sums of float64 are looked at
-        in each chunk.)
+        On CUDA it is queued on the current stream, and looked at once, after all of it. (Sums of float64, and weighted
+        ones, are looked at in each chunk.)
 
         Args:
             block: which elements these are.

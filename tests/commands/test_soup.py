@@ -303,6 +303,35 @@ def test_what_is_held_changes_no_decision(run: list[Path], tmp_path: Path, held:
     assert result.average.data_digest == reference.average.data_digest
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts what this process reads, as Linux does")
+@pytest.mark.parametrize(("hold", "decisions"), [(0, 1), (3, 2), (10, 3)])
+def test_the_bytes_that_are_read(tmp_path: Path, hold: int, decisions: int) -> None:
+    """Each checkpoint once to measure it alone, then what each pass needs; nothing is read twice in one pass."""
+    paths = [tmp_path / f"step_{index}.safetensors" for index in range(5)]
+    one = 4 * 2**20
+    for index, path in enumerate(paths):
+        save_file({"weight": torch.full((one // 4,), float(index))}, path)
+
+    def build() -> nn.Module:
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.zeros(one // 4))
+        return model
+
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = read()
+    result = soup(
+        paths, tmp_path / "soup.safetensors", model=build, evaluate=lambda model: {"m": model.weight.mean()},
+        maximize="m", tolerance=1.4, hold=hold * one, io="pread",
+    )  # fmt: skip
+    kept = list(itertools.accumulate(each.kept for each in result.decisions))
+    assert kept[-1] == 3
+    passes = [5, *(kept[at - 1] + min(decisions, 5 - at) for at in range(1, 5, decisions)), kept[-1]]
+    to_measure = 2  # the last checkpoint as it was saved, and the output
+    assert read() - before == pytest.approx((sum(passes) + to_measure) * one, abs=0.2 * one)
+
+
 def test_the_split_is_recorded(run: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "soup.safetensors"
     result = made(run, out, split="validation \udcff")

@@ -91,7 +91,7 @@ def test_other_commands_of_the_readme_and_on_weights_work(
     arguments = shlex.split(line)[1:]
     if "--model" in arguments:
         arguments += ["--app-dir", str(run_folder), "--bn-batches", "2"]
-    if arguments[0] == "sweep":
+    if arguments[0] in ("soup", "sweep"):
         arguments += ["--last", "2"]
     if arguments[0] == "average" and "RUN" in arguments:
         arguments += ["--bn", "keep"]

@@ -24,7 +24,7 @@ from system.faults.exact import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOAT64, For
 from ckpt_avg import IncompatibleError, UsageError, VerificationError, average, inspect, verify
 from ckpt_avg.engine import kernel
 from ckpt_avg.errors import NonFiniteError
-from ckpt_avg.mean.weighting import decay_weights, ema_weights, exponent_of, power_weights
+from ckpt_avg.mean.weight_formulas import decay_weights, ema_weights, exponent_of, power_weights
 
 Run = Callable[..., tuple[int, str, str]]
 WEIGHTS = [0.5, 0.207, 0.159, 0.134]

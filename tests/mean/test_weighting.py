@@ -13,7 +13,6 @@ from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.mean.weight_formulas import decay_weights, ema_weights, exponent_of, power_weights
 from ckpt_avg.mean.weighting import Moments, Weighting, choose_weights, summed
 
-EVEN = [0, 1, 2, 3, 4]
 UNEVEN = [0, 100, 200, 1000]
 
 

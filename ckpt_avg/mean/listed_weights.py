@@ -164,12 +164,14 @@ def _number(text: str) -> float:
 def _checked(value: Any, where: str, name: str | None) -> float:
     """Returns a weight as float64."""
     of = "" if name is None else f"{quote(name)}: "
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-        raise UsageError(f"{where}: {of}expected a number, got {type_of(value)}.")
     try:
-        number = float(value)
+        number = None if isinstance(value, (bool, str, bytes)) else float(value)
     except OverflowError:
         number = math.inf
+    except (TypeError, ValueError, RuntimeError):  # as of a tensor with several elements
+        number = None
+    if number is None:
+        raise UsageError(f"{where}: {of}expected a number, got {type_of(value)}.")
     if not math.isfinite(number):
         raise UsageError(f"{where}: {of}{number:g} is no weight. Give a finite number.")
     return number

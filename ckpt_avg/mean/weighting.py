@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 RULES = ("mean", "linear", "minus-sqrt", "cosine", "ema", "power")
 _WIDEST = 1 / math.sqrt(12)  # of `power`: that of the uniform distribution, which has the exponent 0
 _NARROWEST = 1e-6  # of `power`: all weight is on the last checkpoint long before
+_SHORTEST = 1e-9  # half-life: all weight is on the last checkpoint long before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +252,7 @@ def _half_life(value: str | float) -> float:
         number = float(text.removesuffix("%"))
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
+    if not _SHORTEST <= number < math.inf:
         raise UsageError(f"--half-life: {quote(text)} is no half-life. Write for example 1000 (steps), or 10%.")
     return number
 

@@ -118,6 +118,7 @@ def test_a_checkpoint_of_no_weight_is_not_summed() -> None:
         ({"weighting": "power", "width": math.nan}, "--width nan: no power has this width."),
         ({"weighting": "ema", "half_life": "soon"}, "--half-life: 'soon' is no half-life. Write for example 1000 (st"),
         ({"weighting": "ema", "half_life": "0"}, "--half-life: '0' is no half-life."),
+        ({"weighting": "ema", "half_life": "1e-320%"}, "--half-life: '1e-320%' is no half-life."),
         ({"weighting": "ema", "half_life": "-5%"}, "--half-life: '-5%' is no half-life."),
         ({"weighting": "ema", "half_life": math.inf}, "--half-life: 'inf' is no half-life."),
         ({"weighting": "ema", "half_life": "nan"}, "--half-life: 'nan' is no half-life."),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from runs.test_select import candidate, numbers
-from system.faults.refusals import Command
+from system.faults.refusals import Command, refusal
 
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, CkptAvgError, IncompatibleError, UsageError
@@ -198,6 +198,7 @@ def test_numbers_in_names_that_no_word_explains_count_with_a_notice(log: Log) ->
 # --- which row counts --------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("metric-log")
 def test_no_other_row_stands_in(log: Log) -> None:
     """The next row is as near as can be, and better; still it is of other weights."""
     log.write("step,val_loss", "100,0.8", "201,0.1", "300,0.5", "399,0.2")
@@ -263,6 +264,7 @@ def test_a_column_may_have_the_sign_of_a_sum_in_its_name(log: Log) -> None:
 # --- a log that counts otherwise ---------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("metric-log")
 @pytest.mark.parametrize(
     ("shift", "higher", "use"),
     [(-1, "1 lower", "step+1"), (1, "1 higher", "step-1"), (1000, "1,000 higher", "step-1000")],
@@ -343,6 +345,7 @@ def test_two_checkpoints_of_one_epoch_are_refused(log: Log) -> None:
 VAL = ["step,train_loss,val_loss", "100,0.9,0.8", "200,0.5,0.4"]
 
 
+@pytest.mark.guarantee("metric-log")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -367,6 +370,7 @@ def test_the_only_metric_needs_no_name(log: Log) -> None:
     assert log.best(metric=None) == [200]
 
 
+@pytest.mark.guarantee("metric-log")
 @pytest.mark.parametrize("bad", ["nan", "NaN", "inf", "-inf", "1e999", "tensor(0.3)", "0,3", "12%", "False"])
 @pytest.mark.parametrize("form", ["csv", "json"])
 def test_a_value_that_is_no_finite_number_is_refused_with_its_place(log: Log, bad: str, form: str) -> None:
@@ -398,6 +402,7 @@ def test_a_later_number_replaces_nan(log: Log) -> None:
 # --- files that are no logs, or not whole ------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("metric-log")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -439,6 +444,7 @@ def test_lines_of_two_writers_are_skipped_and_told(log: Log) -> None:
     assert log.notices[0] == "metrics.csv: skipped 1 line that are no JSON objects, the first is line 2"
 
 
+@pytest.mark.guarantee("metric-log")
 def test_a_log_that_is_still_written_is_read_up_to_its_last_whole_value(log: Log) -> None:
     """0.0341 cut to 0.03 would be the best."""
     log.write("step,val_loss,lr", "100,0.8,0.1", "200,0.4,0.1", "300,0.03", end="\n")
@@ -536,6 +542,29 @@ def test_inspect_and_a_dry_run_show_the_metrics_of_the_log(
     assert (code, "by 'score' in results.csv: epoch_20.pt 0.2" in err) == (0, True)
     code, out, err = in_process("check", run_folder, "--best", 3, "--mode", "max", *options, "--json")
     assert [Path(each).name for each in json.loads(out)["checkpoints"]] == [f"epoch_{each}.pt" for each in (18, 19, 20)]
+
+
+@pytest.mark.guarantee("metric-log")
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"\x89PNG\r\n\x1a\n\0\0", 3),
+        (b"epoch,score\n" + b"\n".join(b"%d,nan" % epoch for epoch in range(9, 21)) + b"\n", 4),
+        (b"epoch,score\n1,0.5\n2,0.4\n", 4),
+        (b"iteration,score\n1,0.5\n", 4),
+        (b"epoch,loss\n9,0.5\n", 4),
+        (None, 2),
+    ],
+)
+def test_a_log_that_is_refused_leaves_the_output_alone(
+    in_process: Command, run_folder: Path, tmp_path: Path, content: bytes | None, code: int
+) -> None:
+    """One line on stderr, the exit code of its kind, and no output or the old one."""
+    path = tmp_path / "metrics.csv"
+    if content is not None:
+        path.write_bytes(content)
+    options = ("--best", 2, "--metric", "score", "--mode", "min", "--log", path, "--log-step", "epoch", "--bn", "keep")
+    assert "metrics.csv" in refusal(in_process, run_folder, *options, folder=tmp_path, code=code)
 
 
 def fifo(path: Path) -> None:

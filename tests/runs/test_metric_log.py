@@ -14,6 +14,7 @@ from system.faults.refusals import Command, refusal
 
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, CkptAvgError, IncompatibleError, UsageError
+from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.limits import LIMITS, Limits
 from ckpt_avg.runs import log_rows
 from ckpt_avg.runs.candidate import Candidate
@@ -193,6 +194,21 @@ def test_numbers_in_names_that_no_word_explains_count_with_a_notice(log: Log) ->
     assert log.best(lone, log_step="epoch") == [2]
     names = "model_1.pt, model_2.pt, model_3.pt"
     assert log.notices == [f"--log-step epoch: the numbers in the names of {names} are taken for epochs"]
+    timm = [candidate(f"checkpoint_{each}.tar", step=each, epoch=each, is_lone_number=True) for each in (1, 2, 3)]
+    assert log.best(timm, log_step="epoch") == [2]
+    assert log.notices == []  # the epochs are recorded
+
+
+@pytest.mark.parametrize(
+    ("column", "unit"),
+    [("epoch", "epoch"), ("trainer/epoch", "epoch"), ("Epochs", "epoch"), ("current_epoch", "epoch"), ("step", "step"),
+     ("step_in_epoch", "step"), ("reepoch", "step"), ("epoch=step", "epoch"), ("step=epoch", "step")],
+)  # fmt: skip
+def test_the_name_of_a_column_tells_whether_it_counts_epochs(log: Log, column: str, unit: str) -> None:
+    log.write(f"{column.rpartition('=')[2]},val_loss")
+    log.path.write_text(log.path.read_text() + "1,0.5\n100,0.6\n")
+    found = read_log(STEPS, LogOptions(log=log.path, log_step=column), lambda _: None)
+    assert found.metrics_of(STEPS[0].record) == {"val_loss": 0.5 if unit == "epoch" else 0.6}
 
 
 # --- which row counts --------------------------------------------------------------------------------------
@@ -227,6 +243,9 @@ def test_of_several_values_the_last_counts_and_that_is_said(log: Log) -> None:
         "metrics.csv: several values of 'val_loss' at step 200: the last counts, for example 0.9 in line 10, not 0.70 "
         "in line 6"
     ]
+    log.write("step,val_loss", "100,0.8", "200,0.1", "200,0.7", "200,0.7")
+    assert log.best() == [200]
+    assert "for example 0.7 in line 5, not 0.1 in line 3" in log.notices[1]
 
 
 def test_only_what_the_log_says_is_ranked(log: Log) -> None:
@@ -476,7 +495,10 @@ def test_a_line_without_end_is_not_held(log: Log, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(log_rows, "LIMITS", Limits(log_line=1000))
     monkeypatch.setattr(log_rows, "_CHUNK", size)
     log.path.write_bytes(b"x" * 5000)
+    reads, read = [], InputFile.read
+    monkeypatch.setattr(InputFile, "read", lambda *arguments: reads.append(arguments) or read(*arguments))
     assert "line 1 is longer than 1,000 bytes" in log.refusal(CheckpointFormatError)
+    assert len(reads) <= 1001
 
 
 def test_a_json_document_is_bounded(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:

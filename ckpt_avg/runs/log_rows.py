@@ -108,7 +108,7 @@ def _csv(path: Path, lines: Iterator[tuple[int, str]], notice: Callable[[str], N
     count = 0
     try:
         for cells in csv.reader(texts(), delimiter=delimiter, skipinitialspace=True):
-            row = [cell.strip() for cell in cells]
+            row = list(map(str.strip, cells))
             if not header or (row[0] and row[0] == header[0]):
                 header = _header(path, row, notice)
                 continue

@@ -226,7 +226,7 @@ def read_log(candidates: Sequence[Candidate], options: LogOptions, notice: Notic
     found.pop(None, None)
     columns: dict[str, None] = {}
     for row in read_rows(path, notice):
-        if len(columns) < LIMITS.log_columns:
+        if not columns.keys() >= row.cells.keys() and len(columns) < LIMITS.log_columns:
             columns.update(dict.fromkeys(row.cells))
         at = found.get(step.number(row.cells))
         if at is not None:

@@ -703,20 +703,6 @@ static const void *values_of(const struct input *input, size_t first, size_t n, 
     return buffer;
 }
 
-/* Sums bfloat16 inputs in pairs. */
-static void sum_pairs(const struct job *job, size_t first, size_t n, double *sum)
-{
-    int64_t k = 0;
-    for (; k + 4 <= job->number; k += 4) {
-        const void *values[4];
-        for (int i = 0; i < 4; i++)
-            values[i] = stored(&job->inputs[k + i], first);
-        add_four_pairs(sum, values, k == 0, n);
-    }
-    for (; k < job->number; k++)
-        add_pairs(sum, stored(&job->inputs[k], first), k == 0, n);
-}
-
 /* Sums inputs of a format with a 4-bit exponent. Their values are multiples of 2^-9 below 2^9, or of 2^-10 below 2^8: sums
  * of up to 64 are exact in float32, and all sums in float64, so that the order does not matter. */
 static void sum_E4M3(const struct job *job, size_t first, size_t n, double *sum)
@@ -732,19 +718,22 @@ static void sum_E4M3(const struct job *job, size_t first, size_t n, double *sum)
     }
 }
 
-/* Sums inputs of which none is float64. */
-static void sum_narrower(const struct job *job, size_t first, size_t n, double *sum)
+/* Sums inputs of which none is float64, or in pairs inputs that are all bfloat16. */
+static void sum_narrower(const struct job *job, size_t first, size_t n, int in_pairs, double *sum)
 {
     float buffers[4][BLOCK];
-    int64_t k = 0;
-    for (; k + 4 <= job->number; k += 4) {
-        const void *values[4];
-        for (int i = 0; i < 4; i++)
-            values[i] = values_of(&job->inputs[k + i], first, n, buffers[i]);
-        add_four(sum, values, k == 0, n);
+    const void *values[4];
+    for (int64_t k = 0, number; k < job->number; k += number) {
+        number = k + 4 <= job->number ? 4 : 1;
+        for (int i = 0; i < number; i++) {
+            const struct input *input = &job->inputs[k + i];
+            values[i] = in_pairs ? stored(input, first) : values_of(input, first, n, buffers[i]);
+        }
+        if (number == 4)
+            (in_pairs ? add_four_pairs : add_four)(sum, values, k == 0, n);
+        else
+            (in_pairs ? add_pairs : add)(sum, values[0], k == 0, n);
     }
-    for (; k < job->number; k++)
-        add(sum, values_of(&job->inputs[k], first, n, buffers[0]), k == 0, n);
 }
 
 /* Widens one input to float64. */
@@ -771,19 +760,16 @@ static void sum_weighted(const struct job *job, size_t first, size_t n, double *
 
 /* Where a weighted sum is not finite, but all inputs are equal, the mean is that value: -Inf in a mask, times weights of
  * both signs, would be NaN. */
-static void keep_equal(const struct job *job, size_t first, size_t n, double *mean)
+static double equal_or(const struct job *job, size_t element, double mean)
 {
-    double start[BLOCK], input[BLOCK];
-    int64_t different[BLOCK] = {0};
-    load(&job->inputs[0], first, n, start);
+    double start, other;
+    load(&job->inputs[0], element, 1, &start);
     for (int64_t k = 1; k < job->number; k++) {
-        load(&job->inputs[k], first, n, input);
-        for (size_t i = 0; i < n; i++)
-            different[i] |= bits_of(input[i]) ^ bits_of(start[i]);
+        load(&job->inputs[k], element, 1, &other);
+        if (bits_of(other) != bits_of(start))
+            return mean;
     }
-    for (size_t i = 0; i < n; i++)
-        if ((bits_of(mean[i]) & MAGNITUDE) >= INFINITE && different[i] == 0)
-            mean[i] = start[i];
+    return start;
 }
 
 /* The exact mean of one element. */
@@ -844,7 +830,10 @@ static int write_means(const struct job *job, size_t first, size_t n, int in_pai
         for (size_t i = 0; i < n; i += EXACT_BLOCK)
             mean_of_float64(job, first + i, n - i < EXACT_BLOCK ? n - i : EXACT_BLOCK, mean + i);
     } else {
-        (in_pairs ? sum_pairs : job->only == E4M3 || job->only == E4M3_FNUZ ? sum_E4M3 : sum_narrower)(job, first, n, mean);
+        if (job->only == E4M3 || job->only == E4M3_FNUZ)
+            sum_E4M3(job, first, n, mean);
+        else
+            sum_narrower(job, first, n, in_pairs, mean);
         /* To multiply by the reciprocal of a power of two rounds the same number, in a fraction of the time. */
         if ((bits_of(number) & FRACTION) == 0)
             factor = 1 / number;
@@ -855,46 +844,46 @@ static int write_means(const struct job *job, size_t first, size_t n, int in_pai
         return 0;
     for (size_t i = 0; i < n; i++)
         mean[i] *= factor;
-    if (job->weights == NULL)
-        return 1;
-    keep_equal(job, first, n, mean);
-    return round_to[job->dtype](mean, 1, output, n);
+    return 1;
 }
 
-/* Writes the code of NaN; ends the call with the first mean that is NaN or infinite, or else out of range. */
-static void look_through(struct job *job, const double *mean, int64_t begin, size_t n)
+/* Looks through means of which some are NaN or infinite in the output: writes the code of NaN; ends the call with the first
+ * mean that is not finite, or else out of range. */
+static void look_through(struct job *job, double *mean, size_t first, size_t n, int64_t begin, char *output)
 {
-    int64_t not_finite = -1, out_of_range = -1, found = -1;
-    char code[8];
+    int64_t size = sizes[job->dtype], not_finite = -1, out_of_range = -1, found = -1;
     for (size_t i = n; i-- > 0;) {
+        if ((bits_of(mean[i]) & MAGNITUDE) >= INFINITE && job->weights != NULL)
+            mean[i] = equal_or(job, first + i, mean[i]);
+        int is_out = round_to[job->dtype](&mean[i], 1, output + (int64_t)i * size, 1);
         if ((bits_of(mean[i]) & MAGNITUDE) >= INFINITE)
             not_finite = (int64_t)i;
-        else if (round_to[job->dtype](&mean[i], 1, code, 1))
+        else if (is_out)
             out_of_range = (int64_t)i;
     }
     if (not_finite >= 0)
-        write_nans(mean, job->output + begin * sizes[job->dtype], n, job->dtype);
+        write_nans(mean, output, n, job->dtype);
     if (not_finite >= 0 && (job->check & CHECK_FINITE))
         job->what = NOT_FINITE, found = not_finite;
     else if (out_of_range >= 0 && (job->check & CHECK_RANGE))
         job->what = OUT_OF_RANGE, found = out_of_range;
     if (found >= 0)
-        job->index = begin + found, job->value = mean[found];
+        job->index = begin + (int64_t)first + found, job->value = mean[found];
 }
 
 /* Computes the elements of the open windows, which are [begin, begin + n) of the call. */
 static void mean_of_windows(struct job *job, int64_t begin, int64_t n)
 {
     double mean[BLOCK];
-    for (int64_t first = 0; first < n && job->what == DONE; first += BLOCK) {
-        size_t count = (size_t)(n - first < BLOCK ? n - first : BLOCK);
-        char *output = job->output + (begin + first) * sizes[job->dtype];
+    for (size_t first = 0, count; first < (size_t)n && job->what == DONE; first += count) {
+        count = (size_t)n - first < BLOCK ? (size_t)n - first : BLOCK;
+        char *output = job->output + (begin + (int64_t)first) * sizes[job->dtype];
         int in_pairs = job->only == BF16 && job->dtype == BF16 && count % 2 == 0 && job->weights == NULL;
-        int found = write_means(job, (size_t)first, count, in_pairs, mean, output);
+        int found = write_means(job, first, count, in_pairs, mean, output);
         if (found && in_pairs)
-            found = write_means(job, (size_t)first, count, 0, mean, output);
+            found = write_means(job, first, count, 0, mean, output);
         if (found)
-            look_through(job, mean, begin + first, count);
+            look_through(job, mean, first, count, begin, output);
     }
 }
 

@@ -345,7 +345,7 @@ class _Comparison:
         nearest = max(
             cosines[place][other] for place in group for each in groups if each is not group for other in each
         )
-        is_similar = all(abs(norms[place] / norms[groups[0][-1]] - 1) < _SIMILAR for place in group)
+        is_similar = all(abs(_ratio(norms[place], norms[groups[0][-1]]) - 1) < _SIMILAR for place in group)
         what = "permuted weights" if is_similar else "weights initialised again"
         cosine = f"cosine of the matrices at most {nearest + 0.0:.2f}"
         return self._finding(

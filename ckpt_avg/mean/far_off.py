@@ -25,6 +25,7 @@ JUMP = 3.0  # of a step to each other step, if that is as long as the longer tim
 # Of a tensor to its mean: as above, where all other checkpoints are clearly related.
 RELATED = 0.75
 LEAST_WEIGHTS = 100  # distances of fewer random numbers vary too much to tell
+_MOST_TOGETHER = 10  # checkpoints on one detour
 _LEAST_DISTANCE = 1e-4  # of the norm: less does not matter to an average
 
 
@@ -62,7 +63,7 @@ def related_groups(cosines: Matrix, chosen: Sequence[int]) -> list[list[int]]:
 def detours(distances: Matrix, norm: float, chosen: Sequence[int]) -> Iterator[Detour]:
     """Yields the checkpoints that are off the path of the others, the farthest first; each is then left out.
 
-    Up to a third of the checkpoints can be off together.
+    Up to a third of the checkpoints, and at most ten, can be off together.
     """
     left = list(chosen)
     while found := max(_detours(distances, norm, left), key=lambda each: each.factor, default=None):
@@ -71,7 +72,7 @@ def detours(distances: Matrix, norm: float, chosen: Sequence[int]) -> Iterator[D
 
 
 def _detours(distances: Matrix, norm: float, path: Sequence[int]) -> Iterator[Detour]:
-    for length in range(1, max(1, len(path) // 3) + 1):
+    for length in range(1, min(max(1, len(path) // 3), _MOST_TOGETHER) + 1):
         for start in range(1, len(path) - length):
             before, *members, after = path[start - 1 : start + length + 1]
             direct = max(distances[before][after], _LEAST_DISTANCE * norm)

@@ -20,7 +20,7 @@ class Geometry:
         to_mean: the distance of each from the mean.
         distances: (N, N), between each two.
         cosines: (N, N), of the angles between each two, seen from zero.
-        centred_cosines: (N, N), of the angles seen from the mean; NaN for a checkpoint that is at the mean.
+        centred_cosines: (N, N), of the angles seen from the mean; 0 for a checkpoint that is at the mean.
         plane: the coordinates of each along the two main directions (principal components); the mean is at (0, 0).
         shares: of the sum of squared distances from the mean, the parts along these two directions.
     """
@@ -73,8 +73,10 @@ def geometry_of(products: torch.Tensor, chosen: Sequence[int] | None = None) -> 
 
 
 def _cosines(products: torch.Tensor) -> torch.Tensor:
+    """Returns the cosines; of zero to anything else it is 0, and to itself 1."""
     lengths = products.diagonal().clamp(min=0.0).sqrt()
-    return (products / (lengths[:, None] * lengths[None, :])).clamp(-1.0, 1.0)
+    cosines = (products / (lengths[:, None] * lengths[None, :])).clamp(-1.0, 1.0)
+    return torch.where(cosines.isnan(), lengths[:, None].eq(lengths[None, :]).double(), cosines)
 
 
 def _plane(products: torch.Tensor) -> tuple[tuple[tuple[float, float], ...], tuple[float, float]]:

@@ -191,6 +191,15 @@ def test_tied_weights_count_once(tmp_path: Path) -> None:
     assert compare(tmp_path).elements == 101
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_checkpoint_of_zeros(place: int, tmp_path: Path) -> None:
+    """It has no direction, and its norm is no divisor."""
+    for step in range(3):
+        save_file({"w": (step != place) * (1 + 0.1 * torch.randn(20, 30))}, tmp_path / f"step_{step}.safetensors")
+    (finding,) = compare(tmp_path).findings
+    assert (finding.kind, finding.checkpoints) == ("unrelated", (tmp_path / f"step_{place}.safetensors",))
+
+
 def test_few_weights_tell_nothing(tmp_path: Path) -> None:
     """Three random numbers may be orthogonal to others by chance."""
     for step in range(3):

@@ -159,6 +159,13 @@ def test_a_run_that_goes_far_is_one_run() -> None:
     assert found((points, range(8))) == ([], [], [])
 
 
+def test_a_thousand_checkpoints_take_no_minutes(in_time: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    points, steps = walk(range(1000), RATES["constant"], generator)
+    points[500] += start(generator)
+    assert found((points, steps)) == ([], [500], [])
+
+
 def test_frozen_weights_are_not_far_off() -> None:
     """Equal checkpoints have a direct way of zero, and differences below what float32 resolves are noise."""
     generator = torch.Generator().manual_seed(0)

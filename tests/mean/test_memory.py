@@ -23,7 +23,9 @@ NativeEngine.read = read
 """
 
 
-def peaks(folder: Path, cases: Iterable[tuple[int, int]], *, more: str = "") -> dict[tuple[int, int], float]:
+def peaks(
+    folder: Path, cases: Iterable[tuple[int, int]], *, more: str = "", compare: bool = False
+) -> dict[tuple[int, int], float]:
     """Returns the peak in MiB for each size of a checkpoint, in MiB, and number of checkpoints; ``more`` runs first."""
     (folder / "sitecustomize.py").write_text(more)
     found = {}
@@ -31,8 +33,10 @@ def peaks(folder: Path, cases: Iterable[tuple[int, int]], *, more: str = "") -> 
         paths = write_run(folder / f"{size}-{count}", layout(size * 2**20), count)
         output = folder / "out.safetensors"
         command = ckpt_avg(*paths, "-o", output, "--threads", 2)
+        if compare:
+            command = [sys.executable, "-m", "ckpt_avg", "compare", "-q", *map(str, paths), "--threads", "2"]
         found[size, count] = run(["/usr/bin/env", f"PYTHONPATH={folder}", *command]).peak
-        output.unlink()
+        output.unlink(missing_ok=compare)
     print(found)
     return found
 
@@ -48,6 +52,12 @@ def test_flat_in_checkpoints_and_in_size(tmp_path: Path) -> None:
     found = peaks(tmp_path, [(128, 2), (128, 8), (128, 32), (512, 2)])
     assert max(found.values()) < 600
     assert is_flat(found)
+
+
+@pytest.mark.slow
+def test_compare_is_flat_too(tmp_path: Path) -> None:
+    """It holds products of each two checkpoints, which are small, and no tensors."""
+    assert is_flat(peaks(tmp_path, [(64, 2), (64, 16), (256, 2)], compare=True))
 
 
 @pytest.mark.slow

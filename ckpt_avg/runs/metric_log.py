@@ -19,7 +19,7 @@ from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.runs.candidate import Candidate, excluding
 from ckpt_avg.runs.log_rows import read_rows
-from ckpt_avg.runs.log_step import StepColumn
+from ckpt_avg.runs.log_step import StepColumn, number_of, other_reading
 from ckpt_avg.runs.order import Unit, unit_of
 from ckpt_avg.runs.selection import LogOptions
 from ckpt_avg.text import argument, ends, escaped, listing, quote, suggestion
@@ -117,8 +117,10 @@ class MetricLog:
         """Returns the checkpoints for which a metric is logged, with its values.
 
         Raises:
-            IncompatibleError: it is logged for none, a value is no finite number, or two checkpoints have one step.
+            IncompatibleError: it is logged for none, a value is no finite number, two checkpoints have one step, or
+                none has a step.
         """
+        kept = self._numbered(kept, notice)
         logged = [(each, found) for each in kept if (found := self._at(each.record).get(metric)) is not None]
         self._tell_lacking(kept, [each for each in kept if metric not in self._at(each.record)], metric, notice)
         self._refuse_repeated([each for each, _ in logged])
@@ -144,17 +146,30 @@ class MetricLog:
         return LogUse(self.path.name, self.step.given, metric, values)
 
     def _at(self, record: Record) -> Mapping[str, Logged]:
-        number = _number(record, self.unit)
+        number = number_of(record, self.unit)
         return {} if number is None else self.found.get(number, {})
 
     def _steps_of(self, candidates: Sequence[Candidate]) -> str:
-        numbers = [str(number) for each in candidates if (number := _number(each.record, self.unit)) is not None]
-        return f"{self.unit}{'s' if len(numbers) != 1 else ''} {ends(numbers)}" if numbers else f"any {self.unit}"
+        numbers = ends([str(number_of(each.record, self.unit)) for each in candidates])
+        return f"{self.unit}{'s' if len(candidates) != 1 else ''} {numbers}"
+
+    def _numbered(self, kept: Sequence[Candidate], notice: Notice) -> Sequence[Candidate]:
+        """Returns the checkpoints that have a step (or epoch), and tells which have none."""
+        without = [each for each in kept if number_of(each.record, self.unit) is None]
+        here = f"no {self.unit} is recorded in {ends([escaped(each.path.name) for each in without])}"
+        if without and len(without) == len(kept):
+            other: Unit = "epoch" if self.unit == "step" else "step"
+            has_other = all(number_of(each.record, other) is not None for each in kept)
+            advice = f"Name the column of the {other}s" if has_other else "Use --last or --include instead"
+            raise IncompatibleError(f"--log-step {self.step.given}: {here}. {advice}.")
+        if without:
+            notice(f"skipped, because {here}")
+        return [each for each in kept if each not in without]
 
     def _refuse_repeated(self, candidates: Sequence[Candidate]) -> None:
         seen: dict[int | None, Candidate] = {}
         for each in candidates:
-            number = _number(each.record, self.unit)
+            number = number_of(each.record, self.unit)
             if number in seen:
                 names = f"{escaped(seen[number].path.name)} and {escaped(each.path.name)}"
                 raise IncompatibleError(
@@ -178,7 +193,7 @@ class MetricLog:
         is_all = len(lacking) == len(kept)
         here = f"{escaped(self.path.name)} has no {quote(metric)} at {self._steps_of(lacking)}"
         logged = _steps_in(self.path, self.step, metric)
-        hint = self._hint(kept, logged, is_all=is_all)
+        hint = other_reading(self.step, self.unit, [each.record for each in kept], logged, is_all=is_all)
         if not is_all and not hint:
             notice(f"skipped, because {here}: {ends([escaped(each.path.name) for each in lacking])}")
             return
@@ -187,23 +202,6 @@ class MetricLog:
         if not is_all:
             advice += f" Otherwise add {excluding(lacking)}."
         raise IncompatibleError(f"--log-step {self.step.given}: {here}, {extent}. {advice}")
-
-    def _hint(self, kept: Sequence[Candidate], logged: set[int], *, is_all: bool) -> str:
-        """Says how the log may count otherwise, so that every checkpoint has a row; empty if that is not found."""
-        wanted = [_number(each.record, self.unit) for each in kept]
-        if logged and all(number is not None for number in wanted):
-            numbers = [number or 0 for number in wanted]
-            shifts = sorted((numbers[0] - each for each in logged), key=abs) if len(numbers) > 1 and is_all else (1, -1)
-            for shift in shifts:
-                if all(number - shift in logged for number in numbers):
-                    return (
-                        f"With --log-step {argument(self.step.later(shift))} every checkpoint has a row: use it if the "
-                        f"log counts {abs(shift):,} {'lower' if shift > 0 else 'higher'}."
-                    )
-        other: Unit = "epoch" if self.unit == "step" else "step"
-        if all(_number(each.record, other) in logged for each in kept):
-            return f"The {other}s of the checkpoints are there: use --log-step {argument(f'{other}={self.step.name}')}."
-        return ""
 
 
 def read_log(candidates: Sequence[Candidate], options: LogOptions, notice: Notice) -> MetricLog:
@@ -222,7 +220,7 @@ def read_log(candidates: Sequence[Candidate], options: LogOptions, notice: Notic
     if lone := [each for each in numbered if unit == "step" or each.record.epoch is None]:
         names = ends([escaped(each.path.name) for each in lone])
         notice(f"--log-step {step.given}: the numbers in the names of {names} are taken for {unit}s")
-    found: dict[int | None, dict[str, Logged]] = {_number(record, unit): {} for record in records}
+    found: dict[int | None, dict[str, Logged]] = {number_of(record, unit): {} for record in records}
     found.pop(None, None)
     columns: dict[str, None] = {}
     for row in read_rows(path, notice):
@@ -274,13 +272,6 @@ def _unit(step: StepColumn, records: Sequence[Record], notice: Notice) -> Unit:
             "which checkpoint a row is about. Name the column of the epochs, for example --log-step epoch."
         )
     return "step"
-
-
-def _number(record: Record, unit: Unit) -> int | None:
-    """Returns what a row must have to be about a checkpoint. A number whose unit is unknown counts for both."""
-    if unit == "epoch" and record.epoch is not None:
-        return record.epoch
-    return record.step if unit == "step" or record.is_lone_number else None
 
 
 def _earlier(before: Logged | None, cell: object) -> Logged | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs.test_select import candidate, numbers
+from runs.test_select import TEN, candidate, numbers
 from system.faults.refusals import Command, refusal
 
 from ckpt_avg.checkpoint.training_record import Record
@@ -222,6 +222,22 @@ def test_no_other_row_stands_in(log: Log) -> None:
     assert log.notices == ["skipped, because metrics.csv has no 'val_loss' at steps 200, 400: step_200.pt, step_400.pt"]
     message = log.refusal(IncompatibleError, number=3)
     assert message.startswith("--best 3: expected at least 3 checkpoints, got 2 (step_100.pt, step_300.pt).")
+
+
+def test_checkpoints_without_a_step_are_told(log: Log) -> None:
+    some = [*STEPS, candidate("final.pt", epoch=9)]
+    log.write("step,val_loss", "100,0.8", "200,0.4", "300,0.5", "400,0.6")
+    assert log.best(some) == [200]
+    assert log.notices == ["skipped, because no step is recorded in final.pt"]
+    named = [candidate(f"{name}.pt") for name in ("good", "bad")]
+    message = "--log-step {}: no {} is recorded in {}. {}."
+    for candidates, log_step, unit, names, advice in (
+        (named, "step", "epoch", "good.pt, bad.pt", "Use --last or --include instead"),
+        (EPOCHS[:2], "step=step", "step", "epoch_0.pt, epoch_1.pt", "Name the column of the epochs"),
+        (TEN[:2], "epoch=step", "epoch", "step_1.pt, step_2.pt", "Name the column of the steps"),
+    ):
+        found = log.refusal(IncompatibleError, candidates, log_step=log_step)
+        assert found == message.format(log_step, unit, names, advice)
 
 
 def test_of_several_values_the_last_counts_and_that_is_said(log: Log) -> None:

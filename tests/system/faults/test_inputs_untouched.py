@@ -67,6 +67,8 @@ def commands(sources: list[Path], output: Path, options: list[str]) -> list[tupl
         ("average", *sources, "-o", output, "-q", "--io", "pread", "--overwrite", *options, *score),
         ("refresh-bn", first, "-o", output, "-q", "--overwrite", *options),
         ("sweep", *sources, "-q", *options, *score, "--minimize", "size"),
+        ("soup", *sources, "-o", output, "-q", "--overwrite", *options, *score, "--minimize", "size"),
+        ("compare", *sources, "-q"),
         ("average", *sources, "-o", output, "--dry-run", "--bn", "keep", "--overwrite"),
     ]
 

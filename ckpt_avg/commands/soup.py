@@ -62,7 +62,8 @@ class SoupResult:
         kept: the checkpoints in the soup, in the order of the sum.
         metric, mode: what decided, and whether ``min`` or ``max`` is better.
         tolerance, split: as given.
-        passes: how many times checkpoints were read to measure, or would be. Writing the output is one more.
+        passes: how many times checkpoints were read to measure, or would be: once to measure each alone, then once for
+            each few decisions. Writing the output is one more.
         average: the output, as `average` returns it. Its evaluations are the last candidate as it was saved, each
             candidate, and the output; its comparison is with the last candidate. For a dry run it is of all candidates.
         notices: what the user should know.
@@ -159,36 +160,32 @@ def _choose(request: SoupRequest, context: Context) -> _Choice:
     check_paths(request, discovery, context)
     prepared = prepare(discovery, request, context, by_window=True)
     averages = Averages(request, prepared, context)
-    together = at_once(request.hold, prepared)
-    decided = min(_MOST_DECISIONS, (together + 1).bit_length() - 1)  # in one pass
+    decided = min(_MOST_DECISIONS, (at_once(request.hold, prepared) + 1).bit_length() - 1)  # in one pass
     count = len(prepared.checkpoints)
     choice = _Choice(
         candidates=tuple(spec.path for spec in prepared.specs),
         skipped=prepared.selected.skipped,
-        passes=-(-count // together) + -(-(count - 1) // decided),
+        passes=1 + -(-(count - 1) // decided),
     )
     if request.dry_run:
         return choice
     saved = averages.measure_last(request)
     refuse_unknown_metrics(request.requirements, saved)
-    alone = _measure_alone(averages, choice.candidates, request.target[1], together)
+    alone = _measure_alone(averages, choice.candidates, request.target[1])
     decisions, kept = _decide(averages, alone, request, decided)
     averages.meter.notice_chance()
     measured = alone if prepared.refresh is None else [saved, *alone]
     return replace(choice, decisions=tuple(decisions), kept=averages.paths(kept), measured=tuple(measured))
 
 
-def _measure_alone(averages: Averages, paths: Sequence[Path], metric: str, together: int) -> list[Evaluation]:
+def _measure_alone(averages: Averages, paths: Sequence[Path], metric: str) -> list[Evaluation]:
     """Returns what was measured of each checkpoint, in order. Raises IncompatibleError if some metric is NaN."""
     alone: list[Evaluation] = []
     names = distinct_names(paths)
-    for start in range(0, len(paths), together):
-        subsets = [(index,) for index in range(start, min(len(paths), start + together))]
-        outputs = averages.compute(subsets)
-        for (index,) in subsets:
-            name = f"{names[index]} (checkpoint {index + 1} of {len(paths)})"
-            found = averages.measure(name, (index,), outputs.pop(0))
-            alone.append(replace(found, name=names[index], path=paths[index]))
+    for index, path in enumerate(paths):
+        [output] = averages.compute([(index,)])
+        found = averages.measure(f"{names[index]} (checkpoint {index + 1} of {len(paths)})", (index,), output)
+        alone.append(replace(found, name=names[index], path=path))
     unclear = [each for each in alone if math.isnan(each.metrics[metric])]
     if len(unclear) == len(paths):
         raise UserCodeError(f"the --eval function: {quote(metric)} is NaN for every checkpoint. Return a number.")

@@ -91,7 +91,8 @@ class Part:
     tensor: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
+# Nothing changes one. But to make a frozen object takes ten times as long, and there are hundreds of thousands.
+@dataclass(slots=True, unsafe_hash=True)
 class TensorSpec:
     """One stored tensor.
 
@@ -130,6 +131,8 @@ class TensorSpec:
         """Whether the elements are stored in row-major order without gaps."""
         if self.parts:
             return False
+        if self.stride == contiguous_stride(self.shape):  # nearly all
+            return True
         expected = 1
         for extent, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if extent != 1 and step != expected and self.numel:

@@ -7,8 +7,9 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -26,21 +27,71 @@ _SPAN = 4 * 1024 * 1024  # bytes of a window through which strided elements are 
 Range = tuple[TensorSpec, int, int]
 
 
-def join_ranges(ranges: Sequence[Range]) -> list[Range]:
+class Ranges(list[Range]):
+    """Ranges that are read together, one after the other; never changed. Checkpoints with equal headers share them."""
+
+    @functools.cached_property
+    def windows(self) -> list[_Window]:
+        """The windows through which the contiguous ranges are read; ranges that are close to each other share one."""
+        stored = sorted(
+            (tensor.file, offset_of(tensor, start), offset_of(tensor, stop), index)
+            for index, (tensor, start, stop) in enumerate(self)
+            if start < stop and tensor.is_contiguous
+        )
+        windows: list[_Window] = []
+        needed = 0  # bytes of the last window that its ranges need
+        for file, first, last, index in stored:
+            needed += last - first
+            window = windows[-1] if windows else None
+            if window and window.file == file and max(window.end, last) - window.begin <= 2 * needed + _WASTE:
+                window.inside.append((first, index))
+                window.is_filled = window.is_filled and first == window.end
+                window.end = max(window.end, last)
+            else:
+                windows.append(_Window(file, first, last, [(first, index)]))
+                needed = last - first
+        return windows
+
+    @functools.cached_property
+    def gathered(self) -> list[int]:
+        """The indices of those that are not contiguous."""
+        return [index for index, (tensor, _, _) in enumerate(self) if not tensor.is_contiguous]
+
+
+@dataclass(slots=True)
+class _Window:
+    """A part of a file that is read at once.
+
+    Attributes:
+        file: the file's index.
+        begin, end: its first byte, and the byte after its last.
+        inside: (first byte, index) of the ranges in it.
+        is_filled: whether each range begins where the one before it ends.
+    """
+
+    file: int
+    begin: int
+    end: int
+    inside: list[tuple[int, int]]
+    is_filled: bool = True
+
+
+def join_ranges(ranges: Iterable[Range]) -> Ranges:
     """Joins ranges, none of them empty, if they have one dtype and their bytes are consecutive in a file.
 
     A joined range is read as if it were one tensor, so that many small tensors cost no more than a large one.
     """
     groups: list[list[Range]] = []
     following: tuple[int, int, DType] | None = None  # the file, offset and dtype of what may be joined
-    for tensor, start, stop in ranges:
-        is_contiguous = tensor.is_contiguous
-        if is_contiguous and (tensor.file, offset_of(tensor, start), tensor.dtype) == following:
-            groups[-1].append((tensor, start, stop))
+    for each in ranges:
+        tensor, start, stop = each
+        is_contiguous, size = tensor.is_contiguous, tensor.dtype.itemsize
+        if is_contiguous and (tensor.file, tensor.offset + start * size, tensor.dtype) == following:
+            groups[-1].append(each)
         else:
-            groups.append([(tensor, start, stop)])
-        following = (tensor.file, offset_of(tensor, stop), tensor.dtype) if is_contiguous else None
-    return [group[0] if len(group) == 1 else _joined(group) for group in groups]
+            groups.append([each])
+        following = (tensor.file, tensor.offset + stop * size, tensor.dtype) if is_contiguous else None
+    return Ranges(group[0] if len(group) == 1 else _joined(group) for group in groups)
 
 
 def _joined(ranges: Sequence[Range]) -> Range:
@@ -49,7 +100,7 @@ def _joined(ranges: Sequence[Range]) -> Range:
     return replace(tensor, shape=(numel,), stride=(1,), offset=offset_of(tensor, start)), 0, numel
 
 
-def read_into(checkpoint: Checkpoint, ranges: Sequence[Range], target: memoryview) -> None:
+def read_into(checkpoint: Checkpoint, ranges: Ranges, target: memoryview) -> None:
     """Fills ``target``, of bytes, with the elements of all ranges, one range after the other.
 
     Raises:
@@ -62,19 +113,20 @@ def read_into(checkpoint: Checkpoint, ranges: Sequence[Range], target: memoryvie
         nbytes = (stop - start) * tensor.dtype.itemsize
         targets.append(target[filled : filled + nbytes])
         filled += nbytes
-    for file, begin, end, inside in _windows(ranges):
-        if len(inside) == 1:
-            checkpoint.files[file].read_into(targets[inside[0][1]], begin)
+    for window in ranges.windows:
+        file = checkpoint.files[window.file]
+        if window.is_filled:
+            file.read_into_each([targets[index] for _, index in window.inside], window.begin)
             continue
-        window = memoryview(checkpoint.files[file].read(begin, end - begin))
-        for offset, index in inside:
-            targets[index][:] = window[offset - begin : offset - begin + len(targets[index])]
-    for (tensor, start, stop), part in zip(ranges, targets, strict=True):
-        if not tensor.is_contiguous:
-            _gather(checkpoint, tensor, start, stop, part)
+        contents = memoryview(file.read(window.begin, window.end - window.begin))
+        for offset, index in window.inside:
+            begin = offset - window.begin
+            targets[index][:] = contents[begin : begin + len(targets[index])]
+    for index in ranges.gathered:
+        _gather(checkpoint, *ranges[index], targets[index])
 
 
-def read_bytes(checkpoint: Checkpoint, ranges: Sequence[Range]) -> memoryview:
+def read_bytes(checkpoint: Checkpoint, ranges: Ranges) -> memoryview:
     """Returns the bytes that `read_into` fills a buffer with, and raises what it raises."""
     contents = memoryview(bytearray(sum((stop - start) * tensor.dtype.itemsize for tensor, start, stop in ranges)))
     read_into(checkpoint, ranges, contents)
@@ -92,15 +144,15 @@ def read_ranges(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[torch.T
 
     found: list[torch.Tensor] = []
     for tensor, start, stop in ranges:
-        contents = read_bytes(checkpoint, [(tensor, start, stop)])
+        contents = read_bytes(checkpoint, Ranges([(tensor, start, stop)]))
         dtype = torch_dtype(tensor.dtype)
         found.append(torch.frombuffer(contents, dtype=dtype) if len(contents) else torch.empty(0, dtype=dtype))
     return found
 
 
-def spans(checkpoint: Checkpoint, ranges: Sequence[Range]) -> list[tuple[InputFile, int, int]]:
+def spans(checkpoint: Checkpoint, ranges: Ranges) -> list[tuple[InputFile, int, int]]:
     """Returns the file, the first byte and the byte after the last of what `read_into` reads of contiguous tensors."""
-    return [(checkpoint.files[file], begin, end) for file, begin, end, _ in _windows(ranges)]
+    return [(checkpoint.files[window.file], window.begin, window.end) for window in ranges.windows]
 
 
 def stream_bytes(
@@ -108,7 +160,7 @@ def stream_bytes(
 ) -> Iterator[tuple[int, memoryview]]:
     """Yields (index of the first element, bytes of the elements) until the end of a tensor."""
     for start in range(0, tensor.numel, elements):
-        yield start, read_bytes(checkpoint, [(tensor, start, min(tensor.numel, start + elements))])
+        yield start, read_bytes(checkpoint, Ranges([(tensor, start, min(tensor.numel, start + elements))]))
 
 
 def stream(
@@ -127,32 +179,6 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
     named: torch.dtype = getattr(torch, dtype.torch_name)
     return named
-
-
-def _windows(ranges: Sequence[Range]) -> list[tuple[int, int, int, list[tuple[int, int]]]]:
-    """Returns the windows through which the contiguous ranges are read; ranges that are close to each other share one.
-
-    A window is (file, first byte, byte after the last, [(first byte, index), … of the ranges in it]).
-    """
-    stored = sorted(
-        (tensor.file, offset_of(tensor, start), offset_of(tensor, stop), index)
-        for index, (tensor, start, stop) in enumerate(ranges)
-        if start < stop and tensor.is_contiguous
-    )
-    windows: list[tuple[int, int, int, list[tuple[int, int]]]] = []
-    needed = 0  # bytes of the last window that its ranges need
-    for file, first, last, index in stored:
-        needed += last - first
-        if windows and windows[-1][0] == file:
-            _, begin, end, inside = windows[-1]
-            end = max(end, last)
-            if end - begin <= 2 * needed + _WASTE:
-                inside.append((first, index))
-                windows[-1] = (file, begin, end, inside)
-                continue
-        windows.append((file, first, last, [(first, index)]))
-        needed = last - first
-    return windows
 
 
 # A box is a range of indices along each dimension: (first, end) pairs.

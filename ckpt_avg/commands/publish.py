@@ -12,7 +12,7 @@ from ckpt_avg.errors import RankError, RequirementError
 from ckpt_avg.mean.stream import Mean, write_means, write_tensors
 from ckpt_avg.mean.weighting import summed
 from ckpt_avg.output.digests import TreeDigest, digest_stream
-from ckpt_avg.output.header import refuse_unreadable
+from ckpt_avg.output.header import refuse_damaged
 from ckpt_avg.output.paths import write_checksum
 from ckpt_avg.output.unpublished_file import UnpublishedFile, unpublished_file
 from ckpt_avg.text import listing, plural
@@ -153,8 +153,9 @@ def _complete(
         return unpublished.read(offset, length)
 
     data_digest = digest.finish(lambda offset, length: read(begin + offset, length))
-    unpublished.write(draft.final_header(report, data_digest), 0)
-    refuse_unreadable(unpublished.readable_path, draft.prepared.plan, unpublished.target)
+    header = draft.final_header(report, data_digest)
+    unpublished.write(header, 0)
+    refuse_damaged(unpublished.readable_path, header, draft.nbytes, unpublished.target)
     return data_digest, None if draft.checksum is None else digest_stream(read, draft.nbytes)
 
 

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -92,9 +93,15 @@ class InputFile:
             CheckpointFormatError: the range is not inside the file, or reading fails.
         """
         self._check_range(offset, length)
-        contents = bytearray(length)
-        self.read_into(memoryview(contents), offset)
-        return bytes(contents)
+        try:
+            contents = platform.read(self.descriptor(), length, offset)
+        except OSError as error:
+            raise self.failure(offset, error.errno) from error
+        if len(contents) < length:  # the system reads less than everything if it likes
+            rest = bytearray(length - len(contents))
+            self.read_into(memoryview(rest), offset + len(contents))
+            contents += rest
+        return contents
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fills ``target``, of bytes, from ``offset``. Raises what `read` raises."""
@@ -108,6 +115,18 @@ class InputFile:
             if count == 0:
                 raise self.failure(offset + done)
             done += count
+
+    def read_into_each(self, targets: Sequence[memoryview], offset: int) -> None:
+        """Fills each of ``targets``, of bytes, in turn from ``offset``. Raises what `read` raises."""
+        self._check_range(offset, sum(map(len, targets)))
+        try:
+            done = platform.read_into_each(self.descriptor(), targets, offset)
+        except OSError as error:
+            raise self.failure(offset, error.errno) from error
+        for target in targets:
+            if done < len(target):  # the system reads less than everything if it likes
+                self.read_into(target[done:], offset + done)
+            offset, done = offset + len(target), max(0, done - len(target))
 
     def failure(self, offset: int, code: int | None = None) -> CheckpointFormatError:
         """Returns the error for a read at ``offset`` that failed with an errno, or ended early."""

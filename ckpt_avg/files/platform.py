@@ -8,7 +8,7 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ _REMOTE = {
 }
 _POSITION = threading.Lock()  # Windows: a descriptor has one position, which all threads share
 _SYNC_FILE_RANGE_WRITE = 2
+_MOST_TARGETS = 1024  # of one call: IOV_MAX of Linux and macOS
 CAN_MAP = sys.platform == "linux"  # files; elsewhere the native engine reads them
 
 _LIBC: Any = None  # on Linux: calls that Python lacks, or makes with the interpreter lock held
@@ -161,15 +162,29 @@ def write_at(descriptor: int, contents: memoryview, offset: int) -> int:
         return os.write(descriptor, contents)
 
 
+def read(descriptor: int, length: int, offset: int) -> bytes:
+    """Returns some of ``length`` bytes from an offset."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, length, offset)
+    with _POSITION:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, length)
+
+
 def read_into(descriptor: int, target: memoryview, offset: int) -> int:
     """Reads some bytes from an offset into ``target`` and returns how many."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [target], offset)
-    with _POSITION:
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        chunk = os.read(descriptor, len(target))
+    chunk = read(descriptor, len(target), offset)
     target[: len(chunk)] = chunk
     return len(chunk)
+
+
+def read_into_each(descriptor: int, targets: Sequence[memoryview], offset: int) -> int:
+    """Reads some bytes from an offset into the targets, one after the other, and returns how many."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, targets[:_MOST_TARGETS], offset)
+    return read_into(descriptor, targets[0], offset)
 
 
 def raise_open_file_limit() -> int | None:

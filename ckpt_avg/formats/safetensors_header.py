@@ -59,14 +59,23 @@ def parse_header(file: Readable, header: bytes) -> tuple[dict[str, TensorSpec], 
     return tensors, metadata
 
 
-def _parse(file: Readable, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
-    # Each tensor needs a brace of its own, two lists and four colons: this limits what is built before it is built.
-    # What is quoted again is inside a string: JSON in the metadata, as this package writes it.
+def refuse_too_many_values(file: Readable, header: bytes) -> None:
+    """Limits what is built of a header before it is built.
+
+    Raises:
+        CheckpointFormatError: it has too many tensors or other values.
+    """
+    # Each tensor needs a brace of its own, two lists and four colons. What is quoted again is inside a string: JSON in
+    # the metadata, as this package writes it.
     braces = header.count(b"{") - header.count(b'{\\"')
     if braces > LIMITS.tensors + 2:
         fail(file.path, f"expected at most {LIMITS.tensors:,} tensors in the header, got more")
     if header.count(b"[") > 4 * braces + 1_000 or header.count(b":") - header.count(b'\\":') > 5 * braces + 100_000:
         fail(file.path, "the header: expected tensors, got too many other values")
+
+
+def _parse(file: Readable, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+    refuse_too_many_values(file, header)
     try:
         parsed = json.loads(
             header.decode("utf-8"),
@@ -150,11 +159,7 @@ def _tensor(file: Readable, name: str, entry: Any, data_start: int) -> TensorSpe
 
 
 def _sizes(values: object) -> bool:
-    return isinstance(values, list) and all(map(_is_size, values))
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**64
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
 
 
 def _check_no_gaps(file: Readable, ordered: Iterable[TensorSpec], data_start: int) -> None:

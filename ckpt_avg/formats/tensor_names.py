@@ -107,8 +107,7 @@ def settle_names(
     names = Names({name: name for name in tensors})
     if strip and prefix != "":
         names = strip_prefixes(tensors, {name for name in tensors if tensors[name].shape == ()}, prefix, str(path))
-    for name in names.renamed.values():
-        check_name(name, path)
+    check_names(names.renamed.values(), path)
     kind, averaged, notes = trainer.name if trainer else None, "", names.notes
     for each in TRAINERS:
         if each.counter in names.counters and each is not trainer:
@@ -196,6 +195,14 @@ def is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def check_names(names: Collection[str], path: Path) -> None:
+    """Does what `check_name` does for each of many names."""
+    text = "\n".join(names)
+    if not text.isascii() or "\0" in text or "__metadata__" in text or max(map(len, names), default=0) > LIMITS.name:
+        for name in names:
+            check_name(name, path)
 
 
 def check_name(name: str, path: Path) -> None:

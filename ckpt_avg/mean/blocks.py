@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
-from ckpt_avg.checkpoint.tensor_reads import Range, join_ranges
+from ckpt_avg.checkpoint.tensor_reads import Ranges, join_ranges
 from ckpt_avg.mean.buffers import Rule
 from ckpt_avg.mean.plan import OutputTensor, Plan
 
@@ -36,13 +36,13 @@ class Block:
         self.nbytes = self.numel * self.dtype.itemsize
         self.ranges = ranges
         # Checkpoints with equal headers share one table of tensors, by which this is known.
-        self._stored: dict[int, tuple[Mapping[str, TensorSpec], list[Range]]] = {}
+        self._stored: dict[int, tuple[Mapping[str, TensorSpec], Ranges]] = {}
 
-    def stored_in(self, checkpoint: Checkpoint) -> list[Range]:
+    def stored_in(self, checkpoint: Checkpoint) -> Ranges:
         """Returns where a checkpoint stores the elements: one range if they are consecutive there, too."""
         tensors = checkpoint.spec.tensors
         if id(tensors) not in self._stored:
-            ranges = [(tensors[tensor.name], start, stop) for tensor, start, stop in self.ranges]
+            ranges = ((tensors[tensor.name], start, stop) for tensor, start, stop in self.ranges)
             self._stored[id(tensors)] = tensors, join_ranges(ranges)
         return self._stored[id(tensors)][1]
 

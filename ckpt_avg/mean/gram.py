@@ -158,7 +158,7 @@ class _Worker:
     def prepare(self, item: tuple[int, list[Block]] | None) -> tuple[int, list[Block]] | None:
         """Lets the blocks of an item be read ahead."""
         for block in item[1] if item else ():
-            self._ahead.ask([spans(checkpoint, block.stored_in(checkpoint)) for checkpoint in self._checkpoints])
+            self._ahead.ask(spans(checkpoint, block.stored_in(checkpoint)) for checkpoint in self._checkpoints)
         return item
 
     def products(self, block: Block) -> Iterator[_Part]:

@@ -37,7 +37,7 @@ _PAGE = 64 * 1024
 _DTYPE_ORDER = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen, as `TensorSpec`
 class OutputTensor:
     """One tensor of the output.
 
@@ -147,7 +147,7 @@ def make_plan(
     def describe(name: str) -> tuple[tuple[int, ...], DType, DType, Rule]:
         """Returns the shape, source dtype, output dtype and rule of a tensor."""
         stored = specs[-1].tensors[name] if is_extra_state(name) else tensors[name]
-        source = _common_dtype(stored, [others[name] for others in different])
+        source = _common_dtype(stored, [others[name] for others in different]) if different else stored.dtype
         kind = kinds.get(name)
         convert = dtype != "keep" and source.kind in ("float", "float8") and kind is not QUANTIZED
         rule: Rule = kind.rule if kind else "mean"
@@ -161,8 +161,9 @@ def make_plan(
     # Python orders text by code points, which is also the order of its bytes in UTF-8.
     for name in sorted(sorted(tensors), key=lambda name: _DTYPE_ORDER[described[name][2]]):
         shape, source, target, rule = described[name]
-        placed.append(OutputTensor(name, shape, source, target, rule, offset, prod(shape)))
-        offset += placed[-1].nbytes
+        numel = prod(shape)
+        placed.append(OutputTensor(name, shape, source, target, rule, offset, numel))
+        offset += numel * target.itemsize
     recomputed = spectral if len(specs) > 1 else ()
     return Plan(tuple(placed), tuple(batch_norm_layers(tensors)), len(specs), kinds, recomputed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 from ckpt_avg.files.input_file import InputFile
@@ -29,7 +29,7 @@ class ReadAhead:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
 
-    def ask(self, inputs: Sequence[Sequence[Span]]) -> None:
+    def ask(self, inputs: Iterable[Sequence[Span]]) -> None:
         """Asks for parts of several inputs that are used together: a request of each in turn."""
         if not self._readers:
             return

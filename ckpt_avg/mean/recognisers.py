@@ -190,12 +190,15 @@ def _subsets(words: set[str]) -> Iterator[frozenset[str]]:
 
 def integer_tables(tensors: Tensors) -> Iterator[str]:
     """Integers that may be codes with a scale: next to floats other than the weight and the bias, or a scale inside."""
+    exact = ((name, tensor) for name, tensor in tensors.items() if tensor.dtype.kind == "exact")
+    tables = [name for name, each in exact if len(each.shape) > 1 and each.dtype.name not in ("BOOL", "I64")]
+    if not tables:
+        return
     floats = {_module(name) for name, each in tensors.items() if each.dtype.kind == "float"
               and _last_word(name) not in ("weight", "bias")}  # fmt: skip
     floats |= {_module(_module(name)) for name in tensors if _words(name) & SCALES}
-    for name, tensor in tensors.items():
-        is_table = tensor.dtype.kind == "exact" and len(tensor.shape) > 1 and tensor.dtype.name not in ("BOOL", "I64")
-        if is_table and _module(name) and (_module(name) in floats or _last_word(name) == "weight"):
+    for name in tables:
+        if _module(name) and (_module(name) in floats or _last_word(name) == "weight"):
             yield name
 
 

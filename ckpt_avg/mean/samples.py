@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from operator import mul
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import read_bytes
+from ckpt_avg.checkpoint.tensor_reads import Ranges, read_bytes
 from ckpt_avg.mean.far_off import UNRELATED
 from ckpt_avg.mean.plan import Plan
 
@@ -79,7 +79,7 @@ def _sample(checkpoint: Checkpoint, places: Sequence[Place]) -> list[float]:
     values: list[float] = []
     for name, start, stop in places:
         tensor = checkpoint.spec.tensors[name]
-        contents = read_bytes(checkpoint, [(tensor, start, stop)])
+        contents = read_bytes(checkpoint, Ranges([(tensor, start, stop)]))
         found = struct.unpack(f"<{stop - start}{_CODES[tensor.dtype.torch_name]}", contents)
         if tensor.dtype.torch_name == "bfloat16":  # the upper half of a float32
             found = struct.unpack(f"<{len(found)}f", struct.pack(f"<{len(found)}I", *(each << 16 for each in found)))

@@ -9,12 +9,11 @@ overlaps with what it does for the others, and with their reading.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import Range, read_into, torch_dtype
+from ckpt_avg.checkpoint.tensor_reads import Ranges, read_into, torch_dtype
 
 
 class Staging:
@@ -30,7 +29,7 @@ class Staging:
         self._inputs = [_PageLocked(), _PageLocked()]
         self._mean = _PageLocked()
 
-    def read(self, checkpoint: Checkpoint, ranges: Sequence[Range]) -> torch.Tensor:
+    def read(self, checkpoint: Checkpoint, ranges: Ranges) -> torch.Tensor:
         """Returns elements of one dtype, flat, on the device. The next input is read while these are copied.
 
         Raises:

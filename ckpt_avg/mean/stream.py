@@ -269,7 +269,7 @@ class _Worker:
             indices = self._inputs(block)
             for part in self._engine.fit(block, indices):
                 inputs = (self._checkpoints[index] for index in indices)
-                self._ahead.ask([spans(checkpoint, part.stored_in(checkpoint)) for checkpoint in inputs])
+                self._ahead.ask(spans(checkpoint, part.stored_in(checkpoint)) for checkpoint in inputs)
                 prepared.append(part)
         return prepared
 

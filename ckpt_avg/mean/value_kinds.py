@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
-from ckpt_avg.checkpoint.tensor_reads import read_bytes, read_ranges, stream_bytes
+from ckpt_avg.checkpoint.tensor_reads import Ranges, read_bytes, read_ranges, stream_bytes
 from ckpt_avg.mean.plan import Plan, make_plan
 from ckpt_avg.mean.recognisers import SpectralNorm, possible_spectral_norms
 
@@ -69,7 +69,7 @@ def find_masks(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[str]:
 
 def _first_element(checkpoint: Checkpoint, tensor: TensorSpec) -> bytes:
     if tensor.parts:
-        return bytes(read_bytes(checkpoint, [(tensor, 0, 1)]))
+        return bytes(read_bytes(checkpoint, Ranges([(tensor, 0, 1)])))
     return checkpoint.files[tensor.file].read(tensor.offset, tensor.dtype.itemsize)
 
 
@@ -96,7 +96,7 @@ def _varies(checkpoint: Checkpoint, name: str) -> bool:
         return False
     places = range(0, tensor.numel, -(-tensor.numel // _SAMPLES))
     ranges = [(tensor, place, place + 1) for place in places] if tensor.numel > _SMALL else [(tensor, 0, tensor.numel)]
-    contents = bytes(read_bytes(checkpoint, ranges))
+    contents = bytes(read_bytes(checkpoint, Ranges(ranges)))
     size = tensor.dtype.itemsize
     return contents != contents[:size] * (len(contents) // size)
 

@@ -14,23 +14,19 @@ from pathlib import Path
 
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, OutputError
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.formats.safetensors_header import parse_header, read_header
+from ckpt_avg.formats.safetensors_header import read_header, refuse_too_many_values
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.machine import gc_paused
 from ckpt_avg.mean.plan import Plan
 
 
 def encode_tensors(plan: Plan) -> str:
     """Returns the tensors' part of a header: a JSON object without its braces."""
-    fields = {
-        tensor.name: {
-            "dtype": tensor.dtype.name,
-            "shape": tensor.shape,
-            "data_offsets": (tensor.offset, tensor.offset + tensor.nbytes),
-        }
+    quoted = json.JSONEncoder(ensure_ascii=False).encode
+    return ",".join(
+        f'{quoted(tensor.name)}:{{"dtype":"{tensor.dtype.name}","shape":[{",".join(map(str, tensor.shape))}],'
+        f'"data_offsets":[{tensor.offset},{tensor.offset + tensor.nbytes}]}}'
         for tensor in plan.tensors
-    }
-    return _compact(fields)[1:-1]
+    )
 
 
 def encode_header(tensors: str, metadata: Mapping[str, str], *, room: int = 0, size: int = 0) -> bytes:
@@ -61,17 +57,24 @@ def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def refuse_unreadable(path: Path, plan: Plan, target: Path) -> None:
-    """Reads the finished file's header back, as strictly as an input's, before the file is published.
+def refuse_damaged(path: Path, header: bytes, size: int, target: Path) -> None:
+    """Reads the finished file's header back before the file is published; the header is what this package reads, too.
+
+    Args:
+        path: a path by which the file can be read.
+        header: what was written at its beginning, from `encode_header`.
+        size: bytes of the whole file.
+        target: the path of the output.
 
     Raises:
-        OutputError: it cannot be read, or has other tensors than planned.
+        OutputError: the file has another header or size, or this package would not read it.
     """
     try:
-        with InputFile(path) as file, gc_paused():
-            tensors, _ = parse_header(file, read_header(file))
+        with InputFile(path) as file:
+            found = read_header(file)
+            refuse_too_many_values(file, found)
+            is_whole = file.size == size and file.read(0, 8) + found == header
     except CheckpointFormatError as error:
         raise OutputError(f"{target}: the output cannot be read: {error} It is not published.") from error
-    found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    if found != {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}:
-        raise OutputError(f"{target}: has other tensors than were written. It is not published.")
+    if not is_whole:
+        raise OutputError(f"{target}: is not what was written: another program changed it. It is not published.")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ckpt_avg.checkpoint import tensor_reads as reads
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME, Checkpoint, CheckpointSpec, TensorSpec, contiguous_stride
-from ckpt_avg.checkpoint.tensor_reads import join_ranges, read_ranges, spans, stream, torch_dtype
+from ckpt_avg.checkpoint.tensor_reads import Ranges, join_ranges, read_ranges, spans, stream, torch_dtype
 from ckpt_avg.engine import _kernel as built
 from ckpt_avg.files.input_file import InputFile
 
@@ -172,7 +172,7 @@ def test_small_tensors_far_apart_do_not_share_a_window(tmp_path: Path) -> None:
         ranges = [(make("w", "int8", (nbytes,), (1,), index * step), 0, nbytes) for index in range(1_000)]
         (tmp_path / "raw").touch()
         with Checkpoint(CheckpointSpec(tmp_path, "raw", {}), (InputFile(tmp_path / "raw"),)) as checkpoint:
-            return [end - begin for _, begin, end in spans(checkpoint, ranges)]
+            return [end - begin for _, begin, end in spans(checkpoint, Ranges(ranges))]
 
     assert sum(windows(7_000, 4)) < 1_000 * reads._WASTE
     assert len(windows(1_100, 1_000)) == 1

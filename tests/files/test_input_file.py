@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,58 @@ def test_each_range_gives_the_bytes_of_the_file(file: InputFile, offset: int, le
     target = bytearray(length)
     file.read_into(memoryview(target), offset)
     assert target == CONTENT[offset : offset + length]
+
+
+LENGTHS = [[0], [5, 0, 7], [1] * 3_000, [SMALL, 1, SMALL, 777], [*range(300)]]
+
+
+@pytest.mark.parametrize("most", [1, 100, SMALL + 1, None])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=[f"{len(each)} targets" for each in LENGTHS])
+def test_targets_are_filled_in_turn_however_little_the_system_reads(
+    file: InputFile, monkeypatch: pytest.MonkeyPatch, lengths: list[int], most: int | None
+) -> None:
+    """Empty ones, and more of them than one call may have, included."""
+
+    def read(descriptor: int, targets: Sequence[memoryview], offset: int) -> int:
+        chunk = os.pread(descriptor, min(most or 2**30, sum(map(len, targets[:1_024]))), offset)
+        done = 0
+        for target in targets:
+            part = chunk[done : done + len(target)]
+            target[: len(part)] = part
+            done += len(part)
+        return done
+
+    if most is not None:
+        monkeypatch.setattr(os, "preadv", read)
+        monkeypatch.setattr(platform, "read", lambda fd, length, offset: os.pread(fd, min(length, most), offset))
+    targets = [memoryview(bytearray(length)) for length in lengths]
+    file.read_into_each(targets, 11)
+    assert b"".join(targets) == CONTENT[11 : 11 + sum(lengths)]
+    assert file.read(11, SMALL + 50) == CONTENT[11 : 11 + SMALL + 50]
+
+
+def test_targets_are_not_filled_from_beyond_the_file(file: InputFile) -> None:
+    targets = [memoryview(bytearray(len(CONTENT) - 10)), memoryview(bytearray(11))]
+    with pytest.raises(CheckpointFormatError, match=f"got a file of {len(CONTENT):,} bytes"):
+        file.read_into_each(targets, 0)
+    os.truncate(file.path, SMALL)
+    with pytest.raises(ChangedWhileReadingError):
+        file.read_into_each([targets[0]], 0)
+
+
+@pytest.mark.parametrize("call", ["pread", "preadv"])
+def test_a_read_that_fails_names_the_file_the_byte_and_the_reason(
+    file: InputFile, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(CheckpointFormatError, match=f"data.bin: reading at byte 7 failed: {os.strerror(errno.EIO)}"):
+        if call == "pread":
+            file.read(7, 5)
+        else:
+            file.read_into_each([memoryview(bytearray(5))], 7)
 
 
 @pytest.mark.parametrize(

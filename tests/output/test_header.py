@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ckpt_avg import IncompatibleError, average, open_checkpoint
+from ckpt_avg import IncompatibleError, OutputError, average, open_checkpoint
 from ckpt_avg.checkpoint.spec import DTYPES
 from ckpt_avg.limits import Limits
 from ckpt_avg.mean.plan import Plan, make_plan
 from ckpt_avg.output import header
-from ckpt_avg.output.header import encode_header, encode_tensors
+from ckpt_avg.output.header import encode_header, encode_tensors, refuse_damaged
+from ckpt_avg.output.unpublished_file import UnpublishedFile
 
 NAMES = [
     *("", " ", "a", "A", "a.b", "a/b", "../../etc/passwd", 'quo"te', "back\\slash", "line\nfeed", "tab\t", "\r", "\b"),
@@ -129,3 +131,52 @@ def test_a_header_over_the_formats_limit_is_refused(plan: Plan, monkeypatch: pyt
         IncompatibleError, match=rf"would be {length:,} bytes long, but safetensors allows {length - 1:,}"
     ):
         encode_header(encode_tensors(plan), {})
+
+
+# What happens to a file of 8 bytes of length, a header and 16 bytes of data before it is published.
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "another length": lambda content: bytes([content[0] - 8]) + content[1:],
+    "a length beyond the file": lambda content: b"\xff\xff\xff\x00" + content[4:],
+    "another name": lambda content: content.replace(b'"a"', b'"c"'),
+    "another metadata key": lambda content: content.replace(b'"k"', b'"l"'),
+    "a bit of the padding": lambda content: content[:-17] + b"!" + content[-16:],
+    "no header": lambda content: bytes(len(content)),
+    "a byte less": lambda content: content[:-1],
+    "a byte more": lambda content: content + b"x",
+    "nothing": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_header_is_noticed(plan: Plan, tmp_path: Path, damage: str) -> None:
+    """And what was written is accepted."""
+    encoded = encode_header(encode_tensors(plan), {"k": "v"}, room=9)
+    path = tmp_path / "out.safetensors"
+    path.write_bytes(encoded + bytes(plan.nbytes))
+    refuse_damaged(path, encoded, len(encoded) + plan.nbytes, tmp_path / "target")
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    with pytest.raises(OutputError, match=r"target: .* It is not published\."):
+        refuse_damaged(path, encoded, len(encoded) + plan.nbytes, tmp_path / "target")
+
+
+def test_a_header_that_would_not_be_read_again_is_refused(plan: Plan, tmp_path: Path) -> None:
+    """Such as one with brackets without end in its metadata."""
+    encoded = encode_header(encode_tensors(plan), {"k": "[" * 2_000})
+    path = tmp_path / "out.safetensors"
+    path.write_bytes(encoded + bytes(plan.nbytes))
+    with pytest.raises(OutputError, match=r"cannot be read: .*too many other values"):
+        refuse_damaged(path, encoded, len(encoded) + plan.nbytes, path)
+
+
+def test_an_output_whose_header_is_damaged_is_not_published(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = UnpublishedFile.write
+
+    def write_damaged(file: UnpublishedFile, contents: memoryview | bytes, offset: int) -> None:
+        write(file, bytes(contents).replace(b"F32", b"I32") if offset == 0 else contents, offset)
+
+    monkeypatch.setattr(UnpublishedFile, "write", write_damaged)
+    with pytest.raises(OutputError, match="is not what was written"):
+        average(run_folder, tmp_path / "out.safetensors", bn="keep")
+    assert not list(tmp_path.iterdir())

@@ -30,7 +30,7 @@ _REASONS = {
     r"expected a safetensors file or": "no object at byte 8",
     r"at most \d+ sizes": "a shape over the limits",
     r"overflows 63 bits": "a shape over 63 bits",
-    r"expected a name of at most": "a name over the limit, or with NUL",
+    r"expected a name of at most|has a NUL character": "a name over the limit, or with NUL",
     r"lone surrogate|no UTF-8|is no text": "a lone surrogate",
     r"expected data_offsets \[begin, end\]": "offsets that are none",
     r"leaves a hole|overlaps": "a hole or an overlap",

@@ -36,9 +36,7 @@ def parse_rules(given: str | Iterable[str], by: str) -> dict[str, Weighting]:
 
 def rule_of(options: Weighting) -> str:
     """Returns the short form of a rule with its number."""
-    number = options.half_life if options.width is None else f"{options.width:.17g}"
-    if options.width is not None and float(f"{options.width:g}") == options.width:
-        number = f"{options.width:g}"
+    number = options.half_life if options.width is None else repr(options.width)
     return options.weighting if number is None else f"{options.weighting}:{number}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt_avg.commands.sweep import Measured, SweepResult
@@ -62,3 +63,14 @@ def swept(
         engine="native",
         notices=("a notice",),
     )
+
+
+def with_rule(result: SweepResult, rule: str, more: float) -> SweepResult:
+    """The same sweep that also compared a rule, with which each metric is higher; the best is the last one with it."""
+    windows: list[Measured] = []
+    for window in result.windows:
+        count = len(window.checkpoints)
+        weights = tuple(2.0 ** (index - count + (index == 0)) for index in range(count)) if count > 1 else None
+        metrics = {name: value + more for name, value in window.metrics.items()}
+        windows += [window, replace(window, metrics=metrics, weighting=rule, weights=weights)]
+    return replace(result, weightings=(*result.weightings, rule), windows=tuple(windows), best=windows[-1])

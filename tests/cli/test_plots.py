@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.results import VALUES, swept
+from cli.results import VALUES, swept, with_rule
 
 from ckpt_avg.cli.plots import KINDS, draw_sweep, refuse_without_matplotlib
 from ckpt_avg.commands.sweep import Measured, SweepResult
@@ -111,6 +111,15 @@ def test_one_side_alone_has_no_other_line(drawn: Callable[[SweepResult], Any], s
 def test_lines_run_from_few_to_many(drawn: Callable[[SweepResult], Any]) -> None:
     shuffled = {key: VALUES[key] for key in [("first", 2), ("last", 3), ("last", 1), ("first", 1), ("last", 2)]}
     assert lines(drawn(swept(shuffled)))["average of the first k"][0] == [1, 2, 3]
+
+
+def test_several_rules_have_a_colour_each_and_a_style_for_each_side(drawn: Callable[[SweepResult], Any]) -> None:
+    axes = drawn(with_rule(swept(), "ema:5", 0.125))
+    found = lines(axes)
+    assert [found[f"{rule}, last k"][1] for rule in ("mean", "ema:5")] == [[0.5, 0.75, 0.625], [0.625, 0.875, 0.75]]
+    assert [found[f"{rule}, first k"][1] for rule in ("mean", "ema:5")] == [[0.25, 0.5, 0.625], [0.375, 0.625, 0.75]]
+    styles = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()[:4]}
+    assert (len(styles), len({colour for colour, _ in styles})) == (4, 2)
 
 
 def test_a_best_average_of_the_first(drawn: Callable[[SweepResult], Any]) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from cli.results import VALUES, swept
+from cli.results import VALUES, swept, with_rule
 
 from ckpt_avg.cli.sweep_text import sweep_text
 from ckpt_avg.user_code.comparison import Change
@@ -71,14 +71,7 @@ def test_a_best_average_within_the_spread_is_not_praised() -> None:
 def test_several_rules_are_next_to_each_other() -> None:
     """One row for each window, in it the metric with each rule; then the weights of the best average."""
     result = swept({("last", 1): 0.5, ("last", 2): 0.25, ("last", 3): 0.75}, ("last", 3), last=0.5)
-    unequal = [
-        replace(window, metrics={"m": window.metrics["m"] + 0.125}, weighting="ema:5", weights=weights)
-        for window, weights in zip(result.windows, (None, (0.25, 0.75), (0.125, 0.25, 0.625)), strict=True)
-    ]
-    windows = tuple(each for pair in zip(result.windows, unequal, strict=True) for each in pair)
-    lines = sweep_text(
-        replace(result, weightings=("mean", "ema:5"), windows=windows, best=unequal[-1]), "c"
-    ).splitlines()
+    lines = sweep_text(with_rule(result, "ema:5", 0.125), "c").splitlines()
     assert lines == [
         "m                           mean   ema:5",
         "step_3.pt (last)            0.375",
@@ -89,8 +82,8 @@ def test_several_rules_are_next_to_each_other() -> None:
         "",
         "best by m: the average of all 3 with ema:5, 0.875, +0.25 compared with the refreshed last checkpoint",
         "checkpoint  step  weight",
-        "step_1.pt   1     0.125",
+        "step_1.pt   1     0.25",
         "step_2.pt   2     0.25",
-        "step_3.pt   3     0.625",
+        "step_3.pt   3     0.5",
         "to write it: c",
     ]

@@ -156,6 +156,8 @@ class SoupRequest(MeanRequest, SoupOptions, OutputOptions, ProgressOptions):
         super().__post_init__()
         if not self.functions:
             raise UsageError("--eval is missing. Add --eval MODULE:FUNCTION to measure each checkpoint.")
+        if not isinstance(self.sources, (str, os.PathLike)):
+            object.__setattr__(self, "sources", tuple(self.sources))  # a dry run lists them twice
 
     def as_average(self, checkpoints: Sequence[Path] = ()) -> AverageRequest:
         """Returns the request to average the same, or only these checkpoints, which need no selection then."""

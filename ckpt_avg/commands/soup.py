@@ -183,8 +183,8 @@ def _measure_alone(averages: Averages, paths: Sequence[Path], metric: str) -> li
     alone: list[Evaluation] = []
     names = distinct_names(paths)
     for index, path in enumerate(paths):
-        [output] = averages.compute([(index,)])
-        found = averages.measure(f"{names[index]} (checkpoint {index + 1} of {len(paths)})", (index,), output)
+        name = f"{names[index]} (checkpoint {index + 1} of {len(paths)})"
+        found = averages.measure(name, (index,), *averages.compute([(index,)]))
         alone.append(replace(found, name=names[index], path=path))
     unclear = [each for each in alone if math.isnan(each.metrics[metric])]
     if len(unclear) == len(paths):

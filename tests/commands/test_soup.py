@@ -558,6 +558,11 @@ def test_a_dry_run_measures_and_writes_nothing(app: App, in_process: InProcess) 
     assert names(Path()) == before
 
 
+def test_sources_that_can_be_listed_once(run: list[Path], tmp_path: Path) -> None:
+    for dry_run in (True, False):
+        assert made(iter(run), tmp_path / "soup.safetensors", dry_run=dry_run).candidates == tuple(run)
+
+
 @pytest.mark.usefixtures("run")
 def test_several_ranks_are_refused(app: App, in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():

@@ -109,7 +109,7 @@ class InputFile:
         done = 0
         while done < len(target):
             try:
-                count = platform.read_into(self.descriptor(), target[done:], offset + done)
+                count = platform.read_into(self.descriptor(), [target[done:]], offset + done)
             except OSError as error:
                 raise self.failure(offset + done, error.errno) from error
             if count == 0:
@@ -120,7 +120,7 @@ class InputFile:
         """Fills each of ``targets``, of bytes, in turn from ``offset``. Raises what `read` raises."""
         self._check_range(offset, sum(map(len, targets)))
         try:
-            done = platform.read_into_each(self.descriptor(), targets, offset)
+            done = platform.read_into(self.descriptor(), targets, offset)
         except OSError as error:
             raise self.failure(offset, error.errno) from error
         for target in targets:

@@ -171,20 +171,13 @@ def read(descriptor: int, length: int, offset: int) -> bytes:
         return os.read(descriptor, length)
 
 
-def read_into(descriptor: int, target: memoryview, offset: int) -> int:
-    """Reads some bytes from an offset into ``target`` and returns how many."""
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [target], offset)
-    chunk = read(descriptor, len(target), offset)
-    target[: len(chunk)] = chunk
-    return len(chunk)
-
-
-def read_into_each(descriptor: int, targets: Sequence[memoryview], offset: int) -> int:
+def read_into(descriptor: int, targets: Sequence[memoryview], offset: int) -> int:
     """Reads some bytes from an offset into the targets, one after the other, and returns how many."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, targets[:_MOST_TARGETS], offset)
-    return read_into(descriptor, targets[0], offset)
+    chunk = read(descriptor, len(targets[0]), offset)
+    targets[0][: len(chunk)] = chunk
+    return len(chunk)
 
 
 def raise_open_file_limit() -> int | None:

@@ -139,7 +139,7 @@ class UnpublishedFile:
         found = bytearray(length)
         done = 0
         try:
-            while done < length and (count := platform.read_into(self._fd, memoryview(found)[done:], offset + done)):
+            while done < length and (count := platform.read_into(self._fd, [memoryview(found)[done:]], offset + done)):
                 done += count
         except OSError as error:
             raise _output_error(self.target, "reading back failed", error) from error

@@ -100,11 +100,17 @@ def test_every_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     states = mixed_run()
     paths = save(tmp_path, states)
     read = 0
-    real = platform.read_into
+    real, real_into = platform.read, platform.read_into
 
-    def count(fd: int, target: memoryview, offset: int) -> int:
+    def count(fd: int, length: int, offset: int) -> bytes:
         nonlocal read
-        done = real(fd, target, offset)
+        found = real(fd, length, offset)
+        read += len(found)
+        return found
+
+    def count_into(fd: int, targets: Sequence[memoryview], offset: int) -> int:
+        nonlocal read
+        done = real_into(fd, targets, offset)
         read += done
         return done
 
@@ -112,7 +118,8 @@ def test_every_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         checkpoints = [stack.enter_context(open_checkpoint(path)) for path in paths]
         plan = plan_of(checkpoints, dtype="keep", non_float="last")
         plan = replace(plan, tensors=tuple(each for each in plan.tensors if each.rule == "mean"))
-        monkeypatch.setattr(platform, "read_into", count)
+        monkeypatch.setattr(platform, "read", count)
+        monkeypatch.setattr(platform, "read_into", count_into)
         measure(checkpoints, plan, {each.name: "all" for each in plan.tensors}, threads=2, readers=0)
     assert read == 3 * plan.source_nbytes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from runs.test_select import TEN, candidate, numbers
 from system.faults.refusals import Command, refusal
 
@@ -524,6 +527,19 @@ def test_a_json_document_is_bounded(log: Log, monkeypatch: pytest.MonkeyPatch) -
     assert LIMITS.log_document >= 2**24
 
 
+PARTS = ["step", "val_loss", "100", "200", "0.5", "nan", "", '"', "{", "}", "[", ":", ",", "\t", "\r", "é", " "]
+LINES = st.lists(st.lists(st.sampled_from(PARTS), max_size=8).map("".join), max_size=8)
+
+
+@given(LINES.map("\n".join).map(str.encode) | st.binary(max_size=200))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_log_contains_it_is_read_or_refused_in_words(log: Log, content: bytes) -> None:
+    """A traceback would be a bug of ours."""
+    log.path.write_bytes(content)
+    with contextlib.suppress(CheckpointFormatError, IncompatibleError):
+        assert log.best() in ([100], [200], [300], [400])
+
+
 def test_a_header_without_rows(log: Log) -> None:
     assert log.write("step,val_loss").refusal(IncompatibleError) == (
         f"{log.path}: has no rows. Wait until the trainer has logged one, or name another log."
@@ -627,17 +643,17 @@ def test_what_is_no_file_is_refused_without_waiting(
     path = tmp_path / "metrics.csv"
     if make is not None:
         make(path)
-    for given in (path, path / "below") if make is None else (path,):
+    for each in (path, path / "below") if make is None else (path,):
         with pytest.raises(UsageError) as caught:
-            read_log(STEPS, LogOptions(log=given), lambda _: None)
+            read_log(STEPS, LogOptions(log=each), lambda _: None)
         assert str(caught.value).startswith("--log ")
         assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("given", ["", "a\0b", "x" * 5000])
-def test_a_path_that_no_file_can_have(given: str) -> None:
+@pytest.mark.parametrize("path", ["", "a\0b", "x" * 5000])
+def test_a_path_that_no_file_can_have(path: str) -> None:
     with pytest.raises(UsageError, match=r"^--log "):
-        read_log(STEPS, LogOptions(log=given), lambda _: None)
+        read_log(STEPS, LogOptions(log=path), lambda _: None)
 
 
 def test_a_column_without_a_log() -> None:

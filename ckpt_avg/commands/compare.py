@@ -383,9 +383,7 @@ class _Comparison:
         if not names:
             return None
         what = f"unrelated to the others in {plural(len(names), 'tensor')}: {listing(map(quote, names))}"
-        return self._finding(
-            "tensors", [place], f"{what}. They were permuted, initialised again, or are of another run"
-        )
+        return self._finding("tensors", [place], f"{what}. They are untrained, permuted, or of another run")
 
     def _cosines_to_mean(self, tensor: OutputTensor) -> list[float]:
         """Returns the cosines of a tensor in each finite checkpoint to its mean."""

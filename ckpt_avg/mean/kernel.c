@@ -1,30 +1,42 @@
 /* The native engine: the mean of one block of elements in one call, without the interpreter lock.
  *
  * For each element it widens the inputs to float64, adds them in checkpoint order, divides once by their number, and
- * rounds once to the output's dtype. The torch engine (arithmetic.py) gives the same bytes. All is compiled
+ * rounds once to the output's dtype. The torch engine (arithmetic.py) gives the same bytes. This file is compiled
  * without contraction to FMA and without fast-math: a compiler that keeps the order of IEEE 754 operations cannot change
  * a bit of the result, and the vector instructions that `target_clones` selects at run time cannot either.
  *
  * Nothing is allocated: the caller passes a table with a row for each input, and memory for the inputs that are not
  * mapped. What Python passes is checked before the lock is released.
- *
- * kernel_formats.h has the dtypes, sums and rounding, kernel_exact.h what float64 inputs need besides, kernel_copy.h the
- * copies of tensors whose elements are not consecutive.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <errno.h>
 #include <fenv.h>
+#include <float.h>
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
 
-#include "kernel_formats.h"
+#if defined(__FAST_MATH__) || FLT_EVAL_METHOD != 0 || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "needs IEEE 754 arithmetic in the precision of its operands, on a little-endian machine"
+#endif
 
-#include "kernel_exact.h"
+#if defined(__has_attribute) && defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+#if __has_attribute(target_clones)
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+#endif
+#ifndef CLONES
+#define CLONES /* other systems have no ifunc, and sanitizers start after it */
+#endif
+#define INLINE static inline __attribute__((always_inline))
 
 /* In the thread-local block of the program itself, so that a signal handler can use it: a library's own block may be
  * allocated at its first use. musl has no room there for libraries that are loaded later. */
@@ -33,6 +45,496 @@
 #else
 #define THREAD_LOCAL static __thread
 #endif
+
+/* Elements that are summed together: few enough that sums and inputs stay in the first-level cache. */
+#define BLOCK 1024
+#define EXACT_BLOCK 256 /* for float64, which needs more buffers */
+
+/* Values at any address: tensors may begin at odd bytes of a file. */
+typedef uint8_t __attribute__((may_alias)) u8;
+typedef uint16_t __attribute__((aligned(1), may_alias)) u16;
+typedef uint32_t __attribute__((aligned(1), may_alias)) u32;
+typedef uint64_t __attribute__((aligned(1), may_alias)) u64;
+typedef float __attribute__((aligned(1), may_alias)) f32;
+typedef double __attribute__((aligned(1), may_alias)) f64;
+
+INLINE float float_of(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t bits_of_float(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE double double_of(int64_t bits)
+{
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE int64_t bits_of(double value)
+{
+    int64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+#define MAGNITUDE INT64_C(0x7FFFFFFFFFFFFFFF)
+#define INFINITE INT64_C(0x7FF0000000000000)
+#define FRACTION INT64_C(0x000FFFFFFFFFFFFF)
+
+/* ---- dtypes ----------------------------------------------------------------------------------------------------- */
+
+enum { F64, F32, BF16, F16, E5M2, E4M3, E5M2_FNUZ, E4M3_FNUZ, DTYPES };
+
+static const char *const names[DTYPES] = {
+    "float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz",
+};
+static const int64_t sizes[DTYPES] = {8, 4, 2, 2, 1, 1, 1, 1};
+
+/* A narrow format, as constants of an inlined function. infinity: the code, without the sign bit, of all values above
+ * the largest finite one, whose code is one less. The formats of which the names end in "fnuz" have neither infinity
+ * nor negative zero, whose code is that of NaN; e4m3 has no infinity, and NaN has its code. */
+struct format {
+    int bits, mantissa, bias, infinity;
+};
+#define FORMAT_BF16 ((struct format){16, 7, 127, 0x7F80})
+#define FORMAT_F16 ((struct format){16, 10, 15, 0x7C00})
+#define FORMAT_E5M2 ((struct format){8, 2, 15, 0x7C})
+#define FORMAT_E4M3 ((struct format){8, 3, 7, 0x7F})
+#define FORMAT_E5M2_FNUZ ((struct format){8, 2, 16, 0x80})
+#define FORMAT_E4M3_FNUZ ((struct format){8, 3, 8, 0x80})
+#define HAS_NEGATIVE_ZERO(format) ((format).infinity < 1 << ((format).bits - 1))
+#define HAS_INFINITY(format) (HAS_NEGATIVE_ZERO(format) && (format).infinity % (1 << (format).mantissa) == 0)
+
+INLINE int is_infinite(uint32_t code, struct format format)
+{
+    return HAS_NEGATIVE_ZERO(format) ? (code & ((1u << (format.bits - 1)) - 1)) >= (uint32_t)format.infinity
+                                     : code == (uint32_t)format.infinity;
+}
+
+/* Widens a code of a format with fewer exponents than float32, exactly. 32-bit integers and one subtraction vectorise
+ * everywhere, and no operand is subnormal, which some processors are slow at.
+ *
+ * A normal number gets float32's exponent bias. A subnormal one, m * 2^(1 - bias - mantissa), is the difference of
+ * (1 + m * 2^-mantissa) * 2^(1 - bias) and 2^(1 - bias), both normal in float32; the difference of two neighbours within
+ * a factor of two is exact (Sterbenz). */
+INLINE float widened(uint32_t code, struct format format)
+{
+    uint32_t negative = 1u << (format.bits - 1);
+    uint32_t magnitude = code & (negative - 1), sign = (code & negative) << (32 - format.bits);
+    uint32_t shifted = magnitude << (23 - format.mantissa);
+    uint32_t offset = (uint32_t)(127 - format.bias) << 23, least = offset + (1u << 23);
+    uint32_t bits = shifted + offset;
+    uint32_t subnormal = bits_of_float(float_of(shifted + least) - float_of(least));
+    bits = magnitude < (1u << format.mantissa) ? subnormal : bits;
+    /* Above the largest finite value, the exponent becomes float32's, and what is left of the mantissa tells NaN from
+     * infinity; NaN in place of infinity, or of negative zero, gets a mantissa. */
+    uint32_t special = 0x7F800000u | (HAS_INFINITY(format) ? shifted : 0x7FC00000u);
+    bits = is_infinite(code, format) ? special : bits;
+    return float_of(bits | sign);
+}
+
+/* ---- widening ---------------------------------------------------------------------------------------------------- */
+
+/* Adds an input narrower than float32 to float32 sums; the first one is so widened. */
+typedef void (*widen_function)(float *restrict sum, const char *input, int is_first, size_t n);
+
+CLONES static void widen_BF16(float *restrict sum, const char *input, int is_first, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        sum[i] = (is_first ? -0.0f : sum[i]) + float_of((uint32_t)((const u16 *)input)[i] << 16);
+}
+
+/* In two steps, because compilers otherwise compute with many small integers where a few wide ones are faster. */
+#define DEFINE_WIDEN(DTYPE, TYPE)                                                                                      \
+    CLONES static void widen_##DTYPE(float *restrict sum, const char *input, int is_first, size_t n)                   \
+    {                                                                                                                  \
+        uint32_t codes[BLOCK];                                                                                         \
+        for (size_t i = 0; i < n; i++)                                                                                 \
+            codes[i] = ((const TYPE *)input)[i];                                                                       \
+        for (size_t i = 0; i < n; i++)                                                                                 \
+            sum[i] = (is_first ? -0.0f : sum[i]) + widened(codes[i], FORMAT_##DTYPE);                                  \
+    }
+DEFINE_WIDEN(F16, u16)
+DEFINE_WIDEN(E5M2, u8)
+DEFINE_WIDEN(E4M3, u8)
+DEFINE_WIDEN(E5M2_FNUZ, u8)
+DEFINE_WIDEN(E4M3_FNUZ, u8)
+
+static widen_function widen[DTYPES] = {
+    NULL, NULL, widen_BF16, widen_F16, widen_E5M2, widen_E4M3, widen_E5M2_FNUZ, widen_E4M3_FNUZ,
+};
+
+#ifdef __x86_64__
+#define F16C __attribute__((target("avx2,f16c")))
+typedef int16_t __attribute__((vector_size(32))) sixteen;
+
+/* The same by the instruction that widens float16, subnormal numbers too. */
+#define DEFINE_F16C(DTYPE, TYPE, HALVES, FACTOR)                                                                       \
+    F16C static void f16c_##DTYPE(float *restrict sum, const char *input, int is_first, size_t n)                      \
+    {                                                                                                                  \
+        const TYPE *codes = (const TYPE *)input;                                                                       \
+        size_t i = 0;                                                                                                  \
+        for (; i + 16 <= n; i += 16) {                                                                                 \
+            __m256i halves = (__m256i)HALVES(codes + i);                                                               \
+            __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves)) * FACTOR;                                     \
+            __m256 high = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)) * FACTOR;                               \
+            if (!is_first)                                                                                             \
+                low += _mm256_loadu_ps(sum + i), high += _mm256_loadu_ps(sum + i + 8);                                 \
+            _mm256_storeu_ps(sum + i, low);                                                                            \
+            _mm256_storeu_ps(sum + i + 8, high);                                                                       \
+        }                                                                                                              \
+        for (; i < n; i++)                                                                                             \
+            sum[i] = (is_first ? -0.0f : sum[i]) + widened(codes[i], FORMAT_##DTYPE);                                  \
+    }
+
+#define HALVES_F16(codes) _mm256_loadu_si256((const void *)(codes))
+DEFINE_F16C(F16, u16, HALVES_F16, 1.0f)
+
+/* A float8_e5m2 is the upper half of a float16. */
+#define HALVES_E5M2(codes) ((sixteen)_mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)(codes))) << 8)
+DEFINE_F16C(E5M2, u8, HALVES_E5M2, 1.0f)
+
+/* A float8_e4m3fn has the bits of a float16, less the exponent's highest and the mantissa's last; the bias of the
+ * exponent is larger by 8. Where all bits are set, which is NaN, the exponent's highest is. */
+F16C INLINE sixteen halves_E4M3(const u8 *codes)
+{
+    sixteen halves = (sixteen)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)codes)) << 7 & (int16_t)0xBF80;
+    return halves | (((halves & 0x3F80) + 0x80) & 0x4000);
+}
+DEFINE_F16C(E4M3, u8, halves_E4M3, 256.0f)
+#endif
+
+/* Chooses what the processor does in hardware. */
+static void choose_instructions(void)
+{
+#ifdef __x86_64__
+    unsigned a, b, c = 0, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C) || !__builtin_cpu_supports("avx2"))
+        return;
+    widen[F16] = f16c_F16, widen[E5M2] = f16c_E5M2, widen[E4M3] = f16c_E4M3;
+#endif
+}
+
+/* ---- sums -------------------------------------------------------------------------------------------------------- */
+
+/* The first inputs are added to -0.0, which is neutral: -0.0 + -0.0 is -0.0. */
+#define SUM(i) (is_first ? -0.0 : sum[i])
+
+CLONES static void add(double *restrict sum, const void *input, int is_first, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        sum[i] = SUM(i) + ((const f32 *)input)[i];
+}
+
+/* Adds four inputs in their order, so that the sums are loaded and stored once for four. */
+CLONES static void add_four(double *restrict sum, const void *const *inputs, int is_first, size_t n)
+{
+    const f32 *a = inputs[0], *b = inputs[1], *c = inputs[2], *d = inputs[3];
+    for (size_t i = 0; i < n; i++)
+        sum[i] = (((SUM(i) + a[i]) + b[i]) + c[i]) + d[i];
+}
+
+/* Adds an input times its weight: the product is rounded, then added. */
+CLONES static void add_product(double *restrict sum, const double *restrict input, double weight, int is_first,
+                               size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        double product = weight * input[i];
+        sum[i] = SUM(i) + product;
+    }
+}
+
+/* bfloat16 values in pairs, read as words: these are half as many, and to widen is one operation. The sums of the first
+ * of each pair come before those of the second. */
+#define FIRST(word) float_of((word) << 16)
+#define SECOND(word) float_of((word) & 0xFFFF0000u)
+
+CLONES static void add_pairs(double *restrict sum, const void *input, int is_first, size_t n)
+{
+    const u32 *a = input;
+    for (size_t i = 0; i < n / 2; i++) {
+        sum[i] = SUM(i) + FIRST(a[i]);
+        sum[i + n / 2] = SUM(i + n / 2) + SECOND(a[i]);
+    }
+}
+
+CLONES static void add_four_pairs(double *restrict sum, const void *const *inputs, int is_first, size_t n)
+{
+    const u32 *a = inputs[0], *b = inputs[1], *c = inputs[2], *d = inputs[3];
+    double *restrict second = sum + n / 2;
+    for (size_t i = 0; i < n / 2; i++) {
+        sum[i] = (((SUM(i) + FIRST(a[i])) + FIRST(b[i])) + FIRST(c[i])) + FIRST(d[i]);
+        second[i] = ((((is_first ? -0.0 : second[i]) + SECOND(a[i])) + SECOND(b[i])) + SECOND(c[i])) + SECOND(d[i]);
+    }
+}
+
+CLONES static void divide(double *restrict sum, double number, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        sum[i] /= number;
+}
+
+/* ---- rounding ---------------------------------------------------------------------------------------------------- */
+
+/* Rounds a float64 to the code of a narrower format: once, to nearest, ties to even. NaN gets the code of an infinity.
+ *
+ * With 2^e the largest power of two that is not above |value|, or the least normal number if that is larger, the codes
+ * next to value are multiples of the unit 2^(e - mantissa). That is the unit in the last place of C = 2^(e + 52 -
+ * mantissa), and of |value| + C, since |value| < 2^(e + 1) < C: that addition is the one rounding. The difference of the
+ * bits of the sum and of C is the number of units, even if and only if the last bit of the sum is 0; above the least
+ * exponent, 2^mantissa of them are the code's exponent of 1, which all exponents above the least add to. */
+INLINE uint64_t rounded(double value, struct format format)
+{
+    int64_t bits = bits_of(value), magnitude = bits & MAGNITUDE;
+    int shift = 52 - format.mantissa;
+    int64_t least = (int64_t)(1023 + 1 - format.bias) << 52;
+    int64_t infinity = ((int64_t)format.infinity << shift) + ((int64_t)(1023 - format.bias) << 52);
+    magnitude = magnitude < infinity ? magnitude : infinity;
+    int64_t exponent = magnitude & INFINITE;
+    exponent = exponent > least ? exponent : least;
+    int64_t c = exponent + ((int64_t)shift << 52);
+    int64_t units = bits_of(double_of(magnitude) + double_of(c)) - c;
+    uint64_t code = (uint64_t)units + ((uint64_t)(exponent - least) >> shift);
+    uint64_t sign = ((uint64_t)bits >> (64 - format.bits)) & (UINT64_C(1) << (format.bits - 1));
+    if (!HAS_NEGATIVE_ZERO(format))
+        sign = code == 0 ? 0 : sign;
+    return code | sign;
+}
+
+/* Writes the means, which are sum * factor, in the output's dtype. Returns whether any is NaN or infinite there. In two
+ * steps, as widening is. */
+#define DEFINE_ROUND(DTYPE, TYPE)                                                                                      \
+    CLONES static int round_##DTYPE(const double *restrict sum, double factor, char *restrict output, size_t n)        \
+    {                                                                                                                  \
+        uint32_t codes[BLOCK], found = 0;                                                                              \
+        for (size_t i = 0; i < n; i++)                                                                                 \
+            codes[i] = (uint32_t)rounded(sum[i] * factor, FORMAT_##DTYPE);                                             \
+        for (size_t i = 0; i < n; i++) {                                                                               \
+            ((TYPE *)output)[i] = (TYPE)codes[i];                                                                      \
+            found |= (uint32_t)is_infinite(codes[i], FORMAT_##DTYPE);                                                  \
+        }                                                                                                              \
+        return found != 0;                                                                                             \
+    }
+DEFINE_ROUND(BF16, u16)
+DEFINE_ROUND(F16, u16)
+DEFINE_ROUND(E5M2, u8)
+DEFINE_ROUND(E4M3, u8)
+DEFINE_ROUND(E5M2_FNUZ, u8)
+DEFINE_ROUND(E4M3_FNUZ, u8)
+
+/* The same for sums of pairs. */
+CLONES static int round_pairs(const double *restrict sum, double factor, char *restrict output, size_t n)
+{
+    uint32_t found = 0;
+    for (size_t i = 0; i < n / 2; i++) {
+        uint32_t first = (uint32_t)rounded(sum[i] * factor, FORMAT_BF16);
+        uint32_t second = (uint32_t)rounded(sum[i + n / 2] * factor, FORMAT_BF16);
+        ((u32 *)output)[i] = first | second << 16;
+        found |= (uint32_t)is_infinite(first, FORMAT_BF16) | (uint32_t)is_infinite(second, FORMAT_BF16);
+    }
+    return found != 0;
+}
+
+CLONES static int round_F32(const double *restrict sum, double factor, char *restrict output, size_t n)
+{
+    uint32_t found = 0;
+    for (size_t i = 0; i < n; i++) {
+        float mean = (float)(sum[i] * factor);
+        ((f32 *)output)[i] = mean;
+        found |= (bits_of_float(mean) & 0x7FFFFFFFu) >= 0x7F800000u;
+    }
+    return found != 0;
+}
+
+CLONES static int round_F64(const double *restrict sum, double factor, char *restrict output, size_t n)
+{
+    uint64_t found = 0;
+    for (size_t i = 0; i < n; i++) {
+        double mean = sum[i] * factor;
+        ((f64 *)output)[i] = mean;
+        found |= (bits_of(mean) & MAGNITUDE) >= INFINITE;
+    }
+    return found != 0;
+}
+
+typedef int (*round_function)(const double *restrict, double, char *restrict, size_t);
+static const round_function round_to[DTYPES] = {
+    round_F64, round_F32, round_BF16, round_F16, round_E5M2, round_E4M3, round_E5M2_FNUZ, round_E4M3_FNUZ,
+};
+
+/* Which NaN an addition of two NaNs returns depends on the processor; each dtype has one that is written. */
+static const uint64_t nans[DTYPES] = {
+    UINT64_C(0x7FF8000000000000), 0x7FC00000, 0x7FC0, 0x7E00, 0x7F, 0x7F, 0x80, 0x80,
+};
+
+static void write_nans(const double *mean, char *output, size_t n, int dtype)
+{
+    for (size_t i = 0; i < n; i++) {
+        if ((bits_of(mean[i]) & MAGNITUDE) <= INFINITE)
+            continue;
+        switch (sizes[dtype]) {
+        case 8: ((u64 *)output)[i] = nans[dtype]; break;
+        case 4: ((u32 *)output)[i] = (uint32_t)nans[dtype]; break;
+        case 2: ((u16 *)output)[i] = (uint16_t)nans[dtype]; break;
+        default: ((u8 *)output)[i] = (uint8_t)nans[dtype];
+        }
+    }
+}
+
+/* ---- float64 inputs ---------------------------------------------------------------------------------------------- */
+
+/* A float64 sum of float64 inputs rounds at every step, and can overflow. Here the mean is exact and rounded once. The
+ * sum is kept in two numbers, high + low, and so is the quotient; what these lose is bounded. Where the bound leaves two
+ * numbers to round to, the mean is computed with integers (`exact_mean`). */
+
+/* The rounded sum of two numbers; `rest` becomes what rounding has lost, exactly (TwoSum: Knuth, The Art of Computer
+ * Programming, vol. 2, section 4.2.2, theorem B). */
+INLINE double two_sum(double a, double b, double *rest)
+{
+    double sum = a + b, kept = sum - a;
+    *rest = (a - (sum - kept)) + (b - kept);
+    return sum;
+}
+
+/* dividend - quotient * number, exactly, for a quotient that was rounded, and at most 2^26 inputs: of the 53 bits of the
+ * quotient, 26 and 27 are multiplied separately, so that no product rounds. */
+INLINE double remainder_of(double dividend, double quotient, double number)
+{
+    double upper = double_of(bits_of(quotient) & ~INT64_C(0x7FFFFFF));
+    return (dividend - upper * number) - (quotient - upper) * number;
+}
+
+/* Adds an input; `different` collects the bits in which inputs differ from the first. */
+CLONES static void add_exactly(double *restrict high, double *restrict low, double *restrict lost,
+                               int64_t *restrict different, const double *restrict first,
+                               const double *restrict input, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        double rest;
+        high[i] = two_sum(high[i], input[i], &rest);
+        low[i] = two_sum(low[i], rest, &rest);
+        lost[i] += double_of(bits_of(rest) & MAGNITUDE);
+        different[i] |= bits_of(input[i]) ^ bits_of(first[i]);
+    }
+}
+
+/* Divides the sums. The mean is quotient + correction: nearest, or cut with the last bit set where anything was lost
+ * (round to odd), which makes a later rounding to a narrower format right. `unsure` is not zero where the bound on what
+ * was lost does not decide, or where a step may have underflowed or overflowed; twice what was lost, and the rounding of
+ * the correction, covers the rounding of the bound itself. */
+CLONES static void divide_exactly(double *restrict high, const double *restrict low, const double *restrict lost,
+                                  int64_t *restrict unsure, double number, int to_odd, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        double rest, more, left;
+        double sum = two_sum(high[i], low[i], &rest);
+        double quotient = sum / number;
+        double little = two_sum(remainder_of(sum, quotient, number), rest, &more);
+        double correction = little / number;
+        double missing = lost[i] + double_of(bits_of(more) & MAGNITUDE);
+        int64_t inexact = (missing != 0) | (remainder_of(little, correction, number) != 0);
+        double size = double_of(bits_of(correction) & MAGNITUDE);
+        double bound = inexact ? missing / number * 2 + size * 0x1p-50 : 0;
+        double mean = two_sum(quotient, correction, &left);
+        int64_t open = quotient + (correction + bound) != quotient + (correction - bound);
+        open |= inexact & (size < 0x1p-960);
+        int64_t bits = bits_of(mean);
+        open |= (bits & MAGNITUDE) >= INFINITE;
+        if (to_odd) {
+            int64_t beyond = (left != 0) & ((bits_of(left) ^ bits) < 0); /* the mean is farther from zero than it is */
+            open |= inexact & (double_of(bits_of(left) & MAGNITUDE) <= bound);
+            bits = (bits - beyond) | inexact | (left != 0);
+        }
+        high[i] = double_of(bits);
+        unsure[i] = open;
+    }
+}
+
+/* A sum of float64 values as an integer, in units of the smallest subnormal one, 2^-1074: 2,098 bits for one value, and
+ * 32 more for up to 2^32 of them. */
+#define DIGITS 68
+
+struct integer {
+    uint32_t digits[DIGITS]; /* the lowest first */
+};
+
+static void add_magnitude(struct integer *sum, double value)
+{
+    uint64_t bits = (uint64_t)(bits_of(value) & MAGNITUDE), fraction = bits & FRACTION, exponent = bits >> 52;
+    uint64_t shift = exponent ? exponent - 1 : 0, carry = 0;
+    fraction |= exponent ? UINT64_C(1) << 52 : 0;
+    uint32_t within = (uint32_t)(shift % 32);
+    uint64_t low = fraction << within, high = within ? fraction >> (64 - within) : 0; /* 53 + 31 bits */
+    uint32_t parts[3] = {(uint32_t)low, (uint32_t)(low >> 32), (uint32_t)high};
+    for (size_t i = shift / 32, k = 0; i < DIGITS && (k < 3 || carry); i++, k++) {
+        carry += (uint64_t)sum->digits[i] + (k < 3 ? parts[k] : 0);
+        sum->digits[i] = (uint32_t)carry;
+        carry >>= 32;
+    }
+}
+
+/* larger - smaller, in place */
+static void subtract(struct integer *larger, const struct integer *smaller)
+{
+    int64_t borrow = 0;
+    for (size_t i = 0; i < DIGITS; i++) {
+        borrow += (int64_t)larger->digits[i] - (int64_t)smaller->digits[i];
+        larger->digits[i] = (uint32_t)borrow;
+        borrow >>= 32; /* 0 or -1: every compiler shifts in copies of the sign */
+    }
+}
+
+static int is_smaller(const struct integer *a, const struct integer *b)
+{
+    for (size_t i = DIGITS; i-- > 0;)
+        if (a->digits[i] != b->digits[i])
+            return a->digits[i] < b->digits[i];
+    return 0;
+}
+
+INLINE uint64_t bit_of(const struct integer *value, int64_t bit)
+{
+    return bit < 0 ? 0 : value->digits[bit / 32] >> bit % 32 & 1;
+}
+
+/* The float64 nearest to sum / number, or cut to odd. A float64's bits, as an integer, are those of its significand plus
+ * 2^52 times the shift that makes it a multiple of the unit. */
+static double quotient_of(struct integer *sum, uint32_t number, int to_odd)
+{
+    uint64_t rest = 0;
+    int64_t top = -1; /* the highest bit of the quotient */
+    for (size_t i = DIGITS; i-- > 0;) {
+        uint64_t dividend = rest << 32 | sum->digits[i];
+        sum->digits[i] = (uint32_t)(dividend / number);
+        rest = dividend % number;
+        for (int bit = 31; top < 0 && bit >= 0; bit--)
+            if (sum->digits[i] >> bit & 1)
+                top = (int64_t)i * 32 + bit;
+    }
+    int64_t shift = top > 52 ? top - 52 : 0;
+    uint64_t bits = 0;
+    for (int64_t bit = shift + 52; bit >= shift; bit--)
+        bits = bits << 1 | bit_of(sum, bit);
+    bits += (uint64_t)shift << 52;
+    int is_half = shift ? bit_of(sum, shift - 1) != 0 : 2 * rest >= number;
+    int is_more = shift ? rest != 0 : 2 * rest != number && rest != 0; /* than the half, or than nothing */
+    for (int64_t bit = shift - 2; bit >= 0 && !is_more; bit--)
+        is_more = bit_of(sum, bit) != 0;
+    if (to_odd)
+        bits |= is_half || is_more;
+    else
+        bits += is_half && (is_more || (bits & 1));
+    return double_of((int64_t)bits);
+}
 
 /* ---- the inputs of one call -------------------------------------------------------------------------------------- */
 
@@ -204,8 +706,8 @@ static const void *values_of(const struct input *input, size_t first, size_t n, 
     return buffer;
 }
 
-/* Sums inputs of a format with a 4-bit exponent. Their values are multiples of 2^-9 below 2^9, or of 2^-10 below 2^8: sums
- * of up to 64 are exact in float32, and all sums in float64, so that the order does not matter. */
+/* Sums inputs of a format with a 4-bit exponent. Their values are multiples of 2^-9 up to 448, or of 2^-10 up to 240:
+ * sums of up to 64 are exact in float32, and all sums in float64, so that the order does not matter. */
 static void sum_E4M3(const struct job *job, size_t first, size_t n, double *sum)
 {
     float part[BLOCK];
@@ -320,8 +822,8 @@ static void mean_of_float64(const struct job *job, size_t first, size_t n, doubl
     }
 }
 
-/* Computes n <= BLOCK means and writes them at `output`. Returns whether any is NaN or infinite there; `mean` then contains
- * them, in pairs if the inputs are summed so. */
+/* Computes n <= BLOCK means and writes them at `output`. Returns whether any is NaN or infinite there; `mean` then
+ * contains them, in pairs if the inputs are summed so. */
 static int write_means(const struct job *job, size_t first, size_t n, int in_pairs, double *mean, char *output)
 {
     double number = (double)job->number, factor = 1;
@@ -348,8 +850,8 @@ static int write_means(const struct job *job, size_t first, size_t n, int in_pai
     return 1;
 }
 
-/* Looks through means of which some are NaN or infinite in the output: writes the code of NaN; ends the call with the first
- * mean that is not finite, or else out of range. */
+/* Looks through means of which some are NaN or infinite in the output: writes the code of NaN; ends the call with the
+ * first mean that is not finite, or else out of range. */
 static void look_through(struct job *job, double *mean, size_t first, size_t n, int64_t begin, char *output)
 {
     int64_t size = sizes[job->dtype], not_finite = -1, out_of_range = -1, found = -1;
@@ -414,6 +916,44 @@ static void compute(struct job *job)
     }
     current = NULL;
     fesetenv(&kept);
+}
+
+/* ---- strided tensors --------------------------------------------------------------------------------------------- */
+
+#define MOST_DIMENSIONS 64 /* of extents above one, more than 2**64 elements need */
+#define TILE 32            /* both sides of a tile stay in the cache: one is read, the other written, across its rows */
+
+struct box {
+    int dimensions;
+    int64_t extent[MOST_DIMENSIONS], from[MOST_DIMENSIONS], to[MOST_DIMENSIONS]; /* steps in elements */
+};
+
+#define DEFINE_COPY(BITS)                                                                                              \
+    static void copy_##BITS(const struct box *box, const char *source, char *target)                                   \
+    {                                                                                                                  \
+        int row = box->dimensions - 2, column = box->dimensions - 1;                                                   \
+        int64_t rows = box->extent[row], columns = box->extent[column];                                                \
+        for (int64_t r = 0; r < rows; r += TILE)                                                                       \
+            for (int64_t c = 0; c < columns; c += TILE)                                                                \
+                for (int64_t i = r; i < rows && i < r + TILE; i++)                                                     \
+                    for (int64_t j = c; j < columns && j < c + TILE; j++)                                              \
+                        ((u##BITS *)target)[i * box->to[row] + j * box->to[column]] =                                  \
+                            ((const u##BITS *)source)[i * box->from[row] + j * box->from[column]];                     \
+    }
+DEFINE_COPY(8)
+DEFINE_COPY(16)
+DEFINE_COPY(32)
+DEFINE_COPY(64)
+
+static void copy_box(const struct box *box, int dimension, const char *source, char *target, int64_t size)
+{
+    if (dimension < box->dimensions - 2) {
+        for (int64_t i = 0; i < box->extent[dimension]; i++)
+            copy_box(box, dimension + 1, source + i * box->from[dimension] * size,
+                     target + i * box->to[dimension] * size, size);
+        return;
+    }
+    (size == 1 ? copy_8 : size == 2 ? copy_16 : size == 4 ? copy_32 : copy_64)(box, source, target);
 }
 
 /* ---- what Python sees -------------------------------------------------------------------------------------------- */
@@ -493,7 +1033,93 @@ static PyObject *py_mean(PyObject *module, PyObject *arguments)
     return result;
 }
 
-#include "kernel_copy.h"
+/* Reads the box from tuples; finds the first and the last element of both sides. */
+static int read_box(struct box *box, PyObject *extents, PyObject *from, PyObject *to, int64_t last[2])
+{
+    Py_ssize_t dimensions = PyTuple_Size(extents);
+    if (dimensions < 0 || PyTuple_Size(from) != dimensions || PyTuple_Size(to) != dimensions)
+        return PyErr_Occurred() ? -1 : refuse("extents and steps of different lengths");
+    last[0] = last[1] = 0;
+    box->dimensions = 0;
+    for (Py_ssize_t i = 0; i < dimensions; i++) {
+        int64_t values[3];
+        PyObject *tuples[3] = {extents, from, to};
+        for (int k = 0; k < 3; k++) {
+            values[k] = PyLong_AsLongLong(PyTuple_GetItem(tuples[k], i));
+            if (values[k] == -1 && PyErr_Occurred())
+                return -1;
+        }
+        if (values[0] < 1 || values[1] < 0 || values[2] < 0)
+            return refuse("an extent or a step is out of range");
+        if (values[0] == 1)
+            continue;
+        if (box->dimensions == MOST_DIMENSIONS - 2)
+            return refuse("too many dimensions");
+        for (int k = 0; k < 2; k++) {
+            int64_t step = values[1 + k], span;
+            if (__builtin_mul_overflow(values[0] - 1, step, &span) || __builtin_add_overflow(last[k], span, &last[k]))
+                return refuse("a box is too large");
+        }
+        box->extent[box->dimensions] = values[0];
+        box->from[box->dimensions] = values[1];
+        box->to[box->dimensions++] = values[2];
+    }
+    return 0;
+}
+
+/* Puts the dimension with the smallest step in the source before the last, so that tiles read along it; adds dimensions
+ * of extent one until there are two. */
+static void order_box(struct box *box)
+{
+    for (; box->dimensions < 2; box->dimensions++) {
+        int last = box->dimensions;
+        box->extent[last] = 1, box->from[last] = 0, box->to[last] = 0;
+    }
+    int row = box->dimensions - 2, fast = row;
+    for (int i = 0; i < row; i++)
+        fast = box->from[i] < box->from[fast] ? i : fast;
+    int64_t *const of[3] = {box->extent, box->from, box->to};
+    for (int k = 0; k < 3; k++) {
+        int64_t kept = of[k][row];
+        of[k][row] = of[k][fast];
+        of[k][fast] = kept;
+    }
+}
+
+PyDoc_STRVAR(copy_text, "copy(source, begin, target, start, extents, from_steps, to_steps, size)\n\n"
+                        "Copies a box of elements of `size` bytes. Begins are in bytes, steps in elements, never "
+                        "negative; extents are at least one.");
+
+static PyObject *py_copy(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    Py_buffer source, target;
+    Py_ssize_t begin, start;
+    PyObject *extents, *from, *to;
+    int size;
+    if (!PyArg_ParseTuple(arguments, "y*nw*nOOOi", &source, &begin, &target, &start, &extents, &from, &to, &size))
+        return NULL;
+    struct box box;
+    int64_t last[2];
+    int failed = read_box(&box, extents, from, to, last);
+    if (!failed && size != 1 && size != 2 && size != 4 && size != 8)
+        failed = refuse("elements have 1, 2, 4 or 8 bytes");
+    if (!failed && (last[0] == INT64_MAX || !is_inside(begin, last[0] + 1, size, source.len)))
+        failed = refuse("the box is not inside the source");
+    if (!failed && (last[1] == INT64_MAX || !is_inside(start, last[1] + 1, size, target.len)))
+        failed = refuse("the box is not inside the target");
+    if (!failed) {
+        order_box(&box);
+        Py_BEGIN_ALLOW_THREADS
+        copy_box(&box, 0, (const char *)source.buf + begin, (char *)target.buf + start, size);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&source);
+    PyBuffer_Release(&target);
+    if (failed)
+        return NULL;
+    Py_RETURN_NONE;
+}
 
 PyDoc_STRVAR(nonfinite_text, "nonfinite(values, dtype, width, infinities) -> (count, first)\n\n"
                              "Counts the elements, of `width` values each, with NaN, or with NaN or Inf; first is "

@@ -124,7 +124,7 @@ def test_several_means_in_one_pass_are_what_average_writes(tmp_path: Path, dtype
     plan = make_plan([checkpoint.spec for checkpoint in opened], dtype=dtype)
     outputs = [MemoryOutput(plan) for _ in chosen]
     means = [Mean(indices, output.write) for indices, output in zip(chosen, outputs, strict=True)]
-    write_means(opened, plan, means, device=torch.device("cpu"), threads=2, memory=2**20)
+    write_means(opened, plan, means, device="cpu", threads=2, memory=2**20)
     for checkpoint in opened:
         checkpoint.close()
     for indices, output in zip(chosen, outputs, strict=True):

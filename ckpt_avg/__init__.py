@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from ckpt_avg.checkpoint.training_record import Record as Record
     from ckpt_avg.commands.average import average as average
     from ckpt_avg.commands.check import check as check
-    from ckpt_avg.commands.compare import ComparedCheckpoint as ComparedCheckpoint, ComparedTensor as ComparedTensor
-    from ckpt_avg.commands.compare import CompareResult as CompareResult, Finding as Finding, compare as compare
+    from ckpt_avg.commands.compare import CompareResult as CompareResult, compare as compare
+    from ckpt_avg.commands.distances import ComparedCheckpoint as ComparedCheckpoint
+    from ckpt_avg.commands.distances import ComparedTensor as ComparedTensor
+    from ckpt_avg.commands.findings import Finding as Finding
     from ckpt_avg.commands.inspect import Inspection as Inspection, Listed as Listed, inspect as inspect
     from ckpt_avg.commands.draft import AverageResult as AverageResult
     from ckpt_avg.commands.refresh_bn import refresh_weights as refresh_weights
@@ -59,7 +61,9 @@ _HOMES = {
     "ckpt_avg.checkpoint.training_record": ("Record",),
     "ckpt_avg.commands.average": ("average",),
     "ckpt_avg.commands.check": ("check",),
-    "ckpt_avg.commands.compare": ("ComparedCheckpoint", "ComparedTensor", "CompareResult", "Finding", "compare"),
+    "ckpt_avg.commands.compare": ("CompareResult", "compare"),
+    "ckpt_avg.commands.distances": ("ComparedCheckpoint", "ComparedTensor"),
+    "ckpt_avg.commands.findings": ("Finding",),
     "ckpt_avg.commands.inspect": ("Inspection", "Listed", "inspect"),
     "ckpt_avg.commands.draft": ("AverageResult",),
     "ckpt_avg.commands.refresh_bn": ("refresh_weights",),

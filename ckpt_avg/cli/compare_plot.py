@@ -9,7 +9,8 @@ from ckpt_avg.cli.plots import picture
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ckpt_avg.commands.compare import ComparedCheckpoint, CompareResult
+    from ckpt_avg.commands.compare import CompareResult
+    from ckpt_avg.commands.distances import ComparedCheckpoint
 
 _MOST_LABELS = 24  # checkpoints that are labelled: more would cover each other
 # Colours of Okabe and Ito, which most colour-blind people tell apart; shapes tell them apart too.

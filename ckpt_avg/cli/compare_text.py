@@ -11,7 +11,8 @@ from ckpt_avg.cli.shared_text import skipped_lines
 from ckpt_avg.text import distinct_names, escaped, one_line, plural, table
 
 if TYPE_CHECKING:
-    from ckpt_avg.commands.compare import ComparedCheckpoint, ComparedTensor, CompareResult
+    from ckpt_avg.commands.compare import CompareResult
+    from ckpt_avg.commands.distances import ComparedCheckpoint, ComparedTensor
 
 _WIDTH = 80
 _LEAST_NAME = 12

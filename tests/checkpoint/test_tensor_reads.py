@@ -125,6 +125,16 @@ def test_consecutive_tensors_are_one_range_and_one_window() -> None:
     assert (joined[0].offset, joined[1:]) == (8, (0, 1000))
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
+def test_neighbours_in_another_order_are_read_at_once(noise: Checkpoint, order: tuple[int, ...]) -> None:
+    """As where a file has its tensors in another order than the output."""
+    tensors = [make("w", "int32", (10 + index,), (1,), [8, 48, 92][index]) for index in order]
+    ranges = Ranges((tensor, 0, tensor.numel) for tensor in tensors)
+    assert [(window.begin, window.end, window.is_filled) for window in ranges.windows] == [(8, 140, True)]
+    found = torch.frombuffer(read_bytes(noise, ranges), dtype=torch.int32)
+    assert same(found, torch.cat([expected(NOISE, tensor) for tensor in tensors]))
+
+
 @pytest.mark.parametrize("offset", [0, 1, 3, 4, 4095, 4096, 4097])
 def test_large_windows_at_any_offset_equal_torch(noise: Checkpoint, offset: int) -> None:
     """Offsets that no page and no element begins at; valid after the file is closed."""

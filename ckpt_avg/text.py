@@ -60,9 +60,13 @@ def one_line(text: str | os.PathLike[str]) -> str:
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Returns the names of paths, with their folders if two names are equal."""
+    """Returns the names of paths, with their folder if two names are equal, or with as many as tell them apart."""
     names = [path.name or str(path) for path in paths]
-    return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
+    folders = 1
+    while len(set(names)) < len(set(paths)):
+        folders += 1
+        names = [Path(*path.parts[-folders:]).as_posix() for path in paths]
+    return names
 
 
 def listing(items: Iterable[str], *, separator: str = ", ") -> str:

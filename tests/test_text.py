@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg.text import argument, escaped, listing, plural, quote, safe_text, size, table, type_of
+from ckpt_avg.text import argument, distinct_names, escaped, listing, plural, quote, safe_text, size, table, type_of
 
 
 @pytest.mark.parametrize("name", ["w", "", "é", "日本語", "it's", 'a"b', 3, None, (1, 2), [1], b"x", 1.5])
@@ -36,6 +36,21 @@ def test_long_names_are_cut_and_counted(length: int) -> None:
         assert "…" in text
         assert text.endswith(f"end' ({length + 2} characters)")
         assert len(text) <= 150
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/x.pt", "a/y.pt"], ["x.pt", "y.pt"]),
+        (["r/a/x.pt", "r/b/x.pt"], ["a/x.pt", "b/x.pt"]),
+        (["a/w/x.pt", "b/w/x.pt"], ["a/w/x.pt", "b/w/x.pt"]),
+        (["x.pt", "/s/r/x.pt", "/t/r/x.pt"], ["x.pt", "s/r/x.pt", "t/r/x.pt"]),
+        (["/x", "x"], ["/x", "x"]),
+        (["x", "x"], ["x", "x"]),
+    ],
+)
+def test_as_many_folders_as_tell_names_apart(paths: list[str], names: list[str]) -> None:
+    assert distinct_names([Path(path) for path in paths]) == names
 
 
 def test_names_can_be_shown_without_quotes() -> None:

@@ -95,7 +95,7 @@ def sweep_command(
 @options.quiet
 @click.pass_context
 def soup_command(context: click.Context, /, sources: Sequence[str], output: str, **given: Any) -> None:
-    """Write the greedy soup: add checkpoints while a metric gets no worse.
+    """Write the greedy soup of checkpoints. Adds one after the other while a metric gets no worse.
 
     \b
     ckpt-avg soup RUN -o soup.safetensors --eval train:evaluate \\
@@ -141,7 +141,7 @@ def compare_command(
     verbose: bool,
     **given: Any,
 ) -> None:
-    """Measure how far checkpoints are from their mean and from each other, and name what is far off.
+    """Find checkpoints that are far from the others. Measures how far each is from their mean and from the others.
 
     \b
     ckpt-avg compare RUN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,20 +30,20 @@ def soup_text(result: SoupResult, command: Sequence[str]) -> str:
             ]
         )
     metric = escaped(result.metric)
-    names = distinct_names([each.checkpoint for each in result.decisions])
+    names = [escaped(name) for name in distinct_names([each.checkpoint for each in result.decisions])]
     rows = [["checkpoint", metric, "soup with it", ""]]
     for name, each in zip(names, result.decisions, strict=True):
         alone = _number(result.metric, each.metrics, each.samples)
         rows.append([name, alone, _number(result.metric, each.soup_metrics, each.soup_samples), _verdict(each.kept)])
     kept = [each for each in result.decisions if each.kept]
     value, best = kept[-1].soup_metrics[result.metric], kept[0].metrics[result.metric]
+    change = "" if math.isnan(value - best) else f", {difference_text(value - best)} compared with the best one alone"
     last = result.candidates[-1]
     measured = tuple(each for each in average.evaluations if each.path in (None, last))
     lines = [
         *table(rows),
         "",
-        f"soup of {len(kept)} of {plural(count, 'checkpoint')}: {metric} {value:.6g}, {difference_text(value - best)} "
-        f"compared with the best one alone",
+        f"soup of {len(kept)} of {plural(count, 'checkpoint')}: {metric} {value:.6g}{change}",
         *outcome_lines(replace(average, evaluations=measured)),
     ]
     if result.split is not None:

@@ -12,7 +12,7 @@ from ckpt_avg.commands.evaluations import Meter
 from ckpt_avg.commands.options import ChoiceOptions
 from ckpt_avg.commands.prepare import Prepared
 from ckpt_avg.commands.requests import MeanRequest
-from ckpt_avg.errors import IncompatibleError, UsageError
+from ckpt_avg.errors import UsageError
 from ckpt_avg.mean.spectral_norm import leading_vectors
 from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means, write_tensors
 from ckpt_avg.mean.weighting import summed
@@ -30,8 +30,7 @@ class Averages:
     """
 
     def __init__(self, request: MeanRequest, prepared: Prepared, context: Context) -> None:
-        if len(prepared.checkpoints) < 2:
-            raise IncompatibleError(f"{prepared.specs[0].path}: is the only checkpoint. Name at least two to compare.")
+        prepared.selected.refuse_single()
         self._request, self._prepared, self._context = request, prepared, context
         self.meter = Meter(request, prepared, context)
         self.passes = 0

@@ -84,10 +84,7 @@ def compare(request: CompareRequest) -> CompareResult:
             found = discover(request.sources, request.include)
             selected = open_selected(found, request, request, context.files, context.notice)
             checkpoints = selected.checkpoints
-            if len(checkpoints) < 2:
-                raise IncompatibleError(
-                    f"{checkpoints[0].spec.path}: is the only checkpoint, with nothing to compare it with. Select more."
-                )
+            selected.refuse_single()
             refuse_differences([checkpoint.spec for checkpoint in checkpoints], dtype="float64")
             whole = plan_of(checkpoints, dtype="keep", non_float="last")
             plan, groups = _compared(checkpoints, whole)

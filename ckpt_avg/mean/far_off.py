@@ -76,6 +76,8 @@ def _detours(distances: Matrix, norm: float, path: Sequence[int]) -> Iterator[De
         for start in range(1, len(path) - length):
             before, *members, after = path[start - 1 : start + length + 1]
             direct = max(distances[before][after], _LEAST_DISTANCE * norm)
+            if not direct:  # the same checkpoint before and after, and a mean of zero: there is no scale
+                continue
             factor = min((distances[before][each] + distances[each][after]) / direct for each in members)
             if factor >= DETOUR:
                 yield Detour(tuple(members), before, after, factor)
@@ -97,6 +99,8 @@ def jump(distances: Matrix, norm: float, chosen: Sequence[int], positions: Seque
     if len(steps) < 3:
         return None
     lengths = [max(distances[before][after], _LEAST_DISTANCE * norm) for before, after in steps]
+    if not all(lengths):
+        return None
     times = [max(1, positions[after] - positions[before]) for before, after in steps]
     longest = max(range(len(steps)), key=lengths.__getitem__)
     others = (each for each in range(len(steps)) if each != longest)

@@ -75,8 +75,10 @@ def geometry_of(products: torch.Tensor, chosen: Sequence[int] | None = None) -> 
 def _cosines(products: torch.Tensor) -> torch.Tensor:
     """Returns the cosines; of zero to anything else it is 0, and to itself 1."""
     lengths = products.diagonal().clamp(min=0.0).sqrt()
-    cosines = (products / (lengths[:, None] * lengths[None, :])).clamp(-1.0, 1.0)
-    return torch.where(cosines.isnan(), lengths[:, None].eq(lengths[None, :]).double(), cosines)
+    both = lengths[:, None] * lengths[None, :]
+    # What rounding leaves of the products of a zero is not 0.
+    cosines = torch.where(both.eq(0), lengths[:, None].eq(lengths[None, :]).double(), products / both)
+    return cosines.clamp(-1.0, 1.0)
 
 
 def _plane(products: torch.Tensor) -> tuple[tuple[tuple[float, float], ...], tuple[float, float]]:

@@ -26,6 +26,8 @@ from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
 
+COPY = "the same weights as"  # why a copy is skipped
+
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
@@ -193,7 +195,7 @@ def _without_copies(found: list[Candidate], skipped: list[Skipped], in_full: boo
         del kept[copy.path]
         kept[first.path] = replace(first, record=first.record.or_else(copy.record))
         sampled = "" if in_full else ", judging by samples"
-        skipped.append(Skipped(copy.path, f"the same weights as {first.path.name}{sampled}"))
+        skipped.append(Skipped(copy.path, f"{COPY} {first.path.name}{sampled}"))
     return list(kept.values())
 
 

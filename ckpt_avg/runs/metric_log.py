@@ -127,10 +127,9 @@ class MetricLog:
         unclear = [(each, found) for each, found in logged if found.value is None]
         if unclear:
             places = listing(f"{found} for {escaped(each.path.name)}" for each, found in unclear)
-            raise IncompatibleError(
-                f"{self.path}: expected finite numbers as {quote(metric)}, got {places}. To rank the others, add "
-                f"{excluding(each for each, _ in unclear)}."
-            )
+            others = f"To rank the others, add {excluding(each for each, _ in unclear)}"
+            advice = others if len(unclear) < len(logged) else "Name another column with --metric, or write numbers"
+            raise IncompatibleError(f"{self.path}: expected finite numbers as {quote(metric)}, got {places}. {advice}.")
         changed = [(each, found) for each, found in logged if found.earlier is not None]
         if changed:
             steps = self._steps_of([each for each, _ in changed])

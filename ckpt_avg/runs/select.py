@@ -13,7 +13,7 @@ from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.formats.open import refuse_missing_prefix
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.runs.candidate import Candidate, excluding
-from ckpt_avg.runs.candidates import open_candidates
+from ckpt_avg.runs.candidates import COPY, open_candidates
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.lr_minima import at_lr_minima
 from ckpt_avg.runs.metric_log import LogUse, MetricLog, read_log
@@ -58,6 +58,14 @@ class Selected:
     def moments(self) -> tuple[int | None, ...]:
         """The step of each, if it records one; epochs if no step orders them."""
         return tuple(record.epoch if self.unit == "epoch" else record.step for record in self.records)
+
+    def refuse_single(self) -> None:
+        """Raises IncompatibleError if there is nothing to compare a checkpoint with; says which copies were skipped."""
+        if len(self.checkpoints) < 2:
+            copies = [escaped(each.path.name) for each in self.skipped if each.reason.startswith(COPY)]
+            skipped = f" ({listing(copies)}: skipped, as the weights are the same)" if copies else ""
+            path = self.checkpoints[0].spec.path
+            raise IncompatibleError(f"{path}: is the only checkpoint{skipped}. Name at least two to compare.")
 
     log: LogUse | None = None
 

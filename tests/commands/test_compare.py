@@ -196,8 +196,24 @@ def test_a_checkpoint_of_zeros(place: int, tmp_path: Path) -> None:
     """It has no direction, and its norm is no divisor."""
     for step in range(3):
         save_file({"w": (step != place) * (1 + 0.1 * torch.randn(20, 30))}, tmp_path / f"step_{step}.safetensors")
-    (finding,) = compare(tmp_path).findings
+    result = compare(tmp_path)
+    (finding,) = result.findings
     assert (finding.kind, finding.checkpoints) == ("unrelated", (tmp_path / f"step_{place}.safetensors",))
+    other = 1 - place
+    assert (result.cosines[place][place], result.cosines[place][other], result.cosines[other][other]) == (1, 0, 1)
+
+
+def test_checkpoints_of_zeros_are_equal(tmp_path: Path) -> None:
+    """Listed, because copies in a run folder are skipped."""
+    paths = [tmp_path / f"step_{step}.safetensors" for step in range(4)]
+    for path in paths:
+        save_file({"w": torch.zeros(20, 30)}, path)
+    result = compare(paths)
+    assert (result.norm, result.findings, set(sum(result.cosines, ()))) == (0, (), {1})
+    with pytest.raises(
+        IncompatibleError, match=r"only checkpoint \(step_1.*, step_3.safetensors: skipped, as the weights"
+    ):
+        compare(tmp_path)
 
 
 def test_few_weights_tell_nothing(tmp_path: Path) -> None:

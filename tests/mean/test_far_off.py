@@ -174,6 +174,12 @@ def test_frozen_weights_are_not_far_off() -> None:
     assert found((points, range(5))) == ([], [], [])
 
 
+def test_the_same_checkpoint_and_a_mean_of_zero_have_no_scale() -> None:
+    points = torch.ones(8, WEIGHTS, dtype=torch.float64)
+    points[:4] = -1
+    assert found((points, range(8))) == ([0, 1, 2, 3], [], [])
+
+
 def test_the_threshold_has_room_on_both_sides() -> None:
     """The bound that docs/comparing.md derives: noise that only grows or shrinks stays below 1 + √2."""
     highest = 0.0

@@ -62,6 +62,13 @@ def test_float16_and_float8_of_many_magnitudes(tmp_path: Path) -> None:
     assert found.to_mean == pytest.approx((points - points.mean(0)).norm(dim=1).tolist(), rel=1e-12)
 
 
+def test_a_zero_whose_products_were_rounded_has_no_direction() -> None:
+    rows = torch.tensor([[-1.0], [1.0], [1.0]], dtype=torch.float64)
+    products = rows @ rows.T
+    products[0, 0] -= 1e-15
+    assert geometry_of(products).cosines == ((1, 0), (0, 1))
+
+
 @pytest.mark.parametrize("smaller", [1e-3, 1e-6, 1e-9])
 def test_small_differences_of_large_weights_keep_their_digits(tmp_path: Path, smaller: float) -> None:
     """The products of the checkpoints themselves would leave none: their squares agree in 18 digits."""

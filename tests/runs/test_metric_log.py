@@ -427,6 +427,13 @@ def test_a_value_that_is_no_finite_number_is_refused_with_its_place(log: Log, ba
     assert log.best(rest) == [300]
 
 
+def test_a_column_without_any_number_has_nobody_to_rank(log: Log) -> None:
+    log.write("step,acc", "100,90%", "200,91%", "300,92%")
+    assert log.refusal(IncompatibleError, metric="acc").endswith(
+        "92% in line 4 for step_300.pt. Name another column with --metric, or write numbers."
+    )
+
+
 def test_a_later_number_replaces_nan(log: Log) -> None:
     """The run was resumed before the spike."""
     log.write("step,val_loss", "100,0.8", "200,nan", "200,0.4")

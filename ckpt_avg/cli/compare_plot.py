@@ -32,7 +32,7 @@ def _draw(result: CompareResult, figure: Figure) -> None:
     )
     step = -(-len(shown) // _MOST_LABELS)
     for checkpoint in shown[::-step]:
-        axes.annotate(_label(checkpoint), checkpoint.plane, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axes.annotate(_label(checkpoint, unit), checkpoint.plane, xytext=(4, 4), textcoords="offset points", fontsize=7)
     means = [_mean(points[-size:]) for size in range(2, len(points) + 1)]
     axes.plot(
         *zip(*means, strict=True), color=_AVERAGES, marker="s", markersize=3, linewidth=1, label="average of the last k"
@@ -56,8 +56,8 @@ def _draw(result: CompareResult, figure: Figure) -> None:
     axes.grid(alpha=0.3)
 
 
-def _label(checkpoint: ComparedCheckpoint) -> str:
-    number = checkpoint.epoch if checkpoint.step is None else checkpoint.step
+def _label(checkpoint: ComparedCheckpoint, unit: str) -> str:
+    number = checkpoint.epoch if unit == "epoch" else checkpoint.step
     return checkpoint.path.name[:20] if number is None else str(number)
 
 

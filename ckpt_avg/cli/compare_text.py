@@ -45,7 +45,7 @@ def _checkpoints(result: CompareResult) -> list[str]:
     far = {path for finding in result.findings for path in finding.checkpoints}
     rows = [[_unit(result), "norm", "to mean", "relative", "to previous", "statistics", ""]]
     for each in result.checkpoints:
-        cells = [_number(each), _figure(each.norm), _figure(each.to_mean), _share(each.relative)]
+        cells = [_number(each, _unit(result)), _figure(each.norm), _figure(each.to_mean), _share(each.relative)]
         cells += [_figure(each.to_previous), _share(each.statistics_to_mean), "far off" if each.path in far else ""]
         rows.append(cells)
     hidden = {0} if all(row[0] == "-" for row in rows[1:]) else set()
@@ -85,7 +85,7 @@ def _cosines(result: CompareResult) -> list[str]:
         what = f"cosines of the differences from the mean (of the checkpoints: {least:g} or more)"
     if count > _MOST_COLUMNS:
         return [f"{what}: --json has them"]
-    numbers = [_number(each) for each in result.checkpoints]
+    numbers = [_number(each, _unit(result)) for each in result.checkpoints]
     labels = (
         numbers if "-" not in numbers and max(map(len, numbers)) < 5 else [str(place + 1) for place in range(count)]
     )
@@ -113,7 +113,7 @@ def _tensor(tensor: ComparedTensor, result: CompareResult) -> list[str]:
     known = [(distance, place) for place, distance in enumerate(tensor.to_mean) if not math.isnan(distance)]
     distance, place = max(known, default=(math.nan, 0))
     shape = "×".join(map(str, tensor.shape)) or "scalar"
-    label = _number(result.checkpoints[place])
+    label = _number(result.checkpoints[place], _unit(result))
     farthest = _share(distance / tensor.norm if tensor.norm else math.nan)
     return [shape, _figure(tensor.norm), _share(tensor.relative), farthest,
             f"by {_cut(_names(result)[place], 16) if label == '-' else f'{_unit(result)} {label}'}"]  # fmt: skip
@@ -132,8 +132,8 @@ def _unit(result: CompareResult) -> str:
     return "epoch" if all(each.step is None for each in result.checkpoints) else "step"
 
 
-def _number(checkpoint: ComparedCheckpoint) -> str:
-    number = checkpoint.epoch if checkpoint.step is None else checkpoint.step
+def _number(checkpoint: ComparedCheckpoint, unit: str) -> str:
+    number = checkpoint.epoch if unit == "epoch" else checkpoint.step
     return "-" if number is None else str(number)
 
 

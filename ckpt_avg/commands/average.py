@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ckpt_avg.commands.agreement import agree_on_files, agree_on_request
@@ -50,13 +50,18 @@ def average(request: AverageRequest) -> AverageResult:
         return write_average(request, context)
 
 
-def write_average(request: AverageRequest, context: Context, measured: Sequence[Evaluation] = ()) -> AverageResult:
+def write_average(
+    request: AverageRequest,
+    context: Context,
+    measured: Sequence[Evaluation] = (),
+    directions: Mapping[str, bool] | None = None,
+) -> AverageResult:
     """Does what `average` does, in a context. What was measured before is not measured again (see `Evaluations`)."""
     discovery = request.discover()
     target, checksum = check_paths(request, discovery, context)
     prepared = prepare(discovery, request, context)  # open → check → plan
     agree_on_files(context.ranks, prepared.checkpoints)
-    draft = Draft(request, prepared, context, target, checksum, measured)
+    draft = Draft(request, prepared, context, target, checksum, measured, directions)
     return draft.result() if request.dry_run else publish(draft)  # mean → refresh → evaluate → publish
 
 

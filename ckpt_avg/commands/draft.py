@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,10 +100,11 @@ class Draft:
         target: Path,
         checksum: Path | None,
         measured: Sequence[Evaluation] = (),
+        directions: Mapping[str, bool] | None = None,
     ) -> None:
         self.request, self.prepared, self.context = request, prepared, context
         self.target, self.checksum = target, checksum
-        self.evaluations = Evaluations(request, prepared, context, measured)
+        self.evaluations = Evaluations(request, prepared, context, measured, directions)
 
     @functools.cached_property
     def header(self) -> bytes:

@@ -144,16 +144,23 @@ class Evaluations(Meter):
     """What `average` measures: checkpoints and their average. Without a function it does nothing.
 
     ``before`` is what was measured of checkpoints before, in their order, the last one last: the average is compared
-    with these, and none is measured again. Some may not be in the average.
+    with these, and none is measured again. Some may not be in the average. ``directions`` says for which
+    metrics higher is better, or lower; of others the requirements and the names do.
     """
 
     def __init__(
-        self, request: AverageRequest, prepared: Prepared, context: Context, before: Sequence[Evaluation] = ()
+        self,
+        request: AverageRequest,
+        prepared: Prepared,
+        context: Context,
+        before: Sequence[Evaluation] = (),
+        directions: Mapping[str, bool] | None = None,
     ) -> None:
         super().__init__(request, prepared, context)
         self._measured: list[Evaluation] = []
         self._before = before
         self._requirements = request.requirements
+        self._directions = directions or {}
         self._is_on = bool(request.functions)
         self._several = len(prepared.checkpoints) > 1 or bool(before)
         every = request.evaluate_all or needs_all(request.requirements)
@@ -238,7 +245,8 @@ class Evaluations(Meter):
         saved, refreshed, average = self._kinds()
         if average is None:
             return None
-        directions = {each.metric: each.operator.startswith(">") for each in self._requirements}
+        required = {each.metric: each.operator.startswith(">") for each in self._requirements}
+        directions = {**required, **self._directions}
         before = self._last(saved)
         if not self._several:
             return Comparison((), compare(before, average, directions) if average.refreshed else ())

@@ -131,7 +131,8 @@ def soup(request: SoupRequest) -> SoupResult:
             )
 
         try:
-            return result(write_average(request.as_average(chosen.kept), writing, chosen.measured))
+            directions = {request.target[1]: request.maximize is not None}
+            return result(write_average(request.as_average(chosen.kept), writing, chosen.measured, directions))
         except RequirementError as error:
             error.result = result(error.result)
             raise

@@ -118,10 +118,10 @@ def higher_is_better(metric: str) -> bool | None:
 
 def helped(changes: Sequence[Change]) -> bool | None:
     """Whether some metric got better and none worse; None if that cannot be said with one word."""
-    verdicts = {change.verdict for change in changes} - {"", "not a number"}
-    if not verdicts or {"better", "worse"} <= verdicts:
-        return None
-    return "better" in verdicts
+    verdicts = {change.verdict for change in changes} - {"not a number"}
+    if "better" in verdicts:
+        return None if "worse" in verdicts else True
+    return False if verdicts and "" not in verdicts else None
 
 
 def _verdict(difference: float, spread: float | None, higher: bool | None) -> str:

@@ -58,6 +58,14 @@ def compared(*names: str, steps: bool = True) -> CompareResult:
     )
 
 
+def test_an_epoch_is_no_step() -> None:
+    """Of a checkpoint that records only an epoch, among others that record steps."""
+    result = compared("a.pt", "b.pt", "c.pt")
+    first, second, third = result.checkpoints
+    result = replace(result, checkpoints=(first, replace(second, step=None, epoch=7), third))
+    assert [line.split()[1] for line in comparison_text(result).splitlines()[1:5]] == ["step", "0", "-", "200"]
+
+
 def test_the_text_of_three_checkpoints() -> None:
     assert comparison_text(compared("a.pt", "b.pt", "c.pt"), tensors=True).splitlines() == [
         "3 checkpoints, 1,234 weights in 1 tensor; norm of the mean 9.5",

@@ -359,7 +359,17 @@ def test_a_gate_compares_with_the_last_candidate(marked: Any, tmp_path: Path) ->
         (2.6, 2, True),
     ]
     assert result.average.comparison is not None
-    assert [change.difference for change in result.average.comparison.averaging] == [-7.0]
+    (change,) = result.average.comparison.averaging
+    assert change.difference == -7.0
+
+
+def test_the_target_tells_whether_averaging_helped(marked: Any) -> None:
+    """The name of the metric does not."""
+    for option, verdict in (("minimize", "better"), ("maximize", "worse")):
+        wanted = {"maximize": None, "minimize": None, option: "m"}
+        result, _ = marked(2, lambda chosen: 1.0 if len(chosen) == 2 else 2.0, tolerance=1.0, **wanted)
+        assert result.average.comparison is not None
+        assert [each.verdict for each in result.average.comparison.averaging] == [verdict]
 
 
 def test_a_gate_that_is_not_met(run: list[Path], tmp_path: Path) -> None:

@@ -95,10 +95,12 @@ def test_the_spread_is_the_sample_standard_deviation() -> None:
         (["better", "worse"], None),
         (["worse"], False),
         (["equal"], False),
-        (["within the spread", ""], False),
+        (["within the spread", "equal"], False),
+        (["within the spread", ""], None),
+        (["worse", ""], None),
         (["", "not a number"], None),
     ],
 )
 def test_whether_it_helped(verdicts: list[str], expected: bool | None) -> None:
-    """No word of help where nothing got better."""
+    """No word of help where nothing got better, and none against it where a metric of unknown direction changed."""
     assert helped([Change("m", 0.0, None, verdict) for verdict in verdicts]) is expected

@@ -8,6 +8,7 @@ from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.mean.weighting import Moments, Weighting, Weights, choose_weights
 from ckpt_avg.runs.order import Unit, position, unit_of
 from ckpt_avg.runs.select import Selected
+from ckpt_avg.text import listing
 
 
 def weighting_of(
@@ -18,6 +19,8 @@ def weighting_of(
     Raises:
         CkptAvgError: as `choose_weights`.
     """
+    if options.weights is not None and selected.copies:
+        notice(f"--weights: no weight belongs to {listing(selected.copies)}: skipped, as another has the same weights")
     places = [selected.places[index] for index in window]
     unit = unit_of(selected.run[place] for place in places)
     return choose_weights(

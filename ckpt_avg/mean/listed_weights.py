@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def read_weights(
         pairs = [(str(name), value) for name, value in given.items()]
     elif isinstance(given, str):
         pairs = [(None, _number(text)) for text in given.split(",")]
-    elif isinstance(given, Iterable):
+    elif isinstance(given, Iterable) and not isinstance(given, (Set, bytes)):  # a set has no order
         pairs = [(None, value) for value in given]
     else:
         raise UsageError(f"--weights: got {type_of(given)}. Give numbers, or a mapping of names to numbers.")
@@ -143,7 +143,9 @@ def _from_file(path: str) -> dict[str, Any]:
 
     try:
         found = json.loads(Path(path).read_bytes(), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UsageError(f"--weights {quote(path)}: cannot be read: {error.strerror}. Check the path.") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f'{path}: cannot be read as JSON ({error}). Write for example {{"epoch_1.pt": 0.4, "epoch_2.pt": 0.6}}.'
         ) from error

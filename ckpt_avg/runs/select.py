@@ -59,11 +59,15 @@ class Selected:
         """The step of each, if it records one; epochs if no step orders them."""
         return tuple(record.epoch if self.unit == "epoch" else record.step for record in self.records)
 
+    @property
+    def copies(self) -> list[str]:
+        """The names of files that were skipped because their weights are those of another."""
+        return [escaped(each.path.name) for each in self.skipped if each.reason.startswith(COPY)]
+
     def refuse_single(self) -> None:
         """Raises IncompatibleError if there is nothing to compare a checkpoint with; says which copies were skipped."""
         if len(self.checkpoints) < 2:
-            copies = [escaped(each.path.name) for each in self.skipped if each.reason.startswith(COPY)]
-            skipped = f" ({listing(copies)}: skipped, as the weights are the same)" if copies else ""
+            skipped = f" ({listing(self.copies)}: skipped, as the weights are the same)" if self.copies else ""
             path = self.checkpoints[0].spec.path
             raise IncompatibleError(f"{path}: is the only checkpoint{skipped}. Name at least two to compare.")
 

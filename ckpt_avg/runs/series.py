@@ -67,9 +67,9 @@ def notes_on_series(found: Iterable[Candidate]) -> list[str]:
 
 def notes_on_moments(found: Sequence[Candidate]) -> list[str]:
     """Says which checkpoints have the same step."""
-    return [
-        f"several checkpoints have the same step, and all are used: {listing(map(quote, names))}"
-        for names in _with_one_moment(found)
+    groups = [listing(map(quote, names)) for names in _with_one_moment(found)]
+    return [f"several checkpoints have the same step, and all are used: {listing(groups, separator='; ')}"][
+        : len(groups)
     ]
 
 

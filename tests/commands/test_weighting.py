@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +26,7 @@ from ckpt_avg import IncompatibleError, UsageError, VerificationError, average, 
 from ckpt_avg.engine import kernel
 from ckpt_avg.errors import NonFiniteError
 from ckpt_avg.mean.weight_formulas import decay_weights, ema_weights, exponent_of, power_weights
+from ckpt_avg.progress import Progress
 
 Run = Callable[..., tuple[int, str, str]]
 WEIGHTS = [0.5, 0.207, 0.159, 0.134]
@@ -249,6 +251,15 @@ def test_listed_weights_follow_the_checkpoints_as_listed(run: Path, tmp_path: Pa
     assert_is_the_weighted_sum(found, [old, new], [0.1, 0.9])
     found, _ = written(paths, tmp_path, weights=[0.9, 0.1], keep_order=True)
     assert_is_the_weighted_sum(found, [new, old], [0.9, 0.1])
+
+
+def test_a_copy_takes_no_weight_and_this_is_said(run: Path, tmp_path: Path) -> None:
+    """Before the number of weights is refused: the user counts the files."""
+    shutil.copy(run / "step_300.pt", run / "best.pt")
+    said: list[str] = []
+    with pytest.raises(UsageError, match="expected 5 weights"):
+        average(run, tmp_path / "out.safetensors", weights=[0.1] * 4 + [0.3] * 2, progress=Progress(notice=said.append))
+    assert said[0].startswith("--weights: no weight belongs to best.pt: skipped")
 
 
 def test_power_is_near_the_average_that_training_kept(tmp_path: Path) -> None:

@@ -135,7 +135,9 @@ def test_negative_weights_are_pointed_out() -> None:
         ({"a.pt": 0.5, "b.pt": 0.25, "c.pt": 0.25, "d.pt": 0.0}, False, "--weights: 'd.pt' is none of the checkpoints"),
         ({"a.pt": 0.5, "b.pt": 0.25, "c.ptt": 0.25}, False, "Did you mean 'c.pt'?"),
         ({"a.pt": 0.5, "run/a.pt": 0.25, "b.pt": 0.25}, False, "each weight must be of one checkpoint"),
-        (Path("none.json"), False, "none.json: cannot be read as JSON ("),
+        ({0.25, 0.75}, False, "--weights: got a set. Give numbers, or a mapping of names to numbers."),
+        (b"ab", False, "--weights: got a bytes."),
+        (Path("none.json"), False, "--weights 'none.json': cannot be read: No such file or directory. Check the path."),
     ],
     ids=str,
 )  # fmt: skip

@@ -423,6 +423,15 @@ def test_two_checkpoints_of_one_step_are_used_with_a_note(tmp_path: Path) -> Non
     assert found.notes == ("several checkpoints have the same step, and all are used: 'a_step_2.pt', 'b_step_2.pt'",)
 
 
+def test_many_repeated_steps_are_one_note(tmp_path: Path) -> None:
+    """Of two runs that are named together."""
+    for seed, name in enumerate(("a/step_1.pt", "a/step_2.pt", "b/step_1.pt", "b/step_2.pt")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        put(tmp_path / name, seed)
+    (note,) = [each for each in look(tmp_path / "a", tmp_path / "b").notes if "the same step" in each]
+    assert note.endswith(": 'a/step_1.pt', 'b/step_1.pt'; 'a/step_2.pt', 'b/step_2.pt'")
+
+
 def test_the_parts_of_a_tensor_parallel_model_are_refused(tmp_path: Path) -> None:
     for rank in (0, 1):
         put(tmp_path / f"consolidated.0{rank}.pth", rank)

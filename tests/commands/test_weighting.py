@@ -255,11 +255,11 @@ def test_listed_weights_follow_the_checkpoints_as_listed(run: Path, tmp_path: Pa
 
 def test_a_copy_takes_no_weight_and_this_is_said(run: Path, tmp_path: Path) -> None:
     """Before the number of weights is refused: the user counts the files."""
-    shutil.copy(run / "step_300.pt", run / "best.pt")
+    shutil.copy(run / "step_300.pt", run / "step_300_again.pt")
     said: list[str] = []
     with pytest.raises(UsageError, match="expected 5 weights"):
         average(run, tmp_path / "out.safetensors", weights=[0.1] * 4 + [0.3] * 2, progress=Progress(notice=said.append))
-    assert said[0].startswith("--weights: no weight belongs to best.pt: skipped")
+    assert said[0].startswith("--weights: no weight belongs to step_300_again.pt: skipped")
 
 
 def test_power_is_near_the_average_that_training_kept(tmp_path: Path) -> None:
@@ -483,7 +483,7 @@ def test_the_table_is_at_most_80_columns_wide(tmp_path: Path, in_process: Run) -
         (["--weights", "1,1,1,1,1"], 2, "5 weights with the sum 5, not 1. Add --normalize to divide by it."),
         (["--weights", "0,0,0,0,0"], 2, "all weights are 0."),
         (["--weights", "nan,0,0,0,1"], 2, "nan is no weight."),
-        (["--weights", "no.json"], 2, "no.json: cannot be read as JSON"),
+        (["--weights", "no.json"], 2, "--weights 'no.json': cannot be read: No such file"),
         (["--weighting", "ema"], 2, "--weighting ema needs --half-life."),
         (["--weighting", "power", "--width", "0.3"], 2, "--width 0.3: no power has this width."),
         (["--weighting", "power", "--width", "wide"], 2, "'wide' is not a number. Write for example"),

@@ -64,6 +64,6 @@ def measure(value: object) -> float | None:
 def number_in(text: object) -> float | None:
     """Returns the number that a text, such as the cell of a table, is; None if it is none."""
     try:
-        return as_number(float(text)) if isinstance(text, str) else None
+        return as_number(float(text)) if isinstance(text, str) and "_" not in text else None  # 1_0 is no 10
     except ValueError:
         return None

@@ -20,7 +20,7 @@ from ckpt_avg.runs.candidates import open_candidates
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.metric_log import read_log
 from ckpt_avg.runs.run_folder import Skipped, entries_of
-from ckpt_avg.text import plural
+from ckpt_avg.text import ends, escaped, plural
 
 _MOST = 100  # entries of a folder without checkpoints that are described
 
@@ -102,13 +102,18 @@ def _one(spec: CheckpointSpec, request: InspectRequest) -> Inspection:
 
 
 def _with_logged(candidates: Sequence[Candidate], request: InspectRequest, notes: list[str]) -> list[Record]:
-    """Returns what is recorded of the checkpoints, with the metrics of the log, if one was named."""
+    """Returns what is recorded of the checkpoints, with the metrics of the log before their own, if one was named."""
     records = [candidate.record for candidate in candidates]
     if request.log is None:
         return records
     log = read_log(candidates, request, notes.append)
     logged = [log.metrics_of(each) for each in records]
-    return [replace(each, metrics=new | dict(each.metrics) | new) for each, new in zip(records, logged, strict=True)]
+    lacking = [escaped(each.path.name) for each, new in zip(candidates, logged, strict=True) if not new]
+    if lacking:
+        notes.append(f"--log-step {log.step.given}: {escaped(log.path.name)} has no metrics of {ends(lacking)}")
+    # What the log has for others is not taken from a checkpoint.
+    own = [{name: value for name, value in each.metrics.items() if name not in log.columns} for each in records]
+    return [replace(each, metrics=new | old) for each, new, old in zip(records, logged, own, strict=True)]
 
 
 def _described_entries(folder: Path) -> tuple[tuple[str, str], ...]:

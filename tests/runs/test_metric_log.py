@@ -409,7 +409,7 @@ def test_the_only_metric_needs_no_name(log: Log) -> None:
 
 
 @pytest.mark.guarantee("metric-log")
-@pytest.mark.parametrize("bad", ["nan", "NaN", "inf", "-inf", "1e999", "tensor(0.3)", "0,3", "12%", "False"])
+@pytest.mark.parametrize("bad", ["nan", "NaN", "inf", "-inf", "1e999", "tensor(0.3)", "0,3", "0_3", "12%", "False"])
 @pytest.mark.parametrize("form", ["csv", "json"])
 def test_a_value_that_is_no_finite_number_is_refused_with_its_place(log: Log, bad: str, form: str) -> None:
     """Neither good nor bad: whether the checkpoint is averaged is the user's decision."""
@@ -603,6 +603,19 @@ def test_inspect_and_a_dry_run_show_the_metrics_of_the_log(
     assert (code, "by 'score' in results.csv: epoch_20.pt 0.2" in err) == (0, True)
     code, out, err = in_process("check", run_folder, "--best", 3, "--mode", "max", *options, "--json")
     assert [Path(each).name for each in json.loads(out)["checkpoints"]] == [f"epoch_{each}.pt" for each in (18, 19, 20)]
+
+
+def test_inspect_shows_no_metric_of_a_checkpoint_as_that_of_the_log(
+    in_process: Command, run_folder: Path, tmp_path: Path
+) -> None:
+    """The log counts one lower, and both have a loss."""
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,loss\n" + "".join(f"{epoch},{epoch / 8}\n" for epoch in range(8, 20)))
+    code, out, _ = in_process("inspect", run_folder, "--log", path, "--log-step", "epoch")
+    assert code == 0
+    assert "epoch_9.pt   9      loss 1.125, accuracy " in out
+    assert "epoch_20.pt  20     accuracy " in out
+    assert "note: --log-step epoch: metrics.csv has no metrics of epoch_20.pt\n" in out
 
 
 @pytest.mark.guarantee("metric-log")

@@ -5,7 +5,8 @@ of the differences and of the mean, ⟨d_i, d_j⟩, ⟨d_i, m⟩ and ⟨m, m⟩,
 distances follow from them without cancellation (`geometry`).
 
 Blocks depend on the number of checkpoints alone, and their sums are added in their order, so the results don't depend
-on threads. torch's matrix product computes them: it is N + 1 times the arithmetic of a mean.
+on threads. All products are kept for groups of tensors alone: memory does not grow with N² times the tensors. torch's
+matrix product computes them: it is N + 1 times the arithmetic of a mean.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import read_into, spans, torch_dtype
-from ckpt_avg.machine import gc_paused, run_workers
+from ckpt_avg.machine import SharedItems, gc_paused, run_workers
 from ckpt_avg.mean.arithmetic import as_real
 from ckpt_avg.mean.blocks import Block, cut_into_blocks
-from ckpt_avg.mean.plan import OutputTensor, Plan
+from ckpt_avg.mean.plan import Plan
 from ckpt_avg.mean.read_ahead import ReadAhead
 
 _READ = 1024 * 1024  # elements of all checkpoints that a worker reads at a time
 _CHUNK = 128 * 1024  # elements of all rows that it multiplies at a time: float64 numbers that stay in a core's cache
 _LEAST = 256  # elements of one checkpoint, for very many checkpoints
+_LOOK = 0.1  # seconds after which a worker that waits looks whether another has failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +50,27 @@ class Sums:
             is that of the finite values of an element; the sums of these checkpoints have no meaning.
     """
 
-    products: Mapping[str, torch.Tensor]
+    products: dict[str, torch.Tensor] = field(default_factory=dict)
     tensors: dict[str, TensorSums] = field(default_factory=dict)
     nonfinite: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def add(self, other: Sums) -> None:
+        """Adds what was measured of other elements of the same checkpoints."""
+        for group, products in other.products.items():
+            if group in self.products:
+                self.products[group].add_(products)
+            else:
+                self.products[group] = products.clone()
+        for name, tensor in other.tensors.items():
+            if known := self.tensors.get(name):
+                known.squares.add_(tensor.squares)
+                known.with_mean.add_(tensor.with_mean)
+            else:
+                self.tensors[name] = TensorSums(tensor.squares.clone(), tensor.with_mean.clone())
+        for index, counts in other.nonfinite.items():
+            found = self.nonfinite.setdefault(index, {})
+            for name, count in counts.items():
+                found[name] = found.get(name, 0) + count
 
 
 def measure(
@@ -76,21 +96,23 @@ def measure(
         ChangedWhileReadingError: an input was truncated or overwritten meanwhile.
     """
     number = len(checkpoints)
-    sums = _InOrder(number, groups)
+    shape = number + 1, number + 1
+    total = Sums({group: torch.zeros(shape, dtype=torch.float64) for group in sorted(set(groups.values()))})
+    in_order = _InOrder(total, 2 * threads)  # each worker has one block in hand, and has taken the next
     lock = threading.Lock()
     blocks = cut_into_blocks(plan, max(_LEAST, _READ // number))
     kept = torch.get_num_threads()
 
-    def work(items: Iterator[tuple[int, list[Block]]]) -> None:
-        worker = _Worker(checkpoints, ahead)
+    def work(items: SharedItems[tuple[int, list[Block]]]) -> None:
+        worker = _Worker(checkpoints, groups, ahead)
         following = worker.prepare(next(items, None))
         while following is not None:
             (index, current), following = following, worker.prepare(next(items, None))
-            parts = [part for block in current for part in worker.products(block)]
+            found = worker.measure(current)
             nbytes = number * sum(block.numel * block.source_dtype.itemsize for block in current)
             with lock:
-                sums.add(index, parts)
                 progress(nbytes)
+            in_order.add(index, found, items.check)
 
     try:
         with gc_paused(), ReadAhead(readers) as ahead:
@@ -99,60 +121,44 @@ def measure(
         torch.set_num_threads(kept)
     for checkpoint in checkpoints:
         checkpoint.check_unchanged()
-    return sums.total
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The products of consecutive elements of a tensor, and how many of them are not finite in which checkpoint."""
-
-    tensor: OutputTensor
-    products: torch.Tensor
-    nonfinite: Mapping[int, int]
+    return total
 
 
 class _InOrder:
-    """Adds the sums of blocks in the order of the blocks, whichever is ready first."""
+    """Adds the sums of blocks in the order of the blocks, whichever is ready first; at most ``most`` of them wait."""
 
-    def __init__(self, number: int, groups: Mapping[str, str]) -> None:
-        shape = number + 1, number + 1
-        names = sorted(set(groups.values()))
-        self.total = Sums({name: torch.zeros(shape, dtype=torch.float64) for name in names})
-        self._groups = groups
-        self._waiting: dict[int, Sequence[_Part]] = {}
+    def __init__(self, total: Sums, most: int) -> None:
+        self._total, self._most = total, most
+        self._waiting: dict[int, Sums] = {}
         self._next = 0
+        self._changed = threading.Condition()
 
-    def add(self, index: int, parts: Sequence[_Part]) -> None:
-        """Adds the sums of block ``index`` when those of all blocks before it have been added."""
-        self._waiting[index] = parts
-        while self._next in self._waiting:
-            for part in self._waiting.pop(self._next):
-                self._add(part)
-            self._next += 1
+    def add(self, index: int, sums: Sums, check: Callable[[], None]) -> None:
+        """Adds the sums of block ``index`` when those of all blocks before it have been added.
 
-    def _add(self, part: _Part) -> None:
-        name = part.tensor.name
-        self.total.products[self._groups[name]].add_(part.products)
-        squares, with_mean = part.products.diagonal(), part.products[:, -1]
-        if known := self.total.tensors.get(name):
-            known.squares.add_(squares)
-            known.with_mean.add_(with_mean)
-        else:
-            self.total.tensors[name] = TensorSums(squares.clone(), with_mean.clone())
-        for index, count in part.nonfinite.items():
-            found = self.total.nonfinite.setdefault(index, {})
-            found[name] = found.get(name, 0) + count
+        If too many wait it returns later. Meanwhile it calls ``check`` now and then.
+        """
+        with self._changed:
+            while not self._changed.wait_for(lambda: index <= self._next + self._most, _LOOK):
+                check()
+            self._waiting[index] = sums
+            while self._next in self._waiting:
+                self._total.add(self._waiting.pop(self._next))
+                self._next += 1
+            self._changed.notify_all()
 
 
 class _Worker:
     """Reads blocks from every checkpoint and multiplies them. Each thread has its own, and one thread of torch."""
 
-    def __init__(self, checkpoints: Sequence[Checkpoint], ahead: ReadAhead) -> None:
+    def __init__(self, checkpoints: Sequence[Checkpoint], groups: Mapping[str, str], ahead: ReadAhead) -> None:
         torch.set_num_threads(1)
         torch.set_flush_denormal(False)
-        self._checkpoints, self._ahead = checkpoints, ahead
+        self._checkpoints, self._groups, self._ahead = checkpoints, groups, ahead
         self._chunk = max(_LEAST, _CHUNK // (len(checkpoints) + 1))
         self._rows = torch.empty((len(checkpoints) + 1) * self._chunk, dtype=torch.float64)
+        # One for all tensors: between the small results, memory of many would not be used again.
+        self._products = torch.empty(len(checkpoints) + 1, len(checkpoints) + 1, dtype=torch.float64)
         self._single = torch.empty(self._chunk, dtype=torch.float32)
 
     def prepare(self, item: tuple[int, list[Block]] | None) -> tuple[int, list[Block]] | None:
@@ -161,8 +167,16 @@ class _Worker:
             self._ahead.ask(spans(checkpoint, block.stored_in(checkpoint)) for checkpoint in self._checkpoints)
         return item
 
-    def products(self, block: Block) -> Iterator[_Part]:
-        """Yields the products of each tensor in a block, chunk by chunk."""
+    def measure(self, blocks: Sequence[Block]) -> Sums:
+        """Returns the sums of blocks. Of a tensor they keep 2 (N + 1) numbers: all its products would be N²."""
+        total = Sums()
+        for block in blocks:
+            for sums in self._parts(block):
+                total.add(sums)
+        return total
+
+    def _parts(self, block: Block) -> Iterator[Sums]:
+        """Yields the sums of each tensor in a block, chunk by chunk: views of memory that the next ones overwrite."""
         # In one checkpoint neighbouring tensors may have different dtypes.
         for uniform in block.split(block.numel, self._checkpoints):
             values = [self._read(uniform, checkpoint) for checkpoint in self._checkpoints]
@@ -175,7 +189,12 @@ class _Worker:
                 for tensor, begin, end in uniform.parts(start, stop):
                     part = rows[:, begin * width : end * width]
                     found = {} if bad is None else _count(bad[:, begin * width : end * width], width)
-                    yield _Part(tensor, part @ part.T, found)
+                    products = torch.mm(part, part.T, out=self._products)
+                    yield Sums(
+                        {self._groups[tensor.name]: products},
+                        {tensor.name: TensorSums(products.diagonal(), products[:, -1])},
+                        {index: {tensor.name: count} for index, count in found.items()},
+                    )
 
     def _read(self, block: Block, checkpoint: Checkpoint) -> torch.Tensor:
         ranges = block.stored_in(checkpoint)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
@@ -16,18 +18,25 @@ from mean.inputs import State, every_dtype, mixed_run, save
 from ckpt_avg.files import platform
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.mean import gram
+from ckpt_avg.mean.blocks import Block
 from ckpt_avg.mean.geometry import geometry_of
 from ckpt_avg.mean.gram import Sums, measure
 from ckpt_avg.mean.value_kinds import plan_of
 
 
-def sums_of(paths: Sequence[Path], *, threads: int = 2, readers: int = 0) -> Sums:
+def sums_of(
+    paths: Sequence[Path],
+    *,
+    threads: int = 2,
+    readers: int = 0,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> Sums:
     with ExitStack() as stack:
         checkpoints = [stack.enter_context(open_checkpoint(path)) for path in paths]
         plan = plan_of(checkpoints, dtype="keep", non_float="last")
         plan = replace(plan, tensors=tuple(each for each in plan.tensors if each.rule == "mean"))
         groups = {each.name: "all" for each in plan.tensors}
-        return measure(checkpoints, plan, groups, threads=threads, readers=readers)
+        return measure(checkpoints, plan, groups, threads=threads, readers=readers, progress=progress)
 
 
 def flat(state: State) -> torch.Tensor:
@@ -161,3 +170,66 @@ def test_many_checkpoints_of_few_elements(tmp_path: Path) -> None:
     points = torch.randn(300, 700, dtype=torch.float64)
     found = geometry_of(sums_of(save(tmp_path, [{"w": row.clone()} for row in points])).products["all"])
     assert found.to_mean == pytest.approx((points - points.mean(0)).norm(dim=1).tolist(), rel=1e-12)
+
+
+def test_no_products_of_single_tensors_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only those with themselves and with the mean: N² numbers for each of many tensors would fill the memory."""
+    monkeypatch.setattr(gram, "_CHUNK", 1024)
+    monkeypatch.setattr(gram, "_LEAST", 16)
+    number, tensors = 50, 200
+    states = [{f"w{index}": torch.randn(1) for index in range(tensors)} for _ in range(number)]
+    paths = save(tmp_path, states)
+    del states
+    held = []
+    before = bytes_of_tensors()
+    sums_of(paths, threads=1, progress=lambda _: held.append(bytes_of_tensors() - before))
+    assert len(held) == 1
+    assert tensors * 2 * number * 8 < held[0] < tensors * number**2 * 8 / 10
+
+
+def bytes_of_tensors() -> int:
+    """Returns how much memory the tensors of this process have."""
+    found = (each.untyped_storage() for each in gc.get_objects() if type(each) is torch.Tensor)
+    return sum({each.data_ptr(): each.nbytes() for each in found}.values())
+
+
+@pytest.fixture
+def many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Checkpoints of 100 blocks."""
+    monkeypatch.setattr(gram, "_READ", 200)
+    monkeypatch.setattr(gram, "_LEAST", 16)
+    return save(tmp_path, [{"w": torch.randn(10_000)} for _ in range(2)])
+
+
+def test_few_blocks_wait_for_a_slow_one(many_blocks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sums would fill the memory."""
+    measure_blocks = gram._Worker.measure
+    measured = 0
+    meanwhile = []
+
+    def slow_at_first(worker: gram._Worker, blocks: Sequence[Block]) -> Sums:
+        nonlocal measured
+        if blocks[0].offset == 0:
+            time.sleep(0.3)
+            meanwhile.append(measured)
+        measured += 1
+        return measure_blocks(worker, blocks)
+
+    monkeypatch.setattr(gram._Worker, "measure", slow_at_first)
+    sums_of(many_blocks, threads=3)
+    assert measured == 100
+    assert meanwhile[0] <= 8
+
+
+def test_workers_that_wait_for_one_that_fails_give_up(many_blocks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_blocks = gram._Worker.measure
+
+    def fail_at_first(worker: gram._Worker, blocks: Sequence[Block]) -> Sums:
+        if blocks[0].offset == 0:
+            time.sleep(0.2)
+            raise OSError("no such luck")
+        return measure_blocks(worker, blocks)
+
+    monkeypatch.setattr(gram._Worker, "measure", fail_at_first)
+    with pytest.raises(OSError, match="no such luck"):
+        sums_of(many_blocks, threads=3)

@@ -60,7 +60,8 @@ class Averages:
         orders = [self.order(subset) for subset in subsets]
         chosen = [summed(order, each) for order, each in zip(orders, weights or [None] * len(orders), strict=True)]
         read = {index for indices, _ in chosen for index in indices}
-        needed = sorted(read | {len(prepared.checkpoints) - 1})  # the plan's last has some tensors for all
+        # The last of the plan has some tensors for all, and two show whether a tensor with infinities is a constant.
+        needed = sorted(read | {0, len(prepared.checkpoints) - 1})
         places = {index: place for place, index in enumerate(needed)}
         outputs = [MemoryOutput(prepared.plan) for _ in subsets]
         means = [

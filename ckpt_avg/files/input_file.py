@@ -43,14 +43,18 @@ class InputFile:
         size: its bytes when it was opened.
         identity: its device and inode.
 
+    Args:
+        path: the file.
+        reserve: how many descriptors must stay free.
+
     Raises:
         CheckpointFormatError: it cannot be opened, or is not a regular file.
         ResourceError: too many files are open.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, reserve: int = _RESERVE) -> None:
         self.path = path
-        self._fd, status = _open(path)
+        self._fd, status = _open(path, reserve)
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino)
         self._modified = status.st_mtime_ns
@@ -201,7 +205,7 @@ class FileRange:
 Readable = InputFile | FileRange
 
 
-def _open(path: Path) -> tuple[int, os.stat_result]:
+def _open(path: Path, reserve: int) -> tuple[int, os.stat_result]:
     limit = platform.raise_open_file_limit()
     try:
         fd = os.open(path, platform.READ_FLAGS)
@@ -213,7 +217,7 @@ def _open(path: Path) -> tuple[int, os.stat_result]:
         advice = "Check the path" if error.errno in (errno.ENOENT, errno.ENOTDIR) else "Check its permissions and kind"
         raise CheckpointFormatError(f"{path}: cannot be opened: {error.strerror}. {advice}.") from error
     try:
-        if limit is not None and fd >= limit - min(_RESERVE, limit // 4):  # the system hands out the lowest free number
+        if limit is not None and fd >= limit - min(reserve, limit // 4):  # the system hands out the lowest free number
             raise TooManyFilesError(str(path), limit + 1, limit)
         status = _status(fd, path)
         if not stat.S_ISREG(status.st_mode):

@@ -70,7 +70,7 @@ def refuse_damaged(path: Path, header: bytes, size: int, target: Path) -> None:
         OutputError: the file has another header or size, or this package would not read it.
     """
     try:
-        with InputFile(path) as file:
+        with InputFile(path, reserve=0) as file:  # the last one
             found = read_header(file)
             refuse_too_many_values(file, found)
             is_whole = file.size == size and file.read(0, 8) + found == header

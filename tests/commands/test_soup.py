@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ckpt_avg import IncompatibleError, RequirementError, UsageError, UserCodeError, average, soup, verify
+from ckpt_avg import IncompatibleError, RequirementError, UsageError, UserCodeError, average, soup, sweep, verify
 from ckpt_avg.commands.soup import SoupResult
 from ckpt_avg.progress import Progress
 
@@ -590,3 +590,25 @@ def test_the_split_of_an_average(run: list[Path], tmp_path: Path) -> None:
         with safe_open(tmp_path / f"{name}.safetensors", "pt") as opened:
             assert opened.metadata().get("ckpt_avg.split") == expected
     assert load_file(tmp_path / "a.safetensors").keys() == load_file(tmp_path / "b.safetensors").keys()
+
+
+class Masked(nn.Module):
+    """A layer, and the mask of a causal attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+
+
+def test_a_mask_with_infinities_is_no_error(tmp_path: Path) -> None:
+    """`average` takes it, since it is the same in all checkpoints; each candidate alone would not show that."""
+    paths = [tmp_path / f"step_{step}.pt" for step in range(1, 5)]
+    for seed, path in enumerate(paths):
+        torch.manual_seed(seed)
+        torch.save(Masked().state_dict(), path)
+    code: dict[str, Any] = {"model": Masked, "evaluate": lambda model: {"size": model.layer.weight.norm().item()}}
+    made = soup(paths, tmp_path / "soup.safetensors", minimize="size", **code)
+    assert len(made.kept) > 1
+    assert torch.equal(load_file(tmp_path / "soup.safetensors")["mask"], Masked().mask)
+    assert len(sweep(paths, minimize="size", hold=1, **code).windows) == 7

@@ -159,9 +159,17 @@ def test_a_damaged_header_is_noticed(plan: Plan, tmp_path: Path, damage: str) ->
         refuse_damaged(path, encoded, len(encoded) + plan.nbytes, tmp_path / "target")
 
 
+def test_brackets_in_the_names_of_many_sources_are_no_damage(plan: Plan, tmp_path: Path) -> None:
+    """A finished run would be thrown away, because of the names of its checkpoints."""
+    encoded = encode_header(encode_tensors(plan), {"sources": "lr[1e-3]_wd[0] " * 10_000})
+    path = tmp_path / "out.safetensors"
+    path.write_bytes(encoded + bytes(plan.nbytes))
+    refuse_damaged(path, encoded, len(encoded) + plan.nbytes, path)
+
+
 def test_a_header_that_would_not_be_read_again_is_refused(plan: Plan, tmp_path: Path) -> None:
     """Such as one with brackets without end in its metadata."""
-    encoded = encode_header(encode_tensors(plan), {"k": "[" * 2_000})
+    encoded = encode_header(encode_tensors(plan), {"k": "[" * 200_000})
     path = tmp_path / "out.safetensors"
     path.write_bytes(encoded + bytes(plan.nbytes))
     with pytest.raises(OutputError, match=r"cannot be read: .*too many other values"):

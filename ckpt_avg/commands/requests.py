@@ -113,13 +113,13 @@ class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
 
     evaluate_all: bool = field(default=False, init=False)
     require: str | Sequence[str] = field(default=(), init=False)
+    weights: None = field(default=None, init=False)  # the windows differ in their number of checkpoints
+    normalize: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.functions:
             raise UsageError("--eval is missing. Add --eval MODULE:FUNCTION to measure each average.")
-        if self.weights is not None:
-            raise UsageError("--weights: the windows differ in their number of checkpoints. Use --weighting instead.")
         if self.weightings and self.weighting != "mean":
             raise UsageError(
                 f"--weightings, --weighting {self.weighting}: both choose rules. Add this one to --weightings."

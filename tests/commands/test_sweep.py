@@ -299,7 +299,6 @@ def test_ties_go_to_the_rule_that_is_listed_first(run: list[Path]) -> None:
         ({"weightings": "power:0.3"}, "--width 0.3: no power has this width. "),
         ({"weightings": ["ema:5", "ema:5.0"]}, "--weightings: ema:5 is listed twice. List it once."),
         ({"weightings": "mean", "weighting": "linear"}, "--weightings, --weighting linear: both choose rules. "),
-        ({"weights": [0.5, 0.5]}, "--weights: the windows differ in their number of checkpoints. Use --weighting "),
         ({"weighting_by": "index"}, "--weighting-by index needs another --weighting than mean. "),
     ],
 )

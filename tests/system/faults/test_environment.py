@@ -153,7 +153,7 @@ FEW_FILES = "have to be open at once|too many open files"
             150 * 2**20,
             "out of memory: .*segment.*\\. Raise the limit on the memory of this process",
         ),
-        *((resource.RLIMIT_NOFILE, files, FEW_FILES) for files in (5, 6, 7)),
+        *((resource.RLIMIT_NOFILE, files, FEW_FILES) for files in (5, 6)),
     ],
 )
 def test_a_limit_that_is_too_low_for_any_run_is_exit_6(

@@ -37,8 +37,9 @@ class ReadAhead:
         requests = [request for turn in itertools.zip_longest(*each_input) for request in turn if request is not None]
         for request in requests:
             self._requests.put(request)
-        with self._lock:
-            self._start(min(len(requests), self._readers - len(self._threads)))
+        with self._lock:  # a worker that Ctrl-C has cut off from its pool may still ask when all is over
+            if not self._is_over:
+                self._start(min(len(requests), self._readers - len(self._threads)))
 
     def _start(self, number: int) -> None:
         for _ in range(number):
@@ -56,7 +57,8 @@ class ReadAhead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._is_over = True
+        with self._lock:
+            self._is_over = True
         for _ in self._threads:
             self._requests.put(None)
         for thread in self._threads:

@@ -81,3 +81,14 @@ def test_the_bytes_do_not_depend_on_it(tmp_path: Path, readers: int) -> None:
     average(paths, tmp_path / "plain.safetensors")
     average(paths, tmp_path / "found.safetensors", readers=readers)
     assert digest(tmp_path / "plain.safetensors") == digest(tmp_path / "found.safetensors")
+
+
+def test_nothing_starts_once_all_is_over() -> None:
+    """A worker that an interrupt has cut off from its pool may ask later: a reader would keep the process for ever."""
+    loaded: list[tuple[str, int, int]] = []
+    before = threading.active_count()
+    with ReadAhead(2) as ahead:
+        pass
+    ahead.ask([spans((Recorded("a", loaded), 0, MiB))])
+    assert threading.active_count() == before
+    assert loaded == []

@@ -11,7 +11,7 @@ import pytest
 
 from ckpt_avg import machine
 from ckpt_avg.machine import SharedItems, run_workers
-from ckpt_avg.mean.stream import most_workers
+from ckpt_avg.mean.block_sizes import most_workers
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from ckpt_avg.commands.options import ChoiceOptions
 from ckpt_avg.commands.prepare import Prepared
 from ckpt_avg.commands.requests import MeanRequest
 from ckpt_avg.errors import UsageError
+from ckpt_avg.mean.memory_output import MemoryOutput, write_tensors
 from ckpt_avg.mean.spectral_norm import leading_vectors
-from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means, write_tensors
+from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.mean.weighting import summed
 from ckpt_avg.text import listing, quote, suggestion
 from ckpt_avg.user_code.comparison import Evaluation

@@ -23,11 +23,11 @@ from ckpt_avg.distributed.launch import launch_of
 from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import UsageError
 from ckpt_avg.machine import choose_threads, gc_paused
+from ckpt_avg.mean.block_sizes import most_workers
 from ckpt_avg.mean.devices import choose_mean_device, choose_model_device
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.mean.samples import far_off_by_sample
-from ckpt_avg.mean.stream import most_workers
 from ckpt_avg.mean.value_kinds import plan_of
 from ckpt_avg.mean.weighting import Weights
 from ckpt_avg.runs.compatibility import refuse_differences

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ckpt_avg.commands.agreement import agree_on_header
 from ckpt_avg.commands.draft import AverageResult, Draft
 from ckpt_avg.errors import RankError, RequirementError
-from ckpt_avg.mean.stream import Mean, write_means, write_tensors
+from ckpt_avg.mean.memory_output import write_tensors
+from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.mean.weighting import summed
 from ckpt_avg.output.digests import TreeDigest, digest_stream
 from ckpt_avg.output.header import refuse_damaged

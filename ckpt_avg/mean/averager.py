@@ -10,9 +10,9 @@ import torch
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import stream
 from ckpt_avg.mean.arithmetic import as_real, mean_of_float64, mean_of_narrower, round_to, weighted_sum, write_nans
+from ckpt_avg.mean.block_sizes import LEAST_CHUNK
 from ckpt_avg.mean.blocks import Block
 from ckpt_avg.mean.nonfinite import Constants, out_of_range, refuse_nonfinite
-from ckpt_avg.mean.stream import LEAST_CHUNK
 
 
 class Averager:

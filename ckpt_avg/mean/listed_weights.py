@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_avg.errors import UsageError
+from ckpt_avg.mean.weight_formulas import normalized
 from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote, suggestion, type_of
 
 _NEAR = Fraction(1, 10**6)  # how far from 1 a sum may be because weights were written with few digits
@@ -99,12 +100,6 @@ def weights_listed(
     if negative := [f"{escaped(name)} {value:.6g}" for name, value in zip(names, values, strict=True) if value < 0]:
         notice(f"negative weights, so values may be outside the range of the checkpoints: {listing(negative)}")
     return values
-
-
-def normalized(values: Sequence[float]) -> list[float]:
-    """Returns numbers divided by their sum, each rounded once."""
-    total = sum(map(Fraction, values), Fraction(0))
-    return [float(Fraction(value) / total) for value in values]
 
 
 def _shown(total: Fraction) -> str:

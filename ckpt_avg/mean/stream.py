@@ -10,35 +10,19 @@ import contextlib
 import math
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.checkpoint.tensor_reads import read_into, spans, torch_dtype
+from ckpt_avg.checkpoint.tensor_reads import read_into, spans
 from ckpt_avg.engine import engine_for
 from ckpt_avg.machine import gc_paused, run_workers
+from ckpt_avg.mean.block_sizes import sizes_for
 from ckpt_avg.mean.blocks import Block, cut_into_blocks
 from ckpt_avg.mean.native import NativeEngine
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.mean.read_ahead import ReadAhead
-
-if TYPE_CHECKING:
-    import torch
-
-LEAST_CHUNK = 1024  # elements
-# Elements that torch sums at a time: few enough that the float64 sum and the widened input, 2 MiB together, stay in the
-# cache of a core, and enough to outweigh the calls.
-_CHUNK = 128 * 1024
-_MOST_ELEMENTS = 8 * 1024 * 1024  # larger blocks are no faster
-_MOST_CUDA_ELEMENTS = 1024 * 1024  # of a block, which is one chunk: enough to outweigh the launches of its kernels
-_SUMS, _FLOAT64_SUMS = 70, 150  # bytes on CUDA for each element: what the sum, the rounding and the checks need at most
-_CUDA_MEMORY = 32 * 1024 * 1024  # bytes of a worker
-_LEAST_BLOCKS = 2  # for each worker, so that all finish at about the same time
-_MOST_OUTPUT = 4 * 1024 * 1024  # bytes of a block of the native engine: enough to outweigh what Python does for each
-_MOST_INPUT = 256 * 1024 * 1024  # bytes of a block in all checkpoints: a call is not interrupted
-_WINDOWS = 4 * 1024 * 1024  # bytes of all its windows together, so that memory does not grow with the checkpoints …
-_LEAST_WINDOW = 64 * 1024  # … unless they would get smaller than this
 
 Write = Callable[[memoryview, int], None]
 
@@ -119,8 +103,15 @@ def write_means(
     """
     within = range(plan.nbytes) if within is None else within
     is_native = engine_for(device) == "native"
-    sizes = _native_sizes if is_native else _torch_sizes if device == "cpu" else _cuda_sizes
-    window, elements = sizes(memory, threads, plan, within, len(checkpoints), device)
+    window, elements = sizes_for(
+        device,
+        is_native=is_native,
+        memory=memory,
+        threads=threads,
+        plan=plan,
+        within=within,
+        checkpoints=len(checkpoints),
+    )
     device = _in_any_thread(device)
     lock = threading.Lock()
 
@@ -146,25 +137,6 @@ def write_means(
         checkpoint.check_unchanged()
 
 
-def most_workers(device: str, memory: int) -> int | None:
-    """Returns how many workers are worth starting; None if there may be one for each core.
-
-    On CUDA each operation of torch holds the interpreter lock for some microseconds, whatever the size of the block. If
-    a worker has less than `_CUDA_MEMORY`, workers wait for the lock longer than for the copies; and torch reserves 22
-    MiB of the device for each stream.
-    """
-    return None if device == "cpu" else max(1, memory // _CUDA_MEMORY)
-
-
-def write_tensors(tensors: Mapping[str, torch.Tensor], plan: Plan, write: Write) -> None:
-    """Writes small tensors over those in an output."""
-    import torch
-
-    planned = plan.by_name()
-    for name, value in tensors.items():
-        write(memoryview(bytes(value.reshape(-1).view(torch.uint8).tolist())), planned[name].offset)
-
-
 def _in_any_thread(device: str) -> str:
     """Returns the device that ``cuda`` means in this thread; in a new one it would be the first."""
     if device != "cuda":
@@ -183,68 +155,6 @@ def _threads_of_torch_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _native_sizes(
-    memory: int, threads: int, plan: Plan, within: range, checkpoints: int, device: str
-) -> tuple[int, int]:
-    """Returns the bytes of a window and the elements of a block such that the workers together use ``memory`` bytes.
-
-    A worker has a window of each checkpoint, and the output of its block, in memory.
-    """
-    each = memory // threads
-    output = min(_MOST_OUTPUT, each // 4)
-    window = min(max(_WINDOWS // checkpoints, _LEAST_WINDOW), (each - output) // checkpoints)
-    itemsize = max((tensor.dtype.itemsize for tensor in plan.tensors), default=1)
-    most = min(output, _MOST_INPUT // checkpoints) // itemsize
-    elements = min(most, _share(plan, within, threads, most // 16))
-    return max(mmap.PAGESIZE, window - window % mmap.PAGESIZE), max(LEAST_CHUNK, elements)
-
-
-def _torch_sizes(
-    memory: int, threads: int, plan: Plan, within: range, checkpoints: int, device: str
-) -> tuple[int, int]:
-    """Returns the elements of a chunk and of a block such that the workers together use ``memory`` bytes.
-
-    For each element of its block, a worker has the bytes of every checkpoint and of the output in memory; for each
-    element of a chunk a sum and a widened input (32 bytes, since a complex element has two parts). With more
-    checkpoints, blocks are smaller.
-    """
-    each = memory // threads
-    chunk = max(LEAST_CHUNK, min(_CHUNK, each // 64))
-    # Bytes of an element in all inputs that are read, and in the output; of a copied element one input is read.
-    kinds = {(tensor.source_dtype, tensor.dtype, tensor.rule == "mean") for tensor in plan.tensors}
-    nbytes = max((checkpoints if is_mean else 1) * source.itemsize + dtype.itemsize for source, dtype, is_mean in kinds)
-    share = _share(plan, within, threads, chunk)
-    elements = max(LEAST_CHUNK, min(_MOST_ELEMENTS, share, (each - 32 * chunk) // nbytes))
-    return min(chunk, elements), elements
-
-
-def _cuda_sizes(memory: int, threads: int, plan: Plan, within: range, checkpoints: int, device: str) -> tuple[int, int]:
-    """Returns the elements of a chunk, which is a whole block, twice.
-
-    The workers together use ``memory`` bytes of the host, and as many of the device. For each element of its block, a
-    worker has on the device every input that is read, and room for the sum; on the host the output, and page-locked
-    memory for two inputs and an output, which torch rounds up to powers of two.
-    """
-    kinds = {(tensor.source_dtype, tensor.dtype, tensor.rule == "mean") for tensor in plan.tensors}
-    nbytes = max(
-        max(
-            (checkpoints if is_mean else 1) * source.itemsize
-            + (_FLOAT64_SUMS if source.torch_name == "float64" else _SUMS),
-            4 * source.itemsize + 3 * dtype.itemsize,
-        )
-        for source, dtype, is_mean in kinds
-    )
-    share = _share(plan, within, threads, _CHUNK)
-    elements = max(LEAST_CHUNK, min(_MOST_CUDA_ELEMENTS, share, memory // threads // nbytes))
-    return elements, elements
-
-
-def _share(plan: Plan, within: range, threads: int, least: int) -> int:
-    """Returns how many elements a block may have if each worker is to get several, but at least ``least``."""
-    here = sum(tensor.numel for tensor in plan.tensors) * len(within) // max(1, plan.nbytes)
-    return max(least, here // (_LEAST_BLOCKS * threads))
 
 
 class _Worker:
@@ -308,28 +218,3 @@ class _Worker:
         if block.rule == "newest":
             return [len(self._checkpoints) - 1]
         return mean.checkpoints if block.rule == "mean" else [max(mean.checkpoints)]
-
-
-class MemoryOutput:
-    """The data section of an output in memory. Several threads may write to it at the same time."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._buffer = mmap.mmap(-1, max(1, plan.nbytes))
-
-    def write(self, contents: memoryview, offset: int) -> None:
-        """Writes bytes at an offset in the data section."""
-        self._buffer[offset : offset + len(contents)] = contents
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the tensors by name: views of this memory."""
-        import torch
-
-        return {
-            tensor.name: torch.frombuffer(
-                self._buffer, dtype=torch_dtype(tensor.dtype), count=tensor.numel, offset=tensor.offset
-            ).view(tensor.shape)
-            if tensor.numel
-            else torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
-            for tensor in self._plan.tensors
-        }

@@ -44,8 +44,6 @@ def ema_weights(steps: Sequence[int], half_life: float) -> list[float]:
         >>> ema_weights([100, 200, 300], 100)
         [0.14285714285714285, 0.2857142857142857, 0.5714285714285714]
     """
-    from ckpt_avg.mean.listed_weights import normalized
-
     return normalized([2.0 ** ((step - steps[-1]) / half_life) for step in steps])
 
 
@@ -61,7 +59,6 @@ def power_weights(steps: Sequence[int], exponent: float, before: int = 0) -> lis
         >>> power_weights([1, 2, 3, 4], 1.0)
         [0.0625, 0.1875, 0.3125, 0.4375]
     """
-    from ckpt_avg.mean.listed_weights import normalized
 
     def weight(begin: int, end: int) -> float:
         if end == 0:
@@ -70,6 +67,14 @@ def power_weights(steps: Sequence[int], exponent: float, before: int = 0) -> lis
         return math.pow(end / steps[-1], exponent + 1) * -math.expm1((exponent + 1) * ratio)
 
     return normalized([weight(begin, end) for begin, end in zip([before, *steps], steps, strict=False)])
+
+
+def normalized(values: Sequence[float]) -> list[float]:
+    """Returns numbers divided by their sum, each rounded once."""
+    from fractions import Fraction  # not for --help
+
+    total = sum(map(Fraction, values), Fraction(0))
+    return [float(Fraction(value) / total) for value in values]
 
 
 def exponent_of(width: float) -> float:

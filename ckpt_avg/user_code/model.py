@@ -157,7 +157,7 @@ def notice_other_names(model: torch.nn.Module, names: Collection[str], notice: C
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Returns a checkpoint's tensors: views of the mapped file. Don't write to them."""
+    """Returns a checkpoint's tensors, read into memory."""
     return {
         name: read_ranges(checkpoint, [(tensor, 0, tensor.numel)])[0].view(tensor.shape)
         for name, tensor in checkpoint.spec.tensors.items()

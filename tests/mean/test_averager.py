@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_avg import NonFiniteError, average
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME
-from ckpt_avg.mean import arithmetic, averager, stream
+from ckpt_avg.mean import arithmetic, averager, block_sizes
 from ckpt_avg.mean.averager import Averager
 from ckpt_avg.mean.blocks import Block
 from ckpt_avg.mean.plan import OutputTensor
@@ -178,5 +178,5 @@ def test_sums_take_no_more_memory_than_blocks_leave_for_them(
     one = Averager(torch.device("cpu"), numel, (), allow_nonfinite=allow_nonfinite)
     with Allocated(*values, output) as allocated:
         one.average(Block([(tensor, 0, numel)]), dict(enumerate(values)), output)
-    most = stream._FLOAT64_SUMS if stored == "float64" else stream._SUMS
+    most = block_sizes._FLOAT64_SUMS if stored == "float64" else block_sizes._SUMS
     assert 0.5 * most * numel < allocated.most < most * numel + 1000

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ckpt_avg.errors import UsageError
-from ckpt_avg.mean.listed_weights import normalized
+from ckpt_avg.mean.weight_formulas import normalized
 from ckpt_avg.mean.weighting import Weighting, choose_weights
 
 PATHS = [Path("run/a.pt"), Path("run/b.pt"), Path("run/c.pt")]

@@ -16,8 +16,9 @@ from ckpt_avg import average
 from ckpt_avg.checkpoint.spec import DTYPES
 from ckpt_avg.checkpoint.tensor_reads import torch_dtype
 from ckpt_avg.formats.open import open_checkpoint
+from ckpt_avg.mean.memory_output import MemoryOutput
 from ckpt_avg.mean.plan import Plan, make_plan
-from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
+from ckpt_avg.mean.stream import Mean, write_means
 
 State = dict[str, torch.Tensor]
 AWKWARD: Tensors = {

@@ -31,9 +31,10 @@ from ckpt_avg import (
 )
 from ckpt_avg.engine import engine_for
 from ckpt_avg.formats.open import open_checkpoint
-from ckpt_avg.mean import native, stream
+from ckpt_avg.mean import block_sizes, native
+from ckpt_avg.mean.memory_output import MemoryOutput
 from ckpt_avg.mean.plan import make_plan
-from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
+from ckpt_avg.mean.stream import Mean, write_means
 
 _kernel = pytest.importorskip("ckpt_avg._kernel", reason="the native engine was not built here")
 
@@ -401,7 +402,7 @@ def test_a_call_ends_soon_however_many_checkpoints_there_are() -> None:
     """Ctrl-C, and the failure of another thread, wait for it."""
     plan = plan_of({"w": ("F32", (2**26,))})
     for number in (2, 1000):
-        _, elements = stream._native_sizes(2**30, 1, plan, range(plan.nbytes), number, "cpu")
+        _, elements = block_sizes._native_sizes(2**30, 1, plan, range(plan.nbytes), number)
         assert 2**22 <= 4 * elements * number <= 2**28
 
 

@@ -17,7 +17,7 @@ from mean.inputs import every_dtype, mixed_run, save
 
 from ckpt_avg import average
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME
-from ckpt_avg.mean import staging, stream, torch_engine
+from ckpt_avg.mean import block_sizes, staging, stream, torch_engine
 from ckpt_avg.mean.averager import Averager
 from ckpt_avg.mean.blocks import Block
 from ckpt_avg.mean.plan import OutputTensor, Plan
@@ -66,7 +66,7 @@ class LateDevice:
         monkeypatch.setattr(Averager, "average", lambda *values: LateDevice.average(self, *values))
         monkeypatch.setattr(torch_engine, "TorchEngine", _Engine)
         monkeypatch.setattr(stream, "engine_for", lambda device: "torch")
-        monkeypatch.setattr(stream, "_torch_sizes", stream._cuda_sizes)
+        monkeypatch.setattr(block_sizes, "_torch_sizes", block_sizes._cuda_sizes)
 
     def queue(self, work: Callable[[], object]) -> None:
         self._queued.append(work)

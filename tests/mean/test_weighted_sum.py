@@ -16,8 +16,9 @@ from mean.inputs import bits, save
 from ckpt_avg import NonFiniteError
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.mean.arithmetic import round_to
+from ckpt_avg.mean.memory_output import MemoryOutput
 from ckpt_avg.mean.plan import make_plan
-from ckpt_avg.mean.stream import Mean, MemoryOutput, write_means
+from ckpt_avg.mean.stream import Mean, write_means
 
 REAL = [
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float8_e4m3fn),

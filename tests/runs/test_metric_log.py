@@ -78,19 +78,21 @@ TRAINER_STATE = {
     "stateful_callbacks": {"TrainerControl": {"args": {"should_save": True}}},
 }
 
+# CSVLogger: training and validation in different rows; steps from 0, epochs from 0.
+LIGHTNING = [
+    "epoch,step,train_loss,val_loss", "0,49,0.9,", "0,99,,0.8", "1,149,0.5,", "1,199,,0.4", "2,299,,0.5", "3,399,,0.6"
+]  # fmt: skip
+
 FORMATS: dict[str, tuple[Sequence[Candidate], dict[str, Any], list[str]]] = {
-    # CSVLogger: training and validation in different rows; steps from 0, epochs from 0.
     "Lightning by epochs": (
         EPOCHS,
         {"metric": "val_loss", "log_step": "epoch"},
-        ["epoch,step,train_loss,val_loss", "0,49,0.9,", "0,99,,0.8", "1,149,0.5,", "1,199,,0.4", "2,299,,0.5",
-         "3,399,,0.6"],
+        LIGHTNING,
     ),
     "Lightning by steps": (
         STEPS,
         {"metric": "val_loss", "log_step": "step+1"},
-        ["epoch,step,train_loss,val_loss", "0,49,0.9,", "0,99,,0.8", "1,149,0.5,", "1,199,,0.4", "2,299,,0.5",
-         "3,399,,0.6"],
+        LIGHTNING,
     ),
     "timm": (
         EPOCHS,

@@ -53,9 +53,9 @@ def sweep_command(
     refuse_ranks("sweep")
     request = SweepRequest(sources, **given)
     request.discover()  # options and sources are checked before the user's code is imported
-    from ckpt_avg.cli.documents import sweep_json
     from ckpt_avg.cli.plots import draw_sweep
     from ckpt_avg.cli.sweep_text import sweep_text
+    from ckpt_avg.commands.documents import sweep_json
 
     def measure() -> SweepResult:
         with computing(quiet=quiet) as progress:
@@ -102,8 +102,8 @@ def soup_command(context: click.Context, /, sources: Sequence[str], output: str,
         --maximize accuracy --model train:make_model --data train:train_loader
     """  # noqa: D301 (click needs the backspace character itself)
     refuse_ranks("soup")
-    from ckpt_avg.cli.documents import soup_json
     from ckpt_avg.cli.soup_text import soup_text
+    from ckpt_avg.commands.documents import soup_json
 
     def command(result: SoupResult) -> list[str]:
         """Returns the command that makes the same file; empty for a dry run."""
@@ -149,8 +149,8 @@ def compare_command(
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.compare_plot import draw_comparison
     from ckpt_avg.cli.compare_text import comparison_text
-    from ckpt_avg.cli.documents import compare_json
     from ckpt_avg.cli.progress_bars import bars
+    from ckpt_avg.commands.documents import compare_json
 
     refuse_ranks("compare")
 

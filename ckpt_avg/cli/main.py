@@ -101,7 +101,7 @@ def refresh_command(weights: str, output: str, **given: Any) -> None:
 def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given: Any) -> None:
     """Check that checkpoints fit together, from headers alone."""
     from ckpt_avg.cli.check_text import compatibility_text
-    from ckpt_avg.cli.documents import compatibility_json
+    from ckpt_avg.commands.documents import compatibility_json
 
     report = ckpt_avg.check(sources, **given)
     for text in () if as_json else report.notices:
@@ -121,8 +121,8 @@ def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given:
 @options.as_json
 def inspect_command(path: str, as_json: bool, **given: Any) -> None:
     """Show what a path contains, and how it would be read."""
-    from ckpt_avg.cli.documents import inspection_json
     from ckpt_avg.cli.inspect_text import inspection_text
+    from ckpt_avg.commands.documents import inspection_json
 
     found = ckpt_avg.inspect(path, **given)
     say(json.dumps(inspection_json(found), indent=2) if as_json else inspection_text(found))
@@ -150,9 +150,9 @@ def verify_command(
     ckpt-avg verify swa.safetensors
     ckpt-avg verify swa.safetensors --sources RUN
     """  # noqa: D301 (click needs the backspace character itself)
-    from ckpt_avg.cli.documents import verify_json
     from ckpt_avg.cli.progress_bars import bars
     from ckpt_avg.cli.verify_text import verify_text
+    from ckpt_avg.commands.documents import verify_json
 
     if sources != bool(checkpoints):
         problem = "--sources: names no checkpoints" if sources else f"{checkpoints[0]}: --sources is missing before it"

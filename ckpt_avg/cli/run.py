@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ckpt_avg
-from ckpt_avg.cli.documents import average_json
 from ckpt_avg.cli.exits import error_json, say
 from ckpt_avg.cli.options import load_all
+from ckpt_avg.commands.documents import average_json
 from ckpt_avg.commands.options import RankOptions
 from ckpt_avg.distributed.launch import join_ranks, launch_of
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT

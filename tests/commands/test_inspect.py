@@ -18,8 +18,8 @@ from torch import nn
 
 from ckpt_avg import inspect
 from ckpt_avg.checkpoint.spec import METHOD_KEY
-from ckpt_avg.cli.documents import inspection_json
 from ckpt_avg.cli.inspect_text import inspection_text
+from ckpt_avg.commands.documents import inspection_json
 from ckpt_avg.commands.inspect import Inspection
 from ckpt_avg.errors import CheckpointFormatError, UsageError
 

@@ -24,6 +24,7 @@ class RefreshOptions(OptionGroup):
         "changed.",
         metavar="MODULE:FACTORY",
         code=True,
+        everyday=True,
     )
     data: Batches | None = option(
         None,
@@ -31,6 +32,7 @@ class RefreshOptions(OptionGroup):
         doc="The training batches of the refresh: an iterable, or a function that returns one.",
         metavar="MODULE:FACTORY",
         code=True,
+        everyday=True,
     )
     forward_batch: ForwardBatch | None = option(
         None,
@@ -44,6 +46,7 @@ class RefreshOptions(OptionGroup):
         doc="``auto`` and ``refresh`` recompute running statistics, ``keep`` averages them like weights. ``auto`` "
         "keeps those of a single checkpoint if there is no ``data``.",
         choices=("auto", "refresh", "keep"),
+        everyday=True,
     )
     bn_batches: int | None = option(None, "Refresh over at most N batches.", metavar="N", least=1)
     bn_estimator: str = option(

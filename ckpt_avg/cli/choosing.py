@@ -11,7 +11,7 @@ import click
 
 import ckpt_avg
 from ckpt_avg.cli import options
-from ckpt_avg.cli.options import Command
+from ckpt_avg.cli.help import Command
 from ckpt_avg.cli.run import computing, make_output, make_report, refuse_ranks
 from ckpt_avg.commands.options import OutputOptions
 from ckpt_avg.commands.requests import CompareRequest, SoupRequest, SweepRequest

@@ -18,7 +18,7 @@ import ckpt_avg
 from ckpt_avg.cli import options
 from ckpt_avg.cli.choosing import compare_command, soup_command, sweep_command
 from ckpt_avg.cli.exits import open_missing_streams, run, say
-from ckpt_avg.cli.options import Command
+from ckpt_avg.cli.help import EVERYDAY, Group, Option
 from ckpt_avg.cli.run import make_output
 from ckpt_avg.commands.requests import (
     AverageRequest,
@@ -39,7 +39,7 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
         context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--version",
     is_flag=True,
@@ -57,7 +57,7 @@ def cli() -> None:
     """
 
 
-@cli.command("average", cls=Command)
+@cli.command("average")
 @options.sources
 @options.options_from(AverageRequest)
 @options.makes_output
@@ -77,7 +77,7 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **given:
     make_output(AverageRequest, "average", partial(average_text, verbose=verbose), sources, output, **given)
 
 
-@cli.command("refresh-bn", cls=Command)
+@cli.command("refresh-bn")
 @click.argument("weights")
 @options.options_from(RefreshRequest)
 @options.makes_output
@@ -93,7 +93,11 @@ def refresh_command(weights: str, output: str, **given: Any) -> None:
     make_output(RefreshRequest, "refresh_weights", refreshed_text, weights, output, **given)
 
 
-@cli.command("check", cls=Command)
+for each in (sweep_command, soup_command, compare_command):
+    cli.add_command(each)
+
+
+@cli.command("check")
 @options.sources
 @options.options_from(CheckRequest)
 @options.as_json
@@ -115,7 +119,7 @@ def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given:
         raise click.exceptions.Exit(IncompatibleError.exit_code)
 
 
-@cli.command("inspect", cls=Command)
+@cli.command("inspect")
 @click.argument("path")
 @options.options_from(InspectRequest)
 @options.as_json
@@ -128,13 +132,13 @@ def inspect_command(path: str, as_json: bool, **given: Any) -> None:
     say(json.dumps(inspection_json(found), indent=2) if as_json else inspection_text(found))
 
 
-@cli.command("verify", cls=Command)
+@cli.command("verify")
 @click.argument("output", metavar="OUT")
 @click.argument("checkpoints", nargs=-1, metavar="[--sources SOURCE...]")
 @click.option(
     "--sources",
-    cls=options.Option,
-    heading="What to compare with",
+    cls=Option,
+    heading=EVERYDAY,
     is_flag=True,
     help="Average the SOURCEs again and compare bit for bit.",
 )
@@ -160,10 +164,6 @@ def verify_command(
     with bars(quiet=quiet, reading="verifying") as progress:
         report = ckpt_avg.verify(output, sources=checkpoints or None, progress=progress, **given)
     say(json.dumps(verify_json(report), indent=2) if as_json else verify_text(report))
-
-
-for each in (sweep_command, soup_command, compare_command):
-    cli.add_command(each)
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ import click
 from click.core import ParameterSource
 
 from ckpt_avg.batchnorm.options import RefreshOptions
-from ckpt_avg.commands.options import MeanOptions
+from ckpt_avg.cli.help import EVERYDAY, Option
+from ckpt_avg.commands.options import MeanOptions, ResourceOptions
 from ckpt_avg.commands.requests import options_of
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT
 from ckpt_avg.errors import flag_of
@@ -57,29 +58,6 @@ _seconds = _number(float, "number of seconds. Write for example 600")
 _real = _number(float, "number. Write for example 0.001")
 
 
-class Option(click.Option):
-    """An option that ``--help`` lists under a heading."""
-
-    def __init__(self, *arguments: Any, heading: str, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.heading = heading
-
-
-class Command(click.Command):
-    """A command whose ``--help`` lists options under their headings."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the options."""
-        sections: dict[str, list[click.Option]] = {}
-        for parameter in self.get_params(ctx):
-            if isinstance(parameter, click.Option):
-                sections.setdefault(getattr(parameter, "heading", "Help"), []).append(parameter)
-        for heading, options in sections.items():
-            with formatter.section(heading):
-                required_first = sorted(options, key=lambda option: not option.required)
-                formatter.write_dl([option.get_help_record(ctx) or ("", "") for option in required_first])
-
-
 def _only_here(*names: str, heading: str, **options: Any) -> Callable[[_Command], _Command]:
     return click.option(*names, cls=Option, heading=heading, **options)
 
@@ -89,7 +67,7 @@ def _plot(text: str) -> Callable[[_Command], _Command]:
 
 
 output = _only_here(
-    "-o", "--output", heading="Output", required=True, metavar="OUT.safetensors", help="Write this file."
+    "-o", "--output", heading=EVERYDAY, required=True, metavar="OUT.safetensors", help="Write this file."
 )
 report = _only_here("--report", heading="Output", metavar="FILE.json", help="Write the JSON result to a file, too.")
 as_json = _only_here("--json", "as_json", heading="Output", is_flag=True, help="Print one JSON document on stdout.")
@@ -108,9 +86,9 @@ app_dir = _only_here(
 )
 rank_timeout = _only_here(
     "--rank-timeout",
-    heading=MeanOptions.heading,
+    heading=ResourceOptions.heading,
     type=_seconds,
-    default=RANK_TIMEOUT,
+    default=int(RANK_TIMEOUT),
     show_default=True,
     metavar="SECONDS",
     help="Stop if another rank is silent for this long.",
@@ -131,7 +109,7 @@ def options_from(request: type, *, only: Collection[str] = ()) -> Callable[[_Com
     def decorate(command: _Command) -> _Command:
         for heading, option in reversed(list(options_of(request))):
             if option.metadata.get("help") and (not only or option.name in only):
-                command = _click_option(heading, option)(command)
+                command = _click_option(EVERYDAY if option.metadata.get("everyday") else heading, option)(command)
         return command
 
     return decorate

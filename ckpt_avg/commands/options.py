@@ -10,6 +10,8 @@ To add an option, add a field to its group and use it: ``name: type = option(def
 - the help text, for ``--help``; without it the command line does not have the option
 - ``doc``: the text for the Python docstring, if it says more
 - ``flag``: the name on the command line, if not ``--`` and the field's name
+- ``heading``: where ``--help`` lists it, if not with the others of its group
+- ``everyday``: whether ``--help`` lists it first
 - ``metavar``, ``choices``, ``least``, ``most``: the values
 - ``recorded``: the output's metadata says what was given
 - ``per_rank``: ranks may differ in it
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 class ResourceOptions(OptionGroup):
     """What a command may use. No byte of the output depends on it."""
 
-    heading = "How to compute"
+    heading = "Performance"
     threads: int | None = option(
         None, "Use N threads (default: one per usable core).", metavar="N", least=1, most=1024, per_rank=True
     )
@@ -75,12 +77,14 @@ class ResourceOptions(OptionGroup):
 class MeanOptions(ResourceOptions):
     """How the mean is computed."""
 
+    heading = "Mean"
     device: str = option(
         "auto",
         "Sum, and run the model, on this device.",
         doc="Sum, and run the model, on ``cpu``, ``cuda`` or ``cuda:N``. ``auto`` sums on the CPU, and runs the model "
         "on CUDA if torch finds a CUDA device.",
         metavar="auto|cpu|cuda|cuda:N",
+        heading=ResourceOptions.heading,
         per_rank=True,
     )
     dtype: str = option(
@@ -107,7 +111,7 @@ class MeanOptions(ResourceOptions):
 class EvalOptions(OptionGroup):
     """What is measured, and what the average must reach."""
 
-    heading = "Measure"
+    heading = "Evaluation"
     evaluate: Evaluate | Sequence[Evaluate] = option(
         (),
         "Measure the weights with this function. Repeatable.",
@@ -116,6 +120,7 @@ class EvalOptions(OptionGroup):
         "for example on several test sets: the mean counts.",
         flag="--eval",
         metavar="MODULE:FUNCTION",
+        everyday=True,
     )
     evaluate_all: bool = option(
         False,
@@ -183,6 +188,7 @@ class OutputOptions(OptionGroup):
         False,
         "Check everything and report, but write nothing.",
         doc="Check and plan, but write nothing, and read of the tensors only what the plan depends on.",
+        everyday=True,
     )
     sha256: bool = option(
         False,
@@ -196,12 +202,13 @@ class OutputOptions(OptionGroup):
 class ChoiceOptions(OptionGroup):
     """By what averages are compared."""
 
-    heading = "Which is best"
-    maximize: str | None = option(None, "Prefer the highest value of this metric.", metavar="METRIC")
-    minimize: str | None = option(None, "Prefer the lowest value of this metric.", metavar="METRIC")
+    heading = "Evaluation"
+    maximize: str | None = option(None, "Prefer the highest value of this metric.", metavar="METRIC", everyday=True)
+    minimize: str | None = option(None, "Prefer the lowest value of this metric.", metavar="METRIC", everyday=True)
     hold: int = option(
         2 * 2**30,
         "Hold up to SIZE of averages in memory.",
+        heading=ResourceOptions.heading,
         doc="Bytes of averages to hold in memory at once. The more, the fewer passes over the checkpoints.",
         metavar="SIZE",
         least=0,

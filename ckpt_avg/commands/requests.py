@@ -213,7 +213,8 @@ def options_of(request: Any) -> Iterator[tuple[str, Field[Any]]]:
     for group in request.__mro__:
         for name in inspect.get_annotations(group):
             if name in declared:
-                yield group.heading, declared.pop(name)
+                found = declared.pop(name)
+                yield found.metadata.get("heading", group.heading), found
 
 
 def takes(

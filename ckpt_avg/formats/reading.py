@@ -11,7 +11,7 @@ from ckpt_avg.errors import OptionGroup, UsageError, option
 class Reading(OptionGroup):
     """Which tensors of a checkpoint are its weights, and their names."""
 
-    heading = "What to read"
+    heading = "Reading"
     state_key: str | None = option(
         None,
         "Read the state dict of torch files from this key.",

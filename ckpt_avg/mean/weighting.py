@@ -27,7 +27,7 @@ _SHORTEST = 1e-9  # half-life: all weight is on the last checkpoint long before
 class Weighting(OptionGroup):
     """How much each checkpoint counts. By default all count the same."""
 
-    heading = "How to weigh"
+    heading = "Weights"
     weighting: str = option("mean", "Weigh the checkpoints by this rule.", choices=RULES)
     weighting_by: str = option(
         "auto",

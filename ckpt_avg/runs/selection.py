@@ -14,7 +14,7 @@ from ckpt_avg.errors import OptionGroup, UsageError, option
 class LogOptions(OptionGroup):
     """Where metrics are that the checkpoints do not record."""
 
-    heading = "Which checkpoints"
+    heading = "Selection"
     log: str | os.PathLike[str] | None = option(
         None,
         "Take the metrics from this log (CSV or JSON lines).",
@@ -43,8 +43,8 @@ class Selection(LogOptions):
     last, best.
     """
 
-    heading = "Which checkpoints"
-    last: int | None = option(None, "Keep the last N checkpoints.", metavar="N", least=1)
+    heading = "Selection"
+    last: int | None = option(None, "Keep the last N checkpoints.", metavar="N", least=1, everyday=True)
     every: int | None = option(None, "Keep every K-th checkpoint, counted from the last.", metavar="K", least=1)
     from_step: int | None = option(None, "Skip checkpoints before step S (or epoch S).", metavar="S")
     to_step: int | None = option(None, "Skip checkpoints after step S (or epoch S).", metavar="S")
@@ -56,7 +56,9 @@ class Selection(LogOptions):
         metavar="STEPS",
         least=1,
     )
-    best: int | None = option(None, "Keep the N best checkpoints by a metric.", metavar="N", least=1)
+    best: int | None = option(
+        None, "Keep the N best checkpoints by --metric and --mode.", metavar="N", least=1, everyday=True
+    )
     metric: str | None = option(None, "Use this metric for --best.", metavar="NAME")
     mode: str | None = option(None, "Say whether --best means low or high.", choices=("min", "max"))
     include: str | Iterable[str] = option((), "Keep only file names that match. Repeatable.", metavar="GLOB")

@@ -11,6 +11,7 @@ import click
 import pytest
 
 import ckpt_avg
+from ckpt_avg.cli.help import HEADINGS
 from ckpt_avg.cli.main import cli
 from ckpt_avg.commands import requests
 from ckpt_avg.commands.requests import AverageRequest, RecordedOptions, options_of
@@ -66,6 +67,7 @@ def test_every_option_is_explained_in_few_words(name: str, in_process: Callable[
             assert option.help.endswith("."), option.name
             assert 3 <= len(option.help.split()) <= 11, option.help
             assert f"\n{option.heading}:\n" in out  # type: ignore[attr-defined]
+    assert max(map(len, out.splitlines())) <= 80
 
 
 @commands
@@ -143,7 +145,22 @@ def test_what_is_recorded_can_be_read_again() -> None:
     assert found == RecordedOptions(dtype="float64", non_float="last", strip_prefix="m.")
 
 
-def test_every_group_has_a_heading() -> None:
+def test_the_list_of_commands_cuts_no_summary(in_process: Callable[..., tuple[int, str, str]]) -> None:
+    out = in_process("--help")[1]
+    assert not any(line.endswith("...") for line in out.splitlines())
+    assert max(map(len, out.splitlines())) <= 80
+    assert re.findall(r"^  ([a-z-]+)  +[A-Z]", out, re.MULTILINE) == list(cli.commands), "in the order of a user's work"
+
+
+def test_everyday_options_come_first(in_process: Callable[..., tuple[int, str, str]]) -> None:
+    first = re.search(r"^Everyday options:\n(.*?)\n\n", in_process("average", "--help")[1], re.DOTALL | re.MULTILINE)
+    assert first is not None
+    everyday = ["--output", "--last", "--best", "--model", "--data", "--bn", "--eval", "--dry-run"]
+    assert re.findall(r"^  (?:-\w, )?(--[\w-]+)", first[1], re.MULTILINE) == everyday
+
+
+def test_every_heading_is_the_same_everywhere() -> None:
     kinds = [each for each in vars(requests).values() if isinstance(each, type) and each.__name__.endswith("Request")]
     assert len(kinds) == 9
-    assert all(heading for kind in kinds for heading, _ in options_of(kind))
+    headings = {heading for kind in kinds for heading, option in options_of(kind) if option.metadata.get("help")}
+    assert headings <= set(HEADINGS)

@@ -549,11 +549,3 @@ def test_two_checkpoints_of_one_step(run: Path, tmp_path: Path, in_process: Run)
                               "--weighting", "minus-sqrt", "-o", tmp_path / "out.safetensors")  # fmt: skip
     assert code == 4
     assert "expected steps that increase" in err
-
-
-def test_help_groups_the_options(in_process: Run) -> None:
-    for command in ("average", "sweep"):
-        out = in_process(command, "--help")[1]
-        assert "\nHow to weigh:\n" in out
-        assert "--weighting [mean|linear|minus-sqrt|cosine|ema|power]" in out or "--weighting mean|linear" in out
-    assert "--weighting" not in in_process("refresh-bn", "--help")[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_avg.batchnorm.policy import COUNTS_ROOM, Statistics, summary
+from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.evaluations import Evaluations
 from ckpt_avg.commands.prepare import Prepared
@@ -17,7 +18,7 @@ from ckpt_avg.engine import engine_for
 from ckpt_avg.machine import gc_paused
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.header import encode_header, encode_tensors
-from ckpt_avg.output.provenance import make_metadata, seal
+from ckpt_avg.output.provenance import make_metadata, seal, without_unknown
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.user_code.comparison import Comparison, Evaluation
 from ckpt_avg.user_code.gate import Outcome
@@ -37,6 +38,8 @@ class AverageResult:
         steps: that each records, in the same order; None if it records none. Epochs if the run records no steps.
         unit: of these: ``step`` or ``epoch``.
         weights: of each, in the same order; None if all are equal, so that the mean divides by their number.
+        run: what each checkpoint of the run records, selected or not.
+        places: the indices of ``checkpoints`` among these.
         skipped: files of run folders that were skipped, with reasons.
         tensors: how many tensors the output contains.
         nbytes: the output's size in bytes.
@@ -56,6 +59,7 @@ class AverageResult:
         comparison: what averaging and what the refresh changed; None if nothing was measured.
         outcomes: each requirement, and whether it was met.
         split: as given.
+        metadata: what the output records of itself, without its digests before these are known.
         notices: what the user should know.
     """
 
@@ -65,6 +69,8 @@ class AverageResult:
     steps: tuple[int | None, ...]
     unit: str
     weights: tuple[float, ...] | None
+    run: tuple[Record, ...]
+    places: tuple[int, ...]
     skipped: tuple[Skipped, ...]
     tensors: int
     nbytes: int
@@ -79,6 +85,7 @@ class AverageResult:
     comparison: Comparison | None
     outcomes: tuple[Outcome, ...]
     split: str | None
+    metadata: Mapping[str, str]
     notices: tuple[str, ...]
 
 
@@ -137,6 +144,8 @@ class Draft:
             steps=prepared.selected.moments,
             unit=prepared.selected.unit or "step",
             weights=prepared.weights,
+            run=prepared.selected.run,
+            places=prepared.selected.places,
             skipped=prepared.selected.skipped,
             tensors=len(prepared.plan.tensors),
             nbytes=self.nbytes,
@@ -151,6 +160,7 @@ class Draft:
             comparison=self.evaluations.comparison,
             outcomes=self.evaluations.outcomes,
             split=self.request.split,
+            metadata=without_unknown(self._metadata(report, data_digest)),
             notices=tuple(self.context.notices),
         )
 
@@ -172,20 +182,22 @@ class Draft:
         )
         return found
 
+    def _metadata(self, report: BatchNormReport | None, data_digest: str | None) -> dict[str, str]:
+        return make_metadata(
+            self.prepared.checkpoints,
+            RecordedOptions.values(self.request),
+            weights=self.prepared.weighting,
+            batch_norm=summary(self.prepared.statistics, report, self.request),
+            spectral_norms=len(self.prepared.plan.spectral_norms),
+            split=self.request.split,
+            sum_order=self.prepared.selected.sum_order,
+            log=self.prepared.selected.log,
+            digests=self._source_digests,
+            data_digest=data_digest,
+        )
+
     def _encode(
         self, report: BatchNormReport | None, data_digest: str | None = None, *, room: int = 0, size: int = 0
     ) -> bytes:
         with gc_paused():
-            metadata = make_metadata(
-                self.prepared.checkpoints,
-                RecordedOptions.values(self.request),
-                weights=self.prepared.weighting,
-                batch_norm=summary(self.prepared.statistics, report, self.request),
-                spectral_norms=len(self.prepared.plan.spectral_norms),
-                split=self.request.split,
-                sum_order=self.prepared.selected.sum_order,
-                log=self.prepared.selected.log,
-                digests=self._source_digests,
-                data_digest=data_digest,
-            )
-            return encode_header(self._tensors, metadata, room=room, size=size)
+            return encode_header(self._tensors, self._metadata(report, data_digest), room=room, size=size)

@@ -120,6 +120,11 @@ def make_metadata(
     return metadata
 
 
+def without_unknown(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Returns the metadata of `make_metadata` without the digests that are filled in later."""
+    return {key: value for key, value in metadata.items() if not value.endswith(f":{_UNKNOWN}")}
+
+
 def seal(header: bytes) -> bytes:
     """Returns an output's header with its own digest filled in."""
     digest = header_digest(header)

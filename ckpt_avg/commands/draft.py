@@ -18,7 +18,7 @@ from ckpt_avg.engine import engine_for
 from ckpt_avg.machine import gc_paused
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.header import encode_header, encode_tensors
-from ckpt_avg.output.provenance import make_metadata, seal, without_unknown
+from ckpt_avg.output.provenance import make_metadata, seal, without_digests
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.user_code.comparison import Comparison, Evaluation
 from ckpt_avg.user_code.gate import Outcome
@@ -59,7 +59,7 @@ class AverageResult:
         comparison: what averaging and what the refresh changed; None if nothing was measured.
         outcomes: each requirement, and whether it was met.
         split: as given.
-        metadata: what the output records of itself, without its digests before these are known.
+        metadata: what the output records of itself, without its digests.
         notices: what the user should know.
     """
 
@@ -160,7 +160,7 @@ class Draft:
             comparison=self.evaluations.comparison,
             outcomes=self.evaluations.outcomes,
             split=self.request.split,
-            metadata=without_unknown(self._metadata(report, data_digest)),
+            metadata=without_digests(self._metadata(report, None)),
             notices=tuple(self.context.notices),
         )
 

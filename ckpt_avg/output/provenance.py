@@ -120,9 +120,9 @@ def make_metadata(
     return metadata
 
 
-def without_unknown(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns the metadata of `make_metadata` without the digests that are filled in later."""
-    return {key: value for key, value in metadata.items() if not value.endswith(f":{_UNKNOWN}")}
+def without_digests(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Returns the metadata of `make_metadata` without the output's own digests."""
+    return {key: value for key, value in metadata.items() if key not in (DATA_DIGEST, HEADER_DIGEST)}
 
 
 def seal(header: bytes) -> bytes:

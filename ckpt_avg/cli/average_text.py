@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ckpt_avg.cli.shared_text import (
     REFERENCE,
-    difference_text,
     measured_cells,
     names_text,
     skipped_lines,
     weights_lines,
 )
-from ckpt_avg.text import escaped, listing, one_line, plural, size, table
-from ckpt_avg.user_code.comparison import Change, Comparison, Evaluation, helped, mean_of
+from ckpt_avg.text import one_line, plural, size, table
+from ckpt_avg.user_code.comparison import Comparison, Evaluation, mean_of, summary
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.draft import AverageResult
@@ -71,8 +69,10 @@ def evaluation_lines(
         name = f"mean of the {len(compared)}{', statistics refreshed' if refreshed else ''}"
         rows.append(measured_cells(name, Evaluation(name, None, mean), order, reference))
     rows += [measured_cells(each.name, each, order, reference) for each in evaluations if each.path is None]
-    sentence = [_summary(comparison)] if comparison and (comparison.averaging or comparison.refresh) else []
-    return table(rows) + sentence + [f"{'met' if each.met else 'NOT MET'}: {each}" for each in outcomes]
+    sentence = summary(comparison)
+    return (
+        table(rows) + [sentence] * bool(sentence) + [f"{'met' if each.met else 'NOT MET'}: {each}" for each in outcomes]
+    )
 
 
 def _is_done(result: AverageResult) -> bool:
@@ -109,21 +109,3 @@ def outcome_lines(result: AverageResult) -> list[str]:
     else:
         lines.append(f"did not write {result.output}")
     return lines
-
-
-def _summary(comparison: Comparison) -> str:
-    """Says in one sentence what averaging changed, and what the refresh of the statistics changed."""
-    parts = {"averaging": comparison.averaging, "the refresh": comparison.refresh}
-    return "; ".join(_changes(what, changes) for what, changes in parts.items() if changes)
-
-
-def _changes(what: str, changes: Sequence[Change]) -> str:
-    helps = {True: " helped", False: " did not help", None: ""}[helped(changes)]
-    shown = listing(
-        f"{escaped(change.metric)} cannot be compared ({change.verdict})"
-        if math.isnan(change.difference)
-        else f"{escaped(change.metric)} {difference_text(change.difference, change.spread)}"
-        + (f" ({change.verdict})" if change.verdict else "")
-        for change in changes
-    )
-    return f"{what}{helps}: {shown}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_avg.text import distinct_names, ends, escaped, one_line, quote, table
-from ckpt_avg.user_code.comparison import Evaluation, spread_of
+from ckpt_avg.user_code.comparison import Evaluation, difference_text, spread_of
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.sweep import Measured
@@ -56,8 +56,3 @@ def measured_cells(
             cell += "" if math.isnan(difference) else f" ({difference_text(difference)})"
         cells.append(cell)
     return cells
-
-
-def difference_text(difference: float, spread: float | None = None) -> str:
-    """Returns a difference with its sign, and with its spread if that is known."""
-    return f"{difference + 0.0:+.3g}" + ("" if spread is None else f" ±{spread:.2g}")

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckpt_avg.cli.average_text import outcome_lines
-from ckpt_avg.cli.shared_text import difference_text, names_text
+from ckpt_avg.cli.shared_text import names_text
 from ckpt_avg.text import distinct_names, escaped, plural, quote, table
-from ckpt_avg.user_code.comparison import spread_of
+from ckpt_avg.user_code.comparison import difference_text, spread_of
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.soup import SoupResult

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckpt_avg.cli.shared_text import REFERENCE, difference_text, measured_cells, weights_lines
+from ckpt_avg.cli.shared_text import REFERENCE, measured_cells, weights_lines
 from ckpt_avg.text import escaped, table
+from ckpt_avg.user_code.comparison import difference_text
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.sweep import SweepResult

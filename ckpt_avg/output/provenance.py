@@ -183,6 +183,12 @@ def recorded_weights(sources: Sequence[Mapping[str, Any]]) -> tuple[float, ...] 
     return tuple(known)
 
 
+def recorded_weighting(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how a file says that its unequal weights were made; empty if it says nothing."""
+    method = _parsed(metadata, WEIGHTING)
+    return method if isinstance(method, dict) else {}
+
+
 def recorded_options(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the options that a file records, unchecked; None if it has none."""
     options = _parsed(metadata, OPTIONS)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ckpt_avg.text import escaped, listing
+
 # Words of a metric's name that tell its direction. Names with words of both kinds, or of none, do not; nor do names
 # that may mean the opposite: neg_loss, 1-acc, error_reduction.
 _HIGHER = (
@@ -122,6 +124,29 @@ def helped(changes: Sequence[Change]) -> bool | None:
     if "better" in verdicts:
         return None if "worse" in verdicts else True
     return False if verdicts and "" not in verdicts else None
+
+
+def summary(comparison: Comparison | None) -> str:
+    """Says in one sentence what averaging changed, and what the refresh changed; empty if nothing was compared."""
+    parts = {} if comparison is None else {"averaging": comparison.averaging, "the refresh": comparison.refresh}
+    return "; ".join(_changes(what, changes) for what, changes in parts.items() if changes)
+
+
+def _changes(what: str, changes: Sequence[Change]) -> str:
+    helps = {True: " helped", False: " did not help", None: ""}[helped(changes)]
+    shown = listing(
+        f"{escaped(change.metric)} cannot be compared ({change.verdict})"
+        if math.isnan(change.difference)
+        else f"{escaped(change.metric)} {difference_text(change.difference, change.spread)}"
+        + (f" ({change.verdict})" if change.verdict else "")
+        for change in changes
+    )
+    return f"{what}{helps}: {shown}"
+
+
+def difference_text(difference: float, spread: float | None = None) -> str:
+    """Returns a difference with its sign, and with its spread if that is known."""
+    return f"{difference + 0.0:+.3g}" + ("" if spread is None else f" ±{spread:.2g}")
 
 
 def _verdict(difference: float, spread: float | None, higher: bool | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ckpt_avg.batchnorm.batch_share import BatchShare, refuse_other_counts
+from ckpt_avg.batchnorm.changes import LayerChange, change_of
 from ckpt_avg.batchnorm.hooks import measuring
 from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.batchnorm.pools import LayerStatistics, Measurements, Pool, refuse
@@ -41,6 +42,7 @@ class BatchNormReport:
         untracked: layers without running statistics (``track_running_stats=False``).
         estimator: ``pooled`` or ``batch-mean``.
         amp: the dtype of automatic mixed precision, or ``off``.
+        changes: layer name → how its statistics changed.
     """
 
     batches: int
@@ -50,6 +52,7 @@ class BatchNormReport:
     untracked: tuple[str, ...] = ()
     estimator: str = "pooled"
     amp: str = "off"
+    changes: Mapping[str, LayerChange] = field(default_factory=dict)
 
     @property
     def used_twice(self) -> tuple[str, ...]:
@@ -158,6 +161,7 @@ def refresh_batch_norm(
             for name, layer in layers.items()
             for buffer, values in (("running_mean", statistics[name].mean), ("running_var", statistics[name].variance))
         ]
+    changes = {name: change_of(layer, statistics[name]) for name, layer in layers.items()}
     for layer, buffer, values in stored:
         getattr(layer, buffer).copy_(values)
     for name, layer in layers.items():
@@ -166,7 +170,7 @@ def refresh_batch_norm(
     untracked = tuple(
         name for name, layer in model.named_modules() if isinstance(layer, _BatchNorm) and layer.running_mean is None
     )
-    return BatchNormReport(done, samples, statistics, tuple(frozen), untracked, estimator, amp)
+    return BatchNormReport(done, samples, statistics, tuple(frozen), untracked, estimator, amp, changes)
 
 
 def rounded_statistic(layer: str, buffer: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

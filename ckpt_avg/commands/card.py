@@ -233,7 +233,7 @@ def _method(result: AverageResult, recorded: Mapping[str, str]) -> list[str]:
         )
         method = recorded_weighting(recorded)
         if method:
-            options = ", ".join(code(f"--{key.replace('_', '-')} {value}") for key, value in method.items())
+            options = ", ".join(code(f"{key} {value}") for key, value in method.items())
             lines.append(f"- The weights of the checkpoints: {options}.")
     if batch_norm := _batch_norm(result):
         lines.append(f"- {batch_norm}")

@@ -50,7 +50,7 @@ def test_a_card_says_what_was_averaged_how_and_what_it_measured(result: AverageR
     published = result.evaluations[-1]
     assert f"| average, statistics refreshed | {published.metrics['accuracy']:.6g} |" in card
     assert "in 2 batches" in card
-    assert "`--weighting ema`" in card
+    assert "`weighting ema`" in card
     assert f"`{result.data_digest}`" in card
     assert "- met: loss\\<=last+1" in card
 

@@ -206,7 +206,7 @@ class CheckpointSpec:
         groups: dict[tuple[object, ...], list[str]] = {}
         for tensor in self.tensors.values():
             # Nearly every tensor has an offset of its own and needs no more than this check.
-            if tensor.numel and (tensor.parts or offsets[tensor.file, tensor.offset] > 1):
+            if (tensor.parts or offsets[tensor.file, tensor.offset] > 1) and tensor.numel:
                 where: tuple[object, ...] = (tensor.dtype, tensor.shape, tensor.parts)
                 if not tensor.parts:
                     where += (tensor.file, tensor.storage, tensor.offset, tensor.stride)

@@ -7,6 +7,7 @@ reading is used: unknown fields of a tensor are refused, since they might change
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from collections.abc import Iterable
@@ -15,12 +16,14 @@ from typing import Any, NoReturn
 from ckpt_avg.checkpoint.spec import DTYPES, SUB_BYTE_DTYPES, TensorSpec, contiguous_stride
 from ckpt_avg.errors import fail
 from ckpt_avg.files.input_file import Readable
-from ckpt_avg.formats.tensor_names import check_name, is_text
+from ckpt_avg.formats.tensor_names import check_names, is_text
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.text import listing, plural, quote
 
 _SPACES = b" \t\n\r"  # of JSON
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_MOST_DIGITS = 20  # of a size
+_AS_ZERO = bytes.maketrans(b"123456789", b"000000000")
 
 
 def matches(head: bytes) -> bool:
@@ -53,6 +56,7 @@ def parse_header(file: Readable, header: bytes) -> tuple[dict[str, TensorSpec], 
         CheckpointFormatError: the header breaks a rule of the format, or exceeds a limit.
     """
     metadata, entries = _parse(file, header)
+    check_names(entries, file.path)
     data_start = 8 + len(header)
     tensors = {name: _tensor(file, name, entry, data_start) for name, entry in entries.items()}
     _check_no_gaps(file, sorted(tensors.values(), key=lambda tensor: tensor.storage), data_start)
@@ -77,12 +81,14 @@ def refuse_too_many_values(file: Readable, header: bytes) -> None:
 
 def _parse(file: Readable, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     refuse_too_many_values(file, header)
+    # Names may have such a part, too. To look for one here is much faster than a call for each number.
+    has_no_size = b"-0" in header or b"0" * (_MOST_DIGITS + 1) in header.translate(_AS_ZERO)
     try:
         parsed = json.loads(
             header.decode("utf-8"),
             object_pairs_hook=_no_duplicates,
             parse_constant=_refuse_constant,
-            parse_int=_plain_integer,
+            parse_int=_plain_integer if has_no_size else int,
         )
     except RecursionError:
         fail(file.path, "the header nests too deeply")
@@ -125,42 +131,59 @@ class _NoSize:
 
 
 def _plain_integer(text: str) -> int | _NoSize:
-    return int(text) if len(text) <= 20 and text != "-0" else _NoSize(text)
+    return int(text) if len(text) <= _MOST_DIGITS and text != "-0" else _NoSize(text)
 
 
 def _tensor(file: Readable, name: str, entry: Any, data_start: int) -> TensorSpec:
     path = file.path
-    check_name(name, path)
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         found = listing(sorted(map(quote, entry))) if isinstance(entry, dict) else type(entry).__name__
         fail(path, f"expected the fields data_offsets, dtype, shape, got {found}", tensor=name)
-    code = entry["dtype"]
-    if code in SUB_BYTE_DTYPES:
-        advice = "Average the checkpoints before quantisation"
-        fail(path, f"dtype {code} packs several numbers into a byte and can't be averaged", advice, tensor=name)
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        fail(path, f"expected one of the dtypes {', '.join(DTYPES)}, got {quote(code)}", tensor=name)
+        _refuse_dtype(file, name, code)
     dtype = DTYPES[code]
-    shape, offsets = entry["shape"], entry["data_offsets"]
     if not _sizes(shape) or len(shape) > LIMITS.rank:
         fail(path, f"expected a shape of at most {LIMITS.rank} sizes ≥ 0, got {quote(shape)}", tensor=name)
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         fail(path, f"expected data_offsets [begin, end], got {quote(offsets)}", tensor=name)
-    nbytes = dtype.itemsize
-    for extent in shape:
-        nbytes *= extent
-        if nbytes > LIMITS.elements:
-            fail(path, f"shape {quote(shape)} overflows 63 bits", tensor=name)
+    shape = tuple(shape)
+    stride, nbytes = _row_major(shape, dtype.itemsize)
+    if nbytes > LIMITS.elements:
+        fail(path, f"shape {quote([*shape])} overflows 63 bits", tensor=name)
     begin, end = offsets
     if end - begin != nbytes:
         got = f"got data_offsets of {end - begin:,} bytes"
-        fail(path, f"expected {nbytes:,} bytes for {dtype.name} {quote(shape)}, {got}", tensor=name)
+        fail(path, f"expected {nbytes:,} bytes for {dtype.name} {quote([*shape])}, {got}", tensor=name)
     start = data_start + begin
-    return TensorSpec(name, dtype, tuple(shape), contiguous_stride(tuple(shape)), 0, start, (start, nbytes))
+    return TensorSpec(name, dtype, shape, stride, 0, start, (start, nbytes))
+
+
+def _refuse_dtype(file: Readable, name: str, code: object) -> NoReturn:
+    if code in SUB_BYTE_DTYPES:
+        advice = "Average the checkpoints before quantisation"
+        fail(file.path, f"dtype {code} packs several numbers into a byte and can't be averaged", advice, tensor=name)
+    fail(file.path, f"expected one of the dtypes {', '.join(DTYPES)}, got {quote(code)}", tensor=name)
 
 
 def _sizes(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**64 for value in values)
+    if not isinstance(values, list):
+        return False
+    for value in values:  # noqa: SIM110 - a generator takes twice as long for two numbers
+        if type(value) is not int or not 0 <= value < 2**64:
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=1024)  # most tensors of a model have one of a few shapes
+def _row_major(shape: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], int]:
+    """Returns the stride of a shape, and its bytes; more than the limit if even those of its first extents are more."""
+    nbytes = itemsize
+    for extent in shape:
+        nbytes *= extent
+        if nbytes > LIMITS.elements:
+            break
+    return contiguous_stride(shape), nbytes
 
 
 def _check_no_gaps(file: Readable, ordered: Iterable[TensorSpec], data_start: int) -> None:

@@ -106,14 +106,16 @@ def settle_names(
     """
     names = Names({name: name for name in tensors})
     if strip and prefix != "":
-        names = strip_prefixes(tensors, {name for name in tensors if tensors[name].shape == ()}, prefix, str(path))
+        scalars = {name for name in _COUNTERS if name in tensors and tensors[name].shape == ()}
+        names = strip_prefixes(tensors, scalars, prefix, str(path))
     check_names(names.renamed.values(), path)
+    text = "\n".join(names.renamed.values())
     kind, averaged, notes = trainer.name if trainer else None, "", names.notes
     for each in TRAINERS:
         if each.counter in names.counters and each is not trainer:
             averaged = f"it contains {each.counter}, the counter of {each.name}"
             kind = kind or each.name
-        if each.tensor_names and any(map(re.compile(each.tensor_names).search, names.renamed.values())):
+        if each.tensor_names and re.search(each.tensor_names, text, re.MULTILINE):
             kind = kind or each.name
             notes += (each.note,) if each.note else ()
     return replace(names, kind=kind, averaged=averaged, notes=notes)
@@ -143,11 +145,13 @@ def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str
                 notes.append(f"{quote(prefix)} stripped from {count:,} of {plural(len(stripped), 'name')}")
         elif f".{prefix}" not in f".{common}":
             lacks_prefix = True
-    clean = [_without_wrappers(name) for name in stripped]
-    if clean != stripped and len(set(clean)) == len(clean):
-        changed = sum(a != b for a, b in zip(clean, stripped, strict=True))
-        notes.append(f"wrapper names removed from the middle of {plural(changed, 'name')}")
-        stripped = clean
+    text = "\n".join(stripped)  # to search this is much faster than to search each name
+    if any(wrapper in text for wrapper in _ANYWHERE):
+        clean = [_without_wrappers(name) for name in stripped]
+        if clean != stripped and len(set(clean)) == len(clean):
+            changed = sum(a != b for a, b in zip(clean, stripped, strict=True))
+            notes.append(f"wrapper names removed from the middle of {plural(changed, 'name')}")
+            stripped = clean
     if any("._orig_mod." in name for name in stripped):
         notes.append("names contain torch.compile's '_orig_mod': they load into a model compiled in the same places")
     result = dict(zip(weights, stripped, strict=True))

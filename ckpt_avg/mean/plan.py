@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from operator import attrgetter
 
 from ckpt_avg.checkpoint.spec import (
     BY_TORCH_NAME,
@@ -34,7 +34,6 @@ from ckpt_avg.text import quote
 
 # The shares of ranks begin at multiples of this. Some network file systems lose writes of two ranks to one page.
 _PAGE = 64 * 1024
-_DTYPE_ORDER = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
 @dataclass(slots=True, unsafe_hash=True)  # not frozen, as `TensorSpec`
@@ -144,26 +143,25 @@ def make_plan(
     kinds = dict.fromkeys(masks, MASKS) | dict.fromkeys(vectors, SPECTRAL) | kinds_of(tensors)
     different = [] if dtype == "keep" else [spec.tensors for spec in specs if spec.tensors is not tensors]
 
-    def describe(name: str) -> tuple[tuple[int, ...], DType, DType, Rule]:
-        """Returns the shape, source dtype, output dtype and rule of a tensor."""
-        stored = specs[-1].tensors[name] if is_extra_state(name) else tensors[name]
+    by_dtype: dict[DType, list[OutputTensor]] = {target: [] for target in DTYPES.values()}
+    for name, first in tensors.items():
+        stored = specs[-1].tensors[name] if is_extra_state(name) else first
         source = _common_dtype(stored, [others[name] for others in different]) if different else stored.dtype
         kind = kinds.get(name)
         convert = dtype != "keep" and source.kind in ("float", "float8") and kind is not QUANTIZED
         rule: Rule = kind.rule if kind else "mean"
-        if kind in (INTEGERS, MASKS) and non_float == "last":
+        if non_float == "last" and kind in (INTEGERS, MASKS):
             rule = "last"
-        return stored.shape, source, BY_TORCH_NAME[dtype] if convert else source, rule
-
-    described = {name: describe(name) for name in tensors}
+        target = BY_TORCH_NAME[dtype] if convert else source
+        by_dtype[target].append(OutputTensor(name, stored.shape, source, target, rule, 0, stored.numel))
     placed: list[OutputTensor] = []
     offset = 0
-    # Python orders text by code points, which is also the order of its bytes in UTF-8.
-    for name in sorted(sorted(tensors), key=lambda name: _DTYPE_ORDER[described[name][2]]):
-        shape, source, target, rule = described[name]
-        numel = prod(shape)
-        placed.append(OutputTensor(name, shape, source, target, rule, offset, numel))
-        offset += numel * target.itemsize
+    for group in by_dtype.values():
+        # Python orders text by code points, which is also the order of its bytes in UTF-8.
+        for tensor in sorted(group, key=attrgetter("name")):
+            tensor.offset = offset
+            offset += tensor.nbytes
+            placed.append(tensor)
     recomputed = spectral if len(specs) > 1 else ()
     return Plan(tuple(placed), tuple(batch_norm_layers(tensors)), len(specs), kinds, recomputed)
 

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from operator import mul
 
-from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec
 from ckpt_avg.checkpoint.tensor_reads import Ranges, read_bytes
 from ckpt_avg.mean.far_off import UNRELATED
 from ckpt_avg.mean.plan import Plan
@@ -50,11 +50,12 @@ def far_off_by_sample(checkpoints: Sequence[Checkpoint], plan: Plan) -> Iterator
 
 def _places(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[Place]:
     """Returns places that are evenly spread over the matrices; none if these have few elements."""
+    tables = {id(table): table for table in (checkpoint.spec.tensors for checkpoint in checkpoints)}.values()
     matrices = [
         (each.name, each.numel)
         for each in plan.tensors
-        if each.rule == "mean" and each.name not in plan.kinds and sum(extent > 1 for extent in each.shape) > 1
-        and all(_is_simple(checkpoint, each.name) for checkpoint in checkpoints)
+        if len(each.shape) > 1 and sum(extent > 1 for extent in each.shape) > 1 and each.rule == "mean"
+        and each.name not in plan.kinds and all(_is_simple(table[each.name]) for table in tables)
     ]  # fmt: skip
     ends = list(itertools.accumulate(numel for _, numel in matrices))
     if not ends or ends[-1] < _PLACES * _ELEMENTS:
@@ -69,9 +70,8 @@ def _places(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[Place]:
     return places
 
 
-def _is_simple(checkpoint: Checkpoint, name: str) -> bool:
+def _is_simple(tensor: TensorSpec) -> bool:
     """Whether a few elements can be read and decoded at once."""
-    tensor = checkpoint.spec.tensors[name]
     return tensor.dtype.torch_name in _CODES and tensor.is_contiguous
 
 

@@ -12,6 +12,7 @@ import sys
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from ckpt_avg.text import one_line, quote, size, suggestion
+from ckpt_avg.wording import declare, flag_of, worded
 
 _Value = TypeVar("_Value")
 
@@ -24,7 +25,8 @@ _OUT_OF_MEMORY = (  # in the words of Python, torch, the dynamic loader and CUDA
 class CkptAvgError(Exception):
     """Base of every error that this package raises on purpose.
 
-    Its message is one line, whatever names it contains; only some kinds may have several.
+    Its message is one line, whatever names it contains; only some kinds may have several. It is worded for the caller
+    (see `wording`), unless it is ``verbatim``.
 
     Attributes:
         exit_code: of the command.
@@ -34,7 +36,8 @@ class CkptAvgError(Exception):
     exit_code = 1
     _may_have_lines = False
 
-    def __init__(self, message: str, *, lines: bool = False) -> None:
+    def __init__(self, message: str, *, lines: bool = False, verbatim: bool = False) -> None:
+        message = message if verbatim else worded(message)
         super().__init__(message if lines or self._may_have_lines else one_line(message))
         self.document: dict[str, Any] = {}
 
@@ -153,6 +156,9 @@ class OptionGroup:
 
     heading: ClassVar[str]
 
+    def __init_subclass__(cls) -> None:
+        declare(cls)
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type] # every group is a dataclass
             if getattr(self, field.name) is None and field.default is not dataclasses.MISSING:
@@ -165,22 +171,17 @@ def option(default: _Value, help: str = "", **facts: object) -> _Value:
     return dataclasses.field(default=default, metadata={"help": help, **facts})
 
 
-def flag_of(field: dataclasses.Field[Any]) -> str:
-    """Returns the command line's name of an option, for example ``--from-step``."""
-    return str(field.metadata.get("flag", "--" + field.name.replace("_", "-")))
-
-
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     choices, least, most = (field.metadata.get(key) for key in ("choices", "least", "most"))
     if value is None:
         return
     if choices is not None and value not in choices:
         near = suggestion(value, choices, cutoff=0.5)  # fp16 is meant for float16
-        raise UsageError(f"{flag_of(field)}: {str(value)!r} is not one of {', '.join(choices)}.{near}")
+        raise UsageError(f"{flag_of(field.name, field)}: {str(value)!r} is not one of {', '.join(choices)}.{near}")
     if least is not None and not least <= value <= (value if most is None else most):
         shown = size if field.metadata.get("metavar") == "SIZE" else "{:,}".format
         allowed = f"{shown(least)} or more" if most is None else f"{shown(least)} to {shown(most)}"
-        raise UsageError(f"{flag_of(field)}: {shown(value)} is out of range. Use {allowed}.")
+        raise UsageError(f"{flag_of(field.name, field)}: {shown(value)} is out of range. Use {allowed}.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

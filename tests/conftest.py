@@ -7,6 +7,7 @@ import os
 # Several test processes share the cores; torch's own threads would spin against each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -30,6 +31,15 @@ RUN = Path(__file__).parent.parent / "fixtures" / "mnist_cnn"
 def run_folder() -> Path:
     """The real training run: epoch_9.pt … epoch_20.pt."""
     return RUN
+
+
+@pytest.fixture(autouse=True)
+def words(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Messages are tested in the words of the command line, and under the mark ``python_words`` in those of Python."""
+    from ckpt_avg.wording import for_command_line
+
+    with contextlib.nullcontext() if request.node.get_closest_marker("python_words") else for_command_line():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import click
 from ckpt_avg.distributed.launch import launched_rank
 from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UsageError, UserCodeError, is_out_of_memory
 from ckpt_avg.text import one_line, safe_text, suggestion
+from ckpt_avg.wording import for_command_line
 
 # A signal may come between publishing and the last line of output.
 _UNTOUCHED = "the output path is unchanged, or complete if it was already published"
@@ -49,7 +50,8 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
     if sys.stderr is None:
         # The caller closed it; tqdm and traceback would print on stdout instead.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the process ends)
-    code = _run(command, arguments)
+    with for_command_line():
+        code = _run(command, arguments)
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -19,12 +19,12 @@ from ckpt_avg.cli.help import EVERYDAY, Option
 from ckpt_avg.commands.options import MeanOptions, ResourceOptions
 from ckpt_avg.commands.requests import options_of
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT
-from ckpt_avg.errors import flag_of
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.mean.weighting import Weighting
 from ckpt_avg.mean.weighting_rules import options_of_rule
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import size
+from ckpt_avg.wording import flag_of
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -126,7 +126,7 @@ def _click_option(heading: str, option: Field[Any]) -> Callable[[_Command], _Com
     else:
         number = _whole if kind.startswith("int") else _real if kind.startswith("float") else str
         settings |= {"type": number, "metavar": metavar, "multiple": default == ()}
-    return click.option(flag_of(option), option.name, cls=Option, heading=heading, **settings)
+    return click.option(flag_of(option.name, option), option.name, cls=Option, heading=heading, **settings)
 
 
 def load_all(app_dir: str, given: Mapping[str, Any]) -> dict[str, Any]:

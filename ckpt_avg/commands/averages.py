@@ -20,6 +20,7 @@ from ckpt_avg.mean.weighting import summed
 from ckpt_avg.text import listing, quote, suggestion
 from ckpt_avg.user_code.comparison import Evaluation
 from ckpt_avg.user_code.model import weights_of
+from ckpt_avg.wording import setting
 
 
 class Averages:
@@ -43,7 +44,7 @@ class Averages:
         option, metric = choice.target
         if metric not in measured.metrics:
             raise UsageError(
-                f"{option} {metric}: the --eval function returns no such metric. Use one of "
+                f"{setting(option, metric)}: the --eval function returns no such metric. Use one of "
                 f"{listing(map(quote, measured.metrics))}.{suggestion(metric, measured.metrics)}"
             )
         return measured

@@ -15,6 +15,7 @@ from ckpt_avg.runs.compatibility import CompatibilityReport, compare
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.select import open_selected
 from ckpt_avg.text import listing, quote
+from ckpt_avg.wording import worded_all
 
 
 @takes(CheckRequest)
@@ -38,7 +39,7 @@ def check(request: CheckRequest) -> CompatibilityReport:
         )
         notice_what_is_read(selected.checkpoints, texts.append)
         report = compare([checkpoint.spec for checkpoint in selected.checkpoints])
-        return replace(report, skipped=selected.skipped, notices=tuple(texts))
+        return replace(report, skipped=selected.skipped, notices=worded_all(texts))
 
 
 def notice_what_is_read(

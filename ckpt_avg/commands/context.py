@@ -8,6 +8,7 @@ from types import TracebackType
 
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.progress import Progress
+from ckpt_avg.wording import worded
 
 
 class Context:
@@ -22,6 +23,7 @@ class Context:
 
     def notice(self, text: str) -> None:
         """Shows a notice, unless it was shown before."""
+        text = worded(text)
         if text not in self.notices:
             self.notices.append(text)
             self._callbacks.notice(text)

@@ -21,6 +21,7 @@ from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.metric_log import read_log
 from ckpt_avg.runs.run_folder import Skipped, entries_of
 from ckpt_avg.text import ends, escaped, plural
+from ckpt_avg.wording import setting, worded_all
 
 _MOST = 100  # entries of a folder without checkpoints that are described
 
@@ -92,13 +93,13 @@ def inspect(request: InspectRequest) -> Inspection:
         unreadable = [(each.path.name, str(each.error)) for each in found.ordered if each.checkpoint is None]
         needed = "" if listed else f"{path}: no checkpoint could be read (see the errors above)"
         seen = () if listed else _described_entries(path)
-        return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, tuple(notes))
+        return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, worded_all(notes))
 
 
 def _one(spec: CheckpointSpec, request: InspectRequest) -> Inspection:
     notes: list[str] = []
     (record,) = _with_logged([Candidate(spec.path, None, None, spec.record)], request, notes)
-    return Inspection(Path(request.path), replace(spec, record=record, notes=(*spec.notes, *notes)))
+    return Inspection(Path(request.path), replace(spec, record=record, notes=(*spec.notes, *worded_all(notes))))
 
 
 def _with_logged(candidates: Sequence[Candidate], request: InspectRequest, notes: list[str]) -> list[Record]:
@@ -110,7 +111,8 @@ def _with_logged(candidates: Sequence[Candidate], request: InspectRequest, notes
     logged = [log.metrics_of(each) for each in records]
     lacking = [escaped(each.path.name) for each, new in zip(candidates, logged, strict=True) if not new]
     if lacking:
-        notes.append(f"--log-step {log.step.given}: {escaped(log.path.name)} has no metrics of {ends(lacking)}")
+        column = setting("--log-step", log.step.given)
+        notes.append(f"{column}: {escaped(log.path.name)} has no metrics of {ends(lacking)}")
     # What the log has for others is not taken from a checkpoint.
     own = [{name: value for name, value in each.metrics.items() if name not in log.columns} for each in records]
     return [replace(each, metrics=new | old) for each, new, old in zip(records, logged, own, strict=True)]

@@ -24,9 +24,10 @@ from ckpt_avg.commands.prepare import prepare
 from ckpt_avg.commands.requests import SoupRequest, takes
 from ckpt_avg.errors import IncompatibleError, RequirementError, UserCodeError
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.text import argument, distinct_names, escaped, listing, quote
+from ckpt_avg.text import distinct_names, escaped, listing, quote
 from ckpt_avg.user_code.comparison import Evaluation
 from ckpt_avg.user_code.gate import refuse_unknown_metrics
+from ckpt_avg.wording import setting
 
 _MOST_DECISIONS = 3  # that are prepared in one pass: the averages double with each
 
@@ -192,7 +193,7 @@ def _measure_alone(averages: Averages, paths: Sequence[Path], metric: str) -> li
         raise UserCodeError(f"the --eval function: {quote(metric)} is NaN for every checkpoint. Return a number.")
     if unclear:
         are_unique = len({path.name for path in paths}) == len(paths)
-        options = listing((f"--exclude {argument(glob.escape(each.name))}" for each in unclear), separator=" ")
+        options = setting("--exclude", *(glob.escape(each.name) for each in unclear[:20]))
         raise IncompatibleError(
             f"{listing(escaped(each.name) for each in unclear)}: the --eval function returns NaN for {quote(metric)}. "
             f"{f'Add {options}' if are_unique else 'Name the other checkpoints'}, or return a number."

@@ -27,6 +27,7 @@ from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.sidecars import settings_of, sidecar_record
 from ckpt_avg.text import ends, listing, quote
+from ckpt_avg.wording import setting, worded_all
 
 __all__ = ["Checkpoint", "Reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
 
@@ -93,7 +94,8 @@ def open_with(path: Path, reading: Reading) -> Checkpoint:
     record = record.or_else(by_name)
     named = trainer_from_name(path) if spec.kind is None and spec.state_key is None else None
     kind = named.name if named else spec.kind
-    return replace(checkpoint, spec=replace(spec, record=record, kind=kind, settings=settings_of(path)))
+    settings, notes = settings_of(path), worded_all(spec.notes)
+    return replace(checkpoint, spec=replace(spec, record=record, kind=kind, settings=settings, notes=notes))
 
 
 def _contents(file: InputFile) -> object:
@@ -113,5 +115,6 @@ def refuse_missing_prefix(specs: Sequence[CheckpointSpec], reading: Reading) -> 
     """Raises CheckpointFormatError if no name of any checkpoint has the prefix to strip."""
     if specs and all(spec.lacks_prefix for spec in specs):
         got = ends(list(map(quote, specs[0].tensors)))
-        problem = f"--strip-prefix {reading.strip_prefix}: expected names that begin with it, got {got}"
+        given = setting("--strip-prefix", reading.strip_prefix or "")
+        problem = f"{given}: expected names that begin with it, got {got}"
         fail(specs[0].path, problem, "Change it or omit it")

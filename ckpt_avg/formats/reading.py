@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckpt_avg.errors import OptionGroup, UsageError, option
+from ckpt_avg.wording import setting
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -33,4 +34,5 @@ class Reading(OptionGroup):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ema and self.state_key is not None:
-            raise UsageError(f"--ema and --state-key {self.state_key}: both choose the weights. Use one of them.")
+            key = setting("--state-key", self.state_key)
+            raise UsageError(f"--ema and {key}: both choose the weights. Use one of them.")

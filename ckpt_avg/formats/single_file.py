@@ -15,6 +15,7 @@ from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.tensor_names import TensorTable, settle_names, shared_table
 from ckpt_avg.formats.torch_file import open_torch_file
 from ckpt_avg.text import argument, plural
+from ckpt_avg.wording import setting
 
 DCP_SHARDING = "DCP_SHARDING_INFO"
 _TORCH_TAR = (b"sys_info\0", b"storages\0", b"tensors\0", b"pickle\0")  # the names of its members
@@ -83,7 +84,7 @@ def _head(path: Path) -> bytes:
 def refuse_options(reading: Reading, path: Path) -> None:
     """Raises CheckpointFormatError if an option chooses among state dicts, of which safetensors have only one."""
     if reading.state_key is not None or reading.ema:
-        option = "--ema" if reading.ema else f"--state-key {reading.state_key}"
+        option = "--ema" if reading.ema else setting("--state-key", reading.state_key or "")
         fail(path, f"a safetensors file has one flat state dict, so {option} matches nothing in it", "Omit it")
 
 

@@ -41,6 +41,7 @@ from ckpt_avg.formats.trainers.records import recognise
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
 from ckpt_avg.text import argument, listing, quote
+from ckpt_avg.wording import setting
 
 # Of files without a known layout: keys of any script, and of trainers that keep only their EMA weights there.
 _TRAINERS_KEYS = (layout.ema for trainer in TRAINERS for layout in trainer.layouts)
@@ -276,7 +277,7 @@ def _separate(entries: Mapping[Any, object], where: str, key: str) -> tuple[dict
         elif isinstance(item, dict) and not isinstance(item, Attributes) and find_tensor_dicts(item, looked_at):
             problem = f"expected names and tensors, got another dict of tensors under {quote(name)}"
             inner = argument(f"{key}.{name}" if key else str(name))
-            fail(where, problem, f"Choose one part with --state-key {inner}")
+            fail(where, problem, f"Choose one part with {setting('--state-key', inner)}")
         elif hidden := hidden_tensor(item):
             _refuse_hidden(f"{where}: {quote(name)}", item, hidden)
         else:
@@ -327,7 +328,7 @@ def _no_ema(root: object) -> str:
 def _several(keys: Sequence[str]) -> str:
     return (
         f"expected one state dict, got several: {listing(map(quote, keys))}. "
-        f"Choose one with --state-key, for example --state-key {argument(keys[0])}."
+        f"Choose one with --state-key, for example {setting('--state-key', keys[0])}."
     )
 
 

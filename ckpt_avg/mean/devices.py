@@ -5,6 +5,7 @@ from __future__ import annotations
 from ckpt_avg.distributed.launch import Launch
 from ckpt_avg.errors import UsageError
 from ckpt_avg.text import plural
+from ckpt_avg.wording import setting
 
 
 def choose_mean_device(name: str, launch: Launch | None = None) -> str:
@@ -35,5 +36,5 @@ def _cuda_device(name: str, launch: Launch | None) -> str:
         name = f"cuda:{launch.local_rank % torch.cuda.device_count()}"
     if (torch.device(name).index or 0) >= torch.cuda.device_count():
         found = plural(torch.cuda.device_count(), "CUDA device")
-        raise UsageError(f"--device {name}: torch finds {found} on this machine. Use --device cpu.")
+        raise UsageError(f"{setting('--device', name)}: torch finds {found} on this machine. Use --device cpu.")
     return name

@@ -10,7 +10,7 @@ from pathlib import Path
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError
-from ckpt_avg.text import argument
+from ckpt_avg.wording import setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,4 +42,4 @@ class Candidate:
 
 def excluding(candidates: Iterable[Candidate]) -> str:
     """Returns the options that skip at most 20 candidates."""
-    return " ".join(f"--exclude {argument(each.path.name)}" for each in itertools.islice(candidates, 20))
+    return setting("--exclude", *(each.path.name for each in itertools.islice(candidates, 20)))

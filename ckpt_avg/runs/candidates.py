@@ -23,6 +23,7 @@ from ckpt_avg.runs.run_folder import Skipped, in_order, natural_key
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.runs.series import notes_on_moments, notes_on_series, one_series
 from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote
+from ckpt_avg.wording import setting
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
 
@@ -152,7 +153,7 @@ def _advise_to_exclude(found: Sequence[Candidate]) -> None:
     if any(candidate.checkpoint is not None for candidate in found):
         for each in found:
             if each.error is not None and not isinstance(each.error, NoWeightsError):
-                each.error.args = (f"{each.error} To average the others, add --exclude {quote(each.path.name)}.",)
+                each.error.args = (f"{each.error} To average the others, add {setting('--exclude', each.path.name)}.",)
 
 
 def _without_others(found: list[Candidate], skipped: list[Skipped], notes: list[str], in_full: bool) -> list[Candidate]:

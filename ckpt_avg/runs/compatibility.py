@@ -9,7 +9,8 @@ from typing import Literal
 from ckpt_avg.checkpoint.spec import DTYPES, CheckpointSpec, Kind, TensorSpec, is_extra_state
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.text import argument, listing, one_line, plural, quote
+from ckpt_avg.text import listing, one_line, plural, quote
+from ckpt_avg.wording import setting, worded
 
 _CONVERTED: Sequence[Kind] = ("float", "float8")  # the kinds of dtypes that --dtype converts
 
@@ -100,7 +101,7 @@ def compare(specs: Sequence[CheckpointSpec], *, dtype: str = "keep") -> Compatib
         for (tensor, aspect, expected, got), paths in found.items()
     )
     paths = tuple(str(spec.path) for spec in specs)
-    return CompatibilityReport(paths, len(reference.tensors), differences, _advice(specs, differences))
+    return CompatibilityReport(paths, len(reference.tensors), differences, worded(_advice(specs, differences)))
 
 
 def refuse_differences(specs: Sequence[CheckpointSpec], *, dtype: str = "keep") -> None:
@@ -165,7 +166,7 @@ def _describe(tensor: TensorSpec) -> str:
 def _advice(specs: Sequence[CheckpointSpec], differences: Sequence[Difference]) -> str:
     aspects = {difference.aspect for difference in differences}
     if aspects == {"missing", "unexpected"} and (prefix := _prefix_between(specs)):
-        option = f"--strip-prefix {argument(prefix.removesuffix('.'))}"
+        option = setting("--strip-prefix", prefix.removesuffix("."))
         return f"Some names begin with {quote(prefix)}, others don't: add {option}."
     if aspects == {"dtype"}:
         dtypes = {name for difference in differences for name in (difference.expected, difference.found)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ckpt_avg.checkpoint.training_record import Record, count, number_in
 from ckpt_avg.runs.order import Unit
-from ckpt_avg.text import argument
+from ckpt_avg.wording import setting
 
 _EPOCH = re.compile(r"(?<![A-Za-z])(?<!in[-_/ .])epoch", re.IGNORECASE)  # current_epoch, but not step_in_epoch
 
@@ -73,12 +73,12 @@ def other_reading(step: StepColumn, unit: Unit, records: Sequence[Record], logge
     for shift in shifts:
         if all(number - shift in logged for number in numbers):
             return (
-                f"With --log-step {argument(step.later(shift))} every checkpoint has a row: use it if the log counts "
+                f"With {setting('--log-step', step.later(shift))} every checkpoint has a row: use it if the log counts "
                 f"{abs(shift):,} {'lower' if shift > 0 else 'higher'}."
             )
     other: Unit = "epoch" if unit == "step" else "step"
     if all(number_of(each, other) in logged for each in records):
-        return f"The {other}s of the checkpoints are there: use --log-step {argument(f'{other}={step.name}')}."
+        return f"The {other}s of the checkpoints are there: use {setting('--log-step', f'{other}={step.name}')}."
     return ""
 
 

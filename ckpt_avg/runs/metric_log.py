@@ -22,7 +22,8 @@ from ckpt_avg.runs.log_rows import read_rows
 from ckpt_avg.runs.log_step import StepColumn, number_of, other_reading
 from ckpt_avg.runs.order import Unit, unit_of
 from ckpt_avg.runs.selection import LogOptions
-from ckpt_avg.text import argument, ends, escaped, listing, quote, suggestion
+from ckpt_avg.text import ends, escaped, listing, quote, suggestion
+from ckpt_avg.wording import setting
 
 Notice = Callable[[str], None]
 
@@ -111,7 +112,8 @@ class MetricLog:
         has = f"{escaped(self.path.name)} has {listing(map(quote, known)) or 'no other columns'}"
         if given is None:
             raise IncompatibleError(f"--log: {has}. Choose one of them with --metric.")
-        raise IncompatibleError(f"--metric {given}: {has}.{suggestion(given, self.columns) or ' Use one of these.'}")
+        advice = suggestion(given, self.columns) or " Use one of these."
+        raise IncompatibleError(f"{setting('--metric', given)}: {has}.{advice}")
 
     def measured(self, kept: Sequence[Candidate], metric: str, notice: Notice) -> list[tuple[Candidate, float]]:
         """Returns the checkpoints for which a metric is logged, with its values.
@@ -160,7 +162,7 @@ class MetricLog:
             other: Unit = "epoch" if self.unit == "step" else "step"
             has_other = all(number_of(each.record, other) is not None for each in kept)
             advice = f"Name the column of the {other}s" if has_other else "Use --last or --include instead"
-            raise IncompatibleError(f"--log-step {self.step.given}: {here}. {advice}.")
+            raise IncompatibleError(f"{setting('--log-step', self.step.given)}: {here}. {advice}.")
         if without:
             notice(f"skipped, because {here}")
         return [each for each in kept if each not in without]
@@ -172,9 +174,9 @@ class MetricLog:
             if number in seen:
                 names = f"{escaped(seen[number].path.name)} and {escaped(each.path.name)}"
                 raise IncompatibleError(
-                    f"--log-step {self.step.given}: {names} have the same {self.unit}, {number}, so a row does not "
-                    f"tell which of them it is about. Name a column that does, or add --exclude "
-                    f"{argument(each.path.name)}."
+                    f"{setting('--log-step', self.step.given)}: {names} have the same {self.unit}, {number}, so a row "
+                    f"does not tell which of them it is about. Name a column that does, or add "
+                    f"{setting('--exclude', each.path.name)}."
                 )
             seen[number] = each
 
@@ -200,7 +202,7 @@ class MetricLog:
         advice = hint or "Name another column with --log-step, or the log of this run."
         if not is_all:
             advice += f" Otherwise add {excluding(lacking)}."
-        raise IncompatibleError(f"--log-step {self.step.given}: {here}, {extent}. {advice}")
+        raise IncompatibleError(f"{setting('--log-step', self.step.given)}: {here}, {extent}. {advice}")
 
 
 def read_log(candidates: Sequence[Candidate], options: LogOptions, notice: Notice) -> MetricLog:
@@ -218,7 +220,7 @@ def read_log(candidates: Sequence[Candidate], options: LogOptions, notice: Notic
     numbered = [each for each in candidates if each.record.is_lone_number]
     if lone := [each for each in numbered if unit == "step" or each.record.epoch is None]:
         names = ends([escaped(each.path.name) for each in lone])
-        notice(f"--log-step {step.given}: the numbers in the names of {names} are taken for {unit}s")
+        notice(f"{setting('--log-step', step.given)}: the numbers in the names of {names} are taken for {unit}s")
     found: dict[int | None, dict[str, Logged]] = {number_of(record, unit): {} for record in records}
     found.pop(None, None)
     columns: dict[str, None] = {}
@@ -235,7 +237,7 @@ def read_log(candidates: Sequence[Candidate], options: LogOptions, notice: Notic
     own = step.given if step.given in columns else step.name
     if own not in columns:
         raise IncompatibleError(
-            f"--log-step {step.given}: {escaped(path.name)} has {listing(map(quote, columns))}."
+            f"{setting('--log-step', step.given)}: {escaped(path.name)} has {listing(map(quote, columns))}."
             f"{suggestion(step.name, columns) or ' Name the column of the steps or epochs.'}"
         )
     for at in found.values():
@@ -249,13 +251,13 @@ def _path(given: str | os.PathLike[str]) -> Path:
     try:
         mode = os.stat(given).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"--log {os.fspath(given)}: no such file. Check the path.") from error
+        raise UsageError(f"{setting('--log', given)}: no such file. Check the path.") from error
     except (OSError, ValueError) as error:  # no permission, a name too long or with NUL
         why = getattr(error, "strerror", None) or error
         raise UsageError(f"--log {quote(given)}: cannot be accessed: {why}. Check the path.") from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
-        raise UsageError(f"--log {os.fspath(given)}: expected a file, got {kind}. Name a log in CSV or JSON lines.")
+        raise UsageError(f"{setting('--log', given)}: expected a file, got {kind}. Name a log in CSV or JSON lines.")
     return Path(given)
 
 
@@ -263,12 +265,13 @@ def _unit(step: StepColumn, records: Sequence[Record], notice: Notice) -> Unit:
     if step.unit == "epoch":
         return "epoch"
     if step.unit is None and all(each.step is None for each in records):
-        notice(f"--log-step {step.given}: the checkpoints record no steps, so these are epochs")
+        notice(f"{setting('--log-step', step.given)}: the checkpoints record no steps, so these are epochs")
         return "epoch"
     if all(each.step is not None for each in records) and unit_of(records) == "epoch":
         raise IncompatibleError(
-            f"--log-step {step.given}: the steps of the checkpoints start again in each epoch, so they do not tell "
-            "which checkpoint a row is about. Name the column of the epochs, for example --log-step epoch."
+            f"{setting('--log-step', step.given)}: the steps of the checkpoints start again in each epoch, so they do "
+            f"not tell which checkpoint a row is about. Name the column of the epochs, for example "
+            f"{setting('--log-step', 'epoch')}."
         )
     return "step"
 

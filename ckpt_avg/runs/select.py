@@ -21,6 +21,7 @@ from ckpt_avg.runs.order import Unit, position, unit_of
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote, suggestion
+from ckpt_avg.wording import setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +243,8 @@ def _recorded(
         found = f"the checkpoints record {listing(map(quote, recorded))}"
         if metric is None:
             raise IncompatibleError(f"--best {number}: {found}. Choose one of them with --metric.")
-        raise IncompatibleError(f"--metric {metric}: {found}.{suggestion(metric, recorded) or ' Use one of these.'}")
+        advice = suggestion(metric, recorded) or " Use one of these."
+        raise IncompatibleError(f"{setting('--metric', metric)}: {found}.{advice}")
     measured = [candidate for candidate in kept if metric in candidate.record.metrics]
     if len(measured) < len(kept):
         lacking = [candidate for candidate in kept if metric not in candidate.record.metrics]

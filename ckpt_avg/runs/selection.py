@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ckpt_avg.errors import OptionGroup, UsageError, option
+from ckpt_avg.wording import setting
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -32,7 +33,7 @@ class LogOptions(OptionGroup):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.log is None and self.log_step is not None:
-            raise UsageError(f"--log-step {self.log_step} needs --log. Add --log FILE.")
+            raise UsageError(f"{setting('--log-step', self.log_step)} needs --log. Add --log FILE.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -79,7 +80,7 @@ class Selection(LogOptions):
         if self.best is None:
             for option, given in (("--metric", self.metric), ("--mode", self.mode), ("--log", self.log)):
                 if given is not None:
-                    raise UsageError(f"{option} {os.fspath(given)} needs --best. Add --best N.")
+                    raise UsageError(f"{setting(option, given)} needs --best. Add --best N.")
         elif self.mode is None:
             raise UsageError(
                 f"--best {self.best} needs --mode. Add --mode min (for a loss) or --mode max (for an accuracy)."

@@ -13,6 +13,7 @@ from ckpt_avg.formats.trainers.file_names import is_ema, record_from_name, serie
 from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import distinct_names, listing, quote
+from ckpt_avg.wording import setting, worded
 
 _SAVED_EVERY = 10  # Trainings are counted one by one, steps are not: agent_1000, agent_2000
 
@@ -26,7 +27,7 @@ def one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str],
     """
     averages = [each for each in found if is_ema(each.path.name)]
     if averages and len(averages) < len(found):
-        skipped += [Skipped(each.path, "EMA weights, by its name; --include selects them") for each in averages]
+        skipped += [Skipped(each.path, worded("EMA weights, by its name; --include selects them")) for each in averages]
         found = [each for each in found if each not in averages]
     trainings = notes_on_series(found)
     shared = _with_one_moment(found)
@@ -34,11 +35,12 @@ def one_series(found: list[Candidate], skipped: list[Skipped], notes: list[str],
         names = [each.path.name for each in found] if trainings else [name for names in shared for name in names]
         kinds = _patterns(names, shared)
         if not is_chosen:
+            every = f" With {setting('--include', '*')} all are averaged." if trainings else ""
             several = "several" if trainings else "several with the same steps"
             raise IncompatibleError(
                 f"{found[0].path.parent}: expected one series of checkpoints, got {several}: "
-                f"{listing(map(quote, kinds))}. Select one with --include or --exclude, for example --include "
-                f"{quote(kinds[0])}.{' With --include ' + quote('*') + ' all are averaged.' if trainings else ''}"
+                f"{listing(map(quote, kinds))}. Select one with --include or --exclude, for example "
+                f"{setting('--include', kinds[0])}.{every}"
             )
         notes += trainings or [f"several series have the same steps, and all are used: {listing(map(quote, kinds))}"]
     else:

@@ -12,14 +12,19 @@ import torch
 from ckpt_avg.errors import UserCodeError
 from ckpt_avg.text import listing, quote, type_of
 from ckpt_avg.user_code.load import user_errors
+from ckpt_avg.wording import either
 
 ForwardBatch = Callable[[torch.nn.Module, Any], object]
 
 _LEAST_PINNED = 64 * 1024  # bytes
-_ACCEPTED = (
-    "Accepted batches: a tensor, a tuple or list (its first element is the input), a mapping (passed as keywords), or "
-    "anything that a function forward_batch(model, batch), in the module of --model, takes."
-)
+
+
+def _accepted() -> str:
+    where = either(", in the module of --model,", "")
+    return (
+        "Accepted batches: a tensor, a tuple or list (its first element is the input), a mapping (passed as keywords), "
+        f"or anything that a function forward_batch(model, batch){where} takes."
+    )
 
 
 def expected_batches(batches: Iterable[Any], at_most: int | None) -> int | None:
@@ -50,7 +55,7 @@ def fetch(batches: Iterable[Any], at_most: int | None) -> Iterator[Any]:
 
 def run_batch(model: torch.nn.Module, batch: Any, forward_batch: ForwardBatch | None, number: int) -> None:
     """Calls the model with a batch, in the way that suits its kind. If the model raises, the error names the batch."""
-    with user_errors(f"the model raised at batch {number} ({_shape(batch)}):", advice=f"\n{_ACCEPTED}"):
+    with user_errors(f"the model raised at batch {number} ({_shape(batch)}):", advice=f"\n{_accepted()}"):
         if forward_batch is not None:
             forward_batch(model, batch)
         elif isinstance(batch, torch.Tensor):
@@ -60,7 +65,7 @@ def run_batch(model: torch.nn.Module, batch: Any, forward_batch: ForwardBatch | 
         elif isinstance(batch, (tuple, list)) and batch:
             model(batch[0])
         else:
-            raise UserCodeError(f"BatchNorm refresh: batch {number}: got {_shape(batch)}. {_ACCEPTED}")
+            raise UserCodeError(f"BatchNorm refresh: batch {number}: got {_shape(batch)}. {_accepted()}")
 
 
 def _shape(batch: Any) -> str:

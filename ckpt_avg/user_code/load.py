@@ -11,6 +11,7 @@ from typing import Any
 
 from ckpt_avg.errors import CkptAvgError, UsageError, UserCodeError, is_out_of_memory
 from ckpt_avg.text import suggestion
+from ckpt_avg.wording import worded
 
 
 @contextlib.contextmanager
@@ -26,7 +27,8 @@ def user_errors(what: str, advice: str = "") -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
-        raise UserCodeError(f"{what} {type(error).__name__}: {error}{advice}") from error
+        text = f"{worded(what)} {type(error).__name__}: {error}{worded(advice)}"
+        raise UserCodeError(text, verbatim=True) from error
 
 
 def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str]) -> Any:

@@ -16,9 +16,10 @@ from ckpt_avg.checkpoint.tensor_reads import read_ranges, torch_dtype
 from ckpt_avg.errors import IncompatibleError, UserCodeError
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.tensor_names import without_wrappers
-from ckpt_avg.text import argument, listing, quote, type_of
+from ckpt_avg.text import listing, quote, type_of
 from ckpt_avg.user_code.isolation import seeded
 from ckpt_avg.user_code.load import user_errors
+from ckpt_avg.wording import setting
 
 _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
@@ -95,7 +96,7 @@ def _advice_on_names(given: _StateDict, expected: _StateDict, stripped: str | No
         whole = ".".join(each.strip(".") for each in (stripped, prefix) if each)
         others = sorted(given.keys() - {prefix + name for name in expected})
         if not others:
-            return f"All names begin with {quote(prefix)}. Use --strip-prefix {argument(whole)}"
+            return f"All names begin with {quote(prefix)}. Use {setting('--strip-prefix', whole)}"
         return (
             f"The model's names are under {quote(prefix)}, next to {listing(map(quote, others))}. Let --model return "
             "the module that contains both, for example the LightningModule."

@@ -470,14 +470,14 @@ def test_the_second_file_of_one_step_follows_the_first(tmp_path: Path) -> None:
 
 @pytest.mark.guarantee("half-written")
 def test_an_unreadable_checkpoint_of_a_run_says_how_to_leave_it_out(tmp_path: Path) -> None:
-    """With the name quoted; nothing can be excluded if only this one is named."""
+    """Nothing can be excluded if only this one is named."""
     for step in (1, 2):
         put(tmp_path / f"step_{step}.pt", step)
     (tmp_path / "step_2.pt").write_bytes(b"junk")
     for source, advised in ((tmp_path, True), (tmp_path / "step_2.pt", False)):
         with pytest.raises(CheckpointFormatError) as caught:
             average([source], tmp_path / "out.safetensors")
-        assert str(caught.value).endswith(" To average the others, add --exclude 'step_2.pt'.") is advised
+        assert str(caught.value).endswith(" To average the others, add --exclude step_2.pt.") is advised
         assert ("--exclude" in str(caught.value)) is advised
     assert names(look(tmp_path, options={"selection": Selection(exclude="step_2.pt")})) == ["step_1.pt"]
     (tmp_path / "step_1.pt").write_bytes(b"junk")  # no others that could be averaged

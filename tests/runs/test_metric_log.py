@@ -393,7 +393,7 @@ VAL = ["step,train_loss,val_loss", "100,0.9,0.8", "200,0.5,0.4"]
                                "'step'?"),
         ({"log_step": "iter"}, "--log-step iter: metrics.csv has 'step', 'train_loss', 'val_loss'. Name the column of "
                                "the steps or epochs."),
-        ({"log_step": ""}, "--log-step : metrics.csv has 'step', 'train_loss', 'val_loss'. Name the column of the "
+        ({"log_step": ""}, "--log-step '': metrics.csv has 'step', 'train_loss', 'val_loss'. Name the column of the "
                            "steps or epochs."),
         ({"metric": "val_los"}, "--metric val_los: metrics.csv has 'train_loss', 'val_loss'. Did you mean 'val_loss'?"),
         ({"metric": "f1"}, "--metric f1: metrics.csv has 'train_loss', 'val_loss'. Use one of these."),

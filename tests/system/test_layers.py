@@ -8,6 +8,7 @@ import ckpt_avg
 SOURCE = Path(ckpt_avg.__file__).parent
 LAYERS = (
     ("text", "limits", "version"),
+    ("wording",),
     ("errors", "progress"),
     ("engine",),
     ("files", "machine", "distributed"),

@@ -38,7 +38,7 @@ def sweep_command(
     sources: Sequence[str],
     app_dir: str,
     plot: str | None,
-    report: str | None,
+    report: Sequence[str],
     overwrite: bool,
     as_json: bool,
     quiet: bool,
@@ -73,6 +73,7 @@ def sweep_command(
         )
 
     make_report(
+        "sweep",
         sources,
         measure,
         lambda result: sweep_text(result, shlex.join(command(result))),
@@ -90,6 +91,7 @@ def sweep_command(
 @options.options_from(SoupRequest)
 @options.app_dir
 @options.output
+@options.card
 @options.report
 @options.as_json
 @options.quiet
@@ -110,8 +112,8 @@ def soup_command(context: click.Context, /, sources: Sequence[str], output: str,
         return options.average_command_for(context, result.kept, output) if result.kept else []
 
     make_output(
-        SoupRequest,
         "soup",
+        SoupRequest,
         lambda result: soup_text(result, command(result)),
         sources,
         output,
@@ -134,7 +136,7 @@ def compare_command(
     sources: Sequence[str],
     tensors: bool,
     plot: str | None,
-    report: str | None,
+    report: Sequence[str],
     overwrite: bool,
     as_json: bool,
     quiet: bool,
@@ -159,6 +161,7 @@ def compare_command(
             return ckpt_avg.compare(sources, progress=progress, **given)
 
     make_report(
+        "compare",
         sources,
         measure,
         partial(comparison_text, tensors=tensors, verbose=verbose),

@@ -90,7 +90,7 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments and not silent
     try:
         # Not command.main(), which returns the code of an Exit as a value and turns a closed pipe into exit 1.
-        with _signals(), command.make_context("ckpt-avg", list(arguments)) as context:
+        with _signals(), command.make_context("ckpt-avg", list(arguments), obj=tuple(arguments)) as context:
             command.invoke(context)
         return 0
     except BrokenPipeError:  # --help and --version print by themselves
@@ -145,9 +145,10 @@ def _signal_before(error: BaseException) -> KeyboardInterrupt | _Terminated | No
 
 
 def _interrupted(error: KeyboardInterrupt | click.Abort | _Terminated, as_json: bool) -> int:
+    known = vars(error).get("document")  # of an output that is published already
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return _fail("Interrupted", f"interrupted: {_UNTOUCHED}", 130, as_json)
-    return _fail("Terminated", f"terminated: {_UNTOUCHED}", 128 + error.number, as_json)
+        return _fail("Interrupted", f"interrupted: {_UNTOUCHED}", 130, as_json, known)
+    return _fail("Terminated", f"terminated: {_UNTOUCHED}", 128 + error.number, as_json, known)
 
 
 def _message_of(error: click.ClickException, command: click.Command, name: str) -> str:

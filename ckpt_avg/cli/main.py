@@ -74,7 +74,7 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **given:
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.average_text import average_text
 
-    make_output(AverageRequest, "average", partial(average_text, verbose=verbose), sources, output, **given)
+    make_output("average", AverageRequest, partial(average_text, verbose=verbose), sources, output, **given)
 
 
 @cli.command("refresh-bn")
@@ -90,7 +90,7 @@ def refresh_command(weights: str, output: str, **given: Any) -> None:
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.average_text import refreshed_text
 
-    make_output(RefreshRequest, "refresh_weights", refreshed_text, weights, output, **given)
+    make_output("refresh-bn", RefreshRequest, refreshed_text, weights, output, **given)
 
 
 for each in (sweep_command, soup_command, compare_command):

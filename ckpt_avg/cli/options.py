@@ -69,7 +69,14 @@ def _plot(text: str) -> Callable[[_Command], _Command]:
 output = _only_here(
     "-o", "--output", heading=EVERYDAY, required=True, metavar="OUT.safetensors", help="Write this file."
 )
-report = _only_here("--report", heading="Output", metavar="FILE.json", help="Write the JSON result to a file, too.")
+report = _only_here(
+    "--report",
+    heading="Output",
+    metavar="FILE.html|.json",
+    multiple=True,
+    help="Write a report as a page or JSON.",
+)
+card = _only_here("--card", heading="Output", is_flag=True, help="Print the model card instead of the result.")
 as_json = _only_here("--json", "as_json", heading="Output", is_flag=True, help="Print one JSON document on stdout.")
 quiet = _only_here("-q", "--quiet", heading="Output", is_flag=True, help="Hide progress bars and notices.")
 verbose = _only_here("-v", "--verbose", heading="Output", is_flag=True, help="List skipped files with the reasons.")
@@ -98,7 +105,7 @@ sources = click.argument("sources", nargs=-1, required=True, metavar="SOURCE..."
 
 def makes_output(command: _Command) -> _Command:
     """Gives a command the options that `run.make_output` takes."""
-    for option in (quiet, rank_timeout, as_json, report, output, app_dir):
+    for option in (quiet, rank_timeout, as_json, card, report, output, app_dir):
         command = option(command)
     return command
 

@@ -7,8 +7,11 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
 
 import ckpt_avg
 from ckpt_avg.cli.exits import error_json, say
@@ -18,25 +21,32 @@ from ckpt_avg.commands.options import RankOptions
 from ckpt_avg.distributed.launch import join_ranks, launch_of
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT
 from ckpt_avg.errors import CkptAvgError, RequirementError, UsageError
+from ckpt_avg.formats.reading import Reading
+from ckpt_avg.text import one_line
 
 if TYPE_CHECKING:
+    from ckpt_avg.commands.compare import CompareResult
+    from ckpt_avg.commands.draft import AverageResult
     from ckpt_avg.output.paths import SideFiles
     from ckpt_avg.progress import Progress
     from ckpt_avg.runs.discover import Sources
 
 _Result = TypeVar("_Result")
 
+_FUNCTIONS = {"refresh-bn": "refresh_weights"}  # of commands with another name
+
 
 def make_output(
+    kind: str,
     request: type[Any],
-    function: str,
     text: Callable[[Any], str],
     sources: Sources,
     output: str,
     *,
     document: Callable[[Any], dict[str, Any]] = average_json,
     app_dir: str,
-    report: str | None,
+    report: Sequence[str],
+    card: bool,
     as_json: bool,
     quiet: bool,
     rank_timeout: float = RANK_TIMEOUT,
@@ -44,10 +54,10 @@ def make_output(
 ) -> None:
     """Runs what makes an output, on one rank or many; prints and reports the result, even if a requirement is not met.
 
-    ``request`` is the class of the request, which checks options and sources before the user's code is imported.
-    ``function`` is the name of `average`, `refresh_weights` or `soup`: torch is imported with it.
+    ``kind`` is the name of the command. ``request`` is the class of the request, which checks options and sources
+    before the user's code is imported, and torch with it.
     """
-    from ckpt_avg.output.paths import SideFiles, checksum_path, json_bytes
+    from ckpt_avg.output.paths import REPORTS, SideFiles, checksum_path
 
     launch = launch_of()
     speaks = launch is None or launch.rank == 0
@@ -59,22 +69,37 @@ def make_output(
         with computing(quiet=quiet or not speaks) as progress, join_ranks(timeout=rank_timeout) as ranks:
             shared: dict[str, Any] = {"ranks": ranks} if issubclass(request, RankOptions) else {}
             request(sources, output, **shared, **given).discover()
-            if speaks:
-                files.check("--report", report, (".json",))
+            for path in report if speaks else ():
+                files.check("--report", path, REPORTS)
             options = {**load_all(app_dir, given), **shared, "progress": progress}
-            result = getattr(ckpt_avg, function)(sources, output, **options)
+            result = getattr(ckpt_avg, _FUNCTIONS.get(kind, kind))(sources, output, **options)
     except RequirementError as error:
         unmet, result = error, error.result
     if not speaks:
         return
+    average: AverageResult = getattr(result, "average", result)
     found = document(result)
-    reported = found
+    shown = ""
+    if card and unmet is None:
+        shown = _card(average, output, quiet=quiet)
+        found["card"] = shown
+    if not as_json:
+        say(shown or text(result))
+    whole: dict[str, Any] = {}
+    stopped: BaseException | None = None
+    if report:
+        from ckpt_avg.commands.report import output_report
+
+        compared, stopped = _compared(average, given, quiet=quiet)
+        whole = output_report(kind, found, _command_line(), average, compared)
     if unmet is not None:
-        reported = {**found, "error": error_json(type(unmet).__name__, str(unmet), unmet.exit_code)}
-    _show(text(result), found, {"--report": lambda: json_bytes(reported)}, files, as_json=as_json, failure=unmet)
+        whole["error"] = error_json(type(unmet).__name__, str(unmet), unmet.exit_code)
+    contents = [("--report", path, _reporting(path, whole)) for path in report]
+    _write(found, contents, files, as_json=as_json, failure=unmet, stopped=stopped)
 
 
 def make_report(
+    kind: str,
     sources: Sources,
     measure: Callable[[], _Result],
     text: Callable[[_Result], str],
@@ -82,26 +107,30 @@ def make_report(
     draw: Callable[[_Result, str], bytes],
     *,
     plot: str | None,
-    report: str | None,
+    report: Sequence[str],
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Runs what only measures; prints the result, writes its report and draws it, into paths that are checked first."""
     from ckpt_avg.cli.plots import KINDS, refuse_without_matplotlib
-    from ckpt_avg.output.paths import SideFiles, json_bytes
+    from ckpt_avg.commands.report import report_document
+    from ckpt_avg.output.paths import REPORTS, SideFiles
 
     files = SideFiles(sources, output=None, overwrite=overwrite)
-    files.check("--report", report, (".json",))
+    for path in report:
+        files.check("--report", path, REPORTS)
     files.check("--plot", plot, KINDS)
     if plot is not None:
         refuse_without_matplotlib()
     result = measure()
     found = document(result)
-    contents = {
-        "--report": lambda: json_bytes(found),
-        "--plot": lambda: draw(result, os.path.splitext(plot or "")[1].lower()),
-    }
-    _show(text(result), found, contents, files, as_json=as_json)
+    if not as_json:
+        say(text(result))
+    whole = report_document(kind, found, _command_line())
+    contents = [("--report", path, _reporting(path, whole)) for path in report]
+    if plot is not None:
+        contents.append(("--plot", plot, lambda: draw(result, os.path.splitext(plot)[1].lower())))
+    _write(found, contents, files, as_json=as_json)
 
 
 def refuse_ranks(command: str) -> None:
@@ -121,23 +150,78 @@ def computing(*, quiet: bool) -> Iterator[Progress]:
         yield progress
 
 
-def _show(
-    text: str,
+def _command_line() -> tuple[str, ...]:
+    return "ckpt-avg", *click.get_current_context().obj
+
+
+def _card(result: AverageResult, output: str, *, quiet: bool) -> str:
+    """Returns the model card of an output, and says what it leaves out."""
+    from ckpt_avg.commands.card import card_notice, checkpoint_folder, model_card, read_config
+
+    config = read_config(checkpoint_folder(result.checkpoints))
+    notice = card_notice(config)
+    if notice is not None and not quiet:
+        say(f"Notice: {notice}", err=True)
+    name = os.path.splitext(os.path.basename(os.path.abspath(output)))[0]
+    return model_card(result, name=name, config=config, recorded=result.metadata)
+
+
+def _compared(
+    result: AverageResult, given: Mapping[str, Any], *, quiet: bool
+) -> tuple[CompareResult | str | None, BaseException | None]:
+    """Returns what `compare` says of the checkpoints, or why it says nothing; and the signal that stopped it."""
+    from ckpt_avg.cli.progress_bars import bars
+    from ckpt_avg.commands.report import comparison_of
+
+    options = {each.name: given[each.name] for each in fields(Reading) if each.name in given}
+
+    def measure() -> CompareResult:
+        with bars(quiet=quiet, reading="comparing") as progress:
+            shown = replace(progress, notice=lambda text: None)  # those of the output were shown
+            return ckpt_avg.compare(result.checkpoints, threads=given["threads"], progress=shown, **options)
+
+    try:
+        compared = comparison_of(result, measure)
+    except BaseException as error:
+        return "interrupted", error
+    if isinstance(compared, str) and not quiet:
+        say(f"Notice: the report has no distances: {one_line(compared)}", err=True)
+    return compared, None
+
+
+def _reporting(path: str, document: dict[str, Any]) -> Callable[[], bytes]:
+    """Returns what makes the contents of a report."""
+
+    def contents() -> bytes:
+        from ckpt_avg.output.paths import json_bytes
+
+        if os.path.splitext(path)[1].lower() != ".html":
+            return json_bytes(document)
+        from ckpt_avg.cli.report_html import report_html
+
+        return report_html(document)
+
+    return contents
+
+
+def _write(
     document: dict[str, Any],
-    contents: Mapping[str, Callable[[], bytes]],
+    contents: Sequence[tuple[str, str, Callable[[], bytes]]],
     files: SideFiles,
     *,
     as_json: bool,
     failure: CkptAvgError | None = None,
+    stopped: BaseException | None = None,
 ) -> None:
-    """Prints the result, then writes the files of ``contents``; the result is printed even if that fails."""
-    if not as_json:
-        say(text)
-    try:
-        for option, make in contents.items():
-            files.publish(option, make)
-    except CkptAvgError as error:
-        failure = failure or error
+    """Writes files, given as option, path and contents; then prints the document, even if that fails."""
+    for option, path, make in contents:
+        try:
+            files.publish(option, path, make)
+        except CkptAvgError as error:  # noqa: PERF203 (a few files)
+            failure = failure or error
+    if stopped is not None:
+        vars(stopped)["document"] = document
+        raise stopped
     if failure is not None:
         failure.document = document
         raise failure

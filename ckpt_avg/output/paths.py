@@ -28,6 +28,8 @@ from ckpt_avg.runs.discover import Discovery, Sources, discover
 from ckpt_avg.text import argument, quote
 
 MARK = "ckpt_avg"  # the first key of a report
+HTML_MARK = b"<!DOCTYPE html>\n<!-- a report of ckpt-avg -->\n"  # the first bytes of a report as a page
+REPORTS = (".json", ".html")
 
 # Suffixes of other formats. Loaders go by them, and so do people.
 _OTHERS = frozenset((*SUFFIXES, *NO_CHECKPOINTS, *OTHER_FORMATS)) - {".safetensors"}
@@ -188,14 +190,15 @@ class SideFiles:
 
     Args:
         sources: the checkpoints, which must not be replaced.
-        output: the output, which must not be replaced either; None if the command has none.
+        output: the output, which must not be replaced either, nor get files inside it; None if the command has none.
         overwrite: whether existing files may be replaced.
     """
 
     def __init__(self, sources: Sources, *, output: str | os.PathLike[str] | None, overwrite: bool) -> None:
         self._sources = sources
         self._overwrite = overwrite
-        self._targets: dict[str, tuple[Path, bool]] = {}  # and whether an old file may be replaced
+        self._output = None if output is None else Path(os.path.realpath(output))
+        self._targets: dict[tuple[str, str], tuple[Path, bool]] = {}  # and whether an old file may be replaced
         self._owners: dict[str, str] = {}
         if output is not None:
             self.reserve(output, "the output")
@@ -207,11 +210,11 @@ class SideFiles:
     def check(self, option: str, path: str | os.PathLike[str] | None, suffixes: Sequence[str]) -> None:
         """Checks the path of an option's file, for `publish`. Without a path there will be no file.
 
-        An earlier report may always be replaced; a JSON file that is none, never.
+        An earlier report may always be replaced; a JSON file or a page that is none, never.
 
         Raises:
-            UsageError: it has another suffix, belongs to something else, is the name of a shard index, or is refused
-                by `check_output`.
+            UsageError: it has another suffix, belongs to something else, is the name of a shard index, is in the output
+                folder, or is refused by `check_output`.
             OutputError: as `check_output`.
         """
         if path is None:
@@ -220,29 +223,32 @@ class SideFiles:
         if os.path.splitext(path)[1].lower() not in suffixes:
             example = f"{option} {option[2:]}{suffixes[0]}"
             raise UsageError(f"{where}: expected a name that ends in {' or '.join(suffixes)}, for example {example}.")
-        owner = self._owners.setdefault(os.path.realpath(path), option)
-        if owner != option:
+        owner = self._owners.setdefault(os.path.realpath(path), where)
+        if owner != where or (option, str(path)) in self._targets:
             raise UsageError(f"{where}: is the path of {owner}. Choose another one.")
         if os.path.basename(path).endswith(INDEX_SUFFIX):
             raise UsageError(f"{where}: is the name of a shard index. Choose another one.")
         target = _check_target(path, where, discover(self._sources))
-        replaces = _is_report(target) if ".json" in suffixes else self._overwrite
-        if ".json" in suffixes and target.exists() and not replaces:
+        if self._output is not None and target.is_relative_to(self._output):
+            raise UsageError(f"{where}: is in the output folder. Choose a path next to it.")
+        is_report = os.path.splitext(path)[1].lower() in REPORTS
+        replaces = _is_report(target) if is_report else self._overwrite
+        if is_report and target.exists() and not replaces:
             raise OutputError(f"{where}: exists already, and is not a report of ckpt-avg. Choose another path.")
         if not replaces:
             _refuse_existing(target, where)
-        self._targets[option] = target, replaces
+        self._targets[option, str(path)] = target, replaces
 
-    def publish(self, option: str, contents: Callable[[], bytes]) -> None:
+    def publish(self, option: str, path: str | os.PathLike[str] | None, contents: Callable[[], bytes]) -> None:
         """Writes an option's file, if its path was given.
 
         Raises:
             OutputError: the contents could not be made, or the file could not be written.
         """
-        if option not in self._targets:
+        if path is None:
             return
-        target, replaces = self._targets[option]
-        if target.suffix.lower() == ".json":
+        target, replaces = self._targets[option, str(path)]
+        if os.path.splitext(path)[1].lower() in REPORTS:
             replaces &= _is_report(target)  # something else may have replaced it during the work
         try:
             publish_bytes(target, contents(), overwrite=replaces)
@@ -251,12 +257,12 @@ class SideFiles:
 
 
 def _is_report(path: Path) -> bool:
-    """Whether there is a report of this package, which begins with its name."""
+    """Whether there is a report of this package: a document or a page, by its first bytes."""
+    marks = (HTML_MARK, json_bytes({MARK: ""}).partition(b": ")[0])
     if not path.is_file():
         return False
-    begin = json_bytes({MARK: ""}).partition(b": ")[0]
     with contextlib.suppress(OSError), path.open("rb") as file:
-        return file.read(len(begin)) == begin
+        return file.read(max(map(len, marks))).startswith(marks)
     return False
 
 

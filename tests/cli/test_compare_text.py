@@ -150,7 +150,7 @@ def test_the_document(run: Path, tmp_path: Path, in_process: Run) -> None:
     code, out, _ = in_process("compare", run, "--json", "--report", report)
     document = json.loads(out)
     assert code == 0
-    assert document == json.loads(report.read_text())
+    assert document.items() <= json.loads(report.read_text()).items()
     result = compare(run)
     assert set(document) == {*CompareResult.__slots__, "ckpt_avg"}
     assert document["checkpoints"][0] == {

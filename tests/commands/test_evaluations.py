@@ -673,7 +673,7 @@ def test_json_and_report_say_the_same(app: AverageApp, in_process: InProcess) ->
     code, stdout, _ = in_process(*app.arguments("score", "--eval-all", "--json", "--report", report, data=True))
     assert code == 0
     document = json.loads(stdout)
-    assert json.loads(report.read_text()) == document
+    assert document.items() <= json.loads(report.read_text()).items()
     assert document["evaluations"][0]["metrics"] == of_file(app.run / "step_2.pt")
     assert [each["refreshed"] for each in document["evaluations"]] == [False, True, True, True, False, True]
     assert document["evaluations"][-1] == {
@@ -713,7 +713,7 @@ def test_an_unmet_requirement(app: AverageApp, in_process: InProcess, old: bool)
 
 
 def test_an_unmet_requirement_in_json(app: AverageApp, in_process: InProcess) -> None:
-    """One document, which has both what was measured and why nothing was published; the report is the same."""
+    """One document, which has both what was measured and why nothing was published; the report has it, too."""
     report = app.out.parent / "swa.json"
     code, stdout, stderr = in_process(
         *app.arguments("falls", "--require", "m>=best", "--json", "--report", report, "-q")
@@ -729,7 +729,7 @@ def test_an_unmet_requirement_in_json(app: AverageApp, in_process: InProcess) ->
     assert [each["metrics"]["m"] for each in document["evaluations"]] == [1.0, 1 / 2, 1 / 3, 1 / 4]
     assert document["written"] is False
     assert names(app.out.parent) == ["swa.json"]
-    assert json.loads(report.read_text()) == document
+    assert document.items() <= json.loads(report.read_text()).items()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import ckpt_avg
 from ckpt_avg.errors import CkptAvgError, OutputError, UsageError
 from ckpt_avg.output import paths
-from ckpt_avg.output.paths import MARK, SideFiles, check_output, checksum_line, checksum_path, json_bytes
+from ckpt_avg.output.paths import HTML_MARK, MARK, SideFiles, check_output, checksum_line, checksum_path, json_bytes
 from ckpt_avg.runs.discover import discover
 
 Run = Callable[..., tuple[int, str, str]]
@@ -231,7 +231,7 @@ def test_a_new_file(tmp_path: Path, run: Path, overwrite: bool, contents: bytes)
     path = tmp_path / "report.json"
     files = checked(path, run, overwrite=overwrite)
     assert not path.exists(), "the check itself writes nothing"
-    files.publish("--report", lambda: contents)
+    files.publish("--report", path, lambda: contents)
     assert path.read_bytes() == contents
 
 
@@ -239,7 +239,7 @@ def test_a_file_that_was_not_asked_for_is_neither_made_nor_written(tmp_path: Pat
     """Without --plot nothing is drawn."""
     files = SideFiles([run], output=None, overwrite=False)
     files.check("--plot", None, PICTURES)
-    files.publish("--plot", lambda: pytest.fail("made"))
+    files.publish("--plot", None, lambda: pytest.fail("made"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -256,7 +256,7 @@ def test_a_file_that_appears_during_the_work_is_kept(tmp_path: Path, run: Path) 
     files = checked(path, run, overwrite=False)
     path.write_text("theirs")
     with pytest.raises(OutputError, match="Only this file is missing"):
-        files.publish("--report", lambda: b"ours")
+        files.publish("--report", path, lambda: b"ours")
     assert path.read_text() == "theirs"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["report.json", "run"]
 
@@ -321,6 +321,8 @@ def test_two_options_with_one_path(tmp_path: Path, run: Path, overwrite: bool, m
     ("old", "replaced"),
     [
         (json_bytes({MARK: "0.0.1", "output": "swa.safetensors"}), True),
+        (HTML_MARK + b"<html>", True),
+        (b"<!DOCTYPE html>\n<html>", False),
         (json_bytes({"output": "swa.safetensors", MARK: "0.0.1"}), False),
         (b'{"loss": 0.5}', False),
         (b"", False),
@@ -333,7 +335,7 @@ def test_an_earlier_report_is_replaced_and_no_other_file(
     path = tmp_path / "report.json"
     path.write_bytes(old)
     if replaced:
-        checked(path, run, overwrite=overwrite).publish("--report", lambda: b"new")
+        checked(path, run, overwrite=overwrite).publish("--report", path, lambda: b"new")
     else:
         with pytest.raises(OutputError, match="exists already, and is not a report of ckpt-avg"):
             checked(path, run, overwrite=overwrite)
@@ -346,7 +348,7 @@ def test_a_report_that_became_another_file_during_the_work_is_kept(tmp_path: Pat
     files = checked(path, run)
     path.write_bytes(b"theirs")
     with pytest.raises(OutputError, match="is kept"):
-        files.publish("--report", lambda: b"ours")
+        files.publish("--report", path, lambda: b"ours")
     assert path.read_bytes() == b"theirs"
 
 
@@ -374,7 +376,7 @@ def test_a_symbolic_link_is_followed_and_stays(tmp_path: Path, run: Path) -> Non
     """As for the output."""
     (tmp_path / "real.json").write_bytes(REPORT)
     (tmp_path / "report.json").symlink_to("real.json")
-    checked(tmp_path / "report.json", run).publish("--report", lambda: b"new")
+    checked(tmp_path / "report.json", run).publish("--report", tmp_path / "report.json", lambda: b"new")
     assert (tmp_path / "report.json").is_symlink()
     assert (tmp_path / "real.json").read_text() == "new"
 
@@ -384,7 +386,7 @@ def test_a_relative_path_is_fixed_at_the_check(tmp_path: Path, run: Path, monkey
     monkeypatch.chdir(tmp_path)
     files = checked("report.json", run)
     monkeypatch.chdir(run)
-    files.publish("--report", lambda: b"x")
+    files.publish("--report", "report.json", lambda: b"x")
     assert (tmp_path / "report.json").exists()
 
 
@@ -400,7 +402,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match=r"--report: .*Only this file is missing"):
-        files.publish("--report", lambda: b"new")
+        files.publish("--report", path, lambda: b"new")
     monkeypatch.undo()
     assert path.read_bytes() == REPORT
     assert sorted(each.name for each in tmp_path.iterdir()) == ["report.json", "run"]

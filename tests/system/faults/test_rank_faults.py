@@ -487,7 +487,7 @@ def test_one_rank_prints_the_result_and_the_notices(server: RankServer, inputs: 
     ended = server.run(Group(3, arguments))
     assert codes(ended) == [0, 0, 0]
     document = json.loads(ended[0].out)
-    assert json.loads(report.read_text()) == document
+    assert document.items() <= json.loads(report.read_text()).items()
     assert document["output"] == str(output)
     assert ended[0].err.count("Notice: ") == len(document["notices"]) == 2  # BatchNorm; weights at random
     assert [(each.out, each.err) for each in ended[1:]] == [("", "")] * 2

@@ -18,7 +18,8 @@ from ckpt_avg.engine import engine_for
 from ckpt_avg.machine import gc_paused
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.header import encode_header, encode_tensors
-from ckpt_avg.output.provenance import make_metadata, seal, without_digests
+from ckpt_avg.output.provenance import make_metadata, seal, with_digests
+from ckpt_avg.output.shards import whole
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.user_code.comparison import Comparison, Evaluation
 from ckpt_avg.user_code.gate import Outcome
@@ -95,6 +96,7 @@ class Draft:
     Attributes:
         request, prepared, context: what is to be done, with what.
         target: the file to write.
+        shards: what is in each file of the weights; a single one if that is one file.
         checksum: where its SHA-256 goes, if anywhere.
         evaluations: what is measured, or was before, as `Evaluations` takes it.
     """
@@ -111,21 +113,22 @@ class Draft:
     ) -> None:
         self.request, self.prepared, self.context = request, prepared, context
         self.target, self.checksum = target, checksum
+        self.shards = whole(prepared.plan, target.name)
         self.evaluations = Evaluations(request, prepared, context, measured, directions)
 
     @functools.cached_property
-    def header(self) -> bytes:
-        """The output's header before its digests and the refresh's counts are known; `final_header` is as long."""
+    def headers(self) -> list[bytes]:
+        """The files' headers before their digests and the refresh's counts are known; `final_headers` are as long."""
         return self._encode(None, room=COUNTS_ROOM if self.prepared.statistics == "refreshed" else 0)
 
     @property
     def nbytes(self) -> int:
-        """The output's size in bytes."""
-        return len(self.header) + self.prepared.plan.nbytes
+        """The size of the weights in bytes, in all files together."""
+        return sum(map(len, self.headers)) + self.prepared.plan.nbytes
 
-    def final_header(self, report: BatchNormReport | None, data_digest: str) -> bytes:
-        """Returns the header with the digests and the counts of the refresh."""
-        return seal(self._encode(report, data_digest, size=len(self.header)))
+    def final_headers(self, report: BatchNormReport | None, data_digests: Sequence[str]) -> list[bytes]:
+        """Returns the headers with the digests and the counts of the refresh."""
+        return list(map(seal, self._encode(report, data_digests, sizes=list(map(len, self.headers)))))
 
     def result(
         self,
@@ -160,14 +163,14 @@ class Draft:
             comparison=self.evaluations.comparison,
             outcomes=self.evaluations.outcomes,
             split=self.request.split,
-            metadata=without_digests(self._metadata(report, None)),
+            metadata=self._metadata(report),
             notices=tuple(self.context.notices),
         )
 
     @functools.cached_property
-    def _tensors(self) -> str:
+    def _tensors(self) -> list[str]:
         with gc_paused():
-            return encode_tensors(self.prepared.plan)
+            return [encode_tensors(shard.tensors) for shard in self.shards]
 
     @functools.cached_property
     def _source_digests(self) -> list[dict[str, str]] | None:
@@ -182,7 +185,7 @@ class Draft:
         )
         return found
 
-    def _metadata(self, report: BatchNormReport | None, data_digest: str | None) -> dict[str, str]:
+    def _metadata(self, report: BatchNormReport | None) -> dict[str, str]:
         return make_metadata(
             self.prepared.checkpoints,
             RecordedOptions.values(self.request),
@@ -193,11 +196,22 @@ class Draft:
             sum_order=self.prepared.selected.sum_order,
             log=self.prepared.selected.log,
             digests=self._source_digests,
-            data_digest=data_digest,
         )
 
     def _encode(
-        self, report: BatchNormReport | None, data_digest: str | None = None, *, room: int = 0, size: int = 0
-    ) -> bytes:
+        self,
+        report: BatchNormReport | None,
+        data_digests: Sequence[str] | None = None,
+        *,
+        room: int = 0,
+        sizes: Sequence[int] = (),
+    ) -> list[bytes]:
         with gc_paused():
-            return encode_header(self._tensors, self._metadata(report, data_digest), room=room, size=size)
+            metadata = self._metadata(report)
+            count = len(self.shards)
+            return [
+                encode_header(tensors, own, room=room, size=size)
+                for tensors, own, size in zip(
+                    self._tensors, with_digests(metadata, data_digests, count), sizes or [0] * count, strict=True
+                )
+            ]

@@ -32,9 +32,6 @@ from ckpt_avg.mean.buffers import (
 from ckpt_avg.mean.recognisers import SpectralNorm, spectral_norms
 from ckpt_avg.text import quote
 
-# The shares of ranks begin at multiples of this. Some network file systems lose writes of two ranks to one page.
-_PAGE = 64 * 1024
-
 
 @dataclass(slots=True, unsafe_hash=True)  # not frozen, as `TensorSpec`
 class OutputTensor:
@@ -93,22 +90,6 @@ class Plan:
     def by_name(self) -> Mapping[str, OutputTensor]:
         """Returns the tensors by name."""
         return {tensor.name: tensor for tensor in self.tensors}
-
-    def share(self, rank: int, size: int, *, begin: int) -> range:
-        """Returns the bytes of the data section that one of ``size`` ranks computes: an equal share, in whole pages.
-
-        Args:
-            rank, size: the rank and the world size.
-            begin: the offset of the data section in the file, in bytes: a multiple of 8.
-        """
-
-        def bound(part: int) -> int:
-            if part in (0, size):
-                return self.nbytes * (part > 0)
-            end = begin + self.nbytes * part // size
-            return max(0, end - end % _PAGE - begin)
-
-        return range(bound(rank), bound(rank + 1))
 
 
 def make_plan(

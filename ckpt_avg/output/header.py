@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, OutputError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.safetensors_header import read_header, refuse_too_many_values
 from ckpt_avg.limits import LIMITS
-from ckpt_avg.mean.plan import Plan
+from ckpt_avg.mean.plan import OutputTensor
 
 
-def encode_tensors(plan: Plan) -> str:
-    """Returns the tensors' part of a header: a JSON object without its braces."""
+def encode_tensors(tensors: Sequence[OutputTensor]) -> str:
+    """Returns the tensors' part of a file's header: a JSON object without its braces. The file has these alone."""
+    begin = tensors[0].offset if tensors else 0
     quoted = json.JSONEncoder(ensure_ascii=False).encode
     return ",".join(
         f'{quoted(tensor.name)}:{{"dtype":"{tensor.dtype.name}","shape":[{",".join(map(str, tensor.shape))}],'
-        f'"data_offsets":[{tensor.offset},{tensor.offset + tensor.nbytes}]}}'
-        for tensor in plan.tensors
+        f'"data_offsets":[{tensor.offset - begin},{tensor.offset - begin + tensor.nbytes}]}}'
+        for tensor in tensors
     )
 
 

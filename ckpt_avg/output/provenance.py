@@ -1,7 +1,8 @@
 """The ``__metadata__`` of the output: its sources, options and digests. Reproducible: no time, host or absolute path.
 
-Two values are digests of a fixed width, filled in when the data is known: `DATA_DIGEST`, of the data section (see
+Some values are digests of a fixed width, filled in when the data is known: `DATA_DIGEST`, of the data section (see
 `digests`), and `HEADER_DIGEST`, the SHA-256 of all bytes before the data, with zeros in place of this digest itself.
+Each of several shards has its own two, and the same `SHARDS_DIGEST` (see `shards`) as the others and their index.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ SPECTRAL_NORM = "ckpt_avg.spectral_norm"
 SPLIT = "ckpt_avg.split"
 DATA_DIGEST = "ckpt_avg.data_digest"
 HEADER_DIGEST = "ckpt_avg.header_digest"
+SHARD = "ckpt_avg.shard"
+SHARDS_DIGEST = "ckpt_avg.shards_digest"
+_OF_ONE_FILE = (DATA_DIGEST, HEADER_DIGEST, SHARD, SHARDS_DIGEST)  # a copy has others, or none
 
 _TREE = "sha256-tree-1MiB:"
 _PLAIN = "sha256:"
@@ -63,9 +67,10 @@ def make_metadata(
     spectral_norms: int = 0,
     split: str | None = None,
     digests: Sequence[Mapping[str, str]] | None = None,
-    data_digest: str | None = None,
 ) -> dict[str, str]:
-    """Returns the metadata of an average. The copy of a single checkpoint also keeps that checkpoint's metadata.
+    """Returns the metadata of an average; `with_digests` completes it for each file.
+
+    The copy of a single checkpoint also keeps that checkpoint's metadata.
 
     Args:
         checkpoints: the checkpoints that were averaged, in order.
@@ -77,7 +82,6 @@ def make_metadata(
         spectral_norms: how many weights have spectral norm whose vectors are computed from the averaged weight.
         split: the split of the data on which the checkpoints were chosen; None if that is not known.
         digests: for each checkpoint the SHA-256 of its files, by name; None if not requested.
-        data_digest: of the output's data section, in hex; None while it is not known.
     """
     specs = [checkpoint.spec for checkpoint in checkpoints]
     own = _kept_metadata(specs[0], options) if len(specs) == 1 else {}
@@ -102,8 +106,6 @@ def make_metadata(
         **own,
         "format": "pt",  # transformers refuses a file without it
         "ckpt_avg.version": __version__,
-        DATA_DIGEST: _TREE + (data_digest or _UNKNOWN),
-        HEADER_DIGEST: _PLAIN + _UNKNOWN,
     }
     if dtype != "keep":
         metadata[DTYPE] = dtype
@@ -120,9 +122,28 @@ def make_metadata(
     return metadata
 
 
-def without_digests(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns the metadata of `make_metadata` without the output's own digests."""
-    return {key: value for key, value in metadata.items() if key not in (DATA_DIGEST, HEADER_DIGEST)}
+def with_digests(
+    metadata: Mapping[str, str], data_digests: Sequence[str] | None, files: int
+) -> Iterator[dict[str, str]]:
+    """Yields the metadata of each file of an output.
+
+    Args:
+        metadata: from `make_metadata`.
+        data_digests: of their data sections, in hex; None while they are not known.
+        files: how many there are.
+    """
+    digests = data_digests or [_UNKNOWN] * files
+    together = _PLAIN + (shards_digest(digests) if data_digests else _UNKNOWN)
+    for number, digest in enumerate(digests, start=1):
+        own = {DATA_DIGEST: _TREE + digest, HEADER_DIGEST: _PLAIN + _UNKNOWN}
+        if files > 1:
+            own |= {SHARD: _as_json({"number": number, "of": files}), SHARDS_DIGEST: together}
+        yield {**metadata, **own}
+
+
+def shards_digest(data_digests: Iterable[str]) -> str:
+    """Returns the SHA-256, in hex, of the digests of the shards' data sections, 32 bytes each, in order."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, data_digests))).hexdigest()
 
 
 def seal(header: bytes) -> bytes:
@@ -249,9 +270,9 @@ def _kept_metadata(spec: CheckpointSpec, options: Mapping[str, Any]) -> dict[str
     If the copy changes dtypes or names, it is no longer the mean that the file records. It then records the file as its
     source, and the sources of that file as its origin.
     """
-    if spec.format != "safetensors":
+    if spec.format not in ("safetensors", "sharded safetensors"):
         return {}
-    own = {key: value for key, value in spec.metadata.items() if isinstance(value, str)}
+    own = {key: value for key, value in spec.metadata.items() if isinstance(value, str) and key not in _OF_ONE_FILE}
     if options["dtype"] in ("keep", own.get(DTYPE)) and not spec.prefix and options["strip_prefix"] is None:
         return own
     origin = own.get(ORIGIN_KEY, own.get(SOURCES))

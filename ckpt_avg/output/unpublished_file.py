@@ -33,10 +33,15 @@ _MARK = 8  # bytes by which other ranks recognise the file; no safetensors file 
 
 
 class UnpublishedFile:
-    """The output while it is written. Threads may write at the same time."""
+    """The output while it is written. Threads may write at the same time.
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
+    Args:
+        target: its path once it is published.
+        shown: what messages call it, by default ``target``.
+    """
+
+    def __init__(self, target: Path, shown: Path | None = None) -> None:
+        self.target, self.shown = target, shown or target
         self._fd = -1
         self._temporary: Path | None = None
         self._folders: list[Path] = []  # that were created for the file, the outermost first
@@ -50,7 +55,7 @@ class UnpublishedFile:
         try:
             self._make_folder()
             _remove_leftovers(self.target)
-            self._refuse_too_large(size)
+            refuse_too_large(self.target.parent, size, self.shown)
             descriptor = platform.open_unnamed(self.target.parent) if self._temporary is None else None
             if descriptor is not None:
                 platform.lock(descriptor)
@@ -59,16 +64,16 @@ class UnpublishedFile:
                 descriptor = _create(self._temporary)
             self._fd = descriptor
         except OSError as error:
-            raise _output_error(self.target, "creating the file failed", error) from error
+            raise _output_error(self.shown, "creating the file failed", error) from error
         try:
             platform.reserve(self._fd, size)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise _output_error(self.target, f"reserving {readable_size(size)} failed", error) from error
+                raise _output_error(self.shown, f"reserving {readable_size(size)} failed", error) from error
             self._remove()  # gives back what was reserved before the disk was full
-            self._refuse_too_large(size)
+            refuse_too_large(self.target.parent, size, self.shown)
             raise OutputError(
-                f"{self.target}: not enough space: the system does not reserve {readable_size(size)}: "
+                f"{self.shown}: not enough space: the system does not reserve {readable_size(size)}: "
                 f"{error.strerror}. Free some space or write elsewhere."
             ) from error
 
@@ -80,22 +85,13 @@ class UnpublishedFile:
                 folder.mkdir()
                 self._folders.append(folder)
 
-    def _refuse_too_large(self, size: int) -> None:
-        # Before anything is reserved: that would take the whole disk from others until it fails.
-        free = platform.free_space(self.target.parent)
-        if size > free:
-            raise OutputError(
-                f"{self.target}: not enough space: it needs {readable_size(size)}, and {readable_size(free)} are "
-                "free. Free some space or write elsewhere."
-            )
-
     def open_existing(self) -> None:
         """Opens the file that rank 0 has created under the temporary name."""
         try:
             self._fd = os.open(self.readable_path, platform.WRITE_FLAGS)
         except OSError as error:
             raise OutputError(
-                f"{self.target}: the file that rank 0 created cannot be opened here: {error.strerror}. Write to "
+                f"{self.shown}: the file that rank 0 created cannot be opened here: {error.strerror}. Write to "
                 "storage that all ranks share."
             ) from error
 
@@ -116,7 +112,7 @@ class UnpublishedFile:
             try:
                 count = platform.write_at(self._fd, rest[:_WRITE_SIZE], offset)
             except OSError as error:
-                raise _output_error(self.target, "writing failed", error) from error
+                raise _output_error(self.shown, "writing failed", error) from error
             rest, offset = rest[count:], offset + count
         platform.start_writing(self._fd, begin, length)
 
@@ -129,7 +125,7 @@ class UnpublishedFile:
         found = self.read_available(offset, length)
         if len(found) < length:
             raise OutputError(
-                f"{self.target}: the unpublished file has only {len(found):,} of {length:,} bytes at byte {offset:,}. "
+                f"{self.shown}: the unpublished file has only {len(found):,} of {length:,} bytes at byte {offset:,}. "
                 "Another program changed it: run again."
             )
         return found
@@ -142,7 +138,7 @@ class UnpublishedFile:
             while done < length and (count := platform.read_into(self._fd, [memoryview(found)[done:]], offset + done)):
                 done += count
         except OSError as error:
-            raise _output_error(self.target, "reading back failed", error) from error
+            raise _output_error(self.shown, "reading back failed", error) from error
         return bytes(found[:done])
 
     def drop_cache(self) -> None:
@@ -158,7 +154,7 @@ class UnpublishedFile:
         try:
             os.fsync(self._fd)
         except OSError as error:
-            raise _output_error(self.target, "fsync failed, so the data is discarded", error) from error
+            raise _output_error(self.shown, "fsync failed, so the data is discarded", error) from error
 
     def publish(self, *, overwrite: bool) -> bool:
         """Makes the file durable and gives it its name.
@@ -179,17 +175,17 @@ class UnpublishedFile:
                 self._link()
         except FileExistsError as error:
             raise OutputError(
-                f"{self.target}: was created by something else during the run, and is kept. Choose another path, or "
+                f"{self.shown}: was created by something else during the run, and is kept. Choose another path, or "
                 "use --overwrite."
             ) from error
         except OSError as error:
-            raise _output_error(self.target, "publishing failed", error) from error
+            raise _output_error(self.shown, "publishing failed", error) from error
         try:
             parents = [self.target.parent, *(folder.parent for folder in reversed(self._folders))]
             synced = [platform.sync_folder(parent) for parent in parents]
         except OSError as error:
             raise _output_error(
-                self.target, "written, but syncing its folder failed, so a crash may lose it", error
+                self.shown, "written, but syncing its folder failed, so a crash may lose it", error
             ) from error
         self._folders = []  # whatever becomes of the file, they stay
         return all(synced)
@@ -239,17 +235,19 @@ class UnpublishedFile:
 
 
 @contextlib.contextmanager
-def unpublished_file(target: Path, size: int, ranks: Ranks | None = None) -> Iterator[UnpublishedFile]:
+def unpublished_file(
+    target: Path, size: int, ranks: Ranks | None = None, *, shown: Path | None = None
+) -> Iterator[UnpublishedFile]:
     """Yields a file with ``size`` reserved bytes, which vanishes unless it is published.
 
     Several ranks get the same file. If the work fails, any surviving rank removes it; it stays only if all ranks are
-    killed at once.
+    killed at once. Messages call it ``shown``, by default ``target``.
 
     Raises:
         OutputError: the folder cannot be written to, has no room, or is not the same folder for all ranks.
         RankError: another rank failed.
     """
-    file = UnpublishedFile(target)
+    file = UnpublishedFile(target, shown)
     try:
         if ranks is None or ranks.size == 1:
             file.open(size)
@@ -281,10 +279,23 @@ def _open_shared(file: UnpublishedFile, size: int, ranks: Ranks) -> None:
         file.open_existing()
         if file.read_available(0, _MARK).hex() != mark:
             raise OutputError(
-                f"{file.target}: this rank sees another file than rank 0 is writing. Write to storage that all ranks "
+                f"{file.shown}: this rank sees another file than rank 0 is writing. Write to storage that all ranks "
                 "share."
             )
     ranks.exchange("output opened", None)
+
+
+def refuse_too_large(folder: Path, size: int, shown: Path) -> None:
+    """Raises OutputError if a folder has no room for ``size`` bytes; the message calls the output ``shown``.
+
+    Called before anything is reserved: that would take the whole disk from others until it fails.
+    """
+    free = platform.free_space(folder)
+    if size > free:
+        raise OutputError(
+            f"{shown}: not enough space: it needs {readable_size(size)}, and {readable_size(free)} are free. Free some "
+            "space or write elsewhere."
+        )
 
 
 def publish_bytes(target: Path, contents: bytes, *, overwrite: bool) -> None:

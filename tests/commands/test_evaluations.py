@@ -488,7 +488,7 @@ def test_all_must_hold(run: list[Path], out: Path) -> None:
 @pytest.fixture
 def no_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where an output is begun: it has no name yet, so that no listing would show it."""
-    monkeypatch.setattr("ckpt_avg.commands.publish.unpublished_file", lambda *_: pytest.fail("an output was begun"))
+    monkeypatch.setattr("ckpt_avg.commands.publish.unpublished_weights", lambda *_: pytest.fail("an output was begun"))
 
 
 @pytest.mark.usefixtures("no_output")

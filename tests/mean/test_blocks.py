@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -82,39 +81,3 @@ def test_consecutive_tensors_of_a_checkpoint_are_one_range(offsets: tuple[int, i
     bytes_of = [(tensor.offset + 4 * start, tensor.offset + 4 * stop) for tensor, start, stop in ranges]
     apart = [(offsets[0] + 8, offsets[0] + 40), (offsets[1], offsets[1] + 20)]
     assert bytes_of == ([(apart[0][0], apart[1][1])] if stored == 1 else apart)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 60_000), min_size=1, max_size=6),
-    size=st.integers(1, 40),
-    begin=st.integers(1, 5000).map(lambda n: 8 * n),
-    dtype=st.sampled_from(["F64", "F32", "BF16", "BOOL"]),
-    elements=st.integers(1, 50_000),
-)
-def test_the_shares_of_ranks_cover_every_element_once_and_begin_at_pages(
-    lengths: list[int], size: int, begin: int, dtype: str, elements: int
-) -> None:
-    """If it failed, elements would be omitted or computed twice, or two ranks would write to one page."""
-    page = 64 * 1024
-    plan = plan_of({f"t{n}": (dtype, (length,)) for n, length in enumerate(lengths)})
-    shares = [plan.share(rank, size, begin=begin) for rank in range(size)]
-    assert shares[0].start == 0
-    assert shares[-1].stop == plan.nbytes
-    assert all(before.stop == after.start for before, after in itertools.pairwise(shares))
-    inner = {share.start for share in shares} - {0, plan.nbytes}
-    assert all((begin + bound) % page == 0 for bound in inner)
-    assert all(abs(len(share) - plan.nbytes / size) <= page for share in shares)
-    found: dict[str, list[tuple[int, int]]] = {tensor.name: [] for tensor in plan.tensors}
-    for share in shares:
-        covered = 0
-        for blocks in cut_into_blocks(plan, elements, share):
-            assert sum(block.numel for block in blocks) <= elements
-            for tensor, start, stop in itertools.chain.from_iterable(block.ranges for block in blocks):
-                found[tensor.name].append((start, stop))
-                covered += (stop - start) * tensor.dtype.itemsize
-        assert covered == len(share)
-    for tensor in plan.tensors:
-        edges = sorted(found[tensor.name])
-        assert [start for start, _ in edges] == [0, *(stop for _, stop in edges)][: len(edges)]
-        assert (edges[-1][1] if edges else 0) == tensor.numel

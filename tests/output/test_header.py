@@ -68,12 +68,12 @@ def test_files_are_byte_for_byte_those_of_safetensors(tmp_path: Path, seed: int)
     reference = (tmp_path / "reference.safetensors").read_bytes()
     with open_checkpoint(tmp_path / "reference.safetensors") as checkpoint:
         plan = make_plan([checkpoint.spec])
-    assert encode_header(encode_tensors(plan), metadata) + data_of(state, plan) == reference
+    assert encode_header(encode_tensors(plan.tensors), metadata) + data_of(state, plan) == reference
     average([tmp_path / "reference.safetensors"], tmp_path / "mean.safetensors")
     head, data = split((tmp_path / "mean.safetensors").read_bytes())
     assert data == split(reference)[1]
     with safe_open(tmp_path / "mean.safetensors", framework="pt") as reader:
-        assert encode_header(encode_tensors(plan), reader.metadata()) == head
+        assert encode_header(encode_tensors(plan.tensors), reader.metadata()) == head
 
 
 @pytest.fixture
@@ -87,15 +87,15 @@ def plan(tmp_path: Path) -> Plan:
 def test_metadata_is_first_and_sorted_whatever_its_order(plan: Plan) -> None:
     """safetensors itself writes several keys in another order in every process."""
     metadata = {key: key.upper() for key in ["zebra", "apple", "mango", "Äpfel"]}
-    encoded = encode_header(encode_tensors(plan), metadata)
-    assert encoded == encode_header(encode_tensors(plan), dict(reversed(metadata.items())))
+    encoded = encode_header(encode_tensors(plan.tensors), metadata)
+    assert encoded == encode_header(encode_tensors(plan.tensors), dict(reversed(metadata.items())))
     parsed = json.loads(encoded[8:])
     assert next(iter(parsed)) == "__metadata__"
     assert list(parsed["__metadata__"]) == sorted(metadata)
 
 
 def test_no_metadata_is_left_out(plan: Plan) -> None:
-    assert "__metadata__" not in json.loads(encode_header(encode_tensors(plan), {})[8:])
+    assert "__metadata__" not in json.loads(encode_header(encode_tensors(plan.tensors), {})[8:])
 
 
 @pytest.mark.parametrize("size", [0, 1, 150, 400, 401, 403, 1000, 4096])
@@ -103,8 +103,8 @@ def test_no_metadata_is_left_out(plan: Plan) -> None:
 def test_a_longer_header_is_padded_with_spaces_to_a_multiple_of_eight(
     plan: Plan, tmp_path: Path, size: int, room: int
 ) -> None:
-    plain = encode_header(encode_tensors(plan), {"k": "v"})
-    padded = encode_header(encode_tensors(plan), {"k": "v"}, size=size, room=room)
+    plain = encode_header(encode_tensors(plan.tensors), {"k": "v"})
+    padded = encode_header(encode_tensors(plan.tensors), {"k": "v"}, size=size, room=room)
     least = max(len(plain.rstrip(b" ")) + room, size)
     assert least <= len(padded) < least + 8
     assert len(padded) % 8 == 0
@@ -118,19 +118,19 @@ def test_a_longer_header_is_padded_with_spaces_to_a_multiple_of_eight(
 def test_there_is_room_for_metadata_that_grow(plan: Plan) -> None:
     """If it failed, the data would begin elsewhere once the metadata are complete."""
     for grown in range(31):
-        first = encode_header(encode_tensors(plan), {"k": "v"}, room=30)
-        assert len(encode_header(encode_tensors(plan), {"k": "v" * (1 + grown)}, size=len(first))) == len(first)
+        first = encode_header(encode_tensors(plan.tensors), {"k": "v"}, room=30)
+        assert len(encode_header(encode_tensors(plan.tensors), {"k": "v" * (1 + grown)}, size=len(first))) == len(first)
 
 
 def test_a_header_over_the_formats_limit_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    length = len(encode_header(encode_tensors(plan), {})) - 8
+    length = len(encode_header(encode_tensors(plan.tensors), {})) - 8
     monkeypatch.setattr(header, "LIMITS", Limits(header=length))
-    assert len(encode_header(encode_tensors(plan), {})) == length + 8
+    assert len(encode_header(encode_tensors(plan.tensors), {})) == length + 8
     monkeypatch.setattr(header, "LIMITS", Limits(header=length - 1))
     with pytest.raises(
         IncompatibleError, match=rf"would be {length:,} bytes long, but safetensors allows {length - 1:,}"
     ):
-        encode_header(encode_tensors(plan), {})
+        encode_header(encode_tensors(plan.tensors), {})
 
 
 # What happens to a file of 8 bytes of length, a header and 16 bytes of data before it is published.
@@ -150,7 +150,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_header_is_noticed(plan: Plan, tmp_path: Path, damage: str) -> None:
     """And what was written is accepted."""
-    encoded = encode_header(encode_tensors(plan), {"k": "v"}, room=9)
+    encoded = encode_header(encode_tensors(plan.tensors), {"k": "v"}, room=9)
     path = tmp_path / "out.safetensors"
     path.write_bytes(encoded + bytes(plan.nbytes))
     refuse_damaged(path, encoded, len(encoded) + plan.nbytes, tmp_path / "target")
@@ -161,7 +161,7 @@ def test_a_damaged_header_is_noticed(plan: Plan, tmp_path: Path, damage: str) ->
 
 def test_brackets_in_the_names_of_many_sources_are_no_damage(plan: Plan, tmp_path: Path) -> None:
     """A finished run would be thrown away, because of the names of its checkpoints."""
-    encoded = encode_header(encode_tensors(plan), {"sources": "lr[1e-3]_wd[0] " * 10_000})
+    encoded = encode_header(encode_tensors(plan.tensors), {"sources": "lr[1e-3]_wd[0] " * 10_000})
     path = tmp_path / "out.safetensors"
     path.write_bytes(encoded + bytes(plan.nbytes))
     refuse_damaged(path, encoded, len(encoded) + plan.nbytes, path)
@@ -169,7 +169,7 @@ def test_brackets_in_the_names_of_many_sources_are_no_damage(plan: Plan, tmp_pat
 
 def test_a_header_that_would_not_be_read_again_is_refused(plan: Plan, tmp_path: Path) -> None:
     """Such as one with brackets without end in its metadata."""
-    encoded = encode_header(encode_tensors(plan), {"k": "[" * 200_000})
+    encoded = encode_header(encode_tensors(plan.tensors), {"k": "[" * 200_000})
     path = tmp_path / "out.safetensors"
     path.write_bytes(encoded + bytes(plan.nbytes))
     with pytest.raises(OutputError, match=r"cannot be read: .*too many other values"):

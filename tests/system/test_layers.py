@@ -9,7 +9,7 @@ SOURCE = Path(ckpt_avg.__file__).parent
 LAYERS = (
     ("text", "limits", "version"),
     ("wording",),
-    ("errors", "progress"),
+    ("errors", "progress", "tables"),
     ("engine",),
     ("files", "machine", "distributed"),
     ("checkpoint",),

@@ -1,9 +1,13 @@
-"""Tables that fit a terminal: what is the same in all rows is said once, long names lose their middle, and columns that do
-not fit are named below."""
+"""Tables that fit a terminal.
+
+What is the same in all rows is said once, long names lose their middle, and columns that do not fit are named.
+"""
 
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 import unicodedata
 from collections.abc import Collection, Sequence
 
@@ -14,12 +18,21 @@ _GAP = 2  # spaces between columns
 _LEAST = 12  # columns of a name or a header that is cut
 
 
+def terminal_width() -> int:
+    """Returns the columns of the terminal that stdout is, at least 80; 80 if it is none."""
+    return max(WIDTH, shutil.get_terminal_size().columns) if sys.stdout is not None and sys.stdout.isatty() else WIDTH
+
+
 def columns_of(text: str) -> int:
     """Returns how many columns of a terminal a text takes: wide characters take two, combining characters none."""
     if text.isascii():
         return len(text)
     return sum(
-        0 if unicodedata.category(sign) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(sign) in "WF" else 1
+        0
+        if unicodedata.category(sign) in ("Mn", "Me", "Cf")
+        else 2
+        if unicodedata.east_asian_width(sign) in "WF"
+        else 1
         for sign in text
     )
 
@@ -49,38 +62,50 @@ def table(
     rows: Sequence[Sequence[str]],
     width: float = WIDTH,
     *,
+    constant: Collection[str] = (),
     important: Collection[str] = (),
     what: str = "column",
-    constant: Collection[str] = (),
+    fold: bool = False,
 ) -> list[str]:
-    """Returns the lines of a table that takes at most ``width`` columns.
+    """Returns the lines of a table that takes at most ``width`` columns of a terminal.
 
     Args:
         rows: the first one is the header; the first cell of each is a name.
-        width: of the terminal, in columns; infinity shows everything.
-        important: headers of columns that are shown first.
-        what: a noun for the columns that may not fit.
-        constant: headers of the columns that may be dropped, and are said once, if all rows have the same in them.
+        width: of the terminal; infinity shows everything.
+        constant: headers of the columns that are dropped, and said once, if all of several rows have the same in them,
+            or a dash.
+        important: headers of the columns that are shown in any case.
+        what: a noun for the columns.
+        fold: whether columns that do not fit follow below, or are only named.
     """
     cells = [[safe_text(one_line(cell)) for cell in row] for row in rows]
     columns = [list(column) for column in zip(*cells, strict=True)]
+    if math.isinf(width):
+        return _lines(columns)
     lines = []
-    if len(rows) > 2 and not math.isinf(width):
+    if len(rows) > 1:
         same = [each for each in columns[1:] if each[0] in constant and len(set(each[1:])) == 1]
+        same = [each for each in same if len(rows) > 2 or each[1] == "-"]
         columns = [columns[0], *(each for each in columns[1:] if each not in same)]
         said = "; ".join(f"{each[0]} {each[1]}" for each in same if each[1] not in ("-", ""))
         lines += wrapped(f"each: {said}", width) if said else []
-    missing: list[str] = []
-    if not math.isinf(width):
-        columns, missing = _fit(columns, int(width), important)
+    shown, rest = _fit(columns, int(width), important)
+    lines += _lines(shown)
+    while rest and fold:
+        shown, rest = _fit([columns[0], *rest], int(width), important)
+        lines += _lines(shown)
+    if rest:
+        headers = ends([each[0] for each in rest])
+        lines += wrapped(f"not shown: {plural(len(rest), what)} ({headers}). Add --wide.", width)
+    return lines
+
+
+def _lines(columns: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(columns_of, column)) for column in columns]
-    lines += [
+    return [
         "".join(cell + " " * (room + _GAP - columns_of(cell)) for cell, room in zip(row, widths, strict=True)).rstrip()
         for row in zip(*columns, strict=True)
     ]
-    if missing:
-        lines += wrapped(f"not shown: {plural(len(missing), what)} ({ends(missing)}). Add --wide.", width)
-    return lines
 
 
 def wrapped(text: str, width: float = WIDTH) -> list[str]:
@@ -95,29 +120,30 @@ def wrapped(text: str, width: float = WIDTH) -> list[str]:
     return lines
 
 
-def _fit(columns: list[list[str]], width: int, important: Collection[str]) -> tuple[list[list[str]], list[str]]:
-    """Cuts headers, then names, then columns, then what is left; returns the columns, and the headers of the others."""
-
-    def taken(of: Sequence[Sequence[str]]) -> int:
-        return sum(max(map(columns_of, each)) for each in of) + _GAP * (len(of) - 1)
-
-    if taken(columns) <= width:
+def _fit(
+    columns: Sequence[list[str]], width: int, important: Collection[str]
+) -> tuple[Sequence[list[str]], list[list[str]]]:
+    """Cuts headers, then names, then what is left; returns the columns that fit, and the others."""
+    if _taken(columns) <= width:
         return columns, []
-    headers = [each[0] for each in columns]
-    first = {place for place, header in enumerate(headers) if header in important or not header}
-    for each in columns[1:]:
-        each[0] = shortened(each[0], max(_LEAST, *map(columns_of, each[1:]), 0))
-    longest = max(map(columns_of, columns[0]))
-    room = width - min(longest, 2 * _LEAST)
+    cut = [[shortened(each[0], max(_LEAST, 0, *map(columns_of, each[1:]))), *each[1:]] for each in columns]
+    cut[0] = columns[0]
+    first = {place for place, each in enumerate(columns) if each[0] in important or not each[0]}
+    room = width - min(_taken(columns[:1]), 2 * _LEAST)
     kept: list[int] = []
     for place in sorted(range(1, len(columns)), key=lambda place: place not in first):
-        room -= _GAP + max(map(columns_of, columns[place]))
+        room -= _GAP + _taken(cut[place : place + 1])
         if room < 0 and kept:
             break
         kept.append(place)
-    shown = [columns[0], *(columns[place] for place in sorted(kept))]
-    rest = taken(shown) - longest
-    shown[0] = [shortened(cell, max(_LEAST, width - rest)) for cell in shown[0]]
-    if (over := taken(shown) - width) > 0 and len(shown) > 1:
-        shown[1] = [shortened(cell, max(map(columns_of, shown[1])) - over) for cell in shown[1]]
-    return shown, [header for place, header in enumerate(headers) if place and place not in kept]
+    shown = [cut[0], *(cut[place] for place in sorted(kept))]
+    free = width - _taken(shown) + _taken(shown[:1])
+    shown[0] = [shortened(cell, max(_LEAST, free)) for cell in shown[0]]
+    if (over := _taken(shown) - width) > 0:
+        shown[1] = [shortened(cell, _taken(shown[1:2]) - over) for cell in shown[1]]
+    return shown, [each for place, each in enumerate(columns) if place and place not in kept]
+
+
+def _taken(columns: Sequence[Sequence[str]]) -> int:
+    """Returns the width of a table of these columns."""
+    return sum(max(map(columns_of, each)) for each in columns) + _GAP * (len(columns) - 1)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from ckpt_avg.cli.shared_text import (
     REFERENCE,
+    detail_lines,
     measured_cells,
     names_text,
-    skipped_lines,
     weights_lines,
 )
-from ckpt_avg.text import one_line, plural, size, table
+from ckpt_avg.tables import WIDTH, table
+from ckpt_avg.text import one_line, plural, size
 from ckpt_avg.user_code.comparison import Comparison, Evaluation, mean_of, summary
 
 if TYPE_CHECKING:
@@ -20,33 +21,39 @@ if TYPE_CHECKING:
     from ckpt_avg.user_code.gate import Outcome
 
 
-def average_text(result: AverageResult, *, verbose: bool = False) -> str:
+def average_text(result: AverageResult, *, verbose: bool = False, width: float = WIDTH) -> str:
     """Says what was averaged, how, and what was written; with ``verbose`` also what was skipped."""
     lines = [
         f"{'averaged' if _is_done(result) else 'would average'} {plural(len(result.checkpoints), 'checkpoint')}: "
         f"{names_text(result.checkpoints)}",
-        *weights_lines(result.checkpoints, result.steps, result.weights, result.unit),
-        f"{plural(result.tensors, 'tensor')}, float64 sums on {result.device}"
-        f"{f' by the {result.engine} engine' if verbose else ''}",
-        *outcome_lines(result),
+        *weights_lines(result.checkpoints, result.steps, result.weights, result.unit, width),
+        f"{plural(result.tensors, 'tensor')}, float64 sums on {result.device}",
+        *outcome_lines(result, width),
     ]
     if verbose:
-        lines += skipped_lines(result.skipped)
+        lines += detail_lines(result.engine, result.skipped)
     elif result.skipped:
         lines.append(f"skipped {plural(len(result.skipped), 'entry')} (-v lists them with the reasons)")
     return "\n".join(lines)
 
 
-def refreshed_text(result: AverageResult) -> str:
+def refreshed_text(result: AverageResult, *, verbose: bool = False, width: float = WIDTH) -> str:
     """Says which weights were refreshed, over what, and what was written."""
     done, would_be = ("copied", "would copy") if result.statistics == "none" else ("refreshed", "would refresh")
     return "\n".join(
-        [f"{done if _is_done(result) else would_be} {names_text(result.checkpoints)}", *outcome_lines(result)]
+        [
+            f"{done if _is_done(result) else would_be} {names_text(result.checkpoints)}",
+            *outcome_lines(result, width),
+            *(detail_lines(result.engine, result.skipped) if verbose else []),
+        ]
     )
 
 
 def evaluation_lines(
-    evaluations: Sequence[Evaluation], comparison: Comparison | None, outcomes: Sequence[Outcome]
+    evaluations: Sequence[Evaluation],
+    comparison: Comparison | None,
+    outcomes: Sequence[Outcome],
+    width: float = WIDTH,
 ) -> list[str]:
     """Returns a table with a row for each measurement, a sentence on what helped, and a line for each requirement.
 
@@ -70,8 +77,11 @@ def evaluation_lines(
         rows.append(measured_cells(name, Evaluation(name, None, mean), order, reference))
     rows += [measured_cells(each.name, each, order, reference) for each in evaluations if each.path is None]
     sentence = summary(comparison)
+    required = {each.requirement.metric for each in outcomes}
     return (
-        table(rows) + [sentence] * bool(sentence) + [f"{'met' if each.met else 'NOT MET'}: {each}" for each in outcomes]
+        table(rows, width, important=required, what="metric")
+        + [sentence] * bool(sentence)
+        + [f"{'met' if each.met else 'NOT MET'}: {each}" for each in outcomes]
     )
 
 
@@ -80,7 +90,7 @@ def _is_done(result: AverageResult) -> bool:
     return result.written or bool(result.evaluations)
 
 
-def outcome_lines(result: AverageResult) -> list[str]:
+def outcome_lines(result: AverageResult, width: float = WIDTH) -> list[str]:
     """Says where the BatchNorm statistics come from, what was measured, and what was written."""
     lines = []
     if report := result.batch_norm:
@@ -101,7 +111,7 @@ def outcome_lines(result: AverageResult) -> list[str]:
         would = "" if _is_done(result) else "would be "
         weights = plural(len(result.spectral_norms), "weight")
         lines.append(f"spectral norm of {weights}: u and v {would}computed from the averaged weight")
-    lines += evaluation_lines(result.evaluations, result.comparison, result.outcomes)
+    lines += evaluation_lines(result.evaluations, result.comparison, result.outcomes, width)
     if all(outcome.met for outcome in result.outcomes):
         lines.append(
             f"{'wrote' if result.written else 'would write'} {one_line(result.output)} ({size(result.nbytes)})"

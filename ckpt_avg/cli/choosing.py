@@ -12,6 +12,7 @@ import click
 import ckpt_avg
 from ckpt_avg.cli import options
 from ckpt_avg.cli.help import Command
+from ckpt_avg.cli.options import Printing
 from ckpt_avg.cli.run import computing, make_output, make_report, refuse_ranks
 from ckpt_avg.commands.options import OutputOptions
 from ckpt_avg.commands.requests import CompareRequest, SoupRequest, SweepRequest
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 @options.sweep_plot
 @options.options_from(OutputOptions, only=["overwrite"])
 @options.report
-@options.as_json
-@options.quiet
+@options.prints
 @click.pass_context
 def sweep_command(
     context: click.Context,
@@ -40,8 +40,7 @@ def sweep_command(
     plot: str | None,
     report: Sequence[str],
     overwrite: bool,
-    as_json: bool,
-    quiet: bool,
+    printing: Printing,
     **given: Any,
 ) -> None:
     """Find the best window of checkpoints to average. Measures the last k and the first k, for each k.
@@ -58,7 +57,7 @@ def sweep_command(
     from ckpt_avg.commands.documents import sweep_json
 
     def measure() -> SweepResult:
-        with computing(quiet=quiet) as progress:
+        with computing(quiet=printing.quiet) as progress:
             return ckpt_avg.sweep(sources, progress=progress, **options.load_all(app_dir, given))
 
     def command(result: SweepResult) -> list[str]:
@@ -76,13 +75,13 @@ def sweep_command(
         "sweep",
         sources,
         measure,
-        lambda result: sweep_text(result, shlex.join(command(result))),
+        lambda result, **shown: sweep_text(result, shlex.join(command(result)), **shown),
         lambda result: sweep_json(result, command(result)),
         draw_sweep,
         plot=plot,
         report=report,
         overwrite=overwrite,
-        as_json=as_json,
+        printing=printing,
     )
 
 
@@ -93,8 +92,7 @@ def sweep_command(
 @options.output
 @options.card
 @options.report
-@options.as_json
-@options.quiet
+@options.prints
 @click.pass_context
 def soup_command(context: click.Context, /, sources: Sequence[str], output: str, **given: Any) -> None:
     """Write the greedy soup of checkpoints. Adds one after the other while a metric gets no worse.
@@ -114,7 +112,7 @@ def soup_command(context: click.Context, /, sources: Sequence[str], output: str,
     make_output(
         "soup",
         SoupRequest,
-        lambda result: soup_text(result, command(result)),
+        lambda result, **shown: soup_text(result, command(result), **shown),
         sources,
         output,
         document=lambda result: soup_json(result, command(result)),
@@ -129,18 +127,14 @@ def soup_command(context: click.Context, /, sources: Sequence[str], output: str,
 @options.compare_plot
 @options.options_from(OutputOptions, only=["overwrite"])
 @options.report
-@options.as_json
-@options.quiet
-@options.verbose
+@options.prints
 def compare_command(
     sources: Sequence[str],
     tensors: bool,
     plot: str | None,
     report: Sequence[str],
     overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    printing: Printing,
     **given: Any,
 ) -> None:
     """Find checkpoints that are far from the others. Measures how far each is from their mean and from the others.
@@ -157,18 +151,18 @@ def compare_command(
     refuse_ranks("compare")
 
     def measure() -> CompareResult:
-        with bars(quiet=quiet, reading="comparing") as progress:
+        with bars(quiet=printing.quiet, reading="comparing") as progress:
             return ckpt_avg.compare(sources, progress=progress, **given)
 
     make_report(
         "compare",
         sources,
         measure,
-        partial(comparison_text, tensors=tensors, verbose=verbose),
+        partial(comparison_text, tensors=tensors),
         compare_json,
         draw_comparison,
         plot=plot,
         report=report,
         overwrite=overwrite,
-        as_json=as_json,
+        printing=printing,
     )

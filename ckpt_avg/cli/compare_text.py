@@ -3,61 +3,51 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from ckpt_avg.cli.shared_text import skipped_lines
-from ckpt_avg.text import distinct_names, escaped, one_line, plural, table
+from ckpt_avg.tables import WIDTH, shortened, table, wrapped
+from ckpt_avg.text import distinct_names, escaped, plural
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.compare import CompareResult
     from ckpt_avg.commands.distances import ComparedCheckpoint, ComparedTensor
 
-_WIDTH = 80
-_LEAST_NAME = 12
 _MOST_COLUMNS = 12  # of a matrix of cosines
 _MOST_TENSORS = 20
 _ALIKE = 0.9  # cosines of checkpoints that are all above this say little
 
 
-def comparison_text(result: CompareResult, *, tensors: bool = False, verbose: bool = False) -> str:
+def comparison_text(
+    result: CompareResult, *, tensors: bool = False, verbose: bool = False, width: float = WIDTH
+) -> str:
     """Returns the text; with ``tensors`` those that moved most, with ``verbose`` the skipped files."""
     weights = sum(each.group == "weights" for each in result.tensors)
     lines = [
         f"{plural(len(result.checkpoints), 'checkpoint')}, {plural(result.elements, 'weight')} in "
         f"{plural(weights, 'tensor')}; norm of the mean {result.norm:.4g}",
-        *_checkpoints(result),
+        *_checkpoints(result, width),
         "",
         *_path(result),
         *_cosines(result),
     ]
     if tensors:
-        lines += ["", *_tensors(result)]
-    lines += ["", *_findings(result)]
+        lines += ["", *_tensors(result, width)]
+    lines += ["", *_findings(result, width)]
     if verbose:
         lines += skipped_lines(result.skipped)
     return "\n".join(lines)
 
 
-def _checkpoints(result: CompareResult) -> list[str]:
-    has_statistics = any(each.statistics_to_mean is not None for each in result.checkpoints)
+def _checkpoints(result: CompareResult, width: float) -> list[str]:
     far = {path for finding in result.findings for path in finding.checkpoints}
-    rows = [[_unit(result), "norm", "to mean", "relative", "to previous", "statistics", ""]]
-    for each in result.checkpoints:
-        cells = [_number(each, _unit(result)), _figure(each.norm), _figure(each.to_mean), _share(each.relative)]
+    unit = _unit(result)
+    rows = [["checkpoint", unit, "norm", "to mean", "relative", "to previous", "statistics", ""]]
+    for name, each in zip(_names(result), result.checkpoints, strict=True):
+        cells = [_number(each, unit), _figure(each.norm), _figure(each.to_mean), _share(each.relative)]
         cells += [_figure(each.to_previous), _share(each.statistics_to_mean), "far off" if each.path in far else ""]
-        rows.append(cells)
-    hidden = {0} if all(row[0] == "-" for row in rows[1:]) else set()
-    hidden |= set() if has_statistics else {5}
-    return _named_table("checkpoint", _names(result), rows, hidden)
-
-
-def _named_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], hidden: Collection[int]) -> list[str]:
-    """Returns a table with a first column of names, cut to the width that the others leave."""
-    columns = [column for place, column in enumerate(zip(*rows, strict=True)) if place not in hidden]
-    room = max(_LEAST_NAME, _WIDTH - sum(max(map(len, column)) + 2 for column in columns))
-    return table(list(zip([title, *(_cut(name, room) for name in names)], *columns, strict=True)))
+        rows.append([name, *cells])
+    return table(rows, width, constant=[unit, "statistics"])
 
 
 def _path(result: CompareResult) -> list[str]:
@@ -95,15 +85,13 @@ def _cosines(result: CompareResult) -> list[str]:
     return [f"{what}:", *table(rows)]
 
 
-def _tensors(result: CompareResult) -> list[str]:
+def _tensors(result: CompareResult, width: float) -> list[str]:
     lines = []
     for group, title in (("weights", "tensor"), ("statistics", "statistics")):
         found = [each for each in result.tensors if each.group == group]
-        rows = [
-            ["shape", "norm", "relative", "farthest", ""],
-            *(_tensor(each, result) for each in found[:_MOST_TENSORS]),
-        ]
-        lines += _named_table(title, [each.name for each in found[:_MOST_TENSORS]], rows, ()) if found else []
+        rows = [[title, "shape", "norm", "relative", "farthest", ""]]
+        rows += [[escaped(each.name), *_tensor(each, result)] for each in found[:_MOST_TENSORS]]
+        lines += table(rows, width) if found else []
         if len(found) > _MOST_TENSORS:
             lines.append(f"… and {len(found) - _MOST_TENSORS:,} more (--json lists all)")
     return lines
@@ -116,15 +104,15 @@ def _tensor(tensor: ComparedTensor, result: CompareResult) -> list[str]:
     label = _number(result.checkpoints[place], _unit(result))
     farthest = _share(distance / tensor.norm if tensor.norm else math.nan)
     return [shape, _figure(tensor.norm), _share(tensor.relative), farthest,
-            f"by {_cut(_names(result)[place], 16) if label == '-' else f'{_unit(result)} {label}'}"]  # fmt: skip
+            f"by {shortened(_names(result)[place], 16) if label == '-' else f'{_unit(result)} {label}'}"]  # fmt: skip
 
 
-def _findings(result: CompareResult) -> list[str]:
+def _findings(result: CompareResult, width: float) -> list[str]:
     if not result.findings:
         return ["nothing is far off"]
     lines = ["far off:"]
     for finding in result.findings:
-        lines += textwrap.wrap(one_line(finding.text), _WIDTH, initial_indent="- ", subsequent_indent="  ")
+        lines += wrapped(f"- {finding.text}", width)
     return lines
 
 
@@ -151,7 +139,3 @@ def _cosine(value: float) -> str:
 
 def _names(result: CompareResult) -> list[str]:
     return [escaped(name) for name in distinct_names([each.path for each in result.checkpoints])]
-
-
-def _cut(name: str, longest: int) -> str:
-    return name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-(longest - longest // 2) :]}"

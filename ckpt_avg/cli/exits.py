@@ -15,6 +15,7 @@ from types import FrameType
 
 import click
 
+from ckpt_avg.cli.colours import choose, coloured
 from ckpt_avg.distributed.launch import launched_rank
 from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UsageError, UserCodeError, is_out_of_memory
 from ckpt_avg.text import one_line, safe_text, suggestion
@@ -50,6 +51,7 @@ def run(command: click.Command, arguments: Sequence[str]) -> int:
     if sys.stderr is None:
         # The caller closed it; tqdm and traceback would print on stdout instead.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the process ends)
+    choose(arguments)
     with for_command_line():
         code = _run(command, arguments)
     try:
@@ -76,7 +78,8 @@ def open_missing_streams() -> None:
 def say(text: str, *, err: bool = False) -> None:
     """Prints a line. A closed pipe or a broken stderr is no failure; another failure of stdout is an OutputError."""
     try:
-        click.echo(safe_text(text), err=err)
+        stream = sys.stderr if err else sys.stdout
+        click.echo(coloured(safe_text(text), stream), err=err, color=True)
     except OSError as error:
         # The rest of the stream's buffer must not fail again when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if err else 1)

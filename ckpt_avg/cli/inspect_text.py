@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec, batch_norm_layers
 from ckpt_avg.cli.shared_text import skipped_lines
-from ckpt_avg.text import escaped, listing, one_line, plural, quote, size, table
+from ckpt_avg.tables import WIDTH, table
+from ckpt_avg.text import escaped, listing, one_line, plural, quote, size
 
 if TYPE_CHECKING:
     from ckpt_avg.checkpoint.training_record import Record
-    from ckpt_avg.commands.inspect import Inspection
+    from ckpt_avg.commands.inspect import Inspection, Listed
 
 _MOST = 60  # tensors, tied tensors and metadata that are shown
 
 
-def inspection_text(found: Inspection) -> str:
-    """Shows one checkpoint, a run folder, or a folder that is neither."""
+def inspection_text(found: Inspection, *, quiet: bool = False, verbose: bool = False, width: float = WIDTH) -> str:
+    """Shows one checkpoint, a run folder, or a folder that is neither.
+
+    With ``quiet`` without notes, with ``verbose`` with all tensors.
+    """
+    most = sys.maxsize if verbose else _MOST
     if found.checkpoint is not None:
-        return _checkpoint_text(found.checkpoint)
-    lines = [f"note: {note}" for note in found.notes]
+        return _checkpoint_text(found.checkpoint, quiet=quiet, most=most, width=width)
+    lines = [] if quiet else [f"note: {note}" for note in found.notes]
     if found.listed:
-        lines += _run_table([(each.spec, each.record) for each in found.listed])
+        lines += _run_table(found.listed, width, selects=found.selects)
+        if found.selects:
+            chosen = sum(not each.skipped_by for each in found.listed)
+            lines.append(f"selected: {chosen} of {plural(len(found.listed), 'checkpoint')}")
         names = sorted({name for each in found.listed for name in each.record.metrics})
         if names:
             lines.append(f"metrics: {listing(map(quote, names))}")
         first = found.listed[0].spec
-        lines += [f"note: {first.name}: {note}" for note in first.notes]
+        lines += [] if quiet else [f"note: {first.name}: {note}" for note in first.notes]
         averaged = [each.spec for each in found.listed if each.spec.averaged]
         if averaged:
             count = f" ({len(averaged)} such checkpoints)" if len(averaged) > 1 else ""
@@ -43,7 +52,7 @@ def inspection_text(found: Inspection) -> str:
     return "\n".join(lines)
 
 
-def _checkpoint_text(spec: CheckpointSpec) -> str:
+def _checkpoint_text(spec: CheckpointSpec, *, quiet: bool, most: int, width: float) -> str:
     lines = [f"{one_line(spec.path)}: {spec.format}" + (f", {spec.kind}" if spec.kind else "")]
     if spec.keys:
         lines.append(f"keys: {listing(map(quote, spec.keys))}")
@@ -65,43 +74,47 @@ def _checkpoint_text(spec: CheckpointSpec) -> str:
     lines += [f"tied: {listing(map(quote, names), separator=' = ')}" for names in spec.tied()[:_MOST]]
     if spec.metadata:
         lines.append("metadata:")
-        lines += [f"  {quote(key)}: {quote(value)}" for key, value in list(spec.metadata.items())[:_MOST]]
-    lines += [f"note: {note}" for note in spec.notes]
+        lines += [f"  {quote(key)}: {quote(value)}" for key, value in list(spec.metadata.items())[:most]]
+    lines += [] if quiet else [f"note: {note}" for note in spec.notes]
     tensors = list(spec.tensors.values())
     rows = [(escaped(each.name), each.dtype.name, "×".join(map(str, each.shape)) or "scalar") for each in tensors]
-    lines += table([("tensor", "dtype", "shape"), *rows[:_MOST]])
-    if len(rows) > _MOST:
-        lines.append(f"… and {len(rows) - _MOST:,} more (--json lists all)")
+    lines += table([("tensor", "dtype", "shape"), *rows[:most]], width, constant=["dtype"])
+    if len(rows) > most:
+        lines.append(f"… and {len(rows) - most:,} more (-v lists all)")
     return "\n".join(lines)
 
 
-def _run_table(checkpoints: Sequence[tuple[CheckpointSpec, Record]]) -> list[str]:
-    """Returns a table of checkpoints; a line above it says what is the same in all of them."""
-    header = ("checkpoint", "format", "kind", "state dict", "step", "epoch", "metrics", "prefix", "tensors", "dtypes",
-              "tied", "BatchNorm", "size")  # fmt: skip
+def _run_table(listed: Sequence[Listed], width: float, *, selects: bool) -> list[str]:
+    """Returns a table of checkpoints, with a column for each metric."""
+    metrics = list(dict.fromkeys(name for each in listed for name in each.record.metrics))
+    # What tells checkpoints apart comes first: the last columns may not fit.
+    facts = ("size", "tensors", "dtypes", "state dict", "prefix", "kind", "format", "tied", "BatchNorm")
+    header = ("checkpoint", *(["selected"] if selects else []), "step", "epoch", *map(escaped, metrics), *facts)
     rows = [
         (
             escaped(spec.path.name),
-            spec.format,
-            spec.kind or "-",
-            escaped(spec.state_key) if spec.state_key else "-",
+            *([_selected(each)] if selects else []),
             "-" if record.step is None else str(record.step),
             "-" if record.epoch is None else str(record.epoch),
-            _metrics(record) or "-",
-            escaped(spec.prefix) or "-",
+            *(f"{record.metrics[name]:.6g}" if name in record.metrics else "-" for name in metrics),
+            size(spec.nbytes),
             str(len(spec.tensors)),
             ", ".join(sorted({tensor.dtype.name for tensor in spec.tensors.values()})),
+            escaped(spec.state_key) if spec.state_key else "-",
+            escaped(spec.prefix) or "-",
+            spec.kind or "-",
+            spec.format,
             str(len(spec.tied()) or "-"),
             str(len(batch_norm_layers(spec.tensors)) or "-"),
-            size(spec.nbytes),
         )
-        for spec, record in checkpoints
+        for each in listed
+        for spec, record in [(each.spec, each.record)]
     ]
-    columns = list(zip(header, *rows, strict=True))
-    varying = [column for column in columns if len(rows) == 1 or column[0] == header[0] or len(set(column[1:])) > 1]
-    same = [f"{column[0]} {column[1]}" for column in columns if column not in varying and column[1] != "-"]
-    lines = [f"each: {'; '.join(same)}"] if same else []
-    return lines + table(list(zip(*varying, strict=True)))
+    return table([header, *rows], width, constant=header[1:], important=["selected", "step", "epoch"])
+
+
+def _selected(each: Listed) -> str:
+    return f"no: {each.skipped_by}" if each.skipped_by else "yes"
 
 
 def _recorded(record: Record) -> str:

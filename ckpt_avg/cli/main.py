@@ -9,7 +9,6 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import click
@@ -19,6 +18,7 @@ from ckpt_avg.cli import options
 from ckpt_avg.cli.choosing import compare_command, soup_command, sweep_command
 from ckpt_avg.cli.exits import open_missing_streams, run, say
 from ckpt_avg.cli.help import EVERYDAY, Group, Option
+from ckpt_avg.cli.options import Printing
 from ckpt_avg.cli.run import make_output
 from ckpt_avg.commands.requests import (
     AverageRequest,
@@ -27,27 +27,12 @@ from ckpt_avg.commands.requests import (
     RefreshRequest,
     VerifyRequest,
 )
-from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import IncompatibleError, UsageError
 from ckpt_avg.text import one_line
-from ckpt_avg.version import __version__
-
-
-def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if value and not context.resilient_parsing:
-        click.echo(f"ckpt-avg, version {__version__}, {engine_for('cpu')} engine")
-        context.exit()
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option(
-    "--version",
-    is_flag=True,
-    expose_value=False,
-    is_eager=True,
-    callback=_show_version,
-    help="Show the version and the engine, and exit.",
-)
+@options.version
 def cli() -> None:
     """Average the checkpoints of a training run into one safetensors file (Stochastic Weight Averaging).
 
@@ -61,8 +46,7 @@ def cli() -> None:
 @options.sources
 @options.options_from(AverageRequest)
 @options.makes_output
-@options.verbose
-def average_command(sources: Sequence[str], output: str, verbose: bool, **given: Any) -> None:
+def average_command(sources: Sequence[str], output: str, **given: Any) -> None:
     """Write the mean of checkpoints, with recomputed BatchNorm.
 
     \b
@@ -74,7 +58,7 @@ def average_command(sources: Sequence[str], output: str, verbose: bool, **given:
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.average_text import average_text
 
-    make_output("average", AverageRequest, partial(average_text, verbose=verbose), sources, output, **given)
+    make_output("average", AverageRequest, average_text, sources, output, **given)
 
 
 @cli.command("refresh-bn")
@@ -100,36 +84,43 @@ for each in (sweep_command, soup_command, compare_command):
 @cli.command("check")
 @options.sources
 @options.options_from(CheckRequest)
-@options.as_json
-@options.verbose
-def check_command(sources: Sequence[str], as_json: bool, verbose: bool, **given: Any) -> None:
+@options.prints
+def check_command(sources: Sequence[str], printing: Printing, **given: Any) -> None:
     """Check that checkpoints fit together, from headers alone."""
     from ckpt_avg.cli.check_text import compatibility_text
     from ckpt_avg.commands.documents import compatibility_json
 
     report = ckpt_avg.check(sources, **given)
-    for text in () if as_json else report.notices:
+    for text in () if printing.as_json or printing.quiet else report.notices:
         say(f"Notice: {one_line(text)}", err=True)
-    if as_json:
+    if printing.as_json:
         say(json.dumps(compatibility_json(report), indent=2))
     elif report.compatible:
-        say(compatibility_text(report, verbose=verbose))
+        say(compatibility_text(report, verbose=printing.verbose, width=printing.width))
     if not report.compatible:
         say(f"Error: {report}", err=True)
         raise click.exceptions.Exit(IncompatibleError.exit_code)
 
 
 @cli.command("inspect")
-@click.argument("path")
+@click.argument("path", nargs=-1, required=True, metavar="PATH...")
 @options.options_from(InspectRequest)
-@options.as_json
-def inspect_command(path: str, as_json: bool, **given: Any) -> None:
-    """Show what a path contains, and how it would be read."""
+@options.prints
+def inspect_command(path: Sequence[str], printing: Printing, **given: Any) -> None:
+    """Show what a path contains, and which checkpoints would be averaged.
+
+    \b
+    ckpt-avg inspect epoch_20.pt
+    ckpt-avg inspect RUN --last 8 --every 2
+    """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.inspect_text import inspection_text
     from ckpt_avg.commands.documents import inspection_json
 
     found = ckpt_avg.inspect(path, **given)
-    say(json.dumps(inspection_json(found), indent=2) if as_json else inspection_text(found))
+    if printing.as_json:
+        say(json.dumps(inspection_json(found), indent=2))
+    else:
+        say(inspection_text(found, quiet=printing.quiet, verbose=printing.verbose, width=printing.width))
 
 
 @cli.command("verify")
@@ -143,11 +134,8 @@ def inspect_command(path: str, as_json: bool, **given: Any) -> None:
     help="Average the SOURCEs again and compare bit for bit.",
 )
 @options.options_from(VerifyRequest)
-@options.as_json
-@options.quiet
-def verify_command(
-    output: str, checkpoints: Sequence[str], sources: bool, as_json: bool, quiet: bool, **given: Any
-) -> None:
+@options.prints
+def verify_command(output: str, checkpoints: Sequence[str], sources: bool, printing: Printing, **given: Any) -> None:
     """Check that OUT is undamaged and the mean of its checkpoints.
 
     \b
@@ -161,9 +149,12 @@ def verify_command(
     if sources != bool(checkpoints):
         problem = "--sources: names no checkpoints" if sources else f"{checkpoints[0]}: --sources is missing before it"
         raise UsageError(f"{problem}. Write: ckpt-avg verify OUT --sources SOURCE...")
-    with bars(quiet=quiet, reading="verifying") as progress:
+    with bars(quiet=printing.quiet, reading="verifying") as progress:
         report = ckpt_avg.verify(output, sources=checkpoints or None, progress=progress, **given)
-    say(json.dumps(verify_json(report), indent=2) if as_json else verify_text(report))
+    if printing.as_json:
+        say(json.dumps(verify_json(report), indent=2))
+    else:
+        say(verify_text(report, verbose=printing.verbose, width=printing.width))
 
 
 def main() -> None:

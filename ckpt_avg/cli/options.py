@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,15 +17,19 @@ import click
 from click.core import ParameterSource
 
 from ckpt_avg.batchnorm.options import RefreshOptions
+from ckpt_avg.cli.colours import WHEN
 from ckpt_avg.cli.help import EVERYDAY, Option
 from ckpt_avg.commands.options import MeanOptions, ResourceOptions
 from ckpt_avg.commands.requests import options_of
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT
+from ckpt_avg.engine import engine_for
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.mean.weighting import Weighting
 from ckpt_avg.mean.weighting_rules import options_of_rule
 from ckpt_avg.runs.selection import Selection
+from ckpt_avg.tables import terminal_width
 from ckpt_avg.text import size
+from ckpt_avg.version import __version__
 from ckpt_avg.wording import flag_of
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -58,12 +64,41 @@ _seconds = _number(float, "number of seconds. Write for example 600")
 _real = _number(float, "number. Write for example 0.001")
 
 
+@dataclass(frozen=True, slots=True)
+class Printing:
+    """What a command prints.
+
+    Attributes:
+        as_json: one JSON document instead of text.
+        wide: tables in full.
+        quiet: no progress bars and notices.
+        verbose: details.
+    """
+
+    as_json: bool
+    wide: bool
+    quiet: bool
+    verbose: bool
+
+    @property
+    def width(self) -> float:
+        """How many columns a table may take."""
+        return math.inf if self.wide else terminal_width()
+
+
 def _only_here(*names: str, heading: str, **options: Any) -> Callable[[_Command], _Command]:
     return click.option(*names, cls=Option, heading=heading, **options)
 
 
 def _plot(text: str) -> Callable[[_Command], _Command]:
     return _only_here("--plot", heading="Output", metavar="FILE.png", help=text)
+
+
+def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Prints the version and the engine, for ``--version``."""
+    if value and not context.resilient_parsing:
+        click.echo(f"ckpt-avg, version {__version__}, {engine_for('cpu')} engine")
+        context.exit()
 
 
 output = _only_here(
@@ -77,9 +112,6 @@ report = _only_here(
     help="Write a report as a page or JSON.",
 )
 card = _only_here("--card", heading="Output", is_flag=True, help="Print the model card instead of the result.")
-as_json = _only_here("--json", "as_json", heading="Output", is_flag=True, help="Print one JSON document on stdout.")
-quiet = _only_here("-q", "--quiet", heading="Output", is_flag=True, help="Hide progress bars and notices.")
-verbose = _only_here("-v", "--verbose", heading="Output", is_flag=True, help="List skipped files with the reasons.")
 sweep_plot = _plot("Draw the metric over k (.png, .svg or .pdf).")
 compare_plot = _plot("Draw the path of the weights (.png, .svg or .pdf).")
 tensors = _only_here("--tensors", heading="Output", is_flag=True, help="List the tensors that moved most.")
@@ -100,14 +132,53 @@ rank_timeout = _only_here(
     metavar="SECONDS",
     help="Stop if another rank is silent for this long.",
 )
+_as_json = _only_here("--json", "as_json", heading="Output", is_flag=True, help="Print one JSON document on stdout.")
+_wide = _only_here("--wide", heading="Output", is_flag=True, help="Print tables in full, however wide they are.")
+_color = _only_here(
+    "--color",
+    heading="Output",
+    type=click.Choice(WHEN),
+    metavar="|".join(WHEN),
+    default=WHEN[0],
+    show_default=True,
+    expose_value=False,
+    help="Use colours: on a terminal, always or never.",
+)
+_quiet = _only_here("-q", "--quiet", heading="Output", is_flag=True, help="Hide progress bars and notices.")
+_verbose = _only_here(
+    "-v", "--verbose", heading="Output", is_flag=True, help="Add details, such as skipped files with reasons."
+)
+version = _only_here(
+    "-V",
+    "--version",
+    heading="Help",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the version and the engine, and exit.",
+)
 sources = click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+
+
+def prints(command: _Command) -> _Command:
+    """Gives a command the options that say what it prints, as one argument ``printing``."""
+
+    @functools.wraps(command)
+    def with_printing(*arguments: Any, as_json: bool, wide: bool, quiet: bool, verbose: bool, **given: Any) -> Any:
+        return command(*arguments, printing=Printing(as_json, wide, quiet, verbose), **given)
+
+    decorated: Any = with_printing
+    for option in (version, _color, _verbose, _quiet, _wide, _as_json):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return] # the same kind of function
 
 
 def makes_output(command: _Command) -> _Command:
     """Gives a command the options that `run.make_output` takes."""
-    for option in (quiet, rank_timeout, as_json, card, report, output, app_dir):
+    for option in (rank_timeout, card, report, output, app_dir):
         command = option(command)
-    return command
+    return prints(command)
 
 
 def options_from(request: type, *, only: Collection[str] = ()) -> Callable[[_Command], _Command]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ckpt_avg.cli.colours import coloured
 from ckpt_avg.progress import Progress
 from ckpt_avg.text import one_line, safe_text
 
@@ -56,7 +57,7 @@ class _Bars:
         write = print if self._bar is None else self._bar.write  # above the bar
         if not self._quiet:
             with contextlib.suppress(OSError):  # a broken stderr must not stop the averaging
-                write(safe_text(f"Notice: {one_line(text)}"), file=sys.stderr)
+                write(coloured(safe_text(f"Notice: {one_line(text)}"), sys.stderr), file=sys.stderr)
 
 
 @contextlib.contextmanager

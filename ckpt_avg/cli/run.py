@@ -15,8 +15,7 @@ import click
 
 import ckpt_avg
 from ckpt_avg.cli.exits import error_json, say
-from ckpt_avg.cli.options import load_all
-from ckpt_avg.commands.documents import average_json
+from ckpt_avg.cli.options import Printing, load_all
 from ckpt_avg.commands.options import RankOptions
 from ckpt_avg.distributed.launch import join_ranks, launch_of
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT
@@ -39,24 +38,25 @@ _FUNCTIONS = {"refresh-bn": "refresh_weights"}  # of commands with another name
 def make_output(
     kind: str,
     request: type[Any],
-    text: Callable[[Any], str],
+    text: Callable[..., str],
     sources: Sources,
     output: str,
     *,
-    document: Callable[[Any], dict[str, Any]] = average_json,
+    document: Callable[[Any], dict[str, Any]] | None = None,
     app_dir: str,
     report: Sequence[str],
     card: bool,
-    as_json: bool,
-    quiet: bool,
+    printing: Printing,
     rank_timeout: float = RANK_TIMEOUT,
     **given: Any,
 ) -> None:
     """Runs what makes an output, on one rank or many; prints and reports the result, even if a requirement is not met.
 
     ``kind`` is the name of the command. ``request`` is the class of the request, which checks options and sources
-    before the user's code is imported, and torch with it.
+    before the user's code is imported, and torch with it. ``text`` is called with the result, ``verbose`` and
+    ``width``, ``document`` with the result.
     """
+    from ckpt_avg.commands.documents import average_json
     from ckpt_avg.output.paths import REPORTS, SideFiles, checksum_path
 
     launch = launch_of()
@@ -66,7 +66,7 @@ def make_output(
         files.reserve(checksum_path(output), "the checksum")
     unmet: RequirementError | None = None
     try:
-        with computing(quiet=quiet or not speaks) as progress, join_ranks(timeout=rank_timeout) as ranks:
+        with computing(quiet=printing.quiet or not speaks) as progress, join_ranks(timeout=rank_timeout) as ranks:
             shared: dict[str, Any] = {"ranks": ranks} if issubclass(request, RankOptions) else {}
             request(sources, output, **shared, **given).discover()
             for path in report if speaks else ():
@@ -78,38 +78,38 @@ def make_output(
     if not speaks:
         return
     average: AverageResult = getattr(result, "average", result)
-    found = document(result)
+    found = (document or average_json)(result)
     shown = ""
     if card and unmet is None:
-        shown = _card(average, output, quiet=quiet)
+        shown = _card(average, output, quiet=printing.quiet)
         found["card"] = shown
-    if not as_json:
-        say(shown or text(result))
+    if not printing.as_json:
+        say(shown or text(result, verbose=printing.verbose, width=printing.width))
     whole: dict[str, Any] = {}
     stopped: BaseException | None = None
     if report:
         from ckpt_avg.commands.report import output_report
 
-        compared, stopped = _compared(average, given, quiet=quiet)
+        compared, stopped = _compared(average, given, quiet=printing.quiet)
         whole = output_report(kind, found, _command_line(), average, compared)
     if unmet is not None:
         whole["error"] = error_json(type(unmet).__name__, str(unmet), unmet.exit_code)
     contents = [("--report", path, _reporting(path, whole)) for path in report]
-    _write(found, contents, files, as_json=as_json, failure=unmet, stopped=stopped)
+    _write(found, contents, files, as_json=printing.as_json, failure=unmet, stopped=stopped)
 
 
 def make_report(
     kind: str,
     sources: Sources,
     measure: Callable[[], _Result],
-    text: Callable[[_Result], str],
+    text: Callable[..., str],
     document: Callable[[_Result], dict[str, Any]],
     draw: Callable[[_Result, str], bytes],
     *,
     plot: str | None,
     report: Sequence[str],
     overwrite: bool,
-    as_json: bool,
+    printing: Printing,
 ) -> None:
     """Runs what only measures; prints the result, writes its report and draws it, into paths that are checked first."""
     from ckpt_avg.cli.plots import KINDS, refuse_without_matplotlib
@@ -124,13 +124,13 @@ def make_report(
         refuse_without_matplotlib()
     result = measure()
     found = document(result)
-    if not as_json:
-        say(text(result))
+    if not printing.as_json:
+        say(text(result, verbose=printing.verbose, width=printing.width))
     whole = report_document(kind, found, _command_line())
     contents = [("--report", path, _reporting(path, whole)) for path in report]
     if plot is not None:
         contents.append(("--plot", plot, lambda: draw(result, os.path.splitext(plot)[1].lower())))
-    _write(found, contents, files, as_json=as_json)
+    _write(found, contents, files, as_json=printing.as_json)
 
 
 def refuse_ranks(command: str) -> None:

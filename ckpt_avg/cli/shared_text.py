@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_avg.text import distinct_names, ends, escaped, one_line, quote, table
+from ckpt_avg.tables import WIDTH, shortened, table
+from ckpt_avg.text import distinct_names, ends, escaped, one_line, quote, safe_text
 from ckpt_avg.user_code.comparison import Evaluation, difference_text, spread_of
 
 if TYPE_CHECKING:
@@ -22,25 +23,38 @@ def names_text(paths: Sequence[Path]) -> str:
     return ends([escaped(name) for name in distinct_names(paths)])
 
 
+def path_lines(paths: Iterable[str | Path], width: float = WIDTH) -> list[str]:
+    """Returns a line for each path, without its middle if it is longer than a line."""
+    texts = [safe_text(one_line(path)) for path in paths]
+    return [f"  {text if math.isinf(width) else shortened(text, int(width) - 2)}" for text in texts]
+
+
+def detail_lines(engine: str, skipped: Sequence[Skipped]) -> list[str]:
+    """Returns what ``--verbose`` adds to the result of a command that computes."""
+    return [f"computed by the {engine} engine", *skipped_lines(skipped)]
+
+
 def skipped_lines(items: Sequence[Skipped]) -> list[str]:
     """Returns a line for each skipped entry, with the reason."""
     return [f"skipped: {quote(item.path.name)}: {one_line(item.reason)}" for item in items]
 
 
 def weights_lines(
-    checkpoints: Sequence[Path], steps: Sequence[int | None], weights: Sequence[float] | None, unit: str = "step"
+    checkpoints: Sequence[Path],
+    steps: Sequence[int | None],
+    weights: Sequence[float] | None,
+    unit: str = "step",
+    width: float = WIDTH,
 ) -> list[str]:
-    """Returns a table of checkpoints and their unequal weights, at most 80 columns wide; nothing if these are None."""
+    """Returns a table of checkpoints and their unequal weights; nothing if these are None."""
     if weights is None:
         return []
-    numbers = [("-" if step is None else str(step), f"{each:.6g}") for step, each in zip(steps, weights, strict=True)]
-    room = 80 - sum(2 + max(map(len, column)) for column in zip((unit, "weight"), *numbers, strict=True))
-    names = [
-        escaped(name if len(name) <= room else f"{name[: room - 26]}…{name[-25:]}")
-        for name in distinct_names(checkpoints)
+    names = map(escaped, distinct_names(checkpoints))
+    rows = [
+        (name, "-" if step is None else str(step), f"{each:.6g}")
+        for name, step, each in zip(names, steps, weights, strict=True)
     ]
-    rows = [(name, *cells) for name, cells in zip(names, numbers, strict=True)]
-    return table([("checkpoint", unit, "weight"), *rows])
+    return table([("checkpoint", unit, "weight"), *rows], width, constant=[unit])
 
 
 def measured_cells(

@@ -9,15 +9,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckpt_avg.cli.average_text import outcome_lines
-from ckpt_avg.cli.shared_text import names_text
-from ckpt_avg.text import distinct_names, escaped, plural, quote, table
+from ckpt_avg.cli.shared_text import detail_lines, names_text
+from ckpt_avg.tables import WIDTH, table
+from ckpt_avg.text import distinct_names, escaped, plural, quote
 from ckpt_avg.user_code.comparison import difference_text, spread_of
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.soup import SoupResult
 
 
-def soup_text(result: SoupResult, command: Sequence[str]) -> str:
+def soup_text(result: SoupResult, command: Sequence[str], *, verbose: bool = False, width: float = WIDTH) -> str:
     """Returns the table of decisions, what the soup is and what was written, and the command that makes the same."""
     count = len(result.candidates)
     average = result.average
@@ -41,11 +42,13 @@ def soup_text(result: SoupResult, command: Sequence[str]) -> str:
     last = result.candidates[-1]
     measured = tuple(each for each in average.evaluations if each.path in (None, last))
     lines = [
-        *table(rows),
+        *table(rows, width),
         "",
         f"soup of {len(kept)} of {plural(count, 'checkpoint')}: {metric} {value:.6g}{change}",
-        *outcome_lines(replace(average, evaluations=measured)),
+        *outcome_lines(replace(average, evaluations=measured), width),
     ]
+    if verbose:
+        lines += detail_lines(average.engine, result.skipped)
     if result.split is not None:
         lines.append(f"chosen on the split {quote(result.split)}: report the numbers of another one")
     return "\n".join([*lines, f"the same file: {shlex.join(command)}"])

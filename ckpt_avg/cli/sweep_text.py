@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckpt_avg.cli.shared_text import REFERENCE, measured_cells, weights_lines
-from ckpt_avg.text import escaped, table
+from ckpt_avg.cli.shared_text import REFERENCE, detail_lines, measured_cells, weights_lines
+from ckpt_avg.tables import WIDTH, table
+from ckpt_avg.text import escaped
 from ckpt_avg.user_code.comparison import difference_text
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.sweep import SweepResult
 
 
-def sweep_text(result: SweepResult, command: str) -> str:
+def sweep_text(result: SweepResult, command: str, *, verbose: bool = False, width: float = WIDTH) -> str:
     """Returns the table of a sweep, its best window, and the command that writes the best average."""
     reference, best, change, total = result.reference, result.best, result.change, len(result.checkpoints)
     name = result.last.name if reference is result.last else "the refreshed last checkpoint"
     several = len(result.weightings) > 1
-    rows = _by_rule(result) if several else _by_metric(result)
+    rows, what = (_by_rule(result), "rule") if several else (_by_metric(result), "metric")
     rule = f" with {best.weighting}" if several else ""
     steps = dict(zip(result.checkpoints, result.steps, strict=True))
     if change.verdict == "better":
@@ -29,11 +30,14 @@ def sweep_text(result: SweepResult, command: str) -> str:
     value = best.metrics[result.metric]
     return "\n".join(
         [
-            *table(rows),
+            *table(rows, width, important=[best.weighting, result.metric], what=what, fold=several),
+            *(detail_lines(result.engine, result.skipped) if verbose else []),
             "",
             f"best by {escaped(result.metric)}: the average of "
             f"{_window(best.side, len(best.checkpoints), total, 'the ')}{rule}, {value:.6g}, {compared}",
-            *weights_lines(best.checkpoints, [steps[path] for path in best.checkpoints], best.weights, result.unit),
+            *weights_lines(
+                best.checkpoints, [steps[path] for path in best.checkpoints], best.weights, result.unit, width
+            ),
             f"to write it{'' if change.verdict == 'better' else ' anyway'}: {command}",
         ]
     )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckpt_avg.cli.shared_text import names_text
+from ckpt_avg.cli.shared_text import names_text, path_lines
+from ckpt_avg.tables import WIDTH
 from ckpt_avg.text import one_line, plural, size
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.verify import VerifyReport
 
 
-def verify_text(report: VerifyReport) -> str:
-    """Says that the file is as it was written, and of which checkpoints it is the mean."""
+def verify_text(report: VerifyReport, *, verbose: bool = False, width: float = WIDTH) -> str:
+    """Says that the file is as it was written, and of which checkpoints it is the mean; with ``verbose`` of all."""
     lines = [
         f"{one_line(report.path)} is complete and undamaged: {plural(report.tensors, 'tensor')}, {size(report.nbytes)}",
         f"data digest: {report.data_digest}",
@@ -21,6 +22,7 @@ def verify_text(report: VerifyReport) -> str:
         count = len(report.checkpoints)
         what = "a copy" if count == 1 else "the mean" if report.weights is None else "the weighted mean"
         lines.append(f"it is {what} of {plural(count, 'checkpoint')}, bit for bit: {names_text(report.checkpoints)}")
+        lines += path_lines(report.checkpoints, width) if verbose else []
     if report.spectral_norms:
         weights = plural(len(report.spectral_norms), "weight")
         lines.append(f"spectral norm of {weights}: u and v give the same norm as when computed again, to 1e-6")

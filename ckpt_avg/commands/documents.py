@@ -127,7 +127,12 @@ def inspection_json(found: Inspection) -> dict[str, Any]:
     return {
         "path": str(found.path),
         "checkpoints": [
-            {**_checkpoint_json(each.spec, each.record), "tensors": len(each.spec.tensors)} for each in found.listed
+            {
+                **_checkpoint_json(each.spec, each.record),
+                "tensors": len(each.spec.tensors),
+                "skipped_by": each.skipped_by or None,
+            }
+            for each in found.listed
         ],
         "unreadable": dict(found.unreadable),
         "skipped": plain(found.skipped),

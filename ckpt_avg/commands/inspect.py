@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,20 +19,28 @@ from ckpt_avg.formats.trainers.name_patterns import SUFFIXES, other_format
 from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.candidates import open_candidates
 from ckpt_avg.runs.discover import discover
-from ckpt_avg.runs.metric_log import read_log
+from ckpt_avg.runs.metric_log import MetricLog, read_log
 from ckpt_avg.runs.run_folder import Skipped, entries_of
+from ckpt_avg.runs.select import skipping_options
 from ckpt_avg.text import ends, escaped, plural
-from ckpt_avg.wording import setting, worded_all
+from ckpt_avg.wording import setting, worded, worded_all
 
 _MOST = 100  # entries of a folder without checkpoints that are described
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A checkpoint of a run folder, and what it, files next to it and copies of it record."""
+    """A checkpoint of a run.
+
+    Attributes:
+        spec: its tensors, and how it is read.
+        record: what it, files next to it and copies of it record.
+        skipped_by: the option of the selection that skips it, as on the command line; empty if it is selected.
+    """
 
     spec: CheckpointSpec
     record: Record
+    skipped_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,7 @@ class Inspection:
         seen: (name, what it seems to be) for each entry of a folder without a readable checkpoint.
         needed: what to do about such a folder; empty otherwise.
         notes: what the user should know.
+        selects: whether a selection was given, so that `Listed.skipped_by` tells what `average` would use.
     """
 
     path: Path
@@ -57,57 +67,73 @@ class Inspection:
     seen: tuple[tuple[str, str], ...] = ()
     needed: str = ""
     notes: tuple[str, ...] = ()
+    selects: bool = False
 
 
 @takes(InspectRequest)
 def inspect(request: InspectRequest) -> Inspection:
     """Returns what a checkpoint or a run folder contains, from headers only. Other folders are described, too.
 
+    The options of the selection select no checkpoints here: they tell which ones `average` would use.
+
     Args:
         The fields of `InspectRequest`.
 
     Raises:
         UsageError: ``path`` does not exist.
+        IncompatibleError: a selection was given, and nothing or too little fits it.
         CheckpointFormatError: it is a file or a checkpoint folder that cannot be read.
     """
-    path = Path(request.path)
+    paths = [request.path] if isinstance(request.path, (str, os.PathLike)) else [*request.path]
+    path = Path(paths[0] if len(paths) == 1 else os.path.commonpath(paths) if paths else ".")
     try:
-        discovery = discover([path])
+        discovery = discover(paths, request.include)
     except IncompatibleError as error:
         return Inspection(path, seen=_described_entries(path), needed=str(error))
-    if discovery.named == (path,):
-        with open_with(path, request) as checkpoint:
-            return _one(checkpoint.spec, request)
     with ExitStack() as stack:
+        if discovery.named == (path,) and not request.selects:
+            return _one(stack.enter_context(open_with(path, request)).spec, request)
         try:
-            found = open_candidates(discovery, request, stack, compare_in_full=False)
+            found = open_candidates(discovery, request, stack, request, compare_in_full=False)
         except (IncompatibleError, PartError) as error:
+            if request.selects:
+                raise
             return Inspection(path, skipped=discovery.skipped, seen=_described_entries(path), needed=str(error))
         notes = list(found.notes)
-        records = _with_logged(found.ordered, request, notes)
-        listed = [
-            Listed(candidate.checkpoint.spec, record)
-            for candidate, record in zip(found.ordered, records, strict=True)
-            if candidate.checkpoint is not None
-        ]
-        unreadable = [(each.path.name, str(each.error)) for each in found.ordered if each.checkpoint is None]
+        log = None if request.log is None else read_log(found.ordered, request, notes.append)
+        records = _with_logged(found.ordered, log, notes)
+        skipped_by = skipping_options(found.ordered, request, notes.append, log)
+        listed: list[Listed] = []
+        unreadable: list[tuple[str, str]] = []
+        for candidate, record, option in zip(found.ordered, records, skipped_by, strict=True):
+            if candidate.checkpoint is not None:
+                listed.append(Listed(candidate.checkpoint.spec, record, worded(option)))
+            else:
+                unreadable.append((candidate.path.name, str(candidate.error)))
+                if request.selects and not option:
+                    notes.append(f"{candidate.path.name}: is selected, but cannot be read, so average would stop")
+        unwanted = [(each, request.pattern_against(each.name)) for each in discovery.paths]
+        skipped = (*found.skipped, *(Skipped(each, option) for each, option in unwanted if option))
         needed = "" if listed else f"{path}: no checkpoint could be read (see the errors above)"
         seen = () if listed else _described_entries(path)
-        return Inspection(path, None, tuple(listed), tuple(unreadable), found.skipped, seen, needed, worded_all(notes))
+        return Inspection(
+            path, None, tuple(listed), tuple(unreadable), skipped, seen, needed, worded_all(notes), request.selects
+        )
 
 
 def _one(spec: CheckpointSpec, request: InspectRequest) -> Inspection:
     notes: list[str] = []
-    (record,) = _with_logged([Candidate(spec.path, None, None, spec.record)], request, notes)
-    return Inspection(Path(request.path), replace(spec, record=record, notes=(*spec.notes, *worded_all(notes))))
+    candidates = [Candidate(spec.path, None, None, spec.record)]
+    log = None if request.log is None else read_log(candidates, request, notes.append)
+    (record,) = _with_logged(candidates, log, notes)
+    return Inspection(spec.path, replace(spec, record=record, notes=(*spec.notes, *worded_all(notes))))
 
 
-def _with_logged(candidates: Sequence[Candidate], request: InspectRequest, notes: list[str]) -> list[Record]:
+def _with_logged(candidates: Sequence[Candidate], log: MetricLog | None, notes: list[str]) -> list[Record]:
     """Returns what is recorded of the checkpoints, with the metrics of the log before their own, if one was named."""
     records = [candidate.record for candidate in candidates]
-    if request.log is None:
+    if log is None:
         return records
-    log = read_log(candidates, request, notes.append)
     logged = [log.metrics_of(each) for each in records]
     lacking = [escaped(each.path.name) for each, new in zip(candidates, logged, strict=True) if not new]
     if lacking:

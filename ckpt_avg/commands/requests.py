@@ -28,7 +28,7 @@ from ckpt_avg.commands.options import (
 from ckpt_avg.errors import UsageError
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.mean.weighting import Weighting
-from ckpt_avg.runs.selection import LogOptions, Selection
+from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import plural, suggestion
 
 if TYPE_CHECKING:
@@ -199,11 +199,12 @@ class CompareRequest(Selection, Reading, ResourceOptions, ProgressOptions):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InspectRequest(LogOptions, Reading):
+class InspectRequest(Selection, Reading):
     """The arguments of `inspect`."""
 
-    path: str | os.PathLike[str] = field(
-        metadata={"doc": "A checkpoint file, a checkpoint folder, a run folder, or any other folder."}
+    shows_log = True
+    path: Sources = field(
+        metadata={"doc": "A checkpoint file, a checkpoint folder, a run folder, or any other folder; or several."}
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import isfinite
@@ -131,32 +131,53 @@ def select(
     notice: Callable[[str], None] = lambda text: None,
     log: MetricLog | None = None,
 ) -> tuple[Candidate, ...]:
-    """Applies a selection to candidates in order; ``include`` and ``exclude`` have been applied to their names.
+    """Returns the candidates that `skipping_options` leaves."""
+    skipped_by = skipping_options(candidates, selection, notice, log)
+    return tuple(each for each, option in zip(candidates, skipped_by, strict=True) if not option)
 
-    With a ``log`` of the candidates, ``best`` goes by its metrics.
+
+def skipping_options(
+    candidates: Sequence[Candidate],
+    selection: Selection,
+    notice: Callable[[str], None] = lambda text: None,
+    log: MetricLog | None = None,
+) -> tuple[str, ...]:
+    """Returns for each candidate the option of a selection that skips it, or an empty string.
+
+    The candidates are in order; ``include`` and ``exclude`` have been applied to their names. With a ``log`` of the
+    candidates, ``best`` goes by its metrics.
 
     Raises:
         IncompatibleError: too few are left, or the run does not record what a rule needs.
     """
-    kept = list(candidates)
+    skipped_by: dict[int, str] = {}
+
+    def left() -> list[Candidate]:
+        return [each for each in candidates if id(each) not in skipped_by]
+
+    def keep(option: str, found: Iterable[Candidate]) -> None:
+        kept = {id(each) for each in found}
+        skipped_by.update({id(each): option for each in left() if id(each) not in kept})
+
     if selection.from_step is not None or selection.to_step is not None:
-        kept = _between(kept, selection, notice)
+        keep(selection.bounds, _between(left(), selection, notice))
     if selection.at_lr_minima:
-        kept = at_lr_minima(kept, notice)
+        keep("--at-lr-minima", at_lr_minima(left(), notice))
     if selection.every is not None:
-        kept = kept[::-1][:: selection.every][::-1]
+        keep(f"--every {selection.every}", left()[::-1][:: selection.every])
     if selection.min_interval is not None:
-        kept = _apart(kept, selection.min_interval, notice)
+        keep(f"--min-interval {selection.min_interval}", _apart(left(), selection.min_interval, notice))
     if selection.last is not None:
-        kept = _enough(kept, selection.last, "--last")[-selection.last :]
+        keep(f"--last {selection.last}", _enough(left(), selection.last, "--last")[-selection.last :])
     if selection.best is not None:
         if log is None:
-            measured = _recorded(kept, selection.best, selection.metric, notice)
+            metric, measured = _recorded(left(), selection.best, selection.metric, notice)
         else:
-            measured = log.measured(kept, log.metric(candidates, selection.metric), notice)
-        best = _best(measured, selection.best, highest=selection.mode == "max")
-        kept = [each for each in kept if id(each) in best]
-    return tuple(kept)
+            metric = log.metric(candidates, selection.metric)
+            measured = log.measured(left(), metric, notice)
+        keep(f"{setting('--metric', metric)} is not recorded", [each for each, _ in measured])
+        keep(f"--best {selection.best}", _best(measured, selection.best, highest=selection.mode == "max"))
+    return tuple(skipped_by.get(id(each), "") for each in candidates)
 
 
 def _names(candidates: Sequence[Candidate]) -> str:
@@ -198,14 +219,13 @@ def _between(kept: list[Candidate], selection: Selection, notice: Callable[[str]
         for candidate, at in zip(kept, positions, strict=True)
         if (first is None or first <= at) and (last is None or at <= last)
     ]
-    bounds = " ".join(f"--{name}-step {at}" for name, at in (("from", first), ("to", last)) if at is not None)
     if not found:
         raise IncompatibleError(
-            f"nothing to average: none of {plural(len(kept), 'checkpoint')} matches {bounds}; their {unit}s are "
-            f"{min(positions)} to {max(positions)}. Choose other bounds."
+            f"nothing to average: none of {plural(len(kept), 'checkpoint')} matches {selection.bounds}; their "
+            f"{unit}s are {min(positions)} to {max(positions)}. Choose other bounds."
         )
     if unit == "epoch":
-        notice(f"{bounds}: the run records no steps, so these are epochs")
+        notice(f"{selection.bounds}: the run records no steps, so these are epochs")
     return found
 
 
@@ -230,8 +250,8 @@ def _apart(kept: list[Candidate], interval: int, notice: Callable[[str], None]) 
 
 def _recorded(
     kept: list[Candidate], number: int, metric: str | None, notice: Callable[[str], None]
-) -> list[tuple[Candidate, float]]:
-    """Returns the checkpoints that record a metric, or the only one, with its values."""
+) -> tuple[str, list[tuple[Candidate, float]]]:
+    """Returns a metric, or the only one, and the checkpoints that record it, with its values."""
     recorded = sorted({name for candidate in kept for name in candidate.record.metrics})
     if metric is None and len(recorded) == 1:
         metric = recorded[0]
@@ -255,13 +275,13 @@ def _recorded(
             f"--best {number}: expected finite numbers as {quote(metric)}, got {shown}. To rank the others, add "
             f"{excluding(unclear)}."
         )
-    return [(candidate, candidate.record.metrics[metric]) for candidate in measured]
+    return metric, [(candidate, candidate.record.metrics[metric]) for candidate in measured]
 
 
-def _best(measured: list[tuple[Candidate, float]], number: int, *, highest: bool) -> set[int]:
-    """Returns the ids of the best; of equal ones the later."""
+def _best(measured: list[tuple[Candidate, float]], number: int, *, highest: bool) -> list[Candidate]:
+    """Returns the best ones, in any order; of equal ones the later."""
     _enough([candidate for candidate, _ in measured], number, "--best")
     sign = -1.0 if highest else 1.0
     newest_first = measured[::-1]
     ranked = sorted(newest_first, key=lambda each: sign * each[1])  # keeps the order of ties
-    return {id(candidate) for candidate, _ in ranked[:number]}
+    return [candidate for candidate, _ in ranked[:number]]

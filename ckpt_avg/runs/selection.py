@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 from ckpt_avg.errors import OptionGroup, UsageError, option
 from ckpt_avg.wording import setting
@@ -45,6 +46,7 @@ class Selection(LogOptions):
     """
 
     heading = "Selection"
+    shows_log: ClassVar[bool] = False  # whether a log is of use without ``best``
     last: int | None = option(None, "Keep the last N checkpoints.", metavar="N", least=1, everyday=True)
     every: int | None = option(None, "Keep every K-th checkpoint, counted from the last.", metavar="K", least=1)
     from_step: int | None = option(None, "Skip checkpoints before step S (or epoch S).", metavar="S")
@@ -79,7 +81,7 @@ class Selection(LogOptions):
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         if self.best is None:
             for option, given in (("--metric", self.metric), ("--mode", self.mode), ("--log", self.log)):
-                if given is not None:
+                if given is not None and not (option == "--log" and self.shows_log):
                     raise UsageError(f"{setting(option, given)} needs --best. Add --best N.")
         elif self.mode is None:
             raise UsageError(
@@ -88,8 +90,25 @@ class Selection(LogOptions):
         if self.from_step is not None and self.to_step is not None and self.from_step > self.to_step:
             raise UsageError(f"--from-step {self.from_step} is greater than --to-step {self.to_step}. Swap them.")
 
+    @property
+    def bounds(self) -> str:
+        """The options that bound the steps, as on the command line."""
+        given = {"--from-step": self.from_step, "--to-step": self.to_step}
+        return " ".join(f"{option} {step}" for option, step in given.items() if step is not None)
+
+    @property
+    def selects(self) -> bool:
+        """Whether an option that may skip checkpoints was given."""
+        rules = (self.last, self.every, self.from_step, self.to_step, self.min_interval, self.best)
+        return any(rule is not None for rule in rules) or bool(self.include or self.exclude or self.at_lr_minima)
+
     def wants(self, name: str) -> bool:
         """Whether a file name passes ``include`` and ``exclude``."""
-        return (not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)) and not any(
-            fnmatchcase(name, pattern) for pattern in self.exclude
-        )
+        return not self.pattern_against(name)
+
+    def pattern_against(self, name: str) -> str:
+        """Returns the option that skips a file name, or an empty string."""
+        if self.include and not any(fnmatchcase(name, pattern) for pattern in self.include):
+            return setting("--include", *self.include)
+        against = next((pattern for pattern in self.exclude if fnmatchcase(name, pattern)), None)
+        return "" if against is None else setting("--exclude", against)

@@ -596,7 +596,7 @@ def test_inspect_and_a_dry_run_show_the_metrics_of_the_log(
     options = ("--log", epochs_log, "--log-step", "epoch")
     code, out, err = in_process("inspect", run_folder, *options)
     assert (code, err) == (0, "")
-    assert "epoch_20.pt  20     score 0.2, accuracy 0.99, " in out
+    assert "epoch_20.pt  20     0.2    0.99      0.0454638" in out
     assert "metrics: 'accuracy', 'loss', 'score'" in out
     code, out, err = in_process("inspect", run_folder / "epoch_20.pt", *options, "--json")
     assert json.loads(out)["metrics"]["score"] == 0.2
@@ -615,8 +615,8 @@ def test_inspect_shows_no_metric_of_a_checkpoint_as_that_of_the_log(
     path.write_text("epoch,loss\n" + "".join(f"{epoch},{epoch / 8}\n" for epoch in range(8, 20)))
     code, out, _ = in_process("inspect", run_folder, "--log", path, "--log-step", "epoch")
     assert code == 0
-    assert "epoch_9.pt   9      loss 1.125, accuracy " in out
-    assert "epoch_20.pt  20     accuracy " in out
+    assert "epoch_9.pt   9      1.125  0.987\n" in out
+    assert "epoch_20.pt  20     -      0.99\n" in out
     assert "note: --log-step epoch: metrics.csv has no metrics of epoch_20.pt\n" in out
 
 

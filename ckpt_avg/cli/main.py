@@ -107,7 +107,7 @@ def check_command(sources: Sequence[str], printing: Printing, **given: Any) -> N
 @options.options_from(InspectRequest)
 @options.prints
 def inspect_command(path: Sequence[str], printing: Printing, **given: Any) -> None:
-    """Show what a path contains, and which checkpoints would be averaged.
+    """Show what a path contains, and what would be averaged.
 
     \b
     ckpt-avg inspect epoch_20.pt

@@ -34,6 +34,7 @@ class Limits:
     part_pickle: int = 64 * 1024  # bytes of the pickle of one stored part of a tensor
     module_items: int = 1_000_000  # modules and tensors of one pickled module, counted each time they occur
     files: int = 100_000  # of one checkpoint folder that the output is compared with
+    side_file: int = 256 * 2**20  # bytes of a file that is copied next to the weights, such as a tokenizer
     folders: int = 2_000  # that are searched for checkpoints inside one run folder
     nesting: int = 16  # how deep nested dicts are searched for a state dict
 

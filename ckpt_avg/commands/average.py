@@ -10,7 +10,9 @@ from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.draft import AverageResult, Draft
 from ckpt_avg.commands.prepare import prepare
 from ckpt_avg.commands.publish import publish
+from ckpt_avg.commands.release import plan_release
 from ckpt_avg.commands.requests import AverageRequest, SoupRequest, takes
+from ckpt_avg.output.folder_paths import check_folder, names_folder
 from ckpt_avg.output.paths import check_checksum, check_output
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.user_code.comparison import Evaluation
@@ -61,15 +63,18 @@ def write_average(
     target, checksum = check_paths(request, discovery, context)
     prepared = prepare(discovery, request, context)  # open → check → plan
     agree_on_files(context.ranks, prepared.checkpoints)
-    draft = Draft(request, prepared, context, target, checksum, measured, directions)
+    release = plan_release(prepared, context, sha256=request.sha256) if names_folder(request.output) else None
+    draft = Draft(request, prepared, context, target, checksum, measured, directions, release)
     return draft.result() if request.dry_run else publish(draft)  # mean → refresh → evaluate → publish
 
 
 def check_paths(
     request: AverageRequest | SoupRequest, discovery: Discovery, context: Context
 ) -> tuple[Path, Path | None]:
-    """Returns where the output goes, and where its checksum goes, if it is to have one."""
+    """Returns where the output goes, and where its checksum goes, if it is a file that is to have one."""
     output, overwrite = request.output, request.overwrite
+    if names_folder(output):
+        return check_folder(output, discovery, overwrite=overwrite), None
     target = check_output(output, discovery, overwrite=overwrite)
     if target.suffix != ".safetensors":
         context.notice(f"{output}: will be a safetensors file, whatever its suffix")

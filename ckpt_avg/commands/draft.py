@@ -13,6 +13,7 @@ from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.evaluations import Evaluations
 from ckpt_avg.commands.prepare import Prepared
+from ckpt_avg.commands.release import Release
 from ckpt_avg.commands.requests import AverageRequest, RecordedOptions
 from ckpt_avg.engine import engine_for
 from ckpt_avg.machine import gc_paused
@@ -34,6 +35,7 @@ class AverageResult:
 
     Attributes:
         output: the path that was given.
+        files: of an output folder, the names of its files, the weights first; empty for a file.
         written: whether it was published; False for a dry run, and if a requirement was not met.
         checkpoints: what was averaged, in order.
         steps: that each records, in the same order; None if it records none. Epochs if the run records no steps.
@@ -53,7 +55,7 @@ class AverageResult:
         spectral_norms: the weights with spectral norm, whose vectors u and v are computed from the averaged weight.
         data_digest: of the output's data section, as its metadata records it; None for a dry run, and on every rank but
             the first.
-        sha256: of the whole output, if requested.
+        sha256: of the whole output, if requested; for a folder of the list of all its files' SHA-256, ``SHA256SUMS``.
         evaluations: what ``evaluate`` measured: the last checkpoint as it was saved (without a refresh every one that
             was measured), checkpoints with refreshed statistics, the average before and after the refresh. The last one
             is that of the output.
@@ -65,6 +67,7 @@ class AverageResult:
     """
 
     output: Path
+    files: tuple[str, ...]
     written: bool
     checkpoints: tuple[Path, ...]
     steps: tuple[int | None, ...]
@@ -95,9 +98,10 @@ class Draft:
 
     Attributes:
         request, prepared, context: what is to be done, with what.
-        target: the file to write.
+        target: the file or folder to write.
         shards: what is in each file of the weights; a single one if that is one file.
-        checksum: where its SHA-256 goes, if anywhere.
+        checksum: where the SHA-256 of a file goes, if anywhere.
+        release: what a folder will contain; None for a file.
         evaluations: what is measured, or was before, as `Evaluations` takes it.
     """
 
@@ -110,10 +114,11 @@ class Draft:
         checksum: Path | None,
         measured: Sequence[Evaluation] = (),
         directions: Mapping[str, bool] | None = None,
+        release: Release | None = None,
     ) -> None:
         self.request, self.prepared, self.context = request, prepared, context
-        self.target, self.checksum = target, checksum
-        self.shards = whole(prepared.plan, target.name)
+        self.target, self.checksum, self.release = target, checksum, release
+        self.shards = whole(prepared.plan, target.name if release is None else release.weights)
         self.evaluations = Evaluations(request, prepared, context, measured, directions)
 
     @functools.cached_property
@@ -142,6 +147,7 @@ class Draft:
         prepared = self.prepared
         return AverageResult(
             output=Path(self.request.output),
+            files=() if self.release is None else self.release.files,
             written=written,
             checkpoints=tuple(spec.path for spec in prepared.specs),
             steps=prepared.selected.moments,
@@ -175,7 +181,7 @@ class Draft:
     @functools.cached_property
     def _source_digests(self) -> list[dict[str, str]] | None:
         """For each checkpoint SHA-256 of its files, which rank 0 reads for all; None if not requested."""
-        if self.checksum is None or self.request.dry_run:
+        if not self.request.sha256 or self.request.dry_run:
             return None
         ranks, prepared = self.context.ranks, self.prepared
         found: list[dict[str, str]] = ranks.exchange(
@@ -196,6 +202,7 @@ class Draft:
             sum_order=self.prepared.selected.sum_order,
             log=self.prepared.selected.log,
             digests=self._source_digests,
+            files=None if self.release is None else self.release.recorded,
         )
 
     def _encode(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.commands.agreement import agree_on_header
 from ckpt_avg.commands.draft import AverageResult, Draft
+from ckpt_avg.commands.release import complete_folder
 from ckpt_avg.errors import RankError, RequirementError
 from ckpt_avg.mean.memory_output import write_tensors
 from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.mean.weighting import summed
 from ckpt_avg.output.paths import write_checksum
 from ckpt_avg.output.provenance import shards_digest
+from ckpt_avg.output.release_folder import ReleaseFolder, release_folder
 from ckpt_avg.output.unpublished_weights import UnpublishedWeights, unpublished_weights
 from ckpt_avg.text import listing, plural
 
@@ -31,23 +35,44 @@ def publish(draft: Draft) -> AverageResult:
     agree_on_header(ranks, b"".join(draft.headers))
     data_digest: str | None = None
     sha256: str | None = None
-    with unpublished_weights([draft.target], draft.shards, draft.headers, ranks) as weights:
-        _write_mean(draft, weights)
-        report = _refresh_and_measure(draft, weights)
-        if ranks.is_first:
-            draft.evaluations.notice_chance()
-            data_digest, sha256 = _complete(draft, weights, report)
-            _refuse_unmet(draft.result(report, data_digest, sha256))
-            ranks.check()
-            if not weights.publish(overwrite=request.overwrite):
-                draft.context.notice(
-                    f"{draft.target}: this file system cannot sync a folder, so a power cut within the next seconds "
-                    "may take the file's name with it"
-                )
-        _share(draft)
+    with _output_folder(draft) as folder:
+        shown = [draft.target if folder is None else draft.target / shard.name for shard in draft.shards]
+        paths = shown if folder is None else [folder.path / shard.name for shard in draft.shards]
+        with unpublished_weights(paths, draft.shards, draft.headers, ranks, shown=shown) as weights:
+            _write_mean(draft, weights)
+            report = _refresh_and_measure(draft, weights)
+            if ranks.is_first:
+                draft.evaluations.notice_chance()
+                data_digest, sha256 = _complete(draft, weights, report)
+                _refuse_unmet(draft.result(report, data_digest, sha256))
+                ranks.check()
+                is_durable = weights.publish(overwrite=request.overwrite and folder is None)
+                if folder is not None and draft.release is not None:
+                    weights.close()
+                    sha256 = complete_folder(folder, draft.release, draft.result(report, data_digest), sha256)
+                    is_durable = folder.publish(overwrite=request.overwrite)
+                if not is_durable:
+                    draft.context.notice(
+                        f"{draft.target}: this file system cannot sync a folder, so a power cut within the next "
+                        "seconds may take its name with it"
+                    )
+            _share(draft)
     if draft.checksum is not None and sha256 is not None:
         write_checksum(draft.checksum, os.path.basename(request.output), sha256, overwrite=request.overwrite)
     return draft.result(report, data_digest, sha256, written=True)
+
+
+@contextlib.contextmanager
+def _output_folder(draft: Draft) -> Iterator[ReleaseFolder | None]:
+    """Yields the folder to write, with its side files; None if the output is a file."""
+    if draft.release is None:
+        yield None
+        return
+    with release_folder(draft.target, draft.context.ranks) as folder:
+        if draft.context.ranks.is_first:
+            for each in draft.release.side_files:
+                folder.add(each.name, each.size, each.pieces())
+        yield folder
 
 
 def _write_mean(draft: Draft, weights: UnpublishedWeights) -> None:
@@ -126,7 +151,7 @@ def _complete(draft: Draft, weights: UnpublishedWeights, report: BatchNormReport
     weights.write_headers(headers)
     weights.refuse_damaged(headers)
     data_digest = digests[0] if len(digests) == 1 else shards_digest(digests)
-    return data_digest, None if draft.checksum is None else weights.sha256(check)[0]
+    return data_digest, weights.sha256(check)[0] if draft.request.sha256 else None
 
 
 def _share(draft: Draft) -> None:

@@ -30,12 +30,15 @@ _REMOTE = {
 }
 _POSITION = threading.Lock()  # Windows: a descriptor has one position, which all threads share
 _SYNC_FILE_RANGE_WRITE = 2
+_CURRENT, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD, and the flag of renameat2: linux/fcntl.h, linux/fs.h
 _MOST_TARGETS = 1024  # of one call: IOV_MAX of Linux and macOS
 CAN_MAP = sys.platform == "linux"  # files; elsewhere the native engine reads them
 
 _LIBC: Any = None  # on Linux: calls that Python lacks, or makes with the interpreter lock held
 if sys.platform == "linux":
     _LIBC = ctypes.CDLL(None, use_errno=True)
+    if hasattr(_LIBC, "renameat2"):  # glibc 2.28
+        _LIBC.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
     _LIBC.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
     _LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
@@ -76,7 +79,7 @@ def open_unnamed(folder: Path) -> int | None:
 
 def link_unnamed(descriptor: int, name: Path) -> None:
     """Gives a file of `open_unnamed` its name. Raises FileExistsError if the name is taken."""
-    with _open_folder("/proc/self/fd") as folder:
+    with _opened_folder("/proc/self/fd") as folder:
         os.link(str(descriptor), name, src_dir_fd=folder, follow_symlinks=True)
 
 
@@ -122,7 +125,7 @@ def sync_folder(folder: Path) -> bool:
     if not hasattr(os, "O_DIRECTORY"):
         return False
     try:
-        with _open_folder(folder) as descriptor:
+        with _opened_folder(folder) as descriptor:
             os.fsync(descriptor)
     except OSError as error:
         if error.errno == errno.EINVAL:
@@ -131,9 +134,26 @@ def sync_folder(folder: Path) -> bool:
     return True
 
 
+def open_folder(path: Path | str) -> int:
+    """Opens a folder; returns its descriptor. Raises OSError, on Windows always."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchanges the names of two files or folders in one step; returns False where the system cannot do that."""
+    if _LIBC is None or not hasattr(_LIBC, "renameat2"):
+        return False
+    if _LIBC.renameat2(_CURRENT, os.fsencode(first), _CURRENT, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # older kernels, NFS, FUSE
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
 @contextlib.contextmanager
-def _open_folder(path: Path | str) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _opened_folder(path: Path | str) -> Iterator[int]:
+    descriptor = open_folder(path)
     try:
         yield descriptor
     finally:

@@ -78,22 +78,40 @@ def _check_target(path: str | os.PathLike[str], where: str, discovery: Discovery
     target = Path(os.path.realpath(path))
     try:
         status = stat_or_none(path) or stat_or_none(target)  # realpath does not follow /dev/stdout to a pipe
-        folder, folder_status = next((each, found) for each in target.parents if (found := stat_or_none(each)))
     except OSError as error:
         raise UsageError(f"{where}: cannot be used as output: {error.strerror}. Choose another path.") from error
     if status is not None and not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
         raise UsageError(f"{where}: is {kind}. Name a file, for example swa.safetensors.")
+    folder = nearest_folder(target, where)
+    if status is not None:
+        _refuse_checkpoint(where, status, discovery)
+    refuse_read_only(folder, where)
+    return target
+
+
+def nearest_folder(target: Path, where: str) -> Path:
+    """Returns the folder of an output, or the nearest one around it that exists.
+
+    Raises:
+        UsageError: there is a file instead, or the path has signs that a shell would have replaced.
+    """
+    try:
+        folder, status = next((each, found) for each in target.parents if (found := stat_or_none(each)))
+    except OSError as error:
+        raise UsageError(f"{where}: cannot be used as output: {error.strerror}. Choose another path.") from error
     for name in target.relative_to(folder).parts[:-1]:
         if re.match(r"~|\$\w|\$\{", name):
             raise UsageError(f"{where}: the shell did not expand {quote(name)}. Write the path of the folder in full.")
-    if not stat.S_ISDIR(folder_status.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         raise UsageError(f"{where}: {folder} is not a folder. Choose another path.")
-    if status is not None:
-        _refuse_checkpoint(where, status, discovery)
+    return folder
+
+
+def refuse_read_only(folder: Path, where: str) -> None:
+    """Raises OutputError if nothing can be created in a folder."""
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{where}: its folder {folder} is not writable. Choose another path.")
-    return target
 
 
 def _refuse_checkpoint(where: str, status: os.stat_result, discovery: Discovery) -> None:

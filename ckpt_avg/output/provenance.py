@@ -36,10 +36,11 @@ BATCH_NORM = "ckpt_avg.batch_norm"
 SPECTRAL_NORM = "ckpt_avg.spectral_norm"
 SPLIT = "ckpt_avg.split"
 DATA_DIGEST = "ckpt_avg.data_digest"
+FILES = "ckpt_avg.files"
 HEADER_DIGEST = "ckpt_avg.header_digest"
 SHARD = "ckpt_avg.shard"
 SHARDS_DIGEST = "ckpt_avg.shards_digest"
-_OF_ONE_FILE = (DATA_DIGEST, HEADER_DIGEST, SHARD, SHARDS_DIGEST)  # a copy has others, or none
+_OF_ONE_FILE = (DATA_DIGEST, HEADER_DIGEST, SHARD, SHARDS_DIGEST, FILES)  # a copy has others, or none
 
 _TREE = "sha256-tree-1MiB:"
 _PLAIN = "sha256:"
@@ -67,6 +68,7 @@ def make_metadata(
     spectral_norms: int = 0,
     split: str | None = None,
     digests: Sequence[Mapping[str, str]] | None = None,
+    files: Mapping[str, str | None] | None = None,
 ) -> dict[str, str]:
     """Returns the metadata of an average; `with_digests` completes it for each file.
 
@@ -82,6 +84,7 @@ def make_metadata(
         spectral_norms: how many weights have spectral norm whose vectors are computed from the averaged weight.
         split: the split of the data on which the checkpoints were chosen; None if that is not known.
         digests: for each checkpoint the SHA-256 of its files, by name; None if not requested.
+        files: of an output folder: the name of each file in it, with SHA-256 in hex if it is copied; None of a file.
     """
     specs = [checkpoint.spec for checkpoint in checkpoints]
     own = _kept_metadata(specs[0], options) if len(specs) == 1 else {}
@@ -117,6 +120,7 @@ def make_metadata(
         metadata[SPLIT] = split.encode(errors="backslashreplace").decode()
     if weights is not None:
         metadata[WEIGHTING] = _as_json(dict(weights.method))
+    metadata |= {FILES: _as_json(dict(files))} if files is not None else {}
     if spectral_norms:
         metadata[SPECTRAL_NORM] = _as_json({"vectors": "recomputed", "weights": spectral_norms})
     return metadata
@@ -214,6 +218,22 @@ def recorded_options(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the options that a file records, unchecked; None if it has none."""
     options = _parsed(metadata, OPTIONS)
     return {**options, "dtype": metadata[DTYPE]} if isinstance(options, dict) and DTYPE in metadata else None
+
+
+def recorded_files(metadata: Mapping[str, Any]) -> dict[str, str | None]:
+    """Returns the files of the folder that weights belong to: name → SHA-256 in hex, None if that is not recorded.
+
+    Empty if the weights record none, or malformed ones.
+    """
+    files = _parsed(metadata, FILES)
+    if not isinstance(files, dict):
+        return {}
+    are_digests = all(each is None or (isinstance(each, str) and re.fullmatch(_HEX, each)) for each in files.values())
+    return files if are_digests and all(map(_is_inside, files)) else {}
+
+
+def _is_inside(name: str) -> bool:
+    return bool(name) and not re.search(r"[\\\0:]", name) and not {"", ".", ".."} & set(name.split("/"))
 
 
 def recorded_statistics(metadata: Mapping[str, Any]) -> str:

@@ -1,22 +1,19 @@
 """The output while it is written: until `UnpublishedFile.publish` its path is absent or an older file, never a part.
 
 The data goes to a file without a name (``O_TMPFILE``). If the file system has none, or several ranks fill the file, it
-has a temporary name next to the output. Space is reserved first. Publishing syncs the data, gives the file its name in
+has a hidden name next to the output. Space is reserved first. Publishing syncs the data, gives the file its name in
 one system call, and syncs the folder, because POSIX lets a crash lose a name whose folder was not synced. A file whose
 fsync failed is discarded: the kernel has marked its pages clean, so a second fsync would succeed without writing them
 (Rebello et al., USENIX ATC 2020).
 
-A run that is killed can leave a file under its temporary name. The file of a run that lives is locked, so the next run
-for the same output can tell the two apart, and removes what is left.
+A run that is killed can leave a file under its hidden name, which the next run removes (see `hidden_names`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +21,8 @@ from pathlib import Path
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import CheckpointFormatError, OutputError
 from ckpt_avg.files import platform
+from ckpt_avg.output.hidden_names import hidden_name, remove_leftovers
+from ckpt_avg.output.new_folders import NewFolders
 from ckpt_avg.text import size as readable_size
 
 # Bytes per write call. Larger writes make the page cache allocate large blocks, which first have to be found, or to be
@@ -44,32 +43,32 @@ class UnpublishedFile:
         self.target, self.shown = target, shown or target
         self._fd = -1
         self._temporary: Path | None = None
-        self._folders: list[Path] = []  # that were created for the file, the outermost first
+        self._folders = NewFolders()
 
-    def set_temporary_name(self, name: str) -> None:
-        """Sets the temporary name. `close` removes that file, so the name must be known before the file exists."""
+    def set_hidden_name(self, name: str) -> None:
+        """Sets the hidden name. `close` removes that file, so the name must be known before the file exists."""
         self._temporary = self.target.with_name(name)
 
     def open(self, size: int) -> None:
         """Creates the file, and its folder if there is none, and reserves ``size`` bytes for it."""
         try:
-            self._make_folder()
-            _remove_leftovers(self.target)
+            self._folders.make(self.target.parent)
+            remove_leftovers(self.target)
             refuse_too_large(self.target.parent, size, self.shown)
             descriptor = platform.open_unnamed(self.target.parent) if self._temporary is None else None
             if descriptor is not None:
                 platform.lock(descriptor)
             else:
-                self._temporary = self._temporary or self.target.with_name(_temporary_name(self.target))
+                self._temporary = self._temporary or self.target.with_name(hidden_name(self.target))
                 descriptor = _create(self._temporary)
             self._fd = descriptor
         except OSError as error:
-            raise _output_error(self.shown, "creating the file failed", error) from error
+            raise output_error(self.shown, "creating the file failed", error) from error
         try:
             platform.reserve(self._fd, size)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise _output_error(self.shown, f"reserving {readable_size(size)} failed", error) from error
+                raise output_error(self.shown, f"reserving {readable_size(size)} failed", error) from error
             self._remove()  # gives back what was reserved before the disk was full
             refuse_too_large(self.target.parent, size, self.shown)
             raise OutputError(
@@ -77,16 +76,8 @@ class UnpublishedFile:
                 f"{error.strerror}. Free some space or write elsewhere."
             ) from error
 
-    def _make_folder(self) -> None:
-        parent = self.target.parent
-        missing = [each for each in (parent, *parent.parents) if not os.path.isdir(each)]
-        for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # another run has created it
-                folder.mkdir()
-                self._folders.append(folder)
-
     def open_existing(self) -> None:
-        """Opens the file that rank 0 has created under the temporary name."""
+        """Opens the file that rank 0 has created under the hidden name."""
         try:
             self._fd = os.open(self.readable_path, platform.WRITE_FLAGS)
         except OSError as error:
@@ -112,7 +103,7 @@ class UnpublishedFile:
             try:
                 count = platform.write_at(self._fd, rest[:_WRITE_SIZE], offset)
             except OSError as error:
-                raise _output_error(self.shown, "writing failed", error) from error
+                raise output_error(self.shown, "writing failed", error) from error
             rest, offset = rest[count:], offset + count
         platform.start_writing(self._fd, begin, length)
 
@@ -138,7 +129,7 @@ class UnpublishedFile:
             while done < length and (count := platform.read_into(self._fd, [memoryview(found)[done:]], offset + done)):
                 done += count
         except OSError as error:
-            raise _output_error(self.shown, "reading back failed", error) from error
+            raise output_error(self.shown, "reading back failed", error) from error
         return bytes(found[:done])
 
     def drop_cache(self) -> None:
@@ -154,7 +145,7 @@ class UnpublishedFile:
         try:
             os.fsync(self._fd)
         except OSError as error:
-            raise _output_error(self.shown, "fsync failed, so the data is discarded", error) from error
+            raise output_error(self.shown, "fsync failed, so the data is discarded", error) from error
 
     def publish(self, *, overwrite: bool) -> bool:
         """Makes the file durable and gives it its name.
@@ -179,16 +170,13 @@ class UnpublishedFile:
                 "use --overwrite."
             ) from error
         except OSError as error:
-            raise _output_error(self.shown, "publishing failed", error) from error
+            raise output_error(self.shown, "publishing failed", error) from error
         try:
-            parents = [self.target.parent, *(folder.parent for folder in reversed(self._folders))]
-            synced = [platform.sync_folder(parent) for parent in parents]
+            return self._folders.sync(self.target.parent)
         except OSError as error:
-            raise _output_error(
+            raise output_error(
                 self.shown, "written, but syncing its folder failed, so a crash may lose it", error
             ) from error
-        self._folders = []  # whatever becomes of the file, they stay
-        return all(synced)
 
     def _link(self) -> None:
         if self._temporary is None:
@@ -208,7 +196,7 @@ class UnpublishedFile:
     def _replace(self) -> None:
         if self._temporary is None:
             # A link cannot replace a name, so the file gets a temporary one first.
-            self._temporary = self.target.with_name(_temporary_name(self.target))
+            self._temporary = self.target.with_name(hidden_name(self.target))
             platform.link_unnamed(self._fd, self._temporary)
         os.replace(self._temporary, self.target)
         self._temporary = None
@@ -219,12 +207,9 @@ class UnpublishedFile:
             platform.close(descriptor)
 
     def close(self) -> None:
-        """Closes the file and removes its temporary name. An unpublished file, and a folder made for it, are gone."""
+        """Closes the file and removes its hidden name. An unpublished file, and a folder made for it, are gone."""
         self._remove()
-        with contextlib.suppress(OSError):  # a folder that contains something stays
-            for folder in reversed(self._folders):
-                folder.rmdir()
-        self._folders = []
+        self._folders.remove()
 
     def _remove(self) -> None:
         self._close_descriptor()
@@ -268,8 +253,8 @@ def unpublished_file(
 
 def _open_shared(file: UnpublishedFile, size: int, ranks: Ranks) -> None:
     # Every rank knows the name before the file exists, so that any rank can remove it.
-    name, mark = ranks.exchange("output", None, lambda _: [_temporary_name(file.target), os.urandom(_MARK).hex()])
-    file.set_temporary_name(name)
+    name, mark = ranks.exchange("output", None, lambda _: [hidden_name(file.target), os.urandom(_MARK).hex()])
+    file.set_hidden_name(name)
     if ranks.is_first:
         file.open(size)
         file.write(bytes.fromhex(mark), 0)
@@ -305,17 +290,6 @@ def publish_bytes(target: Path, contents: bytes, *, overwrite: bool) -> None:
         file.publish(overwrite=overwrite)
 
 
-def _temporary_name(target: Path) -> str:
-    return f"{_temporary_prefix(target)}{os.urandom(6).hex()}.tmp"
-
-
-def _temporary_prefix(target: Path) -> str:
-    # Cut, so that a name at the system's limit still has room for the rest. The machine is named because locks on
-    # network storage may not be known to other machines.
-    machine = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:6] if hasattr(os, "uname") else "0" * 6
-    return f".{target.name.encode(errors='surrogateescape')[:200].decode(errors='ignore')}.{machine}."
-
-
 def _create(path: Path) -> int:
     """Creates and locks a file; returns its descriptor."""
     while True:
@@ -326,20 +300,6 @@ def _create(path: Path) -> int:
         platform.close(descriptor)  # another run took it for a leftover before it was locked
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Removes what runs that were killed on this machine have left of an output: files that nobody has locked."""
-    pattern = re.compile(rf"{re.escape(_temporary_prefix(target))}[0-9a-f]{{12}}\.tmp")
-    names: list[str] = []
-    with contextlib.suppress(OSError):  # a folder can be writable and not readable
-        names = os.listdir(target.parent)
-    for name in filter(pattern.fullmatch, names):
-        path = target.with_name(name)
-        with contextlib.suppress(OSError):  # it only costs space
-            descriptor = os.open(path, platform.WRITE_FLAGS)  # NFS locks only what is open for writing
-            if platform.lock(descriptor):
-                os.unlink(path)
-            platform.close(descriptor)
-
-
-def _output_error(target: Path, what: str, error: OSError) -> OutputError:
+def output_error(target: Path, what: str, error: OSError) -> OutputError:
+    """Returns the error for an output that the system refused."""
     return OutputError(f"{target}: {what}: {error.strerror}. Check the disk and the permissions, then run again.")

@@ -147,6 +147,11 @@ class UnpublishedWeights:
         synced = [file.publish(overwrite=overwrite) for file in self._files]
         return all(synced)
 
+    def close(self) -> None:
+        """Removes the files' hidden names, which must not be in a folder that is published."""
+        for file in self._files:
+            file.close()
+
 
 def _reader(file: UnpublishedFile, begin: int, check: Callable[[], None]) -> ReadAt:
     def read(offset: int, length: int) -> bytes:

@@ -1,0 +1,183 @@
+"""`release_folder`: one folder that appears complete, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from system.faults.rank_runs import in_threads
+
+from ckpt_avg import average
+from ckpt_avg.distributed.ranks import Ranks
+from ckpt_avg.errors import OutputError, RankError, UserCodeError
+from ckpt_avg.files import platform
+from ckpt_avg.output.release_folder import release_folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Three checkpoint folders with a configuration and a vocabulary."""
+    for step in (100, 200, 300):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        save_file({"w": torch.full((4,), float(step))}, folder / "model.safetensors")
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+        (folder / "vocab.txt").write_text("a\nb\n")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """The output, in a folder of its own."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "release"
+
+
+FILES = ["README.md", "config.json", "model.safetensors", "vocab.txt"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_published_folder_is_complete_and_alone(run: Path, target: Path) -> None:
+    result = average(run, f"{target}/")
+    assert sorted(os.listdir(target)) == FILES
+    assert result.files == ("model.safetensors", "README.md", "config.json", "vocab.txt")
+    assert os.listdir(target.parent) == ["release"]
+    assert torch.equal(load_file(target / "model.safetensors")["w"], torch.full((4,), 200.0))
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["one step", "two steps"])
+def test_an_older_output_is_replaced_as_a_whole(
+    run: Path, target: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the system cannot exchange two folders; the file that only the older one has goes."""
+    average(run, f"{target}/", sha256=True)
+    if not exchanges:
+        monkeypatch.setattr(platform, "exchange", lambda *paths: False)
+    average(run, f"{target}/", last=2, overwrite=True)
+    assert sorted(os.listdir(target)) == FILES
+    assert os.listdir(target.parent) == ["release"]
+    assert torch.equal(load_file(target / "model.safetensors")["w"], torch.full((4,), 250.0))
+
+
+def test_if_the_second_of_two_steps_fails_the_older_output_is_put_back(
+    run: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    average(run, f"{target}/")
+    before = contents(target)
+    monkeypatch.setattr(platform, "exchange", lambda *paths: False)
+    real: Callable[..., None] = os.rename
+    steps = iter([None, OSError(errno.EIO, "Input/output error"), None])
+
+    def rename(*paths: object) -> None:
+        if error := next(steps):
+            raise error
+        real(*paths)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OutputError, match="publishing failed: Input/output error"):
+        average(run, f"{target}/", last=2, overwrite=True)
+    assert contents(target) == before
+    assert os.listdir(target.parent) == ["release"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError])
+def test_an_unpublished_folder_vanishes_after_any_exception(target: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), release_folder(target / "deep" / "release") as folder:
+        folder.add("2_Dense/config.json", 2, [b"{}"])
+        raise error
+    assert os.listdir(target.parent) == []
+
+
+def test_the_mode_of_an_empty_folder_is_kept(run: Path, target: Path) -> None:
+    """A team's folder with the group's bit stays one."""
+    target.mkdir()
+    target.chmod(0o2770)
+    average(run, target)
+    assert target.stat().st_mode & 0o7777 == 0o2770
+
+
+def test_what_a_killed_run_left_goes_with_the_next_run_and_what_lives_stays(run: Path, target: Path) -> None:
+    with release_folder(target) as alive:
+        alive.add("config.json", 2, [b"{}"])
+        dead = alive.path.with_name(alive.path.name[:-16] + "0" * 12 + ".tmp")
+        dead.mkdir()
+        (dead / "model.safetensors").write_bytes(b"half")
+        average(run, f"{target}/")
+        assert sorted(os.listdir(target.parent)) == sorted([alive.path.name, "release"])
+
+
+def test_of_two_runs_the_second_is_refused(run: Path, target: Path) -> None:
+    with release_folder(target) as slow:
+        slow.add("model.safetensors", 4, [b"slow"])
+        average(run, f"{target}/")
+        before = contents(target)
+        with pytest.raises(OutputError, match="exists already"):
+            slow.publish(overwrite=False)
+        (target / "notes.md").write_text("mine")
+        with pytest.raises(OutputError, match=r"contains 'notes\.md', which ckpt-avg did not write"):
+            slow.publish(overwrite=True)
+    assert contents(target) == {**before, "notes.md": b"mine"}
+
+
+@pytest.mark.parametrize("kind", ["a file", "a full folder"])
+def test_what_appears_between_the_look_and_the_rename_is_kept(
+    target: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Callable[..., None] = os.rename
+
+    def rename(*paths: Path) -> None:
+        if kind == "a file":
+            target.write_text("mine")
+        else:
+            target.mkdir()
+            (target / "mine").write_text("mine")
+        real(*paths)
+
+    monkeypatch.setattr(os, "rename", rename)
+    said = "something was put there during the run, and is kept"
+    with pytest.raises(OutputError, match=said), release_folder(target) as folder:
+        folder.add("model.safetensors", 4, [b"data"])
+        folder.publish(overwrite=False)
+    assert os.listdir(target.parent) == ["release"]
+    assert (target if kind == "a file" else target / "mine").read_text() == "mine"
+
+
+def test_all_ranks_write_to_one_folder_and_rank_0_publishes_it(target: Path) -> None:
+    def work(ranks: Ranks) -> str:
+        with release_folder(target, ranks) as folder:
+            (folder.path / f"{ranks.rank}").touch()
+            ranks.exchange("written", None)
+            if ranks.is_first:
+                folder.publish(overwrite=False)
+            ranks.exchange("published", None)
+        return str(folder.path)
+
+    names = in_threads(3, work)
+    assert len(set(names)) == 1
+    assert sorted(os.listdir(target)) == ["0", "1", "2"]
+    assert os.listdir(target.parent) == ["release"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_if_a_rank_fails_nothing_is_left(target: Path, failing: int) -> None:
+    def work(ranks: Ranks) -> None:
+        with release_folder(target, ranks) as folder:
+            if ranks.is_first:
+                folder.add("config.json", 2, [b"{}"])
+            if ranks.rank == failing:
+                raise UserCodeError("no")
+            ranks.exchange("written", None)
+
+    for rank, error in enumerate(in_threads(2, work)):
+        assert isinstance(error, UserCodeError if rank == failing else RankError)
+    assert os.listdir(target.parent) == []

@@ -102,6 +102,15 @@ def size(count: int) -> str:
     return f"{amount:.1f} TiB"
 
 
+def decimal_size(count: float) -> str:
+    """Returns a number of bytes as storage and its speed are given: ``4800000000`` → ``4.8 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 9.95 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 def plural(count: int, noun: str) -> str:
     """Returns ``1 tensor``, ``3,000 tensors``."""
     if count != 1:

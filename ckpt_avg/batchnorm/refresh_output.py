@@ -18,7 +18,7 @@ from ckpt_avg.checkpoint.spec import batch_norm_buffer
 from ckpt_avg.checkpoint.tensor_reads import torch_dtype
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.mean.plan import Plan
-from ckpt_avg.progress import Progress
+from ckpt_avg.progress import Phase, Progress
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import expected_batches
 from ckpt_avg.user_code.isolation import seeded
@@ -98,7 +98,15 @@ def refresh_output(
     load_weights(prepared.model, weights)
     move_model(prepared.model, device)
     batches = prepared.passes.next_pass(seed)
-    progress.refreshing(expected_batches(batches, options.bn_batches))
+    expected = expected_batches(batches, options.bn_batches)
+    progress.step(Phase("refreshing", expected, "batches"))
+    known = 0
+
+    def refreshed(seen: int, samples: int) -> None:
+        nonlocal known
+        progress.advance(seen - known)  # other ranks run batches, too
+        known = seen
+
     with seeded(device, seed):
         report = refresh_batch_norm(
             prepared.model,
@@ -110,7 +118,7 @@ def refresh_output(
             amp=options.amp,
             forward_batch=options.forward_batch,
             ranks=ranks,
-            progress=progress.refreshed,
+            progress=refreshed,
         )
     if report.used_twice:
         names = listing(map(quote, report.used_twice))

@@ -1,1 +1,1 @@
-"""The command line: click, progress bars, text and JSON, exit codes."""
+"""The command line: click, text and JSON, exit codes."""

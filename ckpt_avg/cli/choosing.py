@@ -13,7 +13,7 @@ import ckpt_avg
 from ckpt_avg.cli import options
 from ckpt_avg.cli.help import Command
 from ckpt_avg.cli.options import Printing
-from ckpt_avg.cli.run import computing, make_output, make_report, refuse_ranks
+from ckpt_avg.cli.run import announce_user_code, computing, make_output, make_report, refuse_ranks, showing
 from ckpt_avg.commands.options import OutputOptions
 from ckpt_avg.commands.requests import CompareRequest, SoupRequest, SweepRequest
 
@@ -51,13 +51,14 @@ def sweep_command(
     """  # noqa: D301 (click needs the backspace character itself)
     refuse_ranks("sweep")
     request = SweepRequest(sources, **given)
-    request.discover()  # options and sources are checked before the user's code is imported
     from ckpt_avg.cli.plots import draw_sweep
     from ckpt_avg.cli.sweep_text import sweep_text
     from ckpt_avg.commands.documents import sweep_json
 
     def measure() -> SweepResult:
         with computing(quiet=printing.quiet) as progress:
+            announce_user_code(progress, given)
+            request.discover()  # options and sources are checked before the user's code is imported
             return ckpt_avg.sweep(sources, progress=progress, **options.load_all(app_dir, given))
 
     def command(result: SweepResult) -> list[str]:
@@ -145,13 +146,12 @@ def compare_command(
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.compare_plot import draw_comparison
     from ckpt_avg.cli.compare_text import comparison_text
-    from ckpt_avg.cli.progress_bars import bars
     from ckpt_avg.commands.documents import compare_json
 
     refuse_ranks("compare")
 
     def measure() -> CompareResult:
-        with bars(quiet=printing.quiet, reading="comparing") as progress:
+        with showing(quiet=printing.quiet) as progress:
             return ckpt_avg.compare(sources, progress=progress, **given)
 
     make_report(

@@ -19,7 +19,7 @@ from ckpt_avg.cli.choosing import compare_command, soup_command, sweep_command
 from ckpt_avg.cli.exits import open_missing_streams, run, say
 from ckpt_avg.cli.help import EVERYDAY, Group, Option
 from ckpt_avg.cli.options import Printing
-from ckpt_avg.cli.run import make_output
+from ckpt_avg.cli.run import make_output, showing
 from ckpt_avg.commands.requests import (
     AverageRequest,
     CheckRequest,
@@ -90,7 +90,8 @@ def check_command(sources: Sequence[str], printing: Printing, **given: Any) -> N
     from ckpt_avg.cli.check_text import compatibility_text
     from ckpt_avg.commands.documents import compatibility_json
 
-    report = ckpt_avg.check(sources, **given)
+    with showing(quiet=printing.quiet, keep=False) as progress:
+        report = ckpt_avg.check(sources, progress=progress, **given)
     for text in () if printing.as_json or printing.quiet else report.notices:
         say(f"Notice: {one_line(text)}", err=True)
     if printing.as_json:
@@ -116,7 +117,8 @@ def inspect_command(path: Sequence[str], printing: Printing, **given: Any) -> No
     from ckpt_avg.cli.inspect_text import inspection_text
     from ckpt_avg.commands.documents import inspection_json
 
-    found = ckpt_avg.inspect(path, **given)
+    with showing(quiet=printing.quiet, keep=False) as progress:
+        found = ckpt_avg.inspect(path, progress=progress, **given)
     if printing.as_json:
         say(json.dumps(inspection_json(found), indent=2))
     else:
@@ -142,14 +144,13 @@ def verify_command(output: str, checkpoints: Sequence[str], sources: bool, print
     ckpt-avg verify swa.safetensors
     ckpt-avg verify swa.safetensors --sources RUN
     """  # noqa: D301 (click needs the backspace character itself)
-    from ckpt_avg.cli.progress_bars import bars
     from ckpt_avg.cli.verify_text import verify_text
     from ckpt_avg.commands.documents import verify_json
 
     if sources != bool(checkpoints):
         problem = "--sources: names no checkpoints" if sources else f"{checkpoints[0]}: --sources is missing before it"
         raise UsageError(f"{problem}. Write: ckpt-avg verify OUT --sources SOURCE...")
-    with bars(quiet=printing.quiet, reading="verifying") as progress:
+    with showing(quiet=printing.quiet) as progress:
         report = ckpt_avg.verify(output, sources=checkpoints or None, progress=progress, **given)
     if printing.as_json:
         say(json.dumps(verify_json(report), indent=2))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import ckpt_avg
+from ckpt_avg.cli.colours import coloured
 from ckpt_avg.cli.exits import error_json, say
 from ckpt_avg.cli.options import Printing, load_all
 from ckpt_avg.commands.options import RankOptions
@@ -21,13 +22,13 @@ from ckpt_avg.distributed.launch import join_ranks, launch_of
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT
 from ckpt_avg.errors import CkptAvgError, RequirementError, UsageError
 from ckpt_avg.formats.reading import Reading
+from ckpt_avg.progress import Phase, Progress
 from ckpt_avg.text import one_line
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.compare import CompareResult
     from ckpt_avg.commands.draft import AverageResult
     from ckpt_avg.output.paths import SideFiles
-    from ckpt_avg.progress import Progress
     from ckpt_avg.runs.discover import Sources
 
 _Result = TypeVar("_Result")
@@ -68,6 +69,7 @@ def make_output(
     try:
         with computing(quiet=printing.quiet or not speaks) as progress, join_ranks(timeout=rank_timeout) as ranks:
             shared: dict[str, Any] = {"ranks": ranks} if issubclass(request, RankOptions) else {}
+            announce_user_code(progress, given)
             request(sources, output, **shared, **given).discover()
             for path in report if speaks else ():
                 files.check("--report", path, REPORTS)
@@ -139,14 +141,27 @@ def refuse_ranks(command: str) -> None:
         raise UsageError(f"{command}: runs in one process only. Start it without torchrun.")
 
 
+def announce_user_code(progress: Progress, given: Mapping[str, Any]) -> None:
+    """Tells the user that their code is imported, and torch with it, if they named some."""
+    names = [given["model"], given["data"], *given["evaluate"]]
+    modules = {name.partition(":")[0]: None for name in names if name is not None}
+    if modules:
+        progress.phase(Phase(f"importing {', '.join(modules)}"))
+
+
+def showing(*, quiet: bool, keep: bool = True) -> contextlib.AbstractContextManager[Progress]:
+    """Shows progress and notices on stderr, as `progress_lines.shown` does, in colours where these are wanted."""
+    from ckpt_avg.progress_lines import shown
+
+    return shown(quiet=quiet, keep=keep, paint=lambda text: coloured(text, sys.stderr))
+
+
 @contextlib.contextmanager
 def computing(*, quiet: bool) -> Iterator[Progress]:
-    """Draws progress bars, collects garbage for the user's code, and sends what it prints to stderr."""
-    from ckpt_avg.cli.progress_bars import bars
-
+    """Shows progress, collects garbage for the user's code, and sends what it prints to stderr."""
     gc.freeze()  # what has been imported needs no search
     gc.enable()
-    with contextlib.redirect_stdout(sys.stderr), bars(quiet=quiet) as progress:
+    with showing(quiet=quiet) as progress, contextlib.redirect_stdout(sys.stderr):
         yield progress
 
 
@@ -170,15 +185,14 @@ def _compared(
     result: AverageResult, given: Mapping[str, Any], *, quiet: bool
 ) -> tuple[CompareResult | str | None, BaseException | None]:
     """Returns what `compare` says of the checkpoints, or why it says nothing; and the signal that stopped it."""
-    from ckpt_avg.cli.progress_bars import bars
     from ckpt_avg.commands.report import comparison_of
 
     options = {each.name: given[each.name] for each in fields(Reading) if each.name in given}
 
     def measure() -> CompareResult:
-        with bars(quiet=quiet, reading="comparing") as progress:
-            shown = replace(progress, notice=lambda text: None)  # those of the output were shown
-            return ckpt_avg.compare(result.checkpoints, threads=given["threads"], progress=shown, **options)
+        with showing(quiet=quiet) as progress:
+            silent = replace(progress, notice=lambda text: None)  # those of the output were shown
+            return ckpt_avg.compare(result.checkpoints, threads=given["threads"], progress=silent, **options)
 
     try:
         compared = comparison_of(result, measure)

@@ -14,6 +14,7 @@ from ckpt_avg.commands.release import plan_release
 from ckpt_avg.commands.requests import AverageRequest, SoupRequest, takes
 from ckpt_avg.output.folder_paths import check_folder, names_folder
 from ckpt_avg.output.paths import check_checksum, check_output
+from ckpt_avg.progress import Phase
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.user_code.comparison import Evaluation
 
@@ -59,12 +60,14 @@ def write_average(
     directions: Mapping[str, bool] | None = None,
 ) -> AverageResult:
     """Does what `average` does, in a context. What was measured before is not measured again (see `Evaluations`)."""
+    context.phase(Phase("opening checkpoints"))
     discovery = request.discover()
     target, checksum = check_paths(request, discovery, context)
     prepared = prepare(discovery, request, context)  # open → check → plan
     agree_on_files(context.ranks, prepared.checkpoints)
     release = plan_release(prepared, context, sha256=request.sha256) if names_folder(request.output) else None
     draft = Draft(request, prepared, context, target, checksum, measured, directions, release)
+    context.phases_left = draft.phases
     return draft.result() if request.dry_run else publish(draft)  # mean → refresh → evaluate → publish
 
 

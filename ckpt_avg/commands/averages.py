@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckpt_avg.batchnorm.policy import frozen_buffers, moving_layers
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.commands.context import Context
+from ckpt_avg.commands.context import Context, reading
 from ckpt_avg.commands.evaluations import Meter
 from ckpt_avg.commands.options import ChoiceOptions
 from ckpt_avg.commands.prepare import Prepared
@@ -17,6 +17,7 @@ from ckpt_avg.mean.memory_output import MemoryOutput, write_tensors
 from ckpt_avg.mean.spectral_norm import leading_vectors
 from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.mean.weighting import summed
+from ckpt_avg.progress import Phase
 from ckpt_avg.text import listing, quote, suggestion
 from ckpt_avg.user_code.comparison import Evaluation
 from ckpt_avg.user_code.model import weights_of
@@ -40,6 +41,7 @@ class Averages:
     def measure_last(self, choice: ChoiceOptions) -> Evaluation:
         """Measures the last checkpoint as it was saved. Raises UsageError if that has no such metric."""
         last = self._prepared.last
+        self._context.phase(Phase(f"measuring {last.spec.name}"))
         measured = self.meter.measure(last.spec.name, last.spec.path, weights_of(last))
         option, metric = choice.target
         if metric not in measured.metrics:
@@ -70,7 +72,7 @@ class Averages:
             Mean([places[index] for index in indices], output.write, unequal)
             for (indices, unequal), output in zip(chosen, outputs, strict=True)
         ]
-        self._context.progress.start(len(read) * prepared.plan.source_nbytes)
+        self._context.progress.step(reading("averaging", len(read), prepared.plan.source_nbytes))
         write_means(
             [prepared.checkpoints[index] for index in needed],
             prepared.plan,
@@ -80,7 +82,7 @@ class Averages:
             memory=self._request.memory,
             readers=self._request.readers,
             allow_nonfinite=self._request.allow_nonfinite,
-            progress=self._context.progress.read,
+            progress=self._context.progress.advance,
         )
         self.passes += 1
         return outputs

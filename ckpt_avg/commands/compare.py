@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.commands.check import notice_what_is_read
-from ckpt_avg.commands.context import Context
+from ckpt_avg.commands.context import Context, reading
 from ckpt_avg.commands.distances import ComparedCheckpoint, ComparedTensor, Distances
 from ckpt_avg.commands.findings import Finding, find_far_off
 from ckpt_avg.commands.requests import CompareRequest, takes
@@ -19,6 +19,7 @@ from ckpt_avg.mean.geometry import Matrix
 from ckpt_avg.mean.gram import measure
 from ckpt_avg.mean.plan import OutputTensor, Plan
 from ckpt_avg.mean.value_kinds import plan_of
+from ckpt_avg.progress import Phase
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.run_folder import Skipped
@@ -80,23 +81,25 @@ def compare(request: CompareRequest) -> CompareResult:
         ()
     """
     with Context(progress=request.progress) as context:
+        context.phase(Phase("opening checkpoints"))
         with gc_paused():
             found = discover(request.sources, request.include)
-            selected = open_selected(found, request, request, context.files, context.notice)
+            selected = open_selected(found, request, request, context.files, context.progress)
             checkpoints = selected.checkpoints
             selected.refuse_single()
             refuse_differences([checkpoint.spec for checkpoint in checkpoints], dtype="float64")
             whole = plan_of(checkpoints, dtype="keep", non_float="last")
             plan, groups = _compared(checkpoints, whole)
             notice_what_is_read(checkpoints, context.notice, kinds=whole.kinds)
-        context.progress.start(len(checkpoints) * plan.source_nbytes)
+        context.phases_left = 1
+        context.phase(reading("comparing", len(checkpoints), plan.source_nbytes))
         sums = measure(
             checkpoints,
             plan,
             groups,
             threads=choose_threads(request.threads),
             readers=request.readers,
-            progress=context.progress.read,
+            progress=context.progress.advance,
         )
         measured = Distances(checkpoints, plan, groups, sums)
         elements = sum(each.numel for each in plan.tensors if groups[each.name] != "statistics")

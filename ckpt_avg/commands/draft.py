@@ -21,6 +21,7 @@ from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.header import encode_header, encode_tensors
 from ckpt_avg.output.provenance import make_metadata, seal, with_digests
 from ckpt_avg.output.shards import whole
+from ckpt_avg.progress import Phase
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.user_code.comparison import Comparison, Evaluation
 from ckpt_avg.user_code.gate import Outcome
@@ -131,6 +132,13 @@ class Draft:
         """The size of the weights in bytes, in all files together."""
         return sum(map(len, self.headers)) + self.prepared.plan.nbytes
 
+    @property
+    def phases(self) -> int:
+        """How many phases `publish` has on rank 0."""
+        prepared = self.prepared
+        some = (self.request.sha256, prepared.plan.spectral_norms, prepared.refresh is not None)
+        return 2 + sum(map(bool, some)) + self.evaluations.phases
+
     def final_headers(self, report: BatchNormReport | None, data_digests: Sequence[str]) -> list[bytes]:
         """Returns the headers with the digests and the counts of the refresh."""
         return list(map(seal, self._encode(report, data_digests, sizes=list(map(len, self.headers)))))
@@ -183,11 +191,18 @@ class Draft:
         """For each checkpoint SHA-256 of its files, which rank 0 reads for all; None if not requested."""
         if not self.request.sha256 or self.request.dry_run:
             return None
-        ranks, prepared = self.context.ranks, self.prepared
+        ranks, prepared, progress = self.context.ranks, self.prepared, self.context.progress
+        nbytes = sum(file.size for checkpoint in prepared.checkpoints for file in checkpoint.files)
+        self.context.phase(Phase("computing the digests of the checkpoints", nbytes, "bytes"))
+
+        def read(nbytes: int) -> None:
+            ranks.check()
+            progress.advance(nbytes)
+
         found: list[dict[str, str]] = ranks.exchange(
             "digests",
             None,
-            lambda _: digest_files(prepared.checkpoints, threads=prepared.threads, progress=lambda _: ranks.check()),
+            lambda _: digest_files(prepared.checkpoints, threads=prepared.threads, progress=read),
         )
         return found
 

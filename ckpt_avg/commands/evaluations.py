@@ -11,6 +11,7 @@ from ckpt_avg.checkpoint.tensor_reads import torch_dtype
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.prepare import Prepared
 from ckpt_avg.commands.requests import AverageRequest, MeanRequest
+from ckpt_avg.progress import Phase
 from ckpt_avg.text import distinct_names, plural
 from ckpt_avg.user_code.comparison import Comparison, Evaluation, compare, mean_of
 from ckpt_avg.user_code.gate import Outcome, needs_all, outcomes, refuse_unknown_metrics
@@ -77,6 +78,7 @@ class Meter:
                     found.setdefault(metric, []).append(value)
         metrics = {metric: mean_of(values) for metric, values in found.items()}
         samples = {metric: tuple(values) for metric, values in found.items() if len(values) > 1}
+        self._context.progress.measured(name, metrics)
         return self.compare_with_earlier(Evaluation(name, path, metrics, frozen is not None, samples))
 
     def compare_with_earlier(self, evaluation: Evaluation) -> Evaluation:
@@ -107,6 +109,10 @@ class Meter:
                     rounded.copy_(round_to(part.double(), dtype))
         return self.measure(f"{name}, statistics refreshed", checkpoint.spec.path, weights, frozen=frozen)
 
+    def _repeat(self, step: str, seed: int) -> str:
+        repeats = self._request.eval_repeats
+        return f"{step}, repeat {seed + 1} of {repeats}" if repeats > 1 else step
+
     def notice_chance(self) -> None:
         """Tells the user if the repeats say nothing of chance."""
         if self._request.eval_repeats > 1 and self._expected is not None and not self._varies:
@@ -125,7 +131,7 @@ class Meter:
         from ckpt_avg.user_code.evaluate import evaluate_weights
 
         context.ranks.check(at_once=True)  # the others wait, and take this for a sign of life
-        context.progress.evaluating(name)
+        context.progress.step(Phase(self._repeat("measuring", seed)))
         return [
             evaluate_weights(
                 function,
@@ -188,17 +194,15 @@ class Evaluations(Meter):
         from ckpt_avg.user_code.model import weights_of
 
         self._measured += map(self.compare_with_earlier, self._before)
-        for checkpoint, name in self._compared:
-            if self._refreshes and checkpoint is not self._prepared.last:
-                continue
+        self._announce(self._saved)
+        for checkpoint, name in self._saved:
             self._measured.append(self.measure(name, checkpoint.spec.path, weights_of(checkpoint)))
             if self._context.ranks.is_first:
                 refuse_unknown_metrics(self._requirements, self._measured[0])
 
     def measure_average(self, weights: Callable[[], Mapping[str, torch.Tensor]], *, is_refreshed: bool) -> None:
         """Measures the average as it would now be published."""
-        refreshes_later = self._prepared.refresh is not None and not is_refreshed
-        if not self._is_on or (self._before and refreshes_later):
+        if not self._is_on or not (is_refreshed or self._measures_unrefreshed):
             return
         name = "average" if self._several else "these weights"
         if is_refreshed:
@@ -206,13 +210,38 @@ class Evaluations(Meter):
         elif self._several and self._prepared.statistics in ("refreshed", "mean"):
             name += ", statistics averaged"
         frozen = self._prepared.frozen if is_refreshed else None
+        self._context.phase(Phase(f"measuring {name}"))
         self._measured.append(self.measure(name, None, weights(), frozen=frozen, is_refreshed=is_refreshed))
 
     def measure_refreshed_checkpoints(self) -> None:
         """Measures what the average is compared with, if its statistics were refreshed."""
         if self._refreshes:
             frozen = self._prepared.frozen
+            self._announce(self._compared, ", refreshed")
             self._measured += [self.measure_refreshed(each, name, frozen) for each, name in self._compared]
+
+    @property
+    def phases(self) -> int:
+        """How many phases there are."""
+        is_refreshed = self._prepared.refresh is not None
+        return bool(self._saved) + self._measures_unrefreshed + is_refreshed + self._refreshes if self._is_on else 0
+
+    @property
+    def _saved(self) -> list[tuple[Checkpoint, str]]:
+        """The checkpoints that are measured as they were saved."""
+        return [each for each in self._compared if not self._refreshes or each[0] is self._prepared.last]
+
+    @property
+    def _measures_unrefreshed(self) -> bool:
+        """Whether the average is measured before its refresh, if there is one; a single checkpoint has been by then."""
+        return self._prepared.refresh is None or (len(self._prepared.checkpoints) > 1 and not self._before)
+
+    def _announce(self, checkpoints: Sequence[tuple[Checkpoint, str]], how: str = "") -> None:
+        if len(checkpoints) == 1:
+            self._context.phase(Phase(f"measuring {checkpoints[0][1]}{how}"))
+        elif checkpoints:
+            count = len(checkpoints)
+            self._context.phase(Phase(f"measuring {count} checkpoints{how}", count, "checkpoints"))
 
     def share(self) -> None:
         """Gives what rank 0 has measured to the others, once rank 0 is done with all of its work."""

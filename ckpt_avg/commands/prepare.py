@@ -101,7 +101,7 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     most = most_workers(mean_device, request.memory)
     threads = choose_threads(request.threads, launch.local_size if launch else 1, most)
     with gc_paused():
-        selected = open_selected(discovery, request, request, context.files, notice)
+        selected = open_selected(discovery, request, request, context.files, context.progress)
         checkpoints = selected.checkpoints
         for file in (file for checkpoint in checkpoints for file in checkpoint.files):
             file.use_io(request.io)

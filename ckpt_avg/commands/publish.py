@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.commands.agreement import agree_on_header
+from ckpt_avg.commands.context import reading
 from ckpt_avg.commands.draft import AverageResult, Draft
 from ckpt_avg.commands.release import complete_folder
 from ckpt_avg.errors import RankError, RequirementError
@@ -18,7 +20,8 @@ from ckpt_avg.output.paths import write_checksum
 from ckpt_avg.output.provenance import shards_digest
 from ckpt_avg.output.release_folder import ReleaseFolder, release_folder
 from ckpt_avg.output.unpublished_weights import UnpublishedWeights, unpublished_weights
-from ckpt_avg.text import listing, plural
+from ckpt_avg.progress import Phase
+from ckpt_avg.text import decimal_size, listing, plural
 
 if TYPE_CHECKING:
     from ckpt_avg.batchnorm.refresh import BatchNormReport
@@ -77,17 +80,18 @@ def _output_folder(draft: Draft) -> Iterator[ReleaseFolder | None]:
 
 def _write_mean(draft: Draft, weights: UnpublishedWeights) -> None:
     """Computes this rank's share of the data section, and waits until all shares are on disk."""
-    prepared, ranks, progress = draft.prepared, draft.context.ranks, draft.context.progress
+    prepared, ranks, context = draft.prepared, draft.context.ranks, draft.context
     plan = prepared.plan
 
     def read(nbytes: int) -> None:
         ranks.check()
-        progress.read(nbytes)
+        context.progress.advance(nbytes)
 
     indices, unequal = summed(prepared.selected.sum_order, prepared.weights)
     share = weights.share(ranks.rank, ranks.size)
     weights.write_headers_of(share, draft.headers)
-    progress.start(prepared.nbytes * len(share) // max(1, plan.nbytes))
+    whole = reading("averaging", len(prepared.checkpoints), plan.source_nbytes)
+    context.phase(replace(whole, total=prepared.nbytes * len(share) // max(1, plan.nbytes)))
     write_means(
         prepared.checkpoints,
         plan,
@@ -117,10 +121,10 @@ def _refresh_and_measure(draft: Draft, weights: UnpublishedWeights) -> BatchNorm
     prepared, evaluations = draft.prepared, draft.evaluations
     if prepared.plan.spectral_norms:
         _write_spectral_vectors(draft, weights)
-    if len(prepared.checkpoints) > 1 or prepared.refresh is None:  # a single checkpoint has been measured as it is
-        evaluations.measure_average(weights.tensors, is_refreshed=False)
+    evaluations.measure_average(weights.tensors, is_refreshed=False)
     if prepared.refresh is None:
         return None
+    draft.context.phase(Phase("refreshing BatchNorm"))
     report, statistics = evaluations.refresh(weights.tensors(), prepared.frozen)
     if draft.context.ranks.is_first:
         write_tensors(statistics, prepared.plan, weights.overwrite)
@@ -132,6 +136,7 @@ def _refresh_and_measure(draft: Draft, weights: UnpublishedWeights) -> BatchNorm
 def _write_spectral_vectors(draft: Draft, weights: UnpublishedWeights) -> None:
     """Computes the vectors of spectral norm on rank 0, before any rank loads the weights."""
     ranks, prepared = draft.context.ranks, draft.prepared
+    draft.context.phase(Phase(f"computing spectral norm of {plural(len(prepared.plan.spectral_norms), 'weight')}"))
     if ranks.is_first:
         from ckpt_avg.mean.spectral_norm import leading_vectors
 
@@ -145,13 +150,22 @@ def _write_spectral_vectors(draft: Draft, weights: UnpublishedWeights) -> None:
 
 def _complete(draft: Draft, weights: UnpublishedWeights, report: BatchNormReport | None) -> tuple[str, str | None]:
     """Writes the final headers; returns the digest of the data, and SHA-256 of the file if requested."""
-    check = draft.context.ranks.check  # the others wait, and take this for a sign of life
-    digests = weights.data_digests(check)
+    context = draft.context
+    context.phase(Phase(f"completing the output, {decimal_size(draft.nbytes)}"))
+
+    def read(nbytes: int) -> None:
+        context.ranks.check()  # the others wait, and take this for a sign of life
+        context.progress.advance(nbytes)
+
+    digests = weights.data_digests(read)
     headers = draft.final_headers(report, digests)
     weights.write_headers(headers)
     weights.refuse_damaged(headers)
     data_digest = digests[0] if len(digests) == 1 else shards_digest(digests)
-    return data_digest, weights.sha256(check)[0] if draft.request.sha256 else None
+    if not draft.request.sha256:
+        return data_digest, None
+    context.progress.step(Phase("computing its digest", draft.nbytes, "bytes"))
+    return data_digest, weights.sha256(read)[0]
 
 
 def _share(draft: Draft) -> None:

@@ -183,7 +183,7 @@ class VerifyRequest(ResourceOptions, ProgressOptions):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CheckRequest(Selection, Reading):
+class CheckRequest(Selection, Reading, ProgressOptions):
     """The arguments of `check`."""
 
     sources: Sources = field(metadata={"doc": "Checkpoint files, checkpoint folders and run folders."})
@@ -199,7 +199,7 @@ class CompareRequest(Selection, Reading, ResourceOptions, ProgressOptions):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InspectRequest(Selection, Reading):
+class InspectRequest(Selection, Reading, ProgressOptions):
     """The arguments of `inspect`."""
 
     shows_log = True

@@ -23,6 +23,7 @@ from ckpt_avg.commands.draft import AverageResult
 from ckpt_avg.commands.prepare import prepare
 from ckpt_avg.commands.requests import SoupRequest, takes
 from ckpt_avg.errors import IncompatibleError, RequirementError, UserCodeError
+from ckpt_avg.progress import Phase
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import distinct_names, escaped, listing, quote
 from ckpt_avg.user_code.comparison import Evaluation
@@ -114,6 +115,7 @@ def soup(request: SoupRequest) -> SoupResult:
         chosen = _choose(request, context)
     with Context(progress=request.progress) as writing:
         writing.notices += context.notices
+        writing.phases_left = context.phases_left
 
         def result(average: AverageResult) -> SoupResult:
             _notice_other_numbers(chosen, average, request.target[1], writing)
@@ -158,6 +160,7 @@ class _Choice:
 
 def _choose(request: SoupRequest, context: Context) -> _Choice:
     """Measures the checkpoints, then the soups, and takes the decisions; nothing of it for a dry run."""
+    context.phase(Phase("opening checkpoints"))
     discovery = request.discover()
     check_paths(request, discovery, context)
     prepared = prepare(discovery, request, context, by_window=True)
@@ -171,9 +174,14 @@ def _choose(request: SoupRequest, context: Context) -> _Choice:
     )
     if request.dry_run:
         return choice
+    # What follows, and for the soup: opened, averaged, measured, completed.
+    some = (request.sha256, prepared.plan.spectral_norms, prepared.refresh is not None)
+    context.phases_left = 3 + 4 + sum(map(bool, some))
     saved = averages.measure_last(request)
     refuse_unknown_metrics(request.requirements, saved)
+    context.phase(Phase(f"measuring {count} checkpoints", count, "checkpoints"))
     alone = _measure_alone(averages, choice.candidates, request.target[1])
+    context.phase(Phase(f"measuring {count - 1} soups", count - 1, "soups"))
     decisions, kept = _decide(averages, alone, request, decided)
     averages.meter.notice_chance()
     measured = alone if prepared.refresh is None else [saved, *alone]
@@ -185,8 +193,7 @@ def _measure_alone(averages: Averages, paths: Sequence[Path], metric: str) -> li
     alone: list[Evaluation] = []
     names = distinct_names(paths)
     for index, path in enumerate(paths):
-        name = f"{names[index]} (checkpoint {index + 1} of {len(paths)})"
-        found = averages.measure(name, (index,), *averages.compute([(index,)]))
+        found = averages.measure(names[index], (index,), *averages.compute([(index,)]))
         alone.append(replace(found, name=names[index], path=path))
     unclear = [each for each in alone if math.isnan(each.metrics[metric])]
     if len(unclear) == len(paths):
@@ -217,9 +224,9 @@ def _decide(
         following = order[start : start + together]
         soups = possible_soups(kept, following)
         outputs = dict(zip(soups, averages.compute(soups), strict=True))
-        for place, index in enumerate(following, start=start):
+        for index in following:
             soup = kept | {index}
-            name = f"the soup with {alone[index].name} (candidate {place} of {len(order) - 1})"
+            name = f"the soup with {alone[index].name}"
             found = averages.measure(name, soup, outputs.pop(soup))
             is_kept = value_of(found) >= best - request.tolerance  # not if it is NaN
             decisions.append(_decision(alone[index], found, is_kept=is_kept))

@@ -18,6 +18,7 @@ from ckpt_avg.commands.requests import SweepRequest, takes
 from ckpt_avg.commands.weighting import weighting_of
 from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import UserCodeError
+from ckpt_avg.progress import Phase
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import plural, quote
 from ckpt_avg.user_code.comparison import Change, Evaluation, compare
@@ -126,14 +127,19 @@ def sweep(request: SweepRequest) -> SweepResult:
         [('last', 1), ('last', 2), ('last', 3), ('first', 1), ('first', 2)]
     """
     with Context(progress=request.progress) as context:
+        context.phase(Phase("opening checkpoints"))
         prepared = prepare(request.discover(), request, context, by_window=True)
         averages = Averages(request, prepared, context)
         planned = _plan(request, prepared, context)
         option, metric = request.target
-        last = averages.measure_last(request)
-        measured = _measure(averages, planned, at_once(request.hold, prepared))
         frozen = averages.frozen(prepared.checkpoints)
-        reference = last if frozen is None else averages.meter.measure_refreshed(prepared.last, last.name, frozen)
+        context.phases_left = 2 if frozen is None else 3
+        last = averages.measure_last(request)
+        measured = _measure(averages, planned, context, at_once(request.hold, prepared))
+        reference = last
+        if frozen is not None:
+            context.phase(Phase(f"measuring {last.name}, refreshed"))
+            reference = averages.meter.measure_refreshed(prepared.last, last.name, frozen)
         best = _best(measured, metric, request.sign)
         averages.meter.notice_chance()
         _notice_nan(measured, metric, context)
@@ -193,11 +199,12 @@ def _plan(request: SweepRequest, prepared: Prepared, context: Context) -> list[_
     return planned
 
 
-def _measure(averages: Averages, planned: Sequence[_Planned], together: int) -> list[Measured]:
+def _measure(averages: Averages, planned: Sequence[_Planned], context: Context, together: int) -> list[Measured]:
     """Averages as many at a time as memory holds, in one pass; then refreshes and measures one after the other."""
     distinct = list({each.average: each for each in reversed(planned)}.values())[::-1]
     several = len({each.rule for each in planned}) > 1
     found: dict[object, Evaluation] = {}
+    context.phase(Phase(f"measuring {plural(len(distinct), 'window')}", len(distinct), "windows"))
     for start in range(0, len(distinct), together):
         group = distinct[start : start + together]
         outputs = averages.compute([each.window.indices for each in group], list(map(_by_index, group)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY, TensorSpec
+from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.requests import VerifyRequest, takes
 from ckpt_avg.errors import CheckpointFormatError, UsageError, VerificationError
 from ckpt_avg.files.input_file import InputFile
@@ -15,7 +16,8 @@ from ckpt_avg.formats.safetensors_header import matches, parse_header, read_head
 from ckpt_avg.machine import choose_threads
 from ckpt_avg.output.digests import digest_data
 from ckpt_avg.output.provenance import Digests, header_digest, recorded_digests
-from ckpt_avg.progress import Progress
+from ckpt_avg.progress import Phase
+from ckpt_avg.text import decimal_size
 
 _ADVICE = "Restore it from a copy, or average the checkpoints again."
 
@@ -72,15 +74,19 @@ def verify(request: VerifyRequest) -> VerifyReport:
         True
     """
     threads = choose_threads(request.threads)
-    progress = request.progress or Progress()
+    context = Context(progress=request.progress)
+    context.phases_left = 1 if request.sources is None else 3
     _refuse_other_paths(Path(request.path))
     with InputFile(Path(request.path)) as file:
         try:
             tensors, metadata, recorded = _check_header(file)
             begin = file.size - sum(tensor.nbytes for tensor in tensors.values())
-            progress.start(file.size - begin)
+            context.phase(Phase(f"reading {decimal_size(file.size)}", file.size - begin, "bytes"))
             _refuse_other(
-                file, "data", recorded.data, digest_data(file, begin, threads=threads, progress=progress.read)
+                file,
+                "data",
+                recorded.data,
+                digest_data(file, begin, threads=threads, progress=context.progress.advance),
             )
             file.check_unchanged()
         except CheckpointFormatError as error:
@@ -90,7 +96,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
             return report
         from ckpt_avg.commands.verify_sources import compare_with_mean  # the digests need nothing of it
 
-        compared = compare_with_mean(file, tensors, metadata, request, threads=threads, progress=progress)
+        compared = compare_with_mean(file, tensors, metadata, request, threads=threads, context=context)
         return replace(
             report,
             checkpoints=compared.checkpoints,

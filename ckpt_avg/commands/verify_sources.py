@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec, batch_norm_buffer
+from ckpt_avg.commands.context import Context, reading
 from ckpt_avg.commands.requests import RecordedOptions, VerifyRequest
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, VerificationError
 from ckpt_avg.files.input_file import InputFile
@@ -30,7 +31,7 @@ from ckpt_avg.output.provenance import (
     size_of,
     text_of,
 )
-from ckpt_avg.progress import Progress
+from ckpt_avg.progress import Phase
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery, discover
 from ckpt_avg.text import listing, one_line, plural, quote
@@ -56,7 +57,7 @@ def compare_with_mean(
     request: VerifyRequest,
     *,
     threads: int,
-    progress: Progress,
+    context: Context,
 ) -> Compared:
     """Compares a file's data, bit for bit, with the mean of the checkpoints that its metadata records.
 
@@ -74,6 +75,7 @@ def compare_with_mean(
             f"{file.path}: expected its sources and options in its metadata, got none that can be read. Average the "
             "checkpoints again."
         )
+    context.phase(Phase("opening checkpoints"))
     with ExitStack() as stack:
         try:
             checkpoints = _recorded_among(discover(request.sources or ()), recorded, options, stack, file.path)
@@ -87,7 +89,7 @@ def compare_with_mean(
             free = _batch_norm_buffers(plan) if is_refreshed else set()
             vectors = {name for layer in plan.spectral_norms for name in (layer.u, layer.v)}
             comparison = _Comparison(file, tensors, plan, free | vectors)
-            progress.start(len(specs) * plan.source_nbytes)
+            context.phase(reading("averaging", len(specs), plan.source_nbytes))
             indices, unequal = summed(recorded_sum_order(recorded), weights)
             write_means(
                 checkpoints,
@@ -98,7 +100,7 @@ def compare_with_mean(
                 memory=request.memory,
                 readers=request.readers,
                 allow_nonfinite=options.allow_nonfinite,
-                progress=progress.read,
+                progress=context.progress.advance,
             )
         except IncompatibleError as error:
             raise VerificationError(

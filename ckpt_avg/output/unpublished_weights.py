@@ -101,10 +101,10 @@ class UnpublishedWeights:
 
         return {name: tensor for file in self._files for name, tensor in weights_in(file.readable_path).items()}
 
-    def data_digests(self, check: Callable[[], None]) -> list[str]:
-        """Returns the digest of each data section, in hex; calls ``check`` before each read."""
+    def data_digests(self, progress: Callable[[int], None]) -> list[str]:
+        """Returns the digest of each data section, in hex; calls ``progress`` with the bytes of each read."""
         return [
-            digest.finish(_reader(file, begin, check))
+            digest.finish(_reader(file, begin, progress))
             for digest, file, begin in zip(self._digests, self._files, self._begins, strict=True)
         ]
 
@@ -128,10 +128,10 @@ class UnpublishedWeights:
         for file, shard, header in zip(self._files, self._shards, headers, strict=True):
             refuse_damaged(file.readable_path, header, len(header) + shard.nbytes, file.shown)
 
-    def sha256(self, check: Callable[[], None]) -> list[str]:
-        """Returns the plain SHA-256 of each file, in hex; calls ``check`` before each read."""
+    def sha256(self, progress: Callable[[int], None]) -> list[str]:
+        """Returns the plain SHA-256 of each file, in hex; calls ``progress`` with the bytes of each read."""
         return [
-            digest_stream(_reader(file, 0, check), begin + shard.nbytes)
+            digest_stream(_reader(file, 0, progress), begin + shard.nbytes)
             for file, begin, shard in zip(self._files, self._begins, self._shards, strict=True)
         ]
 
@@ -153,9 +153,9 @@ class UnpublishedWeights:
             file.close()
 
 
-def _reader(file: UnpublishedFile, begin: int, check: Callable[[], None]) -> ReadAt:
+def _reader(file: UnpublishedFile, begin: int, progress: Callable[[int], None]) -> ReadAt:
     def read(offset: int, length: int) -> bytes:
-        check()
+        progress(length)
         return file.read(begin + offset, length)
 
     return read

@@ -15,6 +15,7 @@ from ckpt_avg.formats.folder import JOIN
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.trainers.file_names import record_from_name, stem, without_part
+from ckpt_avg.progress import Phase, Progress
 from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.copies import find_copies
 from ckpt_avg.runs.discover import Discovery, refuse_repeated
@@ -52,6 +53,7 @@ def open_candidates(
     reading: Reading,
     stack: ExitStack,
     selection: Selection | None = None,
+    progress: Progress | None = None,
     *,
     compare_in_full: bool = True,
 ) -> Candidates:
@@ -65,6 +67,7 @@ def open_candidates(
     """
     selection = selection or Selection()
     wanted = selection.wants
+    progress = progress or Progress()
     sources = discovery.sources
     paths = [path for source in sources for path in source.paths]
     skipped = [item for source in sources for item in source.skipped]
@@ -77,12 +80,13 @@ def open_candidates(
         if others:
             message += f" These match, but run folders skip them: {listing(others)}. Name their paths to use them."
         raise IncompatibleError(message)
+    progress.step(Phase("opening checkpoints", sum(wanted(path.name) for path in paths), "checkpoints"))
     given: list[Candidate] = []
     notes = [note for source in sources for note in source.notes]
     for source in sources:
         found: list[Candidate] = []
         try:
-            found += (_open(path, reading, stack) for path in source.paths if wanted(path.name))
+            found += (_open(path, reading, stack, progress) for path in source.paths if wanted(path.name))
         except TooManyFilesError as error:
             raise _too_many_files(error, [*given, *found], sum(wanted(path.name) for path in paths)) from error
         if source.is_run:
@@ -128,11 +132,13 @@ def _identity(candidate: Candidate) -> frozenset[tuple[int, int]]:
     return frozenset(file.identity for file in files if isinstance(file, InputFile))
 
 
-def _open(path: Path, reading: Reading, stack: ExitStack) -> Candidate:
+def _open(path: Path, reading: Reading, stack: ExitStack, progress: Progress) -> Candidate:
     try:
         checkpoint = stack.enter_context(open_with(path, reading))
     except CheckpointFormatError as error:
         return Candidate(path, None, error, record_from_name(path.name))
+    finally:
+        progress.advance(1)
     return Candidate(path, checkpoint, None, checkpoint.spec.record)
 
 

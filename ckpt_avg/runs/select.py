@@ -12,6 +12,7 @@ from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.formats.open import refuse_missing_prefix
 from ckpt_avg.formats.reading import Reading
+from ckpt_avg.progress import Progress
 from ckpt_avg.runs.candidate import Candidate, excluding
 from ckpt_avg.runs.candidates import COPY, open_candidates
 from ckpt_avg.runs.discover import Discovery
@@ -80,7 +81,7 @@ def open_selected(
     selection: Selection,
     reading: Reading,
     stack: ExitStack,
-    notice: Callable[[str], None] = lambda text: None,
+    progress: Progress | None = None,
     *,
     compare_in_full: bool = True,
 ) -> Selected:
@@ -91,13 +92,15 @@ def open_selected(
         selection: which checkpoints to use.
         reading: how to read them.
         stack: closes them.
-        notice: called with what the user should know.
+        progress: told of each checkpoint that is opened, and of what the user should know.
         compare_in_full: whether copies are compared in full, or by a few bytes of each tensor.
 
     Raises:
         CkptAvgError: a selected checkpoint cannot be opened, or there is none.
     """
-    found = open_candidates(discovery, reading, stack, selection, compare_in_full=compare_in_full)
+    progress = progress or Progress()
+    notice = progress.notice
+    found = open_candidates(discovery, reading, stack, selection, progress, compare_in_full=compare_in_full)
     for note in found.notes:
         notice(note)
     log = read_log(found.ordered, selection, notice) if selection.log is not None else None

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from recorded import Recorded
 from torch import Tensor, nn
 
 from ckpt_avg import average
-from ckpt_avg.progress import Progress
 
 
 def raw(tensor: Tensor) -> bytes:
@@ -99,9 +99,9 @@ def save(states: list[dict[str, Tensor]], folder: Path) -> Path:
 
 def refuse(error: type[Exception], run: Path, *, overwrite: bool = False, **options: Any) -> str:
     """Averages, expects an error before any tensor is read, and that the output's folder is not changed."""
-    started: list[int] = []
-    message = fail(error, run, overwrite=overwrite, progress=Progress(start=started.append), **options)
-    assert started == []
+    recorded = Recorded()
+    message = fail(error, run, overwrite=overwrite, progress=recorded.progress, **options)
+    assert recorded.passes() == []
     return message
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from batchnorm.oracles import model_of
 from batchnorm.small_runs import Small, batches, fail, measure, metadata, raw, refuse, save, trained
+from recorded import Recorded
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckpt_avg import AverageResult, IncompatibleError, NonFiniteError, UserCodeError, average
-from ckpt_avg.progress import Progress
 
 LAYERS = ("features.bn1", "features.bn2", "features.bn3", "classifier.bn")
 BUFFERS = {f"{layer}.{kind}" for layer in LAYERS for kind in ("running_mean", "running_var", "num_batches_tracked")}
@@ -323,15 +323,15 @@ def test_forward_batch_reaches_the_model_during_averaging(small: Path, tmp_path:
 
 
 def test_progress_reports_the_refresh(small: Path, tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
+    recorded = Recorded()
     average(
         [small],
         tmp_path / "swa.safetensors",
         model=Small,
         data=batches,
-        progress=Progress(refreshed=lambda count, samples: calls.append((count, samples))),
+        progress=recorded.progress,
     )
-    assert calls == [(1, 8), (2, 15), (3, 21)]
+    assert recorded.passes("batches") == [3]
 
 
 # -- What is refused ------------------------------------------------------------------------------------------------

@@ -20,13 +20,13 @@ import numpy
 import pytest
 import torch
 from commands.user_modules import NET, App, InProcess, data, make, names, of, of_file, score, trained
+from recorded import Recorded
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ckpt_avg import RequirementError, UsageError, UserCodeError, average, refresh_batch_norm
 from ckpt_avg.errors import CkptAvgError
 from ckpt_avg.output.paths import MARK, json_bytes
-from ckpt_avg.progress import Progress
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_the_model_that_is_passed_in_stays_as_it_is(run: list[Path], out: Path) 
 
 
 def test_progress_says_what_is_measured(run: list[Path], out: Path) -> None:
-    measured: list[str] = []
+    recorded = Recorded()
     average(
         run,
         out,
@@ -259,9 +259,9 @@ def test_progress_says_what_is_measured(run: list[Path], out: Path) -> None:
         data=data,
         evaluate=score,
         evaluate_all=True,
-        progress=Progress(evaluating=measured.append),
+        progress=recorded.progress,
     )
-    assert measured == [
+    assert recorded.measured == [
         "step_2.pt",
         "average, statistics averaged",
         "average, statistics refreshed",

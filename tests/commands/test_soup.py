@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 from commands.user_modules import NET, App, InProcess, data, make, names, of_file, score, trained
+from recorded import Recorded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ckpt_avg import IncompatibleError, RequirementError, UsageError, UserCodeError, average, soup, sweep, verify
 from ckpt_avg.commands.soup import SoupResult
-from ckpt_avg.progress import Progress
 
 Value = Callable[[frozenset[int]], float]
 
@@ -287,16 +287,13 @@ def test_it_is_the_mean_of_what_it_records(run: list[Path], tmp_path: Path) -> N
 def test_what_is_held_changes_no_decision(run: list[Path], tmp_path: Path, held: int) -> None:
     """With memory for 1, 3 or 7 averages, a pass prepares 1, 2 or 3 decisions; ``passes`` and the bytes read tell."""
     one = sum(tensor.nbytes for tensor in torch.load(run[0])["model"].values())
-    started: list[int] = []
-    read: list[int] = []
-    progress = Progress(start=started.append, read=read.append)
-    result = made(run, tmp_path / "out.safetensors", hold=held * one, data=None, bn="keep", progress=progress)
+    recorded = Recorded()
+    result = made(run, tmp_path / "out.safetensors", hold=held * one, data=None, bn="keep", progress=recorded.progress)
     decisions = {0: 1, 1: 1, 2: 1, 3: 2, 6: 2}.get(held, 3)
     alone = [1] * 5
     kept = list(itertools.accumulate(each.kept for each in result.decisions))
     soups = [kept[at - 1] + min(decisions, 5 - at) for at in range(1, 5, decisions)]
-    assert [nbytes // one for nbytes in started] == [*alone, *soups, kept[-1]], "the last one writes the file"
-    assert sum(read) == sum(started)
+    assert [nbytes // one for nbytes in recorded.passes()] == [*alone, *soups, kept[-1]], "the last one writes the file"
     assert result.passes == 1 + len(soups)
     reference = made(run, tmp_path / "reference.safetensors", data=None, bn="keep")
     assert result.decisions == reference.decisions
@@ -455,13 +452,13 @@ def test_a_metric_that_changes_by_chance(run: list[Path], tmp_path: Path) -> Non
 
 
 def test_progress_says_what_is_measured(run: list[Path], tmp_path: Path) -> None:
-    measured: list[str] = []
-    result = made(run, tmp_path / "soup.safetensors", progress=Progress(evaluating=measured.append))
+    recorded = Recorded()
+    result = made(run, tmp_path / "soup.safetensors", progress=recorded.progress)
     tried = [decision.checkpoint.name for decision in result.decisions[1:]]
-    assert measured == [
+    assert recorded.measured == [
         "step_5.pt",
-        *(f"step_{number}.pt (checkpoint {number} of 5)" for number in range(1, 6)),
-        *(f"the soup with {name} (candidate {number} of 4)" for number, name in enumerate(tried, start=1)),
+        *(f"step_{number}.pt" for number in range(1, 6)),
+        *(f"the soup with {name}" for name in tried),
         "average, statistics refreshed",
     ]
 

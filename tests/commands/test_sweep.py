@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from commands.user_modules import NET, App, InProcess, data, make, of_file, score, trained
+from recorded import Recorded
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ckpt_avg import IncompatibleError, UsageError, UserCodeError, average, sweep
 from ckpt_avg.commands.sweep import SweepResult, windows_of
-from ckpt_avg.progress import Progress
 
 MODULE = f"""{NET}
 calls = itertools.count()
@@ -267,13 +267,14 @@ def test_each_rule_in_each_window_is_what_average_writes(uneven: list[Path], tmp
 @pytest.mark.parametrize(("held", "expected"), [(100, 1), (7, 4), (1, 27)])
 def test_rules_share_the_passes(uneven: list[Path], held: int, expected: int) -> None:
     """Of 4 + 3 windows and five rules, what has equal weights is averaged once: 7 means and 4 · 5 others."""
-    started: list[int] = []
+    recorded = Recorded()
     result = swept(
         uneven,
         weightings=list(RULES)[:2] + list(RULES)[3:],
         hold=held * bytes_of_one(uneven),
-        progress=Progress(start=started.append),
+        progress=recorded.progress,
     )
+    started = recorded.passes()
     assert len(result.windows) == 35
     assert (result.passes, len(started)) == (expected, expected)
     if expected == 1:
@@ -371,9 +372,9 @@ def bytes_of_one(run: list[Path]) -> int:
 def test_the_same_in_any_number_of_passes(run: list[Path], held: float, expected: int) -> None:
     """How many averages wait in memory changes no number; ``passes`` says how often the checkpoints were read."""
     hold = int(held * bytes_of_one(run)) if isinstance(held, float) else held
-    started: list[int] = []
-    result = swept(run, hold=hold, progress=Progress(start=started.append))
-    assert (result.passes, len(started)) == (expected, expected)
+    recorded = Recorded()
+    result = swept(run, hold=hold, progress=recorded.progress)
+    assert (result.passes, len(recorded.passes())) == (expected, expected)
     reference = swept(run, hold=10**9)
     assert result.windows == reference.windows
     assert result.best == reference.best
@@ -381,12 +382,10 @@ def test_the_same_in_any_number_of_passes(run: list[Path], held: float, expected
 
 def test_a_pass_reads_only_what_its_windows_need(run: list[Path]) -> None:
     """With one window at a time, the last 1 reads one checkpoint; what is announced is what is read."""
-    started: list[int] = []
-    read: list[int] = []
-    swept(run, data=None, bn="keep", hold=1, progress=Progress(start=started.append, read=read.append))
+    recorded = Recorded()
+    swept(run, data=None, bn="keep", hold=1, progress=recorded.progress)
     one = bytes_of_one(run)
-    assert started == [one * size for size in (1, 2, 3, 4, 1, 2, 3)]
-    assert sum(read) == sum(started)
+    assert recorded.passes() == [one * size for size in (1, 2, 3, 4, 1, 2, 3)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,15 +535,14 @@ def test_a_function_that_fails_names_the_window(run: list[Path], at: int) -> Non
 
 
 def test_progress_says_what_is_measured(run: list[Path]) -> None:
-    measured: list[str] = []
-    notices: list[str] = []
-    result = swept(run, progress=Progress(evaluating=measured.append, notice=notices.append))
-    assert measured == [
+    recorded = Recorded()
+    result = swept(run, progress=recorded.progress)
+    assert recorded.measured == [
         "step_4.pt", "the last 1", "the last 2", "the last 3", "the last 4", "the first 1", "the first 2",
         "the first 3", "step_4.pt, statistics refreshed",
     ]  # fmt: skip
-    assert tuple(notices) == result.notices
-    assert len(set(notices)) == len(notices)
+    assert tuple(recorded.notices) == result.notices
+    assert len(set(recorded.notices)) == len(recorded.notices)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

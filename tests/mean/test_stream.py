@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mean.inputs import State, any_bits, awkward_inputs, bits, digest, mixed_run, save, ties
+from recorded import Recorded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from system.faults.exact import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOAT64, Format, beyond_float64_error, exact_mean
@@ -349,14 +350,9 @@ def test_a_tensor_larger_than_a_block_equals_torch(tmp_path: Path, memory: int) 
 
 
 def test_progress_counts_every_input_byte_once(mixed: tuple[Path, str], tmp_path: Path) -> None:
-    from ckpt_avg.progress import Progress
-
-    total: list[int] = []
-    seen: list[int] = []
-    average(
-        [mixed[0]], tmp_path / "mean.safetensors", memory=MiB, progress=Progress(start=total.append, read=seen.append)
-    )
-    assert [sum(seen)] == total == [sum(value.nbytes for state in mixed_run() for value in state.values())]
+    recorded = Recorded()
+    average([mixed[0]], tmp_path / "mean.safetensors", memory=MiB, progress=recorded.progress)
+    assert recorded.passes() == [sum(value.nbytes for state in mixed_run() for value in state.values())]
 
 
 # -- Layouts --------------------------------------------------------------------------------------------------------

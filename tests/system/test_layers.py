@@ -10,7 +10,7 @@ LAYERS = (
     ("text", "limits", "version"),
     ("wording",),
     ("errors", "progress", "tables"),
-    ("engine",),
+    ("engine", "progress_lines"),
     ("files", "machine", "distributed"),
     ("checkpoint",),
     ("formats.pickles",),

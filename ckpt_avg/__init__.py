@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ckpt_avg.batchnorm.pools import LayerStatistics as LayerStatistics
     from ckpt_avg.batchnorm.refresh import BatchNormReport as BatchNormReport
     from ckpt_avg.batchnorm.refresh import refresh_batch_norm as refresh_batch_norm
+    from ckpt_avg.choices import AMP as AMP, IO as IO, BatchNormMode as BatchNormMode, BestMode as BestMode
+    from ckpt_avg.choices import Estimator as Estimator, NonFloat as NonFloat, OutputDType as OutputDType
+    from ckpt_avg.choices import WeightingBy as WeightingBy, WeightingRule as WeightingRule, Windows as Windows
     from ckpt_avg.checkpoint.spec import Checkpoint as Checkpoint, CheckpointSpec as CheckpointSpec, DType as DType
     from ckpt_avg.checkpoint.spec import Part as Part, TensorSpec as TensorSpec
     from ckpt_avg.checkpoint.training_record import Record as Record
@@ -49,9 +52,14 @@ if TYPE_CHECKING:
     from ckpt_avg.errors import VerificationError as VerificationError
     from ckpt_avg.formats.open import open_checkpoint as open_checkpoint
     from ckpt_avg.progress import Progress as Progress
+    from ckpt_avg.runs.discover import Sources as Sources
+    from ckpt_avg.runs.run_folder import Skipped as Skipped
     from ckpt_avg.runs.compatibility import CompatibilityReport as CompatibilityReport, Difference as Difference
     from ckpt_avg.user_code.comparison import Change as Change, Comparison as Comparison
     from ckpt_avg.user_code.comparison import Evaluation as Evaluation
+    from ckpt_avg.user_code.batches import ForwardBatch as ForwardBatch
+    from ckpt_avg.user_code.evaluate import Evaluate as Evaluate
+    from ckpt_avg.user_code.model import Batches as Batches, Model as Model
     from ckpt_avg.user_code.gate import Outcome as Outcome, Requirement as Requirement
 
 _HOMES = {
@@ -59,6 +67,18 @@ _HOMES = {
     "ckpt_avg.batchnorm.refresh": ("BatchNormReport", "refresh_batch_norm"),
     "ckpt_avg.checkpoint.spec": ("Checkpoint", "CheckpointSpec", "DType", "Part", "TensorSpec"),
     "ckpt_avg.checkpoint.training_record": ("Record",),
+    "ckpt_avg.choices": (
+        "AMP",
+        "IO",
+        "BatchNormMode",
+        "BestMode",
+        "Estimator",
+        "NonFloat",
+        "OutputDType",
+        "WeightingBy",
+        "WeightingRule",
+        "Windows",
+    ),
     "ckpt_avg.commands.average": ("average",),
     "ckpt_avg.commands.check": ("check",),
     "ckpt_avg.commands.compare": ("CompareResult", "compare"),
@@ -91,8 +111,13 @@ _HOMES = {
     "ckpt_avg.formats.open": ("open_checkpoint",),
     "ckpt_avg.progress": ("Progress",),
     "ckpt_avg.runs.compatibility": ("CompatibilityReport", "Difference"),
+    "ckpt_avg.runs.discover": ("Sources",),
+    "ckpt_avg.runs.run_folder": ("Skipped",),
+    "ckpt_avg.user_code.batches": ("ForwardBatch",),
     "ckpt_avg.user_code.comparison": ("Change", "Comparison", "Evaluation"),
+    "ckpt_avg.user_code.evaluate": ("Evaluate",),
     "ckpt_avg.user_code.gate": ("Outcome", "Requirement"),
+    "ckpt_avg.user_code.model": ("Batches", "Model"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 (they are strings)

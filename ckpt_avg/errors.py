@@ -11,7 +11,8 @@ import errno
 import sys
 from typing import Any, ClassVar, NoReturn, TypeVar
 
-from ckpt_avg.text import one_line, quote, size, suggestion
+from ckpt_avg.argument_types import as_python, expected_instead
+from ckpt_avg.text import one_line, quote, size, suggestion, type_of
 from ckpt_avg.wording import declare, flag_of, worded
 
 _Value = TypeVar("_Value")
@@ -161,9 +162,11 @@ class OptionGroup:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type] # every group is a dataclass
-            if getattr(self, field.name) is None and field.default is not dataclasses.MISSING:
-                object.__setattr__(self, field.name, field.default)  # None: as if the option was not given
-            _check(field, getattr(self, field.name))
+            value = as_python(str(field.type), getattr(self, field.name))
+            if value is None and field.default is not dataclasses.MISSING:
+                value = field.default  # None: as if the option was not given
+            object.__setattr__(self, field.name, value)
+            _check(field, value)
 
 
 def option(default: _Value, help: str = "", **facts: object) -> _Value:
@@ -173,6 +176,9 @@ def option(default: _Value, help: str = "", **facts: object) -> _Value:
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     choices, least, most = (field.metadata.get(key) for key in ("choices", "least", "most"))
+    if expected := expected_instead(str(field.type), value):
+        given = "None" if value is None else f"{quote(value)}, {type_of(value)}"
+        raise UsageError(f"{flag_of(field.name, field)}: got {given}. Give {expected}.")
     if value is None:
         return
     if choices is not None and value not in choices:

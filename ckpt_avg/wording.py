@@ -18,7 +18,7 @@ from ckpt_avg.text import argument
 
 _FLAG = re.compile(r"(?<![\w'-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w-])")
 _QUOTED = re.compile(r" ('[^'\n]*')")
-_PLACEHOLDER = re.compile(r" ([A-Z][A-Z0-9]*(?:[:,.][A-Z.,]*[A-Z.])?)(?![\w'])")
+_PLACEHOLDER = re.compile(r" ([A-Z][A-Z0-9]*(?:[:,.][A-Z.,]*(?:[A-Z]|\.{3}))?)(?![\w'])")
 _NUMBER = re.compile(r" (-?\d+(?:\.\d+)?(?:e[+-]?\d+)?%?)(?!\w)")
 _CHOICE = re.compile(r" ([a-z][\w-]*)")
 _COMMAND = re.compile(r"(?<![\w/-])ckpt-avg (average|refresh-bn|sweep|soup|compare|check|verify|inspect)(?![\w-])")
@@ -76,14 +76,19 @@ def either(command_line: str, python: str) -> str:
 
 def worded(text: str) -> str:
     """Returns a message for the caller: as it is for the command line, with Python's names of options in Python."""
-    if _is_command_line or ("--" not in text and "ckpt-avg " not in text):
+    return text if _is_command_line else in_python(text)
+
+
+def in_python(text: str) -> str:
+    """Returns a message, which is in the words of the command line, in those of Python."""
+    if "--" not in text and "ckpt-avg " not in text:
         return text
     text = _COMMAND.sub(lambda found: f"{_FUNCTIONS.get(found[1], found[1])}()", text)
     parts: list[str] = []
     begin = 0
     for found in _FLAG.finditer(text):
         if found[0] in _OPTIONS:  # not of another program
-            shown, end = _in_python(text, found)
+            shown, end = _keyword_argument(text, found)
             parts += [text[begin : found.start()], shown]
             begin = end
     return "".join([*parts, text[begin:]])
@@ -95,10 +100,10 @@ def worded_all(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _keyword(flag: str) -> str:
-    return _OPTIONS[flag].name if flag in _OPTIONS else flag[2:].replace("-", "_")
+    return "output" if flag == "-o" else _OPTIONS[flag].name
 
 
-def _in_python(text: str, found: re.Match[str]) -> tuple[str, int]:
+def _keyword_argument(text: str, found: re.Match[str]) -> tuple[str, int]:
     """Returns how Python writes an option, with the value after it, and where that ends."""
     option, end = _OPTIONS[found[0]], found.end()
     if re.match(r":|,(?: --[a-z-]+,?)+:| function", text[end:]):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from ckpt_avg.choices import AMP, BatchNormMode, Estimator
 from ckpt_avg.errors import OptionGroup, option
 
 if TYPE_CHECKING:
@@ -40,20 +41,20 @@ class RefreshOptions(OptionGroup):
         "uses the function of this name in the module of ``--model``.",
         code=True,
     )
-    bn: str = option(
+    bn: BatchNormMode = option(
         "auto",
         "Recompute BatchNorm statistics, or average them (keep).",
         doc="``auto`` and ``refresh`` recompute running statistics, ``keep`` averages them like weights. ``auto`` "
         "keeps those of a single checkpoint if there is no ``data``.",
-        choices=("auto", "refresh", "keep"),
+        choices=get_args(BatchNormMode),
         everyday=True,
     )
     bn_batches: int | None = option(None, "Refresh over at most N batches.", metavar="N", least=1)
-    bn_estimator: str = option(
+    bn_estimator: Estimator = option(
         "pooled",
         "Pool all values, or average the batches' statistics.",
         doc="``pooled`` uses all values together, ``batch-mean`` averages the statistics of the batches, as "
         "`torch.optim.swa_utils.update_bn` does.",
-        choices=("pooled", "batch-mean"),
+        choices=get_args(Estimator),
     )
-    amp: str = option("off", "Run the refresh in automatic mixed precision.", choices=("off", "bfloat16", "float16"))
+    amp: AMP = option("off", "Run the refresh in automatic mixed precision.", choices=get_args(AMP))

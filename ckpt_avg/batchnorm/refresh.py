@@ -20,10 +20,11 @@ from ckpt_avg.batchnorm.changes import LayerChange, change_of
 from ckpt_avg.batchnorm.hooks import measuring
 from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.batchnorm.pools import LayerStatistics, Measurements, Pool, refuse
+from ckpt_avg.choices import AMP, Estimator
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import UsageError, UserCodeError
 from ckpt_avg.mean.arithmetic import round_to
-from ckpt_avg.text import listing, quote
+from ckpt_avg.text import listing, quote, type_of
 from ckpt_avg.user_code.batches import ForwardBatch, count_samples, run_batch, to_device
 from ckpt_avg.user_code.load import user_errors
 from ckpt_avg.user_code.model import batch_norm_modules
@@ -50,8 +51,8 @@ class BatchNormReport:
     statistics: Mapping[str, LayerStatistics]
     frozen: tuple[str, ...] = ()
     untracked: tuple[str, ...] = ()
-    estimator: str = "pooled"
-    amp: str = "off"
+    estimator: Estimator = "pooled"
+    amp: AMP = "off"
     changes: Mapping[str, LayerChange] = field(default_factory=dict)
 
     @property
@@ -64,11 +65,11 @@ def refresh_batch_norm(
     model: torch.nn.Module,
     batches: Iterable[Any],
     *,
-    estimator: str = "pooled",
+    estimator: Estimator = "pooled",
     max_batches: int | None = None,
     frozen: Collection[str] = (),
     device: torch.device | str | None = None,
-    amp: str = "off",
+    amp: AMP = "off",
     forward_batch: ForwardBatch | None = None,
     ranks: Ranks | None = None,
     progress: Progress = lambda batches, samples: None,
@@ -118,15 +119,13 @@ def refresh_batch_norm(
         >>> model[0].running_mean, model[0].running_var
         (tensor([3.]), tensor([4.6667]))
     """
-    RefreshOptions(bn_estimator=estimator, amp=amp, bn_batches=max_batches)  # checks them
+    where = _checked_device(model, estimator, max_batches, device, amp)
     layers = _refreshed_layers(model, frozen)
     _refuse_unusable(model)
     ranks = ranks or Ranks()
     measurements = Measurements(layers, estimator)
     samples = done = 0
-    where = device if device is not None else next((tensor.device for tensor in model.parameters()), "cpu")
-    kind = torch.device(where).type
-    autocast = torch.autocast(kind, getattr(torch, amp)) if amp != "off" else contextlib.nullcontext()
+    autocast = torch.autocast(where.type, getattr(torch, amp)) if amp != "off" else contextlib.nullcontext()
     with ranks.share_errors(), measuring(model, layers, measurements), torch.no_grad(), autocast:
         share = BatchShare(batches, ranks, max_batches)
         for batch in share:
@@ -204,6 +203,27 @@ def _pooled(
     counts, batches, samples, states = ranks.exchange("statistics", mine, combine)
     refuse_other_counts(counts)
     return batches, samples, pool_all([states])
+
+
+def _checked_device(
+    model: torch.nn.Module,
+    estimator: Estimator,
+    max_batches: int | None,
+    device: torch.device | str | None,
+    amp: AMP,
+) -> torch.device:
+    """Returns the device of the refresh. Raises UsageError if an argument cannot be used."""
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"model: got {type_of(model)}. Give a torch.nn.Module.")
+    try:
+        RefreshOptions(bn_estimator=estimator, amp=amp, bn_batches=max_batches)
+    except UsageError as error:  # the keywords of this function are its own
+        text = str(error).replace("bn_estimator", "estimator").replace("bn_batches", "max_batches")
+        raise UsageError(text) from None
+    try:
+        return torch.device(device or next((tensor.device for tensor in model.parameters()), "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device: {quote(device)} cannot be used. Use cpu, cuda or cuda:N.") from error
 
 
 def _refreshed_layers(model: torch.nn.Module, frozen: Collection[str]) -> dict[str, _BatchNorm]:

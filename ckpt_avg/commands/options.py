@@ -26,13 +26,13 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from ckpt_avg.choices import IO, NonFloat, OutputDType, Windows
 from ckpt_avg.errors import OptionGroup, UsageError, option
 
 if TYPE_CHECKING:
     from ckpt_avg.distributed.ranks import Ranks
-    from ckpt_avg.files.input_file import IO
     from ckpt_avg.progress import Progress
     from ckpt_avg.user_code.evaluate import Evaluate
     from ckpt_avg.user_code.gate import Requirement
@@ -68,7 +68,7 @@ class ResourceOptions(OptionGroup):
         "Map files into memory, or read them with pread.",
         doc="How the native engine gets the bytes: ``mmap`` maps files into memory, ``pread`` reads them. ``auto`` "
         "maps them, except on network storage and where the system refuses it.",
-        choices=("auto", "mmap", "pread"),
+        choices=get_args(IO),
         per_rank=True,
     )
 
@@ -87,16 +87,16 @@ class MeanOptions(ResourceOptions):
         heading=ResourceOptions.heading,
         per_rank=True,
     )
-    dtype: str = option(
+    dtype: OutputDType = option(
         "keep",
         "Set the dtype of the output's floating-point tensors.",
-        choices=("keep", "float64", "float32", "bfloat16", "float16"),
+        choices=get_args(OutputDType),
         recorded=True,
     )
-    non_float: str = option(
+    non_float: NonFloat = option(
         "equal",
         "Require equal integer and bool tensors, or copy the last.",
-        choices=("equal", "last"),
+        choices=get_args(NonFloat),
         recorded=True,
     )
     allow_nonfinite: bool = option(False, "Accept NaN and Inf instead of stopping.", recorded=True)
@@ -237,7 +237,7 @@ class ChoiceOptions(OptionGroup):
 class SweepOptions(ChoiceOptions):
     """Which windows are compared, and by what."""
 
-    windows: str = option("both", "Average the last k, the first k, or both.", choices=("last", "first", "both"))
+    windows: Windows = option("both", "Average the last k, the first k, or both.", choices=get_args(Windows))
     weightings: str | Iterable[str] = option(
         (),
         "Compare these rules for weights, for example mean,ema:1000.",
@@ -287,5 +287,6 @@ class RankOptions(OptionGroup):
     )
 
     def __post_init__(self) -> None:
-        with self.ranks.share_errors() if self.ranks is not None else contextlib.nullcontext():
+        share_errors = getattr(self.ranks, "share_errors", contextlib.nullcontext)  # it may be of another type
+        with share_errors():
             super().__post_init__()

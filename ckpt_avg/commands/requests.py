@@ -6,15 +6,18 @@ delays ``--help``.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ckpt_avg.batchnorm.options import RefreshOptions
+from ckpt_avg.choices import IO, BatchNormMode, NonFloat, WeightingBy, WeightingRule
 from ckpt_avg.commands.options import (
     EvalOptions,
     MeanOptions,
@@ -30,16 +33,23 @@ from ckpt_avg.formats.reading import Reading
 from ckpt_avg.mean.weighting import Weighting
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import plural, suggestion
+from ckpt_avg.wording import in_python
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckpt_avg.files.input_file import IO
     from ckpt_avg.runs.discover import Discovery, Sources
 
 _Arguments = ParamSpec("_Arguments")
 _Request = TypeVar("_Request")
 _Result = TypeVar("_Result")
+_TYPE_HOMES = {  # of the types in signatures that are not exported by the package
+    "Iterable": "collections.abc",
+    "ListedWeights": "ckpt_avg.mean.listed_weights",
+    "Mapping": "collections.abc",
+    "PathLike": "os",
+    "Sequence": "collections.abc",
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,8 +88,8 @@ class RefreshRequest(RankOptions, Reading, MeanOptions, RefreshOptions, EvalOpti
 
     weights: str | os.PathLike[str] = field(metadata={"doc": "One checkpoint of any kind that can be read."})
     output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
-    non_float: str = field(default="last", init=False)
-    bn: str = field(default="refresh", init=False)
+    non_float: NonFloat = field(default="last", init=False)
+    bn: BatchNormMode = field(default="refresh", init=False)
     evaluate_all: bool = field(default=False, init=False)
     split: str | None = field(default=None, init=False)
 
@@ -145,8 +155,8 @@ class SoupRequest(MeanRequest, SoupOptions, OutputOptions, ProgressOptions):
 
     output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
     evaluate_all: bool = field(default=False, init=False)
-    weighting: str = field(default="mean", init=False)
-    weighting_by: str = field(default="auto", init=False)
+    weighting: WeightingRule = field(default="mean", init=False)
+    weighting_by: WeightingBy = field(default="auto", init=False)
     half_life: str | float | None = field(default=None, init=False)
     width: float | None = field(default=None, init=False)
     weights: None = field(default=None, init=False)
@@ -247,10 +257,26 @@ def takes(
         returned = inspect.signature(function).return_annotation
         vars(with_arguments)["__signature__"] = signature.replace(parameters=parameters, return_annotation=returned)
         with_arguments.__doc__ = (function.__doc__ or "").replace(f"The fields of `{request.__name__}`.", text)
-        with_arguments.__annotations__ = {}
+        with_arguments.__annotations__ = {each.name: _importable(each.annotation) for each in parameters} | {
+            "return": f"__import__({function.__module__!r}, fromlist=[{returned!r}]).{returned}"
+        }
         return with_arguments
 
     return decorate
+
+
+def _importable(annotation: str) -> str:
+    """Returns a type as `typing.get_type_hints` finds it, which looks only into the module of the function.
+
+    The types of the user's code need torch, so they are imported no earlier than somebody asks.
+    """
+
+    def imported(found: re.Match[str]) -> str:
+        name = found[0]
+        module = _TYPE_HOMES.get(name, "ckpt_avg")
+        return name if hasattr(builtins, name) else f"__import__({module!r}, fromlist=[{name!r}]).{name}"
+
+    return re.sub(r"(?<![\w.])[A-Za-z]\w*", imported, annotation.replace("os.PathLike", "PathLike"))
 
 
 def _described(declared: Field[Any]) -> str:
@@ -259,7 +285,7 @@ def _described(declared: Field[Any]) -> str:
     quoted = [f"``{choice}``" for choice in choices]
     if quoted and not any(choice in text for choice in quoted):
         text += f" One of {', '.join(quoted)}."
-    return text
+    return in_python(text)
 
 
 @dataclass(frozen=True)

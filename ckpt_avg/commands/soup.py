@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ckpt_avg.choices import BestMode
 from ckpt_avg.commands.average import check_paths, write_average
 from ckpt_avg.commands.averages import Averages, at_once
 from ckpt_avg.commands.context import Context
@@ -76,7 +77,7 @@ class SoupResult:
     decisions: tuple[Decision, ...]
     kept: tuple[Path, ...]
     metric: str
-    mode: str
+    mode: BestMode
     tolerance: float
     split: str | None
     passes: int

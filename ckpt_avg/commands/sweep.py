@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ckpt_avg.choices import BestMode
 from ckpt_avg.commands.averages import Averages, at_once
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.prepare import Prepared, prepare
@@ -79,7 +80,7 @@ class SweepResult:
     weightings: tuple[str, ...]
     windows: tuple[Measured, ...]
     metric: str
-    mode: str
+    mode: BestMode
     split: str | None
     best: Measured
     change: Change

@@ -17,8 +17,8 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
+from ckpt_avg.choices import IO
 from ckpt_avg.errors import (
     ChangedWhileReadingError,
     CheckpointFormatError,
@@ -28,8 +28,6 @@ from ckpt_avg.errors import (
 )
 from ckpt_avg.files import platform
 from ckpt_avg.text import quote, size
-
-IO = Literal["auto", "mmap", "pread"]
 
 _RESERVE = 64  # descriptors that inputs leave to the output, mappings and the rest of the process
 _TRUNCATED = "It is truncated or damaged: copy it again"

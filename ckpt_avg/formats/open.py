@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.errors import CheckpointFormatError, fail
+from ckpt_avg.errors import CheckpointFormatError, UsageError, fail
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.files.status import is_folder
 from ckpt_avg.formats import torch_legacy, torch_zip
@@ -26,7 +26,7 @@ from ckpt_avg.formats.single_file import open_file
 from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_name
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.sidecars import settings_of, sidecar_record
-from ckpt_avg.text import ends, listing, quote
+from ckpt_avg.text import ends, listing, quote, type_of
 from ckpt_avg.wording import setting, worded_all
 
 __all__ = ["Checkpoint", "Reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
@@ -55,7 +55,7 @@ def open_checkpoint(
     Raises:
         CheckpointFormatError: it is corrupt, unsafe, of an unknown kind, or contains several state dicts.
         ResourceError: too many files are open.
-        UsageError: ``ema`` and ``state_key`` are both given.
+        UsageError: ``ema`` and ``state_key`` are both given, or an argument has another type.
 
     Example:
         >>> with open_checkpoint("fixtures/mnist_cnn/epoch_20.pt") as checkpoint:
@@ -63,6 +63,8 @@ def open_checkpoint(
         torch zip model 20
     """
     reading = Reading(state_key=state_key, ema=ema, strip_prefix=strip_prefix)
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"path: got {type_of(path)}. Give a text or a path.")
     checkpoint = open_with(Path(path), reading)
     try:
         refuse_missing_prefix([checkpoint.spec], reading)

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, get_args
 
+from ckpt_avg.choices import WeightingBy, WeightingRule
 from ckpt_avg.errors import IncompatibleError, OptionGroup, UsageError, option
 from ckpt_avg.mean.weight_formulas import decay_weights, ema_weights, exponent_of, power_weights
 from ckpt_avg.text import distinct_names, ends, escaped, listing, quote
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from ckpt_avg.mean.listed_weights import ListedWeights
 
-RULES = ("mean", "linear", "minus-sqrt", "cosine", "ema", "power")
+RULES: tuple[WeightingRule, ...] = get_args(WeightingRule)
 _WIDEST = 1 / math.sqrt(12)  # of `power`: that of the uniform distribution, which has the exponent 0
 _NARROWEST = 1e-6  # of `power`: all weight is on the last checkpoint long before
 _SHORTEST = 1e-9  # half-life: all weight is on the last checkpoint long before
@@ -28,13 +29,13 @@ class Weighting(OptionGroup):
     """How much each checkpoint counts. By default all count the same."""
 
     heading = "Weights"
-    weighting: str = option("mean", "Weigh the checkpoints by this rule.", choices=RULES)
-    weighting_by: str = option(
+    weighting: WeightingRule = option("mean", "Weigh the checkpoints by this rule.", choices=RULES)
+    weighting_by: WeightingBy = option(
         "auto",
         "Apply the rule to steps, or to positions.",
         doc="Apply the rule to the recorded steps, or to positions, as if the steps were evenly spaced. ``auto`` uses "
         "the steps if every checkpoint records one.",
-        choices=("auto", "index", "step"),
+        choices=get_args(WeightingBy),
     )
     half_life: str | float | None = option(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ckpt_avg.choices import WeightingBy
 from ckpt_avg.errors import UsageError
 from ckpt_avg.mean.weighting import RULES, Weighting
 from ckpt_avg.text import quote, suggestion
@@ -11,7 +12,7 @@ from ckpt_avg.text import quote, suggestion
 _EXAMPLES = {"ema": "ema:1000 (steps), or ema:10%", "power": "power:0.1"}
 
 
-def parse_rules(given: str | Iterable[str], by: str) -> dict[str, Weighting]:
+def parse_rules(given: str | Iterable[str], by: WeightingBy) -> dict[str, Weighting]:
     """Returns the options for each of several rules, by the rule's short form.
 
     Args:
@@ -53,10 +54,11 @@ def options_of_rule(options: Weighting) -> list[str]:
     return [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
 
 
-def _parse(text: str, by: str) -> Weighting:
-    name, colon, number = text.partition(":")
-    if name not in RULES:
-        raise UsageError(f"--weightings: {quote(name)} is not one of {', '.join(RULES)}.{suggestion(name, RULES)}")
+def _parse(text: str, by: WeightingBy) -> Weighting:
+    given, colon, number = text.partition(":")
+    name = next((rule for rule in RULES if rule == given), None)
+    if name is None:
+        raise UsageError(f"--weightings: {quote(given)} is not one of {', '.join(RULES)}.{suggestion(given, RULES)}")
     if bool(colon) != (name in _EXAMPLES):
         example = _EXAMPLES.get(name, name)
         raise UsageError(f"--weightings: {quote(text)}: {name} takes {'no' if colon else 'a'} number. Write {example}.")

@@ -25,7 +25,8 @@ from ckpt_avg.formats.trainers.name_patterns import NO_CHECKPOINTS, OTHER_FORMAT
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.output.unpublished_file import publish_bytes
 from ckpt_avg.runs.discover import Discovery, Sources, discover
-from ckpt_avg.text import argument, quote
+from ckpt_avg.text import quote
+from ckpt_avg.wording import setting
 
 MARK = "ckpt_avg"  # the first key of a report
 HTML_MARK = b"<!DOCTYPE html>\n<!-- a report of ckpt-avg -->\n"  # the first bytes of a report as a page
@@ -57,7 +58,7 @@ def check_output(path: str | os.PathLike[str], discovery: Discovery, *, overwrit
             name = f"{stem.name.removesuffix('.index').removesuffix('.safetensors')}.safetensors"
             raise UsageError(
                 f"{path}: {each.suffix} is the suffix of another format, and the output is a safetensors file. Use "
-                f"-o {argument(stem.with_name(name))}."
+                f"{setting('-o', stem.with_name(name))}."
             )
     if not overwrite:
         _refuse_existing(target, str(path))

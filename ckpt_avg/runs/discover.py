@@ -59,7 +59,9 @@ def discover(sources: Sources, include: Iterable[str] = ()) -> Discovery:
         UsageError: a source does not exist, or a checkpoint is listed twice.
         IncompatibleError: a folder contains no checkpoint, or several folders with checkpoints.
     """
-    originals = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    originals = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    if not originals:
+        raise UsageError("sources: got no path. Name checkpoint files, checkpoint folders or run folders.")
     try:
         found = Discovery(tuple(_list_source(each, include) for each in originals))
         refuse_repeated((path, identity_of(path)) for path in found.paths)

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import ClassVar, get_args
 
+from ckpt_avg.choices import BestMode
 from ckpt_avg.errors import OptionGroup, UsageError, option
 from ckpt_avg.wording import setting
 
@@ -63,7 +64,7 @@ class Selection(LogOptions):
         None, "Keep the N best checkpoints by --metric and --mode.", metavar="N", least=1, everyday=True
     )
     metric: str | None = option(None, "Use this metric for --best.", metavar="NAME")
-    mode: str | None = option(None, "Say whether --best means low or high.", choices=("min", "max"))
+    mode: BestMode | None = option(None, "Say whether --best means low or high.", choices=get_args(BestMode))
     include: str | Iterable[str] = option((), "Keep only file names that match. Repeatable.", metavar="GLOB")
     exclude: str | Iterable[str] = option((), "Skip file names that match. Repeatable.", metavar="GLOB")
     at_lr_minima: bool = option(False, "Keep checkpoints at the minima of the learning rate.")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ckpt_avg.errors import UsageError
 from ckpt_avg.text import listing, quote, suggestion
 from ckpt_avg.user_code.comparison import Evaluation, mean_of
+from ckpt_avg.wording import either
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -86,7 +87,8 @@ def parse_requirement(text: str) -> Requirement:
 
 def _advice(text: str) -> str:
     if not set(text) & set("<>="):
-        return "Put it in quotes: otherwise the shell redirects to a file named '=last', which may exist now."
+        quotes = "Put it in quotes: otherwise the shell redirects to a file named '=last', which may exist now."
+        return either(quotes, "Write one of these signs.")
     if "=>" in text or "=<" in text or "==" in text:
         return "Write >= or <=."
     return "After a reference only +NUMBER or -NUMBER is allowed; a metric name cannot contain <, > or =."

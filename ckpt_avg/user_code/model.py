@@ -198,7 +198,8 @@ class Passes:
         self._is_fresh = True
         if not isinstance(self._batches, Iterable):
             raise UserCodeError(
-                f"the data factory: expected it to return an iterable of batches, got {type_of(self._batches)}."
+                f"the data{' factory: expected it to return' if self._factory else ': expected'} an iterable of "
+                f"batches, got {type_of(self._batches)}."
             )
 
     @property

@@ -7,7 +7,7 @@ import ckpt_avg
 
 SOURCE = Path(ckpt_avg.__file__).parent
 LAYERS = (
-    ("text", "limits", "version"),
+    ("text", "limits", "version", "choices", "argument_types"),
     ("wording",),
     ("errors", "progress", "tables"),
     ("engine", "progress_lines"),

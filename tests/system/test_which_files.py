@@ -290,7 +290,7 @@ LAYOUTS: dict[str, Layout] = {
     "ranks of several steps": Layout({f"step_{step}_rank_{rank}.pt": W for step in (1, 2) for rank in (0, 1)},
                                      refused=RANKS),
     "ranks among checkpoints": Layout({"rank_0.pt": W, "rank_1.pt": W, "step_1.pt": W, "step_2.pt": W},
-                                      refused="To average the others, add --exclude 'rank_0.pt'."),
+                                      refused="To average the others, add --exclude rank_0.pt."),
     "one rank of each step": Layout({f"step_{step}_rank0.pt": W for step in (1, 2, 10)},
                                     [f"step_{step}_rank0.pt" for step in (1, 2, 10)]),
     "flat parameters": Layout({"step_1.pt": flat, "step_2.pt": flat}, refused="flat parameters of FSDP"),

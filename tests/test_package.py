@@ -6,7 +6,6 @@ import ast
 import importlib
 import subprocess
 import sys
-import tarfile
 import typing
 from pathlib import Path
 
@@ -58,26 +57,6 @@ def test_public_names_are_declared_alike() -> None:
 
 def test_the_package_is_typed() -> None:
     assert (SOURCE / "py.typed").exists()
-
-
-def test_the_source_distribution_has_what_the_readmes_commands_need(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever downloads it from an index must be able to average the fixture run, and to run the tests."""
-    backend = pytest.importorskip("hatchling.build")
-    monkeypatch.chdir(SOURCE.parent)
-    with tarfile.open(tmp_path / backend.build_sdist(str(tmp_path))) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = [
-        "tests/constraints.txt",
-        "tests/conftest.py",
-        "fixtures/mnist_cnn/epoch_20.pt",
-        "fixtures/mnist_cnn/train.py",
-        "hatch_build.py",
-        "ckpt_avg/mean/kernel.c",
-    ]
-    assert {*needed, "docs/usage.md", "README.md", "CITATION.cff", "LICENSE", "ckpt_avg/py.typed"} <= names
-    assert not [name for name in names if "cache" in name or name.endswith(".pyc")]
 
 
 def test_the_citation_names_this_version() -> None:

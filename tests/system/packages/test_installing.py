@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from system.packages.installed import DATA, FIXTURE, data_of
 pytestmark = pytest.mark.packages
 
 SCRIPT = Path(__file__).with_name("installed.py")
+PAGE = (uv.ROOT / "docs" / "installing.md").read_text()
 PYTHONS = range(10, 16)  # Python 3.10 and later
 
 
@@ -26,7 +29,9 @@ def empty_environment(folder: Path, python: str = "") -> Path:
 
 def works(python: Path, engine: str) -> None:
     """Runs the commands there, outside this environment and this folder."""
-    done = subprocess.run([python, "-I", SCRIPT, engine], cwd=python.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, "-I", SCRIPT, engine], cwd=python.parent, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -49,15 +54,28 @@ def test_without_a_compiler_the_source_distribution_works_with_torch(archives: A
     works(python, "torch")
 
 
-@pytest.mark.parametrize("runner", ["pipx", "uvx"])
-def test_it_runs_without_being_installed(runner: str, archives: Archives, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", re.findall(r"^\$ ((?:pipx|uvx) .*?)(?:  +#.*)?$", PAGE, re.MULTILINE))
+def test_it_runs_without_being_installed(line: str, archives: Archives, tmp_path: Path) -> None:
+    """As docs/installing.md says, with the wheel in place of the sources."""
     output = tmp_path / "mean.safetensors"
-    average = ("ckpt-avg", "average", FIXTURE, "--last", "8", "--bn", "keep", "-o", output)
+    runner, *words = line.split()
+    average = ["average", FIXTURE, "--last", "8", "--bn", "keep", "-o", output]
+    arguments = [archives.wheel if word == "." else word for word in words if word != "--version"] + average
     if runner == "pipx":
-        uv.tool("pipx", "run", "--spec", archives.wheel, *average, PIPX_HOME=str(tmp_path))
+        uv.tool("pipx", *arguments, PIPX_HOME=str(tmp_path))
     else:
-        uv.run("tool", "run", "-c", uv.CONSTRAINTS, "--from", archives.wheel, *average)
+        uv.run("tool", "run", "-c", uv.CONSTRAINTS, *arguments)
     assert data_of(output) == DATA
+
+
+def test_trying_another_python_works_as_the_page_says(tmp_path: Path) -> None:
+    """With pip, from the sources."""
+    (block,) = re.findall(r"^```console\n(\$ PYTHON .*?)```", PAGE, re.MULTILINE | re.DOTALL)
+    script = re.sub(r"^\$ ", "", block, flags=re.MULTILINE).replace("PYTHON", sys.executable)
+    script = script.replace("new", str(tmp_path / "new"))
+    done = subprocess.run(["bash", "-ec", script], cwd=uv.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(": works\n")
 
 
 def interpreter(minor: int) -> str | None:

@@ -105,6 +105,16 @@ class InputFile:
             contents += rest
         return contents
 
+    def read_each(self, offsets: Sequence[int], length: int) -> list[bytes]:
+        """Returns ``length`` bytes from each offset, faster than many calls of `read`, and raises what it raises."""
+        if min(offsets, default=0) >= 0 and max(offsets, default=0) + length <= self.size:
+            descriptor = self.descriptor()
+            with contextlib.suppress(OSError):
+                found = [platform.read(descriptor, length, offset) for offset in offsets]
+                if set(map(len, found)) <= {length}:
+                    return found
+        return [self.read(offset, length) for offset in offsets]  # slower; tells what fails
+
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fills ``target``, of bytes, from ``offset``. Raises what `read` raises."""
         self._check_range(offset, len(target))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from ckpt_avg.formats.single_file import open_file
 from ckpt_avg.formats.trainers.file_names import record_from_name, trainer_from_name
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.sidecars import settings_of, sidecar_record
-from ckpt_avg.text import ends, listing, quote, type_of
+from ckpt_avg.text import ends, quote, type_of
 from ckpt_avg.wording import setting, worded_all
 
 __all__ = ["Checkpoint", "Reading", "open_checkpoint", "open_with", "refuse_missing_prefix"]
@@ -84,7 +83,6 @@ def open_with(path: Path, reading: Reading) -> Checkpoint:
         refuse_part(path)
         checkpoint = open_file(path, reading)
     spec = checkpoint.spec
-    refuse_flat_parameters(spec)
     by_name = record_from_name(path.name)
     if checkpoint.files and path in checkpoint.files[0].path.parents:  # a name may have a slash: epoch=1-val/loss=0.5
         inner = checkpoint.files[0].path.relative_to(path.parent)
@@ -103,14 +101,6 @@ def open_with(path: Path, reading: Reading) -> Checkpoint:
 def _contents(file: InputFile) -> object:
     reader = torch_legacy if torch_legacy.matches(file.read(0, min(file.size, 512))) else torch_zip
     return reader.read_contents(file).objects
-
-
-def refuse_flat_parameters(spec: CheckpointSpec) -> None:
-    """Raises CheckpointFormatError for FSDP's flat parameters, of which each rank has a part."""
-    named = (name for name in spec.tensors if "flat_param" in name)  # few names need more than this check
-    if flat := [name for name in named if re.fullmatch(r"_?flat_param(_\d+)?", name.rpartition(".")[2])]:
-        problem = f"it has flat parameters of FSDP ({listing(map(quote, flat))}), of which each rank has a part"
-        fail(spec.path, problem, "Save with StateDictType.FULL_STATE_DICT or torch.distributed.checkpoint instead")
 
 
 def refuse_missing_prefix(specs: Sequence[CheckpointSpec], reading: Reading) -> None:

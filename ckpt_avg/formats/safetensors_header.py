@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import struct
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from ckpt_avg.checkpoint.spec import DTYPES, SUB_BYTE_DTYPES, TensorSpec, contiguous_stride
+from ckpt_avg.checkpoint.spec import DTYPES, SUB_BYTE_DTYPES, DType, TensorSpec, contiguous_stride
 from ckpt_avg.errors import fail
 from ckpt_avg.files.input_file import Readable
 from ckpt_avg.formats.tensor_names import check_names, is_text
@@ -22,8 +23,12 @@ from ckpt_avg.text import listing, plural, quote
 
 _SPACES = b" \t\n\r"  # of JSON
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_MOST_DIGITS = 20  # of a size
-_AS_ZERO = bytes.maketrans(b"123456789", b"000000000")
+_METADATA = '{"__metadata__":'
+# A tensor as safetensors itself writes it, if its name needs no escapes, and what follows it.
+_COMPACT = re.compile(
+    r'"([^"\\\0-\x1f]*)":\{"dtype":"(\w+)","shape":\[(SIZE(?:,SIZE)*|)\],"data_offsets":\[(SIZE),(SIZE)\]\}'
+    r"(?:,|\}[ \t\n\r]*\Z)".replace("SIZE", "(?:0|[1-9][0-9]{0,17})")
+)
 
 
 def matches(head: bytes) -> bool:
@@ -55,10 +60,15 @@ def parse_header(file: Readable, header: bytes) -> tuple[dict[str, TensorSpec], 
     Raises:
         CheckpointFormatError: the header breaks a rule of the format, or exceeds a limit.
     """
-    metadata, entries = _parse(file, header)
-    check_names(entries, file.path)
+    refuse_too_many_values(file, header)
     data_start = 8 + len(header)
-    tensors = {name: _tensor(file, name, entry, data_start) for name, entry in entries.items()}
+    compact = _parse_compact(header, data_start)
+    metadata, entries = _parse(file, header if compact is None else compact[0])
+    if compact is None:
+        tensors = {name: _tensor(file, name, entry, data_start) for name, entry in entries.items()}
+    else:
+        tensors = compact[1]
+    check_names(tensors, file.path)
     _check_no_gaps(file, sorted(tensors.values(), key=lambda tensor: tensor.storage), data_start)
     return tensors, metadata
 
@@ -79,16 +89,54 @@ def refuse_too_many_values(file: Readable, header: bytes) -> None:
         fail(file.path, "the header: expected tensors, got too many other values")
 
 
+def _parse_compact(header: bytes, data_start: int) -> tuple[bytes, dict[str, TensorSpec]] | None:
+    """Returns a header without its tensors, and the tensors; None unless all are valid and written compactly.
+
+    For many small tensors, this takes less than half the time that JSON takes, and no other memory than the result.
+    """
+    try:
+        text = header.decode()
+        is_first = text.startswith(_METADATA)
+        position = json.JSONDecoder().raw_decode(text, len(_METADATA))[1] + 1 if is_first else 1
+    except (ValueError, RecursionError):
+        return None
+    if text[position - 1 : position] != ("," if is_first else "{"):
+        return None
+    rest = text[: position - 1] + "}" if is_first else "{}"
+    tensors: dict[str, TensorSpec] = {}
+    count = 0
+    layout_of = functools.lru_cache(maxsize=1024)(_layout)  # most tensors of a model have one of a few shapes
+    for found in _COMPACT.finditer(text, position):
+        name, code, sizes, begin, end = found.groups()
+        layout = layout_of(code, sizes)
+        if found.start() != position or layout is None or int(end) - int(begin) != layout[3]:
+            return None
+        dtype, shape, stride, nbytes = layout
+        start = data_start + int(begin)
+        tensors[name] = TensorSpec(name, dtype, shape, stride, 0, start, (start, nbytes))
+        position = found.end()
+        count += 1
+    is_whole = position == len(text) and not text.endswith(",") and 0 < count == len(tensors)
+    return (rest.encode(), tensors) if is_whole and "__metadata__" not in tensors else None
+
+
+def _layout(code: str, sizes: str) -> tuple[DType, tuple[int, ...], tuple[int, ...], int] | None:
+    """Returns the dtype, the shape, its stride and its bytes; None if there is no such dtype, or it exceeds a limit."""
+    shape = tuple(map(int, sizes.split(","))) if sizes else ()
+    if code not in DTYPES or len(shape) > LIMITS.rank:
+        return None
+    dtype, stride = DTYPES[code], contiguous_stride(shape)
+    nbytes = _nbytes(shape, dtype)
+    return (dtype, shape, stride, nbytes) if nbytes <= LIMITS.elements else None
+
+
 def _parse(file: Readable, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
-    refuse_too_many_values(file, header)
-    # Names may have such a part, too. To look for one here is much faster than a call for each number.
-    has_no_size = b"-0" in header or b"0" * (_MOST_DIGITS + 1) in header.translate(_AS_ZERO)
     try:
         parsed = json.loads(
             header.decode("utf-8"),
             object_pairs_hook=_no_duplicates,
             parse_constant=_refuse_constant,
-            parse_int=_plain_integer if has_no_size else int,
+            parse_int=_plain_integer,
         )
     except RecursionError:
         fail(file.path, "the header nests too deeply")
@@ -131,7 +179,7 @@ class _NoSize:
 
 
 def _plain_integer(text: str) -> int | _NoSize:
-    return int(text) if len(text) <= _MOST_DIGITS and text != "-0" else _NoSize(text)
+    return int(text) if len(text) <= 20 and text != "-0" else _NoSize(text)
 
 
 def _tensor(file: Readable, name: str, entry: Any, data_start: int) -> TensorSpec:
@@ -148,7 +196,7 @@ def _tensor(file: Readable, name: str, entry: Any, data_start: int) -> TensorSpe
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         fail(path, f"expected data_offsets [begin, end], got {quote(offsets)}", tensor=name)
     shape = tuple(shape)
-    stride, nbytes = _row_major(shape, dtype.itemsize)
+    nbytes = _nbytes(shape, dtype)
     if nbytes > LIMITS.elements:
         fail(path, f"shape {quote([*shape])} overflows 63 bits", tensor=name)
     begin, end = offsets
@@ -156,7 +204,7 @@ def _tensor(file: Readable, name: str, entry: Any, data_start: int) -> TensorSpe
         got = f"got data_offsets of {end - begin:,} bytes"
         fail(path, f"expected {nbytes:,} bytes for {dtype.name} {quote([*shape])}, {got}", tensor=name)
     start = data_start + begin
-    return TensorSpec(name, dtype, shape, stride, 0, start, (start, nbytes))
+    return TensorSpec(name, dtype, shape, contiguous_stride(shape), 0, start, (start, nbytes))
 
 
 def _refuse_dtype(file: Readable, name: str, code: object) -> NoReturn:
@@ -175,15 +223,14 @@ def _sizes(values: object) -> bool:
     return True
 
 
-@functools.lru_cache(maxsize=1024)  # most tensors of a model have one of a few shapes
-def _row_major(shape: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], int]:
-    """Returns the stride of a shape, and its bytes; more than the limit if even those of its first extents are more."""
-    nbytes = itemsize
+def _nbytes(shape: tuple[int, ...], dtype: DType) -> int:
+    """Returns the bytes of a tensor; more than the limit if even those of its first extents are more."""
+    nbytes = dtype.itemsize
     for extent in shape:
         nbytes *= extent
         if nbytes > LIMITS.elements:
             break
-    return contiguous_stride(shape), nbytes
+    return nbytes
 
 
 def _check_no_gaps(file: Readable, ordered: Iterable[TensorSpec], data_start: int) -> None:

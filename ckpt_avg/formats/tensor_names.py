@@ -102,20 +102,21 @@ def settle_names(
     """Strips and checks the names of a state dict's tensors; ``prefix`` is one more prefix to strip, or empty for none.
 
     Raises:
-        CheckpointFormatError: a name cannot be written, or two names become equal.
+        CheckpointFormatError: a name cannot be written, two names become equal, or they are FSDP's flat parameters.
     """
     names = Names({name: name for name in tensors})
     if strip and prefix != "":
         scalars = {name for name in _COUNTERS if name in tensors and tensors[name].shape == ()}
         names = strip_prefixes(tensors, scalars, prefix, str(path))
     check_names(names.renamed.values(), path)
-    text = "\n".join(names.renamed.values())
+    _refuse_flat_parameters(names.renamed.values(), path)
+    forms = forms_of(names.renamed.values())
     kind, averaged, notes = trainer.name if trainer else None, "", names.notes
     for each in TRAINERS:
         if each.counter in names.counters and each is not trainer:
             averaged = f"it contains {each.counter}, the counter of {each.name}"
             kind = kind or each.name
-        if each.tensor_names and re.search(each.tensor_names, text, re.MULTILINE):
+        if each.tensor_names and any(map(re.compile(each.tensor_names).search, forms)):
             kind = kind or each.name
             notes += (each.note,) if each.note else ()
     return replace(names, kind=kind, averaged=averaged, notes=notes)
@@ -192,6 +193,22 @@ def without_wrappers(name: str) -> str:
     return ".".join((*(part for part in parts if f"{part}." not in PREFIXES), last))
 
 
+def _refuse_flat_parameters(names: Collection[str], path: Path) -> None:
+    """Raises CheckpointFormatError for FSDP's flat parameters, of which each rank has a part."""
+    named = (name for name in names if "flat_param" in name)  # few names need more than this check
+    if flat := [name for name in named if re.fullmatch(r"_?flat_param(_\d+)?", name.rpartition(".")[2])]:
+        problem = f"it has flat parameters of FSDP ({listing(map(quote, flat))}), of which each rank has a part"
+        fail(path, problem, "Save with StateDictType.FULL_STATE_DICT or torch.distributed.checkpoint instead")
+
+
+_ZEROS = str.maketrans("123456789", "000000000")
+
+
+def forms_of(names: Iterable[str]) -> set[str]:
+    """Returns names with each digit as 0: those of many layers become a few, which are searched instead."""
+    return set("\n".join(names).translate(_ZEROS).split("\n"))
+
+
 def is_text(text: str) -> bool:
     """Whether a string can be written as UTF-8: it cannot with a lone surrogate."""
     try:
@@ -241,9 +258,11 @@ class TensorTable(dict[str, TensorSpec]):
         parts: Collection[Mapping[str, TensorSpec]] = (),
     ) -> None:
         new = names.renamed
-        renamed = (replace(each, name=new[each.name]) if new[each.name] != each.name else each
-                   for each in tensors if each.name in new)  # fmt: skip
-        super().__init__((tensor.name, tensor) for tensor in renamed)
+        super().__init__(
+            (new[each.name], each if new[each.name] == each.name else replace(each, name=new[each.name]))
+            for each in tensors
+            if each.name in new
+        )
         self.names, self.metadata, self.parts = names, metadata or {}, parts
 
 

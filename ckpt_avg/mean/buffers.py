@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckpt_avg.checkpoint.spec import SAMPLE_COUNTS
+from ckpt_avg.formats.tensor_names import forms_of
 from ckpt_avg.mean import recognisers
 from ckpt_avg.mean.recognisers import Tensors
 from ckpt_avg.text import listing, plural, quote
@@ -31,7 +32,7 @@ class BufferKind:
         notice: what the user should know, after the number and noun; empty if there is nothing to say.
         refusal: why tensors that differ are not averaged, and what to do.
         where: yields the names of its tensors.
-        hints: it is asked only if one of them is part of a name.
+        hints: it is asked only if one of them is part of a name; every digit counts as 0.
     """
 
     name: str
@@ -234,7 +235,7 @@ KINDS = (
 def kinds_of(tensors: Tensors) -> dict[str, BufferKind]:
     """Returns the kind of each tensor that is no plain weight; of several kinds the first in the table."""
     found = {name: INTEGERS for name, tensor in tensors.items() if tensor.dtype.kind == "exact"}
-    text = "\n".join(tensors).lower()
+    text = "\n".join(forms_of(tensors)).lower()
     for kind in reversed(KINDS):
         if any(hint in text for hint in kind.hints):
             found |= dict.fromkeys(kind.where(tensors), kind)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
 from ckpt_avg.checkpoint.tensor_reads import Ranges, read_bytes, read_ranges, stream_bytes
@@ -62,15 +63,21 @@ def find_masks(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[str]:
     floats = (each for each in plan.tensors if each.source_dtype.kind == "float" and each.numel)
     plain = [tensors[each.name] for each in floats if each.name not in plan.kinds]
     # The first element shows of nearly every tensor that it is no mask.
-    first = checkpoints[0]
-    candidates = [each.name for each in plain if _first_element(first, each) in _IN_MASKS[each.dtype.torch_name]]
+    candidates = [
+        tensor.name
+        for tensor, element in zip(plain, _first_elements(checkpoints[0], plain), strict=True)
+        if element in _IN_MASKS[tensor.dtype.torch_name]
+    ]
     return [name for name in candidates if _is_mask(checkpoints, name)]
 
 
-def _first_element(checkpoint: Checkpoint, tensor: TensorSpec) -> bytes:
-    if tensor.parts:
-        return bytes(read_bytes(checkpoint, Ranges([(tensor, 0, 1)])))
-    return checkpoint.files[tensor.file].read(tensor.offset, tensor.dtype.itemsize)
+def _first_elements(checkpoint: Checkpoint, tensors: Sequence[TensorSpec]) -> Iterator[bytes]:
+    alike = itertools.groupby(tensors, lambda each: (each.file, each.dtype.itemsize, bool(each.parts)))
+    for (file, size, is_in_parts), group in alike:
+        if is_in_parts:
+            yield from (bytes(read_bytes(checkpoint, Ranges([(tensor, 0, 1)]))) for tensor in group)
+        else:
+            yield from checkpoint.files[file].read_each([tensor.offset for tensor in group], size)
 
 
 def _is_mask(checkpoints: Sequence[Checkpoint], name: str) -> bool:

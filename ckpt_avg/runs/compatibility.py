@@ -88,11 +88,12 @@ def compare(specs: Sequence[CheckpointSpec], *, dtype: str = "keep") -> Compatib
     tensors always may.
     """
     reference = specs[0]
-    tied = _partners(reference)
+    is_shared = all(spec.tensors is reference.tensors for spec in specs)  # then all headers have the same bytes
+    tied = {} if is_shared else _partners(reference)
     found: dict[tuple[str, Aspect, str, str], list[str]] = {}
     for spec in specs[1:]:
         keys = [*_other_settings(reference, spec)]
-        if spec.tensors is not reference.tensors:  # otherwise the headers have the same bytes
+        if spec.tensors is not reference.tensors:
             keys += _differences(reference, tied, spec, () if dtype == "keep" else _CONVERTED)
         for key in keys:
             found.setdefault(key, []).append(str(spec.path))

@@ -98,6 +98,23 @@ def test_targets_are_filled_in_turn_however_little_the_system_reads(
     assert file.read(11, SMALL + 50) == CONTENT[11 : 11 + SMALL + 50]
 
 
+@pytest.mark.parametrize("most", [1, 3, None])
+def test_many_small_reads_are_each_whole_and_in_order(
+    file: InputFile, monkeypatch: pytest.MonkeyPatch, most: int | None
+) -> None:
+    if most is not None:
+        monkeypatch.setattr(platform, "read", lambda fd, length, offset: os.pread(fd, min(length, most), offset))
+    offsets = [len(CONTENT) - 4, 0, 17, 17, 5_000]
+    assert file.read_each(offsets, 4) == [CONTENT[offset : offset + 4] for offset in offsets]
+    assert file.read_each([], 4) == []
+    for beyond in (-1, len(CONTENT) - 3):
+        with pytest.raises(CheckpointFormatError, match=f"got a file of {len(CONTENT):,} bytes"):
+            file.read_each([0, beyond], 4)
+    os.truncate(file.path, 18)
+    with pytest.raises(ChangedWhileReadingError):
+        file.read_each([0, 17], 4)
+
+
 def test_targets_are_not_filled_from_beyond_the_file(file: InputFile) -> None:
     targets = [memoryview(bytearray(len(CONTENT) - 10)), memoryview(bytearray(11))]
     with pytest.raises(CheckpointFormatError, match=f"got a file of {len(CONTENT):,} bytes"):
@@ -107,17 +124,19 @@ def test_targets_are_not_filled_from_beyond_the_file(file: InputFile) -> None:
         file.read_into_each([targets[0]], 0)
 
 
-@pytest.mark.parametrize("call", ["pread", "preadv"])
+@pytest.mark.parametrize("call", ["pread", "pread, each", "preadv"])
 def test_a_read_that_fails_names_the_file_the_byte_and_the_reason(
     file: InputFile, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     def fail(*arguments: object) -> int:
         raise OSError(errno.EIO, "no")
 
-    monkeypatch.setattr(os, call, fail)
+    monkeypatch.setattr(os, call.removesuffix(", each"), fail)
     with pytest.raises(CheckpointFormatError, match=f"data.bin: reading at byte 7 failed: {os.strerror(errno.EIO)}"):
         if call == "pread":
             file.read(7, 5)
+        elif call == "pread, each":
+            file.read_each([7, 1], 5)
         else:
             file.read_into_each([memoryview(bytearray(5))], 7)
 

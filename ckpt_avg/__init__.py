@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ckpt_avg.commands.findings import Finding as Finding
     from ckpt_avg.commands.inspect import Inspection as Inspection, Listed as Listed, inspect as inspect
     from ckpt_avg.commands.draft import AverageResult as AverageResult
+    from ckpt_avg.commands.load_average import load_average as load_average
     from ckpt_avg.commands.refresh_bn import refresh_weights as refresh_weights
     from ckpt_avg.commands.soup import Decision as Decision, SoupResult as SoupResult, soup as soup
     from ckpt_avg.commands.sweep import Measured as Measured, SweepResult as SweepResult, sweep as sweep
@@ -86,6 +87,7 @@ _HOMES = {
     "ckpt_avg.commands.findings": ("Finding",),
     "ckpt_avg.commands.inspect": ("Inspection", "Listed", "inspect"),
     "ckpt_avg.commands.draft": ("AverageResult",),
+    "ckpt_avg.commands.load_average": ("load_average",),
     "ckpt_avg.commands.refresh_bn": ("refresh_weights",),
     "ckpt_avg.commands.soup": ("Decision", "SoupResult", "soup"),
     "ckpt_avg.commands.sweep": ("Measured", "SweepResult", "sweep"),

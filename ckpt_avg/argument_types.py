@@ -40,7 +40,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: isinstance(value, (str, os.PathLike)) or _are((str, os.PathLike))(value),
     ),
     "ForwardBatch": ("a function of a model and a batch", callable),
-    "Progress": ("a Progress", lambda value: hasattr(value, "notice")),
+    "Progress": ("callbacks", lambda value: hasattr(value, "notice")),
     "Ranks": ("what join_ranks() gives", lambda value: hasattr(value, "share_errors")),
     "None": ("", lambda value: value is None),
 }

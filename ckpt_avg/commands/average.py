@@ -48,7 +48,7 @@ def average(request: AverageRequest) -> AverageResult:
         >>> [path.name for path in result.checkpoints]
         ['epoch_11.pt', 'epoch_14.pt', 'epoch_17.pt', 'epoch_20.pt']
     """
-    with Context(request.ranks, request.progress) as context:
+    with Context(request.ranks, request.callbacks) as context:
         agree_on_request(context.ranks, request)
         return write_average(request, context)
 

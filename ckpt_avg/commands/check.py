@@ -11,7 +11,7 @@ from ckpt_avg.commands.requests import CheckRequest, takes
 from ckpt_avg.errors import IncompatibleError
 from ckpt_avg.formats.torch_file import RUNNING_AVERAGE
 from ckpt_avg.mean.buffers import BufferKind, kinds_of, notices
-from ckpt_avg.progress import Phase, Progress
+from ckpt_avg.progress import Phase
 from ckpt_avg.runs.compatibility import CompatibilityReport, compare
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.select import open_selected
@@ -34,7 +34,7 @@ def check(request: CheckRequest) -> CompatibilityReport:
         True
     """
     texts: list[str] = []
-    progress = replace(request.progress or Progress(), notice=texts.append)
+    progress = replace(request.callbacks, notice=texts.append)
     progress.phase(Phase("opening checkpoints", left=0))
     with ExitStack() as stack:
         selected = open_selected(

@@ -80,7 +80,7 @@ def compare(request: CompareRequest) -> CompareResult:
         >>> compare(["fixtures/mnist_cnn"], last=4).findings
         ()
     """
-    with Context(progress=request.progress) as context:
+    with Context(progress=request.callbacks) as context:
         context.phase(Phase("opening checkpoints"))
         with gc_paused():
             found = discover(request.sources, request.include)

@@ -16,7 +16,7 @@ from ckpt_avg.formats.folder import find_weights
 from ckpt_avg.formats.open import open_checkpoint, open_with
 from ckpt_avg.formats.single_file import starts_as_checkpoint
 from ckpt_avg.formats.trainers.name_patterns import SUFFIXES, other_format
-from ckpt_avg.progress import Phase, Progress
+from ckpt_avg.progress import Phase
 from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.candidates import open_candidates
 from ckpt_avg.runs.discover import discover
@@ -87,7 +87,7 @@ def inspect(request: InspectRequest) -> Inspection:
     """
     paths = [request.path] if isinstance(request.path, (str, os.PathLike)) else [*request.path]
     path = Path(paths[0] if len(paths) == 1 else os.path.commonpath(paths) if paths else ".")
-    progress = request.progress or Progress()
+    progress = request.callbacks
     progress.phase(Phase("opening checkpoints", left=0))
     try:
         discovery = discover(paths, request.include)

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, get_args
 
 from ckpt_avg.choices import IO, NonFloat, OutputDType, Windows
 from ckpt_avg.errors import OptionGroup, UsageError, option
+from ckpt_avg.progress import Progress
 
 if TYPE_CHECKING:
     from ckpt_avg.distributed.ranks import Ranks
-    from ckpt_avg.progress import Progress
     from ckpt_avg.user_code.evaluate import Evaluate
     from ckpt_avg.user_code.gate import Requirement
 
@@ -271,7 +271,16 @@ class ProgressOptions(OptionGroup):
     """Callbacks for Python callers."""
 
     heading = "Progress"
-    progress: Progress | None = option(None, doc="Callbacks.", per_rank=True)
+    progress: Progress | bool | None = option(
+        None,
+        doc="True shows progress, results and notices on stderr, in a notebook as bars. Or your own callbacks.",
+        per_rank=True,
+    )
+
+    @property
+    def callbacks(self) -> Progress:
+        """What to call."""
+        return self.progress if isinstance(self.progress, Progress) else Progress()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

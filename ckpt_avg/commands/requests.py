@@ -7,6 +7,7 @@ delays ``--help``.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import inspect
 import os
@@ -80,6 +81,17 @@ class AverageRequest(RankOptions, MeanRequest, OutputOptions, ProgressOptions):
     """The arguments of `average`."""
 
     output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LoadRequest(MeanRequest, ProgressOptions):
+    """The arguments of `load_average`."""
+
+    evaluate: tuple[()] = field(default=(), init=False)
+    evaluate_all: bool = field(default=False, init=False)
+    eval_repeats: int = field(default=1, init=False)
+    require: tuple[()] = field(default=(), init=False)
+    split: None = field(default=None, init=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -252,7 +264,9 @@ def takes(
             except TypeError as error:
                 unknown = next((name for name in options if name not in names), "")
                 raise TypeError(f"{function.__name__}() {error}.{suggestion(unknown, names)}") from None
-            return function(request(*arguments, **options))
+            made = request(*arguments, **options)
+            with _shown_progress(made):
+                return function(made)
 
         returned = inspect.signature(function).return_annotation
         vars(with_arguments)["__signature__"] = signature.replace(parameters=parameters, return_annotation=returned)
@@ -263,6 +277,20 @@ def takes(
         return with_arguments
 
     return decorate
+
+
+@contextlib.contextmanager
+def _shown_progress(request: Any) -> Iterator[None]:
+    """Replaces ``progress=True`` by callbacks that show it."""
+    given = getattr(request, "progress", None)
+    if not isinstance(given, bool):
+        yield
+        return
+    from ckpt_avg.notebook_bars import shown_on_request
+
+    with shown_on_request() if given else contextlib.nullcontext() as progress:
+        object.__setattr__(request, "progress", progress)
+        yield
 
 
 def _importable(annotation: str) -> str:

@@ -112,9 +112,9 @@ def soup(request: SoupRequest) -> SoupResult:
         >>> [path.name for path in result.candidates], result.passes
         (['epoch_18.pt', 'epoch_19.pt', 'epoch_20.pt'], 2)
     """
-    with Context(progress=request.progress) as context:
+    with Context(progress=request.callbacks) as context:
         chosen = _choose(request, context)
-    with Context(progress=request.progress) as writing:
+    with Context(progress=request.callbacks) as writing:
         writing.notices += context.notices
         writing.phases_left = context.phases_left
 

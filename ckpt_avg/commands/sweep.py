@@ -127,7 +127,7 @@ def sweep(request: SweepRequest) -> SweepResult:
         >>> [(window.side, len(window.checkpoints)) for window in result.windows]
         [('last', 1), ('last', 2), ('last', 3), ('first', 1), ('first', 2)]
     """
-    with Context(progress=request.progress) as context:
+    with Context(progress=request.callbacks) as context:
         context.phase(Phase("opening checkpoints"))
         prepared = prepare(request.discover(), request, context, by_window=True)
         averages = Averages(request, prepared, context)

@@ -74,7 +74,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
         True
     """
     threads = choose_threads(request.threads)
-    context = Context(progress=request.progress)
+    context = Context(progress=request.callbacks)
     context.phases_left = 1 if request.sources is None else 3
     _refuse_other_paths(Path(request.path))
     with InputFile(Path(request.path)) as file:

@@ -20,7 +20,8 @@ class MemoryOutput:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._buffer = mmap.mmap(-1, max(1, plan.nbytes))
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self._buffer = mmap.mmap(-1, max(1, plan.nbytes), **flags)  # a forked process must not see later changes
 
     def write(self, contents: memoryview, offset: int) -> None:
         """Writes bytes at an offset in the data section."""

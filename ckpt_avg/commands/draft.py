@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from ckpt_avg.machine import gc_paused
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.header import encode_header, encode_tensors
 from ckpt_avg.output.provenance import make_metadata, seal, with_digests
-from ckpt_avg.output.shards import whole
+from ckpt_avg.output.shards import ordered, whole
 from ckpt_avg.progress import Phase
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.user_code.comparison import Comparison, Evaluation
@@ -117,9 +117,10 @@ class Draft:
         directions: Mapping[str, bool] | None = None,
         release: Release | None = None,
     ) -> None:
+        self.shards = whole(prepared.plan, target.name) if release is None else release.shards
+        prepared = replace(prepared, plan=ordered(prepared.plan, self.shards))
         self.request, self.prepared, self.context = request, prepared, context
         self.target, self.checksum, self.release = target, checksum, release
-        self.shards = whole(prepared.plan, target.name if release is None else release.weights)
         self.evaluations = Evaluations(request, prepared, context, measured, directions)
 
     @functools.cached_property

@@ -31,11 +31,15 @@ from typing import TYPE_CHECKING, get_args
 from ckpt_avg.choices import IO, NonFloat, OutputDType, Windows
 from ckpt_avg.errors import OptionGroup, UsageError, option
 from ckpt_avg.progress import Progress
+from ckpt_avg.text import parse_size
 
 if TYPE_CHECKING:
     from ckpt_avg.distributed.ranks import Ranks
     from ckpt_avg.user_code.evaluate import Evaluate
     from ckpt_avg.user_code.gate import Requirement
+
+
+_LEAST_SHARD = 1000  # bytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -196,6 +200,35 @@ class OutputOptions(OptionGroup):
         doc="Write ``OUTPUT.sha256``, for ``sha256sum -c``, and SHA-256 of the checkpoints' files into the output's "
         "metadata. Both are read once more for it.",
     )
+    max_shard_size: int | str | None = option(
+        None,
+        "Write a folder with shards of up to SIZE.",
+        doc="Write a folder. If its weights are larger than this, they are shards of up to this size with an index, as "
+        "huggingface_hub writes them: bytes, or a text such as ``5GB`` (10^9 bytes) or ``5GiB`` (2^30).",
+        metavar="SIZE",
+    )
+    push_to_hub: str | None = option(
+        None,
+        "Upload the folder to this repository of the Hub.",
+        doc="Write a folder, and upload it to this repository of the Hugging Face Hub, for example ``org/name``. It is "
+        "created, private, if there is none.",
+        metavar="ORG/NAME",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.largest_shard is not None and self.largest_shard < _LEAST_SHARD:
+            raise UsageError(f"--max-shard-size: {self.max_shard_size} is out of range. Use 1KB or more, such as 5GB.")
+
+    @functools.cached_property
+    def largest_shard(self) -> int | None:
+        """How many bytes of tensors are in a shard, unless it has only one; None without shards."""
+        if not isinstance(self.max_shard_size, str):
+            return self.max_shard_size
+        try:
+            return parse_size(self.max_shard_size)
+        except ValueError as error:
+            raise UsageError(f"--max-shard-size: {error}. Write for example 5GB.") from None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -38,6 +38,7 @@ def publish(draft: Draft) -> AverageResult:
     agree_on_header(ranks, b"".join(draft.headers))
     data_digest: str | None = None
     sha256: str | None = None
+    file_digests: list[str] | None = None
     with _output_folder(draft) as folder:
         shown = [draft.target if folder is None else draft.target / shard.name for shard in draft.shards]
         paths = shown if folder is None else [folder.path / shard.name for shard in draft.shards]
@@ -46,13 +47,15 @@ def publish(draft: Draft) -> AverageResult:
             report = _refresh_and_measure(draft, weights)
             if ranks.is_first:
                 draft.evaluations.notice_chance()
-                data_digest, sha256 = _complete(draft, weights, report)
+                data_digest, file_digests = _complete(draft, weights, report)
+                if file_digests is not None and folder is None:
+                    sha256 = file_digests[0]
                 _refuse_unmet(draft.result(report, data_digest, sha256))
                 ranks.check()
                 is_durable = weights.publish(overwrite=request.overwrite and folder is None)
                 if folder is not None and draft.release is not None:
                     weights.close()
-                    sha256 = complete_folder(folder, draft.release, draft.result(report, data_digest), sha256)
+                    sha256 = complete_folder(folder, draft.release, draft.result(report, data_digest), file_digests)
                     is_durable = folder.publish(overwrite=request.overwrite)
                 if not is_durable:
                     draft.context.notice(
@@ -148,8 +151,10 @@ def _write_spectral_vectors(draft: Draft, weights: UnpublishedWeights) -> None:
         weights.drop_cache()
 
 
-def _complete(draft: Draft, weights: UnpublishedWeights, report: BatchNormReport | None) -> tuple[str, str | None]:
-    """Writes the final headers; returns the digest of the data, and SHA-256 of the file if requested."""
+def _complete(
+    draft: Draft, weights: UnpublishedWeights, report: BatchNormReport | None
+) -> tuple[str, list[str] | None]:
+    """Writes the final headers; returns the digest of the data, and SHA-256 of each file if requested."""
     context = draft.context
     context.phase(Phase(f"completing the output, {decimal_size(draft.nbytes)}"))
 
@@ -165,7 +170,7 @@ def _complete(draft: Draft, weights: UnpublishedWeights, report: BatchNormReport
     if not draft.request.sha256:
         return data_digest, None
     context.progress.step(Phase("computing its digest", draft.nbytes, "bytes"))
-    return data_digest, weights.sha256(read)[0]
+    return data_digest, weights.sha256(read)
 
 
 def _share(draft: Draft) -> None:

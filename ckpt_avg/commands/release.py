@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,10 @@ from ckpt_avg.mean.plan import Plan
 from ckpt_avg.output.config_dtype import with_true_dtype
 from ckpt_avg.output.paths import checksum_line
 from ckpt_avg.output.release_folder import ReleaseFolder
+from ckpt_avg.output.shards import Shard, encode_index, index_metadata, index_name, split, whole
 from ckpt_avg.output.side_files import CONFIG, SideFile, differences, find_side_files
-from ckpt_avg.output.weights_name import ADAPTER_CONFIG, weights_name
+from ckpt_avg.output.weights_name import ADAPTER_CONFIG, weights_name, without_variant
+from ckpt_avg.text import listing, quote
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.draft import AverageResult
@@ -31,13 +33,13 @@ class Release:
     """The files of an output folder.
 
     Attributes:
-        weights: the name of the file with the weights.
+        shards: the files of the weights; often a single one.
         copied: name → SHA-256 of each side file.
         made: the names of the other files.
         side_files: what is copied; empty on every rank but the first.
     """
 
-    weights: str
+    shards: tuple[Shard, ...]
     copied: Mapping[str, str]
     made: tuple[str, ...]
     side_files: tuple[SideFile, ...]
@@ -45,7 +47,7 @@ class Release:
     @property
     def files(self) -> tuple[str, ...]:
         """The names of all files, the weights first."""
-        return (self.weights, *sorted((*self.copied, *self.made)))
+        return (*(shard.name for shard in self.shards), *sorted((*self.copied, *self.made)))
 
     @property
     def recorded(self) -> dict[str, str | None]:
@@ -53,8 +55,8 @@ class Release:
         return {**dict.fromkeys(self.files), **self.copied}
 
 
-def plan_release(prepared: Prepared, context: Context, *, sha256: bool) -> Release:
-    """Finds the side files, on rank 0 for all, and tells what the user should know of them.
+def plan_release(prepared: Prepared, context: Context, *, sha256: bool, max_shard_size: int | None) -> Release:
+    """Finds the side files, on rank 0 for all, and tells what the user should know of them and of the shards.
 
     Raises:
         CheckpointFormatError: one cannot be read, or is a link to somewhere else.
@@ -73,18 +75,28 @@ def plan_release(prepared: Prepared, context: Context, *, sha256: bool) -> Relea
         floats = {each.dtype.torch_name for each in prepared.plan.tensors if each.dtype.kind == "float"}
         return weights_name(source, paths, floats), {each.name: each.sha256 for each in found}
 
-    weights, copied = context.ranks.exchange("side files", None, combine)
-    return Release(weights, copied, (CARD, SUMS) if sha256 else (CARD,), tuple(found))
+    name, copied = context.ranks.exchange("side files", None, combine)
+    made = [CARD, *([SUMS] if sha256 else [])]
+    shards = whole(prepared.plan, name)
+    if max_shard_size is not None and prepared.plan.nbytes > max_shard_size:
+        shards = split(prepared.plan, without_variant(name), max_shard_size)
+        if larger := [shard.tensors[0].name for shard in shards if shard.nbytes > max_shard_size]:
+            notice(f"larger than --max-shard-size, each in a shard of its own: {listing(map(quote, larger))}")
+    if len(shards) > 1:
+        made.append(index_name(shards[0].name))
+    return Release(shards, copied, tuple(made), tuple(found))
 
 
-def complete_folder(folder: ReleaseFolder, release: Release, result: AverageResult, sha256: str | None) -> str | None:
-    """Adds the files that this run makes: the model card, and the list of SHA-256 if it was requested.
+def complete_folder(
+    folder: ReleaseFolder, release: Release, result: AverageResult, sha256: Sequence[str] | None
+) -> str | None:
+    """Adds the files that this run makes: an index, the model card, and the list of SHA-256 if it was requested.
 
     Args:
         folder: with the weights and the side files.
         release: what it will contain.
         result: what the card describes.
-        sha256: of the weights, if SHA-256 was requested.
+        sha256: of each file of the weights, if SHA-256 was requested.
 
     Returns:
         SHA-256 of the list of SHA-256, if there is one.
@@ -93,11 +105,17 @@ def complete_folder(folder: ReleaseFolder, release: Release, result: AverageResu
         OutputError: the system refused.
     """
     config = read_config(folder.path)
-    card = model_card(result, name=folder.target.name, config=config, recorded=result.metadata).encode()
-    folder.add(CARD, len(card), [card])
+    made = {CARD: model_card(result, name=folder.target.name, config=config, recorded=result.metadata).encode()}
+    if len(release.shards) > 1:
+        names = ((shard.name, (tensor.name for tensor in shard.tensors)) for shard in release.shards)
+        metadata = index_metadata(sum(shard.nbytes for shard in release.shards), result.data_digest or "")
+        made[index_name(release.shards[0].name)] = encode_index(names, metadata)
+    for name, contents in made.items():
+        folder.add(name, len(contents), [contents])
     if sha256 is None:
         return None
-    digests = {**release.copied, release.weights: sha256, CARD: hashlib.sha256(card).hexdigest()}
+    digests = {**release.copied, **{name: hashlib.sha256(contents).hexdigest() for name, contents in made.items()}}
+    digests |= {shard.name: digest for shard, digest in zip(release.shards, sha256, strict=True)}
     sums = b"".join(checksum_line(name, digest) for name, digest in sorted(digests.items()))
     folder.add(SUMS, len(sums), [sums])
     return hashlib.sha256(sums).hexdigest()

@@ -6,7 +6,7 @@ import bisect
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ckpt_avg.output.provenance import (
     size_of,
     text_of,
 )
+from ckpt_avg.output.written_file import WrittenFile
 from ckpt_avg.progress import Phase
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery, discover
@@ -51,18 +52,16 @@ class Compared:
 
 
 def compare_with_mean(
-    file: InputFile,
-    tensors: Mapping[str, TensorSpec],
-    metadata: Mapping[str, str],
-    request: VerifyRequest,
-    *,
-    threads: int,
-    context: Context,
+    files: Sequence[WrittenFile], request: VerifyRequest, *, threads: int, context: Context
 ) -> Compared:
-    """Compares a file's data, bit for bit, with the mean of the checkpoints that its metadata records.
+    """Compares the data of an output's files, bit for bit, with the mean of the checkpoints that they record.
 
     Raises VerificationError if the sources are not the recorded ones, or their mean differs.
     """
+    path, metadata = Path(request.path), files[0].metadata
+    tensors = {
+        name: replace(tensor, file=index) for index, each in enumerate(files) for name, tensor in each.tensors.items()
+    }
     recorded = recorded_sources(metadata)
     options = RecordedOptions.read(recorded_options(metadata) or {"": None})
     weights = None
@@ -72,13 +71,13 @@ def compare_with_mean(
         recorded = None
     if recorded is None or options is None:
         raise VerificationError(
-            f"{file.path}: expected its sources and options in its metadata, got none that can be read. Average the "
+            f"{path}: expected its sources and options in its metadata, got none that can be read. Average the "
             "checkpoints again."
         )
     context.phase(Phase("opening checkpoints"))
     with ExitStack() as stack:
         try:
-            checkpoints = _recorded_among(discover(request.sources or ()), recorded, options, stack, file.path)
+            checkpoints = _recorded_among(discover(request.sources or ()), recorded, options, stack, path)
             for source in (source for checkpoint in checkpoints for source in checkpoint.files):
                 source.use_io(request.io)
             specs = [checkpoint.spec for checkpoint in checkpoints]
@@ -88,7 +87,7 @@ def compare_with_mean(
             is_refreshed = recorded_statistics(metadata) == "refreshed"
             free = _batch_norm_buffers(plan) if is_refreshed else set()
             vectors = {name for layer in plan.spectral_norms for name in (layer.u, layer.v)}
-            comparison = _Comparison(file, tensors, plan, free | vectors)
+            comparison = _Comparison(path, [each.file for each in files], tensors, plan, free | vectors)
             context.phase(reading("averaging", len(specs), plan.source_nbytes))
             indices, unequal = summed(recorded_sum_order(recorded), weights)
             write_means(
@@ -104,17 +103,17 @@ def compare_with_mean(
             )
         except IncompatibleError as error:
             raise VerificationError(
-                f"{one_line(str(file.path))}: not the mean of these checkpoints: {error}", lines=True
+                f"{one_line(str(path))}: not the mean of these checkpoints: {error}", lines=True
             ) from error
         if plan.spectral_norms:
             from ckpt_avg.mean.spectral_norm import differing_vectors
             from ckpt_avg.user_code.model import weights_of
 
-            found = Checkpoint(CheckpointSpec(file.path, "safetensors", tensors), (file,))
+            found = Checkpoint(CheckpointSpec(path, "safetensors", tensors), [each.file for each in files])
             others = list(differing_vectors(plan, checkpoints[-1], weights_of(found)))
             if others:
                 raise VerificationError(
-                    f"{file.path}: spectral norm of {listing(map(quote, others))}: u and v are not the vectors of the "
+                    f"{path}: spectral norm of {listing(map(quote, others))}: u and v are not the vectors of the "
                     "averaged weight. Average the checkpoints again."
                 )
     measured = tuple(name for name in plan.by_name() if name in comparison.measured - vectors)
@@ -202,21 +201,28 @@ def _batch_norm_buffers(plan: Plan) -> set[str]:
 
 
 class _Comparison:
-    """Compares the mean with a file, block by block; tensors in ``free`` may differ. Threads may share it.
+    """Compares the mean with an output, block by block; tensors in ``free`` may differ. Threads may share it.
 
-    Raises VerificationError if the file has other tensors.
+    Raises VerificationError if the output has other tensors.
     """
 
-    def __init__(self, file: InputFile, tensors: Mapping[str, TensorSpec], plan: Plan, free: Collection[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: Sequence[InputFile],
+        tensors: Mapping[str, TensorSpec],
+        plan: Plan,
+        free: Collection[str],
+    ) -> None:
         expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         if expected != found:
             others = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
             raise VerificationError(
-                f"{file.path}: not the mean of these checkpoints: these tensors have another name, shape or dtype: "
+                f"{path}: not the mean of these checkpoints: these tensors have another name, shape or dtype: "
                 f"{listing(map(quote, others))}. {_NAME_THE_SOURCES}"
             )
-        self._file, self._tensors, self._plan, self._free = file, tensors, plan, free
+        self._files, self._tensors, self._plan, self._free = files, tensors, plan, free
         self._begins = [tensor.offset for tensor in plan.tensors]
         self._lock = threading.Lock()
         self.measured: set[str] = set()
@@ -233,7 +239,8 @@ class _Comparison:
                 self._compare(tensor, first - tensor.offset, contents[first - offset : stop - offset])
 
     def _compare(self, tensor: OutputTensor, begin: int, mean: memoryview) -> None:
-        found = self._file.read(self._tensors[tensor.name].offset + begin, len(mean))
+        file = self._files[self._tensors[tensor.name].file]
+        found = file.read(self._tensors[tensor.name].offset + begin, len(mean))
         if found == mean:
             return
         if tensor.name in self._free:
@@ -242,7 +249,7 @@ class _Comparison:
             return
         index = next(index for index, (a, b) in enumerate(zip(found, mean, strict=True)) if a != b)
         raise VerificationError(
-            f"{self._file.path}: tensor {quote(tensor.name)}: not the mean of these checkpoints: it differs at index "
+            f"{file.path}: tensor {quote(tensor.name)}: not the mean of these checkpoints: it differs at index "
             f"{(begin + index) // tensor.dtype.itemsize:,}. Average them again, or name the checkpoints that it was "
             "made of."
         )

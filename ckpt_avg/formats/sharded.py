@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -67,12 +67,19 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
             f"sharded {' and '.join(sorted({spec.format for spec in shards.values()}))}",
             table,
             kind=opened[-1].spec.kind,
+            averaged=opened[-1].spec.averaged,
             notes=tuple(dict.fromkeys(note for spec in shards.values() for note in spec.notes)),
-            metadata={"shards": len(shards)},
+            metadata={**_common([spec.metadata for spec in shards.values()]), "shards": len(shards)},
             digest=hashlib.sha256(digests.encode()).hexdigest(),
         )
         on_error.pop_all()
         return Checkpoint(spec, [file for checkpoint in opened for file in checkpoint.files])
+
+
+def _common(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what all shards have in their metadata."""
+    first, *others = metadata
+    return {key: value for key, value in first.items() if all(each.get(key) == value for each in others)}
 
 
 def shards_of(index: Path) -> set[str]:

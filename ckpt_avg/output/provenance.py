@@ -180,6 +180,17 @@ def recorded_digests(metadata: Mapping[str, Any]) -> Digests | None:
     return Digests(data.removeprefix(_TREE), header.removeprefix(_PLAIN))
 
 
+def recorded_shard(metadata: Mapping[str, Any]) -> tuple[int, int, str] | None:
+    """Returns of a shard its number, that of all shards, and the digest of all, in hex; None of a single file."""
+    shard, digest = _parsed(metadata, SHARD), metadata.get(SHARDS_DIGEST)
+    if not isinstance(shard, dict) or not isinstance(digest, str) or not re.fullmatch(f"{_PLAIN}{_HEX}", digest):
+        return None
+    number, count = shard.get("number"), shard.get("of")
+    if not isinstance(number, int) or not isinstance(count, int):
+        return None
+    return number, count, digest.removeprefix(_PLAIN)
+
+
 def recorded_sources(metadata: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """Returns what a file records of the checkpoints that it is the mean of; None if it has none, or malformed ones."""
     sources = _parsed(metadata, SOURCES)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import bisect
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckpt_avg.formats.sharded import SUFFIX
 from ckpt_avg.mean.plan import OutputTensor, Plan
+from ckpt_avg.output.provenance import SHARDS_DIGEST
 
-_SAFETENSORS = ".safetensors"
+SAFETENSORS = ".safetensors"
+SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +37,20 @@ class Shard:
     nbytes: int
 
 
-def whole(plan: Plan, name: str) -> tuple[Shard]:
+def whole(plan: Plan, name: str) -> tuple[Shard, ...]:
     """Returns the only file, which contains all tensors."""
     return (Shard(name, plan.tensors, 0, plan.nbytes),)
 
 
-def split(plan: Plan, stem: str, largest: int) -> tuple[Plan, tuple[Shard, ...]]:
-    """Returns the plan with its tensors in the order of the shards, and the shards.
+def split(plan: Plan, name: str, largest: int) -> tuple[Shard, ...]:
+    """Returns the shards; the only file if all tensors fit into it.
 
     Args:
-        plan: what is written.
-        stem: what the files' names begin with, for example ``model``.
+        plan: what is written. `ordered` returns it in the order of the shards.
+        name: of the only file, for example ``model.safetensors``. Those of shards follow from it.
         largest: bytes of tensors in a shard, unless it has only one.
     """
+    stem = name.removesuffix(SAFETENSORS)
     groups: list[list[OutputTensor]] = []
     current: list[OutputTensor] = []
     filled = 0
@@ -62,7 +66,7 @@ def split(plan: Plan, stem: str, largest: int) -> tuple[Plan, tuple[Shard, ...]]
     if current:
         groups.append(current)
     if len(groups) == 1:
-        return plan, whole(plan, stem + _SAFETENSORS)
+        return whole(plan, name)
     shards: list[Shard] = []
     begin = 0
     for number, group in enumerate(groups, start=1):
@@ -70,15 +74,14 @@ def split(plan: Plan, stem: str, largest: int) -> tuple[Plan, tuple[Shard, ...]]
         for tensor in group:
             placed.append(replace(tensor, offset=end))
             end += tensor.nbytes
-        name = f"{stem}-{number:05}-of-{len(groups):05}{_SAFETENSORS}"
-        shards.append(Shard(name, tuple(placed), begin, end - begin))
+        shards.append(Shard(f"{stem}-{number:05}-of-{len(groups):05}{SAFETENSORS}", tuple(placed), begin, end - begin))
         begin = end
-    return replace(plan, tensors=tuple(tensor for shard in shards for tensor in shard.tensors)), tuple(shards)
+    return tuple(shards)
 
 
-def larger_tensors(shards: Sequence[Shard], largest: int) -> list[str]:
-    """Returns the names of tensors that are larger than a shard should be."""
-    return [shard.tensors[0].name for shard in shards if shard.nbytes > largest and len(shards) > 1]
+def ordered(plan: Plan, shards: Sequence[Shard]) -> Plan:
+    """Returns the plan with its tensors in the order and at the offsets of the shards."""
+    return replace(plan, tensors=tuple(tensor for shard in shards for tensor in shard.tensors))
 
 
 def parts(shards: Sequence[Shard], offset: int, length: int) -> Iterator[tuple[int, int, int]]:
@@ -97,9 +100,14 @@ def parts(shards: Sequence[Shard], offset: int, length: int) -> Iterator[tuple[i
         index += 1
 
 
-def index_name(stem: str) -> str:
-    """Returns the name of the index next to the shards."""
-    return f"{stem}{_SAFETENSORS}{SUFFIX}"
+def index_name(shard: str) -> str:
+    """Returns the name of the index of shards, of which one has this name."""
+    return re.sub(r"-\d+-of-\d+(?=\.safetensors$)", "", shard) + SUFFIX
+
+
+def index_metadata(total_size: int, digest: str) -> dict[str, object]:
+    """Returns the metadata of an index: the bytes of all tensors, and the digest of the shards, in hex."""
+    return {"total_size": total_size, SHARDS_DIGEST: f"sha256:{digest}"}
 
 
 def encode_index(tensors: Iterable[tuple[str, Iterable[str]]], metadata: Mapping[str, object]) -> bytes:

@@ -16,6 +16,12 @@ _KNOWN = re.compile(
 _VARIANTS = {".fp16": "float16", ".bf16": "bfloat16", ".fp32": "float32"}
 
 
+def without_variant(name: str) -> str:
+    """Returns a name without a variant such as ``fp16``: loaders expect it elsewhere in the names of shards."""
+    match = _KNOWN.fullmatch(name)
+    return f"{match['stem']}.safetensors" if match else name
+
+
 def weights_name(source: str, side_files: Mapping[str, Path], dtypes: Collection[str]) -> str:
     """Returns the name.
 

@@ -20,9 +20,8 @@ from formats.test_sharded import write
 from safetensors.torch import load_file, save_file
 
 import ckpt_avg
-from ckpt_avg.commands import verify as verifying
 from ckpt_avg.errors import UsageError, VerificationError
-from ckpt_avg.output import provenance
+from ckpt_avg.output import provenance, written_file
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -124,10 +123,10 @@ def test_ten_thousand_flipped_bits_are_found(tmp_path: Path, run_folder: Path) -
 @pytest.mark.guarantee("verify-damage")
 def test_flipped_bits_catch_a_check_that_skips_the_header(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the same harness finds out that a part of the file is not checked."""
-    monkeypatch.setattr(verifying, "header_digest", lambda header: ckpt_avg.open_checkpoint(output).spec.digest)
-    compare = verifying._refuse_other
+    monkeypatch.setattr(written_file, "header_digest", lambda header: ckpt_avg.open_checkpoint(output).spec.digest)
+    compare = written_file.refuse_other
     monkeypatch.setattr(
-        verifying, "_refuse_other", lambda file, what, *digests: what == "header" or compare(file, what, *digests)
+        written_file, "refuse_other", lambda file, what, *digests: what == "header" or compare(file, what, *digests)
     )
     assert list(bit_flips(output, 150))
 
@@ -333,7 +332,7 @@ def test_invalid_commands_are_usage_errors(output: Path, in_process: Run, argume
     [
         ("none", "no such file. Check the path."),
         ("none/none", "no such file. Check the path."),
-        ("folder", "is a folder. Name a file that ckpt-avg wrote"),
+        ("folder", "contains no weights. Name an output of ckpt-avg"),
         ("pipe", "is a device, pipe or socket. Name a file that ckpt-avg wrote"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Text for messages: names escaped, long lists cut, numbers counted, tables."""
+"""Text for messages: names escaped, long lists cut, numbers counted."""
 
 from __future__ import annotations
 
@@ -86,12 +86,19 @@ def ends(items: Sequence[str]) -> str:
     return ", ".join(items if len(items) <= 4 else [*items[:2], "…", items[-1]])
 
 
-def suggestion(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
-    """Returns `` Did you mean 'bfloat16'?`` for the choice closest to a word, or an empty string."""
+def nearest(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the choice that is most like a word, whatever their case, if one is like it."""
     import difflib  # only on the way to an error
 
-    near = difflib.get_close_matches(str(word).lower(), list(choices), n=1, cutoff=cutoff)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    known = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(str(word).lower(), known, n=1, cutoff=cutoff)
+    return known[near[0]] if near else None
+
+
+def suggestion(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
+    """Returns `` Did you mean 'bfloat16'?`` for the choice nearest to a word, or an empty string."""
+    near = nearest(word, choices, cutoff)
+    return "" if near is None else f" Did you mean {near!r}?"
 
 
 def parse_size(text: str) -> int:
@@ -136,10 +143,3 @@ def type_of(value: object) -> str:
     """Returns ``a str``, ``an int``: the type of a value, with its article."""
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table, the first row being its header."""
-    cells = [list(map(one_line, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]

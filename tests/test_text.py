@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_avg.text import argument, distinct_names, escaped, listing, plural, quote, safe_text, size, table, type_of
+from ckpt_avg.text import argument, distinct_names, escaped, listing, plural, quote, safe_text, size, type_of
 
 
 @pytest.mark.parametrize("name", ["w", "", "é", "日本語", "it's", 'a"b', 3, None, (1, 2), [1], b"x", 1.5])
@@ -163,9 +163,3 @@ def test_text_for_a_terminal(text: str, shown: str) -> None:
     """Lines stay; whatever else moves a cursor or a direction shows escaped, and nothing else changes."""
     assert safe_text(text) == shown
     assert safe_text(shown) == shown
-
-
-def test_columns_of_a_table_follow_the_longest_cell() -> None:
-    """The header included, and no line ends in blanks."""
-    rows = [["", "a", "a long\nname"], ["x", "123456", "1"], ["longer", "1", ""]]
-    assert table(rows) == ["        a       a long\\nname", "x       123456  1", "longer  1"]

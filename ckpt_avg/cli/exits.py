@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 import traceback
@@ -18,20 +17,11 @@ import click
 from ckpt_avg.cli.colours import choose, coloured
 from ckpt_avg.distributed.launch import launched_rank
 from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UsageError, UserCodeError, is_out_of_memory
-from ckpt_avg.text import one_line, safe_text, suggestion
+from ckpt_avg.text import safe_text
 from ckpt_avg.wording import for_command_line
 
 # A signal may come between publishing and the last line of output.
 _UNTOUCHED = "the output path is unchanged, or complete if it was already published"
-
-
-# click's sentences → ours
-_FORMS = (
-    (r"^Got unexpected extra arguments? \((.*)\)$", r"\1: unexpected."),
-    (r"^Option '(\S+)' requires an argument\.$", r"\1: its value is missing."),
-    (r"^Option '(\S+)' does not take a value\.$", r"\1: takes no value."),
-    (r"^No such command '(.*?)'\.", r"\1: no such command."),
-)
 
 
 class _Terminated(BaseException):
@@ -104,7 +94,9 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
         if not arguments:  # the message is the help text
             error.show()
             return error.exit_code
-        message = one_line(_message_of(error, command, arguments[0]))
+        from ckpt_avg.cli.wrong_words import message_of
+
+        message = message_of(error, command, arguments)
         return _fail(type(error).__name__, message, error.exit_code, as_json)
     except (KeyboardInterrupt, click.Abort) as error:
         return _interrupted(error, as_json)
@@ -152,22 +144,6 @@ def _interrupted(error: KeyboardInterrupt | click.Abort | _Terminated, as_json: 
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return _fail("Interrupted", f"interrupted: {_UNTOUCHED}", 130, as_json, known)
     return _fail("Terminated", f"terminated: {_UNTOUCHED}", 128 + error.number, as_json, known)
-
-
-def _message_of(error: click.ClickException, command: click.Command, name: str) -> str:
-    """Returns click's message in the form of ours: where, what is wrong, what to do."""
-    message, is_value = re.subn(r"^Invalid value for '(\S+)': ", r"\1: ", error.format_message())
-    if is_value:
-        return message
-    known = f" {name}" if isinstance(command, click.Group) and name in command.commands else ""
-    if isinstance(error, click.NoSuchOption):
-        message = f"{error.option_name}: no such option.{suggestion(error.option_name, error.possibilities or (), 0.8)}"
-    elif isinstance(error, click.MissingParameter) and error.param is not None:
-        is_option = isinstance(error.param, click.Option)
-        message = f"{error.param.opts[-1] if is_option else error.param.human_readable_name}: missing."
-    for form, ours in _FORMS:
-        message = re.sub(form, ours, message)
-    return f"{message} See ckpt-avg{known} --help."
 
 
 def error_json(kind: str, message: str, code: int) -> dict[str, object]:

@@ -28,7 +28,7 @@ from ckpt_avg.commands.requests import (
     VerifyRequest,
 )
 from ckpt_avg.errors import IncompatibleError, UsageError
-from ckpt_avg.text import one_line
+from ckpt_avg.text import one_line, suggestion
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -156,6 +156,39 @@ def verify_command(output: str, checkpoints: Sequence[str], sources: bool, print
         say(json.dumps(verify_json(report), indent=2))
     else:
         say(verify_text(report, verbose=printing.verbose, width=printing.width))
+
+
+@cli.command("help")
+@click.argument("command", required=False)
+@click.pass_context
+def help_command(context: click.Context, /, command: str | None) -> None:
+    """Show the help of ckpt-avg, or of a command."""
+    group = context.find_root()
+    if command is None:
+        click.echo(group.get_help())
+    elif command in cli.commands:
+        click.echo(click.Context(cli.commands[command], info_name=command, parent=group).get_help())
+    else:
+        raise UsageError(f"{command}: no such command.{suggestion(command, cli.commands)} See ckpt-avg --help.")
+
+
+@cli.command("completion")
+@click.argument("shell")
+def completion_command(shell: str) -> None:
+    """Print a script that completes words in bash, zsh or fish.
+
+    \b
+    ckpt-avg completion bash > ~/.local/share/bash-completion/completions/ckpt-avg
+    ckpt-avg completion zsh > ~/.zfunc/_ckpt-avg
+    ckpt-avg completion fish > ~/.config/fish/completions/ckpt-avg.fish
+
+    For zsh, ~/.zshrc needs "fpath+=~/.zfunc" before "compinit".
+    """  # noqa: D301 (click needs the backspace character itself)
+    from ckpt_avg.cli.completion import SCRIPTS
+
+    if shell not in SCRIPTS:
+        raise UsageError(f"{shell}: is not one of {', '.join(SCRIPTS)}.{suggestion(shell, SCRIPTS)}")
+    click.echo(SCRIPTS[shell](cli), nl=False)
 
 
 def main() -> None:

@@ -250,12 +250,13 @@ def average_command_for(
         # What power gives them depends on the checkpoints before them, which a list does not contain.
         is_listed = by_name and weighting.weighting == "power"
         words += ["--weights", ",".join(map(repr, weights))] if is_listed else options_of_rule(weighting)
-    words += ["-o", _free_name(output)]
+    words += ["-o", free_name(output)]
     paths = [str(path) for path in checkpoints] if by_name else list(context.params["sources"])
     return [*words, *(["--"] if any(path.startswith("-") for path in paths) else []), *paths]
 
 
-def _free_name(name: str) -> str:
+def free_name(name: str) -> str:
+    """Returns a name of a file that does not exist: this one, or with a number."""
     stem, suffix = os.path.splitext(name)
     names = itertools.chain([name], (f"{stem}-{number}{suffix}" for number in itertools.count(2)))
     return next(each for each in names if not os.path.lexists(each))

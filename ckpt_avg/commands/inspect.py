@@ -86,7 +86,7 @@ def inspect(request: InspectRequest) -> Inspection:
         CheckpointFormatError: it is a file or a checkpoint folder that cannot be read.
     """
     paths = [request.path] if isinstance(request.path, (str, os.PathLike)) else [*request.path]
-    path = Path(paths[0] if len(paths) == 1 else os.path.commonpath(paths) if paths else ".")
+    path = Path(paths[0] if len(paths) == 1 else os.path.commonpath(map(os.path.abspath, paths)) if paths else "")
     progress = request.callbacks
     progress.phase(Phase("opening checkpoints", left=0))
     try:

@@ -108,7 +108,8 @@ class MeanOptions(ResourceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", str(self.device)):
-            raise UsageError(f"--device: {str(self.device)!r} cannot be used. Use auto, cpu, cuda or cuda:N.")
+            near = " Did you mean 'cuda'?" if re.match(r"gpu|\d|nvidia", str(self.device).lower()) else ""
+            raise UsageError(f"--device: {str(self.device)!r} cannot be used. Use auto, cpu, cuda or cuda:N.{near}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

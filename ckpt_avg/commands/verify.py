@@ -12,6 +12,7 @@ from ckpt_avg.commands.requests import VerifyRequest, takes
 from ckpt_avg.commands.verify_folder import read_folder, refuse_changed, refuse_exchanged
 from ckpt_avg.errors import CheckpointFormatError, UsageError, VerificationError
 from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.files.missing import missing
 from ckpt_avg.files.status import input_status
 from ckpt_avg.formats.sharded import is_index
 from ckpt_avg.machine import choose_threads
@@ -132,7 +133,7 @@ def _checked(path: Path) -> Path:
     """Returns the path. Raises UsageError if it is neither a file nor a folder."""
     status = input_status(path)
     if status is None:
-        raise UsageError(f"{path}: no such file. Check the path.")
+        raise UsageError(f"{path}: {missing(path)}")
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise UsageError(f"{path}: is a device, pipe or socket. Name a file that ckpt-avg wrote, or a folder.")
     return path

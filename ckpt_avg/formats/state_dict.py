@@ -40,7 +40,7 @@ from ckpt_avg.formats.trainers.lit_ema import averaged_weights
 from ckpt_avg.formats.trainers.records import recognise
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import Contents, Layout, Trainer
-from ckpt_avg.text import argument, listing, quote
+from ckpt_avg.text import argument, listing, quote, suggestion
 from ckpt_avg.wording import setting
 
 # Of files without a known layout: keys of any script, and of trainers that keep only their EMA weights there.
@@ -85,7 +85,8 @@ def find_state_dict(root: object, path: Path, reading: Reading) -> StateDict:
     if (key := reading.state_key) is None:
         return replace(search.choose(), trainer=trainer)
     if follow(root, key, follow) is follow:  # which no file contains
-        problem = f"expected the key {quote(key)}, got {_contents(root)}. Choose one with --state-key."
+        near = suggestion(key, root) if isinstance(root, dict) else ""
+        problem = f"expected the key {quote(key)}, got {_contents(root)}.{near or ' Choose one with --state-key.'}"
         raise CheckpointFormatError(f"{path}: {problem}")
     is_ema = key == layout.ema if layout else key in _EMA_KEYS or is_ema_key(key)
     return replace(search.open(key), trainer=trainer, ema=is_ema)

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.errors import CheckpointFormatError, OutputError, UsageError
+from ckpt_avg.files.missing import is_remote
 from ckpt_avg.files.status import input_status, is_folder, stat_or_none
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.sharded import SUFFIX as INDEX_SUFFIX
@@ -76,6 +77,8 @@ def _check_target(path: str | os.PathLike[str], where: str, discovery: Discovery
         raise UsageError("-: the output cannot go to stdout. Name a file, for example swa.safetensors.")
     if os.path.basename(path) in ("", ".safetensors"):
         raise UsageError(f"{os.fspath(path)!r}: is not a file name. Name a file, for example swa.safetensors.")
+    if is_remote(path):
+        raise UsageError(f"{where}: is not on this machine. Write a file here, and copy it: -o swa.safetensors")
     target = Path(os.path.realpath(path))
     try:
         status = stat_or_none(path) or stat_or_none(target)  # realpath does not follow /dev/stdout to a pipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY
@@ -23,7 +24,7 @@ from ckpt_avg.runs.order import put_in_order, with_records_of_folders
 from ckpt_avg.runs.run_folder import Skipped, in_order, natural_key
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.runs.series import notes_on_moments, notes_on_series, one_series
-from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote
+from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote, suggestion
 from ckpt_avg.wording import setting
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
@@ -76,6 +77,8 @@ def open_candidates(
             f"nothing to average: --include and --exclude skip all {len(paths):,} checkpoints "
             f"({ends([escaped(path.name) for path in paths])}). Change the patterns, which match file names."
         )
+        found_names = [path.name for path in paths]
+        message += next((near for pattern in selection.include if (near := suggestion(pattern, found_names))), "")
         others = [quote(each.path.name) for each in skipped if wanted(each.path.name)]
         if others:
             message += f" These match, but run folders skip them: {listing(others)}. Name their paths to use them."
@@ -83,6 +86,7 @@ def open_candidates(
     progress.step(Phase("opening checkpoints", sum(wanted(path.name) for path in paths), "checkpoints"))
     given: list[Candidate] = []
     notes = [note for source in sources for note in source.notes]
+    notes += _idle_patterns(selection, [path.name for path in (*paths, *(each.path for each in skipped))])
     for source in sources:
         found: list[Candidate] = []
         try:
@@ -118,6 +122,17 @@ def open_candidates(
         names = ends(distinct_names([each.path for each in ordered]))
         notes.append(f"the checkpoints are in the order of their steps, not as given: {names} (see --keep-order)")
     return Candidates(tuple(ordered), tuple(given), tuple(skipped), tuple(notes))
+
+
+def _idle_patterns(selection: Selection, names: Sequence[str]) -> list[str]:
+    """Tells which patterns match no name: a typing error would otherwise select the wrong checkpoints in silence."""
+    given = [("--include", pattern) for pattern in selection.include]
+    given += [("--exclude", pattern) for pattern in selection.exclude]
+    return [
+        f"{setting(option, pattern)}: matches no checkpoint.{suggestion(pattern, names)}"
+        for option, pattern in given
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
 
 
 def _too_many_files(error: TooManyFilesError, opened: Sequence[Candidate], count: int) -> TooManyFilesError:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_avg.errors import IncompatibleError, UsageError
+from ckpt_avg.files.missing import missing
 from ckpt_avg.formats.folder import DEEPEST, file_has_weights, may_have_weights
 from ckpt_avg.formats.trainers.file_names import is_alias
 from ckpt_avg.formats.trainers.name_patterns import NO_CHECKPOINTS, SUFFIXES
@@ -93,8 +94,8 @@ def _list_source(original: str | os.PathLike[str], include: Iterable[str]) -> So
             f"{quote(source)}: cannot be accessed: {getattr(error, 'strerror', None) or error}. Check the path."
         ) from error
     if not exists:
-        what = "broken symbolic link" if source.is_symlink() else "no such file or folder"
-        raise UsageError(f"{source}: {what}. Check the path.")
+        what = "broken symbolic link. Check the path." if source.is_symlink() else missing(original)
+        raise UsageError(f"{os.fspath(original)}: {what}")
     if not source.is_dir():
         return SourceContents((source,), False)
     found = _search(source, DEEPEST, set(), include)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ckpt_avg.checkpoint.training_record import Record, measure, number_in
 from ckpt_avg.errors import IncompatibleError, UsageError
+from ckpt_avg.files.missing import missing
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.runs.candidate import Candidate, excluding
 from ckpt_avg.runs.log_rows import read_rows
@@ -251,7 +252,7 @@ def _path(given: str | os.PathLike[str]) -> Path:
     try:
         mode = os.stat(given).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"{setting('--log', given)}: no such file. Check the path.") from error
+        raise UsageError(f"{setting('--log', given)}: {missing(given, 'no such file')}") from error
     except (OSError, ValueError) as error:  # no permission, a name too long or with NUL
         why = getattr(error, "strerror", None) or error
         raise UsageError(f"--log {quote(given)}: cannot be accessed: {why}. Check the path.") from error

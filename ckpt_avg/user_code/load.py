@@ -7,10 +7,12 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 from ckpt_avg.errors import CkptAvgError, UsageError, UserCodeError, is_out_of_memory
-from ckpt_avg.text import suggestion
+from ckpt_avg.files.missing import missing
+from ckpt_avg.text import argument, listing, suggestion
 from ckpt_avg.wording import worded
 
 
@@ -37,14 +39,21 @@ def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str])
     Raises UsageError if the option's reference is malformed or names nothing, UserCodeError if the import fails.
     """
     module_name, separator, name = reference.partition(":")
+    if "/" in module_name or module_name.endswith(".py"):
+        place, file = os.path.split(module_name)
+        where = f"--app-dir {argument(place)} " if place else ""
+        raise UsageError(
+            f"{option} {reference}: expected a module, not a file. Write {where}{option} "
+            f"{file.removesuffix('.py')}:{name or 'NAME'}."
+        )
     if not separator or not name or not all(module_name.split(".")):
-        raise UsageError(f"{option} {reference}: expected MODULE:NAME, for example train:make_model.")
-    if module_name.endswith(".py"):
-        raise UsageError(f"{option} {reference}: expected a module, not a file. Remove '.py'.")
+        module, _, last = module_name.rpartition(".")
+        near = f" Did you mean {module}:{last}?" if module and last and not separator else ""
+        raise UsageError(f"{option} {reference}: expected MODULE:NAME, for example train:make_model.{near}")
     folder = os.path.abspath(app_dir)
     if not os.path.isdir(folder):
-        kind = "is not a folder" if os.path.exists(folder) else "does not exist"
-        raise UsageError(f"--app-dir {app_dir}: {kind}. Name the folder that contains your module.")
+        why = "is not a folder. Name the one that contains your module."
+        raise UsageError(f"--app-dir {app_dir}: {why if os.path.exists(folder) else missing(app_dir)}")
     if sys.path[:1] != [folder]:
         sys.path.insert(0, folder)
     with user_errors(f"{option} {reference}: importing {module_name} failed:"):
@@ -53,17 +62,40 @@ def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str])
         except ModuleNotFoundError as error:
             if error.name is None or not (module_name + ".").startswith(error.name + "."):
                 raise
+            missed = error.name.rpartition(".")[2]
+            near = suggestion(missed, _modules_in(os.path.join(folder, *error.name.split(".")[:-1])))
             raise UsageError(
-                f"{option} {reference}: no module {module_name!r} in {folder} or among the installed packages. Name "
-                "its folder with --app-dir."
+                f"{option} {reference}: no module {error.name!r} in {folder} or among the installed packages."
+                f"{near or ' Name its folder with --app-dir.'}"
             ) from None
     for part in name.split("."):
         if not hasattr(found, part):
             file = getattr(sys.modules[module_name], "__file__", None) or "a package"
-            advice = suggestion(part, dir(found)) or " Name a function of this module."
+            advice = _advice_on_names(part, found) or " Name a function of this module."
             raise UsageError(f"{option} {reference}: {module_name} (from {file}) has no {name!r}.{advice}")
         found = getattr(found, part)
     return found
+
+
+def _modules_in(folder: str) -> list[str]:
+    """Returns the names of the modules and packages in a folder."""
+    with contextlib.suppress(OSError):
+        return [name.removesuffix(".py") for name in os.listdir(folder) if name.removesuffix(".py").isidentifier()]
+    return []
+
+
+def _advice_on_names(name: str, module: Any) -> str:
+    """Suggests what can be called in a module: the nearest name, or all that it defines itself."""
+    own = (
+        [
+            each
+            for each, value in vars(module).items()
+            if not each.startswith("_") and callable(value) and getattr(value, "__module__", None) == module.__name__
+        ]
+        if isinstance(module, ModuleType)
+        else []
+    )
+    return suggestion(name, own or dir(module)) or (f" It has {listing(own)}." if own else "")
 
 
 def forward_batch_of(reference: str) -> Any:

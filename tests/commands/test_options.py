@@ -20,6 +20,7 @@ from ckpt_avg.errors import UsageError
 # The options that say how results are shown, or that a Python caller has in another place.
 OF_THE_COMMAND_LINE = {
     "app_dir",
+    "card",
     "as_json",
     "color",
     "version",

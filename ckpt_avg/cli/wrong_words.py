@@ -130,7 +130,8 @@ def _instead_of_option(
         return f"Write: ckpt-avg {shlex.join(rest)}"
     if instead and instead.split(" ")[0] in known:
         return f"Write {instead}."
-    if (near := nearest(plain, known, 0.75)) is not None:
-        return f"Did you mean {near!r}?"
     others = [each for each, other in commands.items() if any(plain in option.opts for option in other.params)]
-    return f"These commands have it: {', '.join(others)}." if others else ""
+    if others:
+        return f"These commands have it: {', '.join(others)}."
+    near = nearest(plain, known, 0.75)
+    return "" if near is None else f"Did you mean {near!r}?"

@@ -79,9 +79,8 @@ def completed(shell: str, line: str, folder: Path) -> set[str]:
     return {found.split("\t")[0] for found in done.stdout.splitlines() if found}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("line", "words"), CASES, ids=[line for line, _ in CASES])
-@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("shell", ["bash", pytest.param("zsh", marks=pytest.mark.slow), "fish"])
 def test_a_shell_completes(shell: str, line: str, words: set[str], tmp_path: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")

@@ -699,13 +699,16 @@ def test_other_sizes_are_refused(in_process: InProcess, text: str) -> None:
     [
         (["avrage"], "avrage: no such command. Did you mean 'average'? See ckpt-avg --help."),
         (["average", "-o", "x"], "SOURCE...: missing. See ckpt-avg average --help."),
-        (["average", "run"], "--output: missing. See ckpt-avg average --help."),
+        (["average", "run"], "--output: missing. Add -o swa.safetensors."),
         (["inspect"], "PATH...: missing. See ckpt-avg inspect --help."),
         (["check", "a", "--last"], "--last: its value is missing. See ckpt-avg check --help."),
         (["check", "a", "--json=1"], "--json: takes no value. See ckpt-avg check --help."),
-        (["check", "a", "--lst", "3"], "--lst: no such option. Did you mean '--last'? See ckpt-avg check --help."),
-        (["check", "a", "--bn", "keep"], "--bn: no such option. See ckpt-avg check --help."),
-        (["sweep", "a", "--require", "a>1"], "--require: no such option. See ckpt-avg sweep --help."),
+        (["check", "a", "--lst", "3"], "--lst: no such option. Did you mean '--last'?"),
+        (["check", "a", "--bn", "keep"], "--bn: no such option. These commands have it: average, sweep, soup."),
+        (
+            ["sweep", "a", "--require", "a>1"],
+            "--require: no such option. These commands have it: average, refresh-bn, soup.",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -171,6 +171,7 @@ class CheckpointSpec:
         metadata: ``__metadata__`` of a safetensors file; plain values (epoch, step, metric, …) next to the state
             dict of a torch file.
         notes: what a user should know about how it was read.
+        model: the name of one model of several in a checkpoint folder, such as ``unet``.
         digest: SHA-256, in hex, of what says where the tensors are stored: the JSON of a safetensors header, the pickle
             of a torch file; of several files, of the index and the digests of the files.
     """
@@ -188,6 +189,7 @@ class CheckpointSpec:
     averaged: str = ""
     metadata: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    model: str = ""
     digest: str = ""
 
     @property
@@ -216,10 +218,15 @@ class CheckpointSpec:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An open checkpoint: its spec and the files that contain its tensors. Use it as a context manager."""
+    """An open checkpoint: its spec and the files that contain its tensors. Use it as a context manager.
+
+    Attributes:
+        models: of a folder with several models, each of them by name; their files are those of the checkpoint.
+    """
 
     spec: CheckpointSpec
     files: Sequence[InputFile]
+    models: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     def check_unchanged(self) -> None:
         """Raises ChangedWhileReadingError if a file was truncated or modified since it was opened."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,40 @@ def find_weights(path: Path) -> WeightFiles | None:
         CheckpointFormatError: the folder cannot be listed.
     """
     folder = _list(path)
-    return _known(folder) or (_only_set(folder) if names_a_moment(name_of(path)) else None)
+    return _known(folder) or _marked(folder) or (_only_set(folder) if names_a_moment(name_of(path)) else None)
+
+
+def _marked(folder: Folder) -> WeightFiles | None:
+    """Returns that a folder has several models, if a file in it says so; the models are in folders of their own."""
+    if not has_models_file(folder):
+        return None
+    models = models_in(folder)
+    return WeightFiles(folder.path, problem=several(folder, list(models)), models=tuple(models)) if models else None
+
+
+def has_models_file(folder: Folder) -> bool:
+    """Whether a file says that each folder next to it may be one model of several."""
+    return any(trainer.models_file in folder.names for trainer in TRAINERS if trainer.models_file)
+
+
+def models_in(folder: Folder) -> dict[str, WeightFiles]:
+    """Returns the weights in each folder inside, by its name; a running average only if nothing else is there."""
+    found: dict[str, WeightFiles] = {}
+    for inner in _folders(folder):
+        weights = None if names_a_moment(inner.path.name) else _known(inner) or _only_set(inner)
+        if weights and not weights.nested:
+            found[inner.path.name] = weights
+    raw = {name: weights for name, weights in found.items() if not is_ema(name)}
+    return raw or found
+
+
+def several(folder: Folder, names: Sequence[str]) -> str:
+    """Says which models a folder has, and how to average all of them, or one."""
+    pattern = re.sub(r"\d+([-+.:]\d+)*", "*", name_of(folder.path))
+    one = f"ame one of each checkpoint: {argument(folder.path.parent)}/{pattern}/{names[0]}"
+    are_folders = all(os.path.isdir(folder.path / name) for name in names)
+    advice = f"Average all of them into a folder, -o FOLDER/, or n{one}" if are_folders else f"N{one}"
+    return f"the folder has several models: {listing(map(quote, names))}. {advice}"
 
 
 def _list(path: Path) -> Folder:
@@ -110,12 +143,7 @@ def _only_set(folder: Folder) -> WeightFiles | None:
         ema = names[averages[0]] if len(averages) == 1 and averages != raw else None
         used = names[raw[0]]
         return replace(used, others=(*used.others, *(name for name in names if name != raw[0])), ema=ema)
-    pattern = re.sub(r"\d+([-+.:]\d+)*", "*", name_of(folder.path))
-    problem = (
-        f"the folder has several sets of weights: {listing(map(quote, names))}. Name one of each checkpoint: "
-        f"{argument(folder.path.parent)}/{pattern}/{raw[0]}"
-    )
-    return WeightFiles(folder.path, problem=problem)
+    return WeightFiles(folder.path, problem=several(folder, raw), models=tuple(raw))
 
 
 def _names(sets: list[WeightFiles], folder: Path) -> dict[str, WeightFiles]:
@@ -222,13 +250,22 @@ def open_folder(path: Path, reading: Reading) -> Checkpoint:
             f"index, or {torch_dcp.METADATA}), got one with {listing(map(quote, sorted(os.listdir(path))))}. Name the "
             "checkpoint in it."
         )
+    return open_weights(path, weights, reading)
+
+
+def open_weights(path: Path, weights: WeightFiles, reading: Reading, *, read: Collection[str] = ()) -> Checkpoint:
+    """Opens the weights that were found in a folder; ``read`` names others in it, which are read, too.
+
+    Raises:
+        CheckpointFormatError: they cannot be opened here, or are damaged.
+    """
     if weights.problem:
         raise CheckpointFormatError(f"{path}: {weights.problem}")
     averaged = ""
     if reading.ema and weights.ema:
         weights, reading = weights.ema, replace(reading, ema=False)
         averaged = f"{RUNNING_AVERAGE}, in {quote(str(weights.path.relative_to(path)))}"
-    others = list(dict.fromkeys((*weights.others, *_beside(path, weights))))
+    others = [each for each in dict.fromkeys((*weights.others, *_beside(path, weights))) if each not in read]
     checkpoint = _open(weights, path, reading)
     spec = replace(checkpoint.spec, averaged=averaged or checkpoint.spec.averaged)
     notes = spec.notes

@@ -19,6 +19,7 @@ from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.files.status import is_folder
 from ckpt_avg.formats import torch_legacy, torch_zip
 from ckpt_avg.formats.folder import open_folder, refuse_part
+from ckpt_avg.formats.models import models_of, open_models
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.formats.sharded import is_index, open_sharded
 from ckpt_avg.formats.single_file import open_file
@@ -76,7 +77,8 @@ def open_checkpoint(
 def open_with(path: Path, reading: Reading) -> Checkpoint:
     """Opens a checkpoint as `open_checkpoint` does, but accepts one whose names all lack the prefix to strip."""
     if is_folder(path):
-        checkpoint = open_folder(path, reading)
+        models = models_of(path) if reading.models else {}
+        checkpoint = open_models(path, models, reading) if models else open_folder(path, reading)
     elif is_index(path):
         checkpoint = open_sharded(path, path, reading)
     else:

@@ -36,3 +36,8 @@ class Reading(OptionGroup):
         if self.ema and self.state_key is not None:
             key = setting("--state-key", self.state_key)
             raise UsageError(f"--ema and {key}: both choose the weights. Use one of them.")
+
+    @property
+    def models(self) -> bool:
+        """Whether a folder of several models is opened as one checkpoint with the tensors of all."""
+        return False

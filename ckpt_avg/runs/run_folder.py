@@ -80,8 +80,8 @@ def list_folder(folder: Path, include: Iterable[str] = ()) -> SourceContents:
         own = find_weights(folder)
     except CheckpointFormatError as error:
         raise UsageError(str(error)) from error
-    if own is not None and own.is_inside(folder) and not own.problem:
-        return SourceContents((folder,), False)  # its weights are in a folder inside, which is no run
+    if own is not None and (own.models or (own.is_inside(folder) and not own.problem)) and not _is_run(folder):
+        return SourceContents((folder,), False)  # its weights are in folders inside, which are no run
     files, folders, models, skipped = _sort_entries(folder)
     if own is not None:
         used = {own.path.name, *own.others}

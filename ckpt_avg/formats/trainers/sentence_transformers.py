@@ -11,4 +11,6 @@ def _weights(folder: Folder) -> WeightFiles | None:
     return WeightFiles(folder.path / parts[0], Stored.FOLDER) if parts else None
 
 
-TRAINER = Trainer(name="sentence-transformers", folder_files=(r"modules\.json",), weights=_weights)
+TRAINER = Trainer(
+    name="sentence-transformers", folder_files=(r"modules\.json",), models_file=_MODULES, weights=_weights
+)

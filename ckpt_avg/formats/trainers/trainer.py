@@ -110,6 +110,7 @@ class WeightFiles:
     others: tuple[str, ...] = ()  # names of other weights in the folder, which are not read
     kind: str | None = None  # the trainer's name
     ema: WeightFiles | None = None  # the running average of the same weights
+    models: tuple[str, ...] = ()  # the names of several models in the folder, of which this is none
     nested: bool = False  # whether the folder may be a part of another trainer's checkpoint folder
 
     def is_inside(self, folder: Path) -> bool:
@@ -160,6 +161,7 @@ class Trainer:
     folder_files: tuple[str, ...] = ()  # patterns; a folder that contains all of them is recognised
     weight_files: tuple[str, ...] = ()  # names, the preferred one first; each may be sharded, with an index
     weights: Callable[[Folder], WeightFiles | None] = lambda folder: None  # finds them in any other folder
+    models_file: str = ""  # the name of a file that says that each folder next to it may be one model of several
     written_last: str = ""  # the name of the last file: without it the folder is incomplete
     sidecars: tuple[Sidecar, ...] = ()
     settings_file: str = ""  # the name of a JSON file next to the weights, or in the checkpoint folder

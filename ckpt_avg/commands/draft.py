@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_avg.batchnorm.policy import COUNTS_ROOM, Statistics, summary
+from ckpt_avg.checkpoint.spec import Checkpoint, batch_norm_buffer
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.evaluations import Evaluations
+from ckpt_avg.commands.parts import Part, only_part
 from ckpt_avg.commands.prepare import Prepared
 from ckpt_avg.commands.release import Release
 from ckpt_avg.commands.requests import AverageRequest, RecordedOptions
@@ -20,7 +22,7 @@ from ckpt_avg.machine import gc_paused
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.header import encode_header, encode_tensors
 from ckpt_avg.output.provenance import make_metadata, seal, with_digests
-from ckpt_avg.output.shards import ordered, whole
+from ckpt_avg.output.shards import ordered
 from ckpt_avg.progress import Phase
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.user_code.comparison import Comparison, Evaluation
@@ -100,6 +102,7 @@ class Draft:
     Attributes:
         request, prepared, context: what is to be done, with what.
         target: the file or folder to write.
+        parts: the models; mostly one.
         shards: what is in each file of the weights; a single one if that is one file.
         checksum: where the SHA-256 of a file goes, if anywhere.
         release: what a folder will contain; None for a file.
@@ -117,7 +120,8 @@ class Draft:
         directions: Mapping[str, bool] | None = None,
         release: Release | None = None,
     ) -> None:
-        self.shards = whole(prepared.plan, target.name) if release is None else release.shards
+        self.parts = (only_part(prepared, target.name),) if release is None else release.parts
+        self.shards = [shard for part in self.parts for shard in part.shards]
         prepared = replace(prepared, plan=ordered(prepared.plan, self.shards))
         self.request, self.prepared, self.context = request, prepared, context
         self.target, self.checksum, self.release = target, checksum, release
@@ -178,20 +182,20 @@ class Draft:
             comparison=self.evaluations.comparison,
             outcomes=self.evaluations.outcomes,
             split=self.request.split,
-            metadata=self._metadata(report),
+            metadata=self._metadata(report, self.parts[0] if len(self.parts) == 1 else None),
             notices=tuple(self.context.notices),
         )
 
     @functools.cached_property
     def _tensors(self) -> list[str]:
         with gc_paused():
-            return [encode_tensors(shard.tensors) for shard in self.shards]
+            return [encode_tensors(shard.tensors, shard.prefix) for shard in self.shards]
 
     @functools.cached_property
-    def _source_digests(self) -> list[dict[str, str]] | None:
-        """For each checkpoint SHA-256 of its files, which rank 0 reads for all; None if not requested."""
+    def _source_digests(self) -> dict[str, list[dict[str, str]]]:
+        """For each model and checkpoint SHA-256 of its files, which rank 0 reads for all; empty if not requested."""
         if not self.request.sha256 or self.request.dry_run:
-            return None
+            return {}
         ranks, prepared, progress = self.context.ranks, self.prepared, self.context.progress
         nbytes = sum(file.size for checkpoint in prepared.checkpoints for file in checkpoint.files)
         self.context.phase(Phase("computing the digests of the checkpoints", nbytes, "bytes"))
@@ -200,24 +204,29 @@ class Draft:
             ranks.check()
             progress.advance(nbytes)
 
-        found: list[dict[str, str]] = ranks.exchange(
-            "digests",
-            None,
-            lambda _: digest_files(prepared.checkpoints, threads=prepared.threads, progress=read),
+        def digests(checkpoints: Sequence[Checkpoint]) -> list[dict[str, str]]:
+            return digest_files(checkpoints, threads=prepared.threads, progress=read)
+
+        found: dict[str, list[dict[str, str]]] = ranks.exchange(
+            "digests", None, lambda _: {part.model: digests(part.checkpoints) for part in self.parts}
         )
         return found
 
-    def _metadata(self, report: BatchNormReport | None) -> dict[str, str]:
+    def _metadata(self, report: BatchNormReport | None, part: Part | None) -> dict[str, str]:
+        """Returns the metadata of a model's files; of all together without ``part``."""
+        plan = self.prepared.plan
+        names = plan.by_name() if part is None else part.names
+        has_batch_norm = any(batch_norm_buffer(layer, "running_mean") in names for layer in plan.batch_norm)
         return make_metadata(
-            self.prepared.checkpoints,
+            self.prepared.checkpoints if part is None else part.checkpoints,
             RecordedOptions.values(self.request),
             weights=self.prepared.weighting,
-            batch_norm=summary(self.prepared.statistics, report, self.request),
-            spectral_norms=len(self.prepared.plan.spectral_norms),
+            batch_norm=summary(self.prepared.statistics if has_batch_norm else "none", report, self.request),
+            spectral_norms=sum(each.weight in names for each in plan.spectral_norms),
             split=self.request.split,
             sum_order=self.prepared.selected.sum_order,
             log=self.prepared.selected.log,
-            digests=self._source_digests,
+            digests=None if part is None else self._source_digests.get(part.model),
             files=None if self.release is None else self.release.recorded,
         )
 
@@ -230,11 +239,12 @@ class Draft:
         sizes: Sequence[int] = (),
     ) -> list[bytes]:
         with gc_paused():
-            metadata = self._metadata(report)
-            count = len(self.shards)
+            metadata: list[dict[str, str]] = []
+            for part in self.parts:
+                first, count = len(metadata), len(part.shards)
+                known = None if data_digests is None else data_digests[first : first + count]
+                metadata += with_digests(self._metadata(report, part), known, count)
             return [
                 encode_header(tensors, own, room=room, size=size)
-                for tensors, own, size in zip(
-                    self._tensors, with_digests(metadata, data_digests, count), sizes or [0] * count, strict=True
-                )
+                for tensors, own, size in zip(self._tensors, metadata, sizes or [0] * len(metadata), strict=True)
             ]

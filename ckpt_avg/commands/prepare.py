@@ -33,7 +33,7 @@ from ckpt_avg.mean.weighting import Weights
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.select import Selected, open_selected
-from ckpt_avg.text import type_of
+from ckpt_avg.text import argument, listing, quote, type_of
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +103,7 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     with gc_paused():
         selected = open_selected(discovery, request, request, context.files, context.progress)
         checkpoints = selected.checkpoints
+        _refuse_code(request, checkpoints[-1])
         for file in (file for checkpoint in checkpoints for file in checkpoint.files):
             file.use_io(request.io)
         weighting = weighting_of(request, selected, range(len(checkpoints)), notice)
@@ -136,3 +137,16 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     if weighting is not None:
         refuse_negative_variances(plan, weighting.values, frozen, refresh)
     return Prepared(selected, weighting, plan, frozen, model, refresh, statistics, mean_device, model_device, threads)
+
+
+def _refuse_code(request: MeanRequest, checkpoint: Checkpoint) -> None:
+    """Raises UsageError for a user's model or data if the checkpoints have several models."""
+    given = {"--model": request.model, "--data": request.data}
+    flag = next((flag for flag, value in given.items() if value is not None), None)
+    if checkpoint.models and flag is not None:
+        names = listing(quote(name) for name in checkpoint.models if name)
+        one = checkpoint.spec.path / next(filter(None, checkpoint.models))
+        raise UsageError(
+            f"{flag}: is for one model, and the checkpoints have several: {names}. Name one of each checkpoint, for "
+            f"example {argument(one)}, or omit {flag}."
+        )

@@ -17,7 +17,7 @@ from ckpt_avg.mean.memory_output import write_tensors
 from ckpt_avg.mean.stream import Mean, write_means
 from ckpt_avg.mean.weighting import summed
 from ckpt_avg.output.paths import write_checksum
-from ckpt_avg.output.provenance import shards_digest
+from ckpt_avg.output.provenance import digest_of
 from ckpt_avg.output.release_folder import ReleaseFolder, release_folder
 from ckpt_avg.output.unpublished_weights import UnpublishedWeights, unpublished_weights
 from ckpt_avg.progress import Phase
@@ -38,7 +38,6 @@ def publish(draft: Draft) -> AverageResult:
     agree_on_header(ranks, b"".join(draft.headers))
     data_digest: str | None = None
     sha256: str | None = None
-    file_digests: list[str] | None = None
     with _output_folder(draft) as folder:
         shown = [draft.target if folder is None else draft.target / shard.name for shard in draft.shards]
         paths = shown if folder is None else [folder.path / shard.name for shard in draft.shards]
@@ -47,15 +46,18 @@ def publish(draft: Draft) -> AverageResult:
             report = _refresh_and_measure(draft, weights)
             if ranks.is_first:
                 draft.evaluations.notice_chance()
-                data_digest, file_digests = _complete(draft, weights, report)
-                if file_digests is not None and folder is None:
+                data_digests, file_digests = _complete(draft, weights, report)
+                data_digest = digest_of(data_digests)
+                if file_digests and folder is None:
                     sha256 = file_digests[0]
                 _refuse_unmet(draft.result(report, data_digest, sha256))
                 ranks.check()
                 is_durable = weights.publish(overwrite=request.overwrite and folder is None)
                 if folder is not None and draft.release is not None:
                     weights.close()
-                    sha256 = complete_folder(folder, draft.release, draft.result(report, data_digest), file_digests)
+                    sha256 = complete_folder(
+                        folder, draft.release, draft.result(report, data_digest), data_digests, file_digests
+                    )
                     is_durable = folder.publish(overwrite=request.overwrite)
                 if not is_durable:
                     draft.context.notice(
@@ -151,10 +153,8 @@ def _write_spectral_vectors(draft: Draft, weights: UnpublishedWeights) -> None:
         weights.drop_cache()
 
 
-def _complete(
-    draft: Draft, weights: UnpublishedWeights, report: BatchNormReport | None
-) -> tuple[str, list[str] | None]:
-    """Writes the final headers; returns the digest of the data, and SHA-256 of each file if requested."""
+def _complete(draft: Draft, weights: UnpublishedWeights, report: BatchNormReport | None) -> tuple[list[str], list[str]]:
+    """Writes the final headers; returns the digest of each file's data, and SHA-256 of each file if requested."""
     context = draft.context
     context.phase(Phase(f"completing the output, {decimal_size(draft.nbytes)}"))
 
@@ -166,11 +166,10 @@ def _complete(
     headers = draft.final_headers(report, digests)
     weights.write_headers(headers)
     weights.refuse_damaged(headers)
-    data_digest = digests[0] if len(digests) == 1 else shards_digest(digests)
     if not draft.request.sha256:
-        return data_digest, None
+        return digests, []
     context.progress.step(Phase("computing its digest", draft.nbytes, "bytes"))
-    return data_digest, weights.sha256(read)
+    return digests, weights.sha256(read)
 
 
 def _share(draft: Draft) -> None:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.commands.card import model_card, read_config
 from ckpt_avg.commands.context import Context
+from ckpt_avg.commands.parts import Part, dtypes_of, parts_of
 from ckpt_avg.commands.prepare import Prepared
 from ckpt_avg.formats.trainers.file_names import names_a_moment
-from ckpt_avg.mean.plan import Plan
 from ckpt_avg.output.config_dtype import with_true_dtype
 from ckpt_avg.output.paths import checksum_line
+from ckpt_avg.output.provenance import digest_of
 from ckpt_avg.output.release_folder import ReleaseFolder
-from ckpt_avg.output.shards import Shard, encode_index, index_metadata, index_name, split, whole
-from ckpt_avg.output.side_files import CONFIG, SideFile, differences, find_side_files
-from ckpt_avg.output.weights_name import ADAPTER_CONFIG, weights_name, without_variant
+from ckpt_avg.output.shards import Shard, encode_index, index_metadata, index_name
+from ckpt_avg.output.side_files import CONFIG, SideFile, differences, find_side_files, folders_of_models
+from ckpt_avg.output.weights_name import ADAPTER_CONFIG, weights_name
 from ckpt_avg.text import listing, quote
 
 if TYPE_CHECKING:
@@ -33,16 +34,21 @@ class Release:
     """The files of an output folder.
 
     Attributes:
-        shards: the files of the weights; often a single one.
+        parts: the models, with the files of the weights.
         copied: name → SHA-256 of each side file.
-        made: the names of the other files.
+        made: the names of the files that are neither weights nor copied.
         side_files: what is copied; empty on every rank but the first.
     """
 
-    shards: tuple[Shard, ...]
+    parts: tuple[Part, ...]
     copied: Mapping[str, str]
     made: tuple[str, ...]
     side_files: tuple[SideFile, ...]
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files of the weights."""
+        return tuple(shard for part in self.parts for shard in part.shards)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -62,33 +68,40 @@ def plan_release(prepared: Prepared, context: Context, *, sha256: bool, max_shar
         CheckpointFormatError: one cannot be read, or is a link to somewhere else.
     """
     found: list[SideFile] = []
-    notice = context.notice
 
-    def combine(_: object) -> tuple[str, dict[str, str]]:
-        paths = find_side_files(_around(prepared.last), notice)
-        _notice_differences(prepared, notice)
-        if not {CONFIG, ADAPTER_CONFIG} & set(paths):
-            notice(f"{prepared.last.spec.path}: neither it nor its run folder has a {CONFIG}")
-        found.extend(SideFile.of(name, path) for name, path in paths.items())
-        found[:] = [_with_true_dtype(each, prepared.plan, notice) for each in found]
-        source = prepared.last.files[0].path.name
-        floats = {each.dtype.torch_name for each in prepared.plan.tensors if each.dtype.kind == "float"}
-        return weights_name(source, paths, floats), {each.name: each.sha256 for each in found}
+    def combine(_: object) -> tuple[dict[str, str], dict[str, str]]:
+        paths = _find(prepared.last, context.notice)
+        _notice_differences(prepared, context.notice)
+        names = {}
+        for model, checkpoint in (prepared.last.models or {"": prepared.last}).items():
+            folder = f"{model}/" if model else ""
+            own = {name.removeprefix(folder): path for name, path in paths.items() if name.startswith(folder)}
+            names[model] = folder + weights_name(checkpoint.files[0].path.name, own, dtypes_of(prepared, model))
+            if not {CONFIG, ADAPTER_CONFIG} & set(own):
+                context.notice(f"{checkpoint.spec.path}: neither it nor its run folder has a {CONFIG}")
+        found.extend(_with_true_dtype(SideFile.of(*each), prepared, context.notice) for each in paths.items())
+        return names, {each.name: each.sha256 for each in found}
 
-    name, copied = context.ranks.exchange("side files", None, combine)
-    made = [CARD, *([SUMS] if sha256 else [])]
-    shards = whole(prepared.plan, name)
-    if max_shard_size is not None and prepared.plan.nbytes > max_shard_size:
-        shards = split(prepared.plan, without_variant(name), max_shard_size)
-        if larger := [shard.tensors[0].name for shard in shards if shard.nbytes > max_shard_size]:
-            notice(f"larger than --max-shard-size, each in a shard of its own: {listing(map(quote, larger))}")
-    if len(shards) > 1:
-        made.append(index_name(shards[0].name))
-    return Release(shards, copied, tuple(made), tuple(found))
+    names, copied = context.ranks.exchange("side files", None, combine)
+    parts = parts_of(prepared, names, max_shard_size)
+    larger = (
+        []
+        if max_shard_size is None
+        else [
+            shard.tensors[0].name
+            for part in parts
+            for shard in part.shards
+            if len(part.shards) > 1 and shard.nbytes > max_shard_size
+        ]
+    )
+    if larger:
+        context.notice(f"larger than --max-shard-size, each in a shard of its own: {listing(map(quote, larger))}")
+    indices = [index_name(part.shards[0].name) for part in parts if len(part.shards) > 1]
+    return Release(parts, copied, (CARD, *([SUMS] if sha256 else []), *indices), tuple(found))
 
 
 def complete_folder(
-    folder: ReleaseFolder, release: Release, result: AverageResult, sha256: Sequence[str] | None
+    folder: ReleaseFolder, release: Release, result: AverageResult, data_digests: Sequence[str], sha256: Sequence[str]
 ) -> str | None:
     """Adds the files that this run makes: an index, the model card, and the list of SHA-256 if it was requested.
 
@@ -96,6 +109,7 @@ def complete_folder(
         folder: with the weights and the side files.
         release: what it will contain.
         result: what the card describes.
+        data_digests: of the data section of each file of the weights.
         sha256: of each file of the weights, if SHA-256 was requested.
 
     Returns:
@@ -106,19 +120,36 @@ def complete_folder(
     """
     config = read_config(folder.path)
     made = {CARD: model_card(result, name=folder.target.name, config=config, recorded=result.metadata).encode()}
-    if len(release.shards) > 1:
-        names = ((shard.name, (tensor.name for tensor in shard.tensors)) for shard in release.shards)
-        metadata = index_metadata(sum(shard.nbytes for shard in release.shards), result.data_digest or "")
-        made[index_name(release.shards[0].name)] = encode_index(names, metadata)
+    known = dict(zip((shard.name for shard in release.shards), data_digests, strict=True))
+    for part in (part for part in release.parts if len(part.shards) > 1):
+        digest = digest_of([known[shard.name] for shard in part.shards])
+        metadata = index_metadata(sum(shard.nbytes for shard in part.shards), digest)
+        made[index_name(part.shards[0].name)] = encode_index(map(_contents, part.shards), metadata)
     for name, contents in made.items():
         folder.add(name, len(contents), [contents])
-    if sha256 is None:
+    if SUMS not in release.made:
         return None
     digests = {**release.copied, **{name: hashlib.sha256(contents).hexdigest() for name, contents in made.items()}}
     digests |= {shard.name: digest for shard, digest in zip(release.shards, sha256, strict=True)}
     sums = b"".join(checksum_line(name, digest) for name, digest in sorted(digests.items()))
     folder.add(SUMS, len(sums), [sums])
     return hashlib.sha256(sums).hexdigest()
+
+
+def _contents(shard: Shard) -> tuple[str, list[str]]:
+    """Returns what an index says of a shard."""
+    return PurePosixPath(shard.name).name, [tensor.name.removeprefix(shard.prefix) for tensor in shard.tensors]
+
+
+def _find(checkpoint: Checkpoint, notice: Callable[[str], None], *, around: bool = True) -> dict[str, Path]:
+    """Returns the side files of a checkpoint by their names in the output folder; also those of the run folder."""
+    path = checkpoint.spec.path
+    if not checkpoint.models:
+        return find_side_files(_around(checkpoint) if around else _inside(checkpoint), notice)
+    found = find_side_files([path], notice)
+    for folder in folders_of_models(path, checkpoint.models):
+        found |= {f"{folder.name}/{name}": each for name, each in find_side_files([folder], notice).items()}
+    return found
 
 
 def _inside(checkpoint: Checkpoint) -> list[Path]:
@@ -138,16 +169,17 @@ def _notice_differences(prepared: Prepared, notice: Callable[[str], None]) -> No
     """Tells which side files are not the same in all checkpoints."""
     *others, last = prepared.checkpoints
     apart = [each for each in others if _inside(each)[0] != _inside(last)[0]]
-    files = {each.spec.path: find_side_files(_inside(each)) for each in apart}
-    for text in differences(find_side_files(_inside(last)), files):
+    files = {each.spec.path: _find(each, lambda text: None, around=False) for each in apart}
+    for text in differences(_find(last, lambda text: None, around=False), files):
         notice(text)
 
 
-def _with_true_dtype(file: SideFile, plan: Plan, notice: Callable[[str], None]) -> SideFile:
-    if file.name != CONFIG:
+def _with_true_dtype(file: SideFile, prepared: Prepared, notice: Callable[[str], None]) -> SideFile:
+    model, _, name = file.name.rpartition("/")
+    if name != CONFIG or model not in (prepared.last.models or {""}):
         return file
-    contents, what = with_true_dtype(b"".join(file.pieces()), plan)
+    contents, what = with_true_dtype(b"".join(file.pieces()), dtypes_of(prepared, model))
     if not what:
         return file
-    notice(f"{CONFIG}: {what}")
+    notice(f"{file.name}: {what}")
     return file.with_contents(contents)

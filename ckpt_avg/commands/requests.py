@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
     from ckpt_avg.runs.discover import Discovery, Sources
 
+_OUTPUT = (
+    "The safetensors file to write; or a folder, which gets the side files of the last checkpoint, too: a path that "
+    "ends in ``/``, or an empty folder."
+)
 _Arguments = ParamSpec("_Arguments")
 _Request = TypeVar("_Request")
 _Result = TypeVar("_Result")
@@ -80,7 +84,14 @@ class MeanRequest(Selection, Reading, Weighting, MeanOptions, RefreshOptions, Ev
 class AverageRequest(RankOptions, MeanRequest, OutputOptions, ProgressOptions):
     """The arguments of `average`."""
 
-    output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
+    output: str | os.PathLike[str] = field(metadata={"doc": _OUTPUT})
+
+    @property
+    def models(self) -> bool:
+        """Whether folders of several models can be averaged: only if the output is a folder."""
+        from ckpt_avg.output.folder_paths import names_folder  # not for --help
+
+        return names_folder(self.output)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,7 +110,7 @@ class RefreshRequest(RankOptions, Reading, MeanOptions, RefreshOptions, EvalOpti
     """The arguments of `refresh_weights`."""
 
     weights: str | os.PathLike[str] = field(metadata={"doc": "One checkpoint of any kind that can be read."})
-    output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
+    output: str | os.PathLike[str] = field(metadata={"doc": _OUTPUT})
     non_float: NonFloat = field(default="last", init=False)
     bn: BatchNormMode = field(default="refresh", init=False)
     evaluate_all: bool = field(default=False, init=False)
@@ -165,7 +176,7 @@ class SweepRequest(MeanRequest, SweepOptions, ProgressOptions):
 class SoupRequest(MeanRequest, SoupOptions, OutputOptions, ProgressOptions):
     """The arguments of `soup`."""
 
-    output: str | os.PathLike[str] = field(metadata={"doc": "The safetensors file to write."})
+    output: str | os.PathLike[str] = field(metadata={"doc": _OUTPUT})
     evaluate_all: bool = field(default=False, init=False)
     weighting: WeightingRule = field(default="mean", init=False)
     weighting_by: WeightingBy = field(default="auto", init=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec, TensorSpec
 from ckpt_avg.checkpoint.training_record import Record
+from ckpt_avg.errors import fail
 from ckpt_avg.files.status import is_file
 from ckpt_avg.formats.folder import find_weights, has_models_file, models_in, open_weights
 from ckpt_avg.formats.reading import Reading
@@ -42,11 +43,16 @@ def models_of(path: Path) -> dict[str, WeightFiles]:
     return found if is_marked or len(found) > 1 else {}
 
 
+def prefix_of(model: str) -> str:
+    """Returns what the names of a model's tensors begin with where several models are one checkpoint: ``unet.``."""
+    return f"{model}." if model else ""
+
+
 def open_models(path: Path, models: Mapping[str, WeightFiles], reading: Reading) -> Checkpoint:
-    """Opens all models of a folder: the tensors of a model have its name and a slash before their own.
+    """Opens all models of a folder. The names of a model's tensors begin with `prefix_of` it.
 
     Raises:
-        CheckpointFormatError: one cannot be opened.
+        CheckpointFormatError: one cannot be opened, or two tensors would have the same name.
     """
     with ExitStack() as on_error:
         opened: dict[str, Checkpoint] = {}
@@ -59,8 +65,10 @@ def open_models(path: Path, models: Mapping[str, WeightFiles], reading: Reading)
         notes = [f"the folder has several models: {listing(map(quote, filter(None, opened)))}"]
         begin = 0
         for name, checkpoint in opened.items():
-            prefix = f"{name}/" if name else ""
+            prefix = prefix_of(name)
             for tensor in checkpoint.spec.tensors.values():
+                if prefix + tensor.name in tensors:
+                    fail(path, f"the models {quote(name)} and '' both have a tensor of this name", tensor=tensor.name)
                 tensors[prefix + tensor.name] = _moved(tensor, begin, prefix + tensor.name)
             notes += [f"{name}: {note}" if name else note for note in checkpoint.spec.notes]
             begin += len(checkpoint.files)

@@ -8,21 +8,20 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ckpt_avg.checkpoint.spec import BY_TORCH_NAME
-from ckpt_avg.mean.plan import Plan
 
 _KEYS = ("dtype", "torch_dtype")  # of transformers since version 5, and before
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]:,]')
 
 
-def with_true_dtype(config: bytes, plan: Plan) -> tuple[bytes, str]:
+def with_true_dtype(config: bytes, sizes: Counter[str]) -> tuple[bytes, str]:
     """Returns a configuration that names a dtype of the output, and what was changed; empty if nothing was.
 
     A composite configuration names dtypes in the configurations inside it, too.
+
+    Args:
+        config: the contents of a ``config.json``.
+        sizes: the bytes of each floating-point dtype in the output, as torch calls them.
     """
-    sizes: Counter[str] = Counter()
-    for tensor in plan.tensors:
-        if tensor.dtype.kind == "float":
-            sizes[tensor.dtype.torch_name] += tensor.nbytes
     if not sizes:
         return config, ""
     most = sizes.most_common(1)[0][0]

@@ -19,12 +19,16 @@ from ckpt_avg.limits import LIMITS
 from ckpt_avg.mean.plan import OutputTensor
 
 
-def encode_tensors(tensors: Sequence[OutputTensor]) -> str:
-    """Returns the tensors' part of a file's header: a JSON object without its braces. The file has these alone."""
+def encode_tensors(tensors: Sequence[OutputTensor], prefix: str = "") -> str:
+    """Returns the tensors' part of a file's header: a JSON object without its braces. The file has these alone.
+
+    The names in it lack the ``prefix``.
+    """
     begin = tensors[0].offset if tensors else 0
     quoted = json.JSONEncoder(ensure_ascii=False).encode
     return ",".join(
-        f'{quoted(tensor.name)}:{{"dtype":"{tensor.dtype.name}","shape":[{",".join(map(str, tensor.shape))}],'
+        f'{quoted(tensor.name.removeprefix(prefix))}:{{"dtype":"{tensor.dtype.name}",'
+        f'"shape":[{",".join(map(str, tensor.shape))}],'
         f'"data_offsets":[{tensor.offset - begin},{tensor.offset - begin + tensor.nbytes}]}}'
         for tensor in tensors
     )

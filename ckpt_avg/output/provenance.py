@@ -37,10 +37,11 @@ SPECTRAL_NORM = "ckpt_avg.spectral_norm"
 SPLIT = "ckpt_avg.split"
 DATA_DIGEST = "ckpt_avg.data_digest"
 FILES = "ckpt_avg.files"
+MODEL = "ckpt_avg.model"
 HEADER_DIGEST = "ckpt_avg.header_digest"
 SHARD = "ckpt_avg.shard"
 SHARDS_DIGEST = "ckpt_avg.shards_digest"
-_OF_ONE_FILE = (DATA_DIGEST, HEADER_DIGEST, SHARD, SHARDS_DIGEST, FILES)  # a copy has others, or none
+_OF_ONE_FILE = (DATA_DIGEST, HEADER_DIGEST, SHARD, SHARDS_DIGEST, FILES, MODEL)  # a copy has others, or none
 
 _TREE = "sha256-tree-1MiB:"
 _PLAIN = "sha256:"
@@ -120,6 +121,7 @@ def make_metadata(
         metadata[SPLIT] = split.encode(errors="backslashreplace").decode()
     if weights is not None:
         metadata[WEIGHTING] = _as_json(dict(weights.method))
+    metadata |= {MODEL: specs[0].model} if specs[0].model else {}
     metadata |= {FILES: _as_json(dict(files))} if files is not None else {}
     if spectral_norms:
         metadata[SPECTRAL_NORM] = _as_json({"vectors": "recomputed", "weights": spectral_norms})
@@ -143,6 +145,11 @@ def with_digests(
         if files > 1:
             own |= {SHARD: _as_json({"number": number, "of": files}), SHARDS_DIGEST: together}
         yield {**metadata, **own}
+
+
+def digest_of(data_digests: Sequence[str]) -> str:
+    """Returns the digest of the data of all files, in hex: of a single file its own."""
+    return data_digests[0] if len(data_digests) == 1 else shards_digest(data_digests)
 
 
 def shards_digest(data_digests: Iterable[str]) -> str:
@@ -281,7 +288,7 @@ def _is_source(source: object) -> bool:
 def _source(checkpoint: Checkpoint, digests: Mapping[str, str] | None) -> dict[str, object]:
     spec = checkpoint.spec
     source: dict[str, object] = {
-        "name": text_of(spec.path),
+        "name": text_of(spec.path.parent if spec.model else spec.path),
         "bytes": size_of(checkpoint),
         "header_sha256": spec.digest,
     }

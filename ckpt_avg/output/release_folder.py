@@ -131,7 +131,13 @@ class ReleaseFolder:
 
     def close(self) -> None:
         """Removes what is at the hidden name: an unpublished folder, or an old one that was replaced."""
-        remove_folder(self.path)
+        # Renamed first: another rank may be about to publish it, and must find all of it or nothing.
+        unwanted = self.target.with_name(hidden_name(self.target))
+        try:
+            with contextlib.suppress(OSError):
+                os.rename(self.path, unwanted)
+        finally:
+            remove_folder(unwanted)
         self._folders.remove()
         if self._lock > 0:
             descriptor, self._lock = self._lock, -1

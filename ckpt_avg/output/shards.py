@@ -29,12 +29,14 @@ class Shard:
         tensors: in it, in order; consecutive ones of the plan.
         begin: the offset of its first byte in the plan's data section.
         nbytes: of its own data section.
+        prefix: what the names of its tensors begin with in the plan, and not in the file.
     """
 
     name: str
     tensors: tuple[OutputTensor, ...]
     begin: int
     nbytes: int
+    prefix: str = ""
 
 
 def whole(plan: Plan, name: str) -> tuple[Shard, ...]:

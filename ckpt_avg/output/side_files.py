@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,14 @@ _TEXT = re.compile(
     r"|[\w.-]+\.(spm|tiktoken|jinja)|special_tokens_map\.json|tekken\.json|normalizer\.json|(id2label|label2id)\.json"
     r")"
 )
+_PIPELINE, _MODULES = "model_index.json", "modules.json"
 _TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
 _CLASS = re.compile(r"(\w+)\.\w+")
 _IMPORT = re.compile(
-    rb"^[ \t]*from[ \t]+\.(\w+)[ \t]+import|^[ \t]*from[ \t]+\.[ \t]+import[ \t]+([\w, \t]+)", re.MULTILINE
+    r"^[ \t]*from[ \t]+\.(\w+)[ \t]+import|^[ \t]*from[ \t]+\.[ \t]+import[ \t]+([\w, \t]+)", re.MULTILINE
 )
+# Folders of a pipeline without weights.
+_NO_MODELS = re.compile(r"(tokenizer|scheduler|feature_extractor|image_processor|processor)[\w-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +114,30 @@ def _pieces(path: Path) -> Iterator[bytes]:
         file.check_unchanged()
 
 
-def json_of(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; an empty one if it has none."""
+def json_of(path: Path) -> Any:
+    """Returns the JSON in a file; an empty object if there is none."""
+    if not is_file(path):
+        return {}
     with InputFile(path, reserve=0) as file:
         text = file.read(0, file.size) if file.size <= LIMITS.log else b""
     try:
-        found = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def folders_of_models(path: Path, models: Collection[str]) -> list[Path]:
+    """Returns the folders in one of several models that have models, tokenizers and the like.
+
+    A diffusers pipeline names them in ``model_index.json``, and sentence-transformers in ``modules.json``. Without such
+    a file their names tell.
+    """
+    index, modules = json_of(path / _PIPELINE), json_of(path / _MODULES)
+    named = set(index) if isinstance(index, dict) else set()
+    listed = modules if isinstance(modules, list) else []
+    named |= {str(each["path"]) for each in listed if isinstance(each, dict) and "path" in each}
+    names = sorted(name for name in os.listdir(path) if (path / name).is_dir())
+    return [path / name for name in names if name in models or (name in named if named else _NO_MODELS.fullmatch(name))]
 
 
 def find_side_files(folders: Sequence[Path], notice: Callable[[str], None] = lambda text: None) -> dict[str, Path]:
@@ -169,32 +187,44 @@ def _code(found: Mapping[str, Path], notice: Callable[[str], None]) -> dict[str,
     """Returns the Python files that the configuration names as the code of the model, and what they import."""
     code: dict[str, Path] = {}
     for path in [each for name, each in found.items() if name.endswith(".json")]:
-        wanted = [(path.parent, name, path.name) for name in _modules(json_of(path))]
+        config = json_of(path)
+        for name in _auto_map(config):
+            if not is_file(path.with_name(f"{name}.py")):
+                notice(f"{path.parent}: {path.name} names {name}.py, which is not there")
+        wanted = [*_auto_map(config), *(_custom_parts(config) if path.name in (_PIPELINE, _MODULES) else ())]
         while wanted:
-            folder, name, user = wanted.pop()
-            file = folder / f"{name}.py"
-            if file.name in code:
+            name = wanted.pop()
+            file = path.parent / f"{name}.py"
+            if f"{name}.py" in code or not is_file(file):
                 continue
-            if not is_file(file):
-                notice(f"{folder}: {user} names {file.name}, which is not there")
-                continue
-            code[file.name] = file
+            code[f"{name}.py"] = file
             with InputFile(file, reserve=0) as opened:
-                text = opened.read(0, min(opened.size, LIMITS.log))
-            for one, several in _IMPORT.findall(text):
-                names = [one] if one else re.findall(rb"\w+", several)
-                wanted += [
-                    (folder, each.decode(), file.name) for each in names if is_file(folder / f"{each.decode()}.py")
-                ]
+                text = opened.read(0, min(opened.size, LIMITS.log)).decode(errors="replace")
+            imported = [each for pair in _IMPORT.findall(text) for each in re.findall(r"\w+", " ".join(pair))]
+            wanted += [f"{name[: name.rfind('/') + 1]}{each}" for each in imported]
     return code
 
 
-def _modules(config: Mapping[str, Any]) -> list[str]:
-    """Returns the modules that ``auto_map`` names, except those of another repository: ``org/name--module``."""
-    mapped = config.get("auto_map")
-    classes = [mapped] if isinstance(mapped, str) else list(mapped.values()) if isinstance(mapped, dict) else []
+def _auto_map(config: Any) -> list[str]:
+    """Returns the modules that ``auto_map`` names, except those of another repository: ``org/name--module.Class``."""
+    mapped = config.get("auto_map") if isinstance(config, dict) else None
+    classes = list(mapped.values()) if isinstance(mapped, dict) else [mapped]
     flat = [each for value in classes for each in (value if isinstance(value, list) else [value])]
     return [match[1] for each in flat if isinstance(each, str) and (match := _CLASS.fullmatch(each))]
+
+
+def _custom_parts(config: Any) -> list[str]:
+    """Returns the modules that a pipeline names; most are those of a library, and no file."""
+    if isinstance(config, list):  # modules.json
+        types = [each.get("type") for each in config if isinstance(each, dict)]
+        return [match[1] for each in types if isinstance(each, str) and (match := _CLASS.fullmatch(each))]
+    pairs = config.items() if isinstance(config, dict) else ()
+    modules = [
+        ("" if key == "_class_name" else f"{key}/", value[0])
+        for key, value in pairs
+        if isinstance(value, list) and value and re.fullmatch(r"\w+", key)
+    ]
+    return [folder + name for folder, name in modules if isinstance(name, str) and re.fullmatch(r"\w+", name)]
 
 
 def _refuse_other_links(path: Path, folders: Sequence[Path], notice: Callable[[str], None]) -> None:
@@ -247,10 +277,10 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _keys(name: str, last: Path, others: Sequence[Path]) -> str:
-    if not name.endswith(".json"):
+    found = [json_of(each) for each in (last, *others)] if name.endswith(".json") else []
+    if not found or not all(isinstance(each, dict) for each in found):
         return ""
-    ours, missing = json_of(last), object()
-    theirs = [json_of(each) for each in others]
+    (ours, *theirs), missing = found, object()
     names = sorted({*ours, *(key for each in theirs for key in each)})
     differ = [key for key in names if any(each.get(key, missing) != ours.get(key, missing) for each in theirs)]
     return f" in {listing(map(quote, differ))}" if differ else ""

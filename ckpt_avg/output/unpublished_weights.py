@@ -99,7 +99,11 @@ class UnpublishedWeights:
         """Returns the tensors, read into memory."""
         from ckpt_avg.user_code.model import weights_in
 
-        return {name: tensor for file in self._files for name, tensor in weights_in(file.readable_path).items()}
+        return {
+            shard.prefix + name: tensor
+            for file, shard in zip(self._files, self._shards, strict=True)
+            for name, tensor in weights_in(file.readable_path).items()
+        }
 
     def data_digests(self, progress: Callable[[int], None]) -> list[str]:
         """Returns the digest of each data section, in hex; calls ``progress`` with the bytes of each read."""

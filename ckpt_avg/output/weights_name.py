@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ckpt_avg.output.side_files import CONFIG, json_of
 
@@ -18,8 +18,9 @@ _VARIANTS = {".fp16": "float16", ".bf16": "bfloat16", ".fp32": "float32"}
 
 def without_variant(name: str) -> str:
     """Returns a name without a variant such as ``fp16``: loaders expect it elsewhere in the names of shards."""
-    match = _KNOWN.fullmatch(name)
-    return f"{match['stem']}.safetensors" if match else name
+    folder, _, file = name.rpartition("/")
+    match = _KNOWN.fullmatch(file)
+    return str(PurePosixPath(folder, f"{match['stem']}.safetensors")) if match else name
 
 
 def weights_name(source: str, side_files: Mapping[str, Path], dtypes: Collection[str]) -> str:

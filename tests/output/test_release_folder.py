@@ -76,10 +76,10 @@ def test_if_the_second_of_two_steps_fails_the_older_output_is_put_back(
     before = contents(target)
     monkeypatch.setattr(platform, "exchange", lambda *paths: False)
     real: Callable[..., None] = os.rename
-    steps = iter([None, OSError(errno.EIO, "Input/output error"), None])
+    steps = iter([None, OSError(errno.EIO, "Input/output error")])
 
     def rename(*paths: object) -> None:
-        if error := next(steps):
+        if error := next(steps, None):
             raise error
         real(*paths)
 
@@ -138,7 +138,7 @@ def test_what_appears_between_the_look_and_the_rename_is_kept(
     def rename(*paths: Path) -> None:
         if kind == "a file":
             target.write_text("mine")
-        else:
+        elif not target.exists():
             target.mkdir()
             (target / "mine").write_text("mine")
         real(*paths)

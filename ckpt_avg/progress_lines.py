@@ -29,6 +29,7 @@ class _Count:
 
     def __init__(self, phase: Phase, begin: float) -> None:
         self.phase, self.begin, self.done = phase, begin, 0
+        self.known = 0  # of ``done``, what took no time
 
     def rate(self, seconds: float) -> str:
         """Returns what was done per second; nothing if that is unknown, or the time too short to tell."""
@@ -39,9 +40,9 @@ class _Count:
 
     def left(self, seconds: float, since: float = 0.0) -> str:
         """Returns for how long it will go on, if known: what is done took ``seconds``, then ``since`` passed."""
-        if not self.done or not self.phase.total or self.done >= self.phase.total:
+        if self.done == self.known or not self.phase.total or self.done >= self.phase.total:
             return ""
-        each, others = seconds / self.done, self.phase.total - self.done
+        each, others = seconds / (self.done - self.known), self.phase.total - self.done
         return f"{duration(each * others - min(since, each))} left"
 
     @property
@@ -114,8 +115,10 @@ class Lines:
                 self._measured = found
                 return
             phase.done += 1
+            phase.known += self._step is None
+            took = "known before" if self._step is None else duration(now - self._last)
             self._step = None
-            self.write(f"{self._place(phase, phase.done)}, {name}: {found}, {duration(now - self._last)}")
+            self.write(f"{self._place(phase, phase.done)}, {name}: {found}, {took}")
             self._last = self._said = now
 
     def notice(self, text: str) -> None:

@@ -83,6 +83,7 @@ def sweep_command(
         report=report,
         overwrite=overwrite,
         printing=printing,
+        resume=given["resume"],
     )
 
 

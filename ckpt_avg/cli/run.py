@@ -65,6 +65,8 @@ def make_output(
     files = SideFiles(sources, output=output, overwrite=given["overwrite"])
     if given["sha256"]:
         files.reserve(checksum_path(output), "the checksum")
+    if given.get("resume"):
+        files.reserve(given["resume"], "--resume")
     unmet: RequirementError | None = None
     try:
         with computing(quiet=printing.quiet or not speaks) as progress, join_ranks(timeout=rank_timeout) as ranks:
@@ -112,6 +114,7 @@ def make_report(
     report: Sequence[str],
     overwrite: bool,
     printing: Printing,
+    resume: str | None = None,
 ) -> None:
     """Runs what only measures; prints the result, writes its report and draws it, into paths that are checked first."""
     from ckpt_avg.cli.plots import KINDS, refuse_without_matplotlib
@@ -119,6 +122,8 @@ def make_report(
     from ckpt_avg.output.paths import REPORTS, SideFiles
 
     files = SideFiles(sources, output=None, overwrite=overwrite)
+    if resume:
+        files.reserve(resume, "--resume")
     for path in report:
         files.check("--report", path, REPORTS)
     files.check("--plot", plot, KINDS)

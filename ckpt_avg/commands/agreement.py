@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import Field
 from typing import Any
 
 from ckpt_avg.checkpoint.spec import Checkpoint
@@ -25,10 +26,7 @@ def agree_on_request(ranks: Ranks, request: AverageRequest) -> None:
     import torch
 
     compared = [option for _, option in options_of(type(request)) if not option.metadata.get("per_rank")]
-    mine = {
-        option.name: (_name if option.metadata.get("code") else _plain)(getattr(request, option.name))
-        for option in compared
-    }
+    mine = comparable(request, compared)
     mine |= {"version of ckpt_avg": __version__, "version of torch": torch.__version__}
 
     def describe(rank: int, first: dict[str, Any], other: dict[str, Any]) -> str:
@@ -37,6 +35,14 @@ def agree_on_request(ranks: Ranks, request: AverageRequest) -> None:
 
     if difference := _difference(ranks, "request", mine, describe):
         raise RankError(f"{difference}. Start all ranks with the same command.")
+
+
+def comparable(request: object, options: Iterable[Field[Any]]) -> dict[str, Any]:
+    """Returns the values of options as JSON can hold them: of the user's code, its names."""
+    return {
+        option.name: (_name if option.metadata.get("code") else _plain)(getattr(request, option.name))
+        for option in options
+    }
 
 
 def agree_on_files(ranks: Ranks, checkpoints: Sequence[Checkpoint]) -> None:

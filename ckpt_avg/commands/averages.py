@@ -29,14 +29,12 @@ class Averages:
 
     Attributes:
         meter: what measures them.
-        passes: how many times checkpoints were read to compute averages.
     """
 
     def __init__(self, request: MeanRequest, prepared: Prepared, context: Context) -> None:
         prepared.selected.refuse_single()
         self._request, self._prepared, self._context = request, prepared, context
         self.meter = Meter(request, prepared, context)
-        self.passes = 0
 
     def measure_last(self, choice: ChoiceOptions) -> Evaluation:
         """Measures the last checkpoint as it was saved. Raises UsageError if that has no such metric."""
@@ -60,6 +58,8 @@ class Averages:
             subsets: the checkpoints of each average, by their indices.
             weights: for each average the weights by index, None if all are equal; by default they are.
         """
+        if not subsets:
+            return []
         prepared = self._prepared
         orders = [self.order(subset) for subset in subsets]
         chosen = [summed(order, each) for order, each in zip(orders, weights or [None] * len(orders), strict=True)]
@@ -84,7 +84,6 @@ class Averages:
             allow_nonfinite=self._request.allow_nonfinite,
             progress=self._context.progress.advance,
         )
-        self.passes += 1
         return outputs
 
     def measure(self, name: str, subset: Collection[int], output: MemoryOutput) -> Evaluation:

@@ -78,7 +78,6 @@ class Meter:
                     found.setdefault(metric, []).append(value)
         metrics = {metric: mean_of(values) for metric, values in found.items()}
         samples = {metric: tuple(values) for metric, values in found.items() if len(values) > 1}
-        self._context.progress.measured(name, metrics)
         return self.compare_with_earlier(Evaluation(name, path, metrics, frozen is not None, samples))
 
     def compare_with_earlier(self, evaluation: Evaluation) -> Evaluation:
@@ -196,7 +195,7 @@ class Evaluations(Meter):
         self._measured += map(self.compare_with_earlier, self._before)
         self._announce(self._saved)
         for checkpoint, name in self._saved:
-            self._measured.append(self.measure(name, checkpoint.spec.path, weights_of(checkpoint)))
+            self._add(self.measure(name, checkpoint.spec.path, weights_of(checkpoint)))
             if self._context.ranks.is_first:
                 refuse_unknown_metrics(self._requirements, self._measured[0])
 
@@ -211,14 +210,19 @@ class Evaluations(Meter):
             name += ", statistics averaged"
         frozen = self._prepared.frozen if is_refreshed else None
         self._context.phase(Phase(f"measuring {name}"))
-        self._measured.append(self.measure(name, None, weights(), frozen=frozen, is_refreshed=is_refreshed))
+        self._add(self.measure(name, None, weights(), frozen=frozen, is_refreshed=is_refreshed))
 
     def measure_refreshed_checkpoints(self) -> None:
         """Measures what the average is compared with, if its statistics were refreshed."""
         if self._refreshes:
             frozen = self._prepared.frozen
             self._announce(self._compared, ", refreshed")
-            self._measured += [self.measure_refreshed(each, name, frozen) for each, name in self._compared]
+            for checkpoint, name in self._compared:
+                self._add(self.measure_refreshed(checkpoint, name, frozen))
+
+    def _add(self, evaluation: Evaluation) -> None:
+        self._measured.append(evaluation)
+        self._context.progress.measured(evaluation.name, evaluation.metrics)
 
     @property
     def phases(self) -> int:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -239,6 +240,13 @@ class ChoiceOptions(OptionGroup):
     heading = "Evaluation"
     maximize: str | None = option(None, "Prefer the highest value of this metric.", metavar="METRIC", everyday=True)
     minimize: str | None = option(None, "Prefer the lowest value of this metric.", metavar="METRIC", everyday=True)
+    resume: str | os.PathLike[str] | None = option(
+        None,
+        "Keep what is measured in a file, or go on from it.",
+        doc="A JSON file that keeps what is measured. If it exists, what is in it is not measured again.",
+        metavar="FILE.json",
+        heading="Output",
+    )
     hold: int = option(
         2 * 2**30,
         "Hold up to SIZE of averages in memory.",

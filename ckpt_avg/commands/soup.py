@@ -14,6 +14,7 @@ import glob
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ckpt_avg.choices import BestMode
@@ -23,10 +24,12 @@ from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.draft import AverageResult
 from ckpt_avg.commands.prepare import prepare
 from ckpt_avg.commands.requests import SoupRequest, takes
+from ckpt_avg.commands.resume import LAST, Measurements, check_resume, key_of
 from ckpt_avg.errors import IncompatibleError, RequirementError, UserCodeError
+from ckpt_avg.mean.memory_output import MemoryOutput
 from ckpt_avg.progress import Phase
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.text import distinct_names, escaped, listing, quote
+from ckpt_avg.text import distinct_names, escaped, listing, plural, quote
 from ckpt_avg.user_code.comparison import Evaluation
 from ckpt_avg.user_code.gate import refuse_unknown_metrics
 from ckpt_avg.wording import setting
@@ -164,6 +167,7 @@ def _choose(request: SoupRequest, context: Context) -> _Choice:
     context.phase(Phase("opening checkpoints"))
     discovery = request.discover()
     check_paths(request, discovery, context)
+    file = check_resume(request, discovery)
     prepared = prepare(discovery, request, context, by_window=True)
     averages = Averages(request, prepared, context)
     decided = min(_MOST_DECISIONS, (at_once(request.hold, prepared) + 1).bit_length() - 1)  # in one pass
@@ -178,23 +182,24 @@ def _choose(request: SoupRequest, context: Context) -> _Choice:
     # What follows, and for the soup: opened, averaged, measured, completed.
     some = (request.sha256, prepared.plan.spectral_norms, prepared.refresh is not None)
     context.phases_left = 3 + 4 + sum(map(bool, some))
-    saved = averages.measure_last(request)
-    refuse_unknown_metrics(request.requirements, saved)
-    context.phase(Phase(f"measuring {count} checkpoints", count, "checkpoints"))
-    alone = _measure_alone(averages, choice.candidates, request.target[1])
-    context.phase(Phase(f"measuring {count - 1} soups", count - 1, "soups"))
-    decisions, kept = _decide(averages, alone, request, decided)
+    with Measurements("soup", request, prepared, context, averages.meter, file) as kept:
+        saved = kept.measure(LAST, lambda: averages.measure_last(request))
+        refuse_unknown_metrics(request.requirements, saved)
+        context.phase(Phase(f"measuring {count} checkpoints", count, "checkpoints"))
+        alone = _measure_alone(averages, kept, choice.candidates, request.target[1])
+        context.phase(Phase(f"measuring {plural(count - 1, 'soup')}", count - 1, "soups"))
+        decisions, soup = _decide(averages, kept, alone, request, decided)
     averages.meter.notice_chance()
     measured = alone if prepared.refresh is None else [saved, *alone]
-    return replace(choice, decisions=tuple(decisions), kept=averages.paths(kept), measured=tuple(measured))
+    return replace(choice, decisions=tuple(decisions), kept=averages.paths(soup), measured=tuple(measured))
 
 
-def _measure_alone(averages: Averages, paths: Sequence[Path], metric: str) -> list[Evaluation]:
+def _measure_alone(averages: Averages, kept: Measurements, paths: Sequence[Path], metric: str) -> list[Evaluation]:
     """Returns what was measured of each checkpoint, in order. Raises IncompatibleError if some metric is NaN."""
     alone: list[Evaluation] = []
     names = distinct_names(paths)
     for index, path in enumerate(paths):
-        found = averages.measure(names[index], (index,), *averages.compute([(index,)]))
+        found = kept.measure(key_of((index,)), partial(_alone, averages, names[index], index))
         alone.append(replace(found, name=names[index], path=path))
     unclear = [each for each in alone if math.isnan(each.metrics[metric])]
     if len(unclear) == len(paths):
@@ -209,8 +214,12 @@ def _measure_alone(averages: Averages, paths: Sequence[Path], metric: str) -> li
     return alone
 
 
+def _alone(averages: Averages, name: str, index: int) -> Evaluation:
+    return averages.measure(name, (index,), *averages.compute([(index,)]))
+
+
 def _decide(
-    averages: Averages, alone: Sequence[Evaluation], request: SoupRequest, together: int
+    averages: Averages, measurements: Measurements, alone: Sequence[Evaluation], request: SoupRequest, together: int
 ) -> tuple[list[Decision], frozenset[int]]:
     """Returns the decisions, and the indices of the checkpoints in the soup; some decisions share a pass."""
 
@@ -223,12 +232,14 @@ def _decide(
     decisions = [_decision(alone[order[0]], alone[order[0]], is_kept=True)]
     for start in range(1, len(order), together):
         following = order[start : start + together]
-        soups = possible_soups(kept, following)
-        outputs = dict(zip(soups, averages.compute(soups), strict=True))
-        for index in following:
+        outputs: dict[frozenset[int], MemoryOutput] = {}
+        for place, index in enumerate(following):
             soup = kept | {index}
-            name = f"the soup with {alone[index].name}"
-            found = averages.measure(name, soup, outputs.pop(soup))
+            if soup not in outputs and not measurements.has(key_of(soup)):
+                soups = possible_soups(kept, following[place:])
+                outputs = dict(zip(soups, averages.compute(soups), strict=True))
+            measure = partial(_measure_soup, averages, f"the soup with {alone[index].name}", soup, outputs)
+            found = measurements.measure(key_of(soup), measure)
             is_kept = value_of(found) >= best - request.tolerance  # not if it is NaN
             decisions.append(_decision(alone[index], found, is_kept=is_kept))
             if is_kept:
@@ -236,6 +247,12 @@ def _decide(
             for other in [each for each in outputs if (index in each) is not is_kept]:
                 del outputs[other]  # frees its memory
     return decisions, kept
+
+
+def _measure_soup(
+    averages: Averages, name: str, soup: frozenset[int], outputs: dict[frozenset[int], MemoryOutput]
+) -> Evaluation:
+    return averages.measure(name, soup, outputs.pop(soup))
 
 
 def _decision(alone: Evaluation, soup: Evaluation, *, is_kept: bool) -> Decision:

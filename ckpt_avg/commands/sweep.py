@@ -6,8 +6,9 @@ The windows are averaged in groups: as many as fit into the memory given are com
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +17,11 @@ from ckpt_avg.commands.averages import Averages, at_once
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.prepare import Prepared, prepare
 from ckpt_avg.commands.requests import SweepRequest, takes
+from ckpt_avg.commands.resume import LAST, Measurements, check_resume, key_of
 from ckpt_avg.commands.weighting import weighting_of
 from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import UserCodeError
+from ckpt_avg.mean.memory_output import MemoryOutput
 from ckpt_avg.progress import Phase
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import plural, quote
@@ -129,18 +132,23 @@ def sweep(request: SweepRequest) -> SweepResult:
     """
     with Context(progress=request.callbacks) as context:
         context.phase(Phase("opening checkpoints"))
-        prepared = prepare(request.discover(), request, context, by_window=True)
+        discovery = request.discover()
+        file = check_resume(request, discovery)
+        prepared = prepare(discovery, request, context, by_window=True)
         averages = Averages(request, prepared, context)
         planned = _plan(request, prepared, context)
+        distinct = list({each.average: each for each in reversed(planned)}.values())[::-1]
         option, metric = request.target
         frozen = averages.frozen(prepared.checkpoints)
+        together = at_once(request.hold, prepared)
         context.phases_left = 2 if frozen is None else 3
-        last = averages.measure_last(request)
-        measured = _measure(averages, planned, context, at_once(request.hold, prepared))
-        reference = last
-        if frozen is not None:
-            context.phase(Phase(f"measuring {last.name}, refreshed"))
-            reference = averages.meter.measure_refreshed(prepared.last, last.name, frozen)
+        with Measurements("sweep", request, prepared, context, averages.meter, file) as kept:
+            last = reference = kept.measure(LAST, lambda: averages.measure_last(request))
+            found = _measure(averages, distinct, kept, context, together)
+            if frozen is not None:
+                refreshed = kept.measure("reference", lambda: _refreshed(averages, prepared, context, last, frozen))
+                reference = replace(refreshed, path=last.path)
+        measured = [_measured(averages, each, found[each.average]) for each in planned]
         best = _best(measured, metric, request.sign)
         averages.meter.notice_chance()
         _notice_nan(measured, metric, context)
@@ -161,7 +169,7 @@ def sweep(request: SweepRequest) -> SweepResult:
             best=best,
             change=next(change for change in changes if change.metric == metric),
             refreshed=prepared.refresh is not None,
-            passes=averages.passes,
+            passes=-(-len(distinct) // together),
             engine=engine_for(prepared.mean_device),
             notices=tuple(context.notices),
         )
@@ -189,6 +197,11 @@ class _Planned:
         """What is the same for rules that give the same average."""
         return self.window, self.weights
 
+    @property
+    def key(self) -> str:
+        """The key of its measurement."""
+        return key_of(self.window.indices, _by_index(self))
+
 
 def _plan(request: SweepRequest, prepared: Prepared, context: Context) -> list[_Planned]:
     """Returns each window with each rule. Raises IncompatibleError if the checkpoints lack what a rule needs."""
@@ -200,20 +213,34 @@ def _plan(request: SweepRequest, prepared: Prepared, context: Context) -> list[_
     return planned
 
 
-def _measure(averages: Averages, planned: Sequence[_Planned], context: Context, together: int) -> list[Measured]:
+def _measure(
+    averages: Averages, planned: Sequence[_Planned], kept: Measurements, context: Context, together: int
+) -> dict[object, Evaluation]:
     """Averages as many at a time as memory holds, in one pass; then refreshes and measures one after the other."""
-    distinct = list({each.average: each for each in reversed(planned)}.values())[::-1]
     several = len({each.rule for each in planned}) > 1
     found: dict[object, Evaluation] = {}
-    context.phase(Phase(f"measuring {plural(len(distinct), 'window')}", len(distinct), "windows"))
-    for start in range(0, len(distinct), together):
-        group = distinct[start : start + together]
-        outputs = averages.compute([each.window.indices for each in group], list(map(_by_index, group)))
+    context.phase(Phase(f"measuring {plural(len(planned), 'window')}", len(planned), "windows"))
+    for start in range(0, len(planned), together):
+        group = planned[start : start + together]
+        needed = [each for each in group if not kept.has(each.key)]
+        outputs = averages.compute([each.window.indices for each in needed], list(map(_by_index, needed)))
         for each in group:
             # The memory of an average is free after it is measured.
             name = f"{each.window.name}, {each.rule}" if several else each.window.name
-            found[each.average] = averages.measure(name, each.window.indices, outputs.pop(0))
-    return [_measured(averages, each, found[each.average]) for each in planned]
+            measure = partial(_measure_one, averages, name, each, outputs)
+            found[each.average] = kept.measure(each.key, measure)
+    return found
+
+
+def _measure_one(averages: Averages, name: str, planned: _Planned, outputs: list[MemoryOutput]) -> Evaluation:
+    return averages.measure(name, planned.window.indices, outputs.pop(0))
+
+
+def _refreshed(
+    averages: Averages, prepared: Prepared, context: Context, last: Evaluation, frozen: Collection[str]
+) -> Evaluation:
+    context.phase(Phase(f"measuring {last.name}, refreshed"))
+    return averages.meter.measure_refreshed(prepared.last, last.name, frozen)
 
 
 def _measured(averages: Averages, planned: _Planned, found: Evaluation) -> Measured:

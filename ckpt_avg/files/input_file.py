@@ -40,6 +40,7 @@ class InputFile:
         path: the file.
         size: its bytes when it was opened.
         identity: its device and inode.
+        modified: when it was last written to, in nanoseconds.
 
     Args:
         path: the file.
@@ -55,7 +56,7 @@ class InputFile:
         self._fd, status = _open(path, reserve)
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino)
-        self._modified = status.st_mtime_ns
+        self.modified = status.st_mtime_ns
         self.use_io("auto")
 
     def use_io(self, io: IO) -> None:
@@ -153,7 +154,7 @@ class InputFile:
     def check_unchanged(self) -> None:
         """Raises ChangedWhileReadingError if the size or the modification time of the file has changed."""
         status = _status(self.descriptor(), self.path)
-        if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.modified):
             raise ChangedWhileReadingError(
                 f"{self.path}: changed while reading: expected {self.size:,} bytes, unmodified, got "
                 f"{status.st_size:,} bytes, modified. Wait until nothing writes to it, then run again."

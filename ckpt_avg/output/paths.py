@@ -50,7 +50,7 @@ def check_output(path: str | os.PathLike[str], discovery: Discovery, *, overwrit
             below a file.
         OutputError: the file exists and ``overwrite`` is off, or its folder is not writable.
     """
-    target = _check_target(path, str(path), discovery)
+    target = check_target(path, str(path), discovery)
     for each in (Path(path), target):
         if each.suffix.lower() in _OTHERS:
             stem = each
@@ -71,7 +71,7 @@ def _refuse_existing(target: Path, where: str) -> None:
         raise OutputError(f"{where}: exists already. Choose another path, or replace it with --overwrite.")
 
 
-def _check_target(path: str | os.PathLike[str], where: str, discovery: Discovery) -> Path:
+def check_target(path: str | os.PathLike[str], where: str, discovery: Discovery) -> Path:
     """As `check_output`, for a new or existing file of any format; messages call the path ``where``."""
     if os.fspath(path) == "-":
         raise UsageError("-: the output cannot go to stdout. Name a file, for example swa.safetensors.")
@@ -179,7 +179,7 @@ def check_checksum(
     if os.path.realpath(path) == os.path.realpath(output):
         raise UsageError(f"--sha256: {path}: is a link to the output. Remove it.")
     where = f"--sha256: {path}"
-    target = _check_target(path, where, discovery)
+    target = check_target(path, where, discovery)
     if not overwrite:
         _refuse_existing(target, where)
     return target
@@ -250,7 +250,7 @@ class SideFiles:
             raise UsageError(f"{where}: is the path of {owner}. Choose another one.")
         if os.path.basename(path).endswith(INDEX_SUFFIX):
             raise UsageError(f"{where}: is the name of a shard index. Choose another one.")
-        target = _check_target(path, where, discover(self._sources))
+        target = check_target(path, where, discover(self._sources))
         if self._output is not None and target.is_relative_to(self._output):
             raise UsageError(f"{where}: is in the output folder. Choose a path next to it.")
         is_report = os.path.splitext(path)[1].lower() in REPORTS

@@ -17,8 +17,7 @@ from ckpt_avg.progress import Phase, Progress
 from ckpt_avg.text import decimal_size, one_line, safe_text
 
 _REDRAWN = 0.25  # seconds between two states of a line on a terminal
-_REPEATED = 30.0  # and between two lines of a phase in a log
-_LONG = 10.0  # seconds after which a phase leaves a line in a log
+_LONG = 30.0  # seconds after which a phase has a line in a log, and between two such lines
 _DRAWING = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a data loader's worker must not inherit a lock that nobody will release
     os.register_at_fork(before=_DRAWING.acquire, after_in_parent=_DRAWING.release, after_in_child=_DRAWING.release)
@@ -162,7 +161,7 @@ class Lines:
             if self._is_terminal:
                 if self._is_free:
                     self._redraw(self._state(now))
-            elif now - self._said >= _REPEATED:
+            elif now - self._said >= _LONG:
                 self._said = now
                 self.write(self._state(now))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -113,9 +114,14 @@ def outcome_lines(result: AverageResult, width: float = WIDTH) -> list[str]:
         lines.append(f"spectral norm of {weights}: u and v {would}computed from the averaged weight")
     lines += evaluation_lines(result.evaluations, result.comparison, result.outcomes, width)
     if all(outcome.met for outcome in result.outcomes):
-        lines.append(
-            f"{'wrote' if result.written else 'would write'} {one_line(result.output)} ({size(result.nbytes)})"
-        )
+        wrote = "wrote" if result.written else "would write"
+        if result.files:
+            files = f"{plural(len(result.files), 'file')}, {size(result.nbytes)} of weights"
+            lines.append(f"{wrote} {one_line(os.path.join(result.output, ''))} ({files})")
+        else:
+            lines.append(f"{wrote} {one_line(result.output)} ({size(result.nbytes)})")
+        if result.uploaded is not None:
+            lines.append(f"uploaded to {result.uploaded}")
     else:
         lines.append(f"did not write {result.output}")
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt_avg.commands.agreement import agree_on_files, agree_on_request
@@ -15,11 +16,12 @@ from ckpt_avg.commands.release import plan_release
 from ckpt_avg.commands.requests import AverageRequest, SoupRequest, takes
 from ckpt_avg.errors import UsageError
 from ckpt_avg.output.folder_paths import check_folder, names_folder
+from ckpt_avg.output.hub import refuse_unusable, upload
 from ckpt_avg.output.paths import check_checksum, check_output
 from ckpt_avg.output.shards import SAFETENSORS
 from ckpt_avg.progress import Phase
 from ckpt_avg.runs.discover import Discovery
-from ckpt_avg.text import argument
+from ckpt_avg.text import argument, decimal_size, plural
 from ckpt_avg.user_code.comparison import Evaluation
 
 
@@ -74,7 +76,18 @@ def write_average(
         release = plan_release(prepared, context, sha256=request.sha256, max_shard_size=request.largest_shard)
     draft = Draft(request, prepared, context, target, checksum, measured, directions, release)
     context.phases_left = draft.phases
-    return draft.result() if request.dry_run else publish(draft)  # mean → refresh → evaluate → publish
+    if request.dry_run:
+        return draft.result()
+    result = publish(draft)  # mean → refresh → evaluate → publish
+    return result if request.push_to_hub is None else _push(result, request, target, context)
+
+
+def _push(result: AverageResult, request: AverageRequest, folder: Path, context: Context) -> AverageResult:
+    """Uploads the output folder, on rank 0."""
+    if not context.ranks.is_first or request.push_to_hub is None:
+        return result
+    context.phase(Phase(f"uploading {plural(len(result.files), 'file')}, {decimal_size(result.nbytes)}"))
+    return replace(result, uploaded=upload(folder, str(request.output), request.push_to_hub, private=request.private))
 
 
 def writes_folder(request: AverageRequest | SoupRequest) -> bool:
@@ -95,6 +108,8 @@ def check_paths(
 ) -> tuple[Path, Path | None]:
     """Returns where the output goes, and where its checksum goes, if it is a file that is to have one."""
     output, overwrite = request.output, request.overwrite
+    if request.push_to_hub is not None and context.ranks.is_first:
+        refuse_unusable(request.push_to_hub, context.notice)
     if writes_folder(request):
         return check_folder(output, discovery, overwrite=overwrite), None
     target = check_output(output, discovery, overwrite=overwrite)

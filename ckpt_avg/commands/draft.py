@@ -56,9 +56,10 @@ class AverageResult:
             (from the only checkpoint).
         batch_norm: what the refresh did, if there was one.
         spectral_norms: the weights with spectral norm, whose vectors u and v are computed from the averaged weight.
-        data_digest: of the output's data section, as its metadata records it; None for a dry run, and on every rank but
-            the first.
+        data_digest: of the output's data section, as its metadata records it, of several shards together; None for a
+            dry run, and on every rank but the first.
         sha256: of the whole output, if requested; for a folder of the list of all its files' SHA-256, ``SHA256SUMS``.
+        uploaded: the URL of the repository that an output folder was uploaded to.
         evaluations: what ``evaluate`` measured: the last checkpoint as it was saved (without a refresh every one that
             was measured), checkpoints with refreshed statistics, the average before and after the refresh. The last one
             is that of the output.
@@ -88,6 +89,7 @@ class AverageResult:
     spectral_norms: tuple[str, ...]
     data_digest: str | None
     sha256: str | None
+    uploaded: str | None
     evaluations: tuple[Evaluation, ...]
     comparison: Comparison | None
     outcomes: tuple[Outcome, ...]
@@ -178,6 +180,7 @@ class Draft:
             spectral_norms=tuple(layer.weight for layer in prepared.plan.spectral_norms),
             data_digest=data_digest,
             sha256=sha256,
+            uploaded=None,
             evaluations=self.evaluations.measured,
             comparison=self.evaluations.comparison,
             outcomes=self.evaluations.outcomes,

@@ -213,12 +213,19 @@ class OutputOptions(OptionGroup):
         None,
         "Upload the folder to this repository of the Hub.",
         doc="Write a folder, and upload it to this repository of the Hugging Face Hub, for example ``org/name``. It is "
-        "created, private, if there is none.",
+        "created if there is none. Needs huggingface_hub (the extra ``hub``) and its token.",
         metavar="ORG/NAME",
+    )
+    private: bool = option(
+        False,
+        "Make a repository that --push-to-hub creates private.",
+        doc="Whether a repository that ``push_to_hub`` creates is private.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.private and self.push_to_hub is None:
+            raise UsageError("--private: is about a repository of the Hub. Add --push-to-hub ORG/NAME.")
         if self.largest_shard is not None and self.largest_shard < _LEAST_SHARD:
             raise UsageError(f"--max-shard-size: {self.max_shard_size} is out of range. Use 1KB or more, such as 5GB.")
 

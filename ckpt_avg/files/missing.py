@@ -9,7 +9,7 @@ from pathlib import Path
 from ckpt_avg.text import argument, nearest
 
 _URL = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]+):/+(?P<rest>.*)", re.DOTALL)
-_HUB = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:models/)?([\w.-]+/[\w.-]+)")
+_HUB = re.compile(r"(?:https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/+)(?:models/)?([\w.-]+/[\w.-]+)")
 _HOST = re.compile(r"[\w.-]+@[\w.-]+:.*|[\w.-]{2,}:[~/].*", re.DOTALL)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _COPY = {  # scheme → commands for a file and for a folder

@@ -330,8 +330,8 @@ def test_invalid_commands_are_usage_errors(output: Path, in_process: Run, argume
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("none", "no such file. Check the path."),
-        ("none/none", "no such file. Check the path."),
+        ("none", "no such file or folder. Check the path."),
+        ("none/none", "no such file or folder. Check the path."),
         ("folder", "contains no weights. Name an output of ckpt-avg"),
         ("pipe", "is a device, pipe or socket. Name a file that ckpt-avg wrote"),
     ],

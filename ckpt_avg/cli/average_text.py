@@ -55,6 +55,7 @@ def evaluation_lines(
     comparison: Comparison | None,
     outcomes: Sequence[Outcome],
     width: float = WIDTH,
+    important: Sequence[str] = (),
 ) -> list[str]:
     """Returns a table with a row for each measurement, a sentence on what helped, and a line for each requirement.
 
@@ -78,9 +79,9 @@ def evaluation_lines(
         rows.append(measured_cells(name, Evaluation(name, None, mean), order, reference))
     rows += [measured_cells(each.name, each, order, reference) for each in evaluations if each.path is None]
     sentence = summary(comparison)
-    required = {each.requirement.metric for each in outcomes}
+    first = {*important, *(each.requirement.metric for each in outcomes)}  # of many metrics
     return (
-        table(rows, width, important=required, what="metric")
+        table(rows, width, important=first, what="metric")
         + [sentence] * bool(sentence)
         + [f"{'met' if each.met else 'NOT MET'}: {each}" for each in outcomes]
     )
@@ -91,7 +92,7 @@ def _is_done(result: AverageResult) -> bool:
     return result.written or bool(result.evaluations)
 
 
-def outcome_lines(result: AverageResult, width: float = WIDTH) -> list[str]:
+def outcome_lines(result: AverageResult, width: float = WIDTH, important: Sequence[str] = ()) -> list[str]:
     """Says where the BatchNorm statistics come from, what was measured, and what was written."""
     lines = []
     if report := result.batch_norm:
@@ -112,7 +113,7 @@ def outcome_lines(result: AverageResult, width: float = WIDTH) -> list[str]:
         would = "" if _is_done(result) else "would be "
         weights = plural(len(result.spectral_norms), "weight")
         lines.append(f"spectral norm of {weights}: u and v {would}computed from the averaged weight")
-    lines += evaluation_lines(result.evaluations, result.comparison, result.outcomes, width)
+    lines += evaluation_lines(result.evaluations, result.comparison, result.outcomes, width, important)
     if all(outcome.met for outcome in result.outcomes):
         wrote = "wrote" if result.written else "would write"
         if result.files:

@@ -45,7 +45,7 @@ def soup_text(result: SoupResult, command: Sequence[str], *, verbose: bool = Fal
         *table(rows, width),
         "",
         f"soup of {len(kept)} of {plural(count, 'checkpoint')}: {metric} {value:.6g}{change}",
-        *outcome_lines(replace(average, evaluations=measured), width),
+        *outcome_lines(replace(average, evaluations=measured), width, important=[result.metric]),
     ]
     if verbose:
         lines += detail_lines(average.engine, result.skipped)

@@ -50,7 +50,7 @@ LINES = [
      "  ckpt-avg average runs/7 -o swa.safetensors"),
     ("runs/7 --last 2 -o x.safetensors", 2, "  ckpt-avg average runs/7 --last 2 -o x.safetensors"),
     ("epoch_9.pt", 2, "epoch_9.pt: is a path, not a command."),
-    ("--last 2 runs/7", 2, "--last: no command before it. Write the command first:\n  ckpt-avg inspect --last 2 runs/7"),
+    ("--last 2 runs/7", 2, "--last: no command before it. Write the command first:\n  ckpt-avg inspect --last"),
     ("-v average runs/7", 2, "-v: no such option. Write: ckpt-avg average -v runs/7"),
     ("merge runs/7", 2, "merge: no such command. Did you mean 'average'?"),
     ("inspekt runs/7", 2, "inspekt: no such command. Did you mean 'inspect'?"),

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ckpt_avg import inspect
+from ckpt_avg import average, inspect
 from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.cli.inspect_text import inspection_text
 from ckpt_avg.commands.documents import inspection_json
 from ckpt_avg.commands.inspect import Inspection
-from ckpt_avg.errors import CheckpointFormatError, UsageError
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, UsageError
 
 InProcess = Callable[..., tuple[int, str, str]]
 
@@ -233,6 +233,105 @@ def test_checkpoints_in_an_inner_folder_are_noted(tmp_path: Path) -> None:
     found = inspect(tmp_path)
     assert found.notes == (f"the checkpoints are in {tmp_path / 'checkpoints'}",)
     assert inspection_text(found).startswith(f"note: the checkpoints are in {tmp_path / 'checkpoints'}\n")
+
+
+# --- a selection -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Ten checkpoints with a step and a loss that falls, and one that cannot be read."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in range(1, 11):
+        contents = {"model": {"w": torch.full((2,), float(step))}, "global_step": 100 * step, "loss": 1 / step}
+        if step == 4:
+            del contents["loss"]
+        torch.save(contents, folder / f"step_{step}.pt")
+    return folder
+
+
+SELECTIONS: list[dict[str, Any]] = [
+    {"last": 3},
+    {"every": 4},
+    {"from_step": 300, "to_step": 700},
+    {"min_interval": 250},
+    {"last": 3, "every": 2, "exclude": "step_1*"},
+    {"best": 2, "metric": "loss", "mode": "min"},
+    {"include": ["step_1.pt", "step_4.pt", "step_8.pt"], "best": 1, "mode": "max"},
+]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
+def test_what_inspect_selects_is_what_average_uses(many: Path, tmp_path: Path, selection: dict[str, Any]) -> None:
+    every, found = inspect(many), inspect(many, **selection)
+    chosen = [each.spec.path for each in found.listed if not each.skipped_by]
+    assert tuple(chosen) == average(many, tmp_path / "out.safetensors", **selection).checkpoints
+    assert len(chosen) < 10
+    assert not every.selects
+    assert all(not each.skipped_by for each in every.listed)
+
+
+def test_each_skipped_checkpoint_names_the_option(many: Path, in_process: InProcess) -> None:
+    """The first that skips it, in the order in which the options apply."""
+    options = ("--exclude", "step_1.pt", "--from-step", 300, "--every", 2, "--last", 3, "--best", 1, "--mode", "min")
+    code, out, err = in_process("inspect", many, *options)
+    assert (code, err) == (0, "")
+    table = {line.split()[0]: " ".join(line.split()[1:4]) for line in out.splitlines() if line.startswith("step_")}
+    assert table == {
+        "step_2.pt": "no: --from-step 300",
+        "step_3.pt": "no: --every 2",
+        "step_4.pt": "no: --last 3",
+        "step_5.pt": "no: --every 2",
+        "step_6.pt": "no: --best 1",
+        "step_7.pt": "no: --every 2",
+        "step_8.pt": "no: --best 1",
+        "step_9.pt": "no: --every 2",
+        "step_10.pt": "yes 1000 0.1",
+    }
+    assert "selected: 1 of 9 checkpoints" in out.splitlines()
+    assert "skipped: 'step_1.pt': --exclude step_1.pt" in out.splitlines()
+    document = json.loads(in_process("inspect", many, *options, "--json")[1])
+    assert [each["skipped_by"] for each in document["checkpoints"]][4:] == [
+        "--best 1", "--every 2", "--best 1", "--every 2", None,
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_without_the_metric_is_told_from_a_worse_one(many: Path) -> None:
+    reasons = {each.spec.name: each.skipped_by for each in inspect(many, best=8, metric="loss", mode="min").listed}
+    assert reasons["step_4.pt"].endswith("is not recorded")
+    assert reasons["step_1.pt"].endswith("8")
+
+
+@pytest.mark.python_words
+def test_python_callers_read_the_keyword(many: Path) -> None:
+    assert inspect(many, last=3).listed[0].skipped_by == "last=3"
+
+
+def test_a_selected_checkpoint_that_cannot_be_read_is_noted(many: Path) -> None:
+    (many / "step_10.pt").write_bytes(b"PK\3\4 cut off")
+    note = "step_10.pt: is selected, but cannot be read, so average would stop"
+    assert note in inspect(many, last=2).notes
+    assert note not in inspect(many, to_step=9).notes
+
+
+@pytest.mark.parametrize("selection", [{"last": 11}, {"best": 1, "mode": "max", "metric": "acc"}, {"include": "x*"}])
+def test_a_selection_that_average_refuses_is_refused(many: Path, selection: dict[str, Any]) -> None:
+    with pytest.raises(IncompatibleError) as refused:
+        average(many, many.parent / "out.safetensors", **selection)
+    with pytest.raises(IncompatibleError) as caught:
+        inspect(many, **selection)
+    assert str(caught.value) == str(refused.value)
+
+
+def test_several_paths_are_one_run(many: Path, in_process: InProcess) -> None:
+    """As average takes them: in the order of their steps."""
+    paths = [many / f"step_{step}.pt" for step in (9, 2, 7)]
+    found = inspect(paths, last=2)
+    assert [each.spec.name for each in found.listed] == ["step_2.pt", "step_7.pt", "step_9.pt"]
+    assert [bool(each.skipped_by) for each in found.listed] == [True, False, False]
+    assert found.path == many
+    assert in_process("inspect", *paths, "--last", 2)[0] == 0
 
 
 # --- folders that nobody prepared --------------------------------------------------------------------------

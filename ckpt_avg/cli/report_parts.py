@@ -11,7 +11,7 @@ from ckpt_avg.cli.html_tags import Html, join, tag
 from ckpt_avg.text import distinct_names, escaped
 
 _MOST_ROWS = 200
-_LONG = 14  # rows after which a table scrolls
+_LONG = 24  # rows after which a table scrolls
 
 
 def table(

@@ -4,7 +4,7 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --page: #ffffff; --box: #f6f7f9; --text: #1b1f24; --soft: #57606a; --rule: #d0d7de; --grid: #e4e8ec;
-  --blue: #0072b2; --orange: #d17f00; --red: #c44e00; --green: #00805f; --grey: #6b7480;
+  --blue: #0072b2; --orange: #c47600; --red: #c44e00; --green: #00805f; --grey: #6b7480;
   --good: #00664b; --bad: #a33c00; --link: #005a8f;
 }
 @media (prefers-color-scheme: dark) {
@@ -98,7 +98,7 @@ th, td {
 td.text, th.text { white-space: normal; min-width: 11rem; max-width: 34rem; overflow-wrap: anywhere; }
 thead th { background: var(--box); position: sticky; top: 0; font-weight: 650; }
 tbody tr:last-child > * { border-bottom: 0; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; white-space: normal; min-width: 7rem; max-width: 26rem; overflow-wrap: anywhere; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 tr.best > * { color: var(--good); font-weight: 650; }
 tr.far > * { color: var(--bad); font-weight: 650; }
@@ -118,7 +118,7 @@ footer { color: var(--soft); font-size: 0.875rem; margin-top: 40px; padding-bott
 @media print {
   :root {
     --page: #ffffff; --box: #ffffff; --text: #000000; --soft: #444444; --rule: #999999; --grid: #dddddd;
-    --blue: #0072b2; --orange: #d17f00; --red: #c44e00; --green: #00805f;
+    --blue: #0072b2; --orange: #c47600; --red: #c44e00; --green: #00805f;
     --grey: #666666; --good: #00664b; --bad: #a33c00;
   }
   body { font-size: 10.5pt; -webkit-print-color-adjust: exact; print-color-adjust: exact; }
@@ -131,7 +131,7 @@ footer { color: var(--soft); font-size: 0.875rem; margin-top: 40px; padding-bott
   .charts { grid-template-columns: repeat(2, 1fr); }
   .charts.beside { grid-template-columns: 1fr; }
   .charts.beside figure { max-width: 60%; }
-  td.text, th.text { min-width: 0; }
+  td.text, th.text, tbody th { min-width: 0; overflow-wrap: anywhere; }
   .scroll, .scroll.long { overflow: visible; max-height: none; border: 0; }
   thead th { position: static; }
   th, td { padding: 3px 6px; white-space: normal; }

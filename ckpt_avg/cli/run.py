@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -175,15 +176,18 @@ def _command_line() -> tuple[str, ...]:
 
 
 def _card(result: AverageResult, output: str, *, quiet: bool) -> str:
-    """Returns the model card of an output, and says what it leaves out."""
+    """Returns the model card of an output, and says what it leaves out if the run has not said it."""
     from ckpt_avg.commands.card import card_notice, checkpoint_folder, model_card, read_config
 
+    name = os.path.basename(os.path.abspath(output))
+    if result.files:
+        folder = Path(output) if result.written else checkpoint_folder(result.checkpoints)
+        return model_card(result, name=name, config=read_config(folder), recorded=result.metadata)
     config = read_config(checkpoint_folder(result.checkpoints))
     notice = card_notice(config)
     if notice is not None and not quiet:
         say(f"Notice: {notice}", err=True)
-    name = os.path.splitext(os.path.basename(os.path.abspath(output)))[0]
-    return model_card(result, name=name, config=config, recorded=result.metadata)
+    return model_card(result, name=os.path.splitext(name)[0], config=config, recorded=result.metadata)
 
 
 def _compared(

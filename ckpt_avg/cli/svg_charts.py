@@ -16,10 +16,11 @@ from ckpt_avg.cli.html_tags import Html, join, tag
 Point = tuple[float, float]
 
 _WIDTH = 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 14, 12, 40
 _HEIGHT = 240
 _ROW = 36  # of a chart with a name above each row
 _LEVELS = 9  # of a heat map
+_LARGEST = 1e300  # of the numbers that are drawn: their differences are in the range of float64
 _LONGEST = 52  # characters of a name above a row
 
 
@@ -129,7 +130,8 @@ def row_chart(
     axis = _Axis(numbers, margin=0.0 if bars else 0.06)
     left, right = 8, _WIDTH - 8
     height = 14 + _ROW * len(rows) + 30
-    ticks = _Axis([10**axis.low, 10**axis.high], margin=0.0).ticks if log else axis.ticks
+    ends = [10.0 ** max(-300, min(300, end)) for end in (axis.low, axis.high)] if log else []
+    ticks = _Axis(ends, margin=0.0).ticks if log else axis.ticks
     parts = []
     for tick in ticks:
         if not log or tick > 0:
@@ -180,7 +182,7 @@ def column_chart(title: str, description: str, x_label: str, y_label: str, value
         parts.append(tag("rect", tag("title", f"{label}: {_shown(value)}"), x=x + across * 0.1, y=min(y, zero),
                          width=across * 0.8, height=max(0.5, abs(y - zero)), class_="blue"))  # fmt: skip
         if (len(values) - 1 - number) % every == 0:
-            parts.append(_label(x + across / 2, low + 15, _cut(label, 8), "middle"))
+            parts.append(_label(x + across / 2, low + 15, _cut(label, 8), _anchor(x + across / 2)))
     return _figure(title, description, _HEIGHT, parts, ())
 
 
@@ -209,7 +211,8 @@ def heat_map(title: str, description: str, labels: Sequence[str], matrix: Sequen
         if (count - 1 - number) % every == 0:
             middle = _TOP + side * (number + 0.5)
             parts.append(_label(_LEFT - 6, middle + 4, _cut(label, 8), "end"))
-            parts.append(_label(_LEFT + middle - _TOP, _TOP + size + 15, _cut(label, 8), "middle"))
+            x = _LEFT + middle - _TOP
+            parts.append(_label(x, _TOP + size + 15, _cut(label, 8), _anchor(x)))
     foot = _TOP + size + 30
     swatch = (_WIDTH - _LEFT - _RIGHT) / _LEVELS
     parts += [
@@ -237,7 +240,7 @@ class _Axis:
     """
 
     def __init__(self, values: Sequence[float], *, margin: float = 0.08, whole: bool = False) -> None:
-        low, high = min(values), max(values)
+        low, high = (max(-_LARGEST, min(_LARGEST, end)) for end in (min(values), max(values)))
         span = high - low
         if not span > 1e-12 * max(abs(low), abs(high)):  # rounding errors of equal numbers
             span = abs(high) * 0.1 or 1.0
@@ -251,6 +254,7 @@ class _Axis:
 
     def place(self, value: float, start: float, end: float) -> float:
         """Returns where a number is, between the places of both ends."""
+        value = max(self.low, min(self.high, value))
         return start + (value - self.low) / (self.high - self.low) * (end - start)
 
 
@@ -319,7 +323,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, height: floa
     parts = [_rules(y_axis, y_label, height)]
     for tick in x_axis.ticks:
         x = x_axis.place(tick, _LEFT, _WIDTH - _RIGHT)
-        parts.append(join(_line(x, _TOP, x, low, "grid"), _label(x, low + 15, _shown(tick), "middle")))
+        parts.append(join(_line(x, _TOP, x, low, "grid"), _label(x, low + 15, _shown(tick), _anchor(x))))
     return join(*parts, _label((_LEFT + _WIDTH - _RIGHT) / 2, height - 6, x_label, "middle", "axis"))
 
 
@@ -348,7 +352,7 @@ def _label(x: float, y: float, text: str, anchor: str, kind: str | None = None) 
 
 
 def _anchor(x: float) -> str:
-    return "start" if x < 24 else "end" if x > _WIDTH - 24 else "middle"
+    return "start" if x < 28 else "end" if x > _WIDTH - 28 else "middle"
 
 
 def _opacity(level: int) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ckpt_avg.commands.draft import AverageResult
 
 _MOST_METRICS = 3  # recorded metrics of the checkpoints that get a column
-_CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "config_sentence_transformers.json")
+CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "config_sentence_transformers.json")
 # Folders in which people keep models of their own: `outputs/run-1` is no name on the Hub.
 _LOCAL = re.compile(
     r"(outputs?|out|runs?|results?|models?|checkpoints?|ckpts?|data|datasets?|tmp|temp|work|workspace|saved?|logs?|"
@@ -112,7 +112,7 @@ def license_of(config: Mapping[str, Any]) -> str | None:
 
 def read_config(folder: Path) -> Mapping[str, Any] | None:
     """Returns the configuration in a folder of weights; None if there is none that can be read."""
-    for name in _CONFIGS:
+    for name in CONFIGS:
         try:
             with (folder / name).open("rb") as file:
                 found = json.loads(file.read(LIMITS.index))

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ckpt_avg.checkpoint.spec import Checkpoint
-from ckpt_avg.commands.card import model_card, read_config
+from ckpt_avg.commands.card import CONFIGS, card_notice, model_card, read_config
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.parts import Part, dtypes_of, parts_of
 from ckpt_avg.commands.prepare import Prepared
@@ -79,6 +79,9 @@ def plan_release(prepared: Prepared, context: Context, *, sha256: bool, max_shar
             names[model] = folder + weights_name(checkpoint.files[0].path.name, own, dtypes_of(prepared, model))
             if not {CONFIG, ADAPTER_CONFIG} & set(own):
                 context.notice(f"{checkpoint.spec.path}: neither it nor its run folder has a {CONFIG}")
+        config = next((path.parent for name, path in paths.items() if name in CONFIGS), None)
+        if unknown := card_notice(None if config is None else read_config(config)):
+            context.notice(f"{CARD}: {unknown}")
         found.extend(_with_true_dtype(SideFile.of(*each), prepared, context.notice) for each in paths.items())
         return names, {each.name: each.sha256 for each in found}
 

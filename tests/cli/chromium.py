@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,11 @@ from typing import Any
 
 import pytest
 
+# The browser reads commands from descriptor 3, and writes answers to 4.
+_START = """import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])"""
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -27,7 +33,7 @@ class Page:
     """
 
     def __init__(self, commands: int, answers: int) -> None:
-        self._commands, self._answers = os.fdopen(commands, "wb", buffering=0), os.fdopen(answers, "rb")
+        self._commands, self._answers = commands, answers
         self._rest, self._number, self._session = b"", 0, ""
         self.messages: list[str] = []
         self.requests: list[str] = []
@@ -42,7 +48,7 @@ class Page:
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
-        self._commands.write(json.dumps(message).encode() + b"\0")
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next()
             if answer.get("id") == self._number:
@@ -79,7 +85,7 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            found = os.read(self._answers.fileno(), 2**16)
+            found = os.read(self._answers, 2**16)
             assert found, "the browser has ended"
             self._rest += found
         first, _, self._rest = self._rest.partition(b"\0")
@@ -103,7 +109,7 @@ def browser() -> Iterator[Page]:
         words = [program, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
                  "--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={profile}"]  # fmt: skip
         started = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{theirs} 4>&{also_theirs}', "sh", *words],
+            [sys.executable, "-c", _START, str(theirs), str(also_theirs), *words],
             pass_fds=(theirs, also_theirs),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -115,3 +121,5 @@ def browser() -> Iterator[Page]:
         finally:
             started.kill()
             started.wait()
+            os.close(commands)
+            os.close(answers)

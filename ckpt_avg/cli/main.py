@@ -175,14 +175,12 @@ def help_command(context: click.Context, /, command: str | None) -> None:
 @cli.command("completion")
 @click.argument("shell")
 def completion_command(shell: str) -> None:
-    """Print a script that completes words in bash, zsh or fish.
+    """Print a script that completes words in bash, zsh or fish. For zsh, ~/.zshrc needs "fpath+=~/.zfunc".
 
     \b
     ckpt-avg completion bash > ~/.local/share/bash-completion/completions/ckpt-avg
     ckpt-avg completion zsh > ~/.zfunc/_ckpt-avg
     ckpt-avg completion fish > ~/.config/fish/completions/ckpt-avg.fish
-
-    For zsh, ~/.zshrc needs "fpath+=~/.zfunc" before "compinit".
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.completion import SCRIPTS
 

@@ -21,6 +21,7 @@ from ckpt_avg.cli.main import cli
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 USAGE = (ROOT / "docs" / "usage.md").read_text()
+TERMINAL = (ROOT / "docs" / "terminal.md").read_text()
 WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
 
 Run = Callable[..., tuple[int, str, str]]
@@ -50,6 +51,12 @@ def test_readme_command_prints_what_the_readme_shows_and_its_output_loads(
     model = train.make_model()  # type: ignore[attr-defined]
     model.load_state_dict(load_file(output), strict=True)
     assert train.evaluate(model.eval())["accuracy"] > 0.98  # type: ignore[attr-defined]
+
+
+def test_the_page_on_the_terminal_shows_what_inspect_prints(in_process: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command = shlex.split(_block(TERMINAL, "command: inspect"))[2:]
+    assert in_process(*command) == (0, _block(TERMINAL, "output: inspect"), "")
 
 
 def test_readme_evaluation_prints_what_the_readme_shows(

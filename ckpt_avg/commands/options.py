@@ -249,7 +249,7 @@ class ChoiceOptions(OptionGroup):
     minimize: str | None = option(None, "Prefer the lowest value of this metric.", metavar="METRIC", everyday=True)
     resume: str | os.PathLike[str] | None = option(
         None,
-        "Keep what is measured in a file, or go on from it.",
+        "Keep the results in this file, or continue from it.",
         doc="A JSON file that keeps what is measured. If it exists, what is in it is not measured again.",
         metavar="FILE.json",
         heading="Output",

@@ -91,9 +91,6 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        if not arguments:  # the message is the help text
-            error.show()
-            return error.exit_code
         from ckpt_avg.cli.wrong_words import message_of
 
         message = message_of(error, command, arguments)

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from ckpt_avg.errors import UsageError
+
 EVERYDAY = "Everyday options"
 HEADINGS = (
     EVERYDAY,
@@ -48,6 +50,13 @@ class Group(click.Group):
     """The commands, in the order in which they were added."""
 
     command_class = Command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Reads the command line; without any word, shows the help and exits as for an invalid one."""
+        if not args:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(UsageError.exit_code)
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Returns the names of the commands."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_avg.text import argument, nearest
@@ -48,11 +49,18 @@ def _sibling(path: str) -> str:
     count = next((count for count in range(len(parts)) if not os.path.lexists(Path(*parts[: count + 1]))), 0)
     folder = Path(*parts[:count])
     try:
-        near = nearest(parts[count], os.listdir(folder), 0.7) if parts else None
+        near = nearest_name(parts[count], os.listdir(folder)) if parts else None
     except OSError:
         return ""
     found = folder / near / Path(*parts[count + 1 :]) if near else folder
     return str(found) if near and os.path.lexists(found) else ""
+
+
+def nearest_name(name: str, names: Sequence[str]) -> str | None:
+    """Returns the nearest name with the same suffix, or else the nearest one."""
+    stem, suffix = os.path.splitext(name)
+    near = nearest(stem, [each.removesuffix(suffix) for each in names if each.endswith(suffix)], 0.7)
+    return near + suffix if near else nearest(name, names, 0.9)
 
 
 def _how_to_copy(text: str) -> str:

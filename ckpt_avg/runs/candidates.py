@@ -12,6 +12,7 @@ from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, PartError, TooManyFilesError
 from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.files.missing import nearest_name
 from ckpt_avg.formats.folder import JOIN
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.formats.reading import Reading
@@ -24,7 +25,7 @@ from ckpt_avg.runs.order import put_in_order, with_records_of_folders
 from ckpt_avg.runs.run_folder import Skipped, in_order, natural_key
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.runs.series import notes_on_moments, notes_on_series, one_series
-from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote, suggestion
+from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote
 from ckpt_avg.wording import setting
 
 EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
@@ -77,8 +78,8 @@ def open_candidates(
             f"nothing to average: --include and --exclude skip all {len(paths):,} checkpoints "
             f"({ends([escaped(path.name) for path in paths])}). Change the patterns, which match file names."
         )
-        found_names = [path.name for path in paths]
-        message += next((near for pattern in selection.include if (near := suggestion(pattern, found_names))), "")
+        nearest = [nearest_name(pattern, [path.name for path in paths]) for pattern in selection.include]
+        message += "".join(f" Did you mean {near!r}?" for near in nearest if near)
         others = [quote(each.path.name) for each in skipped if wanted(each.path.name)]
         if others:
             message += f" These match, but run folders skip them: {listing(others)}. Name their paths to use them."
@@ -128,10 +129,11 @@ def _idle_patterns(selection: Selection, names: Sequence[str]) -> list[str]:
     """Tells which patterns match no name: a typing error would otherwise select the wrong checkpoints in silence."""
     given = [("--include", pattern) for pattern in selection.include]
     given += [("--exclude", pattern) for pattern in selection.exclude]
+    idle = [each for each in given if not any(fnmatchcase(name, each[1]) for name in names)]
     return [
-        f"{setting(option, pattern)}: matches no checkpoint.{suggestion(pattern, names)}"
-        for option, pattern in given
-        if not any(fnmatchcase(name, pattern) for name in names)
+        f"{setting(option, pattern)}: matches no checkpoint." + (f" Did you mean {near!r}?" if near else "")
+        for option, pattern in idle
+        for near in [nearest_name(pattern, names)]
     ]
 
 

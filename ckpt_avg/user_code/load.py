@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -66,7 +67,7 @@ def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str])
             near = suggestion(missed, _modules_in(os.path.join(folder, *error.name.split(".")[:-1])))
             raise UsageError(
                 f"{option} {reference}: no module {error.name!r} in {folder} or among the installed packages."
-                f"{near or ' Name its folder with --app-dir.'}"
+                f"{near or _advice_on_folders(error.name, app_dir)}"
             ) from None
     for part in name.split("."):
         if not hasattr(found, part):
@@ -82,6 +83,15 @@ def _modules_in(folder: str) -> list[str]:
     with contextlib.suppress(OSError):
         return [name.removesuffix(".py") for name in os.listdir(folder) if name.removesuffix(".py").isidentifier()]
     return []
+
+
+def _advice_on_folders(module: str, app_dir: str | os.PathLike[str]) -> str:
+    """Says in which folder inside ``app_dir`` a module is, if it is in one."""
+    name = module.split(".", maxsplit=1)[0]
+    found = min([*Path(app_dir).glob(f"*/{name}.py"), *Path(app_dir).glob(f"*/{name}/__init__.py")], default=None)
+    if found is None:
+        return " Name its folder with --app-dir."
+    return f" Add --app-dir {argument(found.parent if found.stem == name else found.parent.parent)}."
 
 
 def _advice_on_names(name: str, module: Any) -> str:

@@ -36,6 +36,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         contents = {"model": weights, "epoch": epoch, "val_loss": 1 / epoch, "val_acc": epoch / 20}
         torch.save(contents, tmp_path / "runs" / "7" / f"epoch_{epoch}.pt")
     (tmp_path / "wrong_words_app.py").write_text(APP)
+    (tmp_path / "src" / "models").mkdir(parents=True)
+    (tmp_path / "src" / "training.py").write_text(APP)
+    (tmp_path / "src" / "models" / "__init__.py").write_text(APP)
     (tmp_path / "metrics.csv").write_text("epoch,score\n8,1\n9,2\n10,3\n")
     return tmp_path
 
@@ -90,8 +93,11 @@ LINES = [
     (f"average runs/7 {MODEL} --eval wrong_words_app:something_else {OUT}", 2, "It has make_model, evaluate."),
     (f"average runs/7 {MODEL} --eval wrong_words_app:evaluate --require acuracy>=last {OUT}", 2, "'accuracy'?"),
     (f"sweep runs/7 {MODEL} --eval wrong_words_app:evaluate --maximize F1_", 2, "Did you mean 'f1'?"),
+    (f"average runs/7 --model training:make_model --eval training:evaluate {OUT}", 2, "Add --app-dir src."),
+    (f"average runs/7 --model models.net:make_model {OUT}", 2, "Add --app-dir src."),
     # paths
     (f"average runs/7/epoch_1O.pt {OUT}", 2, "Did you mean 'runs/7/epoch_10.pt'?"),
+    ("verify other.safetensors", 2, "other.safetensors: no such file or folder. Check the path."),
     ("inspect run/7", 2, "run/7: no such file or folder. Did you mean 'runs/7'?"),
     ("inspect runs/7/*.ckpt", 2, "A pattern that matches nothing stays as it is"),
     ("inspect ~/runs/7", 2, "The shell did not expand it"),

@@ -15,11 +15,12 @@ import torch
 
 from ckpt_avg.batchnorm.moments import Moments
 from ckpt_avg.errors import UserCodeError
-from ckpt_avg.text import quote
+from ckpt_avg.results import Result, attributes, plain
+from ckpt_avg.text import plural, quote
 
 
-@dataclass(frozen=True, slots=True)
-class LayerStatistics:
+@dataclass(frozen=True, slots=True, repr=False)
+class LayerStatistics(Result):
     """What was measured at the input of one BatchNorm layer.
 
     Attributes:
@@ -35,6 +36,26 @@ class LayerStatistics:
     variance: torch.Tensor
     calls_per_batch: int
     batches_tracked: int
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, LayerStatistics)
+            and (self.count, self.calls_per_batch) == (other.count, other.calls_per_batch)
+            and self.batches_tracked == other.batches_tracked
+            and torch.equal(self.mean, other.mean)
+            and torch.equal(self.variance, other.variance)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.count, self.calls_per_batch, self.batches_tracked))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values: the statistics are lists of numbers."""
+        values = {"mean": self.mean.tolist(), "variance": self.variance.tolist()}
+        return {**attributes(self, ("count", "calls_per_batch", "batches_tracked")), **plain(values)}
+
+    def _title(self) -> str:
+        return f"{plural(len(self.mean), 'channel')}, {plural(self.count, 'value')} each"
 
 
 class Pool:

@@ -7,7 +7,7 @@ training data (Izmailov et al. 2018, section 3.2, arXiv 1803.05407).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,8 @@ from ckpt_avg.choices import AMP, Estimator
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import UsageError, UserCodeError
 from ckpt_avg.mean.arithmetic import round_to
-from ckpt_avg.text import listing, quote, type_of
+from ckpt_avg.results import Result, attributes, counted
+from ckpt_avg.text import listing, plural, quote, type_of
 from ckpt_avg.user_code.batches import ForwardBatch, count_samples, run_batch, to_device
 from ckpt_avg.user_code.load import user_errors
 from ckpt_avg.user_code.model import batch_norm_modules
@@ -32,8 +33,8 @@ from ckpt_avg.user_code.model import batch_norm_modules
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class BatchNormReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class BatchNormReport(Result):
     """What a refresh did.
 
     Attributes:
@@ -59,6 +60,22 @@ class BatchNormReport:
     def used_twice(self) -> tuple[str, ...]:
         """The layers that the model uses more than once per batch; their statistics cover all uses."""
         return tuple(name for name, layer in self.statistics.items() if layer.calls_per_batch > 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, without the statistics themselves: ``layers`` has their names."""
+        names = ("batches", "samples", "frozen", "untracked", "estimator", "amp", "changes")
+        return {"layers": sorted(self.statistics), **attributes(self, names)}
+
+    def _title(self) -> str:
+        layers = plural(len(self.statistics), "layer")
+        return f"{layers} measured over {plural(self.batches, 'batch')}, {plural(self.samples, 'sample')}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "statistics", counted(list(self.statistics))
+        yield "frozen", counted(self.frozen)
+        yield "untracked", counted(self.untracked)
+        yield "estimator", self.estimator
+        yield "amp", "" if self.amp == "off" else self.amp
 
 
 def refresh_batch_norm(

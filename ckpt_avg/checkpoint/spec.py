@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.results import Result, Rows, attributes, notices_counted, paths_counted, plain
+from ckpt_avg.text import escaped, plural, size
 
 Kind = Literal["float", "float8", "complex", "exact"]
 
@@ -152,8 +154,8 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(steps))
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointSpec:
+@dataclass(frozen=True, slots=True, repr=False)
+class CheckpointSpec(Result):
     """One checkpoint, as its header describes it.
 
     Attributes:
@@ -215,9 +217,51 @@ class CheckpointSpec:
                 groups.setdefault(where, []).append(tensor.name)
         return [tuple(names) for names in groups.values() if len(names) > 1]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, as ``ckpt-avg inspect --json`` prints them of one checkpoint."""
+        tensors = [
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype.name,
+                **attributes(tensor, ("shape", "stride", "offset")),
+                "parts": len(tensor.parts) or 1,
+            }
+            for tensor in self.tensors.values()
+        ]
+        return {
+            **attributes(self, ("path", "format", "kind", "keys", "state_key", "prefix")),
+            **attributes(self.record, ("step", "epoch", "metrics", "learning_rate")),
+            "averaged": self.averaged or None,
+            "bytes": self.nbytes,
+            "dtypes": sorted({tensor.dtype.name for tensor in self.tensors.values()}),
+            "metadata": plain(self.metadata),
+            "batch_norm_layers": batch_norm_layers(self.tensors),
+            "tied": plain(self.tied()),
+            "notes": list(self.notes),
+            "tensors": tensors,
+        }
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+    def _title(self) -> str:
+        return f"{escaped(self.path.name or str(self.path))}, {self.format}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "path", str(self.path)
+        yield "kind", self.kind or ""
+        dtypes = ", ".join(sorted({tensor.dtype.name for tensor in self.tensors.values()}))
+        yield "tensors", f"{len(self.tensors):,}, {size(self.nbytes)}, {dtypes}"
+        yield "state_key", self.state_key or ""
+        yield "prefix", self.prefix
+        yield "record", self.record._title()
+        yield "averaged", self.averaged
+        yield "notes", notices_counted(self.notes)
+
+    def _tables(self) -> Iterator[Rows]:
+        rows = [(each.name, each.dtype.name, str(list(each.shape))) for each in self.tensors.values()]
+        yield Rows("tensors", ("name", "dtype", "shape"), rows)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Checkpoint(Result):
     """An open checkpoint: its spec and the files that contain its tensors. Use it as a context manager.
 
     Attributes:
@@ -243,6 +287,17 @@ class Checkpoint:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what the spec returns."""
+        return self.spec.to_dict()
+
+    def _title(self) -> str:
+        return f"{self.spec._title()}, {plural(len(self.files), 'file')}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "spec", f"{plural(len(self.spec.tensors), 'tensor')}, {size(self.spec.nbytes)}"
+        yield "files", paths_counted([file.path for file in self.files])
 
 
 def name_of(path: Path) -> str:

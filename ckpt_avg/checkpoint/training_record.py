@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite
 
+from ckpt_avg.results import Result, numbers
 
-@dataclass(frozen=True, slots=True)
-class Record:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Record(Result):
     """Where in the run a checkpoint was saved, and how good it was.
 
     Attributes:
@@ -37,6 +39,11 @@ class Record:
             self.rates or other.rates,
             self.is_lone_number if self.step is not None else other.is_lone_number,
         )
+
+    def _title(self) -> str:
+        known = {"step": self.step, "epoch": self.epoch, "learning_rate": self.learning_rate}
+        parts = [f"{name} {value}" for name, value in known.items() if value is not None]
+        return ", ".join([*parts, numbers(self.metrics)] if self.metrics else parts)
 
 
 def count(value: object) -> int | None:

@@ -88,14 +88,13 @@ for each in (sweep_command, soup_command, compare_command):
 def check_command(sources: Sequence[str], printing: Printing, **given: Any) -> None:
     """Check that checkpoints fit together, from headers alone."""
     from ckpt_avg.cli.check_text import compatibility_text
-    from ckpt_avg.commands.documents import compatibility_json
 
     with showing(quiet=printing.quiet, keep=False) as progress:
         report = ckpt_avg.check(sources, progress=progress, **given)
     for text in () if printing.as_json or printing.quiet else report.notices:
         say(f"Notice: {one_line(text)}", err=True)
     if printing.as_json:
-        say(json.dumps(compatibility_json(report), indent=2))
+        say(json.dumps(report.to_dict(), indent=2))
     elif report.compatible:
         say(compatibility_text(report, verbose=printing.verbose, width=printing.width))
     if not report.compatible:
@@ -115,12 +114,11 @@ def inspect_command(path: Sequence[str], printing: Printing, **given: Any) -> No
     ckpt-avg inspect RUN --last 8 --every 2
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.inspect_text import inspection_text
-    from ckpt_avg.commands.documents import inspection_json
 
     with showing(quiet=printing.quiet, keep=False) as progress:
         found = ckpt_avg.inspect(path, progress=progress, **given)
     if printing.as_json:
-        say(json.dumps(inspection_json(found), indent=2))
+        say(json.dumps(found.to_dict(), indent=2))
     else:
         say(inspection_text(found, quiet=printing.quiet, verbose=printing.verbose, width=printing.width))
 
@@ -145,7 +143,6 @@ def verify_command(output: str, checkpoints: Sequence[str], sources: bool, print
     ckpt-avg verify swa.safetensors --sources RUN
     """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.verify_text import verify_text
-    from ckpt_avg.commands.documents import verify_json
 
     if sources != bool(checkpoints):
         problem = "--sources: names no checkpoints" if sources else f"{checkpoints[0]}: --sources is missing before it"
@@ -153,7 +150,7 @@ def verify_command(output: str, checkpoints: Sequence[str], sources: bool, print
     with showing(quiet=printing.quiet) as progress:
         report = ckpt_avg.verify(output, sources=checkpoints or None, progress=progress, **given)
     if printing.as_json:
-        say(json.dumps(verify_json(report), indent=2))
+        say(json.dumps(report.to_dict(), indent=2))
     else:
         say(verify_text(report, verbose=printing.verbose, width=printing.width))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.commands.check import notice_what_is_read
@@ -20,16 +21,18 @@ from ckpt_avg.mean.gram import measure
 from ckpt_avg.mean.plan import OutputTensor, Plan
 from ckpt_avg.mean.value_kinds import plan_of
 from ckpt_avg.progress import Phase
+from ckpt_avg.results import Result, Rows, counted, notices_counted, number, paths_counted
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import discover
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.runs.select import open_selected
+from ckpt_avg.text import plural
 
 _RUNNING = (STATISTICS.name, "other running statistics", "codebooks")  # kinds of averaged tensors that are no weights
 
 
-@dataclass(frozen=True, slots=True)
-class CompareResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class CompareResult(Result):
     """How far checkpoints are from their mean and from each other.
 
     Distances and cosines are those of all averaged weights; running statistics are apart. Checkpoints with NaN or Inf
@@ -64,6 +67,35 @@ class CompareResult:
     not_compared: int
     findings: tuple[Finding, ...]
     notices: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, as ``ckpt-avg compare --json`` prints them."""
+        from ckpt_avg.commands.documents import compare_json
+
+        return compare_json(self)
+
+    def _title(self) -> str:
+        found = plural(len(self.findings), "finding") if self.findings else "nothing is far off"
+        return f"{plural(len(self.checkpoints), 'checkpoint')}, {found}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "checkpoints", paths_counted([each.path for each in self.checkpoints])
+        yield "findings", counted(self.findings, (each._title() for each in self.findings))
+        far = max(self.checkpoints, key=lambda each: each.relative, default=None)
+        yield "norm", f"{self.norm:.6g}, of {self.elements:,} weights"
+        yield "distances", "" if far is None else f"the farthest from the mean is {far._title()}"
+        yield "straightness", f"{self.straightness:.3g}"
+        yield "tensors", counted(self.tensors, (each._title() for each in self.tensors[:1]))
+        yield "skipped", paths_counted([each.path for each in self.skipped])
+        yield "notices", notices_counted(self.notices)
+
+    def _tables(self) -> Iterator[Rows]:
+        header = ("name", "step", "epoch", "from the mean, of its norm", "from the one before")
+        rows = [
+            (each.path.name, *map(number, (each.step, each.epoch, each.relative, each.to_previous)))
+            for each in self.checkpoints
+        ]
+        yield Rows("checkpoints", header, rows)
 
 
 @takes(CompareRequest)

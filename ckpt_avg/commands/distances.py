@@ -16,11 +16,12 @@ from ckpt_avg.errors import IncompatibleError, NonFiniteError
 from ckpt_avg.mean.geometry import Geometry, Matrix, geometry_of
 from ckpt_avg.mean.gram import Sums
 from ckpt_avg.mean.plan import Plan
+from ckpt_avg.results import Result
 from ckpt_avg.text import distinct_names, escaped, listing, plural, quote
 
 
-@dataclass(frozen=True, slots=True)
-class ComparedCheckpoint:
+@dataclass(frozen=True, slots=True, repr=False)
+class ComparedCheckpoint(Result):
     """One checkpoint, by its weights. A checkpoint with NaN or Inf has NaN in place of these numbers.
 
     Attributes:
@@ -47,9 +48,12 @@ class ComparedCheckpoint:
     statistics_to_mean: float | None
     nonfinite: int
 
+    def _title(self) -> str:
+        return f"{escaped(self.path.name)}: {self.relative:.3g} of the norm from the mean"
 
-@dataclass(frozen=True, slots=True)
-class ComparedTensor:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ComparedTensor(Result):
     """One tensor.
 
     Attributes:
@@ -66,6 +70,9 @@ class ComparedTensor:
     norm: float
     to_mean: tuple[float, ...]
     relative: float
+
+    def _title(self) -> str:
+        return f"{escaped(self.name)}: moved by {self.relative:.3g} of its norm"
 
 
 class Distances:

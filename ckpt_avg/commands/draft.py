@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.batchnorm.policy import COUNTS_ROOM, Statistics, summary
 from ckpt_avg.checkpoint.spec import Checkpoint, batch_norm_buffer
@@ -24,7 +24,9 @@ from ckpt_avg.output.header import encode_header, encode_tensors
 from ckpt_avg.output.provenance import make_metadata, seal, with_digests
 from ckpt_avg.output.shards import ordered
 from ckpt_avg.progress import Phase
+from ckpt_avg.results import Result, Rows, counted, notices_counted, paths_counted
 from ckpt_avg.runs.run_folder import Skipped
+from ckpt_avg.text import escaped, plural, size
 from ckpt_avg.user_code.comparison import Comparison, Evaluation
 from ckpt_avg.user_code.gate import Outcome
 
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from ckpt_avg.batchnorm.refresh import BatchNormReport
 
 
-@dataclass(frozen=True, slots=True)
-class AverageResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class AverageResult(Result):
     """What `average` did, or with ``dry_run`` would do.
 
     Attributes:
@@ -96,6 +98,36 @@ class AverageResult:
     split: str | None
     metadata: Mapping[str, str]
     notices: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, as ``ckpt-avg average --json`` prints them."""
+        from ckpt_avg.commands.documents import average_json
+
+        return average_json(self)
+
+    def _title(self) -> str:
+        done = "written" if self.written else "not written"
+        return f"{escaped(self.output.name or str(self.output))}, {size(self.nbytes)}, {done}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "output", str(self.output) + (f", {plural(len(self.files), 'file')}" if self.files else "")
+        yield "checkpoints", paths_counted(self.checkpoints)
+        known = [step for step in self.steps if step is not None]
+        yield "steps", f"{known[0]:,} to {known[-1]:,} ({self.unit}s)" if known else ""
+        yield "weights", "" if self.weights is None else counted(self.weights, (f"{each:.4g}" for each in self.weights))
+        refreshed = "" if self.batch_norm is None else f", {self.batch_norm._title()}"
+        yield "statistics", "" if self.statistics == "none" else f"{self.statistics}{refreshed}"
+        yield "evaluations", self.evaluations[-1]._title() if self.evaluations else ""
+        changes = self.comparison.averaging or self.comparison.refresh if self.comparison is not None else ()
+        yield "comparison", ", ".join(each._title() for each in changes)
+        unmet = [each for each in self.outcomes if not each.met]
+        yield "outcomes", f"{len(self.outcomes) - len(unmet)} of {len(self.outcomes)} met" if self.outcomes else ""
+        yield "notices", notices_counted(self.notices)
+
+    def _tables(self) -> Iterator[Rows]:
+        names = list(self.evaluations[0].metrics) if self.evaluations else []
+        rows = [(each.name, *(f"{each.metrics[name]:.6g}" for name in names)) for each in self.evaluations]
+        yield Rows("evaluations", ("weights", *names), rows)
 
 
 class Draft:

@@ -12,6 +12,7 @@ from typing import Literal
 from ckpt_avg.commands.distances import Distances, ratio
 from ckpt_avg.mean.far_off import LEAST_WEIGHTS, RELATED, UNRELATED, Detour, Jump, detours, jump, related_groups
 from ckpt_avg.mean.plan import OutputTensor
+from ckpt_avg.results import Result
 from ckpt_avg.runs.order import position, unit_of
 from ckpt_avg.text import ends, listing, plural, quote
 
@@ -20,8 +21,8 @@ _SIMILAR = 0.1  # norms that differ by less are called the same
 _MOST_REASONS = 3  # tensors that are named
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+@dataclass(frozen=True, slots=True, repr=False)
+class Finding(Result):
     """Something that is far off.
 
     Attributes:
@@ -35,6 +36,9 @@ class Finding:
     kind: FindingKind
     checkpoints: tuple[Path, ...]
     text: str
+
+    def _title(self) -> str:
+        return f"{self.kind}: {self.text}"
 
 
 def find_far_off(measured: Distances, *, by_distance: bool) -> tuple[Finding, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec
 from ckpt_avg.checkpoint.training_record import Record
@@ -17,6 +18,7 @@ from ckpt_avg.formats.open import open_checkpoint, open_with
 from ckpt_avg.formats.single_file import starts_as_checkpoint
 from ckpt_avg.formats.trainers.name_patterns import SUFFIXES, other_format
 from ckpt_avg.progress import Phase
+from ckpt_avg.results import Result, Rows, attributes, counted, notices_counted, number, numbers, paths_counted, plain
 from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.candidates import open_candidates
 from ckpt_avg.runs.discover import discover
@@ -29,8 +31,8 @@ from ckpt_avg.wording import setting, worded, worded_all
 _MOST = 100  # entries of a folder without checkpoints that are described
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+@dataclass(frozen=True, slots=True, repr=False)
+class Listed(Result):
     """A checkpoint of a run.
 
     Attributes:
@@ -43,9 +45,18 @@ class Listed:
     record: Record
     skipped_by: str = ""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, as ``ckpt-avg inspect --json`` prints them of each checkpoint of a run."""
+        spec = replace(self.spec, record=self.record).to_dict()
+        return {**spec, "tensors": len(self.spec.tensors), "skipped_by": self.skipped_by or None}
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
+    def _title(self) -> str:
+        skipped = f"skipped by {self.skipped_by}" if self.skipped_by else ""
+        return ", ".join(filter(None, (escaped(self.spec.name), self.record._title(), skipped)))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Inspection(Result):
     """What a path contains.
 
     Attributes:
@@ -69,6 +80,46 @@ class Inspection:
     needed: str = ""
     notes: tuple[str, ...] = ()
     selects: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, as ``ckpt-avg inspect --json`` prints them."""
+        if self.checkpoint is not None:
+            return self.checkpoint.to_dict()
+        return {
+            "path": str(self.path),
+            "checkpoints": [each.to_dict() for each in self.listed],
+            "unreadable": dict(self.unreadable),
+            "skipped": plain(self.skipped),
+            "seen": [{"name": name, "what": what} for name, what in self.seen],
+            **attributes(self, ("needed", "notes")),
+        }
+
+    def _title(self) -> str:
+        what = "one checkpoint" if self.checkpoint is not None else plural(len(self.listed), "checkpoint")
+        return f"{escaped(self.path.name or str(self.path))}, {what}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        if self.checkpoint is not None:
+            yield "checkpoint", self.checkpoint._title()
+            yield from (fact for fact in self.checkpoint._facts() if fact[0] in ("tensors", "record", "notes"))
+            return
+        yield "listed", paths_counted([each.spec.path for each in self.listed])
+        chosen = [each.spec.path for each in self.listed if not each.skipped_by]
+        yield "selected", paths_counted(chosen) if self.selects else ""
+        metrics = {name: None for each in self.listed for name in each.record.metrics}
+        yield "metrics", ", ".join(map(escaped, metrics))
+        yield "unreadable", counted(self.unreadable, [name for name, _ in self.unreadable])
+        yield "skipped", paths_counted([each.path for each in self.skipped])
+        yield "seen", counted(self.seen, [name for name, _ in self.seen])
+        yield "needed", self.needed
+        yield "notes", notices_counted(self.notes)
+
+    def _tables(self) -> Iterator[Rows]:
+        rows = [
+            (each.spec.name, number(each.record.step), number(each.record.epoch), numbers(each.record.metrics))
+            for each in self.listed
+        ]
+        yield Rows("listed", ("name", "step", "epoch", "metrics"), rows)
 
 
 @takes(InspectRequest)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.checkpoint.training_record import Record
-from ckpt_avg.commands.documents import plain
 from ckpt_avg.output.provenance import recorded_sources, text_of
+from ckpt_avg.results import plain
 
 if TYPE_CHECKING:
     from ckpt_avg.commands.compare import CompareResult

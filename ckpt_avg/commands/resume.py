@@ -22,7 +22,6 @@ from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.commands.agreement import comparable
 from ckpt_avg.commands.context import Context
-from ckpt_avg.commands.documents import plain
 from ckpt_avg.commands.evaluations import Meter
 from ckpt_avg.commands.options import ChoiceOptions, MeanOptions
 from ckpt_avg.commands.prepare import Prepared
@@ -31,6 +30,7 @@ from ckpt_avg.errors import OutputError, UsageError
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.output.paths import check_target, json_bytes
 from ckpt_avg.output.unpublished_file import publish_bytes
+from ckpt_avg.results import plain
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.text import argument, escaped, listing, plural
 from ckpt_avg.user_code.comparison import Evaluation

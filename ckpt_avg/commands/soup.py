@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ckpt_avg.choices import BestMode
 from ckpt_avg.commands.average import check_paths, write_average
@@ -28,6 +29,7 @@ from ckpt_avg.commands.resume import LAST, Measurements, check_resume, key_of
 from ckpt_avg.errors import IncompatibleError, RequirementError, UserCodeError
 from ckpt_avg.mean.memory_output import MemoryOutput
 from ckpt_avg.progress import Phase
+from ckpt_avg.results import Result, Rows, counted, notices_counted, numbers, paths_counted
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import distinct_names, escaped, listing, plural, quote
 from ckpt_avg.user_code.comparison import Evaluation
@@ -37,8 +39,8 @@ from ckpt_avg.wording import setting
 _MOST_DECISIONS = 3  # that are prepared in one pass: the averages double with each
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+@dataclass(frozen=True, slots=True, repr=False)
+class Decision(Result):
     """Whether a checkpoint is in the soup.
 
     Attributes:
@@ -56,9 +58,12 @@ class Decision:
     soup_samples: Mapping[str, tuple[float, ...]]
     kept: bool
 
+    def _title(self) -> str:
+        return f"{escaped(self.checkpoint.name)}: {'kept' if self.kept else 'left out'}, {numbers(self.metrics)}"
 
-@dataclass(frozen=True, slots=True)
-class SoupResult:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SoupResult(Result):
     """What `soup` chose and wrote, or with ``dry_run`` would measure.
 
     Attributes:
@@ -86,6 +91,33 @@ class SoupResult:
     passes: int
     average: AverageResult
     notices: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, as ``ckpt-avg soup --json`` prints them, without its ``command``."""
+        from ckpt_avg.commands.documents import soup_json
+
+        return soup_json(self)
+
+    def _title(self) -> str:
+        return f"{len(self.kept)} of {plural(len(self.candidates), 'checkpoint')} kept, {self.average._title()}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "kept", paths_counted(self.kept)
+        yield "candidates", paths_counted(self.candidates)
+        yield "metric", f"{escaped(self.metric)}, {self.mode} is better"
+        yield "decisions", counted(self.decisions, (each._title() for each in self.decisions[:1]))
+        facts = dict(self.average._facts())
+        yield "average", facts["comparison"] or facts["output"]
+        yield "skipped", paths_counted([each.path for each in self.skipped])
+        yield "notices", notices_counted(self.notices)
+
+    def _tables(self) -> Iterator[Rows]:
+        header = ("checkpoint", "alone", "soup with it", "kept")
+        rows = [
+            (each.checkpoint.name, numbers(each.metrics), numbers(each.soup_metrics), "yes" if each.kept else "no")
+            for each in self.decisions
+        ]
+        yield Rows("decisions", header, rows)
 
 
 @takes(SoupRequest)

@@ -6,11 +6,11 @@ The windows are averaged in groups: as many as fit into the memory given are com
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ckpt_avg.choices import BestMode
 from ckpt_avg.commands.averages import Averages, at_once
@@ -23,15 +23,16 @@ from ckpt_avg.engine import engine_for
 from ckpt_avg.errors import UserCodeError
 from ckpt_avg.mean.memory_output import MemoryOutput
 from ckpt_avg.progress import Phase
+from ckpt_avg.results import Result, Rows, counted, notices_counted, numbers, paths_counted, plain
 from ckpt_avg.runs.run_folder import Skipped
-from ckpt_avg.text import plural, quote
+from ckpt_avg.text import escaped, plural, quote
 from ckpt_avg.user_code.comparison import Change, Evaluation, compare
 
 Side = Literal["last", "first"]
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
+@dataclass(frozen=True, slots=True, repr=False)
+class Measured(Result):
     """One window of a sweep.
 
     Attributes:
@@ -49,9 +50,22 @@ class Measured:
     weighting: str = "mean"
     weights: tuple[float, ...] | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, with the number of checkpoints as ``size``."""
+        return {**plain(self), "size": len(self.checkpoints)}
 
-@dataclass(frozen=True, slots=True)
-class SweepResult:
+    @property
+    def name(self) -> str:
+        """What to call it: ``the last 8``, with the rule for its weights if that is not the mean."""
+        rule = "" if self.weighting == "mean" else f", {self.weighting}"
+        return f"the {self.side} {len(self.checkpoints)}{rule}"
+
+    def _title(self) -> str:
+        return f"{self.name}: {numbers(self.metrics)}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SweepResult(Result):
     """What `sweep` measured.
 
     Attributes:
@@ -91,6 +105,33 @@ class SweepResult:
     passes: int
     engine: str
     notices: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, as ``ckpt-avg sweep --json`` prints them, without its ``command``."""
+        from ckpt_avg.commands.documents import sweep_json
+
+        return sweep_json(self)
+
+    def _title(self) -> str:
+        return f"best is {self.best._title()}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "best", paths_counted(self.best.checkpoints)
+        yield "metric", f"{escaped(self.metric)}, {self.mode} is better"
+        yield "change", f"{self.change._title()}, from {escaped(self.reference.name)}"
+        yield "windows", counted(self.windows, (each.name for each in self.windows))
+        yield "weightings", "" if len(self.weightings) == 1 else ", ".join(self.weightings)
+        yield "checkpoints", paths_counted(self.checkpoints)
+        yield "skipped", paths_counted([each.path for each in self.skipped])
+        yield "notices", notices_counted(self.notices)
+
+    def _tables(self) -> Iterator[Rows]:
+        names = list(self.reference.metrics)
+        sign = 1 if self.mode == "min" else -1
+        ranked = sorted(self.windows, key=lambda each: (each is not self.best, sign * each.metrics[self.metric]))
+        measured = [(each.name, each.metrics) for each in ranked] + [(self.reference.name, self.reference.metrics)]
+        rows = [(name, *(f"{metrics[metric]:.6g}" for metric in names)) for name, metrics in measured]
+        yield Rows("windows, the best first", ("average of", *names), rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.requests import VerifyRequest, takes
@@ -20,11 +22,12 @@ from ckpt_avg.output.digests import digest_data
 from ckpt_avg.output.provenance import recorded_shard, shards_digest
 from ckpt_avg.output.written_file import WrittenFile, refuse_other
 from ckpt_avg.progress import Phase
-from ckpt_avg.text import decimal_size
+from ckpt_avg.results import Result, counted, paths_counted, plain
+from ckpt_avg.text import decimal_size, escaped, size
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class VerifyReport(Result):
     """What `verify` found of a complete and undamaged output.
 
     Attributes:
@@ -52,6 +55,26 @@ class VerifyReport:
     spectral_norms: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, as ``ckpt-avg verify --json`` prints them."""
+        found: dict[str, Any] = plain(self)
+        found["bytes"] = found.pop("nbytes")
+        return found
+
+    def _title(self) -> str:
+        mean = "" if self.checkpoints is None else ", and the mean of its checkpoints"
+        return f"{escaped(self.path.name)} is complete and undamaged{mean}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "path", str(self.path)
+        yield "tensors", f"{self.tensors:,}, {size(self.nbytes)}"
+        yield "data_digest", self.data_digest
+        yield "checkpoints", paths_counted(self.checkpoints or ())
+        yield "weights", "" if self.weights is None else counted(self.weights, (f"{each:.4g}" for each in self.weights))
+        yield "measured", counted(self.measured)
+        yield "files", counted(self.files)
+        yield "unknown", counted(self.unknown)
 
 
 @takes(VerifyRequest)

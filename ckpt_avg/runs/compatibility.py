@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from ckpt_avg.checkpoint.spec import DTYPES, CheckpointSpec, Kind, TensorSpec, is_extra_state
 from ckpt_avg.errors import IncompatibleError
+from ckpt_avg.results import Result, Rows, counted, notices_counted, paths_counted, plain
 from ckpt_avg.runs.run_folder import Skipped
 from ckpt_avg.text import listing, one_line, plural, quote
 from ckpt_avg.wording import setting, worded
@@ -17,8 +19,8 @@ _CONVERTED: Sequence[Kind] = ("float", "float8")  # the kinds of dtypes that --d
 Aspect = Literal["missing", "unexpected", "shape", "dtype", "tied", "setting"]
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+@dataclass(frozen=True, slots=True, repr=False)
+class Difference(Result):
     """A difference from the reference checkpoint, which is the first.
 
     Attributes:
@@ -42,9 +44,12 @@ class Difference:
             f"in {listing(map(one_line, self.checkpoints))}"
         )
 
+    def _title(self) -> str:
+        return str(self)
 
-@dataclass(frozen=True, slots=True)
-class CompatibilityReport:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class CompatibilityReport(Result):
     """Every difference between checkpoints, and what to do about them.
 
     Attributes:
@@ -79,6 +84,28 @@ class CompatibilityReport:
             f"the checkpoints don't fit together: {plural(len(self.differences), 'difference')} from "
             f"{one_line(self.checkpoints[0])}\n{lines}\n{self.advice}"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, as ``ckpt-avg check --json`` prints them."""
+        return {"compatible": self.compatible, **plain(self), "advice": "" if self.compatible else self.advice}
+
+    def _title(self) -> str:
+        if self.compatible:
+            return "compatible"
+        return f"not compatible: {plural(len(self.differences), 'difference')}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "compatible", str(self.compatible)
+        yield "checkpoints", paths_counted([Path(path) for path in self.checkpoints])
+        yield "tensors", f"{self.tensors:,} in each"
+        yield "differences", counted(self.differences, map(str, self.differences))
+        yield "advice", "" if self.compatible else self.advice
+        yield "skipped", paths_counted([each.path for each in self.skipped])
+        yield "notices", notices_counted(self.notices)
+
+    def _tables(self) -> Iterator[Rows]:
+        rows = [(each.tensor, each.aspect, each.expected, each.found) for each in self.differences]
+        yield Rows("differences", ("tensor", "aspect", "expected", "found"), rows)
 
 
 def compare(specs: Sequence[CheckpointSpec], *, dtype: str = "keep") -> CompatibilityReport:

@@ -32,18 +32,23 @@ from ckpt_avg.formats.trainers.file_names import (
 from ckpt_avg.formats.trainers.name_patterns import UNFINISHED, UNFINISHED_FOLDERS, other_format
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import INCOMPLETE, Folder, WeightFiles
+from ckpt_avg.results import Result
+from ckpt_avg.text import escaped
 
 PRETRAINED = "pretrained weights, by its name"
 ALIAS = "an alias such as last or best, by its name"
 _MARKER = "-unfinished"  # of a file next to a folder, until that is complete (NeMo)
 
 
-@dataclass(frozen=True, slots=True)
-class Skipped:
+@dataclass(frozen=True, slots=True, repr=False)
+class Skipped(Result):
     """A file or folder of a run folder that is not averaged, and why."""
 
     path: Path
     reason: str
+
+    def _title(self) -> str:
+        return f"{escaped(self.path.name)}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ckpt_avg.results import Result, numbers
 from ckpt_avg.text import escaped, listing
 
 # Words of a metric's name that tell its direction. Names with words of both kinds, or of none, do not; nor do names
@@ -26,8 +27,8 @@ _OPPOSITE = (
 _SIGN = r"(^|(?<![a-z0-9])1)\s*[-−/]\s*[a-z]"
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Evaluation(Result):
     """What the user's functions measured for one set of weights.
 
     Attributes:
@@ -44,9 +45,12 @@ class Evaluation:
     refreshed: bool = False
     samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
+    def _title(self) -> str:
+        return f"{self.name}: {numbers(self.metrics)}"
 
-@dataclass(frozen=True, slots=True)
-class Change:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Change(Result):
     """How one metric differs between two sets of weights.
 
     Attributes:
@@ -63,9 +67,12 @@ class Change:
     spread: float | None
     verdict: str
 
+    def _title(self) -> str:
+        return " ".join(filter(None, (self.metric, f"{self.difference:+.6g}", self.verdict)))
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Result):
     """What averaging added, and what the refresh of the statistics added.
 
     Attributes:
@@ -77,6 +84,13 @@ class Comparison:
 
     averaging: tuple[Change, ...]
     refresh: tuple[Change, ...]
+
+    def _title(self) -> str:
+        return "what averaging changed" + (", and the refresh" if self.refresh else "")
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        for name, changes in (("averaging", self.averaging), ("refresh", self.refresh)):
+            yield name, ", ".join(each._title() for each in changes)
 
 
 def mean_of(numbers: Sequence[float]) -> float:

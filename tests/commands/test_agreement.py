@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from ckpt_avg.commands.requests import AverageRequest, options_of
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import RankError
 from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.progress import Progress
 
 # -- Arguments ------------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ HOW = {
     "threads": 7,
     "memory": 1 << 20,
     "readers": 3,
-    "progress": object(),
+    "progress": Progress(),
     "ranks": Ranks(),
 }
 
@@ -194,8 +194,7 @@ def test_other_versions_are_refused(which: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_arguments_of_any_kind_can_be_sent() -> None:
     """If it failed, an argument that is wrong on all ranks would be a crash, not an error that names it."""
-    odd = {"last": math.inf, "every": 2**70, "metric": "\udcff", "state_key": b"model", "include": {"a"}}
-    odd |= {"sources": object(), "output": 3}
+    odd = {"every": 2**70, "state_key": "\udcff", "include": {"a"}, "split": "\x00", "sources": {"a", "b"}}
     assert in_threads(2, lambda ranks: agree_on_request(ranks, request(**odd))) == [None, None]
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from cli.results import VALUES, mean_of, single, swept
 
-from ckpt_avg.commands.documents import evaluations_json, plain, sweep_json
+from ckpt_avg.commands.documents import evaluations_json, sweep_json
+from ckpt_avg.results import plain
 from ckpt_avg.user_code.comparison import Change, Comparison
 from ckpt_avg.user_code.gate import outcomes, parse_requirement
 

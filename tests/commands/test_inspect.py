@@ -19,7 +19,6 @@ from torch import nn
 from ckpt_avg import average, inspect
 from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.cli.inspect_text import inspection_text
-from ckpt_avg.commands.documents import inspection_json
 from ckpt_avg.commands.inspect import Inspection
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, UsageError
 
@@ -57,7 +56,7 @@ def test_one_file(tmp_path: Path) -> None:
     found = inspect(tmp_path / "a.pt")
     assert found.checkpoint is not None
     assert (found.listed, found.seen, found.needed) == ((), (), "")
-    assert inspection_json(found) == {
+    assert found.to_dict() == {
         "path": str(tmp_path / "a.pt"),
         "format": "torch zip",
         "kind": None,
@@ -121,7 +120,7 @@ def test_an_average_and_tied_tensors_are_shown(tmp_path: Path) -> None:
     shared = torch.ones(2)
     torch.save({"a": shared, "b": shared}, tmp_path / "tied.pt")
     found = inspect(tmp_path / "tied.pt")
-    assert inspection_json(found)["tied"] == [["a", "b"]]
+    assert found.to_dict()["tied"] == [["a", "b"]]
     assert "tied: 'a' = 'b'" in inspection_text(found)
 
 
@@ -132,7 +131,7 @@ def test_a_checkpoint_folder_is_one_checkpoint(tmp_path: Path) -> None:
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 5, "epoch": 1.5, "log_history": []}))
     found = inspect(folder)
     assert found.checkpoint is not None
-    document = inspection_json(found)
+    document = found.to_dict()
     assert (document["path"], document["kind"], document["step"], document["epoch"]) == (
         str(folder),
         "HF Trainer",
@@ -211,7 +210,7 @@ def test_a_run_folder_as_json(tmp_path: Path, in_process: InProcess) -> None:
     assert (code, err) == (0, "")
     document = json.loads(out)
     assert set(document) == {"path", "checkpoints", "unreadable", "skipped", "seen", "needed", "notes"}
-    assert document == inspection_json(inspect(folder))
+    assert document == inspect(folder).to_dict()
     assert [each["tensors"] for each in document["checkpoints"]] == [2, 2]
     assert document["checkpoints"][0]["metrics"] == {"loss": 1 / 9}
     assert list(document["unreadable"]) == ["epoch_11.pt"]
@@ -224,7 +223,7 @@ def test_what_a_copy_records_is_shown(tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.ones(2)}, "epoch": 4, "val_loss": 0.5}, tmp_path / "a_copy.pt")
     (only,) = inspect(tmp_path).listed
     assert (only.record.epoch, dict(only.record.metrics)) == (4, {"val_loss": 0.5})
-    (shown,) = inspection_json(inspect(tmp_path))["checkpoints"]
+    (shown,) = inspect(tmp_path).to_dict()["checkpoints"]
     assert (shown["epoch"], shown["metrics"]) == (4, {"val_loss": 0.5})
 
 

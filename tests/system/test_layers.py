@@ -8,7 +8,7 @@ import ckpt_avg
 SOURCE = Path(ckpt_avg.__file__).parent
 LAYERS = (
     ("text", "limits", "version", "choices", "argument_types"),
-    ("wording",),
+    ("wording", "results"),
     ("errors", "progress", "tables"),
     ("engine", "progress_lines"),
     ("notebook_bars",),

@@ -47,7 +47,7 @@ def record_from_name(name: str, *, bare_number: bool = True) -> Record:
 
     Example:
         >>> record_from_name("epoch=2-val_loss=0.12.ckpt")
-        Record(step=None, epoch=2, metrics={'val_loss': 0.12}, learning_rate=None, rates=())
+        Record(epoch 2, val_loss 0.12)
     """
     for pattern in _WITH_GROUPS:
         if match := pattern.fullmatch(name):

@@ -19,8 +19,10 @@ from ckpt_avg.output.paths import checksum_line
 from ckpt_avg.output.provenance import digest_of
 from ckpt_avg.output.release_folder import ReleaseFolder
 from ckpt_avg.output.shards import Shard, encode_index, index_metadata, index_name
-from ckpt_avg.output.side_files import CONFIG, SideFile, differences, find_side_files, folders_of_models
-from ckpt_avg.output.weights_name import ADAPTER_CONFIG, weights_name
+from ckpt_avg.output.side_file import SideFile
+from ckpt_avg.output.side_file_names import CONFIG, MAIN
+from ckpt_avg.output.side_files import differences, find_side_files, folders_of_models, refuse_other_links
+from ckpt_avg.output.weights_name import weights_name
 from ckpt_avg.text import listing, quote
 
 if TYPE_CHECKING:
@@ -71,13 +73,14 @@ def plan_release(prepared: Prepared, context: Context, *, sha256: bool, max_shar
 
     def combine(_: object) -> tuple[dict[str, str], dict[str, str]]:
         paths = _find(prepared.last, context.notice)
+        refuse_other_links(paths.values(), _inside(prepared.last)[-1], _run_of(prepared.last), context.notice)
         _notice_differences(prepared, context.notice)
         names = {}
         for model, checkpoint in (prepared.last.models or {"": prepared.last}).items():
             folder = f"{model}/" if model else ""
             own = {name.removeprefix(folder): path for name, path in paths.items() if name.startswith(folder)}
             names[model] = folder + weights_name(checkpoint.files[0].path.name, own, dtypes_of(prepared, model))
-            if not {CONFIG, ADAPTER_CONFIG} & set(own):
+            if MAIN.isdisjoint(own):
                 context.notice(f"{checkpoint.spec.path}: neither it nor its run folder has a {CONFIG}")
         config = next((path.parent for name, path in paths.items() if name in CONFIGS), None)
         if unknown := card_notice(None if config is None else read_config(config)):
@@ -148,10 +151,10 @@ def _find(checkpoint: Checkpoint, notice: Callable[[str], None], *, around: bool
     """Returns the side files of a checkpoint by their names in the output folder; also those of the run folder."""
     path = checkpoint.spec.path
     if not checkpoint.models:
-        return find_side_files(_around(checkpoint) if around else _inside(checkpoint), notice)
-    found = find_side_files([path], notice)
+        return find_side_files(_inside(checkpoint), _run_of(checkpoint) if around else None, notice)
+    found = find_side_files([path], notice=notice)
     for folder in folders_of_models(path, checkpoint.models):
-        found |= {f"{folder.name}/{name}": each for name, each in find_side_files([folder], notice).items()}
+        found |= {f"{folder.name}/{name}": each for name, each in find_side_files([folder], notice=notice).items()}
     return found
 
 
@@ -161,11 +164,10 @@ def _inside(checkpoint: Checkpoint) -> list[Path]:
     return [each for each in (first, *first.parents) if path in (each, *each.parents)] or [first]
 
 
-def _around(checkpoint: Checkpoint) -> list[Path]:
-    """Returns the same, and the run folder around the checkpoint."""
-    inside = _inside(checkpoint)
-    is_folder = inside[-1] == checkpoint.spec.path or names_a_moment(inside[-1].name)
-    return [*inside, *([inside[-1].parent] if is_folder else [])]
+def _run_of(checkpoint: Checkpoint) -> Path | None:
+    """Returns the run folder around a checkpoint folder."""
+    folder = _inside(checkpoint)[-1]
+    return folder.parent if folder == checkpoint.spec.path or names_a_moment(folder.name) else None
 
 
 def _notice_differences(prepared: Prepared, notice: Callable[[str], None]) -> None:

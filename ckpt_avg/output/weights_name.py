@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
-from ckpt_avg.output.side_files import CONFIG, json_of
+from ckpt_avg.output.side_file import json_of
+from ckpt_avg.output.side_file_names import ADAPTER_CONFIG, CONFIG
 
-ADAPTER_CONFIG = "adapter_config.json"
 _KNOWN = re.compile(
     r"(?P<stem>model|pytorch_model|adapter_model|diffusion_pytorch_model)(?P<variant>\.\w+)?(-\d+-of-\d+)?"
     r"\.(safetensors|bin)"

@@ -51,8 +51,10 @@ def notice_what_is_read(
     *,
     copies: bool = True,
     kinds: Mapping[str, BufferKind] | None = None,
+    ties: bool = True,
 ) -> None:
-    """Tells how the checkpoints are read, which are averages already (``copies``: also of a single one), which tied.
+    """Tells how the checkpoints are read, which are averages already (``copies``: also of a single one), which tensors
+    are tied (``ties``).
 
     ``kinds`` of the tensors, if they are known, says which are no plain weights.
 
@@ -76,9 +78,15 @@ def notice_what_is_read(
             notice(f"{averaged[0].path.name} is already an average ({averaged[0].averaged}){others}")
     if copies and len(checkpoints) == 1:
         notice(f"{first.path} is the only checkpoint: its weights are copied")
-    if tied := first.tied():
-        names = listing(listing(map(quote, each), separator="=") for each in tied)
-        notice(f"tied weights are written under each of their names: {names}")
+    if ties:
+        notice_tied(first.tied(), notice)
     if len(checkpoints) > 1:
         for text in notices(kinds_of(first.tensors) if kinds is None else kinds):
             notice(text)
+
+
+def notice_tied(groups: Sequence[Sequence[str]], notice: Callable[[str], None]) -> None:
+    """Tells that the output will have tied tensors under each name."""
+    if groups:
+        names = listing(listing(map(quote, each), separator="=") for each in groups)
+        notice(f"tied weights are written under each of their names: {names}")

@@ -18,6 +18,7 @@ from ckpt_avg.commands.prepare import Prepared
 from ckpt_avg.commands.release import Release
 from ckpt_avg.commands.requests import AverageRequest, RecordedOptions
 from ckpt_avg.engine import engine_for
+from ckpt_avg.formats.models import prefix_of
 from ckpt_avg.machine import gc_paused
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.header import encode_header, encode_tensors
@@ -156,8 +157,8 @@ class Draft:
     ) -> None:
         self.parts = (only_part(prepared, target.name),) if release is None else release.parts
         self.shards = [shard for part in self.parts for shard in part.shards]
-        prepared = replace(prepared, plan=ordered(prepared.plan, self.shards))
-        self.request, self.prepared, self.context = request, prepared, context
+        self.request, self.context = request, context
+        self.prepared = replace(prepared, plan=ordered(prepared.plan, self.shards))
         self.target, self.checksum, self.release = target, checksum, release
         self.evaluations = Evaluations(request, prepared, context, measured, directions)
 
@@ -165,6 +166,15 @@ class Draft:
     def headers(self) -> list[bytes]:
         """The files' headers before their digests and the refresh's counts are known; `final_headers` are as long."""
         return self._encode(None, room=COUNTS_ROOM if self.prepared.statistics == "refreshed" else 0)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """The tensors of the plan of all checkpoints that are not stored, as `Part.tied`."""
+        return {
+            prefix_of(part.model) + name: prefix_of(part.model) + kept
+            for part in self.parts
+            for name, kept in part.tied.items()
+        }
 
     @property
     def nbytes(self) -> int:
@@ -263,6 +273,7 @@ class Draft:
             log=self.prepared.selected.log,
             digests=None if part is None else self._source_digests.get(part.model),
             files=None if self.release is None else self.release.recorded,
+            tied=None if part is None else part.tied,
         )
 
     def _encode(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.commands.prepare import Prepared
@@ -22,11 +22,13 @@ class Part:
         model: its name; empty if it is the only one, or in the folder itself.
         checkpoints: what it is the mean of, in order.
         shards: its files; a single one if that is one file.
+        tied: tensors that are not stored, because they are tied to others: name → the name under which it is stored.
     """
 
     model: str
     checkpoints: tuple[Checkpoint, ...]
     shards: tuple[Shard, ...]
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
@@ -39,34 +41,36 @@ def only_part(prepared: Prepared, name: str) -> Part:
     return Part("", prepared.checkpoints, whole(prepared.plan, name))
 
 
-def parts_of(prepared: Prepared, names: Mapping[str, str], largest: int | None = None) -> tuple[Part, ...]:
+def parts_of(
+    prepared: Prepared, names: Mapping[str, str], tied: Mapping[str, Mapping[str, str]], largest: int | None = None
+) -> tuple[Part, ...]:
     """Returns the models.
 
     Args:
         prepared: what is averaged.
         names: for each model, the name of its file.
+        tied: for each model, as `Part.tied`.
         largest: bytes of tensors in a file, unless it has only one; None for one file for each model.
     """
     parts: list[Part] = []
     begin = 0
     for model, name in names.items():
-        plan, checkpoints = prepared.plan, prepared.checkpoints
+        checkpoints = prepared.checkpoints
         if prepared.last.models:
             checkpoints = tuple(_model_of(each, model) for each in checkpoints)
-            plan = _only(plan, prepared.last.models[model], prefix_of(model))
+        plan = _only(prepared, model, tied[model])
         shards = whole(plan, name)
         if largest is not None and plan.nbytes > largest:
             shards = split(plan, without_variant(name), largest)
-        parts.append(Part(model, checkpoints, tuple(_moved(each, begin, prefix_of(model)) for each in shards)))
+        moved = tuple(_moved(each, begin, prefix_of(model)) for each in shards)
+        parts.append(Part(model, checkpoints, moved, tied[model]))
         begin += plan.nbytes
     return tuple(parts)
 
 
 def dtypes_of(prepared: Prepared, model: str) -> Counter[str]:
     """Returns the floating-point dtypes of one model of the output, as torch calls them, with their bytes."""
-    plan = prepared.plan
-    if prepared.last.models:
-        plan = _only(plan, prepared.last.models[model], prefix_of(model))
+    plan = _only(prepared, model)
     sizes: Counter[str] = Counter()
     for tensor in plan.tensors:
         if tensor.dtype.kind == "float":
@@ -80,10 +84,14 @@ def _model_of(checkpoint: Checkpoint, model: str) -> Checkpoint:
     return replace(found, spec=replace(found.spec, record=checkpoint.spec.record))
 
 
-def _only(plan: Plan, checkpoint: Checkpoint, prefix: str) -> Plan:
-    """Returns the plan of one model's tensors, in the same order."""
+def _only(prepared: Prepared, model: str, tied: Collection[str] = ()) -> Plan:
+    """Returns the plan of one model's tensors, in the same order, without those that are ``tied``."""
+    plan, last = prepared.plan, prepared.last
+    if not last.models and not tied:
+        return plan
     tensors, offset = [], 0
-    names = {prefix + name for name in checkpoint.spec.tensors}
+    own = last.models[model].spec.tensors if last.models else last.spec.tensors
+    names = {prefix_of(model) + name for name in own if name not in tied}
     for tensor in plan.tensors:
         if tensor.name in names:
             tensors.append(replace(tensor, offset=offset))

@@ -110,7 +110,9 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
         specs = [checkpoint.spec for checkpoint in checkpoints]
         refuse_differences(specs, dtype=request.dtype)
         plan = plan_of(checkpoints, dtype=request.dtype, non_float=request.non_float)
-        notice_what_is_read(checkpoints, notice, copies=request.bn != "refresh", kinds=plan.kinds)
+        notice_what_is_read(
+            checkpoints, notice, copies=request.bn != "refresh", kinds=plan.kinds, ties=not request.models
+        )
         for index, what in far_off_by_sample(checkpoints, plan):
             notice(f"{specs[index].path}: by a sample, {what}. ckpt-avg compare measures all weights")
     frozen = frozenset() if by_window and request.data is not None else frozen_buffers(checkpoints, plan, request.bn)

@@ -41,13 +41,14 @@ def publish(draft: Draft) -> AverageResult:
     with _output_folder(draft) as folder:
         shown = [draft.target if folder is None else draft.target / shard.name for shard in draft.shards]
         paths = shown if folder is None else [folder.path / shard.name for shard in draft.shards]
-        with unpublished_weights(paths, draft.shards, draft.headers, ranks, shown=shown) as weights:
+        with unpublished_weights(paths, draft.shards, draft.headers, ranks, shown=shown, tied=draft.tied) as weights:
             _write_mean(draft, weights)
             report = _refresh_and_measure(draft, weights)
             if ranks.is_first:
                 draft.evaluations.notice_chance()
                 data_digests, file_digests = _complete(draft, weights, report)
-                data_digest = digest_of(data_digests)
+                named = zip((shard.name for shard in draft.shards), data_digests, strict=True)
+                data_digest = digest_of([digest for _, digest in sorted(named)])
                 if file_digests and folder is None:
                     sha256 = file_digests[0]
                 _refuse_unmet(draft.result(report, data_digest, sha256))

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from ckpt_avg.checkpoint.spec import Checkpoint
+from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.commands.card import CONFIGS, card_notice, model_card, read_config
+from ckpt_avg.commands.check import notice_tied
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.parts import Part, dtypes_of, parts_of
 from ckpt_avg.commands.prepare import Prepared
+from ckpt_avg.formats.models import prefix_of
 from ckpt_avg.formats.trainers.file_names import names_a_moment
+from ckpt_avg.mean.plan import Plan
 from ckpt_avg.output.config_dtype import with_true_dtype
 from ckpt_avg.output.paths import checksum_line
 from ckpt_avg.output.provenance import digest_of
 from ckpt_avg.output.release_folder import ReleaseFolder
 from ckpt_avg.output.shards import Shard, encode_index, index_metadata, index_name
-from ckpt_avg.output.side_file import SideFile
+from ckpt_avg.output.side_file import SideFile, json_of
 from ckpt_avg.output.side_file_names import CONFIG, MAIN
 from ckpt_avg.output.side_files import differences, find_side_files, folders_of_models, refuse_other_links
 from ckpt_avg.output.weights_name import weights_name
@@ -28,6 +32,7 @@ from ckpt_avg.text import listing, quote
 if TYPE_CHECKING:
     from ckpt_avg.commands.draft import AverageResult
 
+_HEAD = re.compile(r"(^|[._])heads?([._]|$)")
 CARD, SUMS = "README.md", "SHA256SUMS"
 
 
@@ -71,36 +76,28 @@ def plan_release(prepared: Prepared, context: Context, *, sha256: bool, max_shar
     """
     found: list[SideFile] = []
 
-    def combine(_: object) -> tuple[dict[str, str], dict[str, str]]:
+    def combine(_: object) -> tuple[dict[str, str], dict[str, dict[str, str]], dict[str, str]]:
         paths = _find(prepared.last, context.notice)
         refuse_other_links(paths.values(), _inside(prepared.last)[-1], _run_of(prepared.last), context.notice)
         _notice_differences(prepared, context.notice)
-        names = {}
+        names, tied = {}, {}
         for model, checkpoint in (prepared.last.models or {"": prepared.last}).items():
             folder = f"{model}/" if model else ""
             own = {name.removeprefix(folder): path for name, path in paths.items() if name.startswith(folder)}
             names[model] = folder + weights_name(checkpoint.files[0].path.name, own, dtypes_of(prepared, model))
+            tied[model] = _not_stored(checkpoint.spec, own, prepared.plan, context.notice)
             if MAIN.isdisjoint(own):
                 context.notice(f"{checkpoint.spec.path}: neither it nor its run folder has a {CONFIG}")
         config = next((path.parent for name, path in paths.items() if name in CONFIGS), None)
         if unknown := card_notice(None if config is None else read_config(config)):
             context.notice(f"{CARD}: {unknown}")
         found.extend(_with_true_dtype(SideFile.of(*each), prepared, context.notice) for each in paths.items())
-        return names, {each.name: each.sha256 for each in found}
+        return names, tied, {each.name: each.sha256 for each in found}
 
-    names, copied = context.ranks.exchange("side files", None, combine)
-    parts = parts_of(prepared, names, max_shard_size)
-    larger = (
-        []
-        if max_shard_size is None
-        else [
-            shard.tensors[0].name
-            for part in parts
-            for shard in part.shards
-            if len(part.shards) > 1 and shard.nbytes > max_shard_size
-        ]
-    )
-    if larger:
+    names, tied, copied = context.ranks.exchange("side files", None, combine)
+    parts = parts_of(prepared, names, tied, max_shard_size)
+    shards = [shard for part in parts for shard in part.shards]
+    if larger := [each.tensors[0].name for each in shards if max_shard_size and each.nbytes > max_shard_size]:
         context.notice(f"larger than --max-shard-size, each in a shard of its own: {listing(map(quote, larger))}")
     indices = [index_name(part.shards[0].name) for part in parts if len(part.shards) > 1]
     return Release(parts, copied, (CARD, *([SUMS] if sha256 else []), *indices), tuple(found))
@@ -140,6 +137,35 @@ def complete_folder(
     sums = b"".join(checksum_line(name, digest) for name, digest in sorted(digests.items()))
     folder.add(SUMS, len(sums), [sums])
     return hashlib.sha256(sums).hexdigest()
+
+
+def _not_stored(
+    spec: CheckpointSpec, side_files: Mapping[str, Path], plan: Plan, notice: Callable[[str], None]
+) -> dict[str, str]:
+    """Returns which tied tensors transformers leaves out, as `Part.tied`, and tells the user.
+
+    It stores the one that the others are tied to: the first in the order of the model that is not in its head.
+    """
+    groups = spec.tied()
+    if not groups:
+        return {}
+    config = json_of(side_files[CONFIG]) if CONFIG in side_files else {}
+    if not isinstance(config, dict) or not {"model_type", "architectures"} & config.keys():
+        notice_tied(groups, notice)
+        return {}
+    prefix, planned = prefix_of(spec.model), plan.by_name()
+    plain = {name for name, tensor in planned.items() if tensor.rule == "mean" and name not in plan.kinds}
+    stored = [next((name for name in group if not _HEAD.search(name)), group[0]) for group in groups]
+    tied = {
+        name: kept
+        for kept, group in zip(stored, groups, strict=True)
+        for name in group
+        if name != kept and prefix + name in plain
+    }
+    if tied:
+        pairs = listing(f"{quote(name)} as {quote(kept)}" for name, kept in tied.items())
+        notice(f"tied weights are stored once, as transformers stores them: {pairs}")
+    return tied
 
 
 def _contents(shard: Shard) -> tuple[str, list[str]]:

@@ -91,7 +91,7 @@ class AverageRequest(RankOptions, MeanRequest, OutputOptions, ProgressOptions):
         """Whether folders of several models can be averaged: only if the output is a folder."""
         from ckpt_avg.output.folder_paths import names_folder  # not for --help
 
-        return names_folder(self.output)
+        return names_folder(self.output) or self.max_shard_size is not None or self.push_to_hub is not None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -330,6 +330,11 @@ def _described(declared: Field[Any]) -> str:
 @dataclass(frozen=True)
 class RecordedOptions(Reading, MeanOptions):
     """The options that an output's metadata records: its bytes depend on them."""
+
+    @property
+    def models(self) -> bool:
+        """Whether a folder of several models is opened as one checkpoint: a file may have one of them."""
+        return True
 
     @classmethod
     def values(cls, request: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ckpt_avg.files.status import input_status
 from ckpt_avg.formats.sharded import is_index
 from ckpt_avg.machine import choose_threads
 from ckpt_avg.output.digests import digest_data
-from ckpt_avg.output.provenance import recorded_shard, shards_digest
+from ckpt_avg.output.provenance import MODEL, digest_of, recorded_shard
 from ckpt_avg.output.written_file import WrittenFile, refuse_other
 from ckpt_avg.progress import Phase
 from ckpt_avg.results import Result, counted, paths_counted, plain
@@ -131,7 +131,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
             path,
             sum(len(each.tensors) for each in written),
             sum(file.size for file in files),
-            digests[0] if len(digests) == 1 else shards_digest(digests),
+            digest_of(digests),
             written[0].metadata,
             files=() if folder is None else (*folder.weights, *sorted(folder.others)),
             unknown=() if folder is None else folder.unknown,
@@ -142,13 +142,17 @@ def verify(request: VerifyRequest) -> VerifyReport:
             raise UsageError(f"{path}: is one of several shards. With --sources, name its folder: {path.parent}.")
         from ckpt_avg.commands.verify_sources import compare_with_mean  # the digests need nothing of it
 
-        compared = compare_with_mean(written, request, threads=threads, context=context)
+        models: dict[str, list[WrittenFile]] = {}
+        for each in written:
+            models.setdefault(each.metadata.get(MODEL, ""), []).append(each)
+        context.phases_left = 2 * len(models)
+        compared = [compare_with_mean(each, request, threads=threads, context=context) for each in models.values()]
         return replace(
             report,
-            checkpoints=compared.checkpoints,
-            weights=compared.weights,
-            measured=compared.measured,
-            spectral_norms=compared.spectral_norms,
+            checkpoints=compared[0].checkpoints,
+            weights=compared[0].weights,
+            measured=tuple(name for each in compared for name in each.measured),
+            spectral_norms=tuple(name for each in compared for name in each.spectral_norms),
         )
 
 

@@ -15,6 +15,7 @@ from ckpt_avg.commands.context import Context, reading
 from ckpt_avg.commands.requests import RecordedOptions, VerifyRequest
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, VerificationError
 from ckpt_avg.files.input_file import InputFile
+from ckpt_avg.formats.models import prefix_of
 from ckpt_avg.formats.open import open_with
 from ckpt_avg.mean.equal_tensors import refuse_unequal
 from ckpt_avg.mean.plan import OutputTensor, Plan
@@ -23,10 +24,12 @@ from ckpt_avg.mean.value_kinds import plan_of
 from ckpt_avg.mean.weighting import summed
 from ckpt_avg.output.digests import digest_files
 from ckpt_avg.output.provenance import (
+    MODEL,
     recorded_options,
     recorded_sources,
     recorded_statistics,
     recorded_sum_order,
+    recorded_tied,
     recorded_weights,
     size_of,
     text_of,
@@ -54,7 +57,7 @@ class Compared:
 def compare_with_mean(
     files: Sequence[WrittenFile], request: VerifyRequest, *, threads: int, context: Context
 ) -> Compared:
-    """Compares the data of an output's files, bit for bit, with the mean of the checkpoints that they record.
+    """Compares the data of a model's files, bit for bit, with the mean of the checkpoints that they record.
 
     Raises VerificationError if the sources are not the recorded ones, or their mean differs.
     """
@@ -74,10 +77,11 @@ def compare_with_mean(
             f"{path}: expected its sources and options in its metadata, got none that can be read. Average the "
             "checkpoints again."
         )
+    model = str(metadata.get(MODEL, ""))
     context.phase(Phase("opening checkpoints"))
     with ExitStack() as stack:
         try:
-            checkpoints = _recorded_among(discover(request.sources or ()), recorded, options, stack, path)
+            checkpoints = _recorded_among(discover(request.sources or ()), recorded, options, model, stack, path)
             for source in (source for checkpoint in checkpoints for source in checkpoint.files):
                 source.use_io(request.io)
             specs = [checkpoint.spec for checkpoint in checkpoints]
@@ -87,7 +91,8 @@ def compare_with_mean(
             is_refreshed = recorded_statistics(metadata) == "refreshed"
             free = _batch_norm_buffers(plan) if is_refreshed else set()
             vectors = {name for layer in plan.spectral_norms for name in (layer.u, layer.v)}
-            comparison = _Comparison(path, [each.file for each in files], tensors, plan, free | vectors)
+            tied = _tied_names(recorded_tied(metadata), specs, path)
+            comparison = _Comparison(path, [each.file for each in files], tensors, plan, free | vectors, tied)
             context.phase(reading("averaging", len(specs), plan.source_nbytes))
             indices, unequal = summed(recorded_sum_order(recorded), weights)
             write_means(
@@ -116,16 +121,43 @@ def compare_with_mean(
                     f"{path}: spectral norm of {listing(map(quote, others))}: u and v are not the vectors of the "
                     "averaged weight. Average the checkpoints again."
                 )
-    measured = tuple(name for name in plan.by_name() if name in comparison.measured - vectors)
-    return Compared(
-        tuple(spec.path for spec in specs), weights, measured, tuple(layer.weight for layer in plan.spectral_norms)
-    )
+    prefix = prefix_of(model)
+    measured = tuple(prefix + name for name in plan.by_name() if name in comparison.measured - vectors)
+    spectral_norms = tuple(prefix + layer.weight for layer in plan.spectral_norms)
+    return Compared(tuple(map(_path_of, specs)), weights, measured, spectral_norms)
+
+
+def _path_of(spec: CheckpointSpec) -> Path:
+    """Returns the path of a checkpoint: of one of its models, that of its folder."""
+    return spec.path.parent if spec.model else spec.path
+
+
+def _tied_names(tied: Mapping[str, str], specs: Sequence[CheckpointSpec], path: Path) -> frozenset[str]:
+    """Returns the names that an output does not store, because they are tied to others in every checkpoint.
+
+    Raises VerificationError if they are not.
+    """
+    for spec in specs if tied else ():
+        groups = spec.tied()
+        if apart := [name for name, kept in tied.items() if not any({name, kept} <= set(each) for each in groups)]:
+            raise VerificationError(
+                f"{path}: lacks {listing(map(quote, apart))}, which {spec.path} has, not tied to other tensors. "
+                f"{_NAME_THE_SOURCES}"
+            )
+    return frozenset(tied)
 
 
 def _recorded_among(
-    discovery: Discovery, recorded: Sequence[Mapping[str, Any]], options: RecordedOptions, stack: ExitStack, path: Path
+    discovery: Discovery,
+    recorded: Sequence[Mapping[str, Any]],
+    options: RecordedOptions,
+    model: str,
+    stack: ExitStack,
+    path: Path,
 ) -> list[Checkpoint]:
-    """Returns the recorded checkpoints in their order. Folders may contain others; named checkpoints must be recorded.
+    """Returns the recorded checkpoints in their order, of several models the one that is meant.
+
+    Folders may contain others; named checkpoints must be recorded.
 
     Raises VerificationError if one is missing or was changed, or if one that is not recorded was named.
     """
@@ -136,7 +168,8 @@ def _recorded_among(
     for each in found:
         if each.is_dir() or names & {text_of(each), text_of(each.parent)}:
             try:
-                left.append(stack.enter_context(open_with(each, options)))
+                checkpoint = stack.enter_context(open_with(each, options))
+                left.append(checkpoint.models.get(model, checkpoint))
             except CheckpointFormatError as error:
                 problems[text_of(each)] = str(error)
     chosen = []
@@ -152,7 +185,7 @@ def _recorded_among(
             )
         chosen.append(match)
         left.remove(match)
-    paths = {checkpoint.spec.path for checkpoint in chosen}
+    paths = {_path_of(checkpoint.spec) for checkpoint in chosen}
     if extra := [str(each) for each in discovery.named if each not in paths]:
         raise VerificationError(
             f"{path}: is the mean of {plural(len(chosen), 'checkpoint')}, and these are not among them: "
@@ -201,7 +234,9 @@ def _batch_norm_buffers(plan: Plan) -> set[str]:
 
 
 class _Comparison:
-    """Compares the mean with an output, block by block; tensors in ``free`` may differ. Threads may share it.
+    """Compares the mean with an output, block by block; tensors in ``free`` may differ, those in ``tied`` lack.
+
+    Threads may share it.
 
     Raises VerificationError if the output has other tensors.
     """
@@ -213,8 +248,10 @@ class _Comparison:
         tensors: Mapping[str, TensorSpec],
         plan: Plan,
         free: Collection[str],
+        tied: Collection[str],
     ) -> None:
-        expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
+        planned = [tensor for tensor in plan.tensors if tensor.name not in tied]
+        expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned}
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         if expected != found:
             others = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
@@ -222,7 +259,7 @@ class _Comparison:
                 f"{path}: not the mean of these checkpoints: these tensors have another name, shape or dtype: "
                 f"{listing(map(quote, others))}. {_NAME_THE_SOURCES}"
             )
-        self._files, self._tensors, self._plan, self._free = files, tensors, plan, free
+        self._files, self._tensors, self._plan, self._free, self._tied = files, tensors, plan, free, tied
         self._begins = [tensor.offset for tensor in plan.tensors]
         self._lock = threading.Lock()
         self.measured: set[str] = set()
@@ -235,7 +272,7 @@ class _Comparison:
             if tensor.offset >= end:
                 break
             first, stop = max(offset, tensor.offset), min(end, tensor.offset + tensor.nbytes)
-            if first < stop:
+            if first < stop and tensor.name not in self._tied:
                 self._compare(tensor, first - tensor.offset, contents[first - offset : stop - offset])
 
     def _compare(self, tensor: OutputTensor, begin: int, mean: memoryview) -> None:

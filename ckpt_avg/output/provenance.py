@@ -38,10 +38,11 @@ SPLIT = "ckpt_avg.split"
 DATA_DIGEST = "ckpt_avg.data_digest"
 FILES = "ckpt_avg.files"
 MODEL = "ckpt_avg.model"
+TIED = "ckpt_avg.tied"
 HEADER_DIGEST = "ckpt_avg.header_digest"
 SHARD = "ckpt_avg.shard"
 SHARDS_DIGEST = "ckpt_avg.shards_digest"
-_OF_ONE_FILE = (DATA_DIGEST, HEADER_DIGEST, SHARD, SHARDS_DIGEST, FILES, MODEL)  # a copy has others, or none
+_OF_ONE_FILE = (DATA_DIGEST, HEADER_DIGEST, SHARD, SHARDS_DIGEST, FILES, MODEL, TIED)  # a copy has others, or none
 
 _TREE = "sha256-tree-1MiB:"
 _PLAIN = "sha256:"
@@ -70,6 +71,7 @@ def make_metadata(
     split: str | None = None,
     digests: Sequence[Mapping[str, str]] | None = None,
     files: Mapping[str, str | None] | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Returns the metadata of an average; `with_digests` completes it for each file.
 
@@ -122,6 +124,7 @@ def make_metadata(
     if weights is not None:
         metadata[WEIGHTING] = _as_json(dict(weights.method))
     metadata |= {MODEL: specs[0].model} if specs[0].model else {}
+    metadata |= {TIED: _as_json(dict(tied))} if tied else {}
     metadata |= {FILES: _as_json(dict(files))} if files is not None else {}
     if spectral_norms:
         metadata[SPECTRAL_NORM] = _as_json({"vectors": "recomputed", "weights": spectral_norms})
@@ -185,6 +188,12 @@ def recorded_digests(metadata: Mapping[str, Any]) -> Digests | None:
     if not re.fullmatch(f"{_TREE}{_HEX}", data) or not re.fullmatch(f"{_PLAIN}{_HEX}", header):
         return None
     return Digests(data.removeprefix(_TREE), header.removeprefix(_PLAIN))
+
+
+def recorded_tied(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the tied tensors that a file does not store: name → the name under which it is stored."""
+    tied = _parsed(metadata, TIED)
+    return tied if isinstance(tied, dict) and all(isinstance(each, str) for each in tied.values()) else {}
 
 
 def recorded_shard(metadata: Mapping[str, Any]) -> tuple[int, int, str] | None:

@@ -7,7 +7,7 @@ together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,10 +33,17 @@ class UnpublishedWeights:
         files: one for each shard.
         shards: what is in them; a single one if the output is one file.
         headers: the bytes before each file's data section, or as many.
+        tied: tensors that are not stored: name → the name under which it is stored.
     """
 
-    def __init__(self, files: Sequence[UnpublishedFile], shards: Sequence[Shard], headers: Sequence[bytes]) -> None:
-        self._files, self._shards = files, shards
+    def __init__(
+        self,
+        files: Sequence[UnpublishedFile],
+        shards: Sequence[Shard],
+        headers: Sequence[bytes],
+        tied: Mapping[str, str],
+    ) -> None:
+        self._files, self._shards, self._tied = files, shards, tied
         self._begins = [len(header) for header in headers]
         self._digests = [TreeDigest(shard.nbytes) for shard in shards]
 
@@ -96,14 +103,15 @@ class UnpublishedWeights:
             file.drop_cache()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the tensors, read into memory."""
+        """Returns the tensors, read into memory; tied ones under each of their names."""
         from ckpt_avg.user_code.model import weights_in
 
-        return {
+        stored = {
             shard.prefix + name: tensor
             for file, shard in zip(self._files, self._shards, strict=True)
             for name, tensor in weights_in(file.readable_path).items()
         }
+        return stored | {name: stored[kept] for name, kept in self._tied.items()}
 
     def data_digests(self, progress: Callable[[int], None]) -> list[str]:
         """Returns the digest of each data section, in hex; calls ``progress`` with the bytes of each read."""
@@ -173,12 +181,13 @@ def unpublished_weights(
     ranks: Ranks,
     *,
     shown: Sequence[Path] | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> Iterator[UnpublishedWeights]:
     """Yields files with reserved space for the weights, which vanish unless they are published.
 
     Args:
         targets: their paths once they are published.
-        shards, headers: as `UnpublishedWeights` takes them.
+        shards, headers, tied: as `UnpublishedWeights` takes them.
         ranks: that fill them together.
         shown: what messages call the paths; by default themselves.
 
@@ -193,4 +202,4 @@ def unpublished_weights(
             stack.enter_context(unpublished_file(target, size, ranks, shown=name))
             for target, size, name in zip(targets, sizes, shown or targets, strict=True)
         ]
-        yield UnpublishedWeights(files, shards, headers)
+        yield UnpublishedWeights(files, shards, headers, tied or {})

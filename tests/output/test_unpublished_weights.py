@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mean.plans import plan_of
 
 from ckpt_avg.mean.blocks import cut_into_blocks
-from ckpt_avg.output.shards import split
+from ckpt_avg.output.shards import ordered, split
 from ckpt_avg.output.unpublished_weights import UnpublishedWeights
 
 
@@ -28,8 +28,9 @@ def test_the_shares_of_ranks_cover_every_element_once_and_begin_at_pages(
     """If it failed, elements would be omitted or computed twice, or two ranks would write to one page."""
     page = 64 * 1024
     mixed = {f"t{n}": (dtype if n % 3 else "U8", (length,)) for n, length in enumerate(lengths)}
-    plan, shards = split(plan_of(mixed), "model", largest)
-    weights = UnpublishedWeights([], shards, [b" " * begin] * len(shards))
+    shards = split(plan_of(mixed), "model.safetensors", largest)
+    plan = ordered(plan_of(mixed), shards)
+    weights = UnpublishedWeights([], shards, [b" " * begin] * len(shards), {})
     shares = [weights.share(rank, size) for rank in range(size)]
     assert shares[0].start == 0
     assert shares[-1].stop == plan.nbytes

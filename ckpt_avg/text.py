@@ -140,6 +140,8 @@ def plural(count: int, noun: str) -> str:
 
 
 def type_of(value: object) -> str:
-    """Returns ``a str``, ``an int``: the type of a value, with its article."""
+    """Returns ``a str``, ``an int``, ``None``: the type of a value, with its article."""
+    if value is None:
+        return "None"
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"

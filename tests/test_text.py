@@ -129,7 +129,7 @@ def test_plurals(count: int, noun: str, expected: str) -> None:
 
 
 def test_types_have_their_article() -> None:
-    assert [type_of(value) for value in ("", 1, object(), None)] == ["a str", "an int", "an object", "a NoneType"]
+    assert [type_of(value) for value in ("", 1, object(), None)] == ["a str", "an int", "an object", "None"]
 
 
 @pytest.mark.usefixtures("in_time")

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
@@ -100,10 +99,10 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
     except _Terminated as error:
         return _interrupted(error, as_json)
     except Exception as error:
-        return _failed(error, as_json)
+        return _failed(error, as_json, not {"-v", "--verbose"}.isdisjoint(arguments))
 
 
-def _failed(error: Exception, as_json: bool) -> int:
+def _failed(error: Exception, as_json: bool, verbose: bool) -> int:
     """Says what has failed; a bug of ours is raised again."""
     # torch raises for loader workers that the signal has ended, too; a RankError knows the cause better.
     signalled = _signal_before(error) if isinstance(error, (UserCodeError, RuntimeError)) else None
@@ -111,7 +110,10 @@ def _failed(error: Exception, as_json: bool) -> int:
         return _interrupted(signalled, as_json)
     if isinstance(error, CkptAvgError):
         if isinstance(error, UserCodeError) and error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
+            from ckpt_avg.user_code.raised import lines_of
+
+            if lines := lines_of(error.__cause__, whole=verbose):
+                say(lines, err=True)
         return _fail(type(error).__name__, str(error), error.exit_code, as_json, error.document)
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         text = "torch is not installed, and is needed here. Install it: pip install torch."

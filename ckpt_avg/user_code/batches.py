@@ -55,7 +55,7 @@ def fetch(batches: Iterable[Any], at_most: int | None) -> Iterator[Any]:
 
 def run_batch(model: torch.nn.Module, batch: Any, forward_batch: ForwardBatch | None, number: int) -> None:
     """Calls the model with a batch, in the way that suits its kind. If the model raises, the error names the batch."""
-    with user_errors(f"the model raised at batch {number} ({_shape(batch)}):", advice=f"\n{_accepted()}"):
+    with user_errors(f"the model raised at batch {number} ({_shape(batch)}):", call=_other_call(batch)):
         if forward_batch is not None:
             forward_batch(model, batch)
         elif isinstance(batch, torch.Tensor):
@@ -66,6 +66,17 @@ def run_batch(model: torch.nn.Module, batch: Any, forward_batch: ForwardBatch | 
             model(batch[0])
         else:
             raise UserCodeError(f"BatchNorm refresh: batch {number}: got {_shape(batch)}. {_accepted()}")
+
+
+def _other_call(batch: Any) -> str:
+    """Says what to do if the model does not take a batch as it is."""
+    if not isinstance(batch, Mapping):
+        return _accepted()
+    first = next((name for name, value in batch.items() if isinstance(value, torch.Tensor)), "image")
+    return (
+        f"The mapping was passed as keywords. Add a function to {either('the module of --model', 'the call')}: def "
+        f"forward_batch(model, batch): model(batch[{first!r}])"
+    )
 
 
 def _shape(batch: Any) -> str:

@@ -55,7 +55,7 @@ def evaluate_weights(
         undisturbed(model),
         seeded(device, seed),
         torch.no_grad(),
-        user_errors(f"the --eval function raised for {name}:"),
+        user_errors(f"the --eval function raised for {name}:", call="It is called with the model alone."),
     ):
         with contextlib.ExitStack() as hooks:
             for layer, module in batch_norm_modules(model).items():
@@ -105,7 +105,8 @@ def _structure_of(model: torch.nn.Module) -> dict[str, object]:
 
 def _as_metrics(returned: Any, function: str) -> dict[str, float]:
     """Returns the metrics as floats. A single number gets the function's name."""
-    named = returned if isinstance(returned, Mapping) else {function: returned}
+    is_mapping = isinstance(returned, Mapping)
+    named = returned if is_mapping else {function: returned}
     metrics: dict[str, float] = {}
     wrong: list[str] = []
     for name, value in named.items():
@@ -113,20 +114,21 @@ def _as_metrics(returned: Any, function: str) -> dict[str, float]:
         if str(name) in metrics:
             wrong.append(f"{quote(str(name))} twice")
         elif number is None:
-            wrong.append(f"{quote(name)} is {_kind(value)}")
+            wrong.append(f"{quote(name)} is {_kind(value)}" if is_mapping else _kind(value))
         else:
             metrics[str(name)] = number
     if wrong or not metrics:
+        several = any(getattr(value, "shape", ()) for value in named.values())
         raise UserCodeError(
-            "the --eval function: expected a number or a dict of names to numbers, got "
-            f"{listing(wrong) if wrong else 'an empty dict'}. Return for example {{'accuracy': 0.93}}."
+            f"the --eval function {function}: expected it to return a number or a dict of names to numbers, got "
+            f"{listing(wrong) if wrong else 'an empty dict'}. {'Is there a return? ' if returned is None else ''}"
+            f"{'Reduce a tensor to one number, for example with .mean(). ' if several else ''}"
+            "Return for example {'accuracy': 0.93}."
         )
     return metrics
 
 
 def _kind(value: Any) -> str:
-    if value is None:
-        return "None (is there a return?)"
     shape = getattr(value, "shape", None)
     return type_of(value) + (f" of shape {list(shape)}" if shape else "")
 

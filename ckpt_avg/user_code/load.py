@@ -13,15 +13,17 @@ from typing import Any
 
 from ckpt_avg.errors import CkptAvgError, UsageError, UserCodeError, is_out_of_memory
 from ckpt_avg.files.missing import missing
-from ckpt_avg.text import argument, listing, suggestion
+from ckpt_avg.text import argument, listing, suggestion, type_of
+from ckpt_avg.user_code.raised import own_frames, sentence
 from ckpt_avg.wording import worded
 
 
 @contextlib.contextmanager
-def user_errors(what: str, advice: str = "") -> Iterator[None]:
+def user_errors(what: str, *, call: str = "") -> Iterator[None]:
     """Turns anything that the user's code raises, even sys.exit(), into a UserCodeError that begins with ``what``.
 
-    Our own errors, interrupts and out of memory are not changed.
+    ``call`` says how the function is called, for one that does not take these arguments. Our own errors, interrupts and
+    out of memory are not changed.
     """
     try:
         yield
@@ -30,8 +32,15 @@ def user_errors(what: str, advice: str = "") -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
-        text = f"{worded(what)} {type(error).__name__}: {error}{worded(advice)}"
+        text = f"{worded(what)} {sentence(error)}"
+        if call and isinstance(error, TypeError) and not own_frames(error):
+            text = f"{text.rstrip('.')}. {worded(call)}"
         raise UserCodeError(text, verbatim=True) from error
+
+
+def returned(value: object) -> str:
+    """Returns the type of what a function of the user's returned, with what to do if that is nothing."""
+    return f"{type_of(value)}.{' Is there a return?' if value is None else ''}"
 
 
 def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str]) -> Any:
@@ -60,6 +69,11 @@ def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str])
     with user_errors(f"{option} {reference}: importing {module_name} failed:"):
         try:
             found: Any = importlib.import_module(module_name)
+        except SystemExit as error:
+            raise UserCodeError(
+                f"{option} {reference}: importing {module_name} ends the program (SystemExit: {error}). Put what "
+                "trains under if __name__ == '__main__':, so that the module can be imported."
+            ) from error
         except ModuleNotFoundError as error:
             if error.name is None or not (module_name + ".").startswith(error.name + "."):
                 raise

@@ -18,7 +18,7 @@ from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.formats.tensor_names import without_wrappers
 from ckpt_avg.text import listing, quote, type_of
 from ckpt_avg.user_code.isolation import seeded
-from ckpt_avg.user_code.load import user_errors
+from ckpt_avg.user_code.load import returned, user_errors
 from ckpt_avg.wording import setting
 
 _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
@@ -40,10 +40,10 @@ def build_model(
         raise UserCodeError(
             f"the model: expected a torch.nn.Module or a function that returns one, got {type_of(model)}."
         )
-    with user_errors("the model factory raised"):
+    with user_errors("the model factory raised", call="Name one that needs no arguments."):
         built = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model()
     if not isinstance(built, torch.nn.Module):
-        raise UserCodeError(f"the model factory: expected it to return a torch.nn.Module, got {type_of(built)}.")
+        raise UserCodeError(f"the model factory: expected it to return a torch.nn.Module, got {returned(built)}")
     named = (*built.named_parameters(), *built.named_buffers())
     if without_values := [name for name, tensor in named if tensor.is_meta]:
         raise UserCodeError(
@@ -199,7 +199,7 @@ class Passes:
         if not isinstance(self._batches, Iterable):
             raise UserCodeError(
                 f"the data{' factory: expected it to return' if self._factory else ': expected'} an iterable of "
-                f"batches, got {type_of(self._batches)}."
+                f"batches, got {returned(self._batches)}"
             )
 
     @property
@@ -216,7 +216,7 @@ class Passes:
 
     @staticmethod
     def _call(factory: Callable[[], Iterable[Any]], seed: int = 0) -> Iterable[Any]:
-        with seeded(seed=seed), user_errors("the data factory raised"):
+        with seeded(seed=seed), user_errors("the data factory raised", call="Name one that needs no arguments."):
             return factory()
 
     @staticmethod

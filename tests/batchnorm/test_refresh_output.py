@@ -367,14 +367,22 @@ def returning(value: Any) -> Callable[[], Any]:
     [
         (UserCodeError, {"model": raising("config.yaml")}, "the model factory raised FileNotFoundError: config.yaml"),
         (UserCodeError, {"data": raising("train.tar")}, "the data factory raised FileNotFoundError: train.tar"),
-        (UserCodeError, {"model": returning(None)}, "expected it to return a torch.nn.Module, got a NoneType"),
+        (
+            UserCodeError,
+            {"model": returning(None)},
+            "expected it to return a torch.nn.Module, got None. Is there a return?",
+        ),
         (
             UserCodeError,
             {"model": returning({"inner.weight": 1})},
             "expected it to return a torch.nn.Module, got a dict",
         ),
         (UserCodeError, {"model": returning(Small)}, "expected it to return a torch.nn.Module, got a type"),
-        (UserCodeError, {"data": returning(None)}, "expected it to return an iterable of batches, got a NoneType"),
+        (
+            UserCodeError,
+            {"data": returning(None)},
+            "expected it to return an iterable of batches, got None. Is there a return?",
+        ),
         (UserCodeError, {"data": returning(3)}, "expected it to return an iterable of batches, got an int"),
         (IncompatibleError, {"model": Wider}, "size mismatch for inner.weight"),
         (IncompatibleError, {"model": Wider}, "torch.Size([6, 4])"),

@@ -737,7 +737,11 @@ def test_an_unmet_requirement_in_json(app: AverageApp, in_process: InProcess) ->
     [
         ("raises", 7, "the --eval function raised for step_2.pt: LookupError: no test set"),
         ("exits", 7, "the --eval function raised for step_2.pt: SystemExit: 0"),
-        ("text", 7, "the --eval function: expected a number or a dict of names to numbers, got 'text' is a str."),
+        (
+            "text",
+            7,
+            "the --eval function text: expected it to return a number or a dict of names to numbers, got a ",
+        ),
         ("interrupts", 130, "interrupted: "),
         ("missing", 2, "has no 'missing'"),
     ],

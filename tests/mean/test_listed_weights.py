@@ -130,7 +130,7 @@ def test_negative_weights_are_pointed_out() -> None:
         ([1j, 0, 0], False, "--weights: expected a number, got a complex."),
         ([True, False, False], False, "--weights: expected a number, got a bool."),
         (0.5, False, "--weights: got a float. Give numbers, or a mapping of names to numbers."),
-        ({"a.pt": 0.5, "b.pt": None, "c.pt": 0.5}, False, "--weights: 'b.pt': expected a number, got a NoneType."),
+        ({"a.pt": 0.5, "b.pt": None, "c.pt": 0.5}, False, "--weights: 'b.pt': expected a number, got None."),
         ({"a.pt": 0.5, "b.pt": 0.5}, False, "--weights: no weight for 'c.pt'. Add it; 0 leaves a checkpoint out of"),
         ({"a.pt": 0.5, "b.pt": 0.25, "c.pt": 0.25, "d.pt": 0.0}, False, "--weights: 'd.pt' is none of the checkpoints"),
         ({"a.pt": 0.5, "b.pt": 0.25, "c.ptt": 0.25}, False, "Did you mean 'c.pt'?"),

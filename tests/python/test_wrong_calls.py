@@ -70,7 +70,7 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({**MODEL, "evaluate": 3}, "evaluate: got an int. Name a function of the model."),
     (
         {**MODEL, "evaluate": lambda model: None},
-        "the evaluate function: expected a number or a dict",
+        "the evaluate function <lambda>: expected it to return a number or a dict",
     ),
     ({"require": "accuracy>=last"}, "require=… needs a metric. Add evaluate=…."),
     ({**METRIC, "require": "x"}, "require='x': expected a metric, then >=, >, <= or <"),

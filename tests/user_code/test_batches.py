@@ -111,7 +111,7 @@ def test_a_mapping_with_other_keywords_names_them() -> None:
     message = failure_of([{"pixels": SAMPLES}])
     assert "the model raised at batch 1 (a mapping with the keys 'pixels')" in message
     assert "TypeError" in message
-    assert "Accepted batches" in message
+    assert "def forward_batch(model, batch): model(batch['pixels'])" in message
 
 
 # -- Worker processes -----------------------------------------------------------------------------------------------

@@ -27,14 +27,8 @@ def columns_of(text: str) -> int:
     """Returns how many columns of a terminal a text takes: wide characters take two, combining characters none."""
     if text.isascii():
         return len(text)
-    return sum(
-        0
-        if unicodedata.category(sign) in ("Mn", "Me", "Cf")
-        else 2
-        if unicodedata.east_asian_width(sign) in "WF"
-        else 1
-        for sign in text
-    )
+    shown = [sign for sign in text if unicodedata.category(sign) not in ("Mn", "Me", "Cf")]
+    return len(shown) + sum(unicodedata.east_asian_width(sign) in "WF" for sign in shown)
 
 
 def shortened(text: str, room: int) -> str:

@@ -39,7 +39,11 @@ def cli() -> None:
     A SOURCE is a checkpoint file (safetensors, or written by torch.save), a checkpoint folder (transformers,
     accelerate, Lightning, DeepSpeed, torch.distributed.checkpoint), or a run folder of these, which is read in the
     order of its steps. No code inside a checkpoint is ever run.
-    """
+
+    \b
+    ckpt-avg inspect RUN
+    ckpt-avg average RUN --last 8 -o swa.safetensors
+    """  # noqa: D301 (click needs the backspace character itself)
 
 
 @cli.command("average")
@@ -86,7 +90,11 @@ for each in (sweep_command, soup_command, compare_command):
 @options.options_from(CheckRequest)
 @options.prints
 def check_command(sources: Sequence[str], printing: Printing, **given: Any) -> None:
-    """Check that checkpoints fit together, from headers alone."""
+    """Check that checkpoints fit together, from headers alone.
+
+    \b
+    ckpt-avg check RUN --last 8
+    """  # noqa: D301 (click needs the backspace character itself)
     from ckpt_avg.cli.check_text import compatibility_text
 
     with showing(quiet=printing.quiet, keep=False) as progress:
@@ -159,7 +167,11 @@ def verify_command(output: str, checkpoints: Sequence[str], sources: bool, print
 @click.argument("command", required=False)
 @click.pass_context
 def help_command(context: click.Context, /, command: str | None) -> None:
-    """Show the help of ckpt-avg, or of a command."""
+    """Show the help of ckpt-avg, or of a command.
+
+    \b
+    ckpt-avg help average
+    """  # noqa: D301 (click needs the backspace character itself)
     group = context.find_root()
     if command is None:
         click.echo(group.get_help())

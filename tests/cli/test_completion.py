@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -63,6 +64,7 @@ def completed(shell: str, line: str, folder: Path) -> set[str]:
     script.write_text(SCRIPTS[shell](cli))
     words = shlex.split(line) + ([""] if line.endswith(" ") else [])
     if shell == "bash":
+        words = [part for word in words for part in (re.split("(=)", word) if "=" in word else [word])]  # as bash does
         given = " ".join(map(shlex.quote, words))
         program = BASH.format(script=script, words=given, place=len(words) - 1)
     elif shell == "zsh":
@@ -85,6 +87,13 @@ def test_a_shell_completes(shell: str, line: str, words: set[str], tmp_path: Pat
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     assert completed(shell, line, tmp_path) == words
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_after_an_equals_sign(tmp_path: Path) -> None:
+    """Where it splits the word."""
+    assert completed("bash", "ckpt-avg average run --bn=r", tmp_path) == {"refresh"}
+    assert completed("bash", "ckpt-avg average run --bn=", tmp_path) == {"auto", "refresh", "keep"}
 
 
 @pytest.mark.parametrize("shell", SHELLS)

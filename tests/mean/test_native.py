@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -17,7 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from mean.inputs import save
+from formats.safetensors_bytes import lay_out
+from mean.inputs import bits, save
 from mean.plans import plan_of
 from safetensors.torch import load_file
 
@@ -29,6 +32,7 @@ from ckpt_avg import (
     UsageError,
     average,
 )
+from ckpt_avg.checkpoint.spec import BY_TORCH_NAME
 from ckpt_avg.engine import engine_for
 from ckpt_avg.formats.open import open_checkpoint
 from ckpt_avg.mean import block_sizes, native
@@ -179,6 +183,44 @@ def test_elements_that_are_not_consecutive_or_not_of_one_dtype(tmp_path: Path, m
             monkeypatch, tmp_path, tmp_path / "..", dtype="float32", overwrite=True, **options
         )
         assert native == torchs
+
+
+def in_order(state: dict[str, torch.Tensor], names: Sequence[str]) -> bytes:
+    """A safetensors file with the tensors in this order, which safetensors itself would not write."""
+    header, contents = {}, b""
+    for name in names:
+        end = len(contents) + state[name].nbytes
+        code = BY_TORCH_NAME[str(state[name].dtype).removeprefix("torch.")].name
+        header[name] = {"dtype": code, "shape": list(state[name].shape), "data_offsets": [len(contents), end]}
+        contents += bits(state[name])
+    return lay_out(json.dumps(header), contents)
+
+
+def data_of(contents: bytes) -> bytes:
+    """What follows the header."""
+    return contents[8 + int.from_bytes(contents[:8], "little") :]
+
+
+@pytest.mark.guarantee("same-bytes")
+@pytest.mark.parametrize("seed", range(6))
+def test_the_order_of_tensors_in_a_file_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Scattered, reversed, or in turn from both ends, in one file or all; small, empty and large, of any dtypes."""
+    choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    sizes = {f"t{index}": choose.choice([0, 1, 1, 3, 37, 1_000, 40_001]) for index in range(80)}
+    dtypes = {name: choose.choice(list(DTYPES.values())) for name in sizes}
+    states = [{name: random_bits(sizes[name], dtypes[name], generator) for name in sizes} for _ in range(3)]
+    paths = save(tmp_path, states)
+    expected, _ = by_both_engines(monkeypatch, paths, tmp_path / "..", overwrite=True)
+    names = list(sizes)
+    alternating = [name for pair in zip(names, names[::-1], strict=True) for name in pair]
+    for order in (names[::-1], list(dict.fromkeys(alternating)), choose.sample(names, len(names))):
+        for path, state in choose.sample([*zip(paths, states, strict=True)], choose.choice([1, 3])):
+            path.write_bytes(in_order(state, order))
+        native, torchs = by_both_engines(monkeypatch, paths, tmp_path / "..", memory=2**20, threads=2, overwrite=True)
+        assert native == torchs
+        assert data_of(native) == data_of(expected)
 
 
 @pytest.mark.parametrize("io", [pytest.param("mmap", marks=linux), "pread"])

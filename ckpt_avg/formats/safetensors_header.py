@@ -96,13 +96,14 @@ def _parse_compact(header: bytes, data_start: int) -> tuple[bytes, dict[str, Ten
     """
     try:
         text = header.decode()
-        is_first = text.startswith(_METADATA)
-        position = json.JSONDecoder().raw_decode(text, len(_METADATA))[1] + 1 if is_first else 1
+        has_metadata = text.startswith(_METADATA)
+        head = json.JSONDecoder().raw_decode(text, len(_METADATA))[1] if has_metadata else 0  # where it ends
     except (ValueError, RecursionError):
         return None
-    if text[position - 1 : position] != ("," if is_first else "{"):
+    if text[head : head + 1] != ("," if has_metadata else "{"):
         return None
-    rest = text[: position - 1] + "}" if is_first else "{}"
+    rest = text[:head] + "}" if has_metadata else "{}"
+    position = head + 1
     tensors: dict[str, TensorSpec] = {}
     count = 0
     layout_of = functools.lru_cache(maxsize=1024)(_layout)  # most tensors of a model have one of a few shapes

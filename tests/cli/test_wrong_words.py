@@ -164,8 +164,8 @@ def test_the_words_of_the_user_are_escaped(work: Path, in_process: InProcess) ->
 def test_the_commands_to_paste_work(work: Path, in_process: InProcess) -> None:
     """What `ckpt-avg FOLDER` shows runs as it is, also beside an earlier output, and with blanks in the name."""
     (work / "runs" / "7").rename(work / "my run")
-    for _ in range(2):
-        _, _, err = in_process("my run")
+    for folder in ("my run", work / "my run"):
+        _, _, err = in_process(folder)
         lines = [line.strip() for line in err.splitlines() if line.startswith("  ckpt-avg ")]
         assert len(lines) == 2
         assert [in_process(*shlex.split(line)[1:])[0] for line in lines] == [0, 0]

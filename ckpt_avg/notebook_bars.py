@@ -27,7 +27,7 @@ class _Bars:
 
         self.close()
         is_in_bytes = phase.unit == "bytes"
-        self._counts_results = phase.unit in ("checkpoints", "windows", "decisions")
+        self._counts_results = phase.unit in ("checkpoints", "windows", "soups")
         unit = "B" if is_in_bytes else f" {phase.unit}"
         self._bar = tqdm(desc=one_line(phase.title), total=phase.total, unit=unit, unit_scale=is_in_bytes)
 

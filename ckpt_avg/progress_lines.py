@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 from ckpt_avg.progress import Phase, Progress
+from ckpt_avg.tables import columns_of, shortened
 from ckpt_avg.text import decimal_size, one_line, safe_text
 
 _REDRAWN = 0.25  # seconds between two states of a line on a terminal
 _LONG = 30.0  # seconds after which a phase has a line in a log, and between two such lines
+_WIDEST = 30  # columns of a name
+_MOST_METRICS = 3
 _DRAWING = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a data loader's worker must not inherit a lock that nobody will release
     os.register_at_fork(before=_DRAWING.acquire, after_in_parent=_DRAWING.release, after_in_child=_DRAWING.release)
@@ -78,6 +81,7 @@ class Lines:
         self._measured = ""  # what a phase of one measurement found
         self._last = 0.0  # when the last measurement ended, or the phase began
         self._said = 0.0  # when the last line of this phase was written
+        self._held: list[str] | None = [] if is_terminal else None  # lines, until it is known that the run takes long
         self._drawn = 0  # how long the line is that may be redrawn
         self._is_free = True  # whether the cursor is at the beginning of a line
         self._ended = threading.Event()
@@ -108,7 +112,7 @@ class Lines:
     def measured(self, name: str, metrics: Mapping[str, float]) -> None:
         """Shows a result."""
         with _DRAWING:
-            now, found = self._clock(), ", ".join(f"{metric} {value:.6g}" for metric, value in metrics.items())
+            now, found = self._clock(), _found(metrics)
             phase = self._phase
             if phase is None or (phase.phase.total or 1) == 1:
                 self._measured = found
@@ -117,7 +121,8 @@ class Lines:
             phase.known += self._step is None
             took = "known before" if self._step is None else duration(now - self._last)
             self._step = None
-            self.write(f"{self._place(phase, phase.done)}, {name}: {found}, {took}")
+            self._release()
+            self.write(f"{self._place(phase, phase.done)}, {shortened(name, _WIDEST)}: {found}, {took}")
             self._last = self._said = now
 
     def notice(self, text: str) -> None:
@@ -145,7 +150,7 @@ class Lines:
             now = self._clock()
             if not failed:
                 self._finish(now, 0)
-            elif self._phase is not None and self._is_terminal:
+            elif self._phase is not None and self._is_terminal and self._held is None:
                 after = f"stopped after {duration(now - self._phase.begin)}"
                 self.write(", ".join(filter(None, (f"{self._head()}: {after}", self._phase.share))))
             self._phase = None
@@ -160,6 +165,7 @@ class Lines:
                 return
             if self._is_terminal:
                 if self._is_free:
+                    self._release()
                     self._redraw(self._state(now))
             elif now - self._said >= _LONG:
                 self._said = now
@@ -179,7 +185,17 @@ class Lines:
         facts = [self._measured, duration(seconds), rated.rate(now - rated.begin)]
         if counted.phase.unit != "bytes" and (counted.phase.total or 1) > 1:
             facts[-1] = f"{duration(seconds / (counted.phase.total or 1))} each"
-        self.write(f"{self._head(left)}: {', '.join(filter(None, facts))}")
+        line = f"{self._head(left)}: {', '.join(filter(None, facts))}"
+        if self._held is None:
+            self.write(line)
+        else:
+            self._held.append(line)
+
+    def _release(self) -> None:
+        """Writes the lines that were held back: the run is none that is over at once."""
+        held, self._held = self._held or [], None
+        for line in held:
+            self.write(line)
 
     def _head(self, left: int = -1) -> str:
         """Returns which phase this is, of how many, and its title; ``left`` phases follow if it does not know."""
@@ -212,12 +228,11 @@ class Lines:
         return f"{counted.phase.unit[:-1]} {number} of {counted.phase.total}"
 
     def _redraw(self, text: str) -> None:
-        room = _columns(self._stream) - 1
-        if len(text) > room:
-            text = f"{text[: room // 2 - 1]}…{text[len(text) - (room - room // 2) :]}"
-        self._stream.write(f"\r{text.ljust(self._drawn)}")
+        text = shortened(text, _columns(self._stream) - 1)
+        width = columns_of(text)
+        self._stream.write(f"\r{text}{' ' * (self._drawn - width)}")
         self._stream.flush()
-        self._drawn = len(text)
+        self._drawn = width
 
     def _erase(self) -> None:
         if self._drawn:
@@ -259,6 +274,12 @@ def shown(*, quiet: bool = False, keep: bool = True, paint: Callable[[str], str]
         failed = False
     finally:
         lines.close(failed=failed)
+
+
+def _found(metrics: Mapping[str, float]) -> str:
+    shown = [f"{shortened(metric, _WIDEST)} {value:.6g}" for metric, value in list(metrics.items())[:_MOST_METRICS]]
+    more = len(metrics) - len(shown)
+    return ", ".join([*shown, *([f"… {more} more"] if more else [])])
 
 
 def duration(seconds: float) -> str:

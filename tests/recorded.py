@@ -1,4 +1,4 @@
-"""What a command tells of its progress, recorded."""
+"""What a command tells of its progress, recorded; and what a terminal shows of it."""
 
 from __future__ import annotations
 
@@ -43,3 +43,14 @@ class Recorded:
         counted = [(step.total, done) for step, done in self.counted if step.unit == of]
         assert [done for _, done in counted] == [total for total, _ in counted]
         return [done for _, done in counted]
+
+
+def on_screen(text: str) -> list[str]:
+    """The lines that a terminal shows: a carriage return goes back, and later signs replace earlier ones."""
+    rows = []
+    for row in text.split("\n"):
+        cells: list[str] = []
+        for part in row.split("\r"):
+            cells[: len(part)] = part
+        rows.append("".join(cells).rstrip())
+    return rows

@@ -6,6 +6,7 @@ import io
 import sys
 
 import pytest
+from recorded import on_screen
 
 from ckpt_avg.progress import Phase
 from ckpt_avg.progress_lines import Lines, duration, shown
@@ -32,17 +33,6 @@ class Shown:
         self.stream.truncate()
         what(*arguments, **options)  # type: ignore[operator]
         return self.stream.getvalue()
-
-
-def on_screen(text: str) -> list[str]:
-    """The lines that a terminal shows: a carriage return goes back, and later signs replace earlier ones."""
-    rows = []
-    for row in text.split("\n"):
-        cells: list[str] = []
-        for part in row.split("\r"):
-            cells[: len(part)] = part
-        rows.append("".join(cells).rstrip())
-    return rows
 
 
 def test_a_phase_is_redrawn_and_leaves_its_line() -> None:
@@ -102,6 +92,25 @@ def test_a_single_measurement_is_in_the_line_of_its_phase() -> None:
         "[1/1] measuring epoch_20.pt: loss 0.25, 1.5 s",
         "",
     ]
+
+
+def test_of_many_metrics_the_first_are_shown() -> None:
+    """Those that decide come first."""
+    screen = Shown(is_terminal=True)
+    screen.lines.phase(Phase("measuring 2 windows", 2, "windows", left=0))
+    screen.lines.step(Phase("measuring"))
+    found = screen.written(screen.lines.measured, "x" * 99, {f"metric_{number}": 0.123456789 for number in range(12)})
+    assert found.endswith(": metric_0 0.123457, metric_1 0.123457, metric_2 0.123457, … 9 more, 0.00 s\n")
+    assert len(found) < 140
+
+
+def test_a_run_that_is_over_at_once_leaves_nothing() -> None:
+    """Before the first line would be drawn, also if it fails."""
+    for failed in (True, False):
+        screen = Shown(is_terminal=True)
+        screen.lines.phase(Phase("opening checkpoints"))
+        screen.lines.phase(Phase("averaging 8 × 1.0 MB", 8_000_000, "bytes", left=0))
+        assert screen.written(screen.lines.close, failed=failed) == ""
 
 
 def test_an_interrupt_ends_the_line() -> None:

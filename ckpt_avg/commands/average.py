@@ -75,7 +75,7 @@ def write_average(
     if writes_folder(request):
         release = plan_release(prepared, context, sha256=request.sha256, max_shard_size=request.largest_shard)
     draft = Draft(request, prepared, context, target, checksum, measured, directions, release)
-    context.phases_left = draft.phases
+    context.phases_left = draft.phases + (request.push_to_hub is not None)
     if request.dry_run:
         return draft.result()
     result = publish(draft)  # mean → refresh → evaluate → publish

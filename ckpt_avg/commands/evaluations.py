@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 _CHUNK = 2**20  # elements that are rounded at a time
 
 
+def led_by(first: Sequence[str], metrics: Mapping[str, float]) -> Mapping[str, float]:
+    """Returns metrics, those that decide something first."""
+    return {name: metrics[name] for name in [*first, *metrics] if name in metrics}
+
+
 class Meter:
     """Measures weights with the user's functions, on rank 0. All ranks take part in refreshes."""
 
@@ -222,7 +227,8 @@ class Evaluations(Meter):
 
     def _add(self, evaluation: Evaluation) -> None:
         self._measured.append(evaluation)
-        self._context.progress.measured(evaluation.name, evaluation.metrics)
+        required = [each.metric for each in self._requirements]
+        self._context.progress.measured(evaluation.name, led_by(required, evaluation.metrics))
 
     @property
     def phases(self) -> int:

@@ -43,6 +43,7 @@ def load_average(request: LoadRequest) -> dict[str, torch.Tensor]:
         <All keys matched successfully>
     """
     with Context(progress=request.callbacks) as context:
+        context.phase(Phase("opening checkpoints"))
         prepared = prepare(request.discover(), request, context)
         plan = prepared.plan
         output = MemoryOutput(plan)

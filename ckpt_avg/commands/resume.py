@@ -22,10 +22,10 @@ from ckpt_avg.batchnorm.options import RefreshOptions
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.commands.agreement import comparable
 from ckpt_avg.commands.context import Context
-from ckpt_avg.commands.evaluations import Meter
+from ckpt_avg.commands.evaluations import Meter, led_by
 from ckpt_avg.commands.options import ChoiceOptions, MeanOptions
 from ckpt_avg.commands.prepare import Prepared
-from ckpt_avg.commands.requests import MeanRequest, options_of
+from ckpt_avg.commands.requests import MeanRequest, SoupRequest, SweepRequest, options_of
 from ckpt_avg.errors import OutputError, UsageError
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.output.paths import check_target, json_bytes
@@ -103,12 +103,13 @@ class Measurements:
     def __init__(
         self,
         command: str,
-        request: MeanRequest,
+        request: SweepRequest | SoupRequest,
         prepared: Prepared,
         context: Context,
         meter: Meter,
         file: ResumeFile | None,
     ) -> None:
+        self._metric = request.target[1]
         self._command, self._context, self._meter, self._file = command, context, meter, file
         self._made: list[_Measurement] = []  # or taken from the file
         self._recorded: dict[str, _Measurement] = {}
@@ -146,7 +147,7 @@ class Measurements:
             for text in known.notices:
                 self._context.notice(text)
             self._made.append(known)
-            self._context.progress.measured(known.found.name, known.found.metrics)
+            self._show(known.found)
             return self._meter.compare_with_earlier(known.found)
         before = len(self._context.notices)
         found = measure()
@@ -160,8 +161,11 @@ class Measurements:
         if known is None:
             self._recorded[key] = made
             self._write()
-        self._context.progress.measured(found.name, found.metrics)  # what is shown is kept
+        self._show(found)  # what is shown is kept
         return found
+
+    def _show(self, found: Evaluation) -> None:
+        self._context.progress.measured(found.name, led_by([self._metric], found.metrics))
 
     def _write(self) -> None:
         if self._file is None:

@@ -22,6 +22,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from recorded import on_screen
 from safetensors.torch import load_file, save_file
 
 import ckpt_avg as package
@@ -84,6 +85,13 @@ def data():
 def data_that_fails():
     yield data()[0]
     raise LookupError("row 17 is bad")
+
+def slow_data():
+    yield data()[0]
+    time.sleep(30)
+
+def slow(model):
+    time.sleep(30)
 
 def data_that_exits():
     yield data()[0]
@@ -454,8 +462,13 @@ def test_notices_go_to_stderr_and_quiet_silences_them(in_process: InProcess, nor
     assert "wrote" in out
 
 
-def on_a_terminal(arguments: list[object], folder: Path) -> tuple[int, str, str]:
-    """Runs the command with stderr on a pseudo-terminal: (exit code, stdout, what the terminal got)."""
+def on_a_terminal(
+    arguments: list[object], folder: Path, *, stop_at: str = "", number: int = signal.SIGINT
+) -> tuple[int, str, str]:
+    """Runs the command with stderr on a pseudo-terminal: (exit code, stdout, what the terminal got).
+
+    With ``stop_at`` it gets a signal as soon as the terminal got this text.
+    """
     master, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen(
@@ -470,6 +483,9 @@ def on_a_terminal(arguments: list[object], folder: Path) -> tuple[int, str, str]
     with contextlib.suppress(OSError):  # EIO: the last writer has closed
         while part := os.read(master, 4096):
             seen += part
+            if stop_at and stop_at in seen.decode(errors="ignore"):
+                process.send_signal(number)
+                stop_at = ""
     os.close(master)
     out, _ = process.communicate(timeout=60)
     return process.returncode, out, seen.decode()
@@ -489,6 +505,37 @@ def test_phases_appear_on_a_terminal(normed: Path, tmp_path: Path, app: str) -> 
         ("4", "5", "refreshing"),
         ("5", "5", "completing"),
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("signals")
+@pytest.mark.parametrize(
+    ("options", "title", "number", "message"),
+    [
+        (["--model", "slow:make", "--data", "slow:data"], "importing slow", signal.SIGINT, "interrupted"),
+        (["--model", "{app}:make", "--data", "{app}:slow_data"], "refreshing BatchNorm", signal.SIGINT, "interrupted"),
+        (
+            ["--model", "{app}:make", "--eval", "{app}:slow", "--bn", "keep"],
+            "measuring step_1.pt",
+            signal.SIGTERM,
+            "terminated",
+        ),
+    ],
+    ids=["import", "refresh", "evaluation"],
+)
+def test_an_interrupt_leaves_whole_lines(
+    normed: Path, tmp_path: Path, app: str, options: list[str], title: str, number: int, message: str
+) -> None:
+    """The phase says where it was stopped, and the message has a line of its own."""
+    (tmp_path / "app" / "slow.py").write_text("import time\ntime.sleep(30)\n")
+    words = [option.format(app=app) for option in options]
+    arguments = ["average", normed, "-o", "swa.safetensors", "--app-dir", tmp_path / "app", *words]
+    code, _, terminal = on_a_terminal(arguments, tmp_path, stop_at=f"{title}: ", number=number)
+    assert code == 128 + number
+    *_, phase, error, end = on_screen(terminal.replace("\r\n", "\n"))
+    assert re.fullmatch(rf"\[\d/.\] {re.escape(title)}: stopped after .* s(, \d+ %)?", phase)
+    assert re.match(rf"\x1b\[31mError:\x1b\[0m {message}: ", error)
+    assert end == ""
 
 
 @pytest.mark.slow

@@ -7,7 +7,11 @@ from typing import Any
 
 from ckpt_avg.cli.html_tags import Html, join, name, tag
 from ckpt_avg.cli.report_parts import names_of, number, paragraphs, signed
+from ckpt_avg.tables import shortened
 from ckpt_avg.text import ends, plural, size
+
+_LONGEST_NAME = 48
+_LONGEST_NOTICE = 140
 
 
 def answers(document: Mapping[str, Any]) -> Html:
@@ -78,7 +82,7 @@ def _verdict(changes: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def _change(change: Mapping[str, Any]) -> str:
-    spread = "" if change["spread"] is None else f" ±{change['spread']:.2g}"
+    spread = "" if not change["spread"] else f" ±{change['spread']:.2g}"
     verdict = f", {change['verdict']}" if change["verdict"] else ""
     return f"{signed(change['difference'])}{spread}{verdict}"
 
@@ -100,8 +104,9 @@ def _outcomes(requirements: Sequence[Mapping[str, Any]]) -> Html | None:
 def _averaged(document: Mapping[str, Any]) -> Html:
     paths, run = document["checkpoints"], document.get("run", ())
     count, unit = len(paths), document["unit"]
-    names = names_of(paths)
-    verdict = plural(count, "checkpoint") if len(run) <= count else f"{count} of {len(run)} checkpoints"
+    names = [shortened(each, _LONGEST_NAME) for each in names_of(paths)]
+    total = len(document.get("candidates", run))
+    verdict = plural(count, "checkpoint") if total <= count else f"{count} of {total} checkpoints"
     moments = [each for each in document["steps"] if each is not None]
     between = f"{unit}s {min(moments):,} to {max(moments):,}" if len(set(moments)) > 1 else ""
     weights = "equal weights" if document["weights"] is None else "unequal weights"
@@ -117,7 +122,7 @@ def _averaged(document: Mapping[str, Any]) -> Html:
     return _box(
         "What was averaged?" if count > 1 else "What is it?",
         verdict,
-        tag("p", ends([*map(str, names)])),
+        tag("p", ends(names)),
         paragraphs("; ".join(facts)),
         tag("p", f"{document['tensors']:,} tensors, {size(document['bytes'])}, {written}", class_="soft"),
     )
@@ -134,7 +139,8 @@ def _off(document: Mapping[str, Any], compared: Mapping[str, Any] | None) -> Htm
     if failure:
         items.append(tag("li", f"The distances could not be measured: {failure}"))
     if notices:
-        items.append(tag("li", tag("a", plural(len(notices), "notice"), href="#provenance"), f": {_short(notices[0])}"))
+        link = tag("a", plural(len(notices), "notice"), href="#provenance")
+        items.append(tag("li", link, f": {shortened(notices[0], _LONGEST_NOTICE)}"))
     if findings:
         verdict, state = f"{plural(len(findings), 'finding')}", "bad"
     elif compared is not None:
@@ -143,10 +149,6 @@ def _off(document: Mapping[str, Any], compared: Mapping[str, Any] | None) -> Htm
         verdict, state = "Not looked at" if not notices else plural(len(notices), "notice"), ""
     contents = tag("ul", *items) if items else paragraphs("The checkpoints fit together." if compared else "")
     return _box("Is something off?", verdict, contents, state=state)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 140 else f"{text[:139]}…"
 
 
 def _compared(document: Mapping[str, Any]) -> Html:

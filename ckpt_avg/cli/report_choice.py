@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckpt_avg.cli.html_tags import Html, join, name
-from ckpt_avg.cli.report_parts import charts, names_of, number, points_of, table
+from ckpt_avg.cli.report_parts import beside, names_of, number, points_of, table
 from ckpt_avg.cli.svg_charts import Marks, line_chart
 
 _COLOURS = ("blue", "green", "orange", "red", "grey")
@@ -39,8 +39,8 @@ def decisions(document: Mapping[str, Any]) -> Html | None:
         for label, each in zip(names_of([each["checkpoint"] for each in found]), found, strict=True)
     ]
     header = ["checkpoint", join(name(metric), " alone"), "soup with it", "decision"]
-    return join(
-        charts(line_chart(f"{metric} of the soup", text, "candidate", metric, series)),
+    return beside(
+        line_chart(f"{metric} of the soup", text, "candidate", metric, series),
         table("The decisions, in their order", header, rows),
     )
 
@@ -69,8 +69,8 @@ def windows(document: Mapping[str, Any]) -> Html | None:
     header = ["window", "weights", *map(name, best["metrics"])]
     marked = [place for place, each in enumerate(found) if each == best]
     title, text = f"{metric} over the number of checkpoints", f"{_better(document).capitalize()} is better."
-    return join(
-        charts(line_chart(title, text, "checkpoints averaged, k", metric, series)),
+    return beside(
+        line_chart(title, text, "checkpoints averaged, k", metric, series),
         table("Every window; the best one is marked", header, rows, texts=(1,), best=marked),
     )
 

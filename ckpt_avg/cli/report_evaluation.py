@@ -41,7 +41,7 @@ def _label(measured: Mapping[str, Any], last: Sequence[str]) -> str:
 
 def _measured(measured: Mapping[str, Any], metric: str) -> str:
     samples = _samples(measured, metric)
-    spread = f" ({number(min(samples))} to {number(max(samples))})" if samples else ""
+    spread = f" ({number(min(samples))} to {number(max(samples))})" if len(set(samples)) > 1 else ""
     return number(measured["metrics"].get(metric)) + spread
 
 
@@ -92,5 +92,14 @@ def _chart(document: Mapping[str, Any], metric: str, last: Sequence[str]) -> Htm
         if parse_requirement(each["requirement"]).metric == metric
     ]
     lines = [(value, "compared with") for value in compared if value is not None]
-    lines += [(value, "limit of the requirement") for value in limits[:1] if value is not None]
+    lines += [(value, "limit of the requirement") for value in limits[:1] if _is_near(value, rows)]
     return row_chart(metric, "Each measurement; the star is the output.", rows, lines=lines)
+
+
+def _is_near(limit: float | None, rows: Sequence[Row]) -> bool:
+    """Whether a limit can be drawn without squeezing the measurements."""
+    values = [row.value for row in rows if row.value is not None]
+    if limit is None or not values:
+        return False
+    low, high = min(values), max(values)
+    return low - 2 * (high - low) <= limit <= high + 2 * (high - low)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ckpt_avg.cli.html_tags import Html, join, tag
+from ckpt_avg.tables import shortened
 
 Point = tuple[float, float]
 
@@ -143,7 +144,7 @@ def row_chart(
     for number, row in enumerate(rows):
         top = 14 + _ROW * number
         y = top + 22
-        parts.append(_label(left, top + 11, _cut(row.label), "start", "name"))
+        parts.append(_label(left, top + 11, shortened(row.label, _LONGEST), "start", "name"))
         parts.append(_label(right, top + 11, row.text, "end", "value"))
 
         def at(value: float) -> float:
@@ -170,7 +171,7 @@ def column_chart(title: str, description: str, x_label: str, y_label: str, value
     """Returns a column for each labelled value, above or below 0."""
     axis = _Axis([0.0, *(value for _, value in values)])
     across = (_WIDTH - _LEFT - _RIGHT) / max(1, len(values))
-    every = -(-len(values) // 8)
+    every = _every([label for label, _ in values])
     low = _HEIGHT - _BOTTOM
     parts = [
         _rules(axis, y_label, _HEIGHT),
@@ -182,7 +183,7 @@ def column_chart(title: str, description: str, x_label: str, y_label: str, value
         parts.append(tag("rect", tag("title", f"{label}: {_shown(value)}"), x=x + across * 0.1, y=min(y, zero),
                          width=across * 0.8, height=max(0.5, abs(y - zero)), class_="blue"))  # fmt: skip
         if (len(values) - 1 - number) % every == 0:
-            parts.append(_label(x + across / 2, low + 15, _cut(label, 8), _anchor(x + across / 2)))
+            parts.append(_label(x + across / 2, low + 15, shortened(label, 8), _anchor(x + across / 2)))
     return _figure(title, description, _HEIGHT, parts, ())
 
 
@@ -206,13 +207,13 @@ def heat_map(title: str, description: str, labels: Sequence[str], matrix: Sequen
     size = side * count
     parts = [tag("g", *squares, transform=f"translate({_LEFT} {_TOP}) scale({side:.4f})"),
              tag("rect", x=_LEFT, y=_TOP, width=size, height=size, class_="frame")]  # fmt: skip
-    every = -(-count // 10)
+    every = _every(labels)
     for number, label in enumerate(labels):
         if (count - 1 - number) % every == 0:
             middle = _TOP + side * (number + 0.5)
-            parts.append(_label(_LEFT - 6, middle + 4, _cut(label, 8), "end"))
+            parts.append(_label(_LEFT - 6, middle + 4, shortened(label, 8), "end"))
             x = _LEFT + middle - _TOP
-            parts.append(_label(x, _TOP + size + 15, _cut(label, 8), _anchor(x)))
+            parts.append(_label(x, _TOP + size + 15, shortened(label, 8), _anchor(x)))
     foot = _TOP + size + 30
     swatch = (_WIDTH - _LEFT - _RIGHT) / _LEVELS
     parts += [
@@ -335,7 +336,7 @@ def _rules(axis: _Axis, label: str, height: float) -> Html:
     middle = (height - _BOTTOM + _TOP) / 2
     name = tag(
         "text",
-        _cut(label, 30),
+        shortened(label, 30),
         transform=f"translate(12 {middle:.1f}) rotate(-90)",
         text_anchor="middle",
         class_="axis",
@@ -360,9 +361,12 @@ def _opacity(level: int) -> str:
 
 
 def _shown(value: float) -> str:
-    text = f"{value:.4g}"
-    return "0" if text == "-0" else text
+    if value == int(value) and abs(value) < 1e7:
+        return str(int(value))
+    return f"{value:.4g}"
 
 
-def _cut(text: str, longest: int = _LONGEST) -> str:
-    return text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-(longest - longest // 2) :]}"
+def _every(labels: Sequence[str]) -> int:
+    """Returns which labels can be written next to each other: each, or every second, and so on."""
+    longest = max((len(shortened(label, 8)) for label in labels), default=1)
+    return -(-len(labels) // max(2, (_WIDTH - _LEFT - _RIGHT) // (7 * longest + 8)))

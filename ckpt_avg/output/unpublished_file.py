@@ -15,7 +15,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ckpt_avg.distributed.ranks import Ranks
@@ -220,47 +220,66 @@ class UnpublishedFile:
 
 
 @contextlib.contextmanager
-def unpublished_file(
-    target: Path, size: int, ranks: Ranks | None = None, *, shown: Path | None = None
-) -> Iterator[UnpublishedFile]:
-    """Yields a file with ``size`` reserved bytes, which vanishes unless it is published.
+def unpublished_file(target: Path, size: int, *, shown: Path | None = None) -> Iterator[UnpublishedFile]:
+    """Yields one file of one process, as `unpublished_files` does."""
+    with unpublished_files([target], [size], shown=[shown or target]) as (file,):
+        yield file
 
-    Several ranks get the same file. If the work fails, any surviving rank removes it; it stays only if all ranks are
-    killed at once. Messages call it ``shown``, by default ``target``.
+
+@contextlib.contextmanager
+def unpublished_files(
+    targets: Sequence[Path], sizes: Sequence[int], ranks: Ranks | None = None, *, shown: Sequence[Path] | None = None
+) -> Iterator[list[UnpublishedFile]]:
+    """Yields files with reserved bytes, which vanish unless they are published.
+
+    Several ranks get the same files. If the work fails, any surviving rank removes them; they stay only if all ranks
+    are killed at once.
+
+    Args:
+        targets: their paths once they are published.
+        sizes: bytes to reserve for each.
+        ranks: that fill them together.
+        shown: what messages call the paths; by default themselves.
 
     Raises:
-        OutputError: the folder cannot be written to, has no room, or is not the same folder for all ranks.
+        OutputError: a folder cannot be written to, has no room, or is not the same folder for all ranks.
         RankError: another rank failed.
     """
-    file = UnpublishedFile(target, shown)
+    files = [UnpublishedFile(target, name) for target, name in zip(targets, shown or targets, strict=True)]
     try:
         if ranks is None or ranks.size == 1:
-            file.open(size)
-            yield file
+            for file, size in zip(files, sizes, strict=True):
+                file.open(size)
+            yield files
             return
-        with ranks.share_errors():  # before the file is closed, and removed
+        with ranks.share_errors():  # before the files are closed, and removed
             try:
-                _open_shared(file, size, ranks)
-                yield file
+                _open_shared(files, sizes, ranks)
+                yield files
             except (OutputError, CheckpointFormatError, OSError):
-                # If another rank fails, it removes the file, maybe before its failure is known here. An error that
+                # If another rank fails, it removes the files, maybe before its failure is known here. An error that
                 # follows from that is not the cause.
                 ranks.check(at_once=True)
                 raise
     finally:
-        file.close()
+        for file in reversed(files):
+            file.close()
 
 
-def _open_shared(file: UnpublishedFile, size: int, ranks: Ranks) -> None:
-    # Every rank knows the name before the file exists, so that any rank can remove it.
-    name, mark = ranks.exchange("output", None, lambda _: [hidden_name(file.target), os.urandom(_MARK).hex()])
-    file.set_hidden_name(name)
+def _open_shared(files: Sequence[UnpublishedFile], sizes: Sequence[int], ranks: Ranks) -> None:
+    # Every rank knows the names before the files exist, so that any rank can remove them.
+    agreed = ranks.exchange(
+        "output", None, lambda _: [[hidden_name(file.target), os.urandom(_MARK).hex()] for file in files]
+    )
+    for file, (name, _) in zip(files, agreed, strict=True):
+        file.set_hidden_name(name)
     if ranks.is_first:
-        file.open(size)
-        file.write(bytes.fromhex(mark), 0)
-        file.sync()
+        for file, size, (_, mark) in zip(files, sizes, agreed, strict=True):
+            file.open(size)
+            file.write(bytes.fromhex(mark), 0)
+            file.sync()
     ranks.exchange("output created", None)
-    if not ranks.is_first:
+    for file, (_, mark) in zip(files, agreed, strict=True) if not ranks.is_first else ():
         file.open_existing()
         if file.read_available(0, _MARK).hex() != mark:
             raise OutputError(
@@ -302,4 +321,7 @@ def _create(path: Path) -> int:
 
 def output_error(target: Path, what: str, error: OSError) -> OutputError:
     """Returns the error for an output that the system refused."""
-    return OutputError(f"{target}: {what}: {error.strerror}. Check the disk and the permissions, then run again.")
+    advice = "Check the disk and the permissions"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        advice = "Allow more open files with ulimit -n, or use a larger --max-shard-size"
+    return OutputError(f"{target}: {what}: {error.strerror}. {advice}, then run again.")

@@ -15,7 +15,7 @@ from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.output.digests import ReadAt, TreeDigest, digest_stream
 from ckpt_avg.output.header import refuse_damaged
 from ckpt_avg.output.shards import Shard, parts
-from ckpt_avg.output.unpublished_file import UnpublishedFile, refuse_too_large, unpublished_file
+from ckpt_avg.output.unpublished_file import UnpublishedFile, refuse_too_large, unpublished_files
 
 if TYPE_CHECKING:
     import torch
@@ -192,14 +192,11 @@ def unpublished_weights(
         shown: what messages call the paths; by default themselves.
 
     Raises:
-        OutputError, RankError: as `unpublished_file`.
+        OutputError, RankError: as `unpublished_files`.
     """
     sizes = [len(header) + shard.nbytes for header, shard in zip(headers, shards, strict=True)]
     if len(targets) > 1 and ranks.is_first:
-        refuse_too_large(targets[0].parent, sum(sizes), (shown or targets)[0].parent)
-    with contextlib.ExitStack() as stack:
-        files = [
-            stack.enter_context(unpublished_file(target, size, ranks, shown=name))
-            for target, size, name in zip(targets, sizes, shown or targets, strict=True)
-        ]
+        folder = next(each for each in targets[0].parents if each.is_dir())
+        refuse_too_large(folder, sum(sizes), (shown or targets)[0].parent)
+    with unpublished_files(targets, sizes, ranks, shown=shown) as files:
         yield UnpublishedWeights(files, shards, headers, tied or {})

@@ -23,7 +23,7 @@ from ckpt_avg import average
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import OutputError, RankError, UserCodeError
 from ckpt_avg.files import platform
-from ckpt_avg.output.unpublished_file import UnpublishedFile, unpublished_file
+from ckpt_avg.output.unpublished_file import UnpublishedFile, unpublished_file, unpublished_files
 
 CONTENTS = bytes(range(256)) * 40
 
@@ -172,7 +172,10 @@ def test_a_call_that_fails_is_an_error_and_leaves_nothing(
     if "space" in says:
         assert str(error.value).endswith(f": {os.strerror(code)}. Free some space or write elsewhere.")
     else:
-        assert f": {os.strerror(code)}. Check the disk and the permissions, then run again." in str(error.value)
+        advice = "Check the disk and the permissions"
+        if code == errno.EMFILE:  # many shards may be open
+            advice = "Allow more open files with ulimit -n, or use a larger --max-shard-size"
+        assert f": {os.strerror(code)}. {advice}, then run again." in str(error.value)
     assert failed.count == 1
     assert untouched(target, overwrite)
 
@@ -457,7 +460,7 @@ def test_every_rank_writes_into_the_same_file(tmp_path: Path) -> None:
     barrier = threading.Barrier(3)
 
     def work(ranks: Ranks) -> None:
-        with unpublished_file(tmp_path / "a", 30, ranks) as file:
+        with unpublished_files([tmp_path / "a"], [30], ranks) as (file,):
             barrier.wait(5)  # until then the first bytes are a mark by which the file is known
             file.write(bytes([ranks.rank]) * 10, 10 * ranks.rank)
             ranks.exchange("written", None)
@@ -475,7 +478,7 @@ def test_its_name_is_temporary_and_nothing_is_left_without_publishing(tmp_path: 
     """If it failed, a failed run would leave files, or one that looks like an output."""
 
     def work(ranks: Ranks) -> list[str]:
-        with unpublished_file(tmp_path / "a.safetensors", 30, ranks):
+        with unpublished_files([tmp_path / "a.safetensors"], [30], ranks):
             names = os.listdir(tmp_path)
             ranks.exchange("seen", None)
             return names
@@ -492,7 +495,7 @@ def test_a_file_smaller_than_its_mark_is_cut_to_what_is_written(tmp_path: Path, 
     """If it failed, tiny contents would be followed by bytes of the mark."""
 
     def work(ranks: Ranks) -> None:
-        with unpublished_file(tmp_path / "a", 8 + size, ranks) as file:
+        with unpublished_files([tmp_path / "a"], [8 + size], ranks) as (file,):
             if ranks.is_first:
                 file.write(b"x" * (8 + size), 0)
                 file.publish(overwrite=False)
@@ -507,7 +510,7 @@ def test_whichever_rank_fails_nothing_is_left(tmp_path: Path, failing: int) -> N
     """If it failed, each failed run would leave a file as large as the output."""
 
     def work(ranks: Ranks) -> None:
-        with unpublished_file(tmp_path / "a", 100, ranks):
+        with unpublished_files([tmp_path / "a"], [100], ranks):
             if ranks.rank == failing:
                 raise UserCodeError("no")
             ranks.exchange("never", None)
@@ -523,7 +526,7 @@ def refusal_on_rank_1(folder: Path) -> str:
         (folder / name).mkdir()
 
     def work(ranks: Ranks) -> None:
-        with unpublished_file(folder / ("own" if ranks.rank == 1 else "shared") / "a", 100, ranks):
+        with unpublished_files([folder / ("own" if ranks.rank == 1 else "shared") / "a"], [100], ranks):
             pytest.fail("it was opened")
 
     ends = in_threads(3, work)

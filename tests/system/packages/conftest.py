@@ -26,6 +26,12 @@ def build(sources: Path, folder: Path) -> Archives:
     return Archives(sdist, wheel)
 
 
+def empty_environment(folder: Path, *options: str) -> Path:
+    """Makes an environment in which nothing is installed; returns its interpreter."""
+    uv.run("venv", *options, folder / "venv")
+    return folder / "venv" / "bin" / "python"
+
+
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Archives:
     """The source distribution and the wheel of this tree."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from system.packages import uv
-from system.packages.conftest import Archives
+from system.packages.conftest import Archives, empty_environment
 from system.packages.installed import DATA, FIXTURE, data_of
 
 pytestmark = pytest.mark.packages
@@ -19,12 +19,6 @@ pytestmark = pytest.mark.packages
 SCRIPT = Path(__file__).with_name("installed.py")
 PAGE = (uv.ROOT / "docs" / "installing.md").read_text()
 PYTHONS = range(10, 16)  # Python 3.10 and later
-
-
-def empty_environment(folder: Path, python: str = "") -> Path:
-    """Makes an environment in which nothing is installed; returns its interpreter."""
-    uv.run("venv", folder / "venv", *(("--python", python) if python else ()))
-    return folder / "venv" / "bin" / "python"
 
 
 def works(python: Path, engine: str) -> None:
@@ -94,7 +88,7 @@ def test_what_needs_no_torch_works_on_each_python(minor: int, archives: Archives
     found = interpreter(minor)
     if found is None:
         pytest.skip(f"there is no Python 3.{minor} on this machine")
-    python = empty_environment(tmp_path, found)
+    python = empty_environment(tmp_path, "--python", found)
     uv.run("pip", "install", "--python", python, "click", "tqdm")
     wheel = archives.wheel
     if minor < 11:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from system.packages import uv
-from system.packages.conftest import empty_environment
+from system.packages.conftest import Archives, empty_environment
 from system.packages.github import Runner, clean_environment, script_of, steps_of
 
 pytestmark = pytest.mark.packages
@@ -27,11 +27,11 @@ ACTION = "./ckpt-avg/docs/ci"
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Path:
     """An environment with all that the recipe installs, so that its own calls of pip find it there."""
     python = empty_environment(tmp_path_factory.mktemp("ci"), "--seed")
     signing = next(line for line in PAGE.splitlines() if "pip install model-signing" in line).split()[3:]
-    uv.run("pip", "install", "--python", python, uv.ROOT, *signing, "jsonschema", "securesystemslib[crypto]")
+    uv.run("pip", "install", "--python", python, archives.wheel, *signing, "jsonschema", "securesystemslib[crypto]")
     return python
 
 

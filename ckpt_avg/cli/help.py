@@ -15,7 +15,7 @@ HEADINGS = (
     "Help",
 )
 _OPTION_WIDTH = 24  # of 80; a longer option has a line of its own
-_DOCS = "docs/usage.md in the source distribution explains every option with examples."
+_DOCS = "The folder docs of the source distribution explains every option with examples."
 
 
 class Option(click.Option):

@@ -404,7 +404,7 @@ def shuffled() -> Any:
     ids=["a loader that shuffles", "a factory that draws"],
 )
 def test_the_same_random_state_at_each_call(run: list[Path], batches: Any) -> None:
-    """Each refresh sees the same order, and each metric draws the same numbers, as docs/usage.md promises."""
+    """Each refresh sees the same order, and each metric draws the same numbers (docs/choosing-a-window.md)."""
     result = swept(run, data=batches, minimize=None, evaluate=lambda model: {"r": torch.rand(1).item()}, maximize="r")
     assert {window.metrics["r"] for window in result.windows} == {result.last.metrics["r"]}
 

@@ -20,7 +20,7 @@ from ckpt_avg.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-USAGE = (ROOT / "docs" / "usage.md").read_text()
+COMMANDS = (ROOT / "docs" / "commands.md").read_text()
 TERMINAL = (ROOT / "docs" / "terminal.md").read_text()
 WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
 
@@ -111,7 +111,7 @@ def test_other_commands_of_the_readme_and_on_weights_work(
 def test_every_command_and_option_is_documented() -> None:
     commands = cli.commands.values()
     pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
-    assert {command.name for command in commands} == set(re.findall(r"^\| `ckpt-avg ([\w-]+)", USAGE, re.MULTILINE))
+    assert {command.name for command in commands} == set(re.findall(r"^\| `ckpt-avg ([\w-]+)", COMMANDS, re.MULTILINE))
     for command in commands:
         for parameter in command.params:
             if isinstance(parameter, click.Option):

@@ -77,7 +77,7 @@ def same(one: State, other: State) -> None:
 
 
 def load_strictly(model: torch.nn.Module, weights: Path) -> None:
-    """Loads an averaged file as `docs/usage.md` says."""
+    """Loads an averaged file as `docs/output.md` says."""
     print(model.load_state_dict(load_file(weights), strict=True))
 
 

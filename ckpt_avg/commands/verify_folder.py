@@ -15,7 +15,7 @@ from ckpt_avg.errors import CheckpointFormatError, UsageError, VerificationError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.output.digests import digest_stream
-from ckpt_avg.output.provenance import recorded_files, recorded_shard, shards_digest
+from ckpt_avg.output.provenance import MODEL, recorded_files, recorded_shard, shards_digest
 from ckpt_avg.output.shards import SAFETENSORS, SHARD_NAME, encode_index, index_metadata, index_name
 from ckpt_avg.output.written_file import ADVICE, WrittenFile, is_written
 from ckpt_avg.text import argument, listing, quote
@@ -47,13 +47,15 @@ def read_folder(path: Path) -> OutputFolder:
     """
     names = sorted(_names(path))
     recorded: dict[str, dict[str, str | None]] = {}
+    models: dict[str, str] = {}
     damaged: dict[str, CheckpointFormatError] = {}
     for name in names:
         if name.endswith(SAFETENSORS):
             try:
                 with InputFile(path / name) as file:
                     if is_written(file):
-                        recorded[name] = recorded_files(WrittenFile.of(file).metadata)
+                        metadata = WrittenFile.of(file).metadata
+                        recorded[name], models[name] = recorded_files(metadata), metadata.get(MODEL, "")
             except CheckpointFormatError as error:
                 damaged[name] = error
     if not any(name.endswith(SAFETENSORS) for name in names):
@@ -62,13 +64,17 @@ def read_folder(path: Path) -> OutputFolder:
         for cause in damaged.values():
             raise VerificationError(str(cause)) from cause
         raise VerificationError(f"{path}: contains no weights that ckpt-avg wrote. Name an output of ckpt-avg.")
-    first, *others = sorted(recorded)
+    first = next((name for name in sorted(recorded) if recorded[name]), min(recorded))
     prefix = _prefix(path, first, recorded[first])
-    for name in others:
+    for name in (name for name in sorted(recorded) if prefix + name in recorded[first]):
         if recorded[name] != recorded[first]:
             raise VerificationError(
                 f"{path / name}: records other files of its folder than {path / first}: they were not written "
                 f"together. {ADVICE}"
+            )
+        if (folder := (prefix + name).rpartition("/")[0]) != models[name]:
+            raise VerificationError(
+                f"{path / name}: has the model {quote(models[name])}, not {quote(folder)}. {ADVICE}"
             )
     files = {name.removeprefix(prefix): digest for name, digest in recorded[first].items() if name.startswith(prefix)}
     weights = tuple(name for name in files if name.endswith(SAFETENSORS))

@@ -178,10 +178,19 @@ def test_shards_of_other_checkpoints_are_not_the_mean(tmp_path: Path, release: P
         ckpt_avg.verify(release, sources=run)
 
 
-def test_an_edited_card_and_more_files_are_no_damage(release: Path) -> None:
+def test_an_edited_card_and_more_files_are_no_damage(release: Path, run: Path) -> None:
     (release / "README.md").write_text("mine")
     (release / ".gitattributes").write_text("mine")
-    assert ckpt_avg.verify(release).unknown == (".gitattributes",)
+    ckpt_avg.average(run, release / "a.safetensors")
+    assert ckpt_avg.verify(release).unknown == (".gitattributes", "a.safetensors")
+
+
+def test_a_file_in_place_of_the_weights_is_found(tmp_path: Path, run: Path) -> None:
+    """If it failed, an average of other checkpoints could be put there."""
+    ckpt_avg.average(run, f"{tmp_path}/release/")
+    ckpt_avg.average(run, tmp_path / "release" / "model.safetensors", overwrite=True)
+    with pytest.raises(UsageError, match=r"is not an output folder, .* verify .*model\.safetensors"):
+        ckpt_avg.verify(tmp_path / "release")
 
 
 def test_one_shard_is_verified_alone(release: Path, run: Path) -> None:
@@ -213,3 +222,49 @@ def test_an_average_in_shards_is_no_checkpoint_of_a_run(run: Path) -> None:
     found: Any = ckpt_avg.average(run, run / "again.safetensors", dry_run=True)
     assert [each.name for each in found.checkpoints] == ["checkpoint-10", "checkpoint-20"]
     assert ckpt_avg.inspect(run / "release").checkpoint.averaged
+
+
+# -- several models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipelines(tmp_path: Path) -> Path:
+    """A run of pipelines of two models with equal names of tensors, as diffusers saves them."""
+    run = tmp_path / "run"
+    for step in (10, 20):
+        for number, model in enumerate(("unet", "vae")):
+            folder = run / f"checkpoint-{step}" / model
+            folder.mkdir(parents=True)
+            save_file(state(step + number), folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+            (folder / "config.json").write_text('{"_class_name": "Model"}')
+        index = {"_class_name": "Pipeline", "unet": ["diffusers", "Model"], "vae": ["diffusers", "Model"]}
+        (run / f"checkpoint-{step}" / "model_index.json").write_text(json.dumps(index))
+    return run
+
+
+@pytest.mark.parametrize("largest", [None, LARGEST])
+def test_all_models_of_a_folder_are_verified(tmp_path: Path, pipelines: Path, largest: int | None) -> None:
+    result = ckpt_avg.average(pipelines, f"{tmp_path}/release/", max_shard_size=largest)
+    release = tmp_path / "release"
+    report = ckpt_avg.verify(release, sources=pipelines)
+    assert (report.tensors, report.data_digest) == (16, result.data_digest)
+    assert [each.name for each in report.checkpoints or ()] == ["checkpoint-10", "checkpoint-20"]
+    assert ckpt_avg.verify(release / "vae", sources=pipelines).tensors == 8
+    file = sorted((release / "vae").glob("*.safetensors"))[-1]
+    flipped(file, -5)
+    for folder in (release, release / "vae"):
+        with pytest.raises(VerificationError, match=str(file)):
+            ckpt_avg.verify(folder)
+    assert ckpt_avg.verify(release / "unet").tensors == 8
+
+
+def test_exchanged_models_are_found(tmp_path: Path, pipelines: Path) -> None:
+    """If it failed, only one model would be compared with its sources."""
+    ckpt_avg.average(pipelines, f"{tmp_path}/release/")
+    unet, vae = (tmp_path / "release" / name / "diffusion_pytorch_model.safetensors" for name in ("unet", "vae"))
+    vae.write_bytes(unet.read_bytes())
+    with pytest.raises(VerificationError, match=r"vae.* has the model 'unet', not 'vae'"):
+        ckpt_avg.verify(tmp_path / "release")
+    ckpt_avg.average(sorted(pipelines.glob("*/vae")), vae, overwrite=True)
+    with pytest.raises(VerificationError, match=r"vae.* records other files"):
+        ckpt_avg.verify(tmp_path / "release")

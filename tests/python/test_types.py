@@ -68,3 +68,12 @@ def test_options_allow_the_values_of_their_types() -> None:
     assert typing.get_type_hints(ckpt_avg.average)["bn"] == ckpt_avg.BatchNormMode
     for value in typing.get_args(ckpt_avg.OutputDType):
         assert MeanOptions(dtype=value).dtype == value
+
+
+@pytest.mark.parametrize("name", sorted(set(vars(choices)) & set(ckpt_avg.__all__)))
+def test_the_reference_lists_every_choice(name: str) -> None:
+    """The site's builder shows no values of a Literal."""
+    page = (Path(ckpt_avg.__file__).parents[1] / "docs" / "api.md").read_text()
+    values = ", ".join(f"``{value}``" for value in typing.get_args(getattr(choices, name)))
+    assert f".. py:data:: {name}\n\n   The values of ``" in page
+    assert f": {values}.\n" in page.partition(f".. py:data:: {name}\n")[2].partition("py:data")[0]

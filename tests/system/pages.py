@@ -32,7 +32,8 @@ DOCS = ROOT / "docs"
 RUN = ROOT / "fixtures" / "mnist_cnn"
 
 _BLOCK = re.compile(
-    r"(?P<comments>(?:^[ ]*<!-- .*? -->\n)*)^(?P<indent>[ ]*)```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^(?P=indent)```",
+    r"(?P<comments>(?:^[ ]*<!-- (?:(?!-->).)* -->\n)*)"
+    r"^(?P<indent>[ ]*)```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^(?P=indent)```",
     re.DOTALL | re.MULTILINE,
 )
 _COMMENT = re.compile(r"<!-- ([a-z ]+?)(?:: (.*?))? -->")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands.json_schema import problems
+from safetensors.torch import save_file
 
 import ckpt_avg
 from ckpt_avg.commands.report import SCHEMA_VERSION, without_secrets
@@ -208,6 +209,27 @@ def test_the_comparison_reads_what_was_averaged(report: Callable[..., Any], tmp_
 def test_secrets_are_not_in_the_command_line(words: list[str], shown: list[str]) -> None:
     """If it failed, a report in a public pull request would have a token in it, or lack a name."""
     assert without_secrets(words) == shown
+
+
+def test_the_report_has_no_token(report: Callable[..., Any], run_folder: Path) -> None:
+    """If it failed, the words would be hidden nowhere."""
+    token = "hf_abcdefghijklmnopqrstuv"
+    document = report("average", run_folder, "-o", "a.safetensors", "--bn", "keep", "--split", token, "--dry-run")
+    assert token not in document["command_line"]
+
+
+def test_folders_of_several_models_are_compared_as_one_checkpoint(report: Callable[..., Any], tmp_path: Path) -> None:
+    """If it failed, the report of a pipeline's average would have no distances."""
+    for step in (1, 2, 3):
+        for model in ("unet", "vae"):
+            folder = tmp_path / f"checkpoint-{step}" / model
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text('{"_class_name": "X", "_diffusers_version": "0.30"}')
+            save_file({"w": torch.randn(20, 20)}, folder / "diffusion_pytorch_model.safetensors")
+        (tmp_path / f"checkpoint-{step}" / "model_index.json").write_text('{"_class_name": "P"}')
+    document = report("average", *(f"checkpoint-{step}" for step in (1, 2, 3)), "-o", "release/")
+    assert document["compare_failure"] is None
+    assert {each["name"] for each in document["compared"]["tensors"]} == {"unet.w", "vae.w"}
 
 
 def test_a_report_in_the_output_folder_is_refused(run_folder: Path, tmp_path: Path, in_process: Run) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.progress import Phase, Progress
 from ckpt_avg.progress_lines import shown
+from ckpt_avg.results import numbers
 from ckpt_avg.text import one_line
 
 if TYPE_CHECKING:
@@ -20,29 +21,34 @@ class _Bars:
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
-        self._counts_results = False
+        self._total: int | None = None  # of the phase
+        self._has_step = False
 
     def phase(self, phase: Phase) -> None:
         from tqdm.auto import tqdm
 
         self.close()
+        self._total, self._has_step = phase.total, False
         is_in_bytes = phase.unit == "bytes"
-        self._counts_results = phase.unit in ("checkpoints", "windows", "soups")
         unit = "B" if is_in_bytes else f" {phase.unit}"
         self._bar = tqdm(desc=one_line(phase.title), total=phase.total, unit=unit, unit_scale=is_in_bytes)
 
     def step(self, step: Phase) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(one_line(step.title))
+        if self._bar is None:
+            return
+        self._has_step = True
+        if self._total is None and step.total is not None:
+            self._bar.unit = f" {step.unit}"
+            self._bar.reset(total=step.total)
+        self._bar.set_postfix_str(one_line(step.title))
 
     def advance(self, amount: int) -> None:
-        if self._bar is not None and not self._counts_results:
+        if self._bar is not None and not (self._has_step and self._total is not None):
             self._bar.update(amount)
 
     def measured(self, name: str, metrics: Mapping[str, float]) -> None:
-        found = ", ".join(f"{metric} {value:.6g}" for metric, value in metrics.items())
-        print(one_line(f"{name}: {found}"), file=sys.stderr)
-        if self._bar is not None and self._counts_results:
+        print(one_line(f"{name}: {numbers(metrics)}"), file=sys.stderr)
+        if self._bar is not None and (self._total or 0) > 1:
             self._bar.update(1)
 
     @staticmethod

@@ -30,7 +30,7 @@ from ckpt_avg.commands.options import (
     SweepOptions,
 )
 from ckpt_avg.errors import UsageError
-from ckpt_avg.formats.reading import Reading
+from ckpt_avg.formats.reading import AllModels, Reading
 from ckpt_avg.mean.weighting import Weighting
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.text import plural, suggestion
@@ -216,14 +216,14 @@ class VerifyRequest(ResourceOptions, ProgressOptions):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CheckRequest(Selection, Reading, ProgressOptions):
+class CheckRequest(Selection, AllModels, ProgressOptions):
     """The arguments of `check`."""
 
     sources: Sources = field(metadata={"doc": "Checkpoint files, checkpoint folders and run folders."})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CompareRequest(Selection, Reading, ResourceOptions, ProgressOptions):
+class CompareRequest(Selection, AllModels, ResourceOptions, ProgressOptions):
     """The arguments of `compare`."""
 
     sources: Sources = field(metadata={"doc": "Checkpoint files, checkpoint folders and run folders."})
@@ -237,7 +237,7 @@ class CompareRequest(Selection, Reading, ResourceOptions, ProgressOptions):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InspectRequest(Selection, Reading, ProgressOptions):
+class InspectRequest(Selection, AllModels, ProgressOptions):
     """The arguments of `inspect`."""
 
     shows_log = True
@@ -333,13 +333,8 @@ def _described(declared: Field[Any]) -> str:
 
 
 @dataclass(frozen=True)
-class RecordedOptions(Reading, MeanOptions):
+class RecordedOptions(AllModels, MeanOptions):
     """The options that an output's metadata records: its bytes depend on them."""
-
-    @property
-    def models(self) -> bool:
-        """Whether a folder of several models is opened as one checkpoint: a file may have one of them."""
-        return True
 
     @classmethod
     def values(cls, request: Any) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def open_models(path: Path, models: Mapping[str, WeightFiles], reading: Reading)
             lacks_prefix=all(each.lacks_prefix for each in specs),
             record=functools.reduce(Record.or_else, (each.record for each in specs)),
             averaged=next((each.averaged for each in specs if each.averaged), ""),
-            metadata=specs[-1].metadata,
+            metadata=dict(set.intersection(*(set(each.metadata.items()) for each in specs))),
             notes=tuple(notes),
             digest=hashlib.sha256("".join(each.digest for each in specs).encode()).hexdigest(),
         )

@@ -41,3 +41,12 @@ class Reading(OptionGroup):
     def models(self) -> bool:
         """Whether a folder of several models is opened as one checkpoint with the tensors of all."""
         return False
+
+
+class AllModels(Reading):
+    """The same, of folders of several models, too."""
+
+    @property
+    def models(self) -> bool:
+        """Yes."""
+        return True

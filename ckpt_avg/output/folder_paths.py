@@ -62,9 +62,9 @@ def check_folder(path: str | os.PathLike[str], discovery: Discovery, *, overwrit
 
 
 def _refuse_checkpoints(where: str, target: Path, discovery: Discovery) -> None:
-    for path in (*discovery.paths, *(each.path for each in discovery.skipped)):
+    for path in discovery.paths:
         real = Path(os.path.realpath(path))
-        if path in discovery.paths and (target == real or target in real.parents):
+        if target == real or target in real.parents:
             raise UsageError(f"{where}: contains the checkpoint {path}. Choose another folder.")
         if real in target.parents:
             raise UsageError(f"{where}: is in the checkpoint {path}. Choose another folder.")

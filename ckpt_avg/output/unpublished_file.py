@@ -174,9 +174,9 @@ class UnpublishedFile:
         try:
             return self._folders.sync(self.target.parent)
         except OSError as error:
-            raise output_error(
-                self.shown, "written, but syncing its folder failed, so a crash may lose it", error
-            ) from error
+            is_published = self.shown == self.target  # not if its folder has a hidden name
+            effect = "written, but syncing its folder failed, so a crash may lose it"
+            raise output_error(self.shown, effect if is_published else "fsync of its folder failed", error) from error
 
     def _link(self) -> None:
         if self._temporary is None:

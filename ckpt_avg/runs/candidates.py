@@ -20,15 +20,13 @@ from ckpt_avg.formats.trainers.file_names import record_from_name, stem, without
 from ckpt_avg.progress import Phase, Progress
 from ckpt_avg.runs.candidate import Candidate
 from ckpt_avg.runs.copies import find_copies
-from ckpt_avg.runs.discover import Discovery, refuse_repeated
+from ckpt_avg.runs.discover import OWN_AVERAGE, Discovery, refuse_repeated
 from ckpt_avg.runs.order import put_in_order, with_records_of_folders
 from ckpt_avg.runs.run_folder import Skipped, in_order, natural_key
 from ckpt_avg.runs.selection import Selection
 from ckpt_avg.runs.series import notes_on_moments, notes_on_series, one_series
 from ckpt_avg.text import distinct_names, ends, escaped, listing, plural, quote
 from ckpt_avg.wording import setting
-
-EARLIER_AVERAGE = "an earlier average made by ckpt-avg"
 
 COPY = "the same weights as"  # why a copy is skipped
 
@@ -185,7 +183,7 @@ def _without_others(found: list[Candidate], skipped: list[Skipped], notes: list[
     weightless: list[Candidate] = []
     for candidate in found:
         if candidate.checkpoint is not None and METHOD_KEY in candidate.checkpoint.spec.metadata:
-            skipped.append(Skipped(candidate.path, EARLIER_AVERAGE))
+            skipped.append(Skipped(candidate.path, OWN_AVERAGE))
         elif isinstance(candidate.error, NoWeightsError):
             weightless.append(candidate)
         else:

@@ -13,15 +13,19 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt_avg.errors import IncompatibleError, UsageError
+from ckpt_avg.checkpoint.spec import METHOD_KEY
+from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, ResourceError, UsageError
 from ckpt_avg.files.missing import missing
 from ckpt_avg.formats.folder import DEEPEST, file_has_weights, may_have_weights
+from ckpt_avg.formats.open import open_with
+from ckpt_avg.formats.reading import AllModels
 from ckpt_avg.formats.trainers.file_names import is_alias
 from ckpt_avg.formats.trainers.name_patterns import NO_CHECKPOINTS, SUFFIXES
 from ckpt_avg.limits import LIMITS
 from ckpt_avg.runs.run_folder import ALIAS, Skipped, SourceContents, entries_of, identity_of, is_overruled, list_folder
 from ckpt_avg.text import argument, listing, quote
 
+OWN_AVERAGE = "an earlier average made by ckpt-avg"
 # One path, or several.
 Sources = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -128,7 +132,10 @@ def _search(folder: Path, depth: int, seen: set[tuple[int, int]], include: Itera
             if path.is_symlink() == is_link and path.is_dir() and identity_of(path) not in seen:
                 inner += _search(path, depth - 1, seen, include)
     if len(inner) > 1:
-        inner = [each for each in inner if not each.is_run or any(map(file_has_weights, each.paths))] or inner
+        inner = [each for each in inner if not each.is_run or any(map(_has_weights, each.paths))] or inner
+    averages = [each.folder for each in inner if not each.is_run and is_own_average(each.folder)]
+    if 0 < len(averages) < len(inner):
+        inner = [each for each in inner if each.folder not in averages]
     if len(inner) != 1:
         return inner or own
     where = inner[0].folder
@@ -136,10 +143,23 @@ def _search(folder: Path, depth: int, seen: set[tuple[int, int]], include: Itera
     return [
         replace(
             inner[0],
-            skipped=(*found.skipped, *aliases, *inner[0].skipped),
+            skipped=(*found.skipped, *aliases, *(Skipped(each, OWN_AVERAGE) for each in averages), *inner[0].skipped),
             notes=(f"the checkpoints are in {where}", *(note for note in inner[0].notes if str(where) not in note)),
         )
     ]
+
+
+def _has_weights(path: Path) -> bool:
+    return path.is_dir() or file_has_weights(path)
+
+
+def is_own_average(folder: Path) -> bool:
+    """Whether a folder is an output of this package."""
+    try:
+        with open_with(folder, AllModels()) as checkpoint:
+            return METHOD_KEY in checkpoint.spec.metadata
+    except (CheckpointFormatError, ResourceError):
+        return False
 
 
 def _several(folder: Path, found: Sequence[SourceContents]) -> str:

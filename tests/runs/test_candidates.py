@@ -17,9 +17,9 @@ from ckpt_avg.checkpoint.training_record import Record
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, NoWeightsError, UsageError
 from ckpt_avg.formats.reading import Reading
 from ckpt_avg.runs.candidate import Candidate
-from ckpt_avg.runs.candidates import EARLIER_AVERAGE, Candidates, open_candidates
+from ckpt_avg.runs.candidates import Candidates, open_candidates
 from ckpt_avg.runs.copies import find_copies
-from ckpt_avg.runs.discover import discover
+from ckpt_avg.runs.discover import OWN_AVERAGE, discover
 from ckpt_avg.runs.order import position, unit_of
 from ckpt_avg.runs.select import open_selected
 from ckpt_avg.runs.selection import Selection
@@ -243,10 +243,10 @@ def test_an_earlier_average_is_known_by_its_metadata_whatever_its_name(tmp_path:
         save_file(weights(step), tmp_path / f"step_{step}.safetensors", metadata={"format": "pt"})
     save_file(weights(1.5), tmp_path / name, metadata={"format": "pt", METHOD_KEY: "mean"})
     assert METHOD_KEY == "ckpt_avg.method"
-    assert EARLIER_AVERAGE == "an earlier average made by ckpt-avg"
+    assert OWN_AVERAGE == "an earlier average made by ckpt-avg"
     found = look(tmp_path)
     assert names(found) == ["step_1.safetensors", "step_2.safetensors"]
-    assert reasons(found) == {name: EARLIER_AVERAGE}
+    assert reasons(found) == {name: OWN_AVERAGE}
     (by_hand,) = look(tmp_path / name).ordered
     assert by_hand.opened().spec.averaged == "ckpt-avg made it"
 
@@ -256,7 +256,7 @@ def test_a_run_of_earlier_averages_only(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError) as caught:
         look(tmp_path)
     assert str(caught.value) == (
-        f"nothing to average: all checkpoints are skipped ('mean.safetensors': {EARLIER_AVERAGE}). Name others."
+        f"nothing to average: all checkpoints are skipped ('mean.safetensors': {OWN_AVERAGE}). Name others."
     )
 
 

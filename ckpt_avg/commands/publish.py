@@ -59,7 +59,7 @@ def publish(draft: Draft) -> AverageResult:
                     sha256 = complete_folder(
                         folder, draft.release, draft.result(report, data_digest), data_digests, file_digests
                     )
-                    is_durable = folder.publish(overwrite=request.overwrite)
+                    is_durable = folder.publish(draft.release.files, overwrite=request.overwrite)
                 if not is_durable:
                     draft.context.notice(
                         f"{draft.target}: this file system cannot sync a folder, so a power cut within the next "

@@ -73,7 +73,7 @@ def _refuse_checkpoints(where: str, target: Path, discovery: Discovery) -> None:
 def refuse_foreign(folder: Path, where: str, *, overwrite: bool) -> None:
     """Raises OutputError if a folder contains something, unless it may be replaced and this package wrote all of it."""
     try:
-        found = list(itertools.islice(_entries(folder), LIMITS.files))
+        found = list(itertools.islice(entries(folder), LIMITS.files))
     except OSError as error:
         raise OutputError(f"{where}: cannot be listed: {error.strerror}. Choose another path.") from error
     if not found:
@@ -103,7 +103,7 @@ def written_files(folder: Path, names: Sequence[str]) -> set[str]:
     return written
 
 
-def _entries(folder: Path) -> Iterator[str]:
+def entries(folder: Path) -> Iterator[str]:
     """Yields what is in a folder, and in those inside it: names relative to it, with ``/``."""
 
     def refuse(error: OSError) -> None:

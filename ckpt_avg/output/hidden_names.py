@@ -39,12 +39,8 @@ def remove_leftovers(target: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder and what is in it, as far as the system allows. A signal meanwhile comes afterwards."""
-    try:
-        shutil.rmtree(path, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
+    """Removes a folder and what is in it, as far as the system allows."""
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _prefix(target: Path) -> str:

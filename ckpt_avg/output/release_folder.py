@@ -10,16 +10,17 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ckpt_avg.distributed.ranks import Ranks
 from ckpt_avg.errors import CheckpointFormatError, OutputError
 from ckpt_avg.files import platform
-from ckpt_avg.output.folder_paths import refuse_foreign
+from ckpt_avg.output.folder_paths import entries, refuse_foreign
 from ckpt_avg.output.hidden_names import hidden_name, remove_folder, remove_leftovers
 from ckpt_avg.output.new_folders import NewFolders
 from ckpt_avg.output.unpublished_file import output_error, unpublished_file
+from ckpt_avg.text import listing, quote
 
 
 class ReleaseFolder:
@@ -77,19 +78,29 @@ class ReleaseFolder:
                 offset += len(each)
             file.publish(overwrite=False)
 
-    def publish(self, *, overwrite: bool) -> bool:
+    def publish(self, files: Collection[str], *, overwrite: bool) -> bool:
         """Makes the names in the folder durable, and gives it its own.
 
         Only an older output of this package is replaced. It is removed when this folder is closed.
+
+        Args:
+            files: the names of all its files.
+            overwrite: whether an older output may be replaced.
 
         Returns:
             Whether its name is durable, too: some file systems have no fsync for folders.
 
         Raises:
-            OutputError: the system refused, or something is at the path and ``overwrite`` is off. Nothing is published
-                then.
+            OutputError: the system refused, other files are in the folder, or something is at the path and
+                ``overwrite`` is off. Nothing is published then.
         """
         try:
+            others = set(entries(self.path)) ^ set(files)
+            if others:
+                raise OutputError(
+                    f"{self.target}: is not what was written: another program changed {listing(map(quote, others))}. "
+                    "Run again."
+                )
             for folder, _, _ in os.walk(self.path, topdown=False):
                 platform.sync_folder(Path(folder))
         except OSError as error:
@@ -131,17 +142,23 @@ class ReleaseFolder:
 
     def close(self) -> None:
         """Removes what is at the hidden name: an unpublished folder, or an old one that was replaced."""
-        # Renamed first: another rank may be about to publish it, and must find all of it or nothing.
         unwanted = self.target.with_name(hidden_name(self.target))
         try:
-            with contextlib.suppress(OSError):
-                os.rename(self.path, unwanted)
+            self._remove(unwanted)
+        except BaseException:  # a signal
+            self._remove(unwanted)
+            raise
         finally:
-            remove_folder(unwanted)
-        self._folders.remove()
+            self._folders.remove()
         if self._lock > 0:
             descriptor, self._lock = self._lock, -1
             platform.close(descriptor)
+
+    def _remove(self, unwanted: Path) -> None:
+        # Renamed first: another rank may be about to publish it, and must find all of it or nothing.
+        with contextlib.suppress(OSError):
+            os.rename(self.path, unwanted)
+        remove_folder(unwanted)
 
 
 @contextlib.contextmanager

@@ -122,10 +122,10 @@ def test_of_two_runs_the_second_is_refused(run: Path, target: Path) -> None:
         average(run, f"{target}/")
         before = contents(target)
         with pytest.raises(OutputError, match="exists already"):
-            slow.publish(overwrite=False)
+            slow.publish(["model.safetensors"], overwrite=False)
         (target / "notes.md").write_text("mine")
         with pytest.raises(OutputError, match=r"contains 'notes\.md', which ckpt-avg did not write"):
-            slow.publish(overwrite=True)
+            slow.publish(["model.safetensors"], overwrite=True)
     assert contents(target) == {**before, "notes.md": b"mine"}
 
 
@@ -147,7 +147,7 @@ def test_what_appears_between_the_look_and_the_rename_is_kept(
     said = "something was put there during the run, and is kept"
     with pytest.raises(OutputError, match=said), release_folder(target) as folder:
         folder.add("model.safetensors", 4, [b"data"])
-        folder.publish(overwrite=False)
+        folder.publish(["model.safetensors"], overwrite=False)
     assert os.listdir(target.parent) == ["release"]
     assert (target if kind == "a file" else target / "mine").read_text() == "mine"
 
@@ -158,7 +158,7 @@ def test_all_ranks_write_to_one_folder_and_rank_0_publishes_it(target: Path) -> 
             (folder.path / f"{ranks.rank}").touch()
             ranks.exchange("written", None)
             if ranks.is_first:
-                folder.publish(overwrite=False)
+                folder.publish(["0", "1", "2"], overwrite=False)
             ranks.exchange("published", None)
         return str(folder.path)
 

@@ -230,11 +230,6 @@ class CompareRequest(Selection, AllModels, ResourceOptions, ProgressOptions):
     memory: int = field(default=0, init=False)
     io: IO = field(default="pread", init=False)
 
-    @property
-    def models(self) -> bool:
-        """Whether a folder of several models is opened as one checkpoint: their distances are those of all weights."""
-        return True
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class InspectRequest(Selection, AllModels, ProgressOptions):

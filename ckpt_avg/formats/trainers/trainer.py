@@ -155,7 +155,7 @@ class Trainer:
     record: Callable[[Contents], Record] = lambda contents: Record()  # what these keys cannot express
     record_metadata: Callable[[Mapping[str, object]], Record] = lambda metadata: Record()  # of a safetensors file
     counter: str = ""  # a scalar among averaged weights, which is no weight
-    tensor_names: str = ""  # pattern of what only its tensor names contain
+    tensor_names: str = ""  # pattern of what only its tensor names contain; every digit in them counts as 0
 
     # --- its checkpoint folders ---
     folder_files: tuple[str, ...] = ()  # patterns; a folder that contains all of them is recognised

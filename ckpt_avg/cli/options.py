@@ -233,7 +233,7 @@ def average_command_for(
     by_name = not are_last or context.params["best"] is not None
     groups = (Reading, MeanOptions, RefreshOptions) if by_name else (Selection, Reading, MeanOptions, RefreshOptions)
     passed_on = {option.name for group in groups for option in fields(group)} - {"last"}
-    passed_on |= {"app_dir", "keep_order", "sha256", "split"}
+    passed_on |= {"app_dir", "keep_order", "sha256", "split", "max_shard_size"}
     words = ["ckpt-avg", "average"]
     for parameter in context.command.params:
         name = parameter.name or ""
@@ -256,7 +256,9 @@ def average_command_for(
 
 
 def free_name(name: str) -> str:
-    """Returns a name of a file that does not exist: this one, or with a number."""
-    stem, suffix = os.path.splitext(name)
+    """Returns a name of a file or folder that does not exist: this one, or with a number."""
+    bare = name.rstrip("/") or name
+    stem, suffix = os.path.splitext(bare)
+    suffix += name[len(bare) :]
     names = itertools.chain([name], (f"{stem}-{number}{suffix}" for number in itertools.count(2)))
     return next(each for each in names if not os.path.lexists(each))

@@ -51,7 +51,7 @@ def soup_text(result: SoupResult, command: Sequence[str], *, verbose: bool = Fal
         lines += detail_lines(average.engine, result.skipped)
     if result.split is not None:
         lines.append(f"chosen on the split {quote(result.split)}: report the numbers of another one")
-    return "\n".join([*lines, f"the same file: {shlex.join(command)}"])
+    return "\n".join([*lines, f"the same output: {shlex.join(command)}"])
 
 
 def _number(metric: str, metrics: Mapping[str, float], samples: Mapping[str, Sequence[float]]) -> str:

@@ -517,6 +517,20 @@ def test_the_command_makes_the_same_file(
 
 
 @pytest.mark.usefixtures("run")
+def test_the_command_makes_the_same_folder(app: App, in_process: InProcess) -> None:
+    """If it failed, it would write a file, or into the folder that is there."""
+    words = [*app.options("score"), "--minimize", "loss", "--max-shard-size", "1KB"]
+    code, stdout, stderr = in_process("soup", "a run", *words, "-o", "release/", "--json")
+    assert code == 0, stderr
+    command = json.loads(stdout)["command"]
+    assert command[command.index("-o") + 1] == "release-2/"
+    code, _, stderr = in_process(*command[1:])
+    assert code == 0, stderr
+    for path in Path("release").glob("model*"):
+        assert (Path("release-2") / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.usefixtures("run")
 def test_what_is_printed(app: App, in_process: InProcess) -> None:
     """A row for each decision, the output's numbers, and the command of --json, for a shell."""
     words = [*app.options("score"), "--minimize", "loss", "--split", "validation", "-o", "soup.safetensors"]
@@ -533,7 +547,7 @@ def test_what_is_printed(app: App, in_process: InProcess) -> None:
         "step_5.pt (last)", "last, statistics refreshed", "average, statistics refreshed"
     ]  # fmt: skip
     assert "chosen on the split 'validation': report the numbers of another one" in lines
-    assert shlex.split(lines[-1].removeprefix("the same file: ")) == document["command"]
+    assert shlex.split(lines[-1].removeprefix("the same output: ")) == document["command"]
     assert (document["written"], document["split"]) == (True, "validation")
 
 

@@ -97,7 +97,8 @@ class Lines:
             self._last = self._said = now
             if self._ticker is None:
                 self._ticker = threading.Thread(target=self._tick, name="ckpt-avg progress", daemon=True)
-                self._ticker.start()
+                with contextlib.suppress(RuntimeError):  # no memory for a thread: nothing is redrawn
+                    self._ticker.start()
 
     def step(self, step: Phase) -> None:
         """Starts a part of the phase."""

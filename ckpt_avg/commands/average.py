@@ -21,8 +21,9 @@ from ckpt_avg.output.paths import check_checksum, check_output
 from ckpt_avg.output.shards import SAFETENSORS
 from ckpt_avg.progress import Phase
 from ckpt_avg.runs.discover import Discovery
-from ckpt_avg.text import argument, decimal_size, plural
+from ckpt_avg.text import decimal_size, plural
 from ckpt_avg.user_code.comparison import Evaluation
+from ckpt_avg.wording import setting
 
 
 @takes(AverageRequest)
@@ -98,8 +99,8 @@ def writes_folder(request: AverageRequest | SoupRequest) -> bool:
         return names_folder(request.output)
     path = Path(request.output)
     if path.suffix.lower() == SAFETENSORS or path.is_file():
-        folder = argument(os.path.join(path.with_suffix(""), ""))
-        raise UsageError(f"{path}: is one file, and {option} needs a folder. Use -o {folder}.")
+        folder = os.path.join(path.with_suffix(""), "")
+        raise UsageError(f"{path}: is one file, and {option} needs a folder. Use {setting('-o', folder)}.")
     return True
 
 

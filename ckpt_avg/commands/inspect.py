@@ -135,6 +135,13 @@ def inspect(request: InspectRequest) -> Inspection:
         UsageError: ``path`` does not exist.
         IncompatibleError: a selection was given, and nothing or too little fits it.
         CheckpointFormatError: it is a file or a checkpoint folder that cannot be read.
+
+    Example:
+        >>> inspect("fixtures/mnist_cnn", last=2)
+        Inspection: mnist_cnn, 12 checkpoints
+          listed    12: epoch_9.pt, epoch_10.pt, …, epoch_20.pt
+          selected  2: epoch_19.pt, epoch_20.pt
+          metrics   accuracy, loss
     """
     paths = [request.path] if isinstance(request.path, (str, os.PathLike)) else [*request.path]
     path = Path(paths[0] if len(paths) == 1 else os.path.commonpath(map(os.path.abspath, paths)) if paths else "")

@@ -21,5 +21,18 @@ def refresh_weights(request: RefreshRequest) -> AverageResult:
 
     Raises:
         CkptAvgError: as `average`; UsageError also if ``weights`` contains several checkpoints.
+
+    Example:
+        >>> import sys
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> sys.path.insert(0, "fixtures/mnist_cnn")
+        >>> from train import make_model
+        >>> batches = [torch.rand(8, 1, 28, 28) for _ in range(3)]
+        >>> weights = "fixtures/mnist_cnn/epoch_20.pt"
+        >>> with TemporaryDirectory() as folder:
+        ...     result = refresh_weights(weights, f"{folder}/new.safetensors", model=make_model, data=batches)
+        >>> result.statistics, result.batch_norm.samples
+        ('refreshed', 24)
     """
     return average(request.discover().paths[0], **request.keywords())

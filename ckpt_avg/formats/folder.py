@@ -37,6 +37,7 @@ from ckpt_avg.formats.trainers.name_patterns import NO_CHECKPOINTS, SUFFIXES, UN
 from ckpt_avg.formats.trainers.registry import TRAINERS
 from ckpt_avg.formats.trainers.trainer import Folder, Stored, WeightFiles
 from ckpt_avg.text import argument, listing, quote
+from ckpt_avg.wording import setting
 
 DEEPEST = 3  # levels of folders that are searched for weights
 _SIDECARS = {sidecar.name for trainer in TRAINERS for sidecar in trainer.sidecars if not sidecar.files}
@@ -85,7 +86,7 @@ def several(folder: Folder, names: Sequence[str]) -> str:
     pattern = re.sub(r"\d+([-+.:]\d+)*", "*", name_of(folder.path))
     one = f"ame one of each checkpoint: {argument(folder.path.parent)}/{pattern}/{names[0]}"
     are_folders = all(os.path.isdir(folder.path / name) for name in names)
-    advice = f"Average all of them into a folder, -o FOLDER/, or n{one}" if are_folders else f"N{one}"
+    advice = f"Average all of them into a folder, {setting('-o', 'FOLDER/')}, or n{one}" if are_folders else f"N{one}"
     return f"the folder has several models: {listing(map(quote, names))}. {advice}"
 
 

@@ -17,7 +17,8 @@ from ckpt_avg.limits import LIMITS
 from ckpt_avg.output.paths import nearest_folder, refuse_read_only
 from ckpt_avg.output.provenance import recorded_files
 from ckpt_avg.runs.discover import Discovery
-from ckpt_avg.text import argument, listing, quote
+from ckpt_avg.text import listing, quote
+from ckpt_avg.wording import setting
 
 
 def names_folder(path: str | os.PathLike[str]) -> bool:
@@ -45,15 +46,15 @@ def check_folder(path: str | os.PathLike[str], discovery: Discovery, *, overwrit
     except OSError as error:
         raise UsageError(f"{where}: cannot be used as output: {error.strerror}. Choose another path.") from error
     if target.suffix == ".safetensors" and status is None:
-        raise UsageError(f"{where}: ends in /, so it is a folder. For a file, use -o {argument(where.rstrip('/'))}.")
+        raise UsageError(f"{where}: ends in /, so it is a folder. For a file, use {setting('-o', where.rstrip('/'))}.")
     if status is not None and not os.path.isdir(target):
         raise UsageError(f"{where}: is no folder. Choose another path.")
     _refuse_checkpoints(where, target, discovery)
     current = Path.cwd()
     if target == current or target in current.parents or os.path.ismount(target):
         what = "is a mount point" if os.path.ismount(target) else "is the current folder, or contains it"
-        inside = argument(os.path.join(where, "release", ""))
-        raise UsageError(f"{where}: {what}, so it cannot be replaced in one step. Use -o {inside}.")
+        inside = os.path.join(where, "release", "")
+        raise UsageError(f"{where}: {what}, so it cannot be replaced in one step. Use {setting('-o', inside)}.")
     folder = nearest_folder(target, where)
     refuse_read_only(folder, where)
     if status is not None:
@@ -87,8 +88,8 @@ def refuse_foreign(folder: Path, where: str, *, overwrite: bool) -> None:
     what = f"is not empty: it contains {listing(map(quote, others))}"
     if written:
         raise OutputError(f"{where}: {what}, which ckpt-avg did not write. Move it away, or choose another folder.")
-    name = argument(os.path.join(where, "swa.safetensors"))
-    raise OutputError(f"{where}: {what}. Choose another folder, or name a file in it: -o {name}.")
+    name = os.path.join(where, "swa.safetensors")
+    raise OutputError(f"{where}: {what}. Choose another folder, or name a file in it: {setting('-o', name)}.")
 
 
 def written_files(folder: Path, names: Sequence[str]) -> set[str]:

@@ -78,7 +78,9 @@ def check_target(path: str | os.PathLike[str], where: str, discovery: Discovery)
     if os.path.basename(path) in ("", ".safetensors"):
         raise UsageError(f"{os.fspath(path)!r}: is not a file name. Name a file, for example swa.safetensors.")
     if is_remote(path):
-        raise UsageError(f"{where}: is not on this machine. Write a file here, and copy it: -o swa.safetensors")
+        raise UsageError(
+            f"{where}: is not on this machine. Write a file here, and copy it: {setting('-o', 'swa.safetensors')}"
+        )
     target = Path(os.path.realpath(path))
     try:
         status = stat_or_none(path) or stat_or_none(target)  # realpath does not follow /dev/stdout to a pipe

@@ -77,3 +77,10 @@ def test_the_reference_lists_every_choice(name: str) -> None:
     values = ", ".join(f"``{value}``" for value in typing.get_args(getattr(choices, name)))
     assert f".. py:data:: {name}\n\n   The values of ``" in page
     assert f": {values}.\n" in page.partition(f".. py:data:: {name}\n")[2].partition("py:data")[0]
+
+
+def test_every_public_function_has_an_example() -> None:
+    """Which another test runs."""
+    functions = [name for name in ckpt_avg.__all__ if inspect.isfunction(getattr(ckpt_avg, name))]
+    assert len(functions) > len(FUNCTIONS)
+    assert [name for name in functions if "Example:" not in (getattr(ckpt_avg, name).__doc__ or "")] == []

@@ -90,6 +90,10 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"sources": []}, "sources: got no path."),
     ({"sources": "nowhere"}, "nowhere: no such file or folder. Check the path."),
     ({"output": 5}, "output: got 5, an int."),
+    ({"output": "s3://bucket/a.safetensors", **MODEL}, "s3://bucket/a.safetensors: is not on this machine."),
+    ({"output": "a.safetensors", "max_shard_size": "1MB", **MODEL}, "a.safetensors: is one file, and max_shard_size=…"),
+    ({"max_shard_size": "5 apples"}, "max_shard_size: '5 apples' is not a size."),
+    ({"private": True}, "private: is about a repository of the Hub. Add push_to_hub=ORG/NAME."),
     ({"output": "out.ckpt", **MODEL}, "out.ckpt: .ckpt is the suffix of another format"),
 ]
 
@@ -103,6 +107,7 @@ OTHER_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("sweep", {**METRIC, "maximize": "accuracy", "windows": "all"}, "windows: 'all' is not one of last, first, both."),
     ("sweep", {**METRIC, "maximize": "accuracy", "weightings": "x"}, "weightings: 'x' is not one of mean"),
+    ("sweep", {**METRIC, "maximize": "accuracy", "resume": "a.txt"}, "resume='a.txt': expected a name that ends in"),
     ("soup", {**METRIC, "maximize": "accuracy", "tolerance": "x"}, "tolerance: got 'x', a str. Give a number."),
     ("compare", {"last": 1}, "epoch_20.pt: is the only checkpoint."),
     ("compare", {"state_key": "zz"}, "epoch_9.pt: expected the key 'zz'"),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from system.faults.rank_runs import in_threads
 
-from ckpt_avg import average
+from ckpt_avg import average, refresh_weights, soup
 from ckpt_avg.distributed.ranks import Ranks
-from ckpt_avg.errors import OutputError, RankError, UserCodeError
+from ckpt_avg.errors import OutputError, RankError, UsageError, UserCodeError
 from ckpt_avg.files import platform
 from ckpt_avg.output.release_folder import release_folder
 
@@ -181,3 +184,122 @@ def test_if_a_rank_fails_nothing_is_left(target: Path, failing: int) -> None:
     for rank, error in enumerate(in_threads(2, work)):
         assert isinstance(error, UserCodeError if rank == failing else RankError)
     assert os.listdir(target.parent) == []
+
+
+# -- The other commands that write an output, and paths that cannot be one --------------------------------------------
+
+
+def test_refresh_and_soup_write_folders_too(tmp_path: Path) -> None:
+    states = []
+    for step in (1, 2):
+        net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        states.append(net.state_dict())
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        save_file(states[-1], tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
+    options: Any = {
+        "model": lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)),
+        "data": lambda: [torch.randn(8, 2)],
+    }
+    refreshed = refresh_weights(tmp_path / "checkpoint-2", f"{tmp_path}/refreshed/", **options)
+    assert refreshed.files == ("model.safetensors", "README.md", "config.json")
+    found = load_file(refreshed.output / "model.safetensors")
+    assert torch.equal(found["0.weight"], states[1]["0.weight"])
+    assert not torch.equal(found["1.running_mean"], states[1]["1.running_mean"])
+    measured: Any = {**options, "evaluate": lambda model: {"loss": 1.0}, "minimize": "loss"}
+    paths = sorted(tmp_path.glob("checkpoint-*"))
+    chosen = soup(paths, f"{tmp_path}/soup/", **measured)
+    assert chosen.average.files == refreshed.files
+    assert len(chosen.kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "said"),
+    [
+        ("run/", UsageError, "contains the checkpoint"),
+        ("run/checkpoint-100/", UsageError, "contains the checkpoint"),
+        ("run/checkpoint-100/release/", UsageError, "is in the checkpoint"),
+        ("file/", UsageError, "is no folder"),
+        ("file/release/", UsageError, "file is not a folder"),
+        ("swa.safetensors/", UsageError, r"ends in /, so it is a folder\. For a file, use -o swa\.safetensors"),
+        ("~/release/", UsageError, "the shell did not expand '~'"),
+        ("here/", UsageError, r"is the current folder, or contains it.*Use -o here/release/"),
+        ("full/", OutputError, r"is not empty: it contains 'notes\.md'\. Choose another folder, or name a file in it"),
+        ("full", OutputError, r"is not empty: it contains 'notes\.md'\. Choose another folder, or name a file in it"),
+        ("ours/", OutputError, r"exists already\. Choose another folder, or replace it with --overwrite"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_path_that_cannot_be_the_folder_is_refused_at_once(
+    run: Path,
+    tmp_path: Path,
+    output: str,
+    error: type[Exception],
+    said: str,
+    dry_run: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("here", "full", "ours"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full" / "notes.md").write_text("mine")
+    average(run, "ours")
+    before = contents(tmp_path)
+    if output == "here/":
+        monkeypatch.chdir(tmp_path / "here")
+        output = "../here/"
+        said = said.replace("here/release", r"\.\./here/release")
+    with pytest.raises(error, match=said):
+        average(run, output, dry_run=dry_run)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("other", ["notes.md", "logs/events", ".hidden", "empty/", "link", "model2.safetensors"])
+def test_overwrite_replaces_nothing_that_was_not_written_here(run: Path, target: Path, other: str) -> None:
+    average(run, f"{target}/")
+    path = target / other
+    if other.endswith("/"):
+        path.mkdir()
+    elif other == "link":
+        path.symlink_to(run)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    said = f"is not empty: it contains {other!r}, which ckpt-avg did not write. Move it away"
+    with pytest.raises(OutputError, match=re.escape(said)):
+        average(run, f"{target}/", overwrite=True)
+    assert path.is_symlink() or path.exists()
+
+
+def test_overwrite_needs_weights_that_record_the_folder(run: Path, target: Path) -> None:
+    """Files of the same names that another program wrote are not ours."""
+    average(run, f"{target}/")
+    save_file({"w": torch.ones(4)}, target / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OutputError, match="is not empty: it contains"):
+        average(run, f"{target}/", overwrite=True)
+
+
+def test_a_link_to_an_empty_folder_is_followed(run: Path, target: Path, tmp_path: Path) -> None:
+    target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    average(run, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(target)) == FILES
+
+
+def test_a_dry_run_names_the_files_and_writes_nothing(run: Path, target: Path) -> None:
+    result = average(run, f"{target}/", dry_run=True, sha256=True)
+    assert result.files == ("model.safetensors", "README.md", "SHA256SUMS", "config.json", "vocab.txt")
+    assert not result.written
+    assert os.listdir(target.parent) == []
+
+
+def test_sha256sum_finds_every_file_as_it_was_written(run: Path, target: Path) -> None:
+    result = average(run, f"{target}/", sha256=True)
+    lines = (target / "SHA256SUMS").read_text().splitlines()
+    listed = {line[66:]: line[:64] for line in lines}
+    files = {name: data for name, data in contents(target).items() if name != "SHA256SUMS"}
+    assert listed == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert result.sha256 == hashlib.sha256((target / "SHA256SUMS").read_bytes()).hexdigest()
+    assert not (target.parent / "release.sha256").exists()

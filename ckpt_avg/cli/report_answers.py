@@ -147,7 +147,8 @@ def _off(document: Mapping[str, Any], compared: Mapping[str, Any] | None) -> Htm
         verdict, state = "Nothing is far off", "good"
     else:
         verdict, state = "Not looked at" if not notices else plural(len(notices), "notice"), ""
-    contents = tag("ul", *items) if items else paragraphs("The checkpoints fit together." if compared else "")
+    advice = "The checkpoints fit together." if compared else "ckpt-avg compare looks for checkpoints that are far off."
+    contents = tag("ul", *items) if items else paragraphs(advice)
     return _box("Is something off?", verdict, contents, state=state)
 
 

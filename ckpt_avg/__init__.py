@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from ckpt_avg.errors import UsageError as UsageError, UserCodeError as UserCodeError
     from ckpt_avg.errors import VerificationError as VerificationError
     from ckpt_avg.formats.open import open_checkpoint as open_checkpoint
-    from ckpt_avg.progress import Progress as Progress
+    from ckpt_avg.progress import Phase as Phase, Progress as Progress
     from ckpt_avg.runs.discover import Sources as Sources
     from ckpt_avg.runs.run_folder import Skipped as Skipped
     from ckpt_avg.runs.compatibility import CompatibilityReport as CompatibilityReport, Difference as Difference
@@ -111,7 +111,7 @@ _HOMES = {
         "VerificationError",
     ),
     "ckpt_avg.formats.open": ("open_checkpoint",),
-    "ckpt_avg.progress": ("Progress",),
+    "ckpt_avg.progress": ("Phase", "Progress"),
     "ckpt_avg.runs.compatibility": ("CompatibilityReport", "Difference"),
     "ckpt_avg.runs.discover": ("Sources",),
     "ckpt_avg.runs.run_folder": ("Skipped",),

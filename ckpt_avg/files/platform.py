@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -132,6 +133,22 @@ def sync_folder(folder: Path) -> bool:
             return False
         raise
     return True
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a file system is mounted at a path, as far as the system tells; also a part of the same file system."""
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    # The fifth field, in which spaces and the like are octal: proc(5).
+    return any(_unescaped(line.split(b" ")[4]) == os.fsencode(path) for line in lines)
+
+
+def _unescaped(field: bytes) -> bytes:
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)
 
 
 def open_folder(path: Path | str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ckpt_avg.checkpoint.spec import METHOD_KEY
 from ckpt_avg.errors import CheckpointFormatError, OutputError, ResourceError, UsageError
+from ckpt_avg.files import platform
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.files.status import stat_or_none
 from ckpt_avg.formats.safetensors_header import matches, parse_header, read_header
@@ -51,8 +52,9 @@ def check_folder(path: str | os.PathLike[str], discovery: Discovery, *, overwrit
         raise UsageError(f"{where}: is no folder. Choose another path.")
     _refuse_checkpoints(where, target, discovery)
     current = Path.cwd()
-    if target == current or target in current.parents or os.path.ismount(target):
-        what = "is a mount point" if os.path.ismount(target) else "is the current folder, or contains it"
+    is_mounted = platform.is_mount_point(target)
+    if target == current or target in current.parents or is_mounted:
+        what = "is a mount point" if is_mounted else "is the current folder, or contains it"
         inside = os.path.join(where, "release", "")
         raise UsageError(f"{where}: {what}, so it cannot be replaced in one step. Use {setting('-o', inside)}.")
     folder = nearest_folder(target, where)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from system.faults.rank_runs import in_threads
+from system.faults.tracing import refuse_or_skip
 
 from ckpt_avg import average, refresh_weights, soup
 from ckpt_avg.distributed.ranks import Ranks
@@ -253,6 +255,28 @@ def test_a_path_that_cannot_be_the_folder_is_refused_at_once(
     with pytest.raises(error, match=said):
         average(run, output, dry_run=dry_run)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["out", "out put"])
+@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+def test_a_mount_point_is_refused_at_once(run: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """It cannot be renamed over: found before hours of work, also if it is a part of the same file system."""
+    target, elsewhere = tmp_path / name, tmp_path / "elsewhere"
+    target.mkdir()
+    elsewhere.mkdir()
+    options = ["-t", "tmpfs", "tmpfs"] if kind == "tmpfs" else ["--bind", str(elsewhere)]
+    try:
+        subprocess.run(["mount", *options, str(target)], check=True, capture_output=True)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        refuse_or_skip("mount", f"needs a mount: {error}")
+    try:
+        said = r"is a mount point, so it cannot be replaced in one step\. Use -o .*release/"
+        with pytest.raises(UsageError, match=said):
+            average(run, target)
+        average(run, f"{target}/release/")
+        assert sorted(os.listdir(target / "release")) == FILES
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
 
 
 @pytest.mark.parametrize("other", ["notes.md", "logs/events", ".hidden", "empty/", "link", "model2.safetensors"])

@@ -20,6 +20,7 @@ class Runner:
     environment: Mapping[str, str]
     is_prepared: bool = False  # what the steps called Install… install is there
     log: str = ""
+    codes: list[int] = field(default_factory=list)  # the exit codes of the steps
     uploads: list[tuple[str, str]] = field(default_factory=list)  # the name and the paths of each artifact
 
     @property
@@ -80,6 +81,7 @@ class Runner:
             command, cwd=self.workspace, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         self.log += done.stdout + done.stderr
+        self.codes.append(done.returncode)
         return dict(line.split("=", 1) for line in outputs.read_text().splitlines()), done.returncode == 0
 
 

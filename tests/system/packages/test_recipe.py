@@ -188,6 +188,7 @@ def test_a_requirement_that_is_not_met_leaves_the_report_and_no_weights(
 ) -> None:
     options = "--last=3\n--bn=keep\n--model=train:make_model\n--eval=train:evaluate\n--require=loss<0.0001"
     assert not release(runner, keys, options=options)
+    assert runner.codes == [9]
     assert [name for name, _ in runner.uploads] == ["report"]
     assert list(runner.workspace.glob("release.report.html"))
     assert not list(runner.workspace.glob("release"))
@@ -211,6 +212,7 @@ def test_inputs_are_no_code_and_no_options(runner: Runner) -> None:
     outputs, passed = runner.action(CI, given | {"sources": "--help"})
     assert not passed
     assert "--help: no such file" in runner.log
+    assert "Usage:" not in runner.log
     _, passed = runner.action(CI, given | {"output": "a.safetensors\npath=b.safetensors"})
     assert not passed
 

@@ -26,7 +26,7 @@ def run(*arguments: object, cwd: Path = ROOT, expected: int = 0, **variables: st
     outer = {name: value for name, value in os.environ.items() if not name.startswith(("CKPT_AVG_", "PYTHON"))}
     own = {"UV_PYTHON_DOWNLOADS": "never", "UV_CONSTRAINT": str(CONSTRAINTS), "UV_NO_PROGRESS": "1"}
     if "PIP_FIND_LINKS" in outer:
-        own["UV_FIND_LINKS"] = outer["PIP_FIND_LINKS"]  # where pip of this machine looks, too
+        own["UV_FIND_LINKS"] = ",".join(outer["PIP_FIND_LINKS"].split())  # where pip of this machine looks, too
     command = [program(), *map(str, arguments)]
     done = subprocess.run(
         command, cwd=cwd, env=outer | own | variables, capture_output=True, text=True, timeout=600, check=False

@@ -304,9 +304,17 @@ def _loading(result: AverageResult, name: str, config: Mapping[str, Any]) -> lis
         else:
             lines = [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({path})"]
     else:
-        file = json.dumps(text_of(result.output))
-        lines = ["from safetensors.torch import load_file", "", f"model.load_state_dict(load_file({file}))"]
+        lines = _loading_files(result, path)
     return ["```python", *lines, "```"]
+
+
+def _loading_files(result: AverageResult, folder: str) -> list[str]:
+    """Returns how to load the weights of an output that no library reads as a model."""
+    weights = [name for name in result.files if name.endswith(".safetensors")]
+    if len(weights) > 1:
+        return ["from huggingface_hub import load_torch_model", "", f"load_torch_model(model, {folder})"]
+    file = json.dumps("/".join((json.loads(folder), *weights)) if weights else text_of(result.output))
+    return ["from safetensors.torch import load_file", "", f"model.load_state_dict(load_file({file}))"]
 
 
 def _identifier(name: object) -> str | None:

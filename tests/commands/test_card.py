@@ -141,6 +141,20 @@ def test_a_card_shows_how_the_library_of_the_folder_loads_it(
     assert line in _card(result, config=config)
 
 
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        (("model.safetensors", "README.md"), 'load_file("swa/model.safetensors")'),
+        (("a-1.safetensors", "a-2.safetensors", "README.md"), 'load_torch_model(model, "swa")'),
+    ],
+)
+def test_a_card_shows_how_to_load_a_folder_without_a_configuration(
+    result: AverageResult, files: tuple[str, ...], line: str
+) -> None:
+    """If it failed, a reader would open a folder as a file."""
+    assert line in _card(replace(result, files=files))
+
+
 def test_a_copy_is_not_called_a_mean(run_folder: Path, tmp_path: Path) -> None:
     """If it failed, the card of a single checkpoint would claim an average."""
     result = average([run_folder / "epoch_20.pt"], tmp_path / "a.safetensors")

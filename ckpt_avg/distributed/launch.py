@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT, Ranks
 from ckpt_avg.errors import RankError, UsageError
+from ckpt_avg.wording import either
 
 if TYPE_CHECKING:
     from torch import distributed
@@ -87,7 +88,8 @@ def join_ranks(group: distributed.ProcessGroup | None = None, *, timeout: float 
         1
     """
     if not timeout > 0:
-        raise UsageError(f"--rank-timeout: {timeout:g} is out of range. Use more than 0 seconds, for example 1800.")
+        name = either("--rank-timeout", "timeout")
+        raise UsageError(f"{name}: {timeout:g} is out of range. Use more than 0 seconds, for example 1800.")
     ranks, first = Ranks(), None
     try:
         with contextlib.ExitStack() as stack:

@@ -8,6 +8,8 @@ import sys
 import sysconfig
 import traceback
 
+from ckpt_avg.wording import either
+
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _STANDARD = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib"))
 _FRAME = re.compile(r'^(\s*)File "(.+)", line (\d+)(, in )?')
@@ -45,7 +47,8 @@ def sentence(error: BaseException) -> str:
 def _advice(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         name = error.name.partition(".")[0]
-        return f"Install it ({sys.executable} -m pip install {name}), or name its folder with --app-dir."
+        other = either("name its folder with --app-dir", "add its folder to sys.path")
+        return f"Install it ({sys.executable} -m pip install {name}), or {other}."
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return f"See {_short(error.filename)}, line {error.lineno}."
     places = own_frames(error)[-1:]

@@ -15,6 +15,8 @@ from formats.reading import assert_same
 from safetensors.torch import load_file
 from system.trainers.runs import LIBRARIES, RUNS, Run, Saved, Trainers, execute, mean
 
+from ckpt_avg import average, load_average
+
 pytestmark = pytest.mark.trainers
 Average = Callable[..., dict[str, Any]]
 
@@ -216,3 +218,12 @@ def test_the_mean_of_lora_factors_comes_with_a_warning(run: Run, averaged: Avera
 @pytest.mark.parametrize("run", ["torch_zip_averaged", "torch_stream_averaged"], indirect=True)
 def test_averages_among_the_inputs_are_told(run: Run, averaged: Average) -> None:
     assert any("already an average" in notice for notice in averaged(run.folder)["notices"])
+
+
+@pytest.mark.parametrize("name", ["bert", "lightning"])
+def test_load_average_gives_what_average_writes(name: str, trainers: Trainers, tmp_path: Path) -> None:
+    """If it failed, a script that goes on with the average would have other weights than the file."""
+    run = trainers.run(name)
+    found = load_average(run.folder, bn="keep")
+    written = load_file(average(run.folder, tmp_path / "mean.safetensors", bn="keep").output)
+    assert_same(found, written)

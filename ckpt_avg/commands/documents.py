@@ -23,7 +23,9 @@ def average_json(result: AverageResult) -> dict[str, Any]:
     report = result.batch_norm
     return {
         MARK: __version__,
-        **attributes(result, ("output", "written", "checkpoints", "steps", "unit", "weights", "skipped", "tensors")),
+        **attributes(
+            result, ("output", "files", "written", "checkpoints", "steps", "unit", "weights", "skipped", "tensors")
+        ),
         "bytes": result.nbytes,
         **attributes(result, ("device", "engine", "data_digest", "sha256", "split")),
         "batch_norm": {

@@ -112,15 +112,15 @@ def differences(last: Mapping[str, Path], others: Mapping[Path, Mapping[str, Pat
     for name in sorted({*last, *(name for files in others.values() for name in files)}):
         having = {path: files[name] for path, files in others.items() if name in files}
         if name not in last:
-            found.append(f"{name}: is not copied: {_names(having)} has it, and the last checkpoint does not")
+            found.append(f"{name}: is not copied, because the last checkpoint lacks it: it is in {_names(having)}")
             continue
         lacking = [path for path in others if path not in having]
         differing = {path: file for path, file in having.items() if not _is_same(file, last[name])}
         if differing:
             keys = _keys(name, last[name], list(differing.values()))
-            found.append(f"{name}: the last checkpoint's is copied, and differs from that of {_names(differing)}{keys}")
+            found.append(f"{name}: is copied from the last checkpoint, and differs in {_names(differing)}{keys}")
         if lacking:
-            found.append(f"{name}: the last checkpoint's is copied, and {_names(lacking)} has none")
+            found.append(f"{name}: is copied from the last checkpoint, and missing in {_names(lacking)}")
     return found
 
 
@@ -142,4 +142,4 @@ def _keys(name: str, last: Path, others: Sequence[Path]) -> str:
     (ours, *theirs), missing = found, object()
     names = sorted({*ours, *(key for each in theirs for key in each)})
     differ = [key for key in names if any(each.get(key, missing) != ours.get(key, missing) for each in theirs)]
-    return f" in {listing(map(quote, differ))}" if differ else ""
+    return f": {listing(map(quote, differ))}" if differ else ""

@@ -124,10 +124,10 @@ def test_differences_are_notices_with_the_checkpoints_and_the_keys(tmp_path: Pat
     last = checkpoint(tmp_path, 3, {"config.json": {"a": 1, "b": [2]}, "vocab.txt": "xy", "added_tokens.json": {}})
     found = notices(tmp_path, one, two, last)
     assert [each for each in found if ".json" in each or ".txt" in each] == [
-        "added_tokens.json: the last checkpoint's is copied, and checkpoint-1, checkpoint-2 has none",
-        "config.json: the last checkpoint's is copied, and differs from that of checkpoint-2 in 'b', 'c'",
-        "merges.txt: is not copied: checkpoint-1 has it, and the last checkpoint does not",
-        "vocab.txt: the last checkpoint's is copied, and differs from that of checkpoint-1, checkpoint-2",
+        "added_tokens.json: is copied from the last checkpoint, and missing in checkpoint-1, checkpoint-2",
+        "config.json: is copied from the last checkpoint, and differs in checkpoint-2: 'b', 'c'",
+        "merges.txt: is not copied, because the last checkpoint lacks it: it is in checkpoint-1",
+        "vocab.txt: is copied from the last checkpoint, and differs in checkpoint-1, checkpoint-2",
     ]
 
 

@@ -229,9 +229,9 @@ class _Interruptible:
         self._command = command
         signal.pthread_sigmask(signal.SIG_BLOCK, self._NUMBERS)
 
-    def make_context(self, *arguments: Any) -> Any:
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._NUMBERS)
-        return self._command.make_context(*arguments)
+        return self._command.make_context(*arguments, **options)
 
     def invoke(self, context: Any) -> None:
         try:

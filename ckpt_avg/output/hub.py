@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,9 +69,9 @@ def upload(folder: Path, shown: str, repository: str, *, private: bool) -> str:
     try:
         api = _api(_import())
         url = api.create_repo(repository, private=private or None, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message=f"Average of checkpoints, by ckpt-avg {__version__}"
-        )
+        message = f"Average of checkpoints, by ckpt-avg {__version__}"
+        with _without_bars():  # a line of our own says what is done
+            api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except Exception as error:
         command = f"hf upload {repository} {argument(os.path.join(shown, ''))} ."
         raise OutputError(
@@ -89,6 +90,21 @@ def _import() -> ModuleType:
 
 def _api(hub: ModuleType) -> Any:
     return hub.HfApi(library_name="ckpt-avg", library_version=__version__)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hides the progress bars of huggingface_hub, unless HF_HUB_DISABLE_PROGRESS_BARS=0 asks for them."""
+    bars = importlib.import_module("huggingface_hub.utils")
+    is_asked = importlib.import_module("huggingface_hub.constants").HF_HUB_DISABLE_PROGRESS_BARS is False
+    if is_asked or bars.are_progress_bars_disabled():
+        yield
+        return
+    bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bars()
 
 
 def _first_line(error: BaseException) -> str:

@@ -57,6 +57,7 @@ def test_the_repository_has_the_bytes_of_the_folder(hub: Hub, tmp_path: Path, ar
     assert code == 0, err
     assert hub.repositories == {"org/name": files_of(tmp_path / "release")}
     assert f"uploaded to {hub.endpoint}/org/name" in out
+    assert "it/s" not in err  # no bars of the library in a log
     shards = [name for name in hub.repositories["org/name"] if name.endswith(".safetensors")]
     assert (len(shards) > 1) == bool(arguments)
     assert not any("private" in str(each) for each in hub.created)

@@ -50,6 +50,7 @@ BASES: dict[str, dict[str, Any]] = {
     "width": {"weighting": "power", "width": 0.2, "half_life": None},
     "weights": {"weighting": None, "half_life": None, "weights": [0.25, 0.75]},
     "normalize": {"weighting": None, "half_life": None, "weights": [0.25, 0.75]},
+    "private": {"push_to_hub": "org/name"},
 }
 
 
@@ -109,6 +110,9 @@ OTHER: dict[str, Any] = {
     "require": ("loss<=last",),
     "split": "test",
     "sha256": True,
+    "max_shard_size": "5GB",
+    "push_to_hub": "org/name",
+    "private": True,
     "overwrite": True,
     "dry_run": True,
 }

@@ -137,6 +137,7 @@ def _run(command: list[str], folder: Path, block: Block, where: str) -> str:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "HOME": str(folder),
         "COLUMNS": "80",
         "HF_HUB_OFFLINE": "1",
         "MPLBACKEND": "Agg",

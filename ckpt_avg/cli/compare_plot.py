@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckpt_avg.cli.plots import picture
+from ckpt_avg.cli.plots import BLUE, ORANGE, VERMILION, picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from ckpt_avg.commands.distances import ComparedCheckpoint
 
 _MOST_LABELS = 24  # checkpoints that are labelled: more would cover each other
-# Colours of Okabe and Ito, which most colour-blind people tell apart; shapes tell them apart too.
-_PATH, _AVERAGES, _FAR = "#0072B2", "#E69F00", "#D55E00"
+_PATH, _AVERAGES, _FAR = ORANGE, BLUE, VERMILION
 
 
 def draw_comparison(result: CompareResult, kind: str) -> bytes:
@@ -28,14 +27,20 @@ def _draw(result: CompareResult, figure: Figure) -> None:
     unit = "epoch" if all(each.step is None for each in shown) else "step"
     points = [each.plane for each in shown]
     axes.plot(
-        *zip(*points, strict=True), color=_PATH, marker="o", markersize=4, linewidth=1, label=f"checkpoints, by {unit}"
+        *zip(*points, strict=True),
+        color=_PATH,
+        marker="s",
+        markersize=4,
+        linestyle="--",
+        linewidth=1,
+        label=f"checkpoints, by {unit}",
     )
     step = -(-len(shown) // _MOST_LABELS)
     for checkpoint in shown[::-step]:
         axes.annotate(_label(checkpoint, unit), checkpoint.plane, xytext=(4, 4), textcoords="offset points", fontsize=7)
     means = [_mean(points[-size:]) for size in range(2, len(points) + 1)]
     axes.plot(
-        *zip(*means, strict=True), color=_AVERAGES, marker="s", markersize=3, linewidth=1, label="average of the last k"
+        *zip(*means, strict=True), color=_AVERAGES, marker="o", markersize=3, linewidth=1, label="average of the last k"
     )
     axes.plot(*means[-1], linestyle="none", marker="*", markersize=12, color=_AVERAGES, label="average of all")
     far = {path for finding in result.findings for path in finding.checkpoints}
@@ -51,6 +56,7 @@ def _draw(result: CompareResult, figure: Figure) -> None:
         )
     axes.set_aspect("equal", adjustable="datalim")  # distances look as long as they are
     axes.margins(0.1)
+    axes.set_title(f"{len(shown)} checkpoints in the plane in which they differ most")
     axes.set_xlabel(f"first main direction ({result.shares[0]:.0%} of the squared distances)")
     axes.set_ylabel(f"second ({result.shares[1]:.0%})")
     axes.grid(alpha=0.3)

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 _LONGEST = 60  # characters of a name that fit under the picture
 
-_COLOURS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9")  # C3 is the best, C7 is grey
+# Colours of Okabe and Ito, which most colour-blind people tell apart; shapes tell them apart too.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, "k")  # vermilion is the best
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 KINDS = (".png", ".svg", ".pdf")
 
@@ -66,7 +69,7 @@ def _draw_sweep(result: SweepResult, figure: Figure) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.add_subplot()
-    sides = {"last": ("-", "o"), "first": (":" if len(result.weightings) > 1 else "-", "s")}
+    sides = ("last", "first")
     lines = [(rule, side) for rule in result.weightings for side in sides]
     for rule, side in lines:
         of_side = [
@@ -77,13 +80,13 @@ def _draw_sweep(result: SweepResult, figure: Figure) -> None:
         if any(window.side == side for window in of_side):
             of_side.sort(key=lambda window: len(window.checkpoints))
             several = len(result.weightings) > 1
-            style, marker = sides[side]
+            look = result.weightings.index(rule) if several else sides.index(side)
             axes.plot(
                 [len(window.checkpoints) for window in of_side],
                 [window.metrics[result.metric] for window in of_side],
-                color=_COLOURS[(result.weightings.index(rule) if several else list(sides).index(side)) % len(_COLOURS)],
-                linestyle=style,
-                marker=marker,
+                color=_COLOURS[look % len(_COLOURS)],
+                linestyle=":" if several and side == "first" else "-",
+                marker=_MARKERS[look % len(_MARKERS)],
                 markersize=4,
                 label=f"{rule}, {side} k" if several else f"average of the {side} k",
             )
@@ -100,9 +103,10 @@ def _draw_sweep(result: SweepResult, figure: Figure) -> None:
         linestyle="none",
         marker="*",
         markersize=14,
-        color="C3",
+        color=VERMILION,
         label=f"best ({best.metrics[result.metric]:.6g})",
     )
+    axes.set_title(f"Best: the average of {safe_text(best.name)}")
     axes.set_xlabel("checkpoints averaged, k")
     axes.set_ylabel(safe_text(result.metric))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,9 +1,10 @@
 """Whether other weights than equal ones are better, on the fixture run and on a small language model.
 
-    python docs/study/weightings.py --seeds 8 --language-seeds 5 --work RUNS --plots docs/study > tables.md
+    python docs/study/weightings.py --seeds 8 --language-seeds 5 --work RUNS > tables.md
 
-The weightings and windows were chosen before anything was measured. The tables go to stdout, in Markdown; progress goes
-to stderr. Runs and measurements stay in RUNS and are not made again.
+The weightings and windows were chosen before anything was measured. The scores go to `weightings.json` next to this
+script, the tables to stdout, in Markdown, and progress to stderr. Runs and measurements stay in RUNS and are not made
+again.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ WEIGHTINGS: dict[str, dict[str, Any]] = {
 SOUP = "greedy soup"
 LAST, SINGLE = "last checkpoint", "single checkpoint"
 Scores = dict[str, float]
+
+DATA = Path(__file__).with_suffix(".json")
 
 
 # -- The fixture run: 12 checkpoints, BatchNorm recomputed for each average. The soup chooses on one half of the
@@ -107,7 +110,7 @@ def loss_of_weights(weights: Mapping[str, torch.Tensor]) -> float:
     return language.evaluate(model)["loss"]
 
 
-# -- Tables and the picture -------------------------------------------------------------------------------------------
+# -- Tables --------------------------------------------------------------------------------------------------------
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -124,12 +127,13 @@ def difference(ours: Sequence[float], theirs: Sequence[float], form: str) -> lis
     return [f"{fmean(each):+{form}} ± {stdev(each):{form}}", f"{fewer} / {equal} / {len(each) - fewer - equal}"]
 
 
-def digits_table(seeds: Sequence[Mapping[str, Scores]]) -> str:
-    """Returns the scores of each weighting, and their differences to the mean."""
+def digits_table(seeds: Sequence[Mapping[str, Scores]], reference: str = "mean") -> str:
+    """Returns the scores of everything that was tried, and their differences to the reference."""
     rows = []
     for name in seeds[0]:
         accuracies, losses = ([seed[name][key] for seed in seeds] for key in ("accuracy", "loss"))
-        less = difference(losses, [seed["mean"]["loss"] for seed in seeds], ".4f") if name != "mean" else ["", ""]
+        others = [seed[reference]["loss"] for seed in seeds]
+        less = difference(losses, others, ".4f") if name != reference else ["", ""]
         percents = [100 * each for each in accuracies]
         rows.append(
             [
@@ -139,7 +143,7 @@ def digits_table(seeds: Sequence[Mapping[str, Scores]]) -> str:
                 *less,
             ]
         )
-    return table(["", "accuracy, %", "loss", "loss less that of the mean", "lower / equal / higher"], rows)
+    return table(["", "accuracy, %", "loss", f"loss less that of the {reference}", "lower / equal / higher"], rows)
 
 
 def language_table(seeds: Sequence[Mapping[str, Scores]], window: str) -> str:
@@ -155,39 +159,6 @@ def language_table(seeds: Sequence[Mapping[str, Scores]], window: str) -> str:
     return table([*header, "lower / equal / higher"], rows)
 
 
-def draw(folder: Path, digits: Sequence[Mapping[str, Scores]], words: Sequence[Mapping[str, Scores]]) -> None:
-    """Draws each weighting's loss less that of the mean: a dot for each seed, a bar for the mean of the seeds."""
-    import matplotlib as mpl
-    from matplotlib import pyplot as plt
-    from PIL import Image
-
-    mpl.use("Agg")
-    mpl.rcParams |= {"axes.grid": True, "grid.alpha": 0.3, "font.size": 9, "axes.titlesize": 10}
-    panels = {"digits": [{name: each["loss"] for name, each in seed.items()} for seed in digits]}
-    for window in map(str, language.WINDOWS):
-        panels[f"language model, last {window} steps"] = [seed[window] for seed in words]
-    names = [*WEIGHTINGS, SOUP, *(f"decayed rate, {decay}" for decay in language.DECAYS), LAST]
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4), sharey=True, layout="constrained")
-    for ax, (title, seeds) in zip(axes, panels.items(), strict=True):
-        for row, name in enumerate(names):
-            if name not in seeds[0]:
-                continue
-            less = [seed[name] - seed["mean"] for seed in seeds]
-            color = "tab:blue" if name in WEIGHTINGS or name == SOUP else "tab:orange"
-            ax.plot(less, [row] * len(less), "o", color=color, alpha=0.5, markersize=4)
-            ax.plot([fmean(less)], [row], "|", color=color, markersize=16, markeredgewidth=2)
-        ax.axvline(0, color="k", linewidth=0.8)
-        ax.locator_params(axis="x", nbins=5)
-        ax.set(title=f"{title}: {len(seeds)} seeds", xlabel="held-out loss less that of the mean, nats")
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    figure.suptitle("Left of the line is better than equal weights: a dot for each seed, a bar for their mean")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "weightings.png"
-    figure.savefig(path, dpi=85)
-    Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)
-
-
 def measured(work: Path, part: str, seed: int, measure: Callable[[Path, int], Any]) -> Any:
     """Returns what a part measures on one seed, from `work` if it is there already."""
     file = work / f"{part}_{seed}.json"
@@ -198,24 +169,22 @@ def measured(work: Path, part: str, seed: int, measure: Callable[[Path, int], An
 
 
 def main() -> None:
-    """Trains, measures, prints the tables and draws the picture."""
+    """Trains, measures and prints the tables."""
     parser = argparse.ArgumentParser(description="Compare weightings with equal weights, over several seeds.")
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="of the fixture run: 0 to N - 1; at least 2")
     parser.add_argument("--language-seeds", type=int, default=5, metavar="N", help="of the language model; at least 2")
     parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="keep the runs here")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the picture into this folder")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the same bytes each time
     args.work.mkdir(parents=True, exist_ok=True)
     find = functools.partial(measured, args.work)
     digits = [find("weightings", seed, measure_digits) for seed in range(args.seeds)]
     words = [find("language", seed, measure_language) for seed in range(args.language_seeds)]
+    DATA.write_text(json.dumps({"fixture run": digits, "language model": words}, indent=1) + "\n")
     print(f"### The fixture run\n\n{digits_table(digits)}")
     for window in map(str, language.WINDOWS):
         print(f"\n### The language model, last {window} of {language.STEPS} steps\n\n{language_table(words, window)}")
     print(f"\nTexts: {', '.join(f'{len(text):,}' for text in language.texts())} bytes, digest {language.digest()}.")
-    if args.plots:
-        draw(args.plots, digits, words)
 
 
 if __name__ == "__main__":

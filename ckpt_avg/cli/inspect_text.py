@@ -77,7 +77,7 @@ def _checkpoint_text(spec: CheckpointSpec, *, quiet: bool, most: int, width: flo
         lines += [f"  {quote(key)}: {quote(value)}" for key, value in list(spec.metadata.items())[:most]]
     lines += [] if quiet else [f"note: {note}" for note in spec.notes]
     tensors = list(spec.tensors.values())
-    rows = [(escaped(each.name), each.dtype.name, "×".join(map(str, each.shape)) or "scalar") for each in tensors]
+    rows = [(each.name, each.dtype.name, "×".join(map(str, each.shape)) or "scalar") for each in tensors]
     lines += table([("tensor", "dtype", "shape"), *rows[:most]], width, constant=["dtype"])
     if len(rows) > most:
         lines.append(f"… and {len(rows) - most:,} more (-v lists all)")
@@ -92,7 +92,7 @@ def _run_table(listed: Sequence[Listed], width: float, *, selects: bool) -> list
     header = ("checkpoint", *(["selected"] if selects else []), "step", "epoch", *map(escaped, metrics), *facts)
     rows = [
         (
-            escaped(spec.path.name),
+            spec.path.name,
             *([_selected(each)] if selects else []),
             "-" if record.step is None else str(record.step),
             "-" if record.epoch is None else str(record.epoch),

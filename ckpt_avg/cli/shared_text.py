@@ -49,7 +49,7 @@ def weights_lines(
     """Returns a table of checkpoints and their unequal weights; nothing if these are None."""
     if weights is None:
         return []
-    names = map(escaped, distinct_names(checkpoints))
+    names = distinct_names(checkpoints)
     rows = [
         (name, "-" if step is None else str(step), f"{each:.6g}")
         for name, step, each in zip(names, steps, weights, strict=True)

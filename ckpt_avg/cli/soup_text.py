@@ -31,7 +31,7 @@ def soup_text(result: SoupResult, command: Sequence[str], *, verbose: bool = Fal
             ]
         )
     metric = escaped(result.metric)
-    names = [escaped(name) for name in distinct_names([each.checkpoint for each in result.decisions])]
+    names = distinct_names([each.checkpoint for each in result.decisions])
     rows = [["checkpoint", metric, "soup with it", ""]]
     for name, each in zip(names, result.decisions, strict=True):
         alone = _number(result.metric, each.metrics, each.samples)

@@ -527,7 +527,7 @@ def test_a_half_life_without_steps(tmp_path: Path, in_process: Run) -> None:
     assert "and not every checkpoint records one: a.safetensors, b.safetensors. Use a percentage" in err
     code, out, err = in_process(*words, "--half-life", "100%")
     assert code == 0
-    assert "a.safetensors  -     0.333333" in out
+    assert "a.safetensors  0.333333" in out
     assert "not every checkpoint records a step or an epoch, so they are taken as evenly spaced" in err
 
 

@@ -140,10 +140,17 @@ def test_a_key_overrules_the_usual_choice() -> None:
     assert found.others == ("decay",)
 
 
-@pytest.mark.parametrize("key", ["x", "model.x", "model.w.x", "epoch.x", ".model"])
-def test_a_key_that_names_nothing(key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("x", "Choose one with --state-key."),
+        *((key, "Did you mean 'model'?") for key in ("model.x", "model.w.x", ".model")),
+        ("epoch.x", "Did you mean 'epoch'?"),
+    ],
+)
+def test_a_key_that_names_nothing(key: str, advice: str) -> None:
     message = refusal({"model": {"w": W}, "epoch": 3}, key)
-    assert f"the key {key!r}, got a dict with the keys 'model', 'epoch'. Choose one with --state-key." in message
+    assert f"the key {key!r}, got a dict with the keys 'model', 'epoch'. {advice}" in message
 
 
 def test_an_empty_key_names_the_file_itself() -> None:

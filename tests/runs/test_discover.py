@@ -323,8 +323,8 @@ def test_a_folder_of_folders_without_a_checkpoint_names_them(tmp_path: Path) -> 
 
 
 def test_no_sources() -> None:
-    found = discover([])
-    assert (found.paths, found.skipped) == ((), ())
+    with pytest.raises(UsageError, match="sources: got no path"):
+        discover([])
 
 
 # --- checkpoint folders ------------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ def _run(command: list[str], folder: Path, block: Block, where: str) -> str:
         "COLUMNS": "80",
         "HF_HUB_OFFLINE": "1",
         "MPLBACKEND": "Agg",
+        "OMP_NUM_THREADS": "1",  # the models are small
         "PYTHONWARNINGS": "ignore",
     }
     done = subprocess.run(

@@ -6,6 +6,9 @@ from ckpt_avg.checkpoint.training_record import Record, count, measure
 from ckpt_avg.formats.trainers.trainer import Contents, Folder, Sidecar, Trainer, WeightFiles
 from ckpt_avg.text import quote
 
+_NO_METRICS = {"step", "epoch", "learning_rate"}
+_SPEED = ("_runtime", "_per_second")
+
 
 def _trainer_state(text: str, _name: str, _record: Record) -> Record:
     try:
@@ -23,7 +26,7 @@ def _trainer_state(text: str, _name: str, _record: Record) -> Record:
             rates.append((at, rate))
         if at == step:
             metrics |= state.numbers(
-                item for item in entry.items() if item[0] not in ("step", "epoch", "learning_rate")
+                item for item in entry.items() if item[0] not in _NO_METRICS and not item[0].endswith(_SPEED)
             )
     whole = None if epoch is None else count(float(int(epoch)))
     return Record(step, whole, metrics, rates[-1][1] if rates else None, tuple(rates))

@@ -30,6 +30,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 RUN = ROOT / "fixtures" / "mnist_cnn"
+STAND_INS = (
+    ROOT / "tests" / "system" / "trainers" / "producers"
+)  # its sitecustomize.py makes timm run without torchvision
 
 _BLOCK = re.compile(
     r"(?P<comments>(?:^[ ]*<!-- (?:(?!-->).)* -->\n)*)"
@@ -37,7 +40,7 @@ _BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 _COMMENT = re.compile(r"<!-- ([a-z ]+?)(?:: (.*?))? -->")
-_NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]\d+)?|  +| (?:helped|did not help)| \((?:better|worse|equal)\)")
+_NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]\d+)?|  +|(?: (?:helped|did not help))?:| \((?:better|worse|equal)\)")
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def _words(text: str) -> list[str]:
 def _run(command: list[str], folder: Path, block: Block, where: str) -> str:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{STAND_INS}",
         "HOME": str(folder),
         "COLUMNS": "80",
         "HF_HUB_OFFLINE": "1",

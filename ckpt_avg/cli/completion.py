@@ -127,7 +127,11 @@ SCRIPTS: Mapping[str, Callable[[click.Group], str]] = dict(
 
 
 def _options_of(command: click.Command) -> list[click.Option]:
-    return [each for each in command.get_params(click.Context(command)) if isinstance(each, click.Option)]
+    return [
+        each
+        for each in command.get_params(click.Context(command, help_option_names=["-h", "--help"]))
+        if isinstance(each, click.Option)
+    ]
 
 
 def _options(group: click.Group) -> list[click.Option]:

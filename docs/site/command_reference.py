@@ -19,7 +19,7 @@ class CommandReference(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Returns the sections."""
-        context = click.Context(cli, info_name="ckpt-avg")
+        context = click.Context(cli, info_name="ckpt-avg", **cli.context_settings)
         return [
             section
             for name in sorted(cli.commands)

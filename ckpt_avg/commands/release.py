@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckpt_avg.checkpoint.spec import Checkpoint, CheckpointSpec
 from ckpt_avg.commands.card import CONFIGS, card_notice, model_card, read_config
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ckpt_avg.commands.draft import AverageResult
 
 _HEAD = re.compile(r"(^|[._])heads?([._]|$)")
+_EMBEDDING = re.compile(r"emb|wte|shared|predictions|(^|[._])heads?[._]")
 CARD, SUMS = "README.md", "SHA256SUMS"
 
 
@@ -144,21 +145,25 @@ def _not_stored(
 ) -> dict[str, str]:
     """Returns which tied tensors transformers leaves out, as `Part.tied`, and tells the user.
 
-    It stores the one that the others are tied to: the first in the order of the model that is not in its head.
+    It stores the one that the others are tied to: the first in the order of the model that is not in its head. What
+    no loader of it ties again is written under each name: layers that share weights, and embeddings that its
+    configuration does not tie.
     """
     groups = spec.tied()
     if not groups:
         return {}
     config = json_of(side_files[CONFIG]) if CONFIG in side_files else {}
-    if not isinstance(config, dict) or not {"model_type", "architectures"} & config.keys():
-        notice_tied(groups, notice)
+    is_known = isinstance(config, dict) and not {"model_type", "architectures"}.isdisjoint(config)
+    once = [group for group in groups if is_known and _ties(config) and any(map(_EMBEDDING.search, group))]
+    notice_tied([group for group in groups if group not in once], notice)
+    if not once:
         return {}
     prefix, planned = prefix_of(spec.model), plan.by_name()
     plain = {name for name, tensor in planned.items() if tensor.rule == "mean" and name not in plan.kinds}
-    stored = [next((name for name in group if not _HEAD.search(name)), group[0]) for group in groups]
+    stored = [next((name for name in group if not _HEAD.search(name)), group[0]) for group in once]
     tied = {
         name: kept
-        for kept, group in zip(stored, groups, strict=True)
+        for kept, group in zip(stored, once, strict=True)
         for name in group
         if name != kept and prefix + name in plain
     }
@@ -166,6 +171,12 @@ def _not_stored(
         pairs = listing(f"{quote(name)} as {quote(kept)}" for name, kept in tied.items())
         notice(f"tied weights are stored once, as transformers stores them: {pairs}")
     return tied
+
+
+def _ties(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration lets transformers tie embeddings; one of several models has configurations inside."""
+    inner = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)]
+    return all(each.get("tie_word_embeddings", True) for each in (config, *inner))
 
 
 def _contents(shard: Shard) -> tuple[str, list[str]]:

@@ -149,7 +149,16 @@ class Tied(nn.Module):
         self.lm_head.weight = self.embed_tokens.weight
 
 
-@pytest.mark.parametrize("config", ['{"model_type": "gpt2"}', '{"architecture": "resnet18"}', None])
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"model_type": "gpt2"}',
+        '{"model_type": "llama", "tie_word_embeddings": false}',
+        '{"model_type": "llava", "text_config": {"tie_word_embeddings": false}}',
+        '{"architecture": "resnet18"}',
+        None,
+    ],
+)
 def test_tied_weights_are_stored_once_only_for_transformers(tmp_path: Path, config: str | None) -> None:
     """If it failed, others could not load the folder, or the user's model would not get the average to measure."""
     for step in range(2):
@@ -167,11 +176,27 @@ def test_tied_weights_are_stored_once_only_for_transformers(tmp_path: Path, conf
         tmp_path / "run", f"{tmp_path}/release/", model=Tied, evaluate=score, device="cpu", dtype="bfloat16"
     )
     found = tensors_in(tmp_path / "release")
-    names = {"embed_tokens.weight"} if config and "model_type" in config else {"embed_tokens.weight", "lm_head.weight"}
+    names = {"embed_tokens.weight"} if config and "gpt2" in config else {"embed_tokens.weight", "lm_head.weight"}
     assert found.keys() == names
     assert result.evaluations[-1].metrics["sum"] == found["embed_tokens.weight"].double().sum().item()
     assert ckpt_avg.verify(tmp_path / "release", sources=tmp_path / "run").tensors == len(names)
     assert len([each for each in result.notices if each.startswith("tied weights")]) == 1
+
+
+def test_layers_that_share_weights_are_stored_under_each_name(tmp_path: Path) -> None:
+    """If it failed, transformers would make random weights for the names that are left out."""
+    layer = nn.Linear(3, 3)
+    for step in range(2):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        torch.save({**Tied().state_dict(), **nn.Sequential(layer, layer).state_dict()}, folder / "pytorch_model.bin")
+        layer.weight.data += 1
+    result = average(tmp_path / "run", f"{tmp_path}/release/")
+    assert tensors_in(tmp_path / "release").keys() == {
+        *("embed_tokens.weight", "0.weight", "1.weight", "0.bias", "1.bias")
+    }
+    assert len([each for each in result.notices if each.startswith("tied weights")]) == 2
 
 
 def test_what_is_not_tied_in_the_sources_is_not_their_mean(tmp_path: Path) -> None:

@@ -307,6 +307,25 @@ def draw_comparing() -> Image.Image:
     return Image.open(io.BytesIO(drawn)).convert("RGB").quantize(256)
 
 
+def draw_sweep() -> Image.Image:
+    """What `ckpt-avg sweep --plot` draws of the last eight checkpoints of the fixture run."""
+    from runs import train  # finds the fixture's script
+
+    from ckpt_avg import sweep
+    from ckpt_avg.cli import plots
+
+    result = sweep(
+        FIXTURE,
+        last=8,
+        windows="last",
+        minimize="loss",
+        model=train.make_model,
+        data=train.train_loader,
+        evaluate=train.evaluate,
+    )
+    return Image.open(io.BytesIO(plots.draw_sweep(result, ".png"))).convert("RGB").quantize(256)
+
+
 def _read(name: str) -> Any:
     return json.loads((STUDY / f"{name}.json").read_text())
 
@@ -361,6 +380,7 @@ PICTURES = (
     Picture(STUDY / "window.png", draw_window, _of_scores("choices")),
     Picture(STUDY / "mistakes.png", draw_mistakes, _of_scores("choices")),
     Picture(DOCS / "comparing.png", draw_comparing, _of_fixture),
+    Picture(DOCS / "sweep.png", draw_sweep, _of_fixture),
 )
 
 

@@ -33,6 +33,7 @@ _LOCAL = re.compile(
     re.IGNORECASE,
 )
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_VARIANT = re.compile(r"(?:.*/)?(?:model|diffusion_pytorch_model)\.(\w+)\.safetensors")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")
 
 
@@ -111,16 +112,22 @@ def license_of(config: Mapping[str, Any]) -> str | None:
 
 
 def read_config(folder: Path) -> Mapping[str, Any] | None:
-    """Returns the configuration in a folder of weights; None if there is none that can be read."""
-    for name in CONFIGS:
-        try:
-            with (folder / name).open("rb") as file:
-                found = json.loads(file.read(LIMITS.index))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(found, dict):
-            return found
-    return None
+    """Returns the configuration in a folder of weights; None if there is none that can be read.
+
+    That of sentence-transformers has its own file next to that of the transformer, and comes before it.
+    """
+    several = [_read(folder / name) for name in CONFIGS]
+    found = [each for each in several if each is not None]
+    return {**found[0], **(several[-1] or {})} if found else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(LIMITS.index))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _front_matter(result: AverageResult, name: str, config: Mapping[str, Any]) -> dict[str, object]:
@@ -288,24 +295,36 @@ def _measured_name(evaluation: Evaluation) -> str:
 
 def _loading(result: AverageResult, name: str, config: Mapping[str, Any]) -> list[str]:
     path = json.dumps(name)
-    library, names = _library(config), config.get("architectures")
+    library = _library(config) if result.files else None
+    variants = [match[1] for each in result.files if (match := _VARIANT.fullmatch(each))]
+    variant = f', variant="{variants[0]}"' if variants else ""
     if library == "diffusers":
         kind = _identifier(config.get("_class_name")) or "DiffusionPipeline"
-        lines = [f"from diffusers import {kind}", "", f"model = {kind}.from_pretrained({path})"]
+        lines = [f"from diffusers import {kind}", "", f"model = {kind}.from_pretrained({path}{variant})"]
     elif library == "peft":
         lines = ["from peft import AutoPeftModel", "", f"model = AutoPeftModel.from_pretrained({path})"]
     elif library == "sentence-transformers":
-        lines = ["from sentence_transformers import SentenceTransformer", "", f"model = SentenceTransformer({path})"]
+        named = config.get("model_type")
+        kind = named if named in ("CrossEncoder", "SparseEncoder") else "SentenceTransformer"
+        lines = [f"from sentence_transformers import {kind}", "", f"model = {kind}({path})"]
     elif library == "transformers":
-        kind = (_identifier(names[0]) if isinstance(names, list) and names else None) or "AutoModel"
-        if "auto_map" in config:
-            lines = ["from transformers import AutoModel", ""]
-            lines.append(f"model = AutoModel.from_pretrained({path}, trust_remote_code=True)")
-        else:
-            lines = [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({path})"]
+        kind = _class(config)
+        trust = ", trust_remote_code=True" if "auto_map" in config else ""
+        lines = [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({path}{variant}{trust})"]
     else:
         lines = _loading_files(result, path)
     return ["```python", *lines, "```"]
+
+
+def _class(config: Mapping[str, Any]) -> str:
+    """Returns the class of transformers that loads a model; of code in its folder the one that ``auto_map`` has."""
+    mapped, names = config.get("auto_map"), config.get("architectures")
+    if "auto_map" in config:
+        classes = mapped if isinstance(mapped, dict) else {}
+        kinds = [kind for kind in classes if kind.startswith("AutoModel") and _identifier(kind)]
+        own = [kind for kind in kinds if isinstance(names, list) and str(classes[kind]).rpartition(".")[2] in names]
+        return next(iter([*own, *kinds]), "AutoModel")
+    return (_identifier(names[0]) if isinstance(names, list) and names else None) or "AutoModel"
 
 
 def _loading_files(result: AverageResult, folder: str) -> list[str]:

@@ -121,6 +121,9 @@ def test_what_is_not_known_is_left_out_and_said(result: AverageResult) -> None:
     assert card_notice(known) is None
 
 
+_CODE = {"architectures": ["A"], "model_type": "x"}
+
+
 @pytest.mark.parametrize(
     ("config", "line"),
     [
@@ -128,17 +131,34 @@ def test_what_is_not_known_is_left_out_and_said(result: AverageResult) -> None:
         ({"model_type": "llama"}, 'AutoModel.from_pretrained("swa")'),
         ({"architectures": ["os.system('x')"]}, 'AutoModel.from_pretrained("swa")'),
         ({"model_type": "x", "auto_map": {}}, 'AutoModel.from_pretrained("swa", trust_remote_code=True)'),
+        (
+            {"auto_map": {"AutoConfig": "m.C", "AutoModel": "m.B", "AutoModelForCausalLM": "m.A"}, **_CODE},
+            'AutoModelForCausalLM.from_pretrained("swa", trust_remote_code=True)',
+        ),
         ({"_diffusers_version": "1", "_class_name": "UNet2DModel"}, 'UNet2DModel.from_pretrained("swa")'),
         ({"peft_type": "LORA"}, 'AutoPeftModel.from_pretrained("swa")'),
         ({"__version__": {"sentence_transformers": "5"}}, 'SentenceTransformer("swa")'),
-        (None, 'load_file("swa.safetensors")'),
+        ({"__version__": {"sentence_transformers": "5"}, "model_type": "CrossEncoder"}, 'CrossEncoder("swa")'),
+        (None, 'load_file("swa/model.safetensors")'),
     ],
 )
 def test_a_card_shows_how_the_library_of_the_folder_loads_it(
     result: AverageResult, config: dict[str, Any] | None, line: str
 ) -> None:
     """If it failed, a reader would copy a line that does not work, or a line that a checkpoint wrote."""
-    assert line in _card(result, config=config)
+    assert line in _card(replace(result, files=("model.safetensors", "README.md")), config=config)
+
+
+def test_a_card_shows_how_to_load_a_variant(result: AverageResult) -> None:
+    """If it failed, diffusers and transformers would not find the weights with the line of the card."""
+    files = ("unet/diffusion_pytorch_model.fp16.safetensors", "README.md")
+    config = {"_diffusers_version": "1", "_class_name": "UNet2DModel"}
+    assert 'from_pretrained("swa", variant="fp16")' in _card(replace(result, files=files), config=config)
+
+
+def test_the_card_of_a_file_opens_a_file(result: AverageResult) -> None:
+    """If it failed, a library would look for a folder, which is not there."""
+    assert 'load_file("swa.safetensors")' in _card(result, config={"model_type": "llama"})
 
 
 @pytest.mark.parametrize(
@@ -194,3 +214,10 @@ def test_a_configuration_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     assert read_config(tmp_path) == {"peft_type": "LORA"}
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert read_config(tmp_path) == {"peft_type": "LORA"}
+
+
+def test_the_configuration_of_sentence_transformers_comes_first(tmp_path: Path) -> None:
+    """If it failed, its card would load the transformer alone, without the layers after it."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "license": "mit"}')
+    (tmp_path / "config_sentence_transformers.json").write_text('{"model_type": "SentenceTransformer"}')
+    assert read_config(tmp_path) == {"model_type": "SentenceTransformer", "license": "mit"}

@@ -18,6 +18,7 @@ release = version = ckpt_avg.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "command_reference"]
 exclude_patterns = ["site", "study"]
+highlight_language = "text"
 default_role = "literal"  # single backticks in docstrings
 
 myst_heading_anchors = 4  # links to headings, as on GitHub

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_avg.checkpoint.spec import CheckpointSpec, batch_norm_layers
 from ckpt_avg.cli.shared_text import skipped_lines
-from ckpt_avg.tables import WIDTH, table
+from ckpt_avg.tables import WIDTH, table, wrapped
 from ckpt_avg.text import escaped, listing, one_line, plural, quote, size
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def inspection_text(found: Inspection, *, quiet: bool = False, verbose: bool = F
             lines.append(f"selected: {chosen} of {plural(len(found.listed), 'checkpoint')}")
         names = sorted({name for each in found.listed for name in each.record.metrics})
         if names:
-            lines.append(f"metrics: {listing(map(quote, names))}")
+            lines += wrapped(f"metrics: {listing(map(quote, names))}", width)
         first = found.listed[0].spec
         lines += [] if quiet else [f"note: {first.name}: {note}" for note in first.notes]
         averaged = [each.spec for each in found.listed if each.spec.averaged]

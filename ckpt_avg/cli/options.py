@@ -95,7 +95,12 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
 
 
 output = _only_here(
-    "-o", "--output", heading=EVERYDAY, required=True, metavar="OUT.safetensors", help="Write this file."
+    "-o",
+    "--output",
+    heading=EVERYDAY,
+    required=True,
+    metavar="OUT.safetensors|FOLDER/",
+    help="Write this file, or a folder that from_pretrained loads.",
 )
 report = _only_here(
     "--report",

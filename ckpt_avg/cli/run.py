@@ -100,7 +100,8 @@ def make_output(
     if unmet is not None:
         whole["error"] = error_json(type(unmet).__name__, str(unmet), unmet.exit_code)
     contents = [("--report", path, _reporting(path, whole)) for path in report]
-    _write(found, contents, files, as_json=printing.as_json, failure=unmet, stopped=stopped)
+    says = not (printing.as_json or shown)  # the card is alone on stdout
+    _write(found, contents, files, as_json=printing.as_json, says=says, failure=unmet, stopped=stopped)
 
 
 def make_report(
@@ -138,7 +139,7 @@ def make_report(
     contents = [("--report", path, _reporting(path, whole)) for path in report]
     if plot is not None:
         contents.append(("--plot", plot, lambda: draw(result, os.path.splitext(plot)[1].lower())))
-    _write(found, contents, files, as_json=printing.as_json)
+    _write(found, contents, files, as_json=printing.as_json, says=not printing.as_json)
 
 
 def refuse_ranks(command: str) -> None:
@@ -233,13 +234,19 @@ def _write(
     files: SideFiles,
     *,
     as_json: bool,
+    says: bool,
     failure: CkptAvgError | None = None,
     stopped: BaseException | None = None,
 ) -> None:
-    """Writes files, given as option, path and contents; then prints the document, even if that fails."""
+    """Writes files, given as option, path and contents; then prints the document, even if that fails.
+
+    With ``says`` it names each file on stdout.
+    """
     for option, path, make in contents:
         try:
             files.publish(option, path, make)
+            if says:
+                say(f"wrote {one_line(path)}")
         except CkptAvgError as error:  # noqa: PERF203 (a few files)
             failure = failure or error
     if stopped is not None:

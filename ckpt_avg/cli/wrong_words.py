@@ -33,6 +33,7 @@ _OTHER_TOOLS = {  # options of other tools, with - in place of _ → ours
     **dict.fromkeys(("--checkpoint-upper-bound", "--max-epoch", "--epoch", "--iter", "--end"), "--to-step S"),
     **dict.fromkeys(("--min-epoch", "--swa-start", "--start", "--swa-epoch-start"), "--from-step S"),
     **dict.fromkeys(("--swa-freq", "--interval", "--freq", "--step"), "--every K"),
+    **dict.fromkeys(("--epochs", "--steps", "--range", "--window"), "--from-step S --to-step S"),
     **dict.fromkeys(("--output-dir", "--out-dir"), "-o FOLDER/"),
     **dict.fromkeys(("--output-path", "--output-file", "--outfile", "--out", "--dst-model", "--save-path"), "-o FILE"),
     **dict.fromkeys(("--use-ema", "--use-averaged-model"), "--ema"),

@@ -115,6 +115,7 @@ def check_paths(
         return check_folder(output, discovery, overwrite=overwrite), None
     target = check_output(output, discovery, overwrite=overwrite)
     if target.suffix != ".safetensors":
-        context.notice(f"{output}: will be a safetensors file, whatever its suffix")
+        folder = setting("-o", os.path.join(output, ""))
+        context.notice(f"{output}: will be a safetensors file. For a folder that from_pretrained loads, use {folder}")
     checksum = check_checksum(output, discovery, wanted=request.sha256, overwrite=overwrite, notice=context.notice)
     return target, checksum

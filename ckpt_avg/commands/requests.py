@@ -260,7 +260,8 @@ def takes(
     """
     signature = inspect.signature(request)
     declared = {each.name: each for _, each in options_of(request)}
-    names = [name for name in signature.parameters if not declared[name].kw_only]
+    positional = [name for name in signature.parameters if not declared[name].kw_only]
+    names = list(positional)
     names += [name for name in declared if name not in names]
     parameters = [signature.parameters[name] for name in names]
     lines = (f"{name}: {_described(declared[name])}" for name in names)
@@ -274,7 +275,10 @@ def takes(
                 signature.bind(*arguments, **options)
             except TypeError as error:
                 unknown = next((name for name in options if name not in names), "")
-                raise TypeError(f"{function.__name__}() {error}.{suggestion(unknown, names)}") from None
+                advice = suggestion(unknown, names)
+                if len(arguments) > len(positional):
+                    advice = f" Name all but {' and '.join(positional)}."
+                raise TypeError(f"{function.__name__}() {error}.{advice}") from None
             made = request(*arguments, **options)
             with _shown_progress(made):
                 return function(made)

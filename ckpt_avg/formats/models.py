@@ -62,7 +62,7 @@ def open_models(path: Path, models: Mapping[str, WeightFiles], reading: Reading)
             spec = replace(checkpoint.spec, path=inner, model=name, settings=settings_of(inner))
             opened[name] = replace(checkpoint, spec=spec)
         tensors: dict[str, TensorSpec] = {}
-        notes = [f"the folder has several models: {listing(map(quote, filter(None, opened)))}"]
+        notes = [f"read as one checkpoint, with the models in its folders: {listing(map(quote, filter(None, opened)))}"]
         begin = 0
         for name, checkpoint in opened.items():
             prefix = prefix_of(name)

@@ -38,7 +38,8 @@ def build_model(
     """
     if not callable(model):
         raise UserCodeError(
-            f"the model: expected a torch.nn.Module or a function that returns one, got {type_of(model)}."
+            f"the model: expected a torch.nn.Module or a function that returns one, got {type_of(model)}. "
+            "Give the class or the function itself."
         )
     with user_errors("the model factory raised", call="Name one that needs no arguments."):
         built = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model()

@@ -66,6 +66,7 @@ LINES = [
     (f"average runs/7 -n 2 {OUT}", 2, "-n: no such option. Write --last N."),
     (f"average runs/7 --avg 2 {OUT}", 2, "--avg: no such option. Write --last N."),
     (f"average runs/7 --best-k 2 {OUT}", 2, "Write --best N --metric NAME --mode min|max."),
+    ("average runs/7 --epochs 8-9", 2, "--epochs: no such option. Write --from-step S --to-step S."),
     ("average runs/7 --output-dir release", 2, "--output-dir: no such option. Write -o FOLDER/."),
     (f"average runs/7 -last 2 {OUT}", 2, "Write two dashes: --last."),
     (f"average runs/7 --from_step 9 {OUT}", 2, "--from_step: no such option. Did you mean '--from-step'?"),
@@ -190,3 +191,10 @@ def test_a_pattern_that_matches_nothing_is_noticed(work: Path, in_process: InPro
     assert code == 0
     assert err == "Notice: --exclude 'epoch_1O*': matches no checkpoint. Did you mean 'epoch_10.pt'?\n"
     assert in_process("average", "runs/7", "--exclude", "*_10*", "--overwrite", "-o", "out.safetensors")[2] == ""
+
+
+def test_a_folder_without_its_slash_is_noticed(work: Path, in_process: InProcess) -> None:
+    """If it failed, who wants a folder that a library loads would get a file without suffix, and not learn how."""
+    code, _, err = in_process("average", "runs/7", "-o", "release")
+    assert code == 0
+    assert err.endswith("For a folder that from_pretrained loads, use -o release/\n")

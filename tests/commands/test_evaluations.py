@@ -705,7 +705,7 @@ def test_an_unmet_requirement(app: AverageApp, in_process: InProcess, old: bool)
     assert "NOT MET: m>=last: expected >= 1, got 0.5" in lines
     assert "met: m>=0: expected >= 0, got 0.5" in lines
     assert f"did not write {app.out}" in lines
-    assert not [line for line in lines if line.startswith(("wrote", "would"))]
+    assert [line for line in lines if line.startswith(("wrote", "would"))] == [f"wrote {report}"]
     assert stderr.splitlines()[-1].startswith(f"Error: {app.out}: not published, because 1 of 2 requirements failed")
     assert "Traceback" not in stderr
     document = json.loads(report.read_text())

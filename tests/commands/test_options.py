@@ -92,6 +92,8 @@ def test_an_unknown_keyword_is_named_with_the_nearest_known_one() -> None:
         ckpt_avg.average("run", "out", evry=3)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"average\(\) missing a required argument: 'output'"):
         ckpt_avg.average("run")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"average\(\) too many positional.* Name all but sources and output\.$"):
+        ckpt_avg.average("run", "out", 8)  # type: ignore[misc]
     with pytest.raises(TypeError, match=r"check\(\) got an unexpected keyword argument 'bn'\.$"):
         ckpt_avg.check("run", bn="keep")  # type: ignore[call-arg]
 

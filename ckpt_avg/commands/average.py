@@ -99,7 +99,8 @@ def writes_folder(request: AverageRequest | SoupRequest) -> bool:
         return names_folder(request.output)
     path = Path(request.output)
     if path.suffix.lower() == SAFETENSORS or path.is_file():
-        folder = os.path.join(path.with_suffix(""), "")
+        stem = path.with_suffix("")
+        folder = os.path.join(stem.with_name(f"{stem.name}-folder") if stem.is_file() else stem, "")
         raise UsageError(f"{path}: is one file, and {option} needs a folder. Use {setting('-o', folder)}.")
     return True
 

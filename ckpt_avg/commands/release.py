@@ -23,7 +23,7 @@ from ckpt_avg.output.paths import checksum_line
 from ckpt_avg.output.provenance import digest_of
 from ckpt_avg.output.release_folder import ReleaseFolder
 from ckpt_avg.output.shards import Shard, encode_index, index_metadata, index_name
-from ckpt_avg.output.side_file import SideFile, json_of
+from ckpt_avg.output.side_file import SideFile, is_damaged_json, json_of
 from ckpt_avg.output.side_file_names import CONFIG, MAIN
 from ckpt_avg.output.side_files import differences, find_side_files, folders_of_models, refuse_other_links
 from ckpt_avg.output.weights_name import weights_name
@@ -81,6 +81,9 @@ def plan_release(prepared: Prepared, context: Context, *, sha256: bool, max_shar
         paths = _find(prepared.last, context.notice)
         refuse_other_links(paths.values(), _inside(prepared.last)[-1], _run_of(prepared.last), context.notice)
         _notice_differences(prepared, context.notice)
+        for path in paths.values():
+            if path.suffix == ".json" and is_damaged_json(path):
+                context.notice(f"{path}: is no JSON, and copied as it is. Copy it from another checkpoint")
         names, tied = {}, {}
         for model, checkpoint in (prepared.last.models or {"": prepared.last}).items():
             folder = f"{model}/" if model else ""

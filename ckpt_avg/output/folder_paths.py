@@ -87,7 +87,8 @@ def refuse_foreign(folder: Path, where: str, *, overwrite: bool) -> None:
         return
     if not others:
         raise OutputError(f"{where}: exists already. Choose another folder, or replace it with --overwrite.")
-    what = f"is not empty: it contains {listing(map(quote, others))}"
+    shown = others if written else dict.fromkeys(name.partition("/")[0] for name in others)
+    what = f"is not empty: it contains {listing(map(quote, shown))}"
     if written:
         raise OutputError(f"{where}: {what}, which ckpt-avg did not write. Move it away, or choose another folder.")
     name = os.path.join(where, "swa.safetensors")

@@ -89,6 +89,17 @@ def text_in(path: Path) -> str:
         return file.read(0, file.size).decode(errors="replace") if file.size <= LIMITS.log else ""
 
 
+def is_damaged_json(path: Path) -> bool:
+    """Whether a file is no JSON; a large one is not looked at."""
+    try:
+        with InputFile(path, reserve=0) as file:
+            if file.size <= LIMITS.log:
+                json.loads(file.read(0, file.size))
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
 def json_of(path: Path) -> Any:
     """Returns the JSON in a file; an empty object if there is none."""
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ckpt_avg.errors import CheckpointFormatError, fail
 from ckpt_avg.files.status import input_status, is_file
 from ckpt_avg.output.model_code import find_code
-from ckpt_avg.output.side_file import SideFile, json_of
+from ckpt_avg.output.side_file import SideFile, is_damaged_json, json_of
 from ckpt_avg.output.side_file_names import KINDS, MAIN, MODULES, PIPELINE, TEMPLATES, TEXT, is_of_run, kind_of
 from ckpt_avg.text import listing, quote
 
@@ -136,8 +136,10 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _keys(name: str, last: Path, others: Sequence[Path]) -> str:
-    found = [json_of(each) for each in (last, *others)] if name.endswith(".json") else []
-    if not found or not all(isinstance(each, dict) for each in found):
+    if not name.endswith(".json") or any(map(is_damaged_json, (last, *others))):
+        return ""
+    found = [json_of(each) for each in (last, *others)]
+    if not all(isinstance(each, dict) for each in found):
         return ""
     (ours, *theirs), missing = found, object()
     names = sorted({*ours, *(key for each in theirs for key in each)})

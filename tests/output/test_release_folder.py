@@ -228,6 +228,7 @@ def test_refresh_and_soup_write_folders_too(tmp_path: Path) -> None:
         ("here/", UsageError, r"is the current folder, or contains it.*Use -o here/release/"),
         ("full/", OutputError, r"is not empty: it contains 'notes\.md'\. Choose another folder, or name a file in it"),
         ("full", OutputError, r"is not empty: it contains 'notes\.md'\. Choose another folder, or name a file in it"),
+        ("deep/", OutputError, r"is not empty: it contains 'a'\. Choose another folder"),
         ("ours/", OutputError, r"exists already\. Choose another folder, or replace it with --overwrite"),
     ],
 )
@@ -246,6 +247,8 @@ def test_a_path_that_cannot_be_the_folder_is_refused_at_once(
         (tmp_path / name).mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "full" / "notes.md").write_text("mine")
+    for name in ("b", "c"):
+        (tmp_path / "deep" / "a" / name).mkdir(parents=True)
     average(run, "ours")
     before = contents(tmp_path)
     if output == "here/":

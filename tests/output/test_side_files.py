@@ -133,11 +133,15 @@ def test_differences_are_notices_with_the_checkpoints_and_the_keys(tmp_path: Pat
 
 @pytest.mark.parametrize("damaged", ["{", "[" * 100_000, "[1]", "null", "\udcff", ""])
 def test_a_configuration_that_is_no_object_is_copied_as_it_is(tmp_path: Path, damaged: str) -> None:
+    """If it failed, a run would end, or the user would not learn why the folder does not load."""
     contents = damaged.encode(errors="surrogateescape")
     for step, text in ((1, b"{}"), (2, contents)):
         (checkpoint(tmp_path, step, {}) / "config.json").write_bytes(text)
     result = average(tmp_path, f"{tmp_path}/release/")
     assert (result.output / "config.json").read_bytes() == contents
+    said = [each for each in result.notices if "is no JSON" in each]
+    assert len(said) == (damaged not in ("[1]", "null"))
+    assert all(str(tmp_path / "checkpoint-2" / "config.json") in each for each in said)
 
 
 # -- Links and odd files --------------------------------------------------------------------------------------------

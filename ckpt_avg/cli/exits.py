@@ -20,7 +20,7 @@ from ckpt_avg.text import safe_text
 from ckpt_avg.wording import for_command_line
 
 # A signal may come between publishing and the last line of output.
-_UNTOUCHED = "the output path is unchanged, or complete if it was already published"
+_UNTOUCHED = ": the output path is unchanged, or complete if it was already published"
 
 
 class _Terminated(BaseException):
@@ -95,24 +95,24 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
         message = message_of(error, command, arguments)
         return _fail(type(error).__name__, message, error.exit_code, as_json)
     except (KeyboardInterrupt, click.Abort) as error:
-        return _interrupted(error, as_json)
+        return _interrupted(error, arguments, as_json)
     except _Terminated as error:
-        return _interrupted(error, as_json)
+        return _interrupted(error, arguments, as_json)
     except Exception as error:
-        return _failed(error, as_json, not {"-v", "--verbose"}.isdisjoint(arguments))
+        return _failed(error, arguments, as_json)
 
 
-def _failed(error: Exception, as_json: bool, verbose: bool) -> int:
+def _failed(error: Exception, arguments: Sequence[str], as_json: bool) -> int:
     """Says what has failed; a bug of ours is raised again."""
     # torch raises for loader workers that the signal has ended, too; a RankError knows the cause better.
     signalled = _signal_before(error) if isinstance(error, (UserCodeError, RuntimeError)) else None
     if signalled is not None:
-        return _interrupted(signalled, as_json)
+        return _interrupted(signalled, arguments, as_json)
     if isinstance(error, CkptAvgError):
         if isinstance(error, UserCodeError) and error.__cause__ is not None:
             from ckpt_avg.user_code.raised import lines_of
 
-            if lines := lines_of(error.__cause__, whole=verbose):
+            if lines := lines_of(error.__cause__, whole=not {"-v", "--verbose"}.isdisjoint(arguments)):
                 say(lines, err=True)
         return _fail(type(error).__name__, str(error), error.exit_code, as_json, error.document)
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
@@ -138,11 +138,12 @@ def _signal_before(error: BaseException) -> KeyboardInterrupt | _Terminated | No
     return None
 
 
-def _interrupted(error: KeyboardInterrupt | click.Abort | _Terminated, as_json: bool) -> int:
+def _interrupted(error: KeyboardInterrupt | click.Abort | _Terminated, arguments: Sequence[str], as_json: bool) -> int:
     known = vars(error).get("document")  # of an output that is published already
+    output = _UNTOUCHED if any(word.startswith(("-o", "--output")) for word in arguments) else ""
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return _fail("Interrupted", f"interrupted: {_UNTOUCHED}", 130, as_json, known)
-    return _fail("Terminated", f"terminated: {_UNTOUCHED}", 128 + error.number, as_json, known)
+        return _fail("Interrupted", f"interrupted{output}", 130, as_json, known)
+    return _fail("Terminated", f"terminated{output}", 128 + error.number, as_json, known)
 
 
 def error_json(kind: str, message: str, code: int) -> dict[str, object]:

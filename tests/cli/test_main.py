@@ -433,7 +433,8 @@ def test_an_error_while_a_signal_stops_the_command_is_no_bug(
     """torch raises an error for loader workers that Ctrl-C has ended, at any moment."""
 
     @click.command
-    def interrupted() -> None:
+    @click.option("-o")
+    def interrupted(o: str | None) -> None:
         try:
             signal.raise_signal(signal.SIGINT)
         finally:
@@ -441,10 +442,12 @@ def test_an_error_while_a_signal_stops_the_command_is_no_bug(
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell ignores it
     try:
-        assert run(interrupted, []) == 130
+        assert [run(interrupted, []), run(interrupted, ["-o", "x"])] == [130, 130]
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err.startswith("Error: interrupted")
+    without, with_output = capsys.readouterr().err.splitlines()
+    assert without == "Error: interrupted"  # such as sweep: it has no output path to speak of
+    assert with_output.startswith("Error: interrupted: the output path is unchanged")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ _OTHER_COMMANDS = {
     **dict.fromkeys(("bn", "refresh", "update-bn"), "refresh-bn"),
     **dict.fromkeys(("eval", "evaluate", "search"), "sweep"),
     **dict.fromkeys(("validate", "checksum"), "verify"),
+    "version": "--version",
 }
 
 

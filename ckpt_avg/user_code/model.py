@@ -200,7 +200,7 @@ class Passes:
         if not isinstance(self._batches, Iterable):
             raise UserCodeError(
                 f"the data{' factory: expected it to return' if self._factory else ': expected'} an iterable of "
-                f"batches, got {returned(self._batches)}"
+                f"batches, got {returned(self._batches)}{_of_dataset(self._batches)}"
             )
 
     @property
@@ -228,6 +228,11 @@ class Passes:
             module.setup("fit")
         factory: Callable[[], Iterable[Any]] = module.train_dataloader
         return factory
+
+
+def _of_dataset(value: object) -> str:
+    """Returns what to do with a torch Dataset, which has samples, not batches."""
+    return " Give a DataLoader of it." if isinstance(value, torch.utils.data.Dataset) else ""
 
 
 def _is_data_module(value: Any) -> bool:

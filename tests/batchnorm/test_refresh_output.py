@@ -384,6 +384,11 @@ def returning(value: Any) -> Callable[[], Any]:
             "expected it to return an iterable of batches, got None. Is there a return?",
         ),
         (UserCodeError, {"data": returning(3)}, "expected it to return an iterable of batches, got an int"),
+        (
+            UserCodeError,
+            {"data": torch.utils.data.TensorDataset(torch.zeros(2, 4))},
+            "batches, got a TensorDataset. Give a DataLoader of it.",
+        ),
         (IncompatibleError, {"model": Wider}, "size mismatch for inner.weight"),
         (IncompatibleError, {"model": Wider}, "torch.Size([6, 4])"),
         (IncompatibleError, {"model": Wider}, "torch.Size([6, 5])"),

@@ -56,6 +56,7 @@ LINES = [
     ("--last 2 runs/7", 2, "--last: no command before it. Write the command first:\n  ckpt-avg inspect --last"),
     ("-v average runs/7", 2, "-v: no such option. Write: ckpt-avg average -v runs/7"),
     ("merge runs/7", 2, "merge: no such command. Did you mean 'average'?"),
+    ("version", 2, "version: no such command. Did you mean '--version'?"),
     ("inspekt runs/7", 2, "inspekt: no such command. Did you mean 'inspect'?"),
     ("help averge", 2, "averge: no such command. Did you mean 'average'?"),
     # options of other tools, of other commands, and misspelt ones

@@ -77,7 +77,7 @@ def test_the_report_of_an_average(report: Callable[..., Any], run_folder: Path) 
         ("average", ["RUN/epoch_20.pt", "-o", "a.safetensors", "--card"]),
         ("average", ["RUN", "--last", "2", "-o", "release/", "--bn", "keep"]),
         ("refresh-bn", ["RUN/epoch_20.pt", "-o", "a.safetensors", *REFRESH, *EVAL]),
-        ("soup", ["RUN", "--last", "3", "-o", "a.safetensors", *REFRESH, *EVAL, "--minimize", "loss", "--split", "v"]),
+        ("soup", ["RUN", "--last", "2", "-o", "a.safetensors", *REFRESH, *EVAL, "--minimize", "loss", "--split", "v"]),
         ("sweep", ["RUN", "--last", "2", *REFRESH, *EVAL, "--minimize", "loss"]),
         ("compare", ["RUN", "--last", "4"]),
     ],

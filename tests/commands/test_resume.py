@@ -85,7 +85,12 @@ def calls_of(function: Any) -> int:
 @pytest.mark.parametrize("command", ["swept", "made"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"hold": 1, "eval_repeats": 2}, {"weightings": "mean,ema:1", "hold": 1}, {"data": None, "bn": "keep"}],
+    [
+        {},
+        pytest.param({"hold": 1, "eval_repeats": 2}, marks=pytest.mark.slow),
+        pytest.param({"weightings": "mean,ema:1", "hold": 1}, marks=pytest.mark.slow),
+        pytest.param({"data": None, "bn": "keep"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_stopped_at_any_measurement_it_gives_what_one_run_gives(

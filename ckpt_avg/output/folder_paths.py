@@ -51,9 +51,8 @@ def check_folder(path: str | os.PathLike[str], discovery: Discovery, *, overwrit
     if status is not None and not os.path.isdir(target):
         raise UsageError(f"{where}: is no folder. Choose another path.")
     _refuse_checkpoints(where, target, discovery)
-    current = Path.cwd()
     is_mounted = platform.is_mount_point(target)
-    if target == current or target in current.parents or is_mounted:
+    if is_mounted or _is_current(target):
         what = "is a mount point" if is_mounted else "is the current folder, or contains it"
         inside = os.path.join(where, "release", "")
         raise UsageError(f"{where}: {what}, so it cannot be replaced in one step. Use {setting('-o', inside)}.")
@@ -64,10 +63,20 @@ def check_folder(path: str | os.PathLike[str], discovery: Discovery, *, overwrit
     return target
 
 
+def _is_current(folder: Path) -> bool:
+    try:
+        current = Path.cwd()
+    except FileNotFoundError:  # it was removed
+        return False
+    return folder == current or folder in current.parents
+
+
 def _refuse_checkpoints(where: str, target: Path, discovery: Discovery) -> None:
     for path in discovery.paths:
         real = Path(os.path.realpath(path))
-        if target == real or target in real.parents:
+        if target == real:
+            raise UsageError(f"{where}: is one of the checkpoints. Leave it out of them, or choose another folder.")
+        if target in real.parents:
             raise UsageError(f"{where}: contains the checkpoint {path}. Choose another folder.")
         if real in target.parents:
             raise UsageError(f"{where}: is in the checkpoint {path}. Choose another folder.")

@@ -52,6 +52,9 @@ def test_options_of_a_folder_are_refused_for_a_file(tmp_path: Path, checkpoint: 
     """If it failed, the user would get one file, or a folder called x.safetensors."""
     with pytest.raises(UsageError, match=r"is one file, and --max-shard-size needs a folder\. Use -o .*/x/\."):
         ckpt_avg.average(checkpoint, tmp_path / "x.safetensors", max_shard_size="5GB")
+    (tmp_path / "y").touch()
+    with pytest.raises(UsageError, match=r"Use -o .*/y-folder/\."):
+        ckpt_avg.average(checkpoint, tmp_path / "y", max_shard_size="5GB")
     with pytest.raises(UsageError, match="Add --push-to-hub"):
         ckpt_avg.average(checkpoint, tmp_path / "x", private=True)
 

@@ -219,7 +219,7 @@ def test_refresh_and_soup_write_folders_too(tmp_path: Path) -> None:
     ("output", "error", "said"),
     [
         ("run/", UsageError, "contains the checkpoint"),
-        ("run/checkpoint-100/", UsageError, "contains the checkpoint"),
+        ("run/checkpoint-100/", UsageError, r"is one of the checkpoints\. Leave it out of them"),
         ("run/checkpoint-100/release/", UsageError, "is in the checkpoint"),
         ("file/", UsageError, "is no folder"),
         ("file/release/", UsageError, "file is not a folder"),
@@ -258,6 +258,16 @@ def test_a_path_that_cannot_be_the_folder_is_refused_at_once(
     with pytest.raises(error, match=said):
         average(run, output, dry_run=dry_run)
     assert contents(tmp_path) == before
+
+
+def test_a_current_folder_that_was_removed_is_in_nobody_s_way(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert average(run, f"{tmp_path}/release/").written
 
 
 @pytest.mark.parametrize("name", ["out", "out put"])

@@ -54,14 +54,17 @@ def parts_of(
     """
     parts: list[Part] = []
     begin = 0
+    plans = {model: _only(prepared, model, tied[model]) for model in names}
+    sharded = {model for model, plan in plans.items() if largest is not None and plan.nbytes > largest}
+    if sharded or any(name == without_variant(name) for name in names.values()):
+        # A loader looks for one variant in all folders.
+        names = {model: without_variant(name) for model, name in names.items()}
     for model, name in names.items():
         checkpoints = prepared.checkpoints
         if prepared.last.models:
             checkpoints = tuple(_model_of(each, model) for each in checkpoints)
-        plan = _only(prepared, model, tied[model])
-        shards = whole(plan, name)
-        if largest is not None and plan.nbytes > largest:
-            shards = split(plan, without_variant(name), largest)
+        plan = plans[model]
+        shards = split(plan, name, largest) if largest is not None and model in sharded else whole(plan, name)
         moved = tuple(_moved(each, begin, prefix_of(model)) for each in shards)
         parts.append(Part(model, checkpoints, moved, tied[model]))
         begin += plan.nbytes

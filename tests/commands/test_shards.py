@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from commands.user_modules import data, make, score, trained
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from system.faults.rank_runs import in_threads
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -212,3 +212,22 @@ def test_what_is_not_tied_in_the_sources_is_not_their_mean(tmp_path: Path) -> No
     torch.save({name: tensor.clone() for name, tensor in Tied().state_dict().items()}, sources[0] / "pytorch_model.bin")
     with before, pytest.raises(ckpt_avg.VerificationError):
         ckpt_avg.verify(tmp_path / "release", sources=tmp_path / "run")
+
+
+@pytest.mark.parametrize(("largest", "suffix"), [(None, ".fp16"), ("1KB", "")])
+def test_all_models_of_a_folder_keep_their_variant_or_none_does(
+    tmp_path: Path, largest: str | None, suffix: str
+) -> None:
+    """If it failed, diffusers would load the pipeline neither with the variant nor without it."""
+    for step in (1, 2):
+        for model, count in (("unet", 3), ("vae", 1)):
+            folder = tmp_path / "run" / f"checkpoint-{step}" / model
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+            tensors = {str(each): torch.full((300,), float(step)).half() for each in range(count)}
+            save_file(tensors, folder / "diffusion_pytorch_model.fp16.safetensors")
+    result = average(tmp_path / "run", f"{tmp_path}/release/", max_shard_size=largest)
+    assert f"vae/diffusion_pytorch_model{suffix}.safetensors" in result.files
+    assert any("unet" in name and suffix in name and name.endswith(".safetensors") for name in result.files)
+    assert ("unet/diffusion_pytorch_model.safetensors.index.json" in result.files) is (largest is not None)
+    assert ckpt_avg.verify(tmp_path / "release", sources=tmp_path / "run").tensors == 4

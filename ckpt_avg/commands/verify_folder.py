@@ -20,6 +20,8 @@ from ckpt_avg.output.shards import SAFETENSORS, SHARD_NAME, encode_index, index_
 from ckpt_avg.output.written_file import ADVICE, WrittenFile, is_written
 from ckpt_avg.text import argument, listing, quote
 
+_LOADED = (SAFETENSORS, f"{SAFETENSORS}.index.json")  # of what a loader takes for weights
+
 
 @dataclass(frozen=True, slots=True)
 class OutputFolder:
@@ -81,6 +83,13 @@ def read_folder(path: Path) -> OutputFolder:
     missing = [name for name, digest in files.items() if name not in names and (digest or _is_needed(name))]
     if missing:
         raise VerificationError(f"{path}: incomplete: {listing(map(quote, missing))} missing. {ADVICE}")
+    loaded = set(map(_loaded_as, weights))
+    strange = [name for name in names if name not in files and name.endswith(_LOADED) and _loaded_as(name) in loaded]
+    if strange:
+        raise VerificationError(
+            f"{path}: contains weights that were not written with it: {listing(map(quote, strange))}. A loader may "
+            "take them. Move them away."
+        )
     return OutputFolder(
         path,
         weights,
@@ -98,6 +107,12 @@ def _names(path: Path) -> Iterator[str]:
     for place, _, files in os.walk(path, onerror=refuse):
         for name in files:
             yield Path(place, name).relative_to(path).as_posix()
+
+
+def _loaded_as(name: str) -> str:
+    """Returns the name of weights for a loader: without suffix, variant and the number of a shard."""
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{re.sub(r'-[0-9]+-of-[0-9]+', '', file).partition('.')[0]}"
 
 
 def _is_needed(name: str) -> bool:

@@ -268,3 +268,11 @@ def test_exchanged_models_are_found(tmp_path: Path, pipelines: Path) -> None:
     ckpt_avg.average(sorted(pipelines.glob("*/vae")), vae, overwrite=True)
     with pytest.raises(VerificationError, match=r"vae.* records other files"):
         ckpt_avg.verify(tmp_path / "release")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.fp16.safetensors", "model-00001-of-00002.safetensors"])
+def test_weights_that_a_loader_might_take_instead_are_found(release: Path, name: str) -> None:
+    """transformers prefers one file to shards: it would load other weights than those that were verified."""
+    save_file(state(5), release / name)
+    with pytest.raises(VerificationError, match=f"weights that were not written with it: '{name}'"):
+        ckpt_avg.verify(release)

@@ -86,7 +86,7 @@ def several(folder: Folder, names: Sequence[str]) -> str:
     pattern = re.sub(r"\d+([-+.:]\d+)*", "*", name_of(folder.path))
     one = f"ame one of each checkpoint: {argument(folder.path.parent)}/{pattern}/{names[0]}"
     are_folders = all(os.path.isdir(folder.path / name) for name in names)
-    advice = f"Average all of them into a folder, {setting('-o', 'FOLDER/')}, or n{one}" if are_folders else f"N{one}"
+    advice = f"`average` takes all of them with {setting('-o', 'FOLDER/')}. Or n{one}" if are_folders else f"N{one}"
     return f"the folder has several models: {listing(map(quote, names))}. {advice}"
 
 

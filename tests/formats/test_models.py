@@ -126,8 +126,8 @@ def test_a_file_as_output_is_an_error_that_names_the_models_and_what_to_write(tm
     with pytest.raises(CheckpointFormatError) as error:
         average(tmp_path, tmp_path / "out.safetensors")
     assert str(error.value) == (
-        f"{tmp_path}/checkpoint-1: the folder has several models: 'unet', 'vae'. Average all of them into a folder, "
-        f"-o FOLDER/, or name one of each checkpoint: {tmp_path}/checkpoint-*/unet"
+        f"{tmp_path}/checkpoint-1: the folder has several models: 'unet', 'vae'. `average` takes all of them with -o "
+        f"FOLDER/. Or name one of each checkpoint: {tmp_path}/checkpoint-*/unet"
     )
     one = average(sorted(tmp_path.glob("checkpoint-*/unet")), tmp_path / "out.safetensors")
     assert torch.equal(load_file(one.output)["w"], torch.full((3,), 2.0))

@@ -143,7 +143,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "diffusers with two networks": Layout(
         each((500, 1000), {"unet/model.safetensors": W, "text_encoder/model.safetensors": W}, "checkpoint-{}"),
-        refused="several models: 'text_encoder', 'unet'. Average all of them into a folder, -o FOLDER/, or name "
+        refused="several models: 'text_encoder', 'unet'. `average` takes all of them with -o FOLDER/. Or name "
         "one of each checkpoint: {}/checkpoint-*/text_",
     ),
     "one network of each checkpoint": Layout(

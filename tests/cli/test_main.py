@@ -762,8 +762,11 @@ def test_other_sizes_are_refused(in_process: InProcess, text: str) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_messages_on_words_that_are_missing_or_wrong(in_process: InProcess, arguments: list[str], message: str) -> None:
+def test_messages_on_words_that_are_missing_or_wrong(
+    in_process: InProcess, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the form of all our messages: where, what is wrong, what to do."""
+    monkeypatch.chdir(tmp_path)  # a name that is free there is proposed
     assert in_process(*arguments) == (2, "", f"Error: {message}\n")
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import itertools
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -150,7 +151,8 @@ def _refuse_markup(text: str) -> None:
 
     def tags(name: str) -> list[str]:
         report = made_report(2, 2, layers=1, name=f"{name}_{{}}", tensor=f"{name}_{{}}", metric=name, notices=[name])
-        page = report_html({**report, "command_line": [name], "output": f"a/{name}", "split": name})
+        path = os.fsdecode(f"a/{name}".encode(errors="surrogatepass"))  # what the system can name a file
+        page = report_html({**report, "command_line": [name], "output": path, "split": name})
         assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x09\x0b-\x1f]", page.decode())
         return [tag for tag, _ in Reader(page).tags]
 

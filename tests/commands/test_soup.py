@@ -547,7 +547,8 @@ def test_what_is_printed(app: App, in_process: InProcess) -> None:
         "step_5.pt (last)", "last, statistics refreshed", "average, statistics refreshed"
     ]  # fmt: skip
     assert "chosen on the split 'validation': report the numbers of another one" in lines
-    assert shlex.split(lines[-1].removeprefix("the same output: ")) == document["command"]
+    assert shlex.split(lines[-2].removeprefix("the same output: ")) == document["command"]
+    assert lines[-1] == "wrote soup.json"
     assert (document["written"], document["split"]) == (True, "validation")
 
 

@@ -123,7 +123,7 @@ def run_page(page: Path, folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text)
         elif "prints" in block.notes:
-            assert _words(printed) == _words(block.text), where
+            assert _words(printed) == _words(block.text), f"{where}: not what is printed:\n{printed}"
         elif block.language == "console":
             assert "pip install" not in block.commands, f"{where}: installing is not run. Give the reason"
             printed = _run(["bash", "-euo", "pipefail", "-c", block.commands], folder, block, where)

@@ -144,7 +144,7 @@ def train(ledger: Ledger, run: str, *, steps: int, every: int) -> None:
             state,
             kind="HF Trainer",
             step=step,
-            metrics={name: value for name, value in metrics.items() if name.startswith("eval_")},
+            metrics={"eval_loss": metrics["eval_loss"]},  # the others tell the speed
             logged_rate=next(entry["learning_rate"] for entry in entries if "learning_rate" in entry),
             learning_rate=note.rates[step],
             best=trainer.state.best_model_checkpoint == str(folder / path),

@@ -301,7 +301,7 @@ def _shown_progress(request: Any) -> Iterator[None]:
     if not isinstance(given, bool):
         yield
         return
-    from ckpt_avg.notebook_bars import shown_on_request
+    from ckpt_avg.commands.notebook_bars import shown_on_request
 
     with shown_on_request() if given else contextlib.nullcontext() as progress:
         object.__setattr__(request, "progress", progress)

@@ -11,7 +11,6 @@ LAYERS = (
     ("wording", "results"),
     ("errors", "progress", "tables"),
     ("engine", "progress_lines"),
-    ("notebook_bars",),
     ("files", "machine", "distributed"),
     ("checkpoint",),
     ("formats.pickles",),

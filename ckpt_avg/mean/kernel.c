@@ -213,17 +213,6 @@ F16C INLINE sixteen halves_E4M3(const u8 *codes)
 DEFINE_F16C(E4M3, u8, halves_E4M3, 256.0f)
 #endif
 
-/* Chooses what the processor does in hardware. */
-static void choose_instructions(void)
-{
-#ifdef __x86_64__
-    unsigned a, b, c = 0, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C) || !__builtin_cpu_supports("avx2"))
-        return;
-    widen[F16] = f16c_F16, widen[E5M2] = f16c_E5M2, widen[E4M3] = f16c_E4M3;
-#endif
-}
-
 /* ---- sums -------------------------------------------------------------------------------------------------------- */
 
 /* The first inputs are added to -0.0, which is neutral: -0.0 + -0.0 is -0.0. */
@@ -310,6 +299,23 @@ INLINE uint64_t rounded(double value, struct format format)
     return code | sign;
 }
 
+/* The same for a float32 that is within the range of the format, with half as many bits to compute. */
+INLINE uint32_t rounded_float(float value, struct format format)
+{
+    uint32_t bits = bits_of_float(value), magnitude = bits & 0x7FFFFFFFu;
+    int shift = 23 - format.mantissa;
+    uint32_t least = (uint32_t)(127 + 1 - format.bias) << 23;
+    uint32_t exponent = magnitude & 0x7F800000u;
+    exponent = exponent > least ? exponent : least;
+    uint32_t c = exponent + ((uint32_t)shift << 23);
+    uint32_t units = bits_of_float(float_of(magnitude) + float_of(c)) - c;
+    uint32_t code = units + ((exponent - least) >> shift);
+    uint32_t sign = (bits >> (32 - format.bits)) & (1u << (format.bits - 1));
+    if (!HAS_NEGATIVE_ZERO(format))
+        sign = code == 0 ? 0 : sign;
+    return code | sign;
+}
+
 /* Writes the means, which are sum * factor, in the output's dtype. Returns whether any is NaN or infinite there. In two
  * steps, as widening is. */
 #define DEFINE_ROUND(DTYPE, TYPE)                                                                                      \
@@ -370,6 +376,21 @@ typedef int (*round_function)(const double *restrict, double, char *restrict, si
 static const round_function round_to[DTYPES] = {
     round_F64, round_F32, round_BF16, round_F16, round_E5M2, round_E4M3, round_E5M2_FNUZ, round_E4M3_FNUZ,
 };
+
+/* The same for the quotients of float32 sums that are within the range of the format. */
+#define DEFINE_ROUND_FLOAT(DTYPE)                                                                                      \
+    CLONES static void round_float_##DTYPE(const float *restrict sum, float number, u8 *restrict output, size_t n)     \
+    {                                                                                                                  \
+        uint32_t codes[BLOCK];                                                                                         \
+        for (size_t i = 0; i < n; i++)                                                                                 \
+            codes[i] = rounded_float(sum[i] / number, FORMAT_##DTYPE);                                                 \
+        for (size_t i = 0; i < n; i++)                                                                                 \
+            output[i] = (u8)codes[i];                                                                                  \
+    }
+DEFINE_ROUND_FLOAT(E5M2)
+DEFINE_ROUND_FLOAT(E4M3)
+DEFINE_ROUND_FLOAT(E5M2_FNUZ)
+DEFINE_ROUND_FLOAT(E4M3_FNUZ)
 
 /* Which NaN an addition of two NaNs returns depends on the processor; each dtype has one that is written. */
 static const uint64_t nans[DTYPES] = {
@@ -706,19 +727,100 @@ static const void *values_of(const struct input *input, size_t first, size_t n, 
     return buffer;
 }
 
-/* Sums inputs of a format with a 4-bit exponent. Their values are multiples of 2^-9 up to 448, or of 2^-10 up to 240:
- * sums of up to 64 are exact in float32, and all sums in float64, so that the order does not matter. */
-static void sum_E4M3(const struct job *job, size_t first, size_t n, double *sum)
+/* The largest of the codes, without their signs, and of `largest`; that of negative zero counts as `negative_zero`. */
+CLONES static u8 largest_code(const u8 *codes, size_t n, u8 negative_zero, u8 largest)
 {
-    float part[BLOCK];
+    for (size_t i = 0; i < n; i++) {
+        u8 magnitude = codes[i] == 0x80 ? negative_zero : codes[i] & 0x7F;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
+/* Sums float8 inputs in float32. Returns their largest code; 0xFF if one is NaN in place of negative zero. */
+static u8 sum_float8(const struct job *job, size_t first, size_t n, float *restrict sum)
+{
+    u8 largest = 0, negative_zero = job->only == E5M2 || job->only == E4M3 ? 0 : 0xFF;
     for (int64_t k = 0; k < job->number; k++) {
         const char *codes = stored(&job->inputs[k], first);
-        for (size_t i = 0; i < n; i += 64) /* the next ones: a processor cannot foresee them from so few bytes */
-            __builtin_prefetch((const void *)((uintptr_t)codes + n + i));
-        widen[job->only](part, codes, k % 64 == 0, n);
-        if (k % 64 == 63 || k + 1 == job->number)
-            add(sum, part, k < 64, n);
+        largest = largest_code((const u8 *)codes, n, negative_zero, largest);
+        widen[job->only](sum, codes, k == 0, n);
     }
+    return largest;
+}
+
+#ifdef __x86_64__
+/* The same as f16c_E5M2 and f16c_E4M3 add one input, with the sums in registers; n is a multiple of 16. Codes of NaN need
+ * no care, because such sums are not used. */
+#define DEFINE_F16C_SUM(DTYPE, SHIFT, MASK, FACTOR)                                                                    \
+    F16C static u8 f16c_sum_##DTYPE(const struct job *job, size_t first, size_t n, float *restrict sum)                \
+    {                                                                                                                  \
+        __m128i largest = _mm_setzero_si128();                                                                         \
+        for (size_t i = 0; i < n; i += 16) {                                                                           \
+            __m256 low = _mm256_set1_ps(-0.0f), high = low;                                                            \
+            for (int64_t k = 0; k < job->number; k++) {                                                                \
+                const char *input = stored(&job->inputs[k], first + i);                                                \
+                __builtin_prefetch((const void *)((uintptr_t)input + n)); /* for the next sums */                      \
+                __m128i codes = _mm_loadu_si128((const void *)input);                                                  \
+                largest = _mm_max_epu8(largest, _mm_and_si128(codes, _mm_set1_epi8(0x7F)));                            \
+                __m256i halves = (__m256i)((sixteen)_mm256_cvtepi8_epi16(codes) << SHIFT & (int16_t)MASK);             \
+                low += _mm256_cvtph_ps(_mm256_castsi256_si128(halves));                                                \
+                high += _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));                                          \
+            }                                                                                                          \
+            _mm256_storeu_ps(sum + i, low * FACTOR);                                                                   \
+            _mm256_storeu_ps(sum + i + 8, high * FACTOR);                                                              \
+        }                                                                                                              \
+        u8 all[16], found = 0;                                                                                         \
+        _mm_storeu_si128((void *)all, largest);                                                                        \
+        for (int i = 0; i < 16; i++)                                                                                   \
+            found = all[i] > found ? all[i] : found;                                                                   \
+        return found;                                                                                                  \
+    }
+DEFINE_F16C_SUM(E5M2, 8, 0xFFFF, 1.0f)
+DEFINE_F16C_SUM(E4M3, 7, 0xBFFF, 256.0f)
+#endif
+
+/* A float8 format: its smallest number, and what computes with it. */
+static struct float8 {
+    struct format format;
+    float least;
+    u8 (*sum)(const struct job *job, size_t first, size_t n, float *restrict sum); /* n is a multiple of 16 */
+    void (*round)(const float *restrict sum, float number, u8 *restrict output, size_t n);
+} float8[DTYPES] = {
+    [E5M2] = {FORMAT_E5M2, 0x1p-16f, sum_float8, round_float_E5M2},
+    [E4M3] = {FORMAT_E4M3, 0x1p-9f, sum_float8, round_float_E4M3},
+    [E5M2_FNUZ] = {FORMAT_E5M2_FNUZ, 0x1p-17f, sum_float8, round_float_E5M2_FNUZ},
+    [E4M3_FNUZ] = {FORMAT_E4M3_FNUZ, 0x1p-10f, sum_float8, round_float_E4M3_FNUZ},
+};
+
+/* Chooses what the processor does in hardware. */
+static void choose_instructions(void)
+{
+#ifdef __x86_64__
+    unsigned a, b, c = 0, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C) || !__builtin_cpu_supports("avx2"))
+        return;
+    widen[F16] = f16c_F16, widen[E5M2] = f16c_E5M2, widen[E4M3] = f16c_E4M3;
+    float8[E5M2].sum = f16c_sum_E5M2, float8[E4M3].sum = f16c_sum_E4M3;
+#endif
+}
+
+/* Writes the means of float8 inputs in their dtype. Returns whether float32 was precise enough for the same codes.
+ *
+ * It is if number * |x| < 2^23 * q for all inputs x, where q is the smallest number of the format. Inputs are multiples
+ * of q, and so are their sums; those below 2^24 * q are exact in float32. The quotient of the whole sum S is at most the
+ * largest |x|, so it is rounded to float32 by at most 2^-24 * |x| < q / (2 * number). A number half-way between two codes
+ * is a multiple of q / 2. If S / number is not that number, it is at least q / (2 * number) away from it, so the rounded
+ * quotient is on the same side of it, and gets the same code. */
+static int write_float8(const struct job *job, size_t first, size_t n, char *output)
+{
+    const struct float8 *const type = &float8[job->only];
+    float sum[BLOCK], number = (float)job->number;
+    u8 largest = (n % 16 == 0 ? type->sum : sum_float8)(job, first, n, sum);
+    if (largest == 0xFF || !(widened(largest, type->format) * number < 0x1p23f * type->least)) /* or one is not finite */
+        return 0;
+    type->round(sum, number, (u8 *)output, n);
+    return 1;
 }
 
 /* Sums inputs of which none is float64, or in pairs inputs that are all bfloat16. */
@@ -833,10 +935,7 @@ static int write_means(const struct job *job, size_t first, size_t n, int in_pai
         for (size_t i = 0; i < n; i += EXACT_BLOCK)
             mean_of_float64(job, first + i, n - i < EXACT_BLOCK ? n - i : EXACT_BLOCK, mean + i);
     } else {
-        if (job->only == E4M3 || job->only == E4M3_FNUZ)
-            sum_E4M3(job, first, n, mean);
-        else
-            sum_narrower(job, first, n, in_pairs, mean);
+        sum_narrower(job, first, n, in_pairs, mean);
         /* To multiply by the reciprocal of a power of two rounds the same number, in a fraction of the time. */
         if ((bits_of(number) & FRACTION) == 0)
             factor = 1 / number;
@@ -881,6 +980,9 @@ static void mean_of_windows(struct job *job, int64_t begin, int64_t n)
     for (size_t first = 0, count; first < (size_t)n && job->what == DONE; first += count) {
         count = (size_t)n - first < BLOCK ? (size_t)n - first : BLOCK;
         char *output = job->output + (begin + (int64_t)first) * sizes[job->dtype];
+        if (job->only == job->dtype && sizes[job->dtype] == 1 && job->weights == NULL &&
+            write_float8(job, first, count, output))
+            continue;
         int in_pairs = job->only == BF16 && job->dtype == BF16 && count % 2 == 0 && job->weights == NULL;
         int found = write_means(job, first, count, in_pairs, mean, output);
         if (found && in_pairs)

@@ -116,17 +116,30 @@ def test_any_bits_of_finite_values_give_the_bytes_that_torch_gives(
     assert native == torchs
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e4m3fnuz"])
-def test_many_float8_inputs_are_summed_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Float32 has the bits for 64 of the largest values and the smallest; here are 150, and zeros of both signs."""
-    generator = torch.Generator().manual_seed(0)
-    largest, smallest = (torch.randint(*codes, (150, 500), generator=generator) for codes in ((0x70, 0x7F), (0, 8)))
-    codes = torch.where(torch.rand(150, 500, generator=generator) < 0.9, largest, smallest).to(torch.uint8)
-    if name == "float8_e4m3fn":
-        codes[:, :100] |= 0x80
-        codes[:, :10] = 0x80
-    paths = save(tmp_path, [{"w": row.view(DTYPES[name])} for row in codes])
-    native, torchs = by_both_engines(monkeypatch, paths, tmp_path, dtype="float64")
+@pytest.mark.guarantee("same-bytes")
+@pytest.mark.parametrize("number", [3, 8, 251])
+@pytest.mark.parametrize("name", [name for name in _kernel.DTYPES if name.startswith("float8")])
+def test_float8_means_are_the_same_up_to_the_precision_of_float32_and_beyond(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Float32 is used while the number of inputs times the largest is below 2**23 of the smallest positive number.
+
+    Beyond, small values between large ones that cancel each other would be lost.
+    """
+    values = torch.arange(128, dtype=torch.uint8).view(DTYPES[name]).double()
+    largest, last = (int(each.nonzero().max()) for each in (values.isfinite(), values * number < 2**23 * values[1]))
+    generator = torch.Generator().manual_seed(number)
+    ends = torch.tensor([[last - 1, last, 0, 1, 2, 3, 9], [min(last + 1, largest), last, 0, 1, 2, 3, 9]])
+    codes = ends[:, torch.randint(0, 7, (number, 5003), generator=generator)].to(torch.uint8)
+    codes |= 0x80 * torch.randint(0, 2, codes.shape, generator=generator, dtype=torch.uint8)
+    if name.endswith("fnuz"):
+        codes[codes == 0x80] = 1  # that is NaN
+    cancelled = codes[0] & 3 | 1
+    cancelled[: number // 2] = largest
+    cancelled[-(number // 2) :] = largest | 0x80
+    tensors = [each.view(DTYPES[name]) for each in (*codes, cancelled)]
+    paths = save(tmp_path, [dict(zip("abc", each, strict=True)) for each in zip(*tensors, strict=True)])
+    native, torchs = by_both_engines(monkeypatch, paths, tmp_path)
     assert native == torchs
 
 

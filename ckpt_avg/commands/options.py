@@ -62,7 +62,7 @@ class ResourceOptions(OptionGroup):
     readers: int = option(
         16,
         "Read ahead with N threads.",
-        doc="Threads that read ahead of the sums: as many requests as the storage serves at a time.",
+        doc="Threads that ask the system to load what is summed next, so that the storage has many requests at a time.",
         metavar="N",
         least=0,
         most=256,

@@ -84,10 +84,10 @@ class InputFile:
             )
         self._can_map = False
 
-    def load(self, offset: int, length: int, scratch: memoryview) -> None:
-        """Brings a range into the page cache. A hint; ``scratch`` has at least that length."""
+    def load(self, offset: int, length: int) -> None:
+        """Lets the system bring a range into the page cache. A hint."""
         with contextlib.suppress(ValueError):  # closed meanwhile
-            platform.load(self.descriptor(), offset, length, scratch)
+            platform.load(self.descriptor(), offset, length)
 
     def read(self, offset: int, length: int) -> bytes:
         """Returns exactly ``length`` bytes from ``offset``.

@@ -32,6 +32,7 @@ _REMOTE = {
 _POSITION = threading.Lock()  # Windows: a descriptor has one position, which all threads share
 _SYNC_FILE_RANGE_WRITE = 2
 _CURRENT, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD, and the flag of renameat2: linux/fcntl.h, linux/fs.h
+_ADVISED = 128 * 1024  # Linux may load no more for one call: mm/readahead.c, force_page_cache_ra
 _MOST_TARGETS = 1024  # of one call: IOV_MAX of Linux and macOS
 CAN_MAP = sys.platform == "linux"  # files; elsewhere the native engine reads them
 
@@ -44,26 +45,21 @@ if sys.platform == "linux":
     _LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
-def load(descriptor: int, offset: int, length: int, scratch: memoryview) -> None:
-    """Brings a range into the page cache, unless it is there. A hint: it never fails.
+def load(descriptor: int, offset: int, length: int) -> None:
+    """Lets the system bring a range into the page cache, unless its end is there. A hint: it never fails.
 
-    It reads, and waits, which keeps more requests in flight than asking for it does; but only where the system can tell
-    whether the range is there.
+    To read it here would wait, and copy the bytes.
     """
-    if not length:
+    if not length or not hasattr(os, "posix_fadvise"):
         return
+    end = offset + length
+    if hasattr(os, "RWF_NOWAIT"):
+        with contextlib.suppress(OSError):  # it is not there, or the file system cannot tell
+            os.preadv(descriptor, [bytearray(1)], end - 1, os.RWF_NOWAIT)
+            return
     with contextlib.suppress(OSError):
-        if hasattr(os, "RWF_NOWAIT"):
-            try:
-                os.preadv(descriptor, [scratch[:1]], offset + length - 1, os.RWF_NOWAIT)
-                return
-            except BlockingIOError:
-                os.preadv(descriptor, [scratch[:length]], offset)
-                return
-            except OSError:  # a file system that cannot tell
-                pass
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        for begin in range(offset, end, _ADVISED):
+            os.posix_fadvise(descriptor, begin, min(_ADVISED, end - begin), os.POSIX_FADV_WILLNEED)
 
 
 def open_unnamed(folder: Path) -> int | None:

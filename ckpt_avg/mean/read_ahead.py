@@ -1,4 +1,4 @@
-"""Reads inputs ahead of the workers: the storage then has many requests at a time, however many cores there are."""
+"""Loads inputs ahead of the workers: the storage then has many requests at a time, however many cores there are."""
 
 from __future__ import annotations
 
@@ -65,14 +65,10 @@ class ReadAhead:
             thread.join()
 
     def _read(self) -> None:
-        try:
-            scratch = memoryview(bytearray(_REQUEST))
-        except MemoryError:
-            return
         while (request := self._requests.get()) is not None:
             if not self._is_over:
                 file, begin, end = request
-                file.load(begin, end - begin, scratch)
+                file.load(begin, end - begin)
 
 
 def _cut(span: Span) -> list[Span]:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,43 +72,64 @@ def test_the_first_field_is_where_it_is_looked_for(tmp_path: Path) -> None:
     assert status[0] & 0xFFFFFFFF == 0x01021994  # TMPFS_MAGIC
 
 
+KiB = 1024
+
+
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs preadv2")
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        (None, []),
-        (errno.EAGAIN, [("read", 5, 1000)]),
-        (errno.EOPNOTSUPP, [("advised", 5, 1000)]),
-    ],
-    ids=["there", "elsewhere", "unknown"],
-)
+@pytest.mark.parametrize("answer", [None, errno.EAGAIN, errno.EOPNOTSUPP], ids=["there", "elsewhere", "unknown"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_only_what_is_not_in_memory_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, answer: int | None, expected: list[tuple[str, int, int]], fails: bool
-) -> None:
-    """To read what is there would take as long as the sum; a hint that is refused must not end the run."""
-    done: list[tuple[str, int, int]] = []
+def test_only_what_is_not_in_memory_is_loaded(monkeypatch: pytest.MonkeyPatch, answer: int | None, fails: bool) -> None:
+    """A hint for what is there costs time, one for more than 128 KiB may be cut, and one that fails ends no run."""
+    advised: list[tuple[int, int]] = []
 
-    def read(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        if flags:
-            assert (len(buffers[0]), offset, flags) == (1, 5 + 1000 - 1, os.RWF_NOWAIT)
-            if answer is not None:
-                raise OSError(answer, "no")
-            return 1
-        return advise(descriptor, offset, len(buffers[0]), 0, "read")
+    def read(descriptor: int, buffers: list[bytearray], offset: int, flags: int) -> int:
+        assert (len(buffers[0]), offset, flags) == (1, 5 + 300 * KiB - 1, os.RWF_NOWAIT)
+        if answer is not None:
+            raise OSError(answer, "no")
+        return 1
 
-    def advise(descriptor: int, offset: int, length: int, advice: int, what: str = "advised") -> int:
-        done.append((what, offset, length))
+    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        advised.append((offset, length))
         if fails:
             raise OSError(errno.EIO, "no")
-        return length
 
     monkeypatch.setattr(os, "preadv", read)
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    scratch = memoryview(bytearray(2000))
-    load(0, 5, 1000, scratch)
-    load(0, 5, 0, scratch)
-    assert done == expected
+    load(0, 5, 300 * KiB)
+    load(0, 5, 0)
+    everything = [(5, 128 * KiB), (5 + 128 * KiB, 128 * KiB), (5 + 256 * KiB, 44 * KiB)]
+    assert advised == ([] if answer is None else everything[:1] if fails else everything)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs preadv2")
+def test_what_is_loaded_is_in_memory_soon(tmp_path: Path) -> None:
+    """The whole range, where the system says what is there: some file systems don't, or keep everything in memory."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 * 1024 * KiB))
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        if is_there(descriptor, 2048 * KiB) is not False:
+            pytest.skip("this file system does not say what is in memory")
+        load(descriptor, 512 * KiB, 2048 * KiB)
+        deadline = time.monotonic() + 20
+        while not all(is_there(descriptor, each * KiB) for each in range(512, 2560, 4)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.close(descriptor)
+
+
+def is_there(descriptor: int, offset: int) -> bool | None:
+    """Whether a byte of a file is in memory; None if the file system cannot tell."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
 
 
 def test_writing_can_be_begun_anywhere(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import json
 import re
 import struct
 from collections.abc import Iterable
+from itertools import repeat
+from operator import add
 from typing import Any, NoReturn
 
 from ckpt_avg.checkpoint.spec import DTYPES, SUB_BYTE_DTYPES, DType, TensorSpec, contiguous_stride
@@ -24,11 +26,15 @@ from ckpt_avg.text import listing, plural, quote
 _SPACES = b" \t\n\r"  # of JSON
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _METADATA = '{"__metadata__":'
+_SIZE = "(?:0|[1-9][0-9]{0,17})"
 # A tensor as safetensors itself writes it, if its name needs no escapes, and what follows it.
 _COMPACT = re.compile(
-    r'"([^"\\\0-\x1f]*)":\{"dtype":"(\w+)","shape":\[(SIZE(?:,SIZE)*|)\],"data_offsets":\[(SIZE),(SIZE)\]\}'
-    r"(?:,|\}[ \t\n\r]*\Z)".replace("SIZE", "(?:0|[1-9][0-9]{0,17})")
+    r'("([^"\\\0-\x1f]*)":\{"dtype":"(\w+","shape":\[[0-9,]*)\],"data_offsets":\[(SIZE),(SIZE)\]\}'
+    r"(?:,|\}[ \t\n\r]*\Z))".replace("SIZE", _SIZE)
 )
+# The third group of it.
+_LAYOUT = re.compile(r'(\w+)","shape":\[(SIZE(?:,SIZE)*|)'.replace("SIZE", _SIZE))
+_PIECE = 30_000  # characters that are parsed at a time: few enough for the cache of a core
 
 
 def matches(head: bytes) -> bool:
@@ -92,7 +98,7 @@ def refuse_too_many_values(file: Readable, header: bytes) -> None:
 def _parse_compact(header: bytes, data_start: int) -> tuple[bytes, dict[str, TensorSpec]] | None:
     """Returns a header without its tensors, and the tensors; None unless all are valid and written compactly.
 
-    For many small tensors, this takes less than half the time that JSON takes, and no other memory than the result.
+    For many small tensors, this takes a third of the time that JSON takes, and hardly more memory than the result.
     """
     try:
         text = header.decode()
@@ -103,32 +109,41 @@ def _parse_compact(header: bytes, data_start: int) -> tuple[bytes, dict[str, Ten
     if text[head : head + 1] != ("," if has_metadata else "{"):
         return None
     rest = text[:head] + "}" if has_metadata else "{}"
-    position = head + 1
+    begin = head + 1
     tensors: dict[str, TensorSpec] = {}
     count = 0
     layout_of = functools.lru_cache(maxsize=1024)(_layout)  # most tensors of a model have one of a few shapes
-    for found in _COMPACT.finditer(text, position):
-        name, code, sizes, begin, end = found.groups()
-        layout = layout_of(code, sizes)
-        if found.start() != position or layout is None or int(end) - int(begin) != layout[3]:
+    while begin < len(text):
+        following = _COMPACT.search(text, begin + _PIECE)
+        end = len(text) if following is None else following.start()
+        found = _COMPACT.findall(text, begin, end)
+        if not found or text.endswith(",", begin, end) is (following is None):  # after all but the last
             return None
-        dtype, shape, stride, nbytes = layout
-        start = data_start + int(begin)
-        tensors[name] = TensorSpec(name, dtype, shape, stride, 0, start, (start, nbytes))
-        position = found.end()
-        count += 1
-    is_whole = position == len(text) and not text.endswith(",") and 0 < count == len(tensors)
+        entries, names, layouts, firsts, ends = zip(*found, strict=True)
+        known = [layout for layout in map(layout_of, layouts) if layout is not None]
+        if len(known) < len(found) or sum(map(len, entries)) != end - begin:  # something was skipped
+            return None
+        dtypes, shapes, strides, sizes = zip(*known, strict=True)
+        starts = [data_start + int(first) for first in firsts]
+        if [data_start + int(last) for last in ends] != list(map(add, starts, sizes)):
+            return None
+        specs = map(TensorSpec, names, dtypes, shapes, strides, repeat(0), starts, zip(starts, sizes, strict=True))
+        tensors.update(zip(names, specs, strict=True))
+        count += len(found)
+        begin = end
+    is_whole = 0 < count == len(tensors)
     return (rest.encode(), tensors) if is_whole and "__metadata__" not in tensors else None
 
 
-def _layout(code: str, sizes: str) -> tuple[DType, tuple[int, ...], tuple[int, ...], int] | None:
+def _layout(text: str) -> tuple[DType, tuple[int, ...], tuple[int, ...], int] | None:
     """Returns the dtype, the shape, its stride and its bytes; None if there is no such dtype, or it exceeds a limit."""
-    shape = tuple(map(int, sizes.split(","))) if sizes else ()
-    if code not in DTYPES or len(shape) > LIMITS.rank:
+    is_long = text.count(",") > LIMITS.rank  # of these, one is in front of the shape
+    found = None if is_long else _LAYOUT.fullmatch(text)
+    if found is None or found[1] not in DTYPES:
         return None
-    dtype, stride = DTYPES[code], contiguous_stride(shape)
+    dtype, shape = DTYPES[found[1]], tuple(map(int, found[2].split(","))) if found[2] else ()
     nbytes = _nbytes(shape, dtype)
-    return (dtype, shape, stride, nbytes) if nbytes <= LIMITS.elements else None
+    return (dtype, shape, contiguous_stride(shape), nbytes) if nbytes <= LIMITS.elements else None
 
 
 def _parse(file: Readable, header: bytes) -> tuple[dict[str, str], dict[str, Any]]:

@@ -521,13 +521,26 @@ def outcome(path: Path) -> object:
 
 
 def assert_no_laxer_than_safetensors(content: bytes) -> None:
-    """Nothing that safetensors refuses is read; the short way to read a compact header changes nothing."""
+    """Nothing that safetensors refuses is read; the short way to read a compact header, in pieces, changes nothing."""
     path = write(Path(_SCRATCH.name), content)
     with mock.patch.object(safetensors_header, "_parse_compact", return_value=None):
         expected = outcome(path)
     assert outcome(path) == expected
+    with mock.patch.object(safetensors_header, "_PIECE", 1):  # a piece for each tensor
+        assert outcome(path) == expected
     if accepted_here(path):
         assert accepted_by_safetensors(path), content[:500]
+
+
+_ENTRIES = [f'"{name}":{{"dtype":"U8","shape":[1],"data_offsets":[{at},{at + 1}]}}' for at, name in enumerate("abcd")]
+
+
+@pytest.mark.parametrize("between", [",", "}", "} ", "}, ", " ,", ",,", "", ',"', "},{"])
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_what_is_between_two_tensors(place: int, between: str) -> None:
+    """Also where a piece of a long header ends."""
+    text = "{" + ",".join(_ENTRIES[:place]) + between + ",".join(_ENTRIES[place:]) + "}"
+    assert_no_laxer_than_safetensors(lay_out(text, b"\0" * 4))
 
 
 def _valid() -> bytes:

@@ -13,7 +13,7 @@ import ckpt_avg
 from ckpt_avg.cli import options
 from ckpt_avg.cli.help import Command
 from ckpt_avg.cli.options import Printing
-from ckpt_avg.cli.run import announce_user_code, computing, make_output, make_report, refuse_ranks, showing
+from ckpt_avg.cli.run import computing, expect_user_code, make_output, make_report, refuse_ranks, showing
 from ckpt_avg.commands.options import OutputOptions
 from ckpt_avg.commands.requests import CompareRequest, SoupRequest, SweepRequest
 
@@ -57,7 +57,7 @@ def sweep_command(
 
     def measure() -> SweepResult:
         with computing(quiet=printing.quiet) as progress:
-            announce_user_code(progress, given)
+            expect_user_code(progress, given)
             request.discover()  # options and sources are checked before the user's code is imported
             return ckpt_avg.sweep(sources, progress=progress, **options.load_all(app_dir, given))
 

@@ -72,7 +72,7 @@ def make_output(
     try:
         with computing(quiet=printing.quiet or not speaks) as progress, join_ranks(timeout=rank_timeout) as ranks:
             shared: dict[str, Any] = {"ranks": ranks} if issubclass(request, RankOptions) else {}
-            announce_user_code(progress, given)
+            expect_user_code(progress, given)
             request(sources, output, **shared, **given).discover()
             for path in report if speaks else ():
                 files.check("--report", path, REPORTS)
@@ -148,11 +148,13 @@ def refuse_ranks(command: str) -> None:
         raise UsageError(f"{command}: runs in one process only. Start it without torchrun.")
 
 
-def announce_user_code(progress: Progress, given: Mapping[str, Any]) -> None:
-    """Tells the user that their code is imported, and torch with it, if they named some."""
+def expect_user_code(progress: Progress, given: Mapping[str, Any]) -> None:
+    """Tells the user that their code is imported, and torch with it, if they named some; collects garbage for it."""
     names = [given["model"], given["data"], *given["evaluate"]]
     modules = {name.partition(":")[0]: None for name in names if name is not None}
     if modules:
+        gc.freeze()  # what has been imported needs no search
+        gc.enable()
         progress.phase(Phase(f"importing {', '.join(modules)}"))
 
 
@@ -165,9 +167,7 @@ def showing(*, quiet: bool, keep: bool = True) -> contextlib.AbstractContextMana
 
 @contextlib.contextmanager
 def computing(*, quiet: bool) -> Iterator[Progress]:
-    """Shows progress, collects garbage for the user's code, and sends what it prints to stderr."""
-    gc.freeze()  # what has been imported needs no search
-    gc.enable()
+    """Shows progress, and sends what the user's code prints to stderr."""
     with showing(quiet=quiet) as progress, contextlib.redirect_stdout(sys.stderr):
         yield progress
 

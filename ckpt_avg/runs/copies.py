@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 
 from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec
 
@@ -25,12 +26,10 @@ def find_copies(checkpoints: Sequence[Checkpoint], *, in_full: bool = True) -> d
     """
     alike: dict[tuple[bytes, bytes], list[int]] = {}
     copies: dict[int, int] = {}
-    tables: dict[int, tuple[bytes, list[TensorSpec]]] = {}  # by identity: equal headers share a table
+    tables = {id(each.spec.tensors): each.spec.tensors for each in checkpoints}  # equal headers share a table
+    described = {key: _described(table, is_only=len(tables) == 1) for key, table in tables.items()}
     for index, checkpoint in enumerate(checkpoints):
-        table = checkpoint.spec.tensors
-        if id(table) not in tables:
-            tables[id(table)] = _described(table)
-        description, tensors = tables[id(table)]
+        description, tensors = described[id(checkpoint.spec.tensors)]
         others = alike.setdefault((description, _sample(checkpoint, tensors)), [])
         original = next((other for other in others if not in_full or _same(checkpoints[other], checkpoint)), None)
         if original is None:
@@ -48,11 +47,18 @@ def _stored(tensor: TensorSpec) -> Iterator[tuple[int, int, int]]:
             yield piece.file, piece.offset, (last + 1) * piece.dtype.itemsize
 
 
-def _described(table: Mapping[str, TensorSpec]) -> tuple[bytes, list[TensorSpec]]:
-    """Returns a digest of what the tensors with elements are, and those of them that samples are taken of."""
-    tensors = [tensor for _, tensor in sorted(table.items()) if tensor.numel]
-    description = repr([(t.name, t.dtype.name, t.shape) for t in tensors]).encode(errors="surrogatepass")
-    return hashlib.sha256(description).digest(), tensors[:: max(1, len(tensors) // _SAMPLES)]
+def _described(table: Mapping[str, TensorSpec], *, is_only: bool) -> tuple[bytes, list[TensorSpec]]:
+    """Returns a digest of what the tensors with elements are, and those of them that samples are taken of.
+
+    If no checkpoint has another table, the digest is empty.
+    """
+    tensors = [tensor for tensor in table.values() if 0 not in tensor.shape]
+    digest = b""
+    if not is_only:
+        tensors.sort(key=attrgetter("name"))
+        description = repr([(t.name, t.dtype.name, t.shape) for t in tensors]).encode(errors="surrogatepass")
+        digest = hashlib.sha256(description).digest()
+    return digest, tensors[:: max(1, len(tensors) // _SAMPLES)]
 
 
 def _sample(checkpoint: Checkpoint, tensors: Sequence[TensorSpec]) -> bytes:

@@ -82,15 +82,19 @@ def join_ranges(ranges: Iterable[Range]) -> Ranges:
     A joined range is read as if it were one tensor, so that many small tensors cost no more than a large one.
     """
     groups: list[list[Range]] = []
-    following: tuple[int, int, DType] | None = None  # the file, offset and dtype of what may be joined
+    dtype: DType | None = None  # this, the file and the offset are those of what may be joined
+    file = offset = 0
     for each in ranges:
         tensor, start, stop = each
-        is_contiguous, size = tensor.is_contiguous, tensor.dtype.itemsize
-        if is_contiguous and (tensor.file, tensor.offset + start * size, tensor.dtype) == following:
+        size = tensor.dtype.itemsize
+        is_contiguous = tensor.is_contiguous
+        follows = tensor.offset + start * size == offset and tensor.file == file and tensor.dtype is dtype
+        if follows and is_contiguous:
             groups[-1].append(each)
         else:
             groups.append([each])
-        following = (tensor.file, tensor.offset + stop * size, tensor.dtype) if is_contiguous else None
+            file, dtype = tensor.file, tensor.dtype if is_contiguous else None
+        offset = tensor.offset + stop * size
     return Ranges(group[0] if len(group) == 1 else _joined(group) for group in groups)
 
 

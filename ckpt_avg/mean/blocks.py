@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec
 from ckpt_avg.checkpoint.tensor_reads import Ranges, join_ranges
 from ckpt_avg.mean.buffers import Rule
 from ckpt_avg.mean.plan import OutputTensor, Plan
@@ -30,7 +29,8 @@ class Block:
 
     def __init__(self, ranges: Sequence[OutputRange]) -> None:
         tensor, start, _ = ranges[0]
-        self.source_dtype, self.dtype, self.rule = _kind(tensor)
+        self.source_dtype, self.dtype = tensor.source_dtype, tensor.dtype
+        self.rule: Rule = "last" if tensor.rule == "equal" else tensor.rule
         self.offset = tensor.offset + start * self.dtype.itemsize
         self.numel = sum(stop - start for _, start, stop in ranges)
         self.nbytes = self.numel * self.dtype.itemsize
@@ -42,7 +42,7 @@ class Block:
         """Returns where a checkpoint stores the elements: one range if they are consecutive there, too."""
         tensors = checkpoint.spec.tensors
         if id(tensors) not in self._stored:
-            ranges = ((tensors[tensor.name], start, stop) for tensor, start, stop in self.ranges)
+            ranges = [(tensors[tensor.name], start, stop) for tensor, start, stop in self.ranges]
             self._stored[id(tensors)] = tensors, join_ranges(ranges)
         return self._stored[id(tensors)][1]
 
@@ -99,28 +99,27 @@ def cut_into_blocks(plan: Plan, elements: int, within: range | None = None) -> I
         within: the bytes of the data section to cover; all by default. Both ends are ends of elements.
     """
     within = range(plan.nbytes) if within is None else within
-    ranges: list[OutputRange] = []
-    room = elements
+    is_part = within != range(plan.nbytes)
+    groups: list[list[OutputRange]] = []  # of the blocks
+    kind: object = None  # what the tensors of the last group have in common
+    room, left = elements, _MOST_TENSORS
     for tensor in plan.tensors:
-        itemsize = tensor.dtype.itemsize
-        start = max(0, within.start - tensor.offset) // itemsize
-        end = min(tensor.numel, max(0, within.stop - tensor.offset) // itemsize)
+        start, end = 0, tensor.numel
+        if is_part:
+            start = max(0, within.start - tensor.offset) // tensor.dtype.itemsize
+            end = min(end, max(0, within.stop - tensor.offset) // tensor.dtype.itemsize)
         while start < end:
             stop = min(end, start + room)
-            ranges.append((tensor, start, stop))
+            own = (tensor.source_dtype, tensor.dtype, tensor.rule)
+            if own != kind or not groups:
+                groups.append([])
+                kind = own
+            groups[-1].append((tensor, start, stop))
             room -= stop - start
+            left -= 1
             start = stop
-            if room == 0 or len(ranges) == _MOST_TENSORS:
-                yield _blocks(ranges)
-                ranges, room = [], elements
-    if ranges:
-        yield _blocks(ranges)
-
-
-def _blocks(ranges: Sequence[OutputRange]) -> list[Block]:
-    return [Block(tuple(group)) for _, group in itertools.groupby(ranges, key=lambda each: _kind(each[0]))]
-
-
-def _kind(tensor: OutputTensor) -> tuple[DType, DType, Rule]:
-    """Returns what all tensors of one block have in common."""
-    return tensor.source_dtype, tensor.dtype, "last" if tensor.rule == "equal" else tensor.rule
+            if room == 0 or left == 0:
+                yield list(map(Block, groups))
+                groups, room, left = [], elements, _MOST_TENSORS
+    if groups:
+        yield list(map(Block, groups))

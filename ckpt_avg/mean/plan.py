@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import itemgetter
 
 from ckpt_avg.checkpoint.spec import (
     BY_TORCH_NAME,
@@ -124,25 +124,25 @@ def make_plan(
     kinds = dict.fromkeys(masks, MASKS) | dict.fromkeys(vectors, SPECTRAL) | kinds_of(tensors)
     different = [] if dtype == "keep" else [spec.tensors for spec in specs if spec.tensors is not tensors]
 
-    by_dtype: dict[DType, list[OutputTensor]] = {target: [] for target in DTYPES.values()}
+    by_dtype: dict[DType, list[tuple[str, TensorSpec, DType, Rule]]] = {target: [] for target in DTYPES.values()}
     for name, first in tensors.items():
-        stored = specs[-1].tensors[name] if is_extra_state(name) else first
-        source = _common_dtype(stored, [others[name] for others in different]) if different else stored.dtype
         kind = kinds.get(name)
+        stored = specs[-1].tensors[name] if kind and is_extra_state(name) else first
+        source = _common_dtype(stored, [others[name] for others in different]) if different else stored.dtype
         convert = dtype != "keep" and source.kind in ("float", "float8") and kind is not QUANTIZED
         rule: Rule = kind.rule if kind else "mean"
         if non_float == "last" and kind in (INTEGERS, MASKS):
             rule = "last"
         target = BY_TORCH_NAME[dtype] if convert else source
-        by_dtype[target].append(OutputTensor(name, stored.shape, source, target, rule, 0, stored.numel))
+        by_dtype[target].append((name, stored, source, rule))
     placed: list[OutputTensor] = []
     offset = 0
-    for group in by_dtype.values():
+    for target, group in by_dtype.items():
         # Python orders text by code points, which is also the order of its bytes in UTF-8.
-        for tensor in sorted(group, key=attrgetter("name")):
-            tensor.offset = offset
-            offset += tensor.nbytes
-            placed.append(tensor)
+        for name, stored, source, rule in sorted(group, key=itemgetter(0)):
+            numel = stored.numel
+            placed.append(OutputTensor(name, stored.shape, source, target, rule, offset, numel))
+            offset += numel * target.itemsize
     recomputed = spectral if len(specs) > 1 else ()
     return Plan(tuple(placed), tuple(batch_norm_layers(tensors)), len(specs), kinds, recomputed)
 

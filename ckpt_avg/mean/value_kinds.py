@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from operator import attrgetter
 
-from ckpt_avg.checkpoint.spec import Checkpoint, DType, TensorSpec
+from ckpt_avg.checkpoint.spec import Checkpoint, DType
 from ckpt_avg.checkpoint.tensor_reads import Ranges, read_bytes, read_ranges, stream_bytes
 from ckpt_avg.mean.plan import Plan, make_plan
 from ckpt_avg.mean.recognisers import SpectralNorm, possible_spectral_norms
@@ -59,25 +60,24 @@ def find_masks(checkpoints: Sequence[Checkpoint], plan: Plan) -> list[str]:
     So a scale that is 0 in one checkpoint and 1 in another is no mask, unless its name says so. A tensor is not read in
     full if its samples are all equal, in the first and in the last checkpoint.
     """
-    tensors = checkpoints[0].spec.tensors
-    floats = (each for each in plan.tensors if each.source_dtype.kind == "float" and each.numel)
-    plain = [tensors[each.name] for each in floats if each.name not in plan.kinds]
-    # The first element shows of nearly every tensor that it is no mask.
-    candidates = [
-        tensor.name
-        for tensor, element in zip(plain, _first_elements(checkpoints[0], plain), strict=True)
-        if element in _IN_MASKS[tensor.dtype.torch_name]
+    first = checkpoints[0]
+    table, kinds = first.spec.tensors, plan.kinds
+    plain = [
+        table[each.name]
+        for each in plan.tensors
+        if each.source_dtype.kind == "float" and each.name not in kinds and each.numel
     ]
-    return [name for name in candidates if _is_mask(checkpoints, name)]
-
-
-def _first_elements(checkpoint: Checkpoint, tensors: Sequence[TensorSpec]) -> Iterator[bytes]:
-    alike = itertools.groupby(tensors, lambda each: (each.file, each.dtype.itemsize, bool(each.parts)))
-    for (file, size, is_in_parts), group in alike:
-        if is_in_parts:
-            yield from (bytes(read_bytes(checkpoint, Ranges([(tensor, 0, 1)]))) for tensor in group)
+    candidates: list[str] = []
+    for (file, dtype, parts), group in itertools.groupby(plain, attrgetter("file", "dtype", "parts")):
+        tensors = list(group)
+        # The first element shows of nearly every tensor that it is no mask.
+        if parts:
+            elements = [bytes(read_bytes(first, Ranges([(tensor, 0, 1)]))) for tensor in tensors]
         else:
-            yield from checkpoint.files[file].read_each([tensor.offset for tensor in group], size)
+            elements = first.files[file].read_each([tensor.offset for tensor in tensors], dtype.itemsize)
+        found = _IN_MASKS[dtype.torch_name]
+        candidates += [tensor.name for tensor, each in zip(tensors, elements, strict=True) if each in found]
+    return [name for name in candidates if _is_mask(checkpoints, name)]
 
 
 def _is_mask(checkpoints: Sequence[Checkpoint], name: str) -> bool:

@@ -7,11 +7,14 @@ several metadata keys the reference uses another order in each process; here the
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from json.encoder import encode_basestring
 from pathlib import Path
 
+from ckpt_avg.checkpoint.spec import DType
 from ckpt_avg.errors import CheckpointFormatError, IncompatibleError, OutputError
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.formats.safetensors_header import read_header, refuse_too_many_values
@@ -24,14 +27,19 @@ def encode_tensors(tensors: Sequence[OutputTensor], prefix: str = "") -> str:
 
     The names in it lack the ``prefix``.
     """
-    begin = tensors[0].offset if tensors else 0
-    quoted = json.JSONEncoder(ensure_ascii=False).encode
-    return ",".join(
-        f'{quoted(tensor.name.removeprefix(prefix))}:{{"dtype":"{tensor.dtype.name}",'
-        f'"shape":[{",".join(map(str, tensor.shape))}],'
-        f'"data_offsets":[{tensor.offset - begin},{tensor.offset - begin + tensor.nbytes}]}}'
-        for tensor in tensors
-    )
+    first = tensors[0].offset if tensors else 0
+    parts: list[str] = []
+    for tensor in tensors:
+        begin = tensor.offset - first
+        end = begin + tensor.numel * tensor.dtype.itemsize
+        name = encode_basestring(tensor.name.removeprefix(prefix))
+        parts.append(f"{name}:{{{_layout(tensor.dtype, tensor.shape)}[{begin},{end}]}}")
+    return ",".join(parts)
+
+
+@functools.lru_cache(maxsize=1024)  # most tensors of a model have one of a few shapes
+def _layout(dtype: DType, shape: tuple[int, ...]) -> str:
+    return f'"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}],"data_offsets":'
 
 
 def encode_header(tensors: str, metadata: Mapping[str, str], *, room: int = 0, size: int = 0) -> bytes:

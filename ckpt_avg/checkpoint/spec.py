@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,9 +207,12 @@ class CheckpointSpec(Result):
 
     def tied(self) -> list[tuple[str, ...]]:
         """Returns the groups of names that share one stored tensor (zero-size tensors never do)."""
-        offsets = Counter((tensor.file, tensor.offset) for tensor in self.tensors.values())
+        tensors = self.tensors.values()
+        if len(set(map(attrgetter("offset"), tensors))) == len(tensors) and not any(map(attrgetter("parts"), tensors)):
+            return []
+        offsets = Counter((tensor.file, tensor.offset) for tensor in tensors)
         groups: dict[tuple[object, ...], list[str]] = {}
-        for tensor in self.tensors.values():
+        for tensor in tensors:
             # Nearly every tensor has an offset of its own and needs no more than this check.
             if (tensor.parts or offsets[tensor.file, tensor.offset] > 1) and tensor.numel:
                 where: tuple[object, ...] = (tensor.dtype, tensor.shape, tensor.parts)
@@ -313,9 +317,9 @@ def batch_norm_layers(names: Mapping[str, object]) -> list[str]:
     """
     suffix = "running_mean"
     layers = []
-    for name in names:
-        if name == suffix or name.endswith("." + suffix):
-            prefix = name[: -len(suffix)]
+    for name in [name for name in names if name.endswith(suffix)]:
+        prefix = name[: -len(suffix)]
+        if prefix == "" or prefix.endswith("."):
             counts_samples = any(prefix + count in names for count in SAMPLE_COUNTS)
             is_layer = prefix + "num_batches_tracked" in names or not counts_samples
             if prefix + "running_var" in names and is_layer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -260,7 +260,9 @@ class Draft:
     def _metadata(self, report: BatchNormReport | None, part: Part | None) -> dict[str, str]:
         """Returns the metadata of a model's files; of all together without ``part``."""
         plan = self.prepared.plan
-        names = plan.by_name() if part is None else part.names
+        names: Collection[str] = ()
+        if plan.batch_norm or plan.spectral_norms:
+            names = plan.by_name() if part is None else part.names
         has_batch_norm = any(batch_norm_buffer(layer, "running_mean") in names for layer in plan.batch_norm)
         return make_metadata(
             self.prepared.checkpoints if part is None else part.checkpoints,

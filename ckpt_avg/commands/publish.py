@@ -96,8 +96,9 @@ def _write_mean(draft: Draft, weights: UnpublishedWeights) -> None:
     indices, unequal = summed(prepared.selected.sum_order, prepared.weights)
     share = weights.share(ranks.rank, ranks.size)
     weights.write_headers_of(share, draft.headers)
-    whole = reading("averaging", len(prepared.checkpoints), plan.source_nbytes)
-    context.phase(replace(whole, total=prepared.nbytes * len(share) // max(1, plan.nbytes)))
+    count, nbytes = len(prepared.checkpoints), prepared.nbytes
+    whole = reading("averaging", count, nbytes // count)
+    context.phase(replace(whole, total=nbytes * len(share) // max(1, plan.nbytes)))
     write_means(
         prepared.checkpoints,
         plan,

@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Iterable
 from itertools import repeat
-from operator import add
+from operator import add, attrgetter
 from typing import Any, NoReturn
 
 from ckpt_avg.checkpoint.spec import DTYPES, SUB_BYTE_DTYPES, DType, TensorSpec, contiguous_stride
@@ -75,7 +75,7 @@ def parse_header(file: Readable, header: bytes) -> tuple[dict[str, TensorSpec], 
     else:
         tensors = compact[1]
     check_names(tensors, file.path)
-    _check_no_gaps(file, sorted(tensors.values(), key=lambda tensor: tensor.storage), data_start)
+    _check_no_gaps(file, sorted(tensors.values(), key=attrgetter("storage")), data_start)
     return tensors, metadata
 
 
@@ -87,10 +87,11 @@ def refuse_too_many_values(file: Readable, header: bytes) -> None:
     """
     # Each tensor needs a brace of its own, two lists and four colons. What is quoted again is inside a string: JSON in
     # the metadata, as this package writes it.
-    braces = header.count(b"{") - header.count(b'{\\"')
+    escapes = header.rfind(b"\\") + 3  # where the last of them ends, with the two bytes that may follow
+    braces = header.count(b"{") - header.count(b'{\\"', 0, escapes)
     if braces > LIMITS.tensors + 2:
         fail(file.path, f"expected at most {LIMITS.tensors:,} tensors in the header, got more")
-    brackets, colons = header.count(b"["), header.count(b":") - header.count(b'\\":')
+    brackets, colons = header.count(b"["), header.count(b":") - header.count(b'\\":', 0, escapes)
     if brackets > 4 * braces + 100_000 or colons > 5 * braces + 100_000:  # names in the metadata have some, too
         fail(file.path, "the header: expected tensors, got too many other values")
 

@@ -104,10 +104,11 @@ def settle_names(
     Raises:
         CheckpointFormatError: a name cannot be written, two names become equal, or they are FSDP's flat parameters.
     """
-    names = Names({name: name for name in tensors})
     if strip and prefix != "":
         scalars = {name for name in _COUNTERS if name in tensors and tensors[name].shape == ()}
         names = strip_prefixes(tensors, scalars, prefix, str(path))
+    else:
+        names = Names({name: name for name in tensors})
     check_names(names.renamed.values(), path)
     _refuse_flat_parameters(names.renamed.values(), path)
     forms = forms_of(names.renamed.values())
@@ -153,10 +154,10 @@ def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str
             changed = sum(a != b for a, b in zip(clean, stripped, strict=True))
             notes.append(f"wrapper names removed from the middle of {plural(changed, 'name')}")
             stripped = clean
-    if any("._orig_mod." in name for name in stripped):
+    if "._orig_mod." in text and any("._orig_mod." in name for name in stripped):
         notes.append("names contain torch.compile's '_orig_mod': they load into a model compiled in the same places")
     result = dict(zip(weights, stripped, strict=True))
-    if len(set(stripped)) < len(result):
+    if stripped != weights and len(set(stripped)) < len(result):
         twice = sorted(name for name, times in Counter(stripped).items() if times > 1)
         problem = f"without the prefix two tensors would have the same name: {listing(map(quote, twice))}"
         fail(where, problem, "Choose another --strip-prefix")
@@ -195,8 +196,9 @@ def without_wrappers(name: str) -> str:
 
 def _refuse_flat_parameters(names: Collection[str], path: Path) -> None:
     """Raises CheckpointFormatError for FSDP's flat parameters, of which each rank has a part."""
-    named = (name for name in names if "flat_param" in name)  # few names need more than this check
-    if flat := [name for name in named if re.fullmatch(r"_?flat_param(_\d+)?", name.rpartition(".")[2])]:
+    if "flat_param" not in "\n".join(names):  # nearly always
+        return
+    if flat := [name for name in names if re.fullmatch(r"_?flat_param(_\d+)?", name.rpartition(".")[2])]:
         problem = f"it has flat parameters of FSDP ({listing(map(quote, flat))}), of which each rank has a part"
         fail(path, problem, "Save with StateDictType.FULL_STATE_DICT or torch.distributed.checkpoint instead")
 
@@ -259,9 +261,11 @@ class TensorTable(dict[str, TensorSpec]):
     ) -> None:
         new = names.renamed
         super().__init__(
-            (new[each.name], each if new[each.name] == each.name else replace(each, name=new[each.name]))
-            for each in tensors
-            if each.name in new
+            {
+                name: each if name == each.name else replace(each, name=name)
+                for each in tensors
+                if (name := new.get(each.name)) is not None
+            }
         )
         self.names, self.metadata, self.parts = names, metadata or {}, parts
 

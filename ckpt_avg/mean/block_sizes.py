@@ -58,7 +58,7 @@ def _native_sizes(memory: int, threads: int, plan: Plan, within: range, checkpoi
     each = memory // threads
     output = min(_MOST_OUTPUT, each // 4)
     window = min(max(_WINDOWS // checkpoints, _LEAST_WINDOW), (each - output) // checkpoints)
-    itemsize = max((tensor.dtype.itemsize for tensor in plan.tensors), default=1)
+    itemsize = max([tensor.dtype.itemsize for tensor in plan.tensors], default=1)
     most = min(output, _MOST_INPUT // checkpoints) // itemsize
     elements = min(most, _share(plan, within, threads, most // 16))
     return max(mmap.PAGESIZE, window - window % mmap.PAGESIZE), max(LEAST_CHUNK, elements)
@@ -104,7 +104,7 @@ def _cuda_sizes(memory: int, threads: int, plan: Plan, within: range, checkpoint
 
 def _share(plan: Plan, within: range, threads: int, least: int) -> int:
     """Returns how many elements a block may have if each worker is to get several, but at least ``least``."""
-    here = sum(tensor.numel for tensor in plan.tensors) * len(within) // max(1, plan.nbytes)
+    here = sum([tensor.numel for tensor in plan.tensors]) * len(within) // max(1, plan.nbytes)
     return max(least, here // (_LEAST_BLOCKS * threads))
 
 

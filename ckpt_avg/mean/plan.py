@@ -85,7 +85,7 @@ class Plan:
     @property
     def source_nbytes(self) -> int:
         """Bytes of the tensors of one checkpoint, in the source dtypes."""
-        return sum(tensor.numel * tensor.source_dtype.itemsize for tensor in self.tensors)
+        return sum([tensor.numel * tensor.source_dtype.itemsize for tensor in self.tensors])
 
     def by_name(self) -> Mapping[str, OutputTensor]:
         """Returns the tensors by name."""

@@ -109,7 +109,7 @@ def spectral_norms(tensors: Tensors) -> Iterator[SpectralNorm]:
 
 def possible_spectral_norms(tensors: Tensors) -> Iterator[SpectralNorm]:
     """Yields those whose vectors are called u and v, as other parameters may be: these two have a length of 1."""
-    for u in (name for name in tensors if _last_word(name) == "u"):
+    for u in [name for name in tensors if name.endswith("u") and _last_word(name) == "u"]:
         v, weight = f"{u[:-1]}v", f"{u[:-1]}weight"
         if v in tensors and weight in tensors and _fits(tensors, weight, u, v):
             yield SpectralNorm(weight, u, v)
@@ -190,8 +190,11 @@ def _subsets(words: set[str]) -> Iterator[frozenset[str]]:
 
 def integer_tables(tensors: Tensors) -> Iterator[str]:
     """Integers that may be codes with a scale: next to floats other than the weight and the bias, or a scale inside."""
-    exact = ((name, tensor) for name, tensor in tensors.items() if tensor.dtype.kind == "exact")
-    tables = [name for name, each in exact if len(each.shape) > 1 and each.dtype.name not in ("BOOL", "I64")]
+    tables = [
+        name
+        for name, each in tensors.items()
+        if each.dtype.kind == "exact" and len(each.shape) > 1 and each.dtype.name not in ("BOOL", "I64")
+    ]
     if not tables:
         return
     floats = {_module(name) for name, each in tensors.items() if each.dtype.kind == "float"

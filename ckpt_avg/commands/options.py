@@ -71,8 +71,8 @@ class ResourceOptions(OptionGroup):
     io: IO = option(
         "auto",
         "Map files into memory, or read them with pread.",
-        doc="How the native engine gets the bytes: ``mmap`` maps files into memory, ``pread`` reads them. ``auto`` "
-        "maps them, except on network storage and where the system refuses it.",
+        doc="How the native engine gets the bytes: ``mmap`` maps files into memory, ``pread`` reads them; ``auto`` "
+        "is ``pread``, which is faster.",
         choices=get_args(IO),
         per_rank=True,
     )

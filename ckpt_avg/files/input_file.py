@@ -5,7 +5,7 @@ It promises:
 - No read goes past the end that the file had when it was opened.
 - A file that shrinks gives `ChangedWhileReadingError`, never a shorter result.
 
-Only the native engine maps files, and it catches the SIGBUS of a file that has shrunk; see `can_map`.
+Only the native engine maps files, where that is chosen, and it catches the SIGBUS of a file that has shrunk.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class InputFile:
         size: its bytes when it was opened.
         identity: its device and inode.
         modified: when it was last written to, in nanoseconds.
+        is_mapped: whether the native engine is to map it.
 
     Args:
         path: the file.
@@ -60,29 +61,16 @@ class InputFile:
         self.use_io("auto")
 
     def use_io(self, io: IO) -> None:
-        """Chooses how the native engine gets the bytes: `mmap`, `pread`, or `auto` (the default), which maps files that
-        are not on network storage.
+        """Chooses how the native engine gets the bytes: ``mmap`` where the system can, or ``pread``; ``auto`` (the
+        default) is ``pread``.
         """
-        self._must_map = io == "mmap"
-        self._can_map: bool | None = None if io == "auto" else io == "mmap" and platform.CAN_MAP
+        self.is_mapped = io == "mmap" and platform.CAN_MAP
 
-    def can_map(self) -> bool:
-        """Whether the native engine is to map the file, by `descriptor`."""
-        if self._can_map is None:
-            self._can_map = platform.CAN_MAP and not platform.is_remote(self.descriptor())
-        return self._can_map
-
-    def refuse_mapping(self, code: int) -> None:
-        """Reads the file from now on, since the system refused a mapping: some network and FUSE file systems do.
-
-        Raises:
-            ResourceError: `use_io` was called with ``mmap``.
-        """
-        if self._must_map:
-            raise ResourceError(
-                f"{self.path}: --io mmap: the system refused the mapping: {os.strerror(code)}. Use --io auto."
-            )
-        self._can_map = False
+    def mapping_refused(self, code: int) -> ResourceError:
+        """Returns the error for a mapping that the system refused with an errno: some network file systems do."""
+        return ResourceError(
+            f"{self.path}: --io mmap: the system refused the mapping: {os.strerror(code)}. Use --io auto."
+        )
 
     def load(self, offset: int, length: int) -> None:
         """Lets the system bring a range into the page cache. A hint."""

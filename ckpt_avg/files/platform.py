@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import re
 import sys
@@ -20,35 +21,25 @@ if sys.platform != "win32":
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 WRITE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
-# Numbers of file systems that fetch pages over a network or ask another process for each of them: linux/magic.h,
-# and the sources of those outside the kernel. A page fault there is a round trip.
-_REMOTE = {
-    *(0x6969, 0xFF534D42, 0xFE534D42, 0x517B),  # NFS, CIFS, SMB2, SMB
-    *(0x65735546, 0x01021997, 0x786F4256, 0xBACBACBC),  # FUSE, 9P, shared folders of VirtualBox and VMware
-    *(0x00C36400, 0x5346414F, 0x6B414653, 0x73757245, 0x564C),  # Ceph, AFS, kAFS, Coda, NCP
-    *(0x7461636F, 0x01161970, 0x0BD00BD0, 0x47504653),  # OCFS2, GFS2, Lustre, GPFS
-    *(0x19830326, 0x20030528, 0xAAD7AAEA),  # BeeGFS, PVFS2, PanFS
-}
 _POSITION = threading.Lock()  # Windows: a descriptor has one position, which all threads share
 _SYNC_FILE_RANGE_WRITE = 2
 _CURRENT, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD, and the flag of renameat2: linux/fcntl.h, linux/fs.h
 _ADVISED = 128 * 1024  # Linux may load no more for one call: mm/readahead.c, force_page_cache_ra
 _MOST_TARGETS = 1024  # of one call: IOV_MAX of Linux and macOS
-CAN_MAP = sys.platform == "linux"  # files; elsewhere the native engine reads them
+CAN_MAP = sys.platform == "linux"  # files
 
 _LIBC: Any = None  # on Linux: calls that Python lacks, or makes with the interpreter lock held
 if sys.platform == "linux":
     _LIBC = ctypes.CDLL(None, use_errno=True)
     if hasattr(_LIBC, "renameat2"):  # glibc 2.28
         _LIBC.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    _LIBC.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
     _LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 def load(descriptor: int, offset: int, length: int) -> None:
     """Lets the system bring a range into the page cache, unless its end is there. A hint: it never fails.
 
-    To read it here would wait, and copy the bytes.
+    Reading here would wait for the storage, and copy the bytes.
     """
     if not length or not hasattr(os, "posix_fadvise"):
         return
@@ -58,7 +49,7 @@ def load(descriptor: int, offset: int, length: int) -> None:
             os.preadv(descriptor, [bytearray(1)], end - 1, os.RWF_NOWAIT)
             return
     with contextlib.suppress(OSError):
-        for begin in range(offset, end, _ADVISED):
+        for begin in range(offset - offset % mmap.PAGESIZE, end, _ADVISED):
             os.posix_fadvise(descriptor, begin, min(_ADVISED, end - begin), os.POSIX_FADV_WILLNEED)
 
 
@@ -234,11 +225,3 @@ def start_writing(descriptor: int, offset: int, length: int) -> None:
     """
     if _LIBC is not None:
         _LIBC.sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)
-
-
-def is_remote(descriptor: int) -> bool:
-    """Whether an open file is on a network or user-space file system, as far as the system tells."""
-    status = (ctypes.c_long * 64)()  # the first field of struct statfs is the type, as wide as a long
-    if _LIBC is None or _LIBC.fstatfs(descriptor, ctypes.byref(status)) != 0:
-        return False
-    return status[0] & 0xFFFFFFFF in _REMOTE

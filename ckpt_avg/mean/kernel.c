@@ -1,9 +1,10 @@
 /* The native engine: the mean of one block of elements in one call, without the interpreter lock.
  *
  * For each element it widens the inputs to float64, adds them in checkpoint order, divides once by their number, and
- * rounds once to the output's dtype. The torch engine (arithmetic.py) gives the same bytes. This file is compiled
- * without contraction to FMA and without fast-math: a compiler that keeps the order of IEEE 754 operations cannot change
- * a bit of the result, and the vector instructions that `target_clones` selects at run time cannot either.
+ * rounds once to the output's dtype; or does what gives the same bytes in less time. The torch engine (arithmetic.py) gives
+ * the same bytes, too. This file is compiled without contraction to FMA and without fast-math: a compiler that keeps the
+ * order of IEEE 754 operations cannot change a bit of the result, and the vector instructions that `target_clones` selects
+ * at run time cannot either.
  *
  * Nothing is allocated: the caller passes a table with a row for each input, and memory for the inputs that are not
  * mapped. What Python passes is checked before the lock is released.
@@ -92,7 +93,7 @@ INLINE int64_t bits_of(double value)
 
 /* ---- dtypes ----------------------------------------------------------------------------------------------------- */
 
-enum { F64, F32, BF16, F16, E5M2, E4M3, E5M2_FNUZ, E4M3_FNUZ, DTYPES };
+enum { F64, F32, BF16, F16, E5M2, E4M3, E5M2_FNUZ, E4M3_FNUZ, DTYPES }; /* float8 from E5M2 on */
 
 static const char *const names[DTYPES] = {
     "float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz",
@@ -578,6 +579,7 @@ struct job {
     char *memory, *output;
     int64_t only;    /* the dtype of all inputs, or -1 */
     int has_float64; /* whether one of them is */
+    int has_maps;    /* whether one is mapped */
     int dtype, check; /* check: CHECK_FINITE, CHECK_RANGE or both; NaN and Inf are accepted otherwise */
     int what; /* the result: one of the above, */
     int64_t index, code; /* the element or the input, and errno, */
@@ -750,41 +752,54 @@ static u8 sum_float8(const struct job *job, size_t first, size_t n, float *restr
 }
 
 #ifdef __x86_64__
-/* The same as f16c_E5M2 and f16c_E4M3 add one input, with the sums in registers; n is a multiple of 16. Codes of NaN need
- * no care, because such sums are not used. */
-#define DEFINE_F16C_SUM(DTYPE, SHIFT, MASK, FACTOR)                                                                    \
-    F16C static u8 f16c_sum_##DTYPE(const struct job *job, size_t first, size_t n, float *restrict sum)                \
-    {                                                                                                                  \
-        __m128i largest = _mm_setzero_si128();                                                                         \
-        for (size_t i = 0; i < n; i += 16) {                                                                           \
-            __m256 low = _mm256_set1_ps(-0.0f), high = low;                                                            \
-            for (int64_t k = 0; k < job->number; k++) {                                                                \
-                const char *input = stored(&job->inputs[k], first + i);                                                \
-                __builtin_prefetch((const void *)((uintptr_t)input + n)); /* for the next sums */                      \
-                __m128i codes = _mm_loadu_si128((const void *)input);                                                  \
-                largest = _mm_max_epu8(largest, _mm_and_si128(codes, _mm_set1_epi8(0x7F)));                            \
-                __m256i halves = (__m256i)((sixteen)_mm256_cvtepi8_epi16(codes) << SHIFT & (int16_t)MASK);             \
-                low += _mm256_cvtph_ps(_mm256_castsi256_si128(halves));                                                \
-                high += _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));                                          \
-            }                                                                                                          \
-            _mm256_storeu_ps(sum + i, low * FACTOR);                                                                   \
-            _mm256_storeu_ps(sum + i + 8, high * FACTOR);                                                              \
-        }                                                                                                              \
-        u8 all[16], found = 0;                                                                                         \
-        _mm_storeu_si128((void *)all, largest);                                                                        \
-        for (int i = 0; i < 16; i++)                                                                                   \
-            found = all[i] > found ? all[i] : found;                                                                   \
-        return found;                                                                                                  \
+/* The same, n being a multiple of 64, with the sums in registers; widens as f16c_E5M2 and f16c_E4M3 do. NaN needs no care,
+ * because sums with it are not used. A cache line of each input at a time: inputs often have equal places in their pages,
+ * so many of them push each other out of the first-level cache. */
+F16C INLINE u8 f16c_sum(const struct job *job, size_t first, size_t n, float *restrict sum, int shift, int mask,
+                        float factor)
+{
+    u8 all[16], found = 0;
+    __m128i largest = _mm_setzero_si128();
+    for (size_t i = 0; i < n; i += 64) {
+        __m256 sums[8];
+        for (int part = 0; part < 8; part++)
+            sums[part] = _mm256_set1_ps(-0.0f);
+        for (int64_t k = 0; k < job->number; k++) {
+            const char *input = stored(&job->inputs[k], first + i);
+            __builtin_prefetch((const void *)((uintptr_t)input + n)); /* for the next call */
+            for (int part = 0; part < 4; part++) {
+                __m128i codes = _mm_loadu_si128((const void *)(input + 16 * part));
+                largest = _mm_max_epu8(largest, _mm_and_si128(codes, _mm_set1_epi8(0x7F)));
+                __m256i halves = (__m256i)((sixteen)_mm256_cvtepi8_epi16(codes) << shift & (int16_t)mask);
+                sums[2 * part] += _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+                sums[2 * part + 1] += _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+            }
+        }
+        for (int part = 0; part < 8; part++)
+            _mm256_storeu_ps(sum + i + 8 * part, sums[part] * factor);
     }
-DEFINE_F16C_SUM(E5M2, 8, 0xFFFF, 1.0f)
-DEFINE_F16C_SUM(E4M3, 7, 0xBFFF, 256.0f)
+    _mm_storeu_si128((void *)all, largest);
+    for (int i = 0; i < 16; i++)
+        found = all[i] > found ? all[i] : found;
+    return found;
+}
+
+F16C static u8 f16c_sum_E5M2(const struct job *job, size_t first, size_t n, float *restrict sum)
+{
+    return f16c_sum(job, first, n, sum, 8, 0xFFFF, 1.0f);
+}
+
+F16C static u8 f16c_sum_E4M3(const struct job *job, size_t first, size_t n, float *restrict sum)
+{
+    return f16c_sum(job, first, n, sum, 7, 0xBFFF, 256.0f);
+}
 #endif
 
-/* A float8 format: its smallest number, and what computes with it. */
+/* A float8 format: its smallest positive number, and what computes with it. */
 static struct float8 {
     struct format format;
     float least;
-    u8 (*sum)(const struct job *job, size_t first, size_t n, float *restrict sum); /* n is a multiple of 16 */
+    u8 (*sum)(const struct job *job, size_t first, size_t n, float *restrict sum); /* n is a multiple of 64 */
     void (*round)(const float *restrict sum, float number, u8 *restrict output, size_t n);
 } float8[DTYPES] = {
     [E5M2] = {FORMAT_E5M2, 0x1p-16f, sum_float8, round_float_E5M2},
@@ -805,22 +820,22 @@ static void choose_instructions(void)
 #endif
 }
 
-/* Writes the means of float8 inputs in their dtype. Returns whether float32 was precise enough for the same codes.
+/* Sums inputs of one float8 format in float32. Returns whether the sums are exact, and their quotients, rounded to float32
+ * and then to that format, are the same as without the first rounding.
  *
- * It is if number * |x| < 2^23 * q for all inputs x, where q is the smallest number of the format. Inputs are multiples
- * of q, and so are their sums; those below 2^24 * q are exact in float32. The quotient of the whole sum S is at most the
- * largest |x|, so it is rounded to float32 by at most 2^-24 * |x| < q / (2 * number). A number half-way between two codes
- * is a multiple of q / 2. If S / number is not that number, it is at least q / (2 * number) away from it, so the rounded
- * quotient is on the same side of it, and gets the same code. */
-static int write_float8(const struct job *job, size_t first, size_t n, char *output)
+ * Both hold if number * |x| < 2^24 * q for all inputs x, and number < 2^20, where q is the smallest positive number of the
+ * format. All inputs are multiples of q, and so are their sums; those below 2^24 * q are exact in float32. The quotient of
+ * the whole sum S is at most the largest |x|, so it is rounded to float32 by at most 2^-24 * |x| < q / number. A number
+ * half-way between two codes is a multiple of q. If S / number is not that number, it is at least q / number away from it,
+ * so the rounded quotient is on the same side of it, and gets the same code. If S / number is half-way itself, float32
+ * contains it. Half-way between codes that are q apart, a number is a multiple of q / 2 alone, and q / (2 * number) away;
+ * but such codes are at most 16 * q, and below that the quotient is rounded by at most 2^-21 * q < q / (2 * number). */
+static int sum_float8_exactly(const struct job *job, size_t first, size_t n, float *restrict sum)
 {
     const struct float8 *const type = &float8[job->only];
-    float sum[BLOCK], number = (float)job->number;
-    u8 largest = (n % 16 == 0 ? type->sum : sum_float8)(job, first, n, sum);
-    if (largest == 0xFF || !(widened(largest, type->format) * number < 0x1p23f * type->least)) /* or one is not finite */
-        return 0;
-    type->round(sum, number, (u8 *)output, n);
-    return 1;
+    u8 largest = (n % 64 == 0 ? type->sum : sum_float8)(job, first, n, sum);
+    return job->number < 1 << 20 && largest != 0xFF &&
+           widened(largest, type->format) * (float)job->number < 0x1p24f * type->least; /* not if one is NaN or Inf */
 }
 
 /* Sums inputs of which none is float64, or in pairs inputs that are all bfloat16. */
@@ -935,7 +950,16 @@ static int write_means(const struct job *job, size_t first, size_t n, int in_pai
         for (size_t i = 0; i < n; i += EXACT_BLOCK)
             mean_of_float64(job, first + i, n - i < EXACT_BLOCK ? n - i : EXACT_BLOCK, mean + i);
     } else {
-        sum_narrower(job, first, n, in_pairs, mean);
+        float sums[BLOCK];
+        int is_exact = job->only >= E5M2 && sum_float8_exactly(job, first, n, sums);
+        if (is_exact && job->dtype == job->only) {
+            float8[job->only].round(sums, (float)number, (u8 *)output, n);
+            return 0; /* no mean is larger than all inputs */
+        }
+        if (is_exact)
+            add(mean, sums, 1, n);
+        else
+            sum_narrower(job, first, n, in_pairs, mean);
         /* To multiply by the reciprocal of a power of two rounds the same number, in a fraction of the time. */
         if ((bits_of(number) & FRACTION) == 0)
             factor = 1 / number;
@@ -980,9 +1004,6 @@ static void mean_of_windows(struct job *job, int64_t begin, int64_t n)
     for (size_t first = 0, count; first < (size_t)n && job->what == DONE; first += count) {
         count = (size_t)n - first < BLOCK ? (size_t)n - first : BLOCK;
         char *output = job->output + (begin + (int64_t)first) * sizes[job->dtype];
-        if (job->only == job->dtype && sizes[job->dtype] == 1 && job->weights == NULL &&
-            write_float8(job, first, count, output))
-            continue;
         int in_pairs = job->only == BF16 && job->dtype == BF16 && count % 2 == 0 && job->weights == NULL;
         int found = write_means(job, first, count, in_pairs, mean, output);
         if (found && in_pairs)
@@ -1072,7 +1093,7 @@ static int is_inside(int64_t position, int64_t count, int64_t size, int64_t leng
     return position >= 0 && count >= 0 && position <= length && count <= (length - position) / size;
 }
 
-static int check_mean(const struct job *job, const Py_buffer *table, const Py_buffer *weights, const Py_buffer *memory,
+static int check_mean(struct job *job, const Py_buffer *table, const Py_buffer *weights, const Py_buffer *memory,
                       const Py_buffer *output)
 {
     if (job->number < 1 || job->number > 1 << 26 || table->len % (int64_t)sizeof(struct input) || (uintptr_t)table->buf % 8)
@@ -1090,6 +1111,7 @@ static int check_mean(const struct job *job, const Py_buffer *table, const Py_bu
         input->address = input->mapping = input->nmapping = 0;
         if (input->dtype < 0 || input->dtype >= DTYPES)
             return refuse("no such input dtype");
+        job->has_maps |= input->where == MAP;
         if (input->where < MEMORY || input->where > READ || !is_inside(input->offset, job->elements, 8, INT64_MAX))
             return refuse("no such place");
         if (input->where != MAP && !is_inside(input->position, job->slot, 1, memory->len))
@@ -1119,7 +1141,7 @@ static PyObject *py_mean(PyObject *module, PyObject *arguments)
     job.slot = slot, job.elements = elements;
     PyObject *result = NULL;
     if (check_mean(&job, &table, &weights, &memory, &output) == 0) {
-        if (watch_faults() != 0) {
+        if (job.has_maps && watch_faults() != 0) {
             PyErr_SetFromErrno(PyExc_OSError);
         } else {
             Py_BEGIN_ALLOW_THREADS

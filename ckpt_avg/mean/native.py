@@ -68,7 +68,7 @@ class NativeEngine:
                 row = (self._kernel.MEMORY, -1, 0, dtype, position)
             else:
                 file, offset = place
-                maps = min(self._slot, nbytes) >= _SMALL and file.can_map()
+                maps = min(self._slot, nbytes) >= _SMALL and file.is_mapped
                 row = (self._kernel.MAP if maps else self._kernel.READ, file.descriptor(), offset, dtype, position)
             self._rows[index] = _ROW.pack(*row).ljust(self._kernel.ROW, b"\0")
 
@@ -86,7 +86,7 @@ class NativeEngine:
         Raises:
             NonFiniteError: an input contains NaN or Inf, or the mean overflows the output dtype, or its sum float64.
             CheckpointFormatError: a file cannot be read, or has changed.
-            ResourceError: a file cannot be mapped, and has to be.
+            ResourceError: a file cannot be mapped.
         """
         packed = b"" if weights is None else struct.pack(f"{len(weights)}d", *weights)
         self._average(block, indices, packed, output, self._checks)
@@ -96,15 +96,10 @@ class NativeEngine:
         # A complex element is a pair of real ones.
         width = 2 if block.source_dtype.kind == "complex" else 1
         dtype = self._code(block.dtype.torch_name)
-        while True:
-            table = bytearray().join(self._rows[index] for index in indices)
-            what, index, code, value = kernel.mean(
-                table, weights, self._memory, self._slot, width * block.numel, dtype, output, check
-            )
-            if what != kernel.NOT_MAPPED:
-                break
-            self._place_of(indices[index])[0].refuse_mapping(code)
-            self.read(block, [indices[index]])
+        table = bytearray().join(self._rows[index] for index in indices)
+        what, index, code, value = kernel.mean(
+            table, weights, self._memory, self._slot, width * block.numel, dtype, output, check
+        )
         if what == kernel.DONE:
             return
         if what == kernel.OUT_OF_RANGE:
@@ -113,6 +108,8 @@ class NativeEngine:
             self._average_tensors(block, indices, weights, output, width)
             return
         file, offset = self._place_of(indices[index])
+        if what == kernel.NOT_MAPPED:
+            raise file.mapping_refused(code)
         raise file.failure(offset, code if what == kernel.NOT_READ else None)
 
     def _average_tensors(
@@ -141,7 +138,7 @@ class NativeEngine:
     def _is_gathered(self, block: Block, index: int) -> bool:
         """Whether the elements of a block are copied into a slot: not consecutive, or read once for several means."""
         place = self._place(block, index)
-        return place is None or (self._shared and not place[0].can_map())
+        return place is None or (self._shared and not place[0].is_mapped)
 
     def _place(self, block: Block, index: int) -> tuple[InputFile, int] | None:
         """Returns the file and the offset of a block's elements, if they are consecutive."""

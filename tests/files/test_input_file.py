@@ -410,20 +410,12 @@ def test_its_repr(file: InputFile) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux alone")
-def test_the_way_to_read_is_chosen_by_hand(file: InputFile) -> None:
-    """``--io pread`` must not map, whatever the storage; ``mmap`` and ``auto`` map a local file."""
-    for way, maps in (("pread", False), ("mmap", True), ("auto", True), ("pread", False)):
+def test_files_are_mapped_only_on_request(file: InputFile) -> None:
+    """Mapped pages of a slow or shrinking file are a risk that nobody takes without asking for it."""
+    assert not file.is_mapped
+    for way, is_mapped in (("mmap", True), ("auto", False), ("pread", False)):
         file.use_io(way)
-        assert file.can_map() == maps, way
-
-
-def test_a_refused_map_is_an_error_only_where_maps_were_asked_for(file: InputFile) -> None:
-    file.use_io("mmap")
-    with pytest.raises(ResourceError, match=rf"--io mmap: the system refused the mapping: {os.strerror(errno.ENODEV)}"):
-        file.refuse_mapping(errno.ENODEV)
-    file.use_io("auto")
-    file.refuse_mapping(errno.ENODEV)
-    assert not file.can_map()
+        assert file.is_mapped == is_mapped, way
 
 
 @pytest.mark.parametrize("io", ["auto", "mmap", "pread"])

@@ -1,9 +1,10 @@
-"""Calls that only Linux has: which storage is remote, reading ahead, and writing early."""
+"""Calls that only Linux has: reading ahead, and writing early."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import sys
 import time
@@ -12,64 +13,15 @@ from pathlib import Path
 import pytest
 
 from ckpt_avg.files import platform
-from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.files.platform import is_remote, load, start_writing
+from ckpt_avg.files.platform import load, start_writing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked")
-
-
-def test_local_files_are_not_remote(tmp_path: Path) -> None:
-    """A local disk must not lose its mappings; a descriptor that cannot be asked counts as local."""
-    for path in (tmp_path, Path("/dev/shm"), Path("/proc")):
-        if path.exists():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                assert not is_remote(descriptor), path
-            finally:
-                os.close(descriptor)
-    assert not is_remote(-1)
-
-
-@pytest.mark.parametrize(
-    ("number", "remote"),
-    [(0x6969, True), (0x65735546, True), (0xFF534D42, True), (0x0BD00BD0, True), (0xEF53, False)],
-    ids=["NFS", "FUSE", "CIFS", "Lustre", "ext4"],
-)
-def test_network_file_systems_are_read_and_not_mapped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, remote: bool
-) -> None:
-    """CIFS' number has its highest bit set, and a long of 64 bits must not turn it negative."""
-
-    def fstatfs(descriptor: int, status: object) -> int:
-        ctypes.cast(status, ctypes.POINTER(ctypes.c_long))[0] = number  # type: ignore[arg-type]
-        return 0
-
-    monkeypatch.setattr(platform._LIBC, "fstatfs", fstatfs)
-    assert is_remote(0) == remote
-    path = tmp_path / "file"
-    path.touch()
-    with InputFile(path) as file:
-        assert file.can_map() != remote
-        file.use_io("mmap")
-        assert file.can_map()
 
 
 def test_other_systems_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS and Windows have none of these calls."""
     monkeypatch.setattr(platform, "_LIBC", None)
-    assert not is_remote(0)
     start_writing(0, 0, 10)
-
-
-def test_the_first_field_is_where_it_is_looked_for(tmp_path: Path) -> None:
-    """What ``stat -f`` says of a file system is what is read here."""
-    if not Path("/dev/shm").is_dir():
-        pytest.skip("no tmpfs")
-    descriptor = os.open("/dev/shm", os.O_RDONLY)
-    status = (ctypes.c_long * 64)()
-    platform._LIBC.fstatfs(descriptor, ctypes.byref(status))
-    os.close(descriptor)
-    assert status[0] & 0xFFFFFFFF == 0x01021994  # TMPFS_MAGIC
 
 
 KiB = 1024
@@ -98,38 +50,33 @@ def test_only_what_is_not_in_memory_is_loaded(monkeypatch: pytest.MonkeyPatch, a
     monkeypatch.setattr(os, "posix_fadvise", advise)
     load(0, 5, 300 * KiB)
     load(0, 5, 0)
-    everything = [(5, 128 * KiB), (5 + 128 * KiB, 128 * KiB), (5 + 256 * KiB, 44 * KiB)]
+    everything = [(0, 128 * KiB), (128 * KiB, 128 * KiB), (256 * KiB, 44 * KiB + 5)]
     assert advised == ([] if answer is None else everything[:1] if fails else everything)
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs preadv2")
 def test_what_is_loaded_is_in_memory_soon(tmp_path: Path) -> None:
-    """The whole range, where the system says what is there: some file systems don't, or keep everything in memory."""
+    """From the page of the first byte to that of the last. Some file systems keep everything in memory."""
     path = tmp_path / "file"
-    path.write_bytes(bytes(4 * 1024 * KiB))
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        if is_there(descriptor, 2048 * KiB) is not False:
-            pytest.skip("this file system does not say what is in memory")
-        load(descriptor, 512 * KiB, 2048 * KiB)
+    path.write_bytes(bytes(4096 * KiB))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        pages = range((512 * KiB + 5) // mmap.PAGESIZE, (2560 * KiB + 4) // mmap.PAGESIZE + 1)
+        if any(in_memory(mapped)[page] for page in pages):
+            pytest.skip("this file system keeps everything in memory")
+        load(file.fileno(), 512 * KiB + 5, 2048 * KiB)
         deadline = time.monotonic() + 20
-        while not all(is_there(descriptor, each * KiB) for each in range(512, 2560, 4)):
+        while not all(in_memory(mapped)[page] for page in pages):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    finally:
-        os.close(descriptor)
 
 
-def is_there(descriptor: int, offset: int) -> bool | None:
-    """Whether a byte of a file is in memory; None if the file system cannot tell."""
-    try:
-        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
+def in_memory(mapped: mmap.mmap) -> list[bool]:
+    """Which pages of a mapped file are in memory. A read that does not wait may load the page that it asks for."""
+    pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), pages) == 0
+    return [bool(page & 1) for page in pages]
 
 
 def test_writing_can_be_begun_anywhere(tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ class Trial:
 
     def run(self, thread: int, options: Sequence[str]) -> Ended:
         """One run, in an output folder like new."""
-        arguments = self.averaging.command(self.output, "--threads", "1", *begin(self.output, self.overwrite))
+        arguments = self.averaging.command(
+            self.output, "--threads", "1", "--io", "mmap", *begin(self.output, self.overwrite)
+        )
         return self.runs.run(*arguments, strace=options, thread=thread, wrong=self.wrong, unnamed=self.unnamed)
 
     def faults(self) -> list[Fault]:

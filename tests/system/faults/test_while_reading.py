@@ -58,7 +58,7 @@ class Inputs:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """Checkpoints of 8 MB, whose windows are mapped."""
+    """Checkpoints of 8 MB, whose windows can be mapped."""
     folder = tmp_path_factory.mktemp("inputs")
     paths = []
     for seed in range(4):
@@ -158,8 +158,8 @@ def change_at_random(
     return found
 
 
-SAMPLE = {"cut": "pread"} | dict.fromkeys(("overwrite", "append", "replace", "delete"), "auto")
-MANY = [(change, io, 200) for change in CHANGES for io in ("auto", "pread")]
+SAMPLE = {"cut": "pread"} | dict.fromkeys(("overwrite", "append", "replace", "delete"), "mmap")
+MANY = [(change, io, 200) for change in CHANGES for io in ("mmap", "pread")]
 
 
 @pytest.mark.guarantee("changing-inputs")

@@ -56,7 +56,7 @@ def open_sharded(index: Path, path: Path, reading: Reading) -> Checkpoint:
         def make() -> TensorTable:
             tensors = _combine(index, weight_map, shards)
             names = settle_names(tensors, reading.strip_prefix, path)
-            return TensorTable(tensors.values(), names, parts=[spec.tensors for spec in shards.values()])
+            return TensorTable(tensors, names, parts=[spec.tensors for spec in shards.values()])
 
         # Checkpoints of one run mostly share the tables of their shards, which live as long as the table made of them.
         tables = tuple(id(spec.tensors) for spec in shards.values())

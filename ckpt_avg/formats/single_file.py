@@ -96,7 +96,7 @@ def _open_safetensors(file: InputFile, reading: Reading, *, strip: bool) -> Chec
     def make() -> TensorTable:
         tensors, metadata = safetensors_header.parse_header(file, header)
         names = settle_names(tensors, reading.strip_prefix, file.path, strip=strip)
-        return TensorTable(tensors.values(), names, metadata)
+        return TensorTable(tensors, names, metadata)
 
     table = shared_table((digest, file.size, reading.strip_prefix, strip), make)
     metadata = table.metadata

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +56,7 @@ class Names:
         lacks_prefix: whether no name has the prefix that the user gave.
         kind: the trainer or library, if known.
         averaged: what shows that the weights are already an average; empty if nothing does.
+        forms: of the names without prefixes, as `forms_of` returns them.
     """
 
     renamed: Mapping[str, str]
@@ -65,6 +66,7 @@ class Names:
     lacks_prefix: bool = False
     kind: str | None = None
     averaged: str = ""
+    forms: Set[str] = frozenset()
 
     def make_spec(
         self,
@@ -120,7 +122,7 @@ def settle_names(
         if each.tensor_names and any(map(re.compile(each.tensor_names).search, forms)):
             kind = kind or each.name
             notes += (each.note,) if each.note else ()
-    return replace(names, kind=kind, averaged=averaged, notes=notes)
+    return replace(names, kind=kind, averaged=averaged, notes=notes, forms=forms)
 
 
 def strip_prefixes(names: Collection[str], scalars: Collection[str], prefix: str | None, where: str) -> Names:
@@ -206,8 +208,10 @@ def _refuse_flat_parameters(names: Collection[str], path: Path) -> None:
 _ZEROS = str.maketrans("123456789", "000000000")
 
 
-def forms_of(names: Iterable[str]) -> set[str]:
+def forms_of(names: Iterable[str]) -> Set[str]:
     """Returns names with each digit as 0: those of many layers become a few, which are searched instead."""
+    if isinstance(names, TensorTable):
+        return names.names.forms
     return set("\n".join(names).translate(_ZEROS).split("\n"))
 
 
@@ -246,7 +250,8 @@ def check_name(name: str, path: Path) -> None:
 class TensorTable(dict[str, TensorSpec]):
     """The tensors of a checkpoint by stripped name. Open checkpoints share it, so it is never changed.
 
-    Attributes:
+    Args:
+        tensors: by the names in the file.
         names: the names.
         metadata: of a safetensors file.
         parts: the tables of the shards, kept for the next checkpoint.
@@ -254,19 +259,14 @@ class TensorTable(dict[str, TensorSpec]):
 
     def __init__(
         self,
-        tensors: Iterable[TensorSpec],
+        tensors: Mapping[str, TensorSpec],
         names: Names,
         metadata: Mapping[str, str] | None = None,
         parts: Collection[Mapping[str, TensorSpec]] = (),
     ) -> None:
-        new = names.renamed
-        super().__init__(
-            {
-                name: each if name == each.name else replace(each, name=name)
-                for each in tensors
-                if (name := new.get(each.name)) is not None
-            }
-        )
+        renamed = names.renamed
+        is_same = list(tensors) == list(renamed.values())
+        super().__init__(tensors if is_same else {new: replace(tensors[old], name=new) for old, new in renamed.items()})
         self.names, self.metadata, self.parts = names, metadata or {}, parts
 
 

@@ -87,13 +87,12 @@ def join_ranges(ranges: Iterable[Range]) -> Ranges:
     for each in ranges:
         tensor, start, stop = each
         size = tensor.dtype.itemsize
-        is_contiguous = tensor.is_contiguous
         follows = tensor.offset + start * size == offset and tensor.file == file and tensor.dtype is dtype
-        if follows and is_contiguous:
+        if follows and tensor.is_contiguous:
             groups[-1].append(each)
         else:
             groups.append([each])
-            file, dtype = tensor.file, tensor.dtype if is_contiguous else None
+            file, dtype = tensor.file, tensor.dtype if tensor.is_contiguous else None
         offset = tensor.offset + stop * size
     return Ranges(group[0] if len(group) == 1 else _joined(group) for group in groups)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 
 from ckpt_avg.checkpoint.spec import Checkpoint, TensorSpec
 from ckpt_avg.checkpoint.tensor_reads import Ranges, join_ranges
@@ -100,26 +102,25 @@ def cut_into_blocks(plan: Plan, elements: int, within: range | None = None) -> I
     """
     within = range(plan.nbytes) if within is None else within
     is_part = within != range(plan.nbytes)
-    groups: list[list[OutputRange]] = []  # of the blocks
-    kind: object = None  # what the tensors of the last group have in common
+    blocks: list[Block] = []
     room, left = elements, _MOST_TENSORS
-    for tensor in plan.tensors:
-        start, end = 0, tensor.numel
-        if is_part:
-            start = max(0, within.start - tensor.offset) // tensor.dtype.itemsize
-            end = min(end, max(0, within.stop - tensor.offset) // tensor.dtype.itemsize)
-        while start < end:
-            stop = min(end, start + room)
-            own = (tensor.source_dtype, tensor.dtype, tensor.rule)
-            if own != kind or not groups:
-                groups.append([])
-                kind = own
-            groups[-1].append((tensor, start, stop))
-            room -= stop - start
-            left -= 1
-            start = stop
-            if room == 0 or left == 0:
-                yield list(map(Block, groups))
-                groups, room, left = [], elements, _MOST_TENSORS
-    if groups:
-        yield list(map(Block, groups))
+    for _, alike in itertools.groupby(plan.tensors, key=attrgetter("source_dtype", "dtype", "rule")):
+        ranges: list[OutputRange] = []
+        for tensor in alike:
+            start, end = 0, tensor.numel
+            if is_part:
+                start = max(0, within.start - tensor.offset) // tensor.dtype.itemsize
+                end = min(end, max(0, within.stop - tensor.offset) // tensor.dtype.itemsize)
+            while start < end:
+                stop = min(end, start + room)
+                ranges.append((tensor, start, stop))
+                room -= stop - start
+                left -= 1
+                start = stop
+                if room == 0 or left == 0:
+                    yield [*blocks, Block(ranges)]
+                    blocks, ranges, room, left = [], [], elements, _MOST_TENSORS
+        if ranges:
+            blocks.append(Block(ranges))
+    if blocks:
+        yield blocks

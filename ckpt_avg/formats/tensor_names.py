@@ -254,6 +254,7 @@ class TensorTable(dict[str, TensorSpec]):
         tensors: by the names in the file.
         names: the names.
         metadata: of a safetensors file.
+        digest: of its header, as `CheckpointSpec.digest`.
         parts: the tables of the shards, kept for the next checkpoint.
     """
 
@@ -262,12 +263,13 @@ class TensorTable(dict[str, TensorSpec]):
         tensors: Mapping[str, TensorSpec],
         names: Names,
         metadata: Mapping[str, str] | None = None,
+        digest: str = "",
         parts: Collection[Mapping[str, TensorSpec]] = (),
     ) -> None:
         renamed = names.renamed
         is_same = list(tensors) == list(renamed.values())
         super().__init__(tensors if is_same else {new: replace(tensors[old], name=new) for old, new in renamed.items()})
-        self.names, self.metadata, self.parts = names, metadata or {}, parts
+        self.names, self.metadata, self.digest, self.parts = names, metadata or {}, digest, parts
 
 
 _TABLES: WeakValueDictionary[object, TensorTable] = WeakValueDictionary()

@@ -232,7 +232,7 @@ class Draft:
         )
 
     @functools.cached_property
-    def _tensors(self) -> list[str]:
+    def _tensors(self) -> list[bytes]:
         with gc_paused():
             return [encode_tensors(shard.tensors, shard.prefix) for shard in self.shards]
 

@@ -22,7 +22,7 @@ from ckpt_avg.limits import LIMITS
 from ckpt_avg.mean.plan import OutputTensor
 
 
-def encode_tensors(tensors: Sequence[OutputTensor], prefix: str = "") -> str:
+def encode_tensors(tensors: Sequence[OutputTensor], prefix: str = "") -> bytes:
     """Returns the tensors' part of a file's header: a JSON object without its braces. The file has these alone.
 
     The names in it lack the ``prefix``.
@@ -34,7 +34,7 @@ def encode_tensors(tensors: Sequence[OutputTensor], prefix: str = "") -> str:
         end = begin + tensor.numel * tensor.dtype.itemsize
         name = encode_basestring(tensor.name.removeprefix(prefix))
         parts.append(f"{name}:{{{_layout(tensor.dtype, tensor.shape)}[{begin},{end}]}}")
-    return ",".join(parts)
+    return ",".join(parts).encode()
 
 
 @functools.lru_cache(maxsize=1024)  # most tensors of a model have one of a few shapes
@@ -42,7 +42,7 @@ def _layout(dtype: DType, shape: tuple[int, ...]) -> str:
     return f'"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}],"data_offsets":'
 
 
-def encode_header(tensors: str, metadata: Mapping[str, str], *, room: int = 0, size: int = 0) -> bytes:
+def encode_header(tensors: bytes, metadata: Mapping[str, str], *, room: int = 0, size: int = 0) -> bytes:
     """Returns the 8 bytes of length and the JSON, padded with spaces.
 
     Args:
@@ -54,16 +54,17 @@ def encode_header(tensors: str, metadata: Mapping[str, str], *, room: int = 0, s
     Raises:
         IncompatibleError: the header would exceed the format's limit.
     """
-    about = f'"__metadata__":{_compact(dict(sorted(metadata.items())))}' if metadata else ""
-    text = f"{{{','.join(filter(None, (about, tensors)))}}}".encode()
-    length = max(len(text) + room, size - 8)
+    about = f'"__metadata__":{_compact(dict(sorted(metadata.items())))}'.encode() if metadata else b""
+    parts = (b"{", about, b"," if about and tensors else b"", tensors, b"}")
+    used = sum(map(len, parts))
+    length = max(used + room, size - 8)
     length += -length % 8
     if length > LIMITS.header:
         raise IncompatibleError(
             f"the output's header would be {length:,} bytes long, but safetensors allows {LIMITS.header:,}. "
             "Average fewer tensors or checkpoints at once, or omit --sha256."
         )
-    return struct.pack("<Q", length) + text.ljust(length)
+    return b"".join((struct.pack("<Q", length), *parts, b" " * (length - used)))
 
 
 def _compact(value: object) -> str:

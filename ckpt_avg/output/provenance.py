@@ -166,7 +166,7 @@ def seal(header: bytes) -> bytes:
     if digest is None:
         raise ValueError("a header without a digest of itself")
     begin = _digest_offset(header)
-    return header[:begin] + digest.encode() + header[begin + 64 :]
+    return b"".join((header[:begin], digest.encode(), memoryview(header)[begin + 64 :]))
 
 
 def header_digest(header: bytes) -> str | None:
@@ -177,7 +177,9 @@ def header_digest(header: bytes) -> str | None:
     begin = _digest_offset(header)
     if begin < 0:
         return None
-    return hashlib.sha256(header[:begin] + _UNKNOWN.encode() + header[begin + 64 :]).hexdigest()
+    digest = hashlib.sha256(header[:begin] + _UNKNOWN.encode())
+    digest.update(memoryview(header)[begin + 64 :])
+    return digest.hexdigest()
 
 
 def recorded_digests(metadata: Mapping[str, Any]) -> Digests | None:

@@ -32,9 +32,9 @@ _COMPACT = re.compile(
     r'("([^"\\\0-\x1f]*)":\{"dtype":"(\w+","shape":\[[0-9,]*)\],"data_offsets":\[(SIZE),(SIZE)\]\}'
     r"(?:,|\}[ \t\n\r]*\Z))".replace("SIZE", _SIZE)
 )
-# The third group of it.
+# Its group of the dtype and the shape.
 _LAYOUT = re.compile(r'(\w+)","shape":\[(SIZE(?:,SIZE)*|)'.replace("SIZE", _SIZE))
-_PIECE = 30_000  # characters that are parsed at a time: few enough for the cache of a core
+_PIECE = 30_000  # characters that are parsed at a time: few enough to stay in the cache of a core
 
 
 def matches(head: bytes) -> bool:
@@ -99,7 +99,7 @@ def refuse_too_many_values(file: Readable, header: bytes) -> None:
 def _parse_compact(header: bytes, data_start: int) -> tuple[bytes, dict[str, TensorSpec]] | None:
     """Returns a header without its tensors, and the tensors; None unless all are valid and written compactly.
 
-    For many small tensors, this takes a third of the time that JSON takes, and hardly more memory than the result.
+    For many small tensors, this takes less than half the time that JSON takes, and hardly more memory than the result.
     """
     try:
         text = header.decode()
@@ -118,7 +118,8 @@ def _parse_compact(header: bytes, data_start: int) -> tuple[bytes, dict[str, Ten
         following = _COMPACT.search(text, begin + _PIECE)
         end = len(text) if following is None else following.start()
         found = _COMPACT.findall(text, begin, end)
-        if not found or text.endswith(",", begin, end) is (following is None):  # after all but the last
+        # A comma follows each tensor but the last.
+        if not found or text.endswith(",", begin, end) is (following is None):
             return None
         entries, names, layouts, firsts, ends = zip(*found, strict=True)
         known = [layout for layout in map(layout_of, layouts) if layout is not None]

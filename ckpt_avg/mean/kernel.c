@@ -51,6 +51,9 @@
 #define BLOCK 1024
 #define EXACT_BLOCK 256 /* for float64, which needs more buffers */
 
+#define READ_TOGETHER (2 * 1024 * 1024) /* bytes of all windows together … */
+#define READ_LEAST (64 * 1024)          /* … unless one would get smaller than this: a system call takes time */
+
 /* Values at any address: tensors may begin at odd bytes of a file. */
 typedef uint8_t __attribute__((may_alias)) u8;
 typedef uint16_t __attribute__((aligned(1), may_alias)) u16;
@@ -1013,6 +1016,13 @@ static void mean_of_windows(struct job *job, int64_t begin, int64_t n)
     }
 }
 
+/* The bytes of a window: of a slot, unless inputs are read, whose windows together stay in the caches of a core. */
+static int64_t window_size(const struct job *job)
+{
+    int64_t most = READ_TOGETHER / job->number > READ_LEAST ? READ_TOGETHER / job->number : READ_LEAST;
+    return job->has_maps || job->slot < most ? job->slot : most;
+}
+
 static void compute(struct job *job)
 {
     fenv_t kept; /* threads inherit it: a program may flush subnormal numbers to zero, as torch.set_flush_denormal does */
@@ -1026,8 +1036,8 @@ static void compute(struct job *job)
         job->has_float64 |= dtype == F64;
         job->only = dtype == job->only ? dtype : -1;
     }
-    if (window > job->slot / size)
-        window = job->slot / size;
+    if (window > window_size(job) / size)
+        window = window_size(job) / size;
     current = job;
     for (int64_t first = 0; first < job->elements && job->what == DONE; first += window) {
         int64_t n = job->elements - first < window ? job->elements - first : window;

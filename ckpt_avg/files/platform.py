@@ -26,7 +26,7 @@ _SYNC_FILE_RANGE_WRITE = 2
 _CURRENT, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD, and the flag of renameat2: linux/fcntl.h, linux/fs.h
 _ADVISED = 128 * 1024  # Linux may load no more for one call: mm/readahead.c, force_page_cache_ra
 _MOST_TARGETS = 1024  # of one call: IOV_MAX of Linux and macOS
-CAN_MAP = sys.platform == "linux"  # files
+CAN_MAP = sys.platform == "linux"  # files, for the native engine
 
 _LIBC: Any = None  # on Linux: calls that Python lacks, or makes with the interpreter lock held
 if sys.platform == "linux":

@@ -18,8 +18,10 @@ _CUDA_MEMORY = 32 * 1024 * 1024  # bytes of a worker
 _LEAST_BLOCKS = 2  # for each worker, so that all finish at about the same time
 _MOST_OUTPUT = 4 * 1024 * 1024  # bytes of a block of the native engine: enough to outweigh what Python does for each
 _MOST_INPUT = 256 * 1024 * 1024  # bytes of a block in all checkpoints: a call is not interrupted
-_WINDOWS = 4 * 1024 * 1024  # bytes of all its windows together, so that memory does not grow with the checkpoints …
-_LEAST_WINDOW = 64 * 1024  # … unless they would get smaller than this
+# Bytes of all windows of a worker together, so that memory does not grow with the checkpoints.
+# The kernel uses less of a window that it reads a file into (READ_TOGETHER).
+_WINDOWS = 4 * 1024 * 1024
+_LEAST_WINDOW = 64 * 1024  # where they would get smaller than this, they take more together
 
 
 def sizes_for(

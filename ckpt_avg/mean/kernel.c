@@ -1036,8 +1036,8 @@ static void compute(struct job *job)
         job->has_float64 |= dtype == F64;
         job->only = dtype == job->only ? dtype : -1;
     }
-    if (window > window_size(job) / size)
-        window = window_size(job) / size;
+    int64_t most = window_size(job) / size;
+    window = window < most ? window : most;
     current = job;
     for (int64_t first = 0; first < job->elements && job->what == DONE; first += window) {
         int64_t n = job->elements - first < window ? job->elements - first : window;

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
@@ -21,6 +22,7 @@ from ckpt_avg.wording import for_command_line
 
 # A signal may come between publishing and the last line of output.
 _UNTOUCHED = ": the output path is unchanged, or complete if it was already published"
+_SOON, _TIMES = 0.01, 100  # seconds for which a signal is put off, and how often at most
 
 
 class _Terminated(BaseException):
@@ -163,12 +165,22 @@ def _fail(kind: str, message: str, code: int, as_json: bool, known: Mapping[str,
 def _signals() -> Iterator[None]:
     """Turns SIGTERM and SIGHUP into an exception. After the first signal, Ctrl-C ends the process at once."""
     owner = os.getpid()
+    put_off: list[threading.Timer] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a forked dataloader worker has nothing to clean up
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        if frame is not None and frame.f_code.co_filename.startswith("<frozen ") and len(put_off) < _TIMES:
+            # An exception inside the import system may leave a lock behind, and C code that registers its classes while
+            # it is imported drops one without a word. Such code of Python's own is soon done.
+            again = threading.Timer(_SOON, os.kill, (owner, number))
+            again.daemon = True
+            with contextlib.suppress(RuntimeError):  # no memory for a thread
+                again.start()
+                put_off.append(again)
+                return
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -534,11 +535,30 @@ def test_an_interrupt_leaves_whole_lines(
     words = [option.format(app=app) for option in options]
     arguments = ["average", normed, "-o", "swa.safetensors", "--app-dir", tmp_path / "app", *words]
     code, _, terminal = on_a_terminal(arguments, tmp_path, stop_at=f"{title}: ", number=number)
-    assert code == 128 + number
+    assert code == 128 + number, terminal
     *_, phase, error, end = on_screen(terminal.replace("\r\n", "\n"))
     assert re.fullmatch(rf"\[\d/.\] {re.escape(title)}: stopped after .* s(, \d+ %)?", phase)
     assert re.match(rf"\x1b\[31mError:\x1b\[0m {message}: ", error)
     assert end == ""
+
+
+@pytest.mark.guarantee("signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_import_system_is_not_lost(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """C code that registers its classes drops any exception: if it failed, the command would go on as if unasked."""
+    code = compile(f"os.kill(os.getpid(), {number:d}); [None for _ in range(1000)]", "<frozen abc>", "exec")
+    dropped = []
+
+    @click.command()
+    def command() -> None:
+        try:
+            exec(code, {"os": os})
+        except BaseException as error:  # as C code does
+            dropped.append(error)
+        time.sleep(10)
+
+    assert (run(command, []), dropped) == (128 + number, [])
+    assert "Error: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

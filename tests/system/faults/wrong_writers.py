@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -158,12 +159,32 @@ def not_looking_again(arguments: Sequence[str]) -> None:
 
 def cutting_an_input(arguments: Sequence[str]) -> None:
     """Nothing wrong with the command: the second checkpoint is cut just before it is mapped and read."""
+    _before_reading(lambda: os.truncate(arguments[2], 0))
+
+
+def overwriting_an_input(arguments: Sequence[str]) -> None:
+    """Nothing wrong with the command: half of the second checkpoint is written anew just before it is read."""
+
+    def overwrite() -> None:
+        half = os.path.getsize(arguments[2]) // 2
+        with open(arguments[2], "r+b") as file:
+            file.seek(half)
+            file.write(bytes(half))
+
+    _before_reading(overwrite)
+
+
+def _before_reading(change: Callable[[], None]) -> None:
+    """Has the native engine change something before it reads the first tensor."""
     from ckpt_avg import _kernel
 
-    real = _kernel.mean
+    real, lock, changed = _kernel.mean, threading.Lock(), []
 
     def mean(*call: Any) -> Any:
-        os.truncate(arguments[2], 0)
+        with lock:
+            if not changed:
+                change()
+                changed.append(True)
         return real(*call)
 
     _kernel.mean = mean

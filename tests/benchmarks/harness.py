@@ -8,6 +8,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -225,7 +226,10 @@ class Compared(dict[str, Rounds]):
 
 
 def in_turn(setup: Setup, programs: dict[str, Program], *, rounds: int | None = None, cold: bool = False) -> Compared:
-    """Runs every program once in each round, every second round in the opposite order.
+    """Runs every program once in each round, in an order that is drawn for the round, the same whenever this runs.
+
+    What a program leaves to the next, such as a disk that was asked for much and serves less for a while, then falls
+    on all of them.
 
     If the page cache is warm a first round does not count: pages that were just written are slower the first times
     they are looked at, on a virtual machine three times and more.
@@ -238,7 +242,7 @@ def in_turn(setup: Setup, programs: dict[str, Program], *, rounds: int | None = 
     """
     done = Compared(programs, setup.empty("outputs"))
     for number in range(1 if cold else 0, 1 + (rounds or setup.rounds)):
-        for name in list(programs)[:: 1 if number % 2 else -1]:
+        for name in random.Random(number).sample(list(programs), len(programs)):
             output = done.output(name)
             remove(output)
             os.sync()  # what the program before it left to be written is not this one's work

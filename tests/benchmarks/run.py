@@ -6,6 +6,7 @@
     warm      float32 safetensors, page cache warm: next to the least it can cost
     profile   the same: the start, headers and plan, and the digest of the output alone
     cold      the same, the inputs dropped from the page cache before each run
+    model     the same, with a module of the user's that imports torch
     readers   the same, with 0 to 32 threads that read ahead
     threads   warm, with 2 to 16 threads
     engines   warm, the native engine and torch

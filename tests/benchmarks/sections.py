@@ -85,6 +85,21 @@ def measure_cold(setup: Setup) -> None:
     done.show(min(floors, key=lambda name: done[name].wall))
 
 
+def measure_model(setup: Setup) -> None:
+    """The inputs dropped from the page cache before each run, with a module of the user's that imports torch."""
+    module = setup.empty("app") / "app.py"
+    module.write_text("import torch\n\n\ndef make():\n    return torch.nn.Identity()\n")
+    alone, with_model = f"{OURS} without a model", f"{OURS} with `--model`"
+    programs = {
+        "`import torch` alone": python("import torch"),
+        alone: ours(setup.plain),
+        with_model: ours(setup.plain, "--model", "app:make", "--app-dir", module.parent),
+    }
+    done = in_turn(setup, programs, cold=True)
+    done.show(alone)
+    done.same(alone, with_model)
+
+
 def measure_readers(setup: Setup) -> None:
     """The inputs dropped from the page cache before each run, by the number of threads that read ahead."""
     programs = {f"`--readers {count}`": ours(setup.plain, "--readers", count) for count in _READERS}

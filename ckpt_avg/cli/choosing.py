@@ -57,9 +57,8 @@ def sweep_command(
 
     def measure() -> SweepResult:
         with computing(quiet=printing.quiet) as progress:
-            expect_user_code(progress, given)
-            request.discover()  # options and sources are checked before the user's code is imported
-            return ckpt_avg.sweep(sources, progress=progress, **options.load_all(app_dir, given))
+            expect_user_code(given)
+            return ckpt_avg.sweep(sources, progress=progress, **options.with_references(app_dir, given))
 
     def command(result: SweepResult) -> list[str]:
         """Returns the command that makes the best average."""

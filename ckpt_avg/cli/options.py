@@ -207,17 +207,12 @@ def _click_option(heading: str, option: Field[Any]) -> Callable[[_Command], _Com
     return click.option(flag_of(option.name, option), option.name, cls=Option, heading=heading, **settings)
 
 
-def load_all(app_dir: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns options with the user's code in place of its references, and ``forward_batch`` next to the model."""
-    from ckpt_avg.user_code.load import forward_batch_of, load_user_code
+def with_references(app_dir: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options with references to the user's code, which `prepare` imports, in place of their texts."""
+    from ckpt_avg.user_code.load import Reference
 
-    loaded = {
-        name: load_user_code(given[name], f"--{name}", app_dir) for name in ("model", "data") if given[name] is not None
-    }
-    loaded["evaluate"] = [load_user_code(each, "--eval", app_dir) for each in given["evaluate"]]
-    if given["model"] is not None:
-        loaded["forward_batch"] = forward_batch_of(given["model"])
-    return {**given, **loaded}
+    one = {name: Reference(given[name], f"--{name}", app_dir) for name in ("model", "data") if given[name] is not None}
+    return {**given, **one, "evaluate": [Reference(each, "--eval", app_dir) for each in given["evaluate"]]}
 
 
 def average_command_for(

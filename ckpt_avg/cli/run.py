@@ -17,13 +17,13 @@ import click
 import ckpt_avg
 from ckpt_avg.cli.colours import coloured
 from ckpt_avg.cli.exits import error_json, say
-from ckpt_avg.cli.options import Printing, load_all
+from ckpt_avg.cli.options import Printing, with_references
 from ckpt_avg.commands.options import RankOptions
 from ckpt_avg.distributed.launch import join_ranks, launch_of
 from ckpt_avg.distributed.ranks import RANK_TIMEOUT
 from ckpt_avg.errors import CkptAvgError, RequirementError, UsageError
 from ckpt_avg.formats.reading import Reading
-from ckpt_avg.progress import Phase, Progress
+from ckpt_avg.progress import Progress
 from ckpt_avg.text import one_line
 
 if TYPE_CHECKING:
@@ -54,9 +54,8 @@ def make_output(
 ) -> None:
     """Runs what makes an output, on one rank or many; prints and reports the result, even if a requirement is not met.
 
-    ``kind`` is the name of the command. ``request`` is the class of the request, which checks options and sources
-    before the user's code is imported, and torch with it. ``text`` is called with the result, ``verbose`` and
-    ``width``, ``document`` with the result.
+    ``kind`` is the name of the command, ``request`` the class of its request. ``text`` is called with the result,
+    ``verbose`` and ``width``, ``document`` with the result.
     """
     from ckpt_avg.commands.documents import average_json
     from ckpt_avg.output.paths import REPORTS, SideFiles, checksum_path
@@ -72,11 +71,11 @@ def make_output(
     try:
         with computing(quiet=printing.quiet or not speaks) as progress, join_ranks(timeout=rank_timeout) as ranks:
             shared: dict[str, Any] = {"ranks": ranks} if issubclass(request, RankOptions) else {}
-            expect_user_code(progress, given)
-            request(sources, output, **shared, **given).discover()
+            request(sources, output, **shared, **given)  # raises what is wrong with the options
             for path in report if speaks else ():
                 files.check("--report", path, REPORTS)
-            options = {**load_all(app_dir, given), **shared, "progress": progress}
+            expect_user_code(given)
+            options = {**with_references(app_dir, given), **shared, "progress": progress}
             result = getattr(ckpt_avg, _FUNCTIONS.get(kind, kind))(sources, output, **options)
     except RequirementError as error:
         unmet, result = error, error.result
@@ -148,14 +147,11 @@ def refuse_ranks(command: str) -> None:
         raise UsageError(f"{command}: runs in one process only. Start it without torchrun.")
 
 
-def expect_user_code(progress: Progress, given: Mapping[str, Any]) -> None:
-    """Tells the user that their code is imported, and torch with it, if they named some; collects garbage for it."""
-    names = [given["model"], given["data"], *given["evaluate"]]
-    modules = {name.partition(":")[0]: None for name in names if name is not None}
-    if modules:
+def expect_user_code(given: Mapping[str, Any]) -> None:
+    """Collects garbage from now on if the user has named code of theirs."""
+    if any((given["model"], given["data"], *given["evaluate"])):
         gc.freeze()  # what has been imported needs no search
         gc.enable()
-        progress.phase(Phase(f"importing {', '.join(modules)}"))
 
 
 def showing(*, quiet: bool, keep: bool = True) -> contextlib.AbstractContextManager[Progress]:

@@ -1,8 +1,10 @@
-"""From sources to all that averaging needs, checked from headers: open → check → plan → build the model."""
+"""From sources to all that averaging needs, checked from headers: open → check → plan → import → build the model."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,14 +28,17 @@ from ckpt_avg.machine import choose_threads, gc_paused
 from ckpt_avg.mean.block_sizes import most_workers
 from ckpt_avg.mean.devices import choose_mean_device, choose_model_device
 from ckpt_avg.mean.equal_tensors import refuse_unequal
+from ckpt_avg.mean.loading import loading
 from ckpt_avg.mean.plan import Plan
 from ckpt_avg.mean.samples import far_off_by_sample
 from ckpt_avg.mean.value_kinds import plan_of
 from ckpt_avg.mean.weighting import Weights
+from ckpt_avg.progress import Phase
 from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.select import Selected, open_selected
 from ckpt_avg.text import argument, listing, quote, type_of
+from ckpt_avg.user_code.load import Reference, loaded
 
 if TYPE_CHECKING:
     import torch
@@ -87,13 +92,9 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
 
     With ``by_window``, parts of the checkpoints will be averaged, each with frozen layers of its own.
     """
-    for function in request.functions:
-        if not callable(function):
-            raise UsageError(f"--eval: got {type_of(function)}. Name a function of the model.")
     notice = context.notice
     launch = launch_of() if context.ranks.size > 1 else None
     mean_device = choose_mean_device(request.device, launch)
-    model_device = mean_device if request.model is None else choose_model_device(request.device, launch)
     if engine_for(mean_device) == "torch":
         importlib.import_module("ckpt_avg.mean.torch_engine")  # before the inputs take the files that may be open
     if request.io == "mmap" and engine_for(mean_device) == "torch":
@@ -118,15 +119,17 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     frozen = frozenset() if by_window and request.data is not None else frozen_buffers(checkpoints, plan, request.bn)
     has_model, has_data = request.model is not None, request.data is not None
     measures = needs_refresh(plan, frozen, bn=request.bn, has_model=has_model, has_data=has_data, notice=notice)
+    _import_user_code(request, context, checkpoints, plan)
+    model_device = mean_device if request.model is None else choose_model_device(request.device, launch)
     model, refresh = None, None
     if request.model is not None and (measures or request.functions):
         from ckpt_avg.user_code.model import Passes, build_model, notice_other_names
 
         tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
-        model = build_model(request.model, tensors, stripped=request.strip_prefix)
+        model = build_model(loaded(request.model), tensors, stripped=request.strip_prefix)
         notice_other_names(model, tensors, notice)
         if measures and request.data is not None:
-            passes = Passes(request.data)
+            passes = Passes(loaded(request.data))
             refresh = choose_refresh(plan, frozen, model, passes, notice)
             refreshes = request.eval_repeats * (2 if len(checkpoints) > 1 else 1) if request.functions else 1
             if passes.is_single and refreshes > 1:
@@ -139,6 +142,21 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     if weighting is not None:
         refuse_negative_variances(plan, weighting.values, frozen, refresh)
     return Prepared(selected, weighting, plan, frozen, model, refresh, statistics, mean_device, model_device, threads)
+
+
+def _import_user_code(request: MeanRequest, context: Context, checkpoints: Sequence[Checkpoint], plan: Plan) -> None:
+    """Imports the user's modules that the command line names; the system loads the checkpoints meanwhile."""
+    code: list[object] = [request.model, request.data, *request.functions]
+    references = [each for each in code if isinstance(each, Reference)]
+    if references:
+        context.phase(Phase(f"importing {', '.join(dict.fromkeys(each.module for each in references))}"))
+        is_ahead = request.readers > 0 and context.ranks.size == 1  # a rank reads only its share
+        with loading(checkpoints, plan) if is_ahead else contextlib.nullcontext():
+            for each in references:
+                each.load()
+    for function in map(loaded, request.functions):
+        if not callable(function):
+            raise UsageError(f"--eval: got {type_of(function)}. Name a function of the model.")
 
 
 def _refuse_code(request: MeanRequest, checkpoint: Checkpoint) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import mmap
 import os
 import re
 import sys
@@ -13,6 +12,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from ckpt_avg.engine import kernel
 
 if sys.platform != "win32":
     import fcntl  # not later, when no file may be left to open it
@@ -24,7 +25,6 @@ WRITE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 
 _POSITION = threading.Lock()  # Windows: a descriptor has one position, which all threads share
 _SYNC_FILE_RANGE_WRITE = 2
 _CURRENT, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD, and the flag of renameat2: linux/fcntl.h, linux/fs.h
-_ADVISED = 128 * 1024  # Linux may load no more for one call: mm/readahead.c, force_page_cache_ra
 _MOST_TARGETS = 1024  # of one call: IOV_MAX of Linux and macOS
 CAN_MAP = sys.platform == "linux"  # files, for the native engine
 
@@ -43,14 +43,15 @@ def load(descriptor: int, offset: int, length: int) -> None:
     """
     if not length or not hasattr(os, "posix_fadvise"):
         return
-    end = offset + length
-    if hasattr(os, "RWF_NOWAIT"):
-        with contextlib.suppress(OSError):  # it is not there, or the file system cannot tell
-            os.preadv(descriptor, [bytearray(1)], end - 1, os.RWF_NOWAIT)
+    with contextlib.suppress(OSError):  # it is not there, or the file system cannot tell
+        if hasattr(os, "RWF_NOWAIT"):
+            os.preadv(descriptor, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT)
             return
-    with contextlib.suppress(OSError):
-        for begin in range(offset - offset % mmap.PAGESIZE, end, _ADVISED):
-            os.posix_fadvise(descriptor, begin, min(_ADVISED, end - begin), os.POSIX_FADV_WILLNEED)
+    if (built := kernel()) is not None:
+        built.advise(descriptor, offset, length)
+        return
+    with contextlib.suppress(OSError):  # Linux may load less than all of it
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 def open_unnamed(folder: Path) -> int | None:

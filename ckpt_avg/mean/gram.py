@@ -19,11 +19,11 @@ import torch
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import read_into, spans, torch_dtype
+from ckpt_avg.files.read_ahead import ReadAhead
 from ckpt_avg.machine import SharedItems, gc_paused, run_workers
 from ckpt_avg.mean.arithmetic import as_real
 from ckpt_avg.mean.blocks import Block, cut_into_blocks
 from ckpt_avg.mean.plan import Plan
-from ckpt_avg.mean.read_ahead import ReadAhead
 
 _READ = 1024 * 1024  # elements of all checkpoints that a worker reads at a time
 _CHUNK = 128 * 1024  # elements of all rows that it multiplies at a time: float64 numbers that stay in a core's cache

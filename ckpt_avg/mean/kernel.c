@@ -13,6 +13,7 @@
 #include <Python.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <fenv.h>
 #include <float.h>
 #include <signal.h>
@@ -53,6 +54,7 @@
 
 #define READ_TOGETHER (2 * 1024 * 1024) /* bytes of all windows together … */
 #define READ_LEAST (64 * 1024)          /* … unless one would get smaller than this: a system call takes time */
+#define ADVISED (128 * 1024)            /* Linux may load no more for one call: mm/readahead.c, force_page_cache_ra */
 
 /* Values at any address: tensors may begin at odd bytes of a file. */
 typedef uint8_t __attribute__((may_alias)) u8;
@@ -1293,6 +1295,30 @@ static PyObject *py_nonfinite(PyObject *module, PyObject *arguments)
     return Py_BuildValue("LL", (long long)found, (long long)first);
 }
 
+PyDoc_STRVAR(advise_text, "advise(descriptor, offset, length)\n\nAsks the system to bring a range of a file into the "
+                          "page cache. A hint: it neither waits nor fails.");
+
+static PyObject *py_advise(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    int descriptor;
+    Py_ssize_t offset, length;
+    if (!PyArg_ParseTuple(arguments, "inn", &descriptor, &offset, &length))
+        return NULL;
+    if (!is_inside(offset, length, 1, PY_SSIZE_T_MAX - ADVISED)) {
+        refuse("no such range");
+        return NULL;
+    }
+#ifdef POSIX_FADV_WILLNEED
+    Py_BEGIN_ALLOW_THREADS
+    int failed = 0;
+    for (Py_ssize_t begin = offset - offset % ADVISED, end = offset + length; begin < end && !failed; begin += ADVISED)
+        failed = posix_fadvise(descriptor, begin, end - begin < ADVISED ? end - begin : ADVISED, POSIX_FADV_WILLNEED);
+    Py_END_ALLOW_THREADS
+#endif
+    Py_RETURN_NONE;
+}
+
 static int start(PyObject *module)
 {
     choose_instructions();
@@ -1324,6 +1350,7 @@ static PyMethodDef methods[] = {
     {"mean", py_mean, METH_VARARGS, mean_text},
     {"copy", py_copy, METH_VARARGS, copy_text},
     {"nonfinite", py_nonfinite, METH_VARARGS, nonfinite_text},
+    {"advise", py_advise, METH_VARARGS, advise_text},
     {NULL, NULL, 0, NULL},
 };
 

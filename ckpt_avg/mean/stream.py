@@ -17,12 +17,12 @@ from typing import Protocol
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import read_into, spans
 from ckpt_avg.engine import engine_for
+from ckpt_avg.files.read_ahead import ReadAhead
 from ckpt_avg.machine import gc_paused, run_workers
 from ckpt_avg.mean.block_sizes import sizes_for
 from ckpt_avg.mean.blocks import Block, cut_into_blocks
 from ckpt_avg.mean.native import NativeEngine
 from ckpt_avg.mean.plan import Plan
-from ckpt_avg.mean.read_ahead import ReadAhead
 
 Write = Callable[[memoryview, int], None]
 

@@ -92,6 +92,27 @@ def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str])
     return found
 
 
+class Reference:
+    """An option's ``MODULE:NAME``, which is imported when it is needed. Arguments as of `load_user_code`."""
+
+    def __init__(self, reference: str, option: str, app_dir: str | os.PathLike[str]) -> None:
+        self.module, _, self.__qualname__ = reference.partition(":")
+        self._arguments = (reference, option, app_dir)
+
+    def load(self) -> Any:
+        """Returns what it names. Raises as `load_user_code`."""
+        return load_user_code(*self._arguments)
+
+    def beside(self, name: str) -> Any:
+        """Returns what else the module has by a name, once it is imported; None if it has nothing."""
+        return getattr(sys.modules[self.module], name, None)
+
+
+def loaded(value: Any) -> Any:
+    """Returns what a `Reference` names, and anything else as it is. Raises as `load_user_code`."""
+    return value.load() if isinstance(value, Reference) else value
+
+
 def _modules_in(folder: str) -> list[str]:
     """Returns the names of the modules and packages in a folder."""
     with contextlib.suppress(OSError):
@@ -120,8 +141,3 @@ def _advice_on_names(name: str, module: Any) -> str:
         else []
     )
     return suggestion(name, own or dir(module)) or (f" It has {listing(own)}." if own else "")
-
-
-def forward_batch_of(reference: str) -> Any:
-    """Returns the function ``forward_batch`` of the module in a reference, which has been imported; None without it."""
-    return getattr(sys.modules[reference.partition(":")[0]], "forward_batch", None)

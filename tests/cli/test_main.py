@@ -503,8 +503,8 @@ def test_phases_appear_on_a_terminal(normed: Path, tmp_path: Path, app: str) -> 
     assert load_json(out)["written"] is True
     phases = re.findall(r"\[(\d)/(.)\] (\w+)[^\r]*: [^\r]* s\b[^\r]*\r\n", terminal)
     assert phases == [  # how many there are is known once the checkpoints are open
-        ("1", "…", "importing"),
-        ("2", "5", "opening"),
+        ("1", "…", "opening"),
+        ("2", "5", "importing"),
         ("3", "5", "averaging"),
         ("4", "5", "refreshing"),
         ("5", "5", "completing"),
@@ -540,6 +540,15 @@ def test_an_interrupt_leaves_whole_lines(
     assert re.fullmatch(rf"\[\d/.\] {re.escape(title)}: stopped after .* s(, \d+ %)?", phase)
     assert re.match(rf"\x1b\[31mError:\x1b\[0m {message}: ", error)
     assert end == ""
+
+
+def test_checkpoints_are_checked_before_the_users_code_is_imported(
+    tmp_path: Path, in_process: InProcess, misfits: list[Path], app: str
+) -> None:
+    """To import torch takes seconds. If it failed, these would pass before the user hears that nothing fits."""
+    code, _, err = in_process("average", *misfits, "-o", tmp_path / "swa.safetensors", *refresh_options(tmp_path, app))
+    assert (code, app in sys.modules) == (4, False)
+    assert "other.safetensors" in err
 
 
 @pytest.mark.guarantee("signals")

@@ -31,7 +31,7 @@ KiB = 1024
 @pytest.mark.parametrize("answer", [None, errno.EAGAIN, errno.EOPNOTSUPP], ids=["there", "elsewhere", "unknown"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_only_what_is_not_in_memory_is_loaded(monkeypatch: pytest.MonkeyPatch, answer: int | None, fails: bool) -> None:
-    """A hint for what is there costs time, one for more than 128 KiB may be cut, and one that fails ends no run."""
+    """A hint for what is there costs time, and one that fails ends no run."""
     advised: list[tuple[int, int]] = []
 
     def read(descriptor: int, buffers: list[bytearray], offset: int, flags: int) -> int:
@@ -48,14 +48,24 @@ def test_only_what_is_not_in_memory_is_loaded(monkeypatch: pytest.MonkeyPatch, a
 
     monkeypatch.setattr(os, "preadv", read)
     monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setenv("CKPT_AVG_ENGINE", "torch")  # the kernel makes the call itself
     load(0, 5, 300 * KiB)
     load(0, 5, 0)
-    everything = [(0, 128 * KiB), (128 * KiB, 128 * KiB), (256 * KiB, 44 * KiB + 5)]
-    assert advised == ([] if answer is None else everything[:1] if fails else everything)
+    assert advised == ([] if answer is None else [(5, 300 * KiB)])
+
+
+def test_the_kernel_refuses_no_file_and_only_impossible_ranges() -> None:
+    """A hint ends no run, but arithmetic that overflows is undefined in C."""
+    kernel = pytest.importorskip("ckpt_avg._kernel")
+    kernel.advise(-1, 5, 300 * KiB)
+    kernel.advise(-1, 0, sys.maxsize - 128 * KiB)
+    for offset, length in ((-1, 5), (0, -1), (sys.maxsize, 1), (1, sys.maxsize - 1)):
+        with pytest.raises(ValueError, match="no such range"):
+            kernel.advise(-1, offset, length)
 
 
 def test_what_is_loaded_is_in_memory_soon(tmp_path: Path) -> None:
-    """From the page of the first byte to that of the last. Some file systems keep everything in memory."""
+    """All of it, though Linux may load no more than 128 KiB for one call. Some file systems keep all in memory."""
     path = tmp_path / "file"
     path.write_bytes(bytes(4096 * KiB))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:

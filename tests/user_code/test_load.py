@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_avg import UsageError, UserCodeError
-from ckpt_avg.user_code.load import forward_batch_of, load_user_code
+from ckpt_avg.user_code.load import Reference, load_user_code, loaded
 
 _numbers = itertools.count()
 
@@ -204,13 +204,18 @@ def test_an_app_dir_that_is_no_folder_is_refused(tmp_path: Path, kind: str, says
     assert f"--app-dir {path}: {says}" in message
 
 
-def test_forward_batch_is_found_in_the_module_of_the_model(tmp_path: Path, write: Callable[..., str]) -> None:
+def test_a_reference_imports_its_module_only_when_it_is_loaded(tmp_path: Path, write: Callable[..., str]) -> None:
+    """If it failed, a user would wait for torch before being told that two checkpoints do not fit together."""
+    name = write("def make():\n    return 3\n")
+    reference = Reference(f"{name}:make", "--model", tmp_path)
+    assert (reference.module, name in sys.modules) == (name, False)
+    assert loaded(reference)() == 3
+    assert loaded(None) is None
+
+
+def test_what_is_beside_a_model_is_found_in_its_module(tmp_path: Path, write: Callable[..., str]) -> None:
     name = write("def make():\n    pass\ndef forward_batch(model, batch):\n    return 3\n")
-    load_user_code(f"{name}:make", "--model", tmp_path)
-    assert forward_batch_of(f"{name}:make")(None, None) == 3
-
-
-def test_without_forward_batch_there_is_none(tmp_path: Path, write: Callable[..., str]) -> None:
-    name = write("def make():\n    pass\n")
-    load_user_code(f"{name}:make", "--model", tmp_path)
-    assert forward_batch_of(f"{name}:make") is None
+    reference = Reference(f"{name}:make", "--model", tmp_path)
+    reference.load()
+    assert reference.beside("forward_batch")(None, None) == 3
+    assert reference.beside("other") is None

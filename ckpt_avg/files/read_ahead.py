@@ -10,7 +10,7 @@ from types import TracebackType
 
 from ckpt_avg.files.input_file import InputFile
 
-_REQUEST = 1024 * 1024  # bytes
+REQUEST = 1024 * 1024  # bytes
 
 Span = tuple[InputFile, int, int]  # file, first byte, byte after the last
 
@@ -20,9 +20,11 @@ class ReadAhead:
 
     Args:
         readers: how many; 0 reads nothing ahead.
+        request: how many bytes one of them asks for at a time.
     """
 
-    def __init__(self, readers: int) -> None:
+    def __init__(self, readers: int, request: int = REQUEST) -> None:
+        self._request = request
         self._requests: queue.SimpleQueue[Span | None] = queue.SimpleQueue()
         self._is_over = False
         self._readers = readers
@@ -33,7 +35,7 @@ class ReadAhead:
         """Asks for parts of several inputs that are used together: a request of each in turn."""
         if not self._readers:
             return
-        each_input = ([cut for span in spans for cut in _cut(span)] for spans in inputs)
+        each_input = ([cut for span in spans for cut in _cut(span, self._request)] for spans in inputs)
         requests = [request for turn in itertools.zip_longest(*each_input) for request in turn if request is not None]
         for request in requests:
             self._requests.put(request)
@@ -71,6 +73,6 @@ class ReadAhead:
                 file.load(begin, end - begin)
 
 
-def _cut(span: Span) -> list[Span]:
+def _cut(span: Span, request: int) -> list[Span]:
     file, begin, end = span
-    return [(file, first, min(end, first + _REQUEST)) for first in range(begin, end, _REQUEST)]
+    return [(file, first, min(end, first + request)) for first in range(begin, end, request)]

@@ -11,7 +11,7 @@ from mean.inputs import digest, mixed_run, save
 
 from ckpt_avg import average
 from ckpt_avg.files.input_file import InputFile
-from ckpt_avg.mean.read_ahead import ReadAhead
+from ckpt_avg.files.read_ahead import ReadAhead
 
 MiB = 2**20
 

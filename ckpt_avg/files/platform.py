@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import re
 import sys
@@ -52,6 +53,20 @@ def load(descriptor: int, offset: int, length: int) -> None:
         return
     with contextlib.suppress(OSError):  # Linux may load less than all of it
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+def memory(nbytes: int, *, is_filled: bool = False) -> mmap.mmap:
+    """Returns memory of zeros, which takes none until it is used. A forked process does not see later changes.
+
+    Of memory that will be filled, Linux is asked for huge pages: each page takes a fault when it is used first.
+    """
+    if sys.platform == "win32":
+        return mmap.mmap(-1, nbytes)
+    found = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if is_filled and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # the kernel was built without them
+            found.madvise(mmap.MADV_HUGEPAGE)
+    return found
 
 
 def open_unnamed(folder: Path) -> int | None:

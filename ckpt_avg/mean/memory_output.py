@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ckpt_avg.checkpoint.tensor_reads import torch_dtype
+from ckpt_avg.files import platform
 from ckpt_avg.mean.plan import Plan
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ class MemoryOutput:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        self._buffer = mmap.mmap(-1, max(1, plan.nbytes), **flags)  # a forked process must not see later changes
+        self._buffer = platform.memory(max(1, plan.nbytes), is_filled=True)
 
     def write(self, contents: memoryview, offset: int) -> None:
         """Writes bytes at an offset in the data section."""

@@ -7,13 +7,13 @@ gathered into its slot beforehand.
 
 from __future__ import annotations
 
-import mmap
 import struct
 from collections.abc import Sequence
 
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import offset_of, read_into, stream_bytes
 from ckpt_avg.engine import kernel
+from ckpt_avg.files import platform
 from ckpt_avg.files.input_file import InputFile
 from ckpt_avg.mean.blocks import Block
 from ckpt_avg.mean.nonfinite import Constants, out_of_range, refuse_nonfinite
@@ -43,7 +43,7 @@ class NativeEngine:
         self._checks = 0 if allow_nonfinite else built.CHECK_FINITE | built.CHECK_RANGE
         self._constants = Constants(checkpoints)
         self._rows: list[bytes] = [b""] * len(checkpoints)
-        self._memory = memoryview(mmap.mmap(-1, len(checkpoints) * slot))  # takes no memory until it is used
+        self._memory = memoryview(platform.memory(len(checkpoints) * slot))
         self._files: list[tuple[InputFile, int] | None] = [None] * len(checkpoints)  # and the offset of the block
 
     def fit(self, block: Block, indices: Sequence[int]) -> list[Block]:

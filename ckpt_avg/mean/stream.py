@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Protocol
 from ckpt_avg.checkpoint.spec import Checkpoint
 from ckpt_avg.checkpoint.tensor_reads import read_into, spans
 from ckpt_avg.engine import engine_for
+from ckpt_avg.files import platform
 from ckpt_avg.files.read_ahead import ReadAhead
 from ckpt_avg.machine import gc_paused, run_workers
 from ckpt_avg.mean.block_sizes import sizes_for
@@ -170,7 +170,7 @@ class _Worker:
     ) -> None:
         self._checkpoints, self._means, self._engine, self._ahead = checkpoints, means, engine, ahead
         self._averaged = {index for mean in means for index in mean.checkpoints}
-        self._output = memoryview(mmap.mmap(-1, elements * 8))
+        self._output = memoryview(platform.memory(elements * 8, is_filled=True))
 
     def prepare(self, blocks: list[Block]) -> list[Block]:
         """Lets blocks be read ahead; returns them, or smaller ones to compute instead."""

@@ -22,7 +22,6 @@ from ckpt_avg.progress import Phase, Progress
 from ckpt_avg.text import listing, quote
 from ckpt_avg.user_code.batches import expected_batches
 from ckpt_avg.user_code.isolation import seeded
-from ckpt_avg.user_code.load import Reference
 from ckpt_avg.user_code.model import Passes, batch_norm_modules, load_weights, matching_names, move_model
 
 
@@ -108,7 +107,6 @@ def refresh_output(
         progress.advance(seen - known)  # other ranks run batches, too
         known = seen
 
-    model: object = options.model
     with seeded(device, seed):
         report = refresh_batch_norm(
             prepared.model,
@@ -118,7 +116,7 @@ def refresh_output(
             frozen=layers,
             device=device,
             amp=options.amp,
-            forward_batch=model.beside("forward_batch") if isinstance(model, Reference) else options.forward_batch,
+            forward_batch=options.forward_batch,
             ranks=ranks,
             progress=refreshed,
         )

@@ -165,22 +165,28 @@ def _fail(kind: str, message: str, code: int, as_json: bool, known: Mapping[str,
 def _signals() -> Iterator[None]:
     """Turns SIGTERM and SIGHUP into an exception. After the first signal, Ctrl-C ends the process at once."""
     owner = os.getpid()
-    put_off: list[threading.Timer] = []
+    again: dict[int, threading.Timer] = {}  # signals that are put off
+    put_off = 0
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a forked dataloader worker has nothing to clean up
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        if frame is not None and frame.f_code.co_filename.startswith("<frozen ") and len(put_off) < _TIMES:
+        nonlocal put_off
+        again.pop(number, None)
+        if frame is not None and frame.f_code.co_filename.startswith("<frozen ") and put_off < _TIMES:
             # An exception inside the import system may leave a lock behind, and C code that registers its classes while
             # it is imported drops one without a word. Such code of Python's own is soon done.
-            again = threading.Timer(_SOON, os.kill, (owner, number))
-            again.daemon = True
+            timer = threading.Timer(_SOON, _send, (number,))
+            timer.daemon = True
             with contextlib.suppress(RuntimeError):  # no memory for a thread
-                again.start()
-                put_off.append(again)
+                timer.start()
+                again[number], put_off = timer, put_off + 1
                 return
+        stop(number)
+
+    def stop(number: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -195,5 +201,19 @@ def _signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, before[number])
+        try:
+            for late, timer in list(again.items()):
+                timer.cancel()
+                timer.join()
+                stop(late)
+        finally:
+            for number in numbers:
+                signal.signal(number, before[number])
+
+
+def _send(number: int) -> None:
+    """Sends this process a signal, which its main thread hears even while it waits."""
+    if sys.platform == "win32":
+        signal.raise_signal(number)  # os.kill would end the process
+    else:
+        os.kill(os.getpid(), number)

@@ -28,12 +28,22 @@ def agree_on_request(ranks: Ranks, request: AverageRequest) -> None:
     compared = [option for _, option in options_of(type(request)) if not option.metadata.get("per_rank")]
     mine = comparable(request, compared)
     mine |= {"version of ckpt_avg": __version__, "version of torch": torch.__version__}
+    _agree(ranks, "request", mine)
 
+
+def agree_on_code(ranks: Ranks, request: AverageRequest) -> None:
+    """Raises RankError if the names of the user's code differ, now that it is imported: its ``forward_batch``, too."""
+    if ranks.size > 1:
+        code = [option for _, option in options_of(type(request)) if option.metadata.get("code")]
+        _agree(ranks, "code", comparable(request, code))
+
+
+def _agree(ranks: Ranks, step: str, mine: dict[str, Any]) -> None:
     def describe(rank: int, first: dict[str, Any], other: dict[str, Any]) -> str:
         found = listing(f"{name} {other[name]!r}, not {first[name]!r}" for name in mine if other[name] != first[name])
         return f"rank {rank} has other arguments or versions than rank 0: {found}"
 
-    if difference := _difference(ranks, "request", mine, describe):
+    if difference := _difference(ranks, step, mine, describe):
         raise RankError(f"{difference}. Start all ranks with the same command.")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_avg.commands.agreement import agree_on_files, agree_on_request
+from ckpt_avg.commands.agreement import agree_on_code, agree_on_files, agree_on_request
 from ckpt_avg.commands.context import Context
 from ckpt_avg.commands.draft import AverageResult, Draft
 from ckpt_avg.commands.prepare import prepare
@@ -70,7 +70,8 @@ def write_average(
     context.phase(Phase("opening checkpoints"))
     discovery = request.discover()
     target, checksum = check_paths(request, discovery, context)
-    prepared = prepare(discovery, request, context)  # open → check → plan
+    request, prepared = prepare(discovery, request, context)  # open → check → plan
+    agree_on_code(context.ranks, request)
     agree_on_files(context.ranks, prepared.checkpoints)
     release = None
     if writes_folder(request):

@@ -15,7 +15,6 @@ from ckpt_avg.progress import Phase
 from ckpt_avg.text import distinct_names, plural
 from ckpt_avg.user_code.comparison import Comparison, Evaluation, compare, mean_of
 from ckpt_avg.user_code.gate import Outcome, needs_all, outcomes, refuse_unknown_metrics
-from ckpt_avg.user_code.load import loaded
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +146,7 @@ class Meter:
                 notice=context.notice,
                 seed=seed,
             )
-            for function in map(loaded, self._request.functions)
+            for function in self._request.functions
         ]
 
 

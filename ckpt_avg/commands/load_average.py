@@ -44,7 +44,7 @@ def load_average(request: LoadRequest) -> dict[str, torch.Tensor]:
     """
     with Context(progress=request.callbacks) as context:
         context.phase(Phase("opening checkpoints"))
-        prepared = prepare(request.discover(), request, context)
+        request, prepared = prepare(request.discover(), request, context)
         plan = prepared.plan
         output = MemoryOutput(plan)
         indices, unequal = summed(prepared.selected.sum_order, prepared.weights)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckpt_avg.batchnorm.policy import (
     Statistics,
@@ -38,12 +38,14 @@ from ckpt_avg.runs.compatibility import refuse_differences
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.runs.select import Selected, open_selected
 from ckpt_avg.text import argument, listing, quote, type_of
-from ckpt_avg.user_code.load import Reference, loaded
+from ckpt_avg.user_code.load import Reference
 
 if TYPE_CHECKING:
     import torch
 
     from ckpt_avg.batchnorm.refresh_output import PreparedRefresh
+
+_Request = TypeVar("_Request", bound=MeanRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +89,17 @@ class Prepared:
         return len(self.checkpoints) * self.plan.source_nbytes
 
 
-def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_window: bool = False) -> Prepared:
+def prepare(
+    discovery: Discovery, request: _Request, context: Context, *, by_window: bool = False
+) -> tuple[_Request, Prepared]:
     """Opens and checks everything, so that what can fail before hours of averaging fails here.
 
     With ``by_window``, parts of the checkpoints will be averaged, each with frozen layers of its own.
+
+    Returns:
+        The request, with the user's code in place of references to it, and what averaging needs.
     """
+    _refuse_uncallable(each for each in request.functions if not isinstance(each, Reference))
     notice = context.notice
     launch = launch_of() if context.ranks.size > 1 else None
     mean_device = choose_mean_device(request.device, launch)
@@ -119,44 +127,73 @@ def prepare(discovery: Discovery, request: MeanRequest, context: Context, *, by_
     frozen = frozenset() if by_window and request.data is not None else frozen_buffers(checkpoints, plan, request.bn)
     has_model, has_data = request.model is not None, request.data is not None
     measures = needs_refresh(plan, frozen, bn=request.bn, has_model=has_model, has_data=has_data, notice=notice)
-    _import_user_code(request, context, checkpoints, plan)
-    model_device = mean_device if request.model is None else choose_model_device(request.device, launch)
     model, refresh = None, None
-    if request.model is not None and (measures or request.functions):
-        from ckpt_avg.user_code.model import Passes, build_model, notice_other_names
+    with _loading(request, context, checkpoints, plan):
+        request = _with_code(request, context)
+        model_device = mean_device if request.model is None else choose_model_device(request.device, launch)
+        if request.model is not None and (measures or request.functions):
+            from ckpt_avg.user_code.model import build_model, notice_other_names
 
-        tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
-        model = build_model(loaded(request.model), tensors, stripped=request.strip_prefix)
-        notice_other_names(model, tensors, notice)
-        if measures and request.data is not None:
-            passes = Passes(loaded(request.data))
-            refresh = choose_refresh(plan, frozen, model, passes, notice)
-            refreshes = request.eval_repeats * (2 if len(checkpoints) > 1 else 1) if request.functions else 1
-            if passes.is_single and refreshes > 1:
-                raise UsageError(
-                    "--data: got an iterator, which is used up after one pass, and --eval needs one for each refresh. "
-                    "Name a function that returns one, or a DataLoader."
-                )
+            tensors = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
+            model = build_model(request.model, tensors, stripped=request.strip_prefix)
+            notice_other_names(model, tensors, notice)
+    if model is not None and measures and request.data is not None:
+        from ckpt_avg.user_code.model import Passes
+
+        passes = Passes(request.data)
+        refresh = choose_refresh(plan, frozen, model, passes, notice)
+        refreshes = request.eval_repeats * (2 if len(checkpoints) > 1 else 1) if request.functions else 1
+        if passes.is_single and refreshes > 1:
+            raise UsageError(
+                "--data: got an iterator, which is used up after one pass, and --eval needs one for each refresh. "
+                "Name a function that returns one, or a DataLoader."
+            )
     refuse_unequal(checkpoints, plan)
     statistics = source_of_statistics(plan, frozen, refresh)
     if weighting is not None:
         refuse_negative_variances(plan, weighting.values, frozen, refresh)
-    return Prepared(selected, weighting, plan, frozen, model, refresh, statistics, mean_device, model_device, threads)
+    prepared = Prepared(
+        selected, weighting, plan, frozen, model, refresh, statistics, mean_device, model_device, threads
+    )
+    return request, prepared
 
 
-def _import_user_code(request: MeanRequest, context: Context, checkpoints: Sequence[Checkpoint], plan: Plan) -> None:
-    """Imports the user's modules that the command line names; the system loads the checkpoints meanwhile."""
-    code: list[object] = [request.model, request.data, *request.functions]
-    references = [each for each in code if isinstance(each, Reference)]
-    if references:
-        context.phase(Phase(f"importing {', '.join(dict.fromkeys(each.module for each in references))}"))
-        is_ahead = request.readers > 0 and context.ranks.size == 1  # a rank reads only its share
-        with loading(checkpoints, plan) if is_ahead else contextlib.nullcontext():
-            for each in references:
-                each.load()
-    for function in map(loaded, request.functions):
+def _refuse_uncallable(functions: Iterable[object]) -> None:
+    for function in functions:
         if not callable(function):
             raise UsageError(f"--eval: got {type_of(function)}. Name a function of the model.")
+
+
+def _references(request: MeanRequest) -> list[Reference]:
+    code: list[object] = [request.model, request.data, *request.functions]
+    return [each for each in code if isinstance(each, Reference)]
+
+
+def _loading(
+    request: MeanRequest, context: Context, checkpoints: Sequence[Checkpoint], plan: Plan
+) -> contextlib.AbstractContextManager[None]:
+    """Lets the system load the checkpoints while the user's code is imported, if they will be read."""
+    is_dry = getattr(request, "dry_run", False)
+    if is_dry or context.ranks.size > 1 or not _references(request):  # a rank reads only its share
+        return contextlib.nullcontext()
+    return loading(checkpoints, plan, readers=request.readers)
+
+
+def _with_code(request: _Request, context: Context) -> _Request:
+    """Imports the user's modules that the command line names; returns the request with what the references name."""
+    references = _references(request)
+    if not references:
+        return request
+    context.phase(Phase(f"importing {', '.join(dict.fromkeys(each.module for each in references))}"))
+    model: object = request.model
+    code: dict[str, Any] = {
+        name: value.load() for name in ("model", "data") if isinstance(value := getattr(request, name), Reference)
+    }
+    code["evaluate"] = [each.load() if isinstance(each, Reference) else each for each in request.functions]
+    _refuse_uncallable(code["evaluate"])
+    if isinstance(model, Reference):
+        code["forward_batch"] = model.beside("forward_batch")
+    return replace(request, **code)
 
 
 def _refuse_code(request: MeanRequest, checkpoint: Checkpoint) -> None:

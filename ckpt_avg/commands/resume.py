@@ -34,7 +34,6 @@ from ckpt_avg.results import plain
 from ckpt_avg.runs.discover import Discovery
 from ckpt_avg.text import argument, escaped, listing, plural
 from ckpt_avg.user_code.comparison import Evaluation
-from ckpt_avg.user_code.load import loaded
 from ckpt_avg.version import __version__
 from ckpt_avg.wording import flag_of, setting
 
@@ -118,7 +117,7 @@ class Measurements:
         self._run: dict[str, Any] = {}
         if file is None:
             return
-        _refuse_generators(loaded(request.data), file.where)
+        _refuse_generators(request.data, file.where)
         self._run = {
             "version": __version__,
             "options": _options(request, prepared),

@@ -148,7 +148,7 @@ def soup(request: SoupRequest) -> SoupResult:
         (['epoch_18.pt', 'epoch_19.pt', 'epoch_20.pt'], 2)
     """
     with Context(progress=request.callbacks) as context:
-        chosen = _choose(request, context)
+        request, chosen = _choose(request, context)
     with Context(progress=request.callbacks) as writing:
         writing.notices += context.notices
         writing.phases_left = context.phases_left
@@ -194,13 +194,16 @@ class _Choice:
     measured: tuple[Evaluation, ...] = ()
 
 
-def _choose(request: SoupRequest, context: Context) -> _Choice:
-    """Measures the checkpoints, then the soups, and takes the decisions; nothing of it for a dry run."""
+def _choose(request: SoupRequest, context: Context) -> tuple[SoupRequest, _Choice]:
+    """Measures the checkpoints, then the soups, and takes the decisions; nothing of it for a dry run.
+
+    Returns the request with the user's code, and what was chosen.
+    """
     context.phase(Phase("opening checkpoints"))
     discovery = request.discover()
     check_paths(request, discovery, context)
     file = check_resume(request, discovery)
-    prepared = prepare(discovery, request, context, by_window=True)
+    request, prepared = prepare(discovery, request, context, by_window=True)
     averages = Averages(request, prepared, context)
     decided = min(_MOST_DECISIONS, (at_once(request.hold, prepared) + 1).bit_length() - 1)  # in one pass
     count = len(prepared.checkpoints)
@@ -210,7 +213,7 @@ def _choose(request: SoupRequest, context: Context) -> _Choice:
         passes=1 + -(-(count - 1) // decided),
     )
     if request.dry_run:
-        return choice
+        return request, choice
     # What follows, and for the soup: opened, averaged, measured, completed.
     some = (request.sha256, prepared.plan.spectral_norms, prepared.refresh is not None)
     context.phases_left = 3 + 4 + sum(map(bool, some))
@@ -223,7 +226,7 @@ def _choose(request: SoupRequest, context: Context) -> _Choice:
         decisions, soup = _decide(averages, kept, alone, request, decided)
     averages.meter.notice_chance()
     measured = alone if prepared.refresh is None else [saved, *alone]
-    return replace(choice, decisions=tuple(decisions), kept=averages.paths(soup), measured=tuple(measured))
+    return request, replace(choice, decisions=tuple(decisions), kept=averages.paths(soup), measured=tuple(measured))
 
 
 def _measure_alone(averages: Averages, kept: Measurements, paths: Sequence[Path], metric: str) -> list[Evaluation]:

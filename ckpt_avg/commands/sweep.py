@@ -175,7 +175,7 @@ def sweep(request: SweepRequest) -> SweepResult:
         context.phase(Phase("opening checkpoints"))
         discovery = request.discover()
         file = check_resume(request, discovery)
-        prepared = prepare(discovery, request, context, by_window=True)
+        request, prepared = prepare(discovery, request, context, by_window=True)
         averages = Averages(request, prepared, context)
         planned = _plan(request, prepared, context)
         distinct = list({each.average: each for each in reversed(planned)}.values())[::-1]

@@ -15,13 +15,16 @@ _MOST = 2 * 2**30  # bytes: what fast storage delivers in that time
 # An import leaves the interpreter to another thread only every 5 ms (sys.getswitchinterval): few requests, large ones.
 _REQUEST = 16 * 2**20  # bytes
 _REQUESTS = 1024
-_READERS = 2
+_READERS = 2  # at most
 
 
 @contextlib.contextmanager
-def loading(checkpoints: Sequence[Checkpoint], plan: Plan) -> Iterator[None]:
-    """Meanwhile lets the system load what the mean reads first, as far as it gets. A hint: it reports no error."""
-    with ReadAhead(_READERS, _REQUEST) as ahead:
+def loading(checkpoints: Sequence[Checkpoint], plan: Plan, *, readers: int) -> Iterator[None]:
+    """Meanwhile lets the system load what the mean reads first, as far as it gets. A hint: it reports no error.
+
+    Without ``readers`` nothing is loaded.
+    """
+    with ReadAhead(min(readers, _READERS), _REQUEST) as ahead:
         left = _MOST
         for _, blocks in zip(range(_REQUESTS // len(checkpoints)), cut_into_blocks(plan, _REQUEST // 4), strict=False):
             for block in blocks:

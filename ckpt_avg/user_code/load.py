@@ -17,6 +17,8 @@ from ckpt_avg.text import argument, listing, suggestion, type_of
 from ckpt_avg.user_code.raised import own_frames, sentence
 from ckpt_avg.wording import worded
 
+_MISSING = object()
+
 
 @contextlib.contextmanager
 def user_errors(what: str, *, call: str = "") -> Iterator[None]:
@@ -43,74 +45,76 @@ def returned(value: object) -> str:
     return f"{type_of(value)}.{' Is there a return?' if value is None else ''}"
 
 
-def load_user_code(reference: str, option: str, app_dir: str | os.PathLike[str]) -> Any:
-    """Imports a module, with ``app_dir`` first on ``sys.path``; returns what ``MODULE:NAME`` names. NAME may be dotted.
-
-    Raises UsageError if the option's reference is malformed or names nothing, UserCodeError if the import fails.
-    """
-    module_name, separator, name = reference.partition(":")
-    if "/" in module_name or module_name.endswith(".py"):
-        place, file = os.path.split(module_name)
-        where = f"--app-dir {argument(place)} " if place else ""
-        raise UsageError(
-            f"{option} {reference}: expected a module, not a file. Write {where}{option} "
-            f"{file.removesuffix('.py')}:{name or 'NAME'}."
-        )
-    if not separator or not name or not all(module_name.split(".")):
-        module, _, last = module_name.rpartition(".")
-        near = f" Did you mean {module}:{last}?" if module and last and not separator else ""
-        raise UsageError(f"{option} {reference}: expected MODULE:NAME, for example train:make_model.{near}")
-    folder = os.path.abspath(app_dir)
-    if not os.path.isdir(folder):
-        why = "is not a folder. Name the one that contains your module."
-        raise UsageError(f"--app-dir {app_dir}: {why if os.path.exists(folder) else missing(app_dir)}")
-    if sys.path[:1] != [folder]:
-        sys.path.insert(0, folder)
-    with user_errors(f"{option} {reference}: importing {module_name} failed:"):
-        try:
-            found: Any = importlib.import_module(module_name)
-        except SystemExit as error:
-            raise UserCodeError(
-                f"{option} {reference}: importing {module_name} ends the program (SystemExit: {error}). Put what "
-                "trains under if __name__ == '__main__':, so that the module can be imported."
-            ) from error
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module_name + ".").startswith(error.name + "."):
-                raise
-            missed = error.name.rpartition(".")[2]
-            near = suggestion(missed, _modules_in(os.path.join(folder, *error.name.split(".")[:-1])))
-            raise UsageError(
-                f"{option} {reference}: no module {error.name!r} in {folder} or among the installed packages."
-                f"{near or _advice_on_folders(error.name, app_dir)}"
-            ) from None
-    for part in name.split("."):
-        if not hasattr(found, part):
-            file = getattr(sys.modules[module_name], "__file__", None) or "a package"
-            advice = _advice_on_names(part, found) or " Name a function of this module."
-            raise UsageError(f"{option} {reference}: {module_name} (from {file}) has no {name!r}.{advice}")
-        found = getattr(found, part)
-    return found
-
-
 class Reference:
-    """An option's ``MODULE:NAME``, which is imported when it is needed. Arguments as of `load_user_code`."""
+    """An option's ``MODULE:NAME``, which is imported when it is needed. NAME may be dotted.
+
+    Args:
+        reference: the option's value.
+        option: its flag.
+        app_dir: the folder that comes first on ``sys.path``.
+
+    Raises:
+        UsageError: the reference is malformed, or there is no such folder.
+    """
 
     def __init__(self, reference: str, option: str, app_dir: str | os.PathLike[str]) -> None:
-        self.module, _, self.__qualname__ = reference.partition(":")
-        self._arguments = (reference, option, app_dir)
+        self.module, separator, self.__qualname__ = reference.partition(":")
+        self._what = f"{option} {reference}"
+        if "/" in self.module or self.module.endswith(".py"):
+            place, file = os.path.split(self.module)
+            where = f"--app-dir {argument(place)} " if place else ""
+            raise UsageError(
+                f"{self._what}: expected a module, not a file. Write {where}{option} "
+                f"{file.removesuffix('.py')}:{self.__qualname__ or 'NAME'}."
+            )
+        if not separator or not self.__qualname__ or not all(self.module.split(".")):
+            module, _, last = self.module.rpartition(".")
+            near = f" Did you mean {module}:{last}?" if module and last and not separator else ""
+            raise UsageError(f"{self._what}: expected MODULE:NAME, for example train:make_model.{near}")
+        self._app_dir, self._folder = app_dir, os.path.abspath(app_dir)
+        if not os.path.isdir(self._folder):
+            why = "is not a folder. Name the one that contains your module."
+            raise UsageError(f"--app-dir {app_dir}: {why if os.path.exists(self._folder) else missing(app_dir)}")
 
     def load(self) -> Any:
-        """Returns what it names. Raises as `load_user_code`."""
-        return load_user_code(*self._arguments)
+        """Imports the module and returns what the reference names.
+
+        Raises:
+            UsageError: there is no such module, or nothing of this name in it.
+            UserCodeError: the import fails.
+        """
+        if sys.path[:1] != [self._folder]:
+            sys.path.insert(0, self._folder)
+        with user_errors(f"{self._what}: importing {self.module} failed:"):
+            try:
+                found: Any = importlib.import_module(self.module)
+            except SystemExit as error:
+                raise UserCodeError(
+                    f"{self._what}: importing {self.module} ends the program (SystemExit: {error}). Put what "
+                    "trains under if __name__ == '__main__':, so that the module can be imported."
+                ) from error
+            except ModuleNotFoundError as error:
+                if error.name is None or not (self.module + ".").startswith(error.name + "."):
+                    raise
+                missed = error.name.rpartition(".")[2]
+                near = suggestion(missed, _modules_in(os.path.join(self._folder, *error.name.split(".")[:-1])))
+                raise UsageError(
+                    f"{self._what}: no module {error.name!r} in {self._folder} or among the installed packages."
+                    f"{near or _advice_on_folders(error.name, self._app_dir)}"
+                ) from None
+        for part in self.__qualname__.split("."):
+            owner, found = found, getattr(found, part, _MISSING)
+            if found is _MISSING:
+                file = getattr(sys.modules[self.module], "__file__", None) or "a package"
+                advice = _advice_on_names(part, owner) or " Name a function of this module."
+                raise UsageError(f"{self._what}: {self.module} (from {file}) has no {self.__qualname__!r}.{advice}")
+        if found is None:  # which means elsewhere that the option was not given
+            raise UsageError(f"{self._what}: is None. Name a function of the module.")
+        return found
 
     def beside(self, name: str) -> Any:
         """Returns what else the module has by a name, once it is imported; None if it has nothing."""
         return getattr(sys.modules[self.module], name, None)
-
-
-def loaded(value: Any) -> Any:
-    """Returns what a `Reference` names, and anything else as it is. Raises as `load_user_code`."""
-    return value.load() if isinstance(value, Reference) else value
 
 
 def _modules_in(folder: str) -> list[str]:

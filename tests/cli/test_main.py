@@ -553,7 +553,10 @@ def test_checkpoints_are_checked_before_the_users_code_is_imported(
 
 @pytest.mark.guarantee("signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_import_system_is_not_lost(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("seconds", [10, 0], ids=["early", "late"])
+def test_a_signal_in_the_import_system_is_not_lost(
+    number: int, seconds: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """C code that registers its classes drops any exception: if it failed, the command would go on as if unasked."""
     code = compile(f"os.kill(os.getpid(), {number:d}); [None for _ in range(1000)]", "<frozen abc>", "exec")
     dropped = []
@@ -564,9 +567,11 @@ def test_a_signal_in_the_import_system_is_not_lost(number: int, capsys: pytest.C
             exec(code, {"os": os})
         except BaseException as error:  # as C code does
             dropped.append(error)
-        time.sleep(10)
+        time.sleep(seconds)
 
+    before = signal.getsignal(number)
     assert (run(command, []), dropped) == (128 + number, [])
+    assert signal.getsignal(number) is before
     assert "Error: " in capsys.readouterr().err
 
 

@@ -35,7 +35,7 @@ def ask(folder: Path, wanted: int, asked: list[tuple[str, int, int]]) -> list[tu
     with ExitStack() as stack:
         checkpoints = [stack.enter_context(open_checkpoint(path)) for path in save(folder, states)]
         begin = checkpoints[0].files[0].size - 16_000
-        with loading.loading(checkpoints, plan_of(checkpoints, dtype="keep", non_float="last")):
+        with loading.loading(checkpoints, plan_of(checkpoints, dtype="keep", non_float="last"), readers=16):
             deadline = time.monotonic() + 20
             while len(asked) < wanted and time.monotonic() < deadline:
                 time.sleep(0.001)

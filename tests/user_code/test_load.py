@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_avg import UsageError, UserCodeError
-from ckpt_avg.user_code.load import Reference, load_user_code, loaded
+from ckpt_avg.user_code.load import Reference
 
 _numbers = itertools.count()
 
@@ -38,7 +38,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 def refused(error: type[UsageError | UserCodeError], reference: str, app_dir: object) -> str:
     with pytest.raises(error) as caught:
-        load_user_code(reference, "--model", str(app_dir))
+        Reference(reference, "--model", str(app_dir)).load()
     message = str(caught.value)
     assert message.startswith(f"--model {reference}: ") or "--app-dir" in message
     return message
@@ -46,7 +46,7 @@ def refused(error: type[UsageError | UserCodeError], reference: str, app_dir: ob
 
 def test_a_function_is_found_in_the_app_dir(tmp_path: Path, write: Callable[..., str]) -> None:
     name = write("def make():\n    return 'made'\n")
-    assert load_user_code(f"{name}:make", "--model", tmp_path)() == "made"
+    assert Reference(f"{name}:make", "--model", tmp_path).load()() == "made"
 
 
 def test_the_app_dir_may_be_relative(
@@ -55,7 +55,7 @@ def test_the_app_dir_may_be_relative(
     """A later change of the current folder must not lose it: an absolute path goes on sys.path."""
     name, other = write("value = 1\n"), write("value = 2\n")
     monkeypatch.chdir(tmp_path)
-    assert load_user_code(f"{name}:value", "--model", ".") == 1
+    assert Reference(f"{name}:value", "--model", ".").load() == 1
     assert str(tmp_path) in sys.path
     assert "." not in sys.path
     monkeypatch.chdir("/")
@@ -69,18 +69,18 @@ def test_names_may_be_dotted_on_both_sides(tmp_path: Path, write: Callable[..., 
     inner = write(
         "class Factory:\n    class Inner:\n        @staticmethod\n        def make():\n            return 5\n", package
     )
-    assert load_user_code(f"{package.name}.{inner}:Factory.Inner.make", "--model", tmp_path)() == 5
+    assert Reference(f"{package.name}.{inner}:Factory.Inner.make", "--model", tmp_path).load()() == 5
 
 
 def test_an_installed_module_is_found_from_any_folder(tmp_path: Path) -> None:
-    assert load_user_code("os:path.join", "--model", tmp_path) is os.path.join
+    assert Reference("os:path.join", "--model", tmp_path).load() is os.path.join
 
 
 def test_a_module_is_imported_once_for_model_and_data(tmp_path: Path, write: Callable[..., str]) -> None:
     name = write("import builtins\nbuiltins.imported = getattr(builtins, 'imported', 0) + 1\nfirst = second = []\n")
     try:
-        first = load_user_code(f"{name}:first", "--model", tmp_path)
-        second = load_user_code(f"{name}:second", "--data", tmp_path)
+        first = Reference(f"{name}:first", "--model", tmp_path).load()
+        second = Reference(f"{name}:second", "--data", tmp_path).load()
         assert first is second
         assert builtins.imported == 1  # type: ignore[attr-defined]
     finally:
@@ -89,8 +89,8 @@ def test_a_module_is_imported_once_for_model_and_data(tmp_path: Path, write: Cal
 
 def test_the_app_dir_goes_on_the_path_once(tmp_path: Path, write: Callable[..., str]) -> None:
     name = write("value = 1\n")
-    load_user_code(f"{name}:value", "--model", tmp_path)
-    load_user_code(f"{name}:value", "--data", tmp_path)
+    Reference(f"{name}:value", "--model", tmp_path).load()
+    Reference(f"{name}:value", "--data", tmp_path).load()
     assert sys.path[0] == str(tmp_path)
     assert sys.path.count(str(tmp_path)) == 1
 
@@ -103,7 +103,7 @@ def test_the_app_dir_wins_over_folders_before_it_on_the_path(tmp_path: Path, wri
     name = write("where = 'elsewhere'\n", elsewhere)
     write("where = 'named'\n", named, name)
     sys.path[:0] = [str(elsewhere), str(named)]
-    assert load_user_code(f"{name}:where", "--model", named) == "named"
+    assert Reference(f"{name}:where", "--model", named).load() == "named"
 
 
 @pytest.mark.parametrize("reference", ["train", "train.make", "train:", ":make", ":", ""])
@@ -166,14 +166,14 @@ def test_a_module_that_fails_on_import_is_the_users_error(
 def test_the_original_exception_is_kept_as_the_cause(tmp_path: Path, write: Callable[..., str]) -> None:
     name = write("raise ValueError('no GPU')\n")
     with pytest.raises(UserCodeError) as caught:
-        load_user_code(f"{name}:make", "--data", tmp_path)
+        Reference(f"{name}:make", "--data", tmp_path).load()
     assert isinstance(caught.value.__cause__, ValueError)
 
 
 def test_an_interrupt_during_import_passes(tmp_path: Path, write: Callable[..., str]) -> None:
     name = write("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
-        load_user_code(f"{name}:make", "--model", tmp_path)
+        Reference(f"{name}:make", "--model", tmp_path).load()
 
 
 @pytest.mark.parametrize("attribute", ["make", "Factory.make", "make..it", "value.real.nothing"])
@@ -209,8 +209,27 @@ def test_a_reference_imports_its_module_only_when_it_is_loaded(tmp_path: Path, w
     name = write("def make():\n    return 3\n")
     reference = Reference(f"{name}:make", "--model", tmp_path)
     assert (reference.module, name in sys.modules) == (name, False)
-    assert loaded(reference)() == 3
-    assert loaded(None) is None
+    assert reference.load()() == 3
+
+
+def test_a_name_that_is_none_is_refused(tmp_path: Path, write: Callable[..., str]) -> None:
+    """None means that an option was not given: if it failed, a run with --data would keep the averaged statistics."""
+    name = write("batches = None\n")
+    with pytest.raises(UsageError, match=rf"^--data {name}:batches: is None\. Name a function of the module\.$"):
+        Reference(f"{name}:batches", "--data", tmp_path).load()
+
+
+def test_the_folder_of_the_module_stays_whatever_the_program_does(
+    tmp_path: Path, write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's module may change the folder while it is imported, before the next option is loaded."""
+    name = write("def make():\n    return 3\n")
+    monkeypatch.chdir(tmp_path)
+    reference = Reference(f"{name}:make", "--model", ".")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert reference.load()() == 3
+    assert sys.path[0] == str(tmp_path)
 
 
 def test_what_is_beside_a_model_is_found_in_its_module(tmp_path: Path, write: Callable[..., str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_avg.user_code.load import load_user_code
+from ckpt_avg.user_code.load import Reference
 from ckpt_avg.user_code.model import build_model
 from ckpt_avg.user_code.raised import lines_of, sentence
 
@@ -152,7 +152,7 @@ def test_an_import_that_fails_says_what_to_do(tmp_path: Path, text: str, expecte
     name = f"fails_{abs(hash(text))}"
     path = tmp_path / f"{name}.py"
     path.write_text(text)
-    error = raised(lambda: load_user_code(f"{name}:make", "--model", tmp_path))
+    error = raised(lambda: Reference(f"{name}:make", "--model", tmp_path).load())
     assert expected.format(path=path) in str(error)
 
 

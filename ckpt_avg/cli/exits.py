@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Mapping, Sequence
 
 import click
 
 from ckpt_avg.cli.colours import choose, coloured
+from ckpt_avg.cli.signals import Signals, Terminated
 from ckpt_avg.distributed.launch import launched_rank
 from ckpt_avg.errors import CkptAvgError, OutputError, ResourceError, UsageError, UserCodeError, is_out_of_memory
 from ckpt_avg.text import safe_text
@@ -22,14 +19,6 @@ from ckpt_avg.wording import for_command_line
 
 # A signal may come between publishing and the last line of output.
 _UNTOUCHED = ": the output path is unchanged, or complete if it was already published"
-_SOON, _TIMES = 0.01, 100  # seconds for which a signal is put off, and how often at most
-
-
-class _Terminated(BaseException):
-    """SIGTERM or SIGHUP, raised in the main thread so that everything is cleaned up."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
 
 
 def run(command: click.Command, arguments: Sequence[str]) -> int:
@@ -82,9 +71,10 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
     # Only rank 0 prints results; any rank prints its errors.
     silent = bool(arguments) and arguments[0] in ("average", "refresh-bn", "soup", "sweep") and launched_rank()
     as_json = "--json" in arguments and not silent
+    signals = Signals()
     try:
         # Not command.main(), which returns the code of an Exit as a value and turns a closed pipe into exit 1.
-        with _signals(), command.make_context("ckpt-avg", list(arguments), obj=tuple(arguments)) as context:
+        with signals, command.make_context("ckpt-avg", list(arguments), obj=tuple(arguments)) as context:
             command.invoke(context)
         return 0
     except BrokenPipeError:  # --help and --version print by themselves
@@ -98,9 +88,11 @@ def _run(command: click.Command, arguments: Sequence[str]) -> int:
         return _fail(type(error).__name__, message, error.exit_code, as_json)
     except (KeyboardInterrupt, click.Abort) as error:
         return _interrupted(error, arguments, as_json)
-    except _Terminated as error:
+    except Terminated as error:
         return _interrupted(error, arguments, as_json)
     except Exception as error:
+        if signals.dropped is not None:
+            return _interrupted(signals.dropped, arguments, as_json)
         return _failed(error, arguments, as_json)
 
 
@@ -130,17 +122,17 @@ def _failed(error: Exception, arguments: Sequence[str], as_json: bool) -> int:
     return _fail("ResourceError", text, ResourceError.exit_code, as_json)
 
 
-def _signal_before(error: BaseException) -> KeyboardInterrupt | _Terminated | None:
+def _signal_before(error: BaseException) -> KeyboardInterrupt | Terminated | None:
     """Returns the signal for which the command was stopping when the error came."""
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, (KeyboardInterrupt, _Terminated)):
+        if isinstance(found, (KeyboardInterrupt, Terminated)):
             return found
         found = found.__context__
     return None
 
 
-def _interrupted(error: KeyboardInterrupt | click.Abort | _Terminated, arguments: Sequence[str], as_json: bool) -> int:
+def _interrupted(error: KeyboardInterrupt | click.Abort | Terminated, arguments: Sequence[str], as_json: bool) -> int:
     known = vars(error).get("document")  # of an output that is published already
     output = _UNTOUCHED if any(word.startswith(("-o", "--output")) for word in arguments) else ""
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
@@ -159,61 +151,3 @@ def _fail(kind: str, message: str, code: int, as_json: bool, known: Mapping[str,
     if as_json:
         say(json.dumps({**(known or {}), "error": error_json(kind, message, code)}, indent=2))
     return code
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into an exception. After the first signal, Ctrl-C ends the process at once."""
-    owner = os.getpid()
-    again: dict[int, threading.Timer] = {}  # signals that are put off
-    put_off = 0
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a forked dataloader worker has nothing to clean up
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        nonlocal put_off
-        again.pop(number, None)
-        if frame is not None and frame.f_code.co_filename.startswith("<frozen ") and put_off < _TIMES:
-            # An exception inside the import system may leave a lock behind, and C code that registers its classes while
-            # it is imported drops one without a word. Such code of Python's own is soon done.
-            timer = threading.Timer(_SOON, _send, (number,))
-            timer.daemon = True
-            with contextlib.suppress(RuntimeError):  # no memory for a thread
-                timer.start()
-                again[number], put_off = timer, put_off + 1
-                return
-        stop(number)
-
-    def stop(number: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise _Terminated(number)
-
-    numbers = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
-    # A signal that the caller ignores (nohup) stays ignored.
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        if before[number] is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        try:
-            for late, timer in list(again.items()):
-                timer.cancel()
-                timer.join()
-                stop(late)
-        finally:
-            for number in numbers:
-                signal.signal(number, before[number])
-
-
-def _send(number: int) -> None:
-    """Sends this process a signal, which its main thread hears even while it waits."""
-    if sys.platform == "win32":
-        signal.raise_signal(number)  # os.kill would end the process
-    else:
-        os.kill(os.getpid(), number)

@@ -15,7 +15,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -549,30 +548,6 @@ def test_checkpoints_are_checked_before_the_users_code_is_imported(
     code, _, err = in_process("average", *misfits, "-o", tmp_path / "swa.safetensors", *refresh_options(tmp_path, app))
     assert (code, app in sys.modules) == (4, False)
     assert "other.safetensors" in err
-
-
-@pytest.mark.guarantee("signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("seconds", [10, 0], ids=["early", "late"])
-def test_a_signal_in_the_import_system_is_not_lost(
-    number: int, seconds: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """C code that registers its classes drops any exception: if it failed, the command would go on as if unasked."""
-    code = compile(f"os.kill(os.getpid(), {number:d}); [None for _ in range(1000)]", "<frozen abc>", "exec")
-    dropped = []
-
-    @click.command()
-    def command() -> None:
-        try:
-            exec(code, {"os": os})
-        except BaseException as error:  # as C code does
-            dropped.append(error)
-        time.sleep(seconds)
-
-    before = signal.getsignal(number)
-    assert (run(command, []), dropped) == (128 + number, [])
-    assert signal.getsignal(number) is before
-    assert "Error: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -108,9 +108,9 @@ def keeping_hidden_files(arguments: Sequence[str]) -> None:
 
 def taking_signals_for_one(arguments: Sequence[str]) -> None:
     """SIGTERM and SIGHUP are reported as Ctrl-C."""
-    import ckpt_avg.cli.exits
+    import ckpt_avg.cli.signals
 
-    ckpt_avg.cli.exits._Terminated = lambda number: KeyboardInterrupt()  # type: ignore[assignment,misc]
+    ckpt_avg.cli.signals.Terminated = lambda number: KeyboardInterrupt()  # type: ignore[assignment,misc]
 
 
 def opening_inputs_for_writing(arguments: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Tables that fit a terminal.
 
-What is the same in all rows is said once, long names lose their middle, and columns that do not fit are named.
+What is the same in all rows has one line, long names lose their middle, and columns that do not fit are named.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Messages in the words of whoever called: ``--last 3`` on the command line, ``last=3`` in Python.
+"""Messages in the words of the caller: ``--last 3`` on the command line, ``last=3`` in Python.
 
 Messages are written once, in the words of the command line. `worded` translates the options in them for Python: their
 names, and the numbers, choices and placeholders after them. Any other value is a text that could be anything: write

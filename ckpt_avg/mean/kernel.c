@@ -180,6 +180,7 @@ static widen_function widen[DTYPES] = {
 };
 
 #ifdef __x86_64__
+#define AVX2 __attribute__((target("avx2")))
 #define F16C __attribute__((target("avx2,f16c")))
 typedef int16_t __attribute__((vector_size(32))) sixteen;
 
@@ -245,30 +246,6 @@ CLONES static void add_product(double *restrict sum, const double *restrict inpu
     for (size_t i = 0; i < n; i++) {
         double product = weight * input[i];
         sum[i] = SUM(i) + product;
-    }
-}
-
-/* bfloat16 values in pairs, read as words: these are half as many, and to widen is one operation. The sums of the first
- * of each pair come before those of the second. */
-#define FIRST(word) float_of((word) << 16)
-#define SECOND(word) float_of((word) & 0xFFFF0000u)
-
-CLONES static void add_pairs(double *restrict sum, const void *input, int is_first, size_t n)
-{
-    const u32 *a = input;
-    for (size_t i = 0; i < n / 2; i++) {
-        sum[i] = SUM(i) + FIRST(a[i]);
-        sum[i + n / 2] = SUM(i + n / 2) + SECOND(a[i]);
-    }
-}
-
-CLONES static void add_four_pairs(double *restrict sum, const void *const *inputs, int is_first, size_t n)
-{
-    const u32 *a = inputs[0], *b = inputs[1], *c = inputs[2], *d = inputs[3];
-    double *restrict second = sum + n / 2;
-    for (size_t i = 0; i < n / 2; i++) {
-        sum[i] = (((SUM(i) + FIRST(a[i])) + FIRST(b[i])) + FIRST(c[i])) + FIRST(d[i]);
-        second[i] = ((((is_first ? -0.0 : second[i]) + SECOND(a[i])) + SECOND(b[i])) + SECOND(c[i])) + SECOND(d[i]);
     }
 }
 
@@ -342,19 +319,6 @@ DEFINE_ROUND(E5M2, u8)
 DEFINE_ROUND(E4M3, u8)
 DEFINE_ROUND(E5M2_FNUZ, u8)
 DEFINE_ROUND(E4M3_FNUZ, u8)
-
-/* The same for sums of pairs. */
-CLONES static int round_pairs(const double *restrict sum, double factor, char *restrict output, size_t n)
-{
-    uint32_t found = 0;
-    for (size_t i = 0; i < n / 2; i++) {
-        uint32_t first = (uint32_t)rounded(sum[i] * factor, FORMAT_BF16);
-        uint32_t second = (uint32_t)rounded(sum[i + n / 2] * factor, FORMAT_BF16);
-        ((u32 *)output)[i] = first | second << 16;
-        found |= (uint32_t)is_infinite(first, FORMAT_BF16) | (uint32_t)is_infinite(second, FORMAT_BF16);
-    }
-    return found != 0;
-}
 
 CLONES static int round_F32(const double *restrict sum, double factor, char *restrict output, size_t n)
 {
@@ -734,6 +698,105 @@ static const void *values_of(const struct input *input, size_t first, size_t n, 
     return buffer;
 }
 
+#ifdef __x86_64__
+/* The code of the mean of one element. */
+static u16 mean_code(const struct job *job, size_t element)
+{
+    double sum = -0.0;
+    for (int64_t k = 0; k < job->number; k++)
+        sum += float_of((uint32_t)*(const u16 *)stored(&job->inputs[k], element) << 16);
+    return (u16)rounded(sum / (double)job->number, FORMAT_BF16);
+}
+
+/* Rounds finite float32 values to bfloat16, in the upper halves of the bits. What is below has no meaning. */
+AVX2 INLINE __m256i upper_halves(__m256 values)
+{
+    __m256i bits = (__m256i)values, is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), is_odd);
+}
+
+AVX2 INLINE __m256i is_at_most(__m256i a, __m256i b) { return _mm256_cmpeq_epi16(_mm256_max_epu16(a, b), b); }
+
+/* Computes the means of 32 elements, a cache line of each input, in float32; c is explained below. Returns two bits for
+ * each element, set where the mean may be another. Values are read in pairs, as words, so that to widen is one operation. */
+AVX2 INLINE uint64_t means_of_words(const struct job *job, size_t first, int c, u16 *output)
+{
+    const __m256i magnitude = _mm256_set1_epi16(0x7FFF), exponent = _mm256_set1_epi16(0x7F80);
+    const __m256i one = _mm256_set1_epi16(1), spread = _mm256_set1_epi16((int16_t)((16 - c) << 7));
+    const __m256i most = _mm256_set1_epi16((int16_t)((254 - c) << 7));
+    __m256 low[2], high[2];       /* sums of the first and of the second of each pair */
+    __m256i largest[2], least[2]; /* codes of each element without their signs; the least of all but zero, less one */
+    uint64_t sure = 0;
+    for (int half = 0; half < 2; half++) {
+        low[half] = high[half] = _mm256_set1_ps(-0.0f);
+        largest[half] = _mm256_setzero_si256(), least[half] = _mm256_set1_epi16(-1);
+    }
+    for (int64_t k = 0; k < job->number; k++) {
+        const char *input = (const char *)(intptr_t)job->inputs[k].address + 2 * first;
+        __builtin_prefetch((const void *)((uintptr_t)input + 2 * BLOCK)); /* for the next call */
+        for (int half = 0; half < 2; half++) {
+            __m256i words = _mm256_loadu_si256((const void *)(input + 32 * half));
+            __m256i codes = _mm256_and_si256(words, magnitude);
+            largest[half] = _mm256_max_epu16(largest[half], codes);
+            least[half] = _mm256_min_epu16(least[half], _mm256_sub_epi16(codes, one)); /* zero becomes the largest */
+            low[half] += (__m256)_mm256_slli_epi32(words, 16);
+            high[half] += (__m256)_mm256_and_si256(words, _mm256_set1_epi32(-0x10000));
+        }
+    }
+    float number = (float)job->number, reciprocal = 1.0f / number;
+    for (int half = 0; half < 2; half++) {
+        if (job->number == 1 << c)
+            low[half] *= reciprocal, high[half] *= reciprocal; /* the same, in less time */
+        else
+            low[half] /= number, high[half] /= number;
+        __m256i firsts = _mm256_srli_epi32(upper_halves(low[half]), 16), seconds = upper_halves(high[half]);
+        _mm256_storeu_si256((void *)(output + 16 * half), _mm256_blend_epi16(firsts, seconds, 0xAA));
+        __m256i bound = _mm256_min_epu16(_mm256_adds_epu16(_mm256_adds_epu16(least[half], one), spread), most);
+        __m256i inside = is_at_most(_mm256_and_si256(largest[half], exponent), bound);
+        sure |= (uint64_t)(uint32_t)_mm256_movemask_epi8(inside) << 32 * half;
+    }
+    return ~sure;
+}
+
+/* Computes n means, n being a multiple of 32, where all inputs and the output are bfloat16, and writes them: in float32
+ * those whose sums are exact there, the others in float64, one by one. Returns 0 if too many are, or one is not finite:
+ * then all have to be written again.
+ *
+ * For one element, let N be the number of inputs, e and f the exponents, as coded, of the largest and the least |x| but
+ * for zeros, and q the last place of the least: 2^(f - 134), or 2^-133 if it is subnormal. All x are multiples of q, and
+ * so are their sums. With N <= 2^c and e - f <= 16 - c, N * |x| < 2^(c + e - 126) <= 2^24 * q, so the sums are exact in
+ * float32; with e <= 254 - c they do not overflow.
+ *
+ * The quotient of the whole sum S, rounded to float32 and then to bfloat16, is the same as without the first rounding.
+ * Let u be the last place of bfloat16 there. The first rounding moves it by at most 2^-17 * u. A number h half-way between
+ * two codes is a multiple of u / 2. If u / 2 <= q, S - N * h is a multiple of u / 2, so S / N is h or at least
+ * u / (2 * N) away, which is more than 2^-17 * u. Otherwise S / N is not subnormal, since q is at least the last place of
+ * subnormal numbers, and the first rounding moves it by at most 2^-24 * |S / N| < q / N; h is a multiple of q, and S / N
+ * is h or at least q / N away. So the first rounding neither crosses nor reaches h, unless S / N is h, which float32
+ * contains. */
+AVX2 static int avx2_bfloat16(const struct job *job, size_t first, size_t n, u16 *output)
+{
+    int c = 0, left = (int)n / 32;
+    while (job->number > INT64_C(1) << c)
+        c++;
+    for (size_t i = 0; i < n && c <= 12; i += 32) {
+        uint64_t unsure = means_of_words(job, first + i, c, output + i);
+        while (unsure) {
+            int bit = __builtin_ctzll(unsure);
+            size_t element = i + (size_t)bit / 2;
+            output[element] = mean_code(job, first + element);
+            if (left-- == 0 || is_infinite(output[element], FORMAT_BF16))
+                return 0;
+            unsure &= ~(UINT64_C(3) << bit);
+        }
+    }
+    return c <= 12;
+}
+#endif
+
+/* The same; NULL where the processor lacks the instructions. */
+static int (*write_bfloat16)(const struct job *job, size_t first, size_t n, u16 *output);
+
 /* The largest of the codes, without their signs, and of `largest`; that of negative zero counts as `negative_zero`. */
 CLONES static u8 largest_code(const u8 *codes, size_t n, u8 negative_zero, u8 largest)
 {
@@ -822,6 +885,7 @@ static void choose_instructions(void)
         return;
     widen[F16] = f16c_F16, widen[E5M2] = f16c_E5M2, widen[E4M3] = f16c_E4M3;
     float8[E5M2].sum = f16c_sum_E5M2, float8[E4M3].sum = f16c_sum_E4M3;
+    write_bfloat16 = avx2_bfloat16;
 #endif
 }
 
@@ -843,21 +907,19 @@ static int sum_float8_exactly(const struct job *job, size_t first, size_t n, flo
            widened(largest, type->format) * (float)job->number < 0x1p24f * type->least; /* not if one is NaN or Inf */
 }
 
-/* Sums inputs of which none is float64, or in pairs inputs that are all bfloat16. */
-static void sum_narrower(const struct job *job, size_t first, size_t n, int in_pairs, double *sum)
+/* Sums inputs of which none is float64. */
+static void sum_narrower(const struct job *job, size_t first, size_t n, double *sum)
 {
     float buffers[4][BLOCK];
     const void *values[4];
     for (int64_t k = 0, number; k < job->number; k += number) {
         number = k + 4 <= job->number ? 4 : 1;
-        for (int i = 0; i < number; i++) {
-            const struct input *input = &job->inputs[k + i];
-            values[i] = in_pairs ? stored(input, first) : values_of(input, first, n, buffers[i]);
-        }
+        for (int i = 0; i < number; i++)
+            values[i] = values_of(&job->inputs[k + i], first, n, buffers[i]);
         if (number == 4)
-            (in_pairs ? add_four_pairs : add_four)(sum, values, k == 0, n);
+            add_four(sum, values, k == 0, n);
         else
-            (in_pairs ? add_pairs : add)(sum, values[0], k == 0, n);
+            add(sum, values[0], k == 0, n);
     }
 }
 
@@ -945,8 +1007,8 @@ static void mean_of_float64(const struct job *job, size_t first, size_t n, doubl
 }
 
 /* Computes n <= BLOCK means and writes them at `output`. Returns whether any is NaN or infinite there; `mean` then
- * contains them, in pairs if the inputs are summed so. */
-static int write_means(const struct job *job, size_t first, size_t n, int in_pairs, double *mean, char *output)
+ * contains them. */
+static int write_means(const struct job *job, size_t first, size_t n, double *mean, char *output)
 {
     double number = (double)job->number, factor = 1;
     if (job->weights != NULL) {
@@ -964,14 +1026,14 @@ static int write_means(const struct job *job, size_t first, size_t n, int in_pai
         if (is_exact)
             add(mean, sums, 1, n);
         else
-            sum_narrower(job, first, n, in_pairs, mean);
+            sum_narrower(job, first, n, mean);
         /* To multiply by the reciprocal of a power of two rounds the same number, in a fraction of the time. */
         if ((bits_of(number) & FRACTION) == 0)
             factor = 1 / number;
         else
             divide(mean, number, n);
     }
-    if (!(in_pairs ? round_pairs : round_to[job->dtype])(mean, factor, output, n))
+    if (!round_to[job->dtype](mean, factor, output, n))
         return 0;
     for (size_t i = 0; i < n; i++)
         mean[i] *= factor;
@@ -1009,11 +1071,10 @@ static void mean_of_windows(struct job *job, int64_t begin, int64_t n)
     for (size_t first = 0, count; first < (size_t)n && job->what == DONE; first += count) {
         count = (size_t)n - first < BLOCK ? (size_t)n - first : BLOCK;
         char *output = job->output + (begin + (int64_t)first) * sizes[job->dtype];
-        int in_pairs = job->only == BF16 && job->dtype == BF16 && count % 2 == 0 && job->weights == NULL;
-        int found = write_means(job, first, count, in_pairs, mean, output);
-        if (found && in_pairs)
-            found = write_means(job, first, count, 0, mean, output);
-        if (found)
+        int is_bfloat16 = job->only == BF16 && job->dtype == BF16 && job->weights == NULL && count % 32 == 0;
+        if (is_bfloat16 && write_bfloat16 != NULL && write_bfloat16(job, first, count, (u16 *)output))
+            continue;
+        if (write_means(job, first, count, mean, output))
             look_through(job, mean, first, count, begin, output);
     }
 }

@@ -17,12 +17,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from formats.safetensors_bytes import lay_out
 from mean.inputs import bits, save
 from mean.plans import plan_of
 from safetensors.torch import load_file
+from system.faults.exact import BFLOAT16, exact_mean
 
 from ckpt_avg import (
     ChangedWhileReadingError,
@@ -142,6 +144,53 @@ def test_float8_means_are_the_same_up_to_the_precision_of_float32_and_beyond(
     for dtype in ("keep", "bfloat16"):
         native, torchs = by_both_engines(monkeypatch, paths, tmp_path / dtype, dtype=dtype)
         assert native == torchs
+
+
+def nearly_ties(number: int, gaps: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Codes of bfloat16, (number, columns), whose means are midpoints, or differ from one by a last place of the least.
+
+    All inputs but two have one exponent; their sum is ``number`` times a midpoint. Those two have exponents lower by
+    the column's gap and cancel each other but for their last place, which a sum of too few bits has lost by then.
+    """
+    count = len(gaps)
+    middle = 2 * rng.integers(132, 255 * (number - 2) // number - 1, count) + 1  # in halves of the last place
+    each, left = np.divmod(number * middle // 2, number - 2)
+    exponent = rng.integers(60, 190, count)
+    codes = np.empty((number, count), np.int64)
+    codes[:-2] = each - 128 + (np.arange(number - 2)[:, None] < left) + (exponent << 7)
+    codes[-2:] = exponent - gaps << 7
+    codes[-2] += rng.integers(0, 2, count)
+    codes[-1] |= 0x8000
+    codes[:, ::2] = rng.permuted(codes[:, ::2], axis=0)
+    return codes ^ rng.choice([0, 0x8000], count)
+
+
+@pytest.mark.guarantee("accurate")
+@pytest.mark.parametrize("number", [6, 8, 16, 62, 250])
+def test_bfloat16_means_are_exact_up_to_the_precision_of_float32_and_beyond(number: int) -> None:
+    """Blocks of 1,024 elements in which few, some and many have inputs too far apart for float32, or too large.
+
+    Those are computed in float64: one by one, or the whole block.
+    """
+    rng = np.random.default_rng(number)
+    limit = 16 - (number - 1).bit_length()  # to the difference of exponents in float32
+    shares = np.repeat([0, 0.02, 0.5], 1024)
+    beyond = limit + rng.choice([1, 1, 1, 2, 8], len(shares))
+    gaps = np.where(rng.random(len(shares)) < shares, beyond, limit - rng.integers(0, 3, len(shares)))
+    ends = rng.integers(1, limit << 7, (number, 2059))  # the least codes, and the largest below
+    ends[:, :1024] += 255 - limit << 7
+    ends[rng.random(ends.shape) < 0.2] = 0
+    ends[:, 1024:1040] = 239 + limit << 7 | 127  # the least with a sum beyond float32
+    signs = rng.choice([0, 0x8000], ends.shape)
+    signs[:, ::2] = 0
+    codes = np.concatenate([nearly_ties(number, gaps, rng), ends | signs], axis=1)
+    inputs = [BFLOAT16.values(row) for row in codes]
+    slot, dtype = inputs[0].nbytes, _kernel.DTYPES["bfloat16"]
+    table = table_of([(_kernel.MEMORY, -1, 0, dtype, index * slot) for index in range(number)])
+    output = bytearray(slot)
+    memory = bytearray().join(map(bits, inputs))
+    assert _kernel.mean(table, b"", memory, slot, slot // 2, dtype, output, 3)[0] == _kernel.DONE
+    assert np.frombuffer(output, np.uint16).tolist() == exact_mean(inputs, BFLOAT16)
 
 
 @pytest.mark.parametrize("name", ["float16", "float8_e5m2", "float8_e4m3fn"])

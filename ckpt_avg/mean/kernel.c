@@ -52,9 +52,9 @@
 #define BLOCK 1024
 #define EXACT_BLOCK 256 /* for float64, which needs more buffers */
 
-#define READ_TOGETHER (2 * 1024 * 1024) /* bytes of all windows together … */
-#define READ_LEAST (64 * 1024)          /* … unless one would get smaller than this: a system call takes time */
-#define ADVISED (128 * 1024)            /* Linux may load no more for one call: mm/readahead.c, force_page_cache_ra */
+#define READ_TOGETHER (1024 * 1024) /* bytes of all windows together: they stay in the cache of a core … */
+#define READ_LEAST (64 * 1024)      /* … unless one would get smaller than this: a system call takes time */
+#define ADVISED (128 * 1024)        /* Linux may load no more for one call: mm/readahead.c, force_page_cache_ra */
 
 /* Values at any address: tensors may begin at odd bytes of a file. */
 typedef uint8_t __attribute__((may_alias)) u8;

@@ -94,11 +94,10 @@ class Comparison(Result):
 
 
 def mean_of(numbers: Sequence[float]) -> float:
-    """Returns the arithmetic mean. Infinities and NaN are allowed."""
-    total = 0.0
-    for number in numbers:  # sum() rounds differently from Python 3.12 on
-        total += number
-    return total / len(numbers)
+    """Returns the arithmetic mean, rounded once: that of equal numbers is the same. Infinities and NaN are allowed."""
+    import statistics  # not for --help
+
+    return statistics.mean(numbers)
 
 
 def spread_of(numbers: Sequence[float]) -> float | None:

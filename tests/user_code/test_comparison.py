@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ckpt_avg.user_code.comparison import Change, Evaluation, compare, helped, higher_is_better
+from ckpt_avg.user_code.comparison import Change, Evaluation, compare, helped, higher_is_better, mean_of, spread_of
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,14 @@ def test_the_spread_is_the_sample_standard_deviation() -> None:
     found = change("m", (1.0, 2.0, 4.0), (2.0, 4.0, 7.0))
     assert (found.difference, found.spread) == (2.0, 1.0)
     assert change("m", (1.0,), (2.0,)).spread is None
+
+
+@pytest.mark.parametrize("number", [2, 3, 7, 10])
+def test_equal_numbers_have_that_mean_and_no_spread(number: int) -> None:
+    """A sum that rounds at each step, divided, is not always the number."""
+    assert (mean_of([0.1] * number), spread_of([0.1] * number)) == (0.1, 0.0)
+    assert mean_of([1.7e308] * number) == 1.7e308
+    assert math.isnan(mean_of([math.inf, -math.inf] * number))
 
 
 @pytest.mark.parametrize(

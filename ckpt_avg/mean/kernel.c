@@ -708,17 +708,16 @@ static u16 mean_code(const struct job *job, size_t element)
     return (u16)rounded(sum / (double)job->number, FORMAT_BF16);
 }
 
-/* Rounds finite float32 values to bfloat16, in the upper halves of the bits. What is below has no meaning. */
+/* Rounds finite float32 values to bfloat16, in the upper halves of the bits. What is below has no meaning, nor has what
+ * becomes of others. */
 AVX2 INLINE __m256i upper_halves(__m256 values)
 {
     __m256i bits = (__m256i)values, is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), is_odd);
 }
 
-AVX2 INLINE __m256i is_at_most(__m256i a, __m256i b) { return _mm256_cmpeq_epi16(_mm256_max_epu16(a, b), b); }
-
 /* Computes the means of 32 elements, a cache line of each input, in float32; c is explained below. Returns two bits for
- * each element, set where the mean may be another. Values are read in pairs, as words, so that to widen is one operation. */
+ * each element, set where the mean may be wrong. Values are read in pairs, as words, so that to widen is one operation. */
 AVX2 INLINE uint64_t means_of_words(const struct job *job, size_t first, int c, u16 *output)
 {
     const __m256i magnitude = _mm256_set1_epi16(0x7FFF), exponent = _mm256_set1_epi16(0x7F80);
@@ -732,8 +731,8 @@ AVX2 INLINE uint64_t means_of_words(const struct job *job, size_t first, int c, 
         largest[half] = _mm256_setzero_si256(), least[half] = _mm256_set1_epi16(-1);
     }
     for (int64_t k = 0; k < job->number; k++) {
-        const char *input = (const char *)(intptr_t)job->inputs[k].address + 2 * first;
-        __builtin_prefetch((const void *)((uintptr_t)input + 2 * BLOCK)); /* for the next call */
+        const char *input = stored(&job->inputs[k], first);
+        __builtin_prefetch((const void *)((uintptr_t)input + 2 * BLOCK)); /* for the next block */
         for (int half = 0; half < 2; half++) {
             __m256i words = _mm256_loadu_si256((const void *)(input + 32 * half));
             __m256i codes = _mm256_and_si256(words, magnitude);
@@ -752,28 +751,33 @@ AVX2 INLINE uint64_t means_of_words(const struct job *job, size_t first, int c, 
         __m256i firsts = _mm256_srli_epi32(upper_halves(low[half]), 16), seconds = upper_halves(high[half]);
         _mm256_storeu_si256((void *)(output + 16 * half), _mm256_blend_epi16(firsts, seconds, 0xAA));
         __m256i bound = _mm256_min_epu16(_mm256_adds_epu16(_mm256_adds_epu16(least[half], one), spread), most);
-        __m256i inside = is_at_most(_mm256_and_si256(largest[half], exponent), bound);
-        sure |= (uint64_t)(uint32_t)_mm256_movemask_epi8(inside) << 32 * half;
+        __m256i beyond = _mm256_subs_epu16(_mm256_and_si256(largest[half], exponent), bound);
+        __m256i is_sure = _mm256_cmpeq_epi16(beyond, _mm256_setzero_si256());
+        sure |= (uint64_t)(uint32_t)_mm256_movemask_epi8(is_sure) << 32 * half;
     }
     return ~sure;
 }
 
 /* Computes n means, n being a multiple of 32, where all inputs and the output are bfloat16, and writes them: in float32
- * those whose sums are exact there, the others in float64, one by one. Returns 0 if too many are, or one is not finite:
- * then all have to be written again.
+ * those whose sums are exact there, the others in float64, one by one. Returns 0 if more than one in 32 is not exact, one
+ * is not finite, or the inputs are so many that few would be exact: then all have to be written again.
  *
  * For one element, let N be the number of inputs, e and f the exponents, as coded, of the largest and the least |x| but
- * for zeros, and q the last place of the least: 2^(f - 134), or 2^-133 if it is subnormal. All x are multiples of q, and
- * so are their sums. With N <= 2^c and e - f <= 16 - c, N * |x| < 2^(c + e - 126) <= 2^24 * q, so the sums are exact in
- * float32; with e <= 254 - c they do not overflow.
+ * for zeros (if all are zero, so is the sum), and q the last place of the least: 2^(f - 134), or 2^-133 if it is
+ * subnormal. All x are multiples of q, and so are their sums. With N <= 2^c and e - f <= 16 - c,
+ * N * |x| < 2^(c + e - 126) <= 2^24 * q, so the sums are exact in float32; with e <= 254 - c they do not overflow.
  *
  * The quotient of the whole sum S, rounded to float32 and then to bfloat16, is the same as without the first rounding.
- * Let u be the last place of bfloat16 there. The first rounding moves it by at most 2^-17 * u. A number h half-way between
- * two codes is a multiple of u / 2. If u / 2 <= q, S - N * h is a multiple of u / 2, so S / N is h or at least
- * u / (2 * N) away, which is more than 2^-17 * u. Otherwise S / N is not subnormal, since q is at least the last place of
- * subnormal numbers, and the first rounding moves it by at most 2^-24 * |S / N| < q / N; h is a multiple of q, and S / N
- * is h or at least q / N away. So the first rounding neither crosses nor reaches h, unless S / N is h, which float32
- * contains. */
+ * S / N lies between two powers of two, or below the least normal number. Float32 contains these, so the first rounding
+ * does not pass them. Let u be the last place of bfloat16 there; the first rounding moves S / N by at most 2^-17 * u. A
+ * number h half-way between neighbouring codes there is a multiple of u / 2. If u / 2 <= q, S - N * h is a multiple of
+ * u / 2, so S / N is h or at least u / (2 * N) away, which is more than 2^-17 * u as N < 2^16. Otherwise S / N is not
+ * subnormal, since q is at least the last place of subnormal numbers, and the first rounding moves it by at most
+ * 2^-24 * |S / N| < q / N; h is a multiple of q, and S / N is h or at least q / N away. So the first rounding neither
+ * crosses nor reaches h, unless S / N is h, which float32 contains.
+ *
+ * The same is true in float64, with smaller errors, so both give the mean rounded once; a zero has the same sign, because
+ * every sum is the same number. */
 AVX2 static int avx2_bfloat16(const struct job *job, size_t first, size_t n, u16 *output)
 {
     int c = 0, left = (int)n / 32;
@@ -794,7 +798,7 @@ AVX2 static int avx2_bfloat16(const struct job *job, size_t first, size_t n, u16
 }
 #endif
 
-/* The same; NULL where the processor lacks the instructions. */
+/* The same; NULL on other processors. */
 static int (*write_bfloat16)(const struct job *job, size_t first, size_t n, u16 *output);
 
 /* The largest of the codes, without their signs, and of `largest`; that of negative zero counts as `negative_zero`. */
@@ -1071,8 +1075,10 @@ static void mean_of_windows(struct job *job, int64_t begin, int64_t n)
     for (size_t first = 0, count; first < (size_t)n && job->what == DONE; first += count) {
         count = (size_t)n - first < BLOCK ? (size_t)n - first : BLOCK;
         char *output = job->output + (begin + (int64_t)first) * sizes[job->dtype];
-        int is_bfloat16 = job->only == BF16 && job->dtype == BF16 && job->weights == NULL && count % 32 == 0;
-        if (is_bfloat16 && write_bfloat16 != NULL && write_bfloat16(job, first, count, (u16 *)output))
+        int is_bfloat16 = job->only == BF16 && job->dtype == BF16 && job->weights == NULL && write_bfloat16 != NULL;
+        if (is_bfloat16 && count > 32)
+            count -= count % 32;
+        if (is_bfloat16 && count % 32 == 0 && write_bfloat16(job, first, count, (u16 *)output))
             continue;
         if (write_means(job, first, count, mean, output))
             look_through(job, mean, first, count, begin, output);
@@ -1100,6 +1106,7 @@ static void compute(struct job *job)
         job->only = dtype == job->only ? dtype : -1;
     }
     int64_t most = window_size(job) / size;
+    most -= most > BLOCK ? most % BLOCK : 0; /* for whole blocks */
     window = window < most ? window : most;
     current = job;
     for (int64_t first = 0; first < job->elements && job->what == DONE; first += window) {

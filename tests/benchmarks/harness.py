@@ -8,7 +8,9 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -265,8 +267,10 @@ def remove(path: Path) -> None:
 
 def heading(name: str, described: str | None, command: str) -> None:
     """Prints what comes before the table of a section; `page` puts the emphasised line below it."""
-    when = f"{date.today()}, load {os.getloadavg()[0]:.1f}"
-    print(f"\n## {name}\n\n{described}\n\n*`{command}`, {when}*\n", flush=True)
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = found[1] if found else platform.machine()  # other machines than x86-64 tell no name
+    where = f"{processor}, {date.today()}, load {os.getloadavg()[0]:.1f}"
+    print(f"\n## {name}\n\n{described}\n\n*`{command}`, {where}*\n", flush=True)
 
 
 def table(*columns: str) -> None:

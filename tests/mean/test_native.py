@@ -165,32 +165,48 @@ def nearly_ties(number: int, gaps: np.ndarray, rng: np.random.Generator) -> np.n
     return codes ^ rng.choice([0, 0x8000], count)
 
 
+def bfloat16_mean(inputs: Sequence[torch.Tensor]) -> list[int]:
+    """The codes that the kernel gives."""
+    slot, dtype = inputs[0].nbytes, _kernel.DTYPES["bfloat16"]
+    table = table_of([(_kernel.MEMORY, -1, 0, dtype, index * slot) for index in range(len(inputs))])
+    output = bytearray(slot)
+    memory = bytearray().join(map(bits, inputs))
+    assert _kernel.mean(table, b"", memory, slot, slot // 2, dtype, output, 3)[0] == _kernel.DONE
+    return np.frombuffer(output, np.uint16).tolist()
+
+
 @pytest.mark.guarantee("accurate")
 @pytest.mark.parametrize("number", [6, 8, 16, 62, 250])
 def test_bfloat16_means_are_exact_up_to_the_precision_of_float32_and_beyond(number: int) -> None:
-    """Blocks of 1,024 elements in which few, some and many have inputs too far apart for float32, or too large.
+    """Blocks of 1,024 elements in which no, some and many inputs are too far apart for float32, or too large.
 
-    Those are computed in float64: one by one, or the whole block.
+    Those elements are computed in float64: one by one, or the whole block.
     """
     rng = np.random.default_rng(number)
     limit = 16 - (number - 1).bit_length()  # to the difference of exponents in float32
     shares = np.repeat([0, 0.02, 0.5], 1024)
     beyond = limit + rng.choice([1, 1, 1, 2, 8], len(shares))
     gaps = np.where(rng.random(len(shares)) < shares, beyond, limit - rng.integers(0, 3, len(shares)))
-    ends = rng.integers(1, limit << 7, (number, 2059))  # the least codes, and the largest below
+    ends = rng.integers(1, limit << 7, (number, 3083))  # the least codes, and the largest, too large or just not
     ends[:, :1024] += 255 - limit << 7
+    ends[:, 1024:2048] += 239 << 7
     ends[rng.random(ends.shape) < 0.2] = 0
     ends[:, 1024:1040] = 239 + limit << 7 | 127  # the least with a sum beyond float32
+    ends[:, 2048:2050] = 0
+    ends[:, 2050:2066] = rng.choice([1, limit << 7], (number, 16))  # subnormal, and as far apart as it may be
     signs = rng.choice([0, 0x8000], ends.shape)
     signs[:, ::2] = 0
-    codes = np.concatenate([nearly_ties(number, gaps, rng), ends | signs], axis=1)
-    inputs = [BFLOAT16.values(row) for row in codes]
-    slot, dtype = inputs[0].nbytes, _kernel.DTYPES["bfloat16"]
-    table = table_of([(_kernel.MEMORY, -1, 0, dtype, index * slot) for index in range(number)])
-    output = bytearray(slot)
-    memory = bytearray().join(map(bits, inputs))
-    assert _kernel.mean(table, b"", memory, slot, slot // 2, dtype, output, 3)[0] == _kernel.DONE
-    assert np.frombuffer(output, np.uint16).tolist() == exact_mean(inputs, BFLOAT16)
+    signs[:, 2049] = 0x8000
+    inputs = [BFLOAT16.values(row) for row in np.concatenate([nearly_ties(number, gaps, rng), ends | signs], axis=1)]
+    assert bfloat16_mean(inputs) == exact_mean(inputs, BFLOAT16)
+
+
+def test_very_many_bfloat16_inputs_leave_no_room_in_float32() -> None:
+    number = 2**17 + 1
+    ones = torch.ones(32, dtype=torch.bfloat16)
+    little = ones / 256
+    inputs = [little, *[ones] * (number // 2), *[-ones] * (number // 2)]
+    assert bfloat16_mean(inputs) == [BFLOAT16.nearest_to(1 / 256 / number)] * 32
 
 
 @pytest.mark.parametrize("name", ["float16", "float8_e5m2", "float8_e4m3fn"])

@@ -731,7 +731,7 @@ AVX2 INLINE uint64_t means_of_words(const struct job *job, size_t first, int c, 
         largest[half] = _mm256_setzero_si256(), least[half] = _mm256_set1_epi16(-1);
     }
     for (int64_t k = 0; k < job->number; k++) {
-        const char *input = stored(&job->inputs[k], first);
+        const char *input = (const char *)(intptr_t)job->inputs[k].address + 2 * first;
         __builtin_prefetch((const void *)((uintptr_t)input + 2 * BLOCK)); /* for the next block */
         for (int half = 0; half < 2; half++) {
             __m256i words = _mm256_loadu_si256((const void *)(input + 32 * half));
